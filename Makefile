@@ -1,0 +1,34 @@
+PYTHON = python3
+VENV = .venv
+MODEL = checkpoints/nextflow-shapes
+PROMPT = a red circle and a blue square
+
+# The prompt reaches the command through the environment: no shell and no make reads what is in it.
+export DEMO_PROMPT := $(value PROMPT)
+unexport PROMPT
+
+.PHONY: demo test lint
+
+demo: $(VENV)/.installed-pipelines
+	$(VENV)/bin/transformers-nextflow generate --model $(MODEL) --output demo.png -- "$$DEMO_PROMPT"
+
+test: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest -q tests
+
+lint: $(VENV)/.installed-ruff
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+# A stamp per set of packages: they are installed again only when their versions change.
+# torch comes first and exactly pinned, so that nothing else picks another build of it.
+$(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(VENV)/bin/pip install "$$(grep ^torch== constraints.txt)"
+	$(VENV)/bin/pip install --editable ".[$*]" --constraint constraints.txt
+	touch $@
+
+$(VENV)/.installed-ruff: constraints.txt | $(VENV)/bin/pip
+	$(VENV)/bin/pip install ruff --constraint constraints.txt
+	touch $@
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,143 @@
+"""The share of the scale loop's time that is not spent in forward passes, and where it goes (CPU, batch 1).
+
+    python benchmarks/loop_overhead.py
+
+Forward passes are those of the backbone, of the visual head and of the connector; all else counts as overhead, the
+draw from the soft-max included. The target is 5% at most. Writes `results/loop_overhead.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+from unittest.mock import patch
+
+from backbone import CHECKPOINT, RANDOM_BACKBONES, load_model, random_prompt
+from result import RESULTS, write_result
+from tqdm import tqdm
+
+from transformers_nextflow import ImageSampling, NextFlowForConditionalGeneration, generation_nextflow
+from transformers_nextflow.scale_schedule import SQUARE_SIDES, ScaleSchedules
+
+
+FORWARD = "forward passes"
+TARGET = 0.05
+PROMPT_LENGTH, NEGATIVE_LENGTH = 16, 6
+
+
+class Stopwatch:
+    """Seconds spent in functions by label, each without those that were called inside of it."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.open: list[str] = []
+        self.last = 0.0
+
+    def timed(self, function, label: str):
+        def run(*args, **kwargs):
+            self._turn(push=label)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._turn()
+
+        return run
+
+    def _turn(self, push: str | None = None):
+        now = time.perf_counter()
+        if self.open:
+            self.seconds[self.open[-1]] += now - self.last
+        self.open.append(push) if push else self.open.pop()
+        self.last = time.perf_counter()
+
+
+def measure(model: NextFlowForConditionalGeneration, side: int, guided: bool, repeats: int) -> dict[str, float]:
+    """Seconds of one drawing by part, each the median over `repeats` drawings: other processes may interrupt some."""
+    loop, embedding, watch = generation_nextflow._ScaleLoop, model.model.visual_embedding, Stopwatch()
+    parts = [
+        (model.model.language_model, "forward", FORWARD),
+        (model.visual_head, "forward", FORWARD),
+        (embedding.connector, "forward", FORWARD),
+        (embedding, "forward", "scale and length embeddings"),
+        (embedding, "slot_features", "slot features"),
+        (loop, "_slots", "slots: positions, occupied"),
+        (loop, "_mask", "mask"),
+        (loop, "step", "step: positions, repeats"),
+        (loop, "prefill", "prefill"),
+        (generation_nextflow, "layout_sequence", "prefill: layout"),
+        (generation_nextflow, "_join_left_padded", "join of both prompts"),
+        (generation_nextflow, "guide", "guidance"),
+        (generation_nextflow, "draw_codes", "draw of codes"),
+        (ScaleSchedules, "for_size", "schedule of the size"),
+        (ImageSampling, "is_guided", "sampling settings"),
+        (ImageSampling, "guidance_at", "sampling settings"),
+        (ImageSampling, "value_at", "sampling settings"),
+    ]
+    size = side * model.config.vq_config.patch_size
+    options = {
+        "image_sizes": [(size, size)],
+        "sampling": ImageSampling(guidance_scale=3.0 if guided else 1.0),
+        "negative_input_ids": random_prompt(model.config, NEGATIVE_LENGTH) if guided else None,
+    }
+    prompt = random_prompt(model.config, PROMPT_LENGTH)
+    for _ in range(2):
+        model.generate_images(prompt, **options)
+    patches = [patch.object(owner, name, watch.timed(getattr(owner, name), label)) for owner, name, label in parts]
+    for part in patches:
+        part.start()
+    try:
+        draw, drawings = watch.timed(model.generate_images, "loop"), []
+        for _ in range(repeats):
+            watch.seconds.clear()
+            draw(prompt, **options)
+            drawings.append(dict(watch.seconds))
+    finally:
+        for part in patches:
+            part.stop()
+    return {label: statistics.median(drawing[label] for drawing in drawings) for label in drawings[0]}
+
+
+def summary(seconds: dict[str, float]) -> dict:
+    total = sum(seconds.values())
+    return {"overhead": 1 - seconds[FORWARD] / total, "seconds": total, "parts": seconds}
+
+
+def print_table(case: str, figures: dict):
+    verdict = "within" if figures["overhead"] <= TARGET else "above"
+    print(f"\n{case}: {1e3 * figures['seconds']:.1f} ms, overhead {figures['overhead']:.1%} ({verdict} {TARGET:.0%})")
+    for label, seconds in sorted(figures["parts"].items(), key=lambda item: -item[1]):
+        print(f"  {label:<28} {1e3 * seconds:>9.3f} ms {seconds / figures['seconds']:>7.2%}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=CHECKPOINT, help=f"a checkpoint, or one of {list(RANDOM_BACKBONES)}")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--results", default=RESULTS, help="folder of the result file")
+    arguments = parser.parse_args()
+
+    own, paper = load_model(arguments.model), load_model(arguments.model, SQUARE_SIDES, (16,))
+    own_side = own.config.vq_config.scales[-1]
+    cases = [
+        (f"{name}, {'guidance' if guided else 'no guidance'}", model, side, guided)
+        for name, model, side in (("own schedule", own, own_side), ("paper's 256 level", paper, 16))
+        for guided in (False, True)
+    ]
+    figures = {
+        case: summary(measure(model, side, guided, arguments.repeats))
+        for case, model, side, guided in tqdm(cases, unit="case", desc="drawing")
+    }
+    for case, values in figures.items():
+        print_table(case, values)
+    values = {
+        "overhead": {case: round(values["overhead"], 4) for case, values in figures.items()},
+        "model": arguments.model,
+        "cases": figures,
+    }
+    print("\nwritten:", write_result("loop_overhead", values, folder=arguments.results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""The same final grid from the same backbone: by scales, and one token at a time as raster-scan models draw.
+
+    python benchmarks/raster_vs_scale.py --grids 16 32 64
+
+Batch 1, no guidance, codes only (the decoder is the same for both). Writes `results/raster_vs_scale.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from backbone import CHECKPOINT, RANDOM_BACKBONES, load_model, random_prompt
+from result import RESULTS, write_result
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from transformers_nextflow import ImageSampling, NextFlowConfig, NextFlowForConditionalGeneration
+from transformers_nextflow.sampling_nextflow import draw_codes
+from transformers_nextflow.scale_schedule import SQUARE_SIDES
+
+
+GRIDS = (16, 32, 64)
+PROMPT_LENGTH = 16
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the forward passes of one picture take.
+
+    Args:
+        passes: forward passes, that over the prompt included.
+        operations: a multiplication and an addition are two.
+        bytes: weights and cached keys and values, each read once a pass.
+    """
+
+    passes: int = 0
+    operations: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.passes + other.passes, self.operations + other.operations, self.bytes + other.bytes)
+
+
+def pass_cost(config: NextFlowConfig, queries: int, past: int, itemsize: int) -> Cost:
+    """One pass over `queries` positions with `past` ones in the cache: matrix products and attention, counted.
+
+    The first pass (`past` 0) reads the prompt: no connector, and a head on its last position alone. Queries are counted
+    against all keys of their pass. Norms, rotations, activations and biases are left out.
+    """
+    text, codes, code_dim = config.text_config, config.vq_config.codebook_size, config.vq_config.code_dim
+    hidden, head_dim = text.hidden_size, text.hidden_size // text.num_attention_heads
+    key_values = 2 * text.num_key_value_heads * head_dim
+    layer = 2 * hidden * hidden + hidden * key_values + 3 * hidden * text.intermediate_size
+    backbone, head, connector = layer * text.num_hidden_layers, hidden * codes, (code_dim + hidden) * hidden
+    keys, is_prompt = past + queries, past == 0
+    products = queries * backbone + (1 if is_prompt else queries) * head + (0 if is_prompt else queries) * connector
+    attention = 2 * queries * keys * hidden * text.num_hidden_layers
+    weights = backbone + head + (0 if is_prompt else connector)
+    return Cost(1, 2 * (products + attention), itemsize * (weights + keys * key_values * text.num_hidden_layers))
+
+
+def drawing_cost(config: NextFlowConfig, prompt_length: int, queries: list[int], itemsize: int) -> Cost:
+    """The prompt, whose pass gives the first code, and then passes over so many positions each."""
+    cost, past = pass_cost(config, prompt_length, 0, itemsize), prompt_length
+    for count in queries:
+        cost += pass_cost(config, count, past, itemsize)
+        past += count
+    return cost
+
+
+@torch.no_grad()
+def draw_raster(
+    model: NextFlowForConditionalGeneration,
+    input_ids: torch.Tensor,
+    num_tokens: int,
+    generator: torch.Generator | None = None,
+    callback: Callable[[torch.Tensor], None] = lambda logits: None,
+) -> torch.Tensor:
+    """Codes (num_tokens,), one forward pass each, behind a prompt (1, L); `callback` sees the logits (1, V) of each.
+
+    A code takes one position of the sequence and is read through the connector of the slots. There are no masks to
+    prepare (one query sees all keys), which is the leanest that such a loop can be on transformers' cache.
+    """
+    backbone, visual = model.model.language_model, model.model.visual_embedding
+    cache = DynamicCache(config=model.config.text_config)
+    embeds, codes = backbone.embed_tokens(input_ids), []
+    position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand(3, 1, -1)
+    for _ in range(num_tokens):
+        hidden_states = backbone(
+            inputs_embeds=embeds,
+            attention_mask={"full_attention": None},
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        logits = model.visual_head(hidden_states[:, -1])
+        codes.append(draw_codes(logits, generator=generator))
+        callback(logits)
+        embeds = visual.connector(visual.codes(codes[-1]))[None]
+        position_ids = position_ids[..., -1:] + 1
+    return torch.cat(codes)
+
+
+def draw_scales(
+    model: NextFlowForConditionalGeneration, input_ids: torch.Tensor, side: int, callback=None
+) -> torch.Tensor:
+    """Codes (N,) of all scales up to side x side."""
+    size = side * model.config.vq_config.patch_size
+    sampling = ImageSampling(guidance_scale=1.0)
+    output = model.generate_images(input_ids, image_sizes=[(size, size)], sampling=sampling, callback=callback)
+    return output.image_tokens[0]
+
+
+def seconds_of(draw: Callable[[], object], device: str) -> float:
+    def now() -> float:
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    start = now()
+    draw()
+    return now() - start
+
+
+def compare(model: NextFlowForConditionalGeneration, side: int, repeats: int, progress: tqdm) -> dict:
+    """Measured and counted figures of one grid."""
+    config, device, itemsize = model.config, str(model.device), model.dtype.itemsize
+    input_ids = random_prompt(config, PROMPT_LENGTH, device)
+    counts = [n * n for n in SQUARE_SIDES[: SQUARE_SIDES.index(side) + 1]]
+
+    def by_scales():
+        draw_scales(model, input_ids, side, callback=lambda *_: progress.update())
+
+    def raster():
+        draw_raster(model, input_ids, side * side, callback=lambda _: progress.update())
+
+    by_scales()
+    draw_raster(model, input_ids, 8)
+    # The longest raster drawing takes minutes, and its thousands of passes are average enough.
+    times = {
+        "by_scales": [seconds_of(by_scales, device) for _ in range(repeats)],
+        "raster": [seconds_of(raster, device) for _ in range(raster_repeats(side, repeats))],
+    }
+    costs = {
+        "by_scales": drawing_cost(config, PROMPT_LENGTH, counts[1:], itemsize),
+        "raster": drawing_cost(config, PROMPT_LENGTH, [1] * (side * side - 1), itemsize),
+    }
+    figures = {way: {"seconds": statistics.median(times[way])} | asdict(costs[way]) for way in costs}
+    for name, quantity in (("speedup", "seconds"), ("operations_ratio", "operations"), ("bytes_ratio", "bytes")):
+        figures[name] = figures["raster"][quantity] / figures["by_scales"][quantity]
+    return figures
+
+
+def raster_repeats(side: int, repeats: int) -> int:
+    return repeats if side < 64 else 1
+
+
+def print_table(figures: dict[int, dict]):
+    print(f"{'grid':>7}  {'drawn':<10} {'seconds':>9} {'passes':>7} {'GFLOP':>10} {'GB read':>9}")
+    for side, grid in figures.items():
+        for way in ("by_scales", "raster"):
+            row = grid[way]
+            print(
+                f"{f'{side}x{side}':>7}  {way:<10} {row['seconds']:>9.3f} {row['passes']:>7} "
+                f"{row['operations'] / 1e9:>10.2f} {row['bytes'] / 1e9:>9.3f}"
+            )
+        print(
+            f"{'':>7}  by scales is {grid['speedup']:.1f} times faster; operations alone predict "
+            f"{grid['operations_ratio']:.2f}, bandwidth alone {grid['bytes_ratio']:.1f}"
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=CHECKPOINT, help=f"a checkpoint, or one of {list(RANDOM_BACKBONES)}")
+    parser.add_argument("--grids", type=int, nargs="+", default=GRIDS, choices=SQUARE_SIDES[1:], metavar="SIDE")
+    parser.add_argument("--repeats", type=int, default=5, help="drawings of which the median counts (64x64 raster: 1)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--results", default=RESULTS, help="folder of the result file")
+    arguments = parser.parse_args()
+
+    dtype = getattr(torch, arguments.dtype)
+    grids = tuple(sorted(arguments.grids))
+    model = load_model(arguments.model, SQUARE_SIDES, grids, arguments.device, dtype)
+    passes = sum(
+        (arguments.repeats + 1) * (SQUARE_SIDES.index(side) + 1) + raster_repeats(side, arguments.repeats) * side * side
+        for side in grids
+    )
+    with tqdm(total=passes, unit="pass", desc="drawing") as progress:
+        figures = {side: compare(model, side, arguments.repeats, progress) for side in grids}
+    print_table(figures)
+    values = {
+        "speedup": {f"{side}x{side}": round(grid["speedup"], 2) for side, grid in figures.items()},
+        "model": arguments.model,
+        "dtype": arguments.dtype,
+        "grids": {f"{side}x{side}": grid for side, grid in figures.items()},
+    }
+    print("written:", write_result("raster_vs_scale", values, arguments.device, arguments.results))
+
+
+if __name__ == "__main__":
+    main()

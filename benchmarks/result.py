@@ -1,0 +1,62 @@
+"""Results of benchmarks as files that say where they come from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def write_result(name: str, values: dict, device: str = "cpu", folder: Path | str = RESULTS) -> Path:
+    """Write `values` and their origin (command, commit, machine) to `folder`/`name`.json; returns the path."""
+    path = Path(folder) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    origin = {"command": shlex.join(["python", *sys.argv]), "commit": commit(), "machine": machine(device)}
+    path.write_text(json.dumps(values | origin, indent=2) + "\n")
+    return path
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with `-dirty` where files differ from it; `None` outside of a repository."""
+    revision = _git("rev-parse", "--verify", "HEAD")
+    # One benchmark's result must not make the next one's code look changed.
+    changed = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    return revision and revision + ("-dirty" if changed else "")
+
+
+def machine(device: str = "cpu") -> dict:
+    """What the figures depend on besides the code."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,163 @@
+"""Train the shapes world's vision tokenizer, in the paper's stages, on two cores.
+
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/shapes/train_tokenizer.py --output_dir runs/tokenizer
+
+The world knows what every cell holds, so the semantic decoder learns the cells' shapes and colours (cross-entropy) in
+place of a teacher's features.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+
+from transformers_nextflow import NextFlowVQConfig, NextFlowVQModel
+from transformers_nextflow.evaluation.shapes.scene import World, cell_labels, random_scene, render
+from transformers_nextflow.trainers.vq_trainer import STAGES, NextFlowVQTrainer, NextFlowVQTrainingArguments
+
+
+WORLD = World()
+OBJECT_WEIGHT = 4.0  # cells with an object are few, and all that captions speak of
+HELD_OUT_SEED = 1_000_000
+# A list of tokens for the whole picture (the background, then an object each), before it is laid out on grids.
+SCALES = (1, 1, 1, 1, 1, 2, 4, 4)
+KMEANS_SHARES = [2, 1184, 2, 2, 2, 320, 200, 336]
+SINGLE_OBJECT_PICTURES = 8192
+
+
+def tokenizer_config() -> NextFlowVQConfig:
+    return NextFlowVQConfig(
+        semantic_config={
+            "model_type": "siglip_vision_model",
+            # No layers: each cell speaks for itself, and codes add up to scenes.
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_hidden_layers": 0,
+            "num_attention_heads": 4,
+            "image_size": WORLD.canvas,
+            "patch_size": 16,
+            "vision_use_head": False,
+        },
+        patch_size=16,
+        scales=SCALES,
+        codebook_size=sum(KMEANS_SHARES),
+        semantic_code_dim=64,
+        pixel_code_dim=16,
+        pixel_distance_weight=0.25,
+        normalize_codes=False,
+        downsample="rotary",
+        upsample="rotary",
+        pixel_encoder_type="patch",
+        pixel_channels=192,
+        pixel_num_res_blocks=2,
+        pixel_decoder_channels=256,
+        pixel_decoder_num_res_blocks=3,
+        semantic_decoder_depth=2,
+        semantic_decoder_heads=4,
+        semantic_decoder_hidden_size=128,
+        semantic_target_dim=len(WORLD.shapes) + len(WORLD.colors) + 2 + len(WORLD.backgrounds),
+    )
+
+
+class ShapesPictures(Dataset):
+    """Picture i of a seed, always the same: all pairs of shape and colour, 0 to `max_objects` objects."""
+
+    def __init__(self, length: int, seed: int):
+        self.length, self.seed = length, seed
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict:
+        if index >= self.length:
+            raise IndexError(index)
+        # The codebooks start from the first pictures: one object each, so that a code can name an object at its place.
+        count = 1 if index < SINGLE_OBJECT_PICTURES else None
+        scene = random_scene(np.random.default_rng((self.seed, index)), WORLD, count, allow_held_out=True)
+        labels = cell_labels(scene, WORLD)
+        return {
+            "pixel_values": torch.from_numpy(render(scene, WORLD)).permute(2, 0, 1) / 127.5 - 1,
+            "shapes": torch.from_numpy(labels.shapes),
+            "colors": torch.from_numpy(labels.colors),
+            "backgrounds": torch.full(labels.shapes.shape, labels.background),
+        }
+
+
+class ShapesVQTrainer(NextFlowVQTrainer):
+    def semantic_loss(self, output, inputs):
+        widths = [len(WORLD.shapes) + 1, len(WORLD.colors) + 1, len(WORLD.backgrounds)]
+        logits = output.semantic_features.split(widths, dim=-1)
+        weights = 1 + (OBJECT_WEIGHT - 1) * (inputs["shapes"] > 0)
+        losses = (
+            F.cross_entropy(logit.movedim(-1, 1), inputs[name], reduction="none")
+            for logit, name in zip(logits, ("shapes", "colors", "backgrounds"))
+        )
+        return (sum(losses) * weights).sum() / weights.sum()
+
+    def pixel_loss(self, output, inputs):
+        weights = 1 + (OBJECT_WEIGHT - 1) * (inputs["shapes"] > 0)
+        weights = weights[:, None].repeat_interleave(WORLD.cell_size, 2).repeat_interleave(WORLD.cell_size, 3)
+        error = (output.reconstruction - inputs["pixel_values"]).square() * weights
+        return error.sum() / (3 * weights.sum())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--steps", type=int, nargs=4, default=(100, 600, 500, 200), metavar=STAGES)
+    parser.add_argument("--batch_size", type=int, default=64, help="pictures a step and process")
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    torch.manual_seed(arguments.seed)
+    model = NextFlowVQModel(tokenizer_config())
+    # The rotary resampling says where a cell lies; what lies there need not.
+    positions = model.semantic_encoder.get_submodule("embeddings.position_embedding").weight
+    positions.data.zero_()
+    for stage, steps in zip(STAGES, arguments.steps):
+        args = NextFlowVQTrainingArguments(
+            output_dir=str(Path(arguments.output_dir) / stage),
+            stage=stage,
+            autoencoder_share=1.0,
+            max_steps=steps,
+            per_device_train_batch_size=arguments.batch_size,
+            per_device_eval_batch_size=256,
+            learning_rate=arguments.learning_rate if stage == "joint" else arguments.learning_rate / 2,
+            ddp_backend="gloo" if not torch.cuda.is_available() else None,
+            adam_beta2=0.95,
+            weight_decay=0.01,
+            lr_scheduler_type="cosine",
+            warmup_steps=50,
+            codebook_weight=1.0,
+            kmeans_pictures=SINGLE_OBJECT_PICTURES,
+            kmeans_shares=KMEANS_SHARES,
+            logging_steps=50,
+            eval_strategy="steps",
+            eval_steps=500,
+            save_steps=500,
+            save_total_limit=1,
+            seed=arguments.seed,
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_num_workers=0,
+            ddp_find_unused_parameters=True,
+            report_to=[],
+        )
+        trainer = ShapesVQTrainer(
+            model,
+            args,
+            ShapesPictures(10_000_000, arguments.seed),
+            eval_dataset=ShapesPictures(1024, HELD_OUT_SEED),
+        )
+        trainer.train()
+        trainer.save_model()
+    model.save_pretrained(Path(arguments.output_dir) / "final")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Train the shapes world's transformer on two cores.
+
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/shapes/train_transformer.py \
+        --tokenizer runs/tokenizer/final --data runs/data --output_dir runs/model
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from datasets import load_from_disk
+from transformers import AutoProcessor, Qwen2_5_VLTextConfig
+
+from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGeneration, NextFlowVQModel
+from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer, NextFlowTrainingArguments
+
+
+def model_config(vq_model: NextFlowVQModel, processor) -> NextFlowConfig:
+    text_config = Qwen2_5_VLTextConfig(
+        vocab_size=-(-len(processor.tokenizer) // 8) * 8,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        max_position_embeddings=4096,
+        # Sections of one: rows, columns and scales each get high and low frequencies, where three blocks would leave
+        # the columns of so small a head the lowest ones alone.
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1] * 16},
+        bos_token_id=None,
+        eos_token_id=processor.tokenizer.eos_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )
+    return NextFlowConfig(
+        text_config=text_config,
+        vq_config=vq_model.config,
+        boi_token_id=processor.boi_token_id,
+        eoi_token_id=processor.eoi_token_id,
+        image_token_id=processor.image_token_id,
+        read_last_scale=processor.read_last_scale,
+        rope_range=8.0,
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch_size", type=int, default=32, help="samples a step and process")
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--decay_share", type=float, default=0.4, help="share of the steps in which the rate falls to 0")
+    parser.add_argument("--model", help="continue from this model")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output_dir")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true")
+    arguments = parser.parse_args()
+
+    torch.manual_seed(arguments.seed)
+    processor = AutoProcessor.from_pretrained(Path(arguments.data) / "processor")
+    if arguments.model:
+        model = NextFlowForConditionalGeneration.from_pretrained(arguments.model, attn_implementation="eager")
+    else:
+        vq_model = NextFlowVQModel.from_pretrained(arguments.tokenizer)
+        model = NextFlowForConditionalGeneration._from_config(
+            model_config(vq_model, processor), attn_implementation="eager"
+        )
+        model.load_vision_tokenizer(vq_model)
+    dataset = load_from_disk(arguments.data)
+    args = NextFlowTrainingArguments(
+        output_dir=arguments.output_dir,
+        max_steps=arguments.steps,
+        per_device_train_batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={
+            "num_decay_steps": round(arguments.decay_share * arguments.steps),
+            "decay_type": "linear",
+            "min_lr_ratio": 0.0,
+        },
+        warmup_steps=100,
+        weight_decay=0.01,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        muon=True,
+        compile_layers=arguments.compile,
+        train_sampling_strategy="group_by_length",
+        logging_steps=50,
+        save_steps=1000,
+        save_total_limit=2,
+        seed=arguments.seed,
+        use_cpu=not torch.cuda.is_available(),
+        ddp_backend="gloo" if not torch.cuda.is_available() else None,
+        report_to=[],
+    )
+    collator = NextFlowCollator(processor, pad_to_multiple_of=8)
+    trainer = NextFlowTrainer(model, args, train_dataset=dataset, data_collator=collator, processing_class=processor)
+    trainer.train(resume_from_checkpoint=arguments.resume or None)
+    trainer.save_model()
+
+
+if __name__ == "__main__":
+    main()

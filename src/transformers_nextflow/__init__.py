@@ -1,0 +1,58 @@
+"""NextFlow for transformers and diffusers: one transformer that writes text token by token and draws scale by scale."""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+from .configuration_nextflow import NextFlowConfig, NextFlowVQConfig
+from .generation_nextflow import ImageGenerationOutput, ScaleState
+from .image_processing_nextflow import NextFlowImageProcessorPil
+from .modeling_nextflow import NextFlowForConditionalGeneration, NextFlowModel
+from .modeling_nextflow_vq import NextFlowVQModel
+from .multiscale_quantizer import SelfCorrection
+from .processing_nextflow import NextFlowProcessor
+from .sampling_nextflow import ImageSampling
+from .scale_schedule import ScaleSchedule, ScaleSchedules
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ImageGenerationOutput",
+    "ImageSampling",
+    "NextFlowConfig",
+    "NextFlowForConditionalGeneration",
+    "NextFlowImageProcessorPil",
+    "NextFlowModel",
+    "NextFlowPipeline",
+    "NextFlowProcessor",
+    "NextFlowVQConfig",
+    "NextFlowVQModel",
+    "ScaleSchedule",
+    "ScaleSchedules",
+    "ScaleState",
+    "SelfCorrection",
+]
+
+AutoConfig.register("nextflow", NextFlowConfig, exist_ok=True)
+AutoConfig.register("nextflow_vq", NextFlowVQConfig, exist_ok=True)
+AutoModel.register(NextFlowConfig, NextFlowModel, exist_ok=True)
+AutoModel.register(NextFlowVQConfig, NextFlowVQModel, exist_ok=True)
+AutoModelForImageTextToText.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(NextFlowConfig, NextFlowProcessor, exist_ok=True)
+AutoImageProcessor.register(NextFlowConfig, image_processor_classes={"pil": NextFlowImageProcessorPil}, exist_ok=True)
+
+
+def __getattr__(name: str):
+    # The pipeline needs diffusers, an extra: it is imported when it is asked for.
+    if name == "NextFlowPipeline":
+        from .pipeline_nextflow import NextFlowPipeline
+
+        return NextFlowPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,200 @@
+"""Configurations of NextFlow's vision tokenizer and of the model around it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig, Qwen2_5_VLTextConfig
+
+from .scale_schedule import SQUARE_SIDES, ScaleSchedules
+
+
+RESAMPLINGS = ("area", "bicubic", "bilinear", "nearest", "rotary")
+
+
+# Kept, since every picture asks for its schedule, and a config may change.
+_scale_schedules = lru_cache(maxsize=64)(ScaleSchedules)
+
+
+@strict
+class NextFlowVQConfig(PreTrainedConfig):
+    r"""Configuration of [`NextFlowVQModel`], the dual-codebook multi-scale tokenizer (paper, section 2.1).
+
+    The defaults are the large model's: SigLIP2 NaFlex as semantic encoder, a convolutional pixel branch, 32,768 codes.
+
+    Args:
+        semantic_config: any vision tower of transformers (SigLIP2 NaFlex, SigLIP, …) as config or dict.
+        patch_size: pixels per side of a cell of the finest grid.
+        scales: sides of the square grids, coarse to fine.
+        levels: `[resolution, number of scales]` pairs; default one level with all scales.
+        codebook_size: number of codes; semantic and pixel codebook share the index.
+        semantic_code_dim, pixel_code_dim: widths of the two codebooks.
+        semantic_distance_weight, pixel_distance_weight: weights of the two squared distances that pick a code.
+        normalize_codes: bring both halves to unit length before they are compared (TokenFlow), or leave them Euclidean.
+        downsample, upsample: how the residual is brought down to a scale, and its codes up again: torch's modes, or
+            "rotary", which keeps in a coarse code what lies where (see `resample_rotary`).
+        pixel_encoder_type: "convolutional" (VQGAN's kind) or "patch" (matrix products on patches, fast on small machines).
+        pixel_channels, pixel_channel_multipliers, pixel_num_res_blocks, pixel_latent_dim: the pixel encoder. The patch
+            kind has width `pixel_channels` and `pixel_num_res_blocks` blocks.
+        pixel_decoder_channels, pixel_decoder_num_res_blocks: the pixel decoder; doubling the first gives the paper's
+            decoder of double capacity.
+        semantic_decoder_depth, semantic_decoder_heads, semantic_decoder_hidden_size: the semantic decoder, a ViT.
+        semantic_target_dim: width of the features that the semantic decoder reproduces.
+        commitment_weight: weight of the encoder's share of the codebook loss.
+    """
+
+    model_type = "nextflow_vq"
+    base_config_key = "vq_config"
+    sub_configs = {"semantic_config": AutoConfig}
+
+    semantic_config: Any = None
+    patch_size: int = 16
+    scales: list[int] | tuple[int, ...] = SQUARE_SIDES
+    levels: list[Any] | tuple[Any, ...] | None = None
+    codebook_size: int = 32768
+    semantic_code_dim: int = 32
+    pixel_code_dim: int = 8
+    semantic_distance_weight: float = 1.0
+    pixel_distance_weight: float = 1.0
+    normalize_codes: bool = True
+    downsample: str = "area"
+    upsample: str = "bicubic"
+    pixel_encoder_type: str = "convolutional"
+    pixel_channels: int = 128
+    pixel_channel_multipliers: list[int] | tuple[int, ...] = (1, 1, 2, 2, 4)
+    pixel_num_res_blocks: int = 2
+    pixel_latent_dim: int = 256
+    pixel_decoder_channels: int = 128
+    pixel_decoder_num_res_blocks: int = 3
+    semantic_decoder_depth: int = 3
+    semantic_decoder_heads: int = 12
+    semantic_decoder_hidden_size: int = 768
+    semantic_target_dim: int = 1152
+    commitment_weight: float = 0.25
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        if self.semantic_config is None:
+            self.semantic_config = {
+                "model_type": "siglip2_vision_model",
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 27,
+                "num_attention_heads": 16,
+                "patch_size": 16,
+                "num_patches": 256,
+            }
+        if isinstance(self.semantic_config, dict):
+            semantic = dict(self.semantic_config)
+            self.semantic_config = AutoConfig.for_model(semantic.pop("model_type"), **semantic)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Raises `ValueError` for values that do not fit together."""
+        for name in ("codebook_size", "semantic_code_dim", "pixel_code_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("downsample", "upsample"):
+            if getattr(self, name) not in RESAMPLINGS:
+                raise ValueError(f"{name} must be one of {RESAMPLINGS}, got {getattr(self, name)!r}.")
+        if self.pixel_encoder_type not in ("convolutional", "patch"):
+            raise ValueError(f"pixel_encoder_type must be 'convolutional' or 'patch', got {self.pixel_encoder_type!r}.")
+        if self.pixel_encoder_type == "convolutional" and 2 ** (len(self.pixel_channel_multipliers) - 1) != self.patch_size:
+            raise ValueError(
+                f"{len(self.pixel_channel_multipliers)} pixel_channel_multipliers bring an image down by "
+                f"{2 ** (len(self.pixel_channel_multipliers) - 1)}, but patch_size is {self.patch_size}."
+            )
+        if self.semantic_decoder_hidden_size % self.semantic_decoder_heads:
+            raise ValueError(
+                f"semantic_decoder_hidden_size {self.semantic_decoder_hidden_size} is not a multiple of "
+                f"semantic_decoder_heads {self.semantic_decoder_heads}."
+            )
+        self.scale_schedules  # raises for scales and levels that do not fit
+
+    @property
+    def code_dim(self) -> int:
+        return self.semantic_code_dim + self.pixel_code_dim
+
+    @property
+    def scale_schedules(self) -> ScaleSchedules:
+        levels = tuple((int(resolution), int(count)) for resolution, count in self.levels or ())
+        return _scale_schedules(tuple(self.scales), self.patch_size, levels)
+
+
+@strict
+class NextFlowConfig(PreTrainedConfig):
+    r"""Configuration of [`NextFlowForConditionalGeneration`].
+
+    The text vocabulary (`text_config.vocab_size`) counts `<boi>`, `<eoi>` and the placeholder of picture slots; the
+    codes of the tokenizer follow it in the output, and have their own input embeddings.
+
+    Args:
+        text_config: a `Qwen2_5_VLTextConfig` or dict; the backbone.
+        vq_config: a [`NextFlowVQConfig`] or dict; the vision tokenizer.
+        boi_token_id, eoi_token_id: tokens that open and close a picture.
+        image_token_id: what `input_ids` hold in the slots of a picture.
+        read_last_scale: read the codes of the last scale too, in one more grid of slots that predicts nothing.
+        accumulate_features: slots read the sum over all earlier scales (as VAR) in place of the last one alone.
+        rope_range: the range of the spatial coordinates of a square picture, the paper's constant C (section 2.2).
+        scale_loss_alpha: a token of an h x w grid weighs (h*w)^-alpha in the loss (section 3.1).
+    """
+
+    model_type = "nextflow"
+    sub_configs = {"text_config": Qwen2_5_VLTextConfig, "vq_config": NextFlowVQConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    text_config: Any = None
+    vq_config: Any = None
+    boi_token_id: int = 152064
+    eoi_token_id: int = 152065
+    image_token_id: int = 151655
+    read_last_scale: bool = False
+    accumulate_features: bool = False
+    # At the finest grid of the 1024 level neighbours are one apart, as Qwen2.5-VL's image patches are.
+    rope_range: float = 64.0
+    scale_loss_alpha: float = 0.9
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        for name, config_class in self.sub_configs.items():
+            value = getattr(self, name)
+            if value is None or isinstance(value, dict):
+                setattr(self, name, config_class(**(value or {})))
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Raises `ValueError` for values that do not fit together."""
+        for name in ("boi_token_id", "eoi_token_id", "image_token_id"):
+            if not 0 <= getattr(self, name) < self.text_config.vocab_size:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} lies outside the text vocabulary of {self.text_config.vocab_size}; "
+                    "text_config.vocab_size counts <boi>, <eoi> and the placeholder."
+                )
+        if len({self.boi_token_id, self.eoi_token_id, self.image_token_id}) < 3:
+            raise ValueError("boi_token_id, eoi_token_id and image_token_id must differ.")
+        if self.rope_range <= 0:
+            raise ValueError(f"rope_range must be positive, got {self.rope_range}.")
+
+    @property
+    def vocab_size(self) -> int:
+        """Classes of the output: text, then codes."""
+        return self.text_config.vocab_size + self.vq_config.codebook_size
+
+    @classmethod
+    def nextflow_7b(cls) -> NextFlowConfig:
+        """The paper's model: the backbone of Qwen2.5-VL-7B, 32,768 codes, the 256, 512 and 1024 levels."""
+        text_config = Qwen2_5_VLTextConfig(
+            vocab_size=152066,
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            max_position_embeddings=128000,
+            rms_norm_eps=1e-6,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        )
+        return cls(text_config=text_config, vq_config=NextFlowVQConfig(levels=[[256, 12], [512, 16], [1024, 18]]))

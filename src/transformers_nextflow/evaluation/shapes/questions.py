@@ -1,0 +1,134 @@
+"""Questions about scenes with single-word answers."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from .language import article, place_phrase, plural
+from .requirement import RELATIONS
+from .scene import Object, Scene, World, choose, random_background, random_cells, random_object, random_scene
+
+
+Example = tuple[Scene, str, str]
+
+RELATION_PHRASES = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
+
+
+def _scene_where(rng, world: World, accept, allow_held_out: bool, least: int = 1) -> Scene:
+    """A random scene of at least `least` objects that `accept` takes."""
+    while True:
+        count = int(rng.integers(least, world.max_objects + 1))
+        scene = random_scene(rng, world, count, allow_held_out=allow_held_out)
+        if accept(scene):
+            return scene
+
+
+def _unique(scene: Scene, attribute: str) -> list[Object]:
+    """The objects whose shape (or colour) no other object of the scene has."""
+    counts = Counter(getattr(item, attribute) for item in scene.objects)
+    return [item for item in scene.objects if counts[getattr(item, attribute)] == 1]
+
+
+def how_many(rng, world: World, allow_held_out: bool) -> Example:
+    """Every number from 0 to max_objects is equally frequent where things of one shape or colour are counted."""
+    attribute = choose(rng, ("shape", "color", "any"))
+    if attribute == "any":
+        scene = random_scene(rng, world, allow_held_out=allow_held_out)
+        noun, number = choose(rng, ("objects", "things")), len(scene.objects)
+    else:
+        value = choose(rng, world.shapes if attribute == "shape" else list(world.palette))
+        number = int(rng.integers(world.max_objects + 1))
+        total = int(rng.integers(max(number, 1), world.max_objects + 1))
+        objects = []
+        for i, cell in enumerate(random_cells(rng, world, total)):
+            item = random_object(rng, world, cell, allow_held_out=allow_held_out, **{attribute: value})
+            while (getattr(item, attribute) == value) != (i < number):
+                item = random_object(rng, world, cell, allow_held_out=allow_held_out)
+            objects.append(item)
+        scene = Scene(tuple(objects), random_background(rng, world))
+        noun = plural(value) if attribute == "shape" else f"{value} {choose(rng, ('objects', 'things'))}"
+    return scene, choose(rng, ("how many {} are there?", "how many {} can you see?")).format(noun), str(number)
+
+
+def what_color(rng, world: World, allow_held_out: bool) -> Example:
+    scene = _scene_where(rng, world, lambda scene: _unique(scene, "shape"), allow_held_out)
+    item = choose(rng, _unique(scene, "shape"))
+    return scene, choose(rng, ("what color is the {}?", "which color does the {} have?")).format(item.shape), item.color
+
+
+def what_shape(rng, world: World, allow_held_out: bool) -> Example:
+    scene = _scene_where(rng, world, lambda scene: _unique(scene, "color"), allow_held_out)
+    item = choose(rng, _unique(scene, "color"))
+    wordings = ("what shape is the {} one?", "what shape is the {} object?", "which shape is {}?")
+    return scene, choose(rng, wordings).format(item.color), item.shape
+
+
+def what_is_where(rng, world: World, allow_held_out: bool) -> Example:
+    scene = random_scene(rng, world, allow_held_out=allow_held_out)
+    item = choose(rng, scene.objects)
+    place = place_phrase(rng, item.cell, world)
+    if rng.random() < 0.5:
+        return scene, f"what shape is {place}?", item.shape
+    return scene, f"what color is the object {place}?", item.color
+
+
+def is_there(rng, world: World, allow_held_out: bool) -> Example:
+    """Yes and no are equally frequent; half of the no's name a shape and a colour that the scene holds apart."""
+    yes = bool(rng.random() < 0.5)
+    near = not yes and rng.random() < 0.5
+
+    def candidates(scene: Scene) -> list[tuple[str, str]]:
+        present = {(item.shape, item.color) for item in scene.objects}
+        shapes, colors = {shape for shape, _ in present}, {color for _, color in present}
+        apart = [p for p in world.pairs(allow_held_out) if not near or (p[0] in shapes and p[1] in colors)]
+        return [p for p in apart if (p in present) == yes]
+
+    scene = _scene_where(rng, world, candidates, allow_held_out)
+    shape, color = choose(rng, candidates(scene))
+    wordings = ("is there {} {} {}?", "can you see {} {} {}?", "does the picture show {} {} {}?")
+    return scene, choose(rng, wordings).format(article(color), color, shape), "yes" if yes else "no"
+
+
+def is_related(rng, world: World, allow_held_out: bool) -> Example:
+    """Yes and no are equally frequent."""
+    yes, relation = bool(rng.random() < 0.5), choose(rng, list(RELATIONS))
+
+    def candidates(scene: Scene) -> list[tuple[Object, Object]]:
+        unique = _unique(scene, "shape")
+        return [(a, b) for a in unique for b in unique if a is not b and RELATIONS[relation](a, b) == yes]
+
+    scene = _scene_where(rng, world, candidates, allow_held_out, least=2)
+    a, b = choose(rng, candidates(scene))
+    return scene, f"is the {a.shape} {RELATION_PHRASES[relation]} the {b.shape}?", "yes" if yes else "no"
+
+
+def what_background(rng, world: World, allow_held_out: bool) -> Example:
+    scene = random_scene(rng, world, allow_held_out=allow_held_out)
+    return scene, choose(rng, ("what color is the background?", "which color is behind the objects?")), scene.background
+
+
+QUESTIONS = {
+    "count": how_many,
+    "color": what_color,
+    "shape": what_shape,
+    "place": what_is_where,
+    "presence": is_there,
+    "relation": is_related,
+    "background": what_background,
+}
+# The background is asked for less often: it is the easiest to tell.
+SHARES = {kind: 0.4 if kind == "background" else 1.1 for kind in QUESTIONS}
+
+
+def question_of_kind(rng: np.random.Generator, world: World, kind: str, *, allow_held_out: bool = False) -> Example:
+    """A scene, a question of one kind of `QUESTIONS` about it, and its answer: one word or a number from 0."""
+    return QUESTIONS[kind](rng, world, allow_held_out)
+
+
+def question_example(rng: np.random.Generator, world: World, *, allow_held_out: bool = False) -> Example:
+    """A scene, a question about it, and its answer: one word or a number from 0."""
+    shares = np.array(list(SHARES.values()))
+    kind = list(QUESTIONS)[int(rng.choice(len(shares), p=shares / shares.sum()))]
+    return question_of_kind(rng, world, kind, allow_held_out=allow_held_out)

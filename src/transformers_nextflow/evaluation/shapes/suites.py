@@ -1,0 +1,123 @@
+"""What a checkpoint is scored on: prompts to draw, pictures to talk about, and the table made of the results.
+
+GenEval's six categories and its rule (`requirement.check`), beside a strict rule that forbids anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .language import CATEGORIES, caption, draw_category, is_full_caption, is_reserved
+from .questions import QUESTIONS, question_of_kind
+from .requirement import CheckResult, Requirement
+from .scene import Scene, World, random_scene, render
+
+
+HELD_OUT_CATEGORIES = ("counting", "colors", "position", "color_attribution")  # those that name colours
+CAPTION = "caption"
+CAPTION_REQUEST = "describe the picture."
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to draw from and what its picture must hold."""
+
+    category: str
+    text: str
+    requirement: Requirement
+
+
+@dataclass(frozen=True)
+class UnderstandingCase:
+    """A picture (canvas, canvas, 3) uint8, what is asked of it and the right answer (of captions: one of many)."""
+
+    kind: str
+    scene: Scene
+    image: np.ndarray
+    question: str
+    answer: str
+
+    def is_right(self, text: str, world: World) -> bool:
+        """Whether `text` answers the question; a caption must name every object with its colour, and the background."""
+        if self.kind == CAPTION:
+            return is_full_caption(text.strip(), self.scene, world)
+        return text.strip().lower() == self.answer
+
+
+def _distinct_prompts(world: World, category: str, n: int, seed: int, allow_held_out: bool, accept) -> list[Prompt]:
+    rng = np.random.default_rng(seed)
+    prompts: dict[str, Prompt] = {}
+    for _ in range(300 * n):
+        text, _, asked = draw_category(rng, world, category, places=False, allow_held_out=allow_held_out)
+        if accept(text, asked):
+            prompts.setdefault(text, Prompt(category, text, asked))
+        if len(prompts) == n:
+            return list(prompts.values())
+    raise ValueError(f"Found only {len(prompts)} different held-out prompts of {category!r}, not {n}: ask for fewer.")
+
+
+def text_to_image_prompts(category: str, world: World, n: int = 100, seed: int = 0) -> list[Prompt]:
+    """`n` different prompts of one of `CATEGORIES` whose texts never occur in training.
+
+    A category's contents are few where colours are free: 6 single objects, 15 pairs of objects, 18 counts of a shape,
+    32 coloured objects. There the prompts repeat the contents, and what is new to the model is the wording with its
+    prefix and background; in `position` (some 3,500) and `color_attribution` (some 350) most contents differ. Raises
+    ValueError where there are not `n` (of `single_object` there are some 180).
+    """
+    return _distinct_prompts(world, category, n, seed, False, lambda text, _: is_reserved(text))
+
+
+def held_out_prompts(category: str, world: World, n: int = 100, seed: int = 0) -> list[Prompt]:
+    """`n` different prompts of one of `HELD_OUT_CATEGORIES` that name a pair of shape and colour never trained on."""
+    if category not in HELD_OUT_CATEGORIES:
+        raise ValueError(f"{category!r} names no colours; held-out pairs are in {', '.join(HELD_OUT_CATEGORIES)}.")
+
+    def names_held_out_pair(_: str, asked: Requirement) -> bool:
+        return any((item.shape, item.color) in world.held_out_pairs for item in asked.items)
+
+    return _distinct_prompts(world, category, n, seed, True, names_held_out_pair)
+
+
+def text_to_image_suite(world: World, n: int = 100, seed: int = 0) -> list[Prompt]:
+    """`n` prompts of each of GenEval's six categories."""
+    return [prompt for category in CATEGORIES for prompt in text_to_image_prompts(category, world, n, seed)]
+
+
+def held_out_combinations(world: World, n: int = 100, seed: int = 0) -> list[Prompt]:
+    """`n` prompts of each category that names colours, each with a held-out pair."""
+    return [prompt for category in HELD_OUT_CATEGORIES for prompt in held_out_prompts(category, world, n, seed)]
+
+
+def understanding_cases(world: World, n: int = 100, seed: int = 0) -> list[UnderstandingCase]:
+    """`n` cases of each kind of question, and `n` pictures to caption."""
+    rng = np.random.default_rng(seed)
+    cases = []
+    for kind in QUESTIONS:
+        for scene, question, answer in (question_of_kind(rng, world, kind) for _ in range(n)):
+            cases.append(UnderstandingCase(kind, scene, render(scene, world), question, answer))
+    for scene in (random_scene(rng, world) for _ in range(n)):
+        answer = caption(None, scene, world)
+        cases.append(UnderstandingCase(CAPTION, scene, render(scene, world), CAPTION_REQUEST, answer))
+    return cases
+
+
+def score_table(results: Iterable[tuple[str, bool]]) -> dict[str, float]:
+    """Share of right results per category, and `overall`, the mean of the categories."""
+    by_category: dict[str, list[bool]] = {}
+    for category, right in results:
+        by_category.setdefault(category, []).append(right)
+    if not by_category:
+        raise ValueError("There are no results to score.")
+    table = {category: float(np.mean(right)) for category, right in by_category.items()}
+    return {**table, "overall": float(np.mean(list(table.values())))}
+
+
+def drawing_score_table(results: Iterable[tuple[str, CheckResult]]) -> dict[str, float]:
+    """`score_table` by the lenient rule, then by the strict one with every name ending in `_strict`."""
+    results = list(results)
+    strict = score_table((category, result.strict) for category, result in results)
+    lenient = score_table((category, result.lenient) for category, result in results)
+    return {**lenient, **{f"{name}_strict": score for name, score in strict.items()}}

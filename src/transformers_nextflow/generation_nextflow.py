@@ -1,0 +1,314 @@
+"""Generation: the scale loop that draws a picture on the key-value cache, and text as transformers writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers.masking_utils import create_causal_mask
+from transformers.utils import ModelOutput
+
+from .sampling_nextflow import ImageSampling, draw_codes, guide
+from .scale_schedule import ScaleSchedule
+from .sequence_layout import grid_coordinates, layout_sequence
+
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+@dataclass
+class ImageGenerationOutput(ModelOutput):
+    """Pictures as codes.
+
+    Args:
+        image_tokens: (B, N) codes, padded with -1 where pictures differ or were stopped early.
+        image_grids: (B, 2) final grids.
+    """
+
+    image_tokens: torch.LongTensor | None = None
+    image_grids: torch.LongTensor | None = None
+
+
+@dataclass
+class ScaleState:
+    """What a callback sees after each scale.
+
+    `image_tokens` holds, for each picture, the codes (n,) so far; `preview()` decodes them.
+    """
+
+    model: nn.Module
+    schedules: list[ScaleSchedule]
+    image_tokens: list[torch.Tensor]
+    logits: torch.Tensor
+
+    def preview(self) -> list[torch.Tensor]:
+        """Pictures, each (3, H, W) in [-1, 1], from the scales drawn so far."""
+        vq_model = self.model.vq_model
+        return [vq_model.decode(t[None], s)[0] for t, s in zip(self.image_tokens, self.schedules)]
+
+
+ScaleCallback = Callable[[nn.Module, int, ScaleState], bool | None]
+
+
+class NextFlowGenerationMixin(GenerationMixin):
+    """`generate` writes text; `generate_images` draws."""
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        if "input_ids" in model_kwargs and model_kwargs["input_ids"].shape[1] > 0:
+            inputs_tensor = model_kwargs["input_ids"]
+        cache = model_kwargs.get("past_key_values")
+        if inputs_tensor.ndim != 2 or (cache is not None and cache.get_seq_length() > 0):
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs).expand(3, -1, -1)
+        schedules = self.model.schedules_of(model_kwargs.get("image_grids"))
+        mask = model_kwargs.get("attention_mask")
+        return layout_sequence(inputs_tensor, mask, schedules, self.config).position_ids
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration:
+            # Pictures are in the cache already.
+            for name in ("pixel_values", "image_tokens", "image_grids"):
+                inputs.pop(name, None)
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        # Pictures are listed row by row of the batch: their rows repeat with the rows that hold them.
+        pictures = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_tokens", "image_grids")}
+        if expand_size > 1 and input_ids is not None and pictures["image_grids"] is not None:
+            counts = (input_ids == self.config.eoi_token_id).sum(1).tolist()
+            order = [i for group in torch.arange(sum(counts)).split(counts) for _ in range(expand_size) for i in group]
+            pictures = {name: value if value is None else value[order] for name, value in pictures.items()}
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return input_ids, kwargs | {name: value for name, value in pictures.items() if value is not None}
+
+    @torch.no_grad()
+    def generate(self, inputs=None, generation_config=None, logits_processor=None, **kwargs):
+        """Continue sequences (B, L) with text; all else as in [`~transformers.GenerationMixin.generate`].
+
+        Pictures come as `pixel_values` and `image_grids` (the processor's output), or as `image_tokens` and
+        `image_grids`. Codes and the tokens around pictures are never written: see `generate_images`.
+        """
+        config = self.config
+        silent = [config.boi_token_id, config.eoi_token_id, config.image_token_id]
+        silent += range(config.text_config.vocab_size, config.vocab_size)
+        processors = LogitsProcessorList([SuppressTokensLogitsProcessor(silent, device=self.device)])
+        return super().generate(inputs, generation_config, processors + (logits_processor or []), **kwargs)
+
+    @torch.no_grad()
+    def generate_images(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        image_sizes: Sequence[tuple[int, int]],
+        negative_input_ids: torch.LongTensor | None = None,
+        negative_attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_tokens: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        sampling: ImageSampling | None = None,
+        generator: Generators = None,
+        callback: ScaleCallback | None = None,
+        given_image_tokens: torch.LongTensor | None = None,
+    ) -> ImageGenerationOutput:
+        """Draw one picture for each prompt, scale by scale: a grid of codes in each forward pass.
+
+        Args:
+            input_ids: (B, L) prompts, left padded, that end with `<boi>`.
+            attention_mask: (B, L).
+            image_sizes: (height, width) in pixels of each picture; they may differ.
+            negative_input_ids, negative_attention_mask: (B, L') what guidance leads away from; they end with `<boi>`.
+            pixel_values, image_tokens, image_grids: pictures in the prompts, as in `forward`.
+            sampling: default: the checkpoint's own, from its generation config.
+            generator: one for all, or one for each picture: then a picture depends on its own seed alone.
+            callback: `callback(model, scale, state)` after each scale, counted from 0; `False` stops the drawing.
+            given_image_tokens: (B, n) codes of the first whole scales, which are kept and not drawn.
+
+        Raises:
+            ValueError: if the prompts do not end with `<boi>`, sizes or generators do not match them, or guidance has
+                nothing to lead away from.
+        """
+        sampling = sampling or self.default_image_sampling
+        schedules = [self.config.vq_config.scale_schedules.for_size(height, width) for height, width in image_sizes]
+        depth = max(schedule.num_scales for schedule in schedules)
+        generators = _one_each(generator, len(schedules))
+        guided = sampling.is_guided(0, depth)
+        self._check_prompts(input_ids, schedules, guided, negative_input_ids)
+
+        if image_tokens is None and pixel_values is not None:
+            image_tokens = self.get_image_tokens(pixel_values, image_grids)
+        loop = _ScaleLoop(self, schedules, guided)
+        if guided:
+            input_ids, attention_mask = _join_left_padded(
+                (input_ids, attention_mask), (negative_input_ids, negative_attention_mask)
+            )
+            image_tokens, image_grids = self._pictures_of_both(input_ids, image_tokens, image_grids)
+        hidden_states = loop.prefill(input_ids, attention_mask, image_tokens, image_grids)
+
+        codes: list[torch.Tensor] = [input_ids.new_zeros(0)] * len(schedules)
+        for scale in range(depth):
+            if scale > 0:
+                hidden_states = loop.step(scale, codes)
+            logits = self.visual_head(hidden_states)
+            if loop.guided:
+                guidance = sampling.guidance_at(scale, depth)
+                logits = guide(*logits.chunk(2), guidance)
+                if not sampling.is_guided(scale + 1, depth):
+                    loop.drop_unconditional()
+            options = {name: sampling.value_at(name, scale, depth) for name in ("temperature", "top_k", "top_p")}
+            for row, (schedule, source) in enumerate(zip(schedules, generators)):
+                if scale < schedule.num_scales:
+                    span = slice(*schedule.offsets[scale : scale + 2])
+                    if given_image_tokens is not None and span.stop <= given_image_tokens.shape[1]:
+                        drawn = given_image_tokens[row, span]
+                    else:
+                        drawn = draw_codes(logits[row, : span.stop - span.start], **options, generator=source)
+                    codes[row] = torch.cat([codes[row], drawn])
+            if callback is not None and callback(self, scale, ScaleState(self, schedules, codes, logits)) is False:
+                break
+        return ImageGenerationOutput(
+            image_tokens=nn.utils.rnn.pad_sequence(codes, batch_first=True, padding_value=-1),
+            image_grids=torch.tensor([schedule.final_grid for schedule in schedules], device=input_ids.device),
+        )
+
+    @property
+    def default_image_sampling(self) -> ImageSampling:
+        """The settings a checkpoint was tuned with: `image_sampling` of its generation config."""
+        return ImageSampling(**(getattr(self.generation_config, "image_sampling", None) or {}))
+
+    def _check_prompts(self, input_ids, schedules, guided, negative_input_ids):
+        if len(schedules) != len(input_ids):
+            raise ValueError(f"{len(input_ids)} prompts came with {len(schedules)} image_sizes; give one for each.")
+        if guided and negative_input_ids is None:
+            raise ValueError("Guidance needs negative_input_ids; take an empty prompt, or guidance_scale=1.")
+        for name, ids in (("input_ids", input_ids), ("negative_input_ids", negative_input_ids)):
+            if ids is not None and not bool((ids[:, -1] == self.config.boi_token_id).all()):
+                raise ValueError(f"Every row of {name} must end with <boi> ({self.config.boi_token_id}), left padded.")
+        if guided and len(negative_input_ids) != len(input_ids):
+            raise ValueError(f"{len(input_ids)} prompts came with {len(negative_input_ids)} negative ones.")
+
+    def _pictures_of_both(self, input_ids, image_tokens, image_grids):
+        """Codes and grids of the pictures in prompts and negative prompts; the latter hold all of them or none."""
+        if image_grids is None:
+            return None, None
+        in_prompts, in_negatives = (half.eq(self.config.eoi_token_id).sum() for half in input_ids.chunk(2))
+        if in_negatives == 0:
+            return image_tokens, image_grids
+        if in_negatives != in_prompts:
+            raise ValueError(f"Negative prompts hold the {in_prompts} pictures of the prompts, or none; got {in_negatives}.")
+        return image_tokens.repeat(2, 1), image_grids.repeat(2, 1)
+
+
+class _ScaleLoop:
+    """The state of a drawing: cache, positions and valid keys, for the prompts and (guided) their negatives."""
+
+    def __init__(self, model: NextFlowGenerationMixin, schedules: list[ScaleSchedule], guided: bool):
+        self.model, self.schedules, self.guided = model, schedules, guided
+        self.cache = DynamicCache(config=model.config.text_config)
+
+    def prefill(self, input_ids, attention_mask, image_tokens, image_grids) -> torch.Tensor:
+        """Read the prompts; returns the hidden states (R, 1, D) of `<boi>`, which predict the first scale."""
+        self.valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        schedules = self.model.model.schedules_of(image_grids)
+        layout = layout_sequence(input_ids, self.valid, schedules, self.model.config)
+        self.start = layout.position_ids[0, :, -1]
+        outputs = self.model.model(
+            input_ids=input_ids,
+            # A mask of ones only keeps the kernels from their fast path.
+            attention_mask=None if bool(self.valid.all()) else self.valid,
+            position_ids=layout.position_ids,
+            past_key_values=self.cache,
+            image_tokens=image_tokens,
+            image_grids=image_grids,
+            layout=layout,
+            use_cache=True,
+        )
+        return outputs.last_hidden_state[:, -1:]
+
+    def step(self, scale: int, codes: list[torch.Tensor]) -> torch.Tensor:
+        """Read the codes so far into the slots of a scale (from 0); returns their hidden states (R, n, D)."""
+        embeds, coordinates, occupied = self._slots(scale, codes)
+        if self.guided:
+            embeds, coordinates, occupied = embeds.repeat(2, 1, 1), coordinates.repeat(1, 2, 1), occupied.repeat(2, 1)
+        time = (self.start + scale)[:, None].expand(occupied.shape)
+        self.valid = torch.cat([self.valid, occupied.to(self.valid.dtype)], dim=1)
+        outputs = self.model.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask={"full_attention": self._mask(embeds)},
+            position_ids=torch.cat([time[None], coordinates]),
+            past_key_values=self.cache,
+            use_cache=True,
+            is_causal=False,
+        )
+        return outputs.last_hidden_state
+
+    def drop_unconditional(self):
+        """Go on without the negative half: the scales that are left are not guided."""
+        rows = torch.arange(len(self.schedules), device=self.valid.device)
+        self.cache.batch_select_indices(rows)
+        self.valid, self.start, self.guided = self.valid[rows], self.start[rows], False
+
+    def _slots(self, scale: int, codes: list[torch.Tensor]):
+        """Embeddings (B, n, D), row and column coordinates (2, B, n) and occupied slots (B, n) of a scale."""
+        device, config = self.valid.device, self.model.config
+        counts = [s.tokens_per_scale[scale] if scale < s.num_scales else 0 for s in self.schedules]
+        shape = (len(codes), max(counts))
+        occupied = torch.arange(shape[1], device=device) < torch.tensor(counts, device=device)[:, None]
+        features = torch.zeros(*shape, config.vq_config.code_dim, device=device)
+        coordinates = torch.zeros(2, *shape, device=device)
+        num_scales = torch.tensor([s.num_scales for s in self.schedules], device=device)
+        for schedule in set(self.schedules):
+            if scale >= schedule.num_scales:
+                continue
+            rows = [row for row, other in enumerate(self.schedules) if other == schedule]
+            tokens = torch.stack([codes[row] for row in rows])
+            count = schedule.tokens_per_scale[scale]
+            features[rows, :count] = self.model.model.visual_embedding.slot_features(tokens, schedule, scale + 1)
+            for axis, values in enumerate(grid_coordinates(schedule.grids[scale], config.rope_range)):
+                coordinates[axis, rows, :count] = values.to(device)
+        scale_ids = torch.full(shape, scale + 1, device=device)
+        embeds = self.model.model.visual_embedding(features, scale_ids, num_scales[:, None].expand(shape))
+        return embeds, coordinates, occupied
+
+    def _mask(self, embeds: torch.Tensor) -> torch.Tensor | None:
+        """Slots of a scale see each other and every valid position before them."""
+        implementation = self.model.config._attn_implementation
+        if implementation == "flex_attention":
+            blocks = torch.full_like(self.valid, -1)
+            blocks[:, -embeds.shape[1] :] = 0
+            return create_causal_mask(
+                config=self.model.config.text_config,
+                inputs_embeds=embeds,
+                attention_mask=self.valid,
+                past_key_values=self.cache,
+                block_sequence_ids=blocks,
+            )
+        keep = self.valid[:, None, None, :].bool()
+        if bool(keep.all()):
+            return None
+        if implementation == "sdpa":
+            return keep.expand(-1, -1, embeds.shape[1], -1)
+        return torch.zeros_like(keep, dtype=embeds.dtype).masked_fill(~keep, torch.finfo(embeds.dtype).min)
+
+
+def _one_each(generator: Generators, count: int) -> list[torch.Generator | None]:
+    if not isinstance(generator, Sequence):
+        return [generator] * count
+    if len(generator) != count:
+        raise ValueError(f"{len(generator)} generators came with {count} pictures; give one for all, or one for each.")
+    return list(generator)
+
+
+def _join_left_padded(*parts: tuple[torch.Tensor, torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Batches (B, L) of different lengths as one, padded on the left."""
+    length = max(ids.shape[1] for ids, _ in parts)
+    joined, masks = [], []
+    for ids, mask in parts:
+        mask = torch.ones_like(ids) if mask is None else mask
+        missing = length - ids.shape[1]
+        joined.append(nn.functional.pad(ids, (missing, 0), value=0))
+        masks.append(nn.functional.pad(mask, (missing, 0), value=0))
+    return torch.cat(joined), torch.cat(masks)

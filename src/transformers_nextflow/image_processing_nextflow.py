@@ -1,0 +1,258 @@
+"""Pictures to pixel values and back, with PIL and numpy only: no torchvision is needed."""
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TypedDict
+
+import numpy as np
+from PIL import Image, ImageOps
+from transformers import BatchFeature
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import PILImageResampling, SizeDict, is_torch_tensor
+from transformers.processing_utils import Unpack
+
+from .scale_schedule import SQUARE_SIDES, ScaleSchedule, ScaleSchedules
+
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+class NextFlowImageProcessorKwargs(TypedDict, total=False):
+    r"""
+    level (`int`, *optional*):
+        Resolution (side of the square picture, in pixels) at which pictures are read; one of the model's levels.
+        Default: for each picture the level nearest in area.
+    """
+
+    # Not the library's `ImagesKwargs`: its `size` and `crop_size` would be taken and then ignored, since the schedules
+    # alone decide the sizes.
+    do_convert_rgb: bool | None
+    do_resize: bool | None
+    level: int | None
+    resample: int | PILImageResampling | None
+    do_rescale: bool | None
+    rescale_factor: float | None
+    do_normalize: bool | None
+    image_mean: list[float] | tuple[float, ...] | None
+    image_std: list[float] | tuple[float, ...] | None
+    input_data_format: str | None
+    return_tensors: str | None
+
+
+class NextFlowImageProcessorPil(PilBackend):
+    r"""Brings pictures to the sizes that the scale schedules draw, and to values in [-1, 1].
+
+    Each picture goes to the schedule whose aspect ratio is nearest: it is resized until it covers that size and the
+    rest is cut off evenly on both sides. What a file says of its orientation is obeyed, transparent pixels are put on
+    white, 16-bit values are brought to 8 bits.
+
+    Pictures are PIL images, paths, URLs, numpy arrays (height, width, channels; also channels first) or torch tensors
+    (channels, height, width; also channels last), of uint8, of uint16, or of floats in [0, 1].
+
+    Args:
+        scales, patch_size, levels: as in [`NextFlowVQConfig`].
+        do_convert_rgb: turn other kinds of picture into RGB; if False they are refused.
+        do_resize: resize and crop; if False a picture must have exactly a size that is drawn.
+    """
+
+    model_input_names = ["pixel_values", "image_grids"]
+    valid_kwargs = NextFlowImageProcessorKwargs
+
+    do_convert_rgb = True
+    do_resize = True
+    level = None
+    resample = PILImageResampling.BICUBIC
+    do_rescale = True
+    do_normalize = True
+    image_mean = (0.5, 0.5, 0.5)
+    image_std = (0.5, 0.5, 0.5)
+
+    def __init__(
+        self,
+        scales: Sequence[int] = SQUARE_SIDES,
+        patch_size: int = 16,
+        levels: Sequence[Sequence[int]] | None = None,
+        **kwargs: Unpack[NextFlowImageProcessorKwargs],
+    ):
+        super().__init__(**kwargs)
+        self.scales = list(scales)
+        self.patch_size = patch_size
+        self.levels = None if levels is None else [list(level) for level in levels]
+        self.scale_schedules  # raises for scales and levels that do not fit
+
+    @property
+    def scale_schedules(self) -> ScaleSchedules:
+        return _schedules(tuple(self.scales), self.patch_size, tuple(tuple(level) for level in self.levels or ()))
+
+    def schedule_for_grid(self, height: int, width: int) -> ScaleSchedule:
+        """The schedule of a picture whose final grid, a row of `image_grids`, is (height, width)."""
+        return self.scale_schedules.for_size(int(height) * self.patch_size, int(width) * self.patch_size)
+
+    def preprocess(self, images, **kwargs: Unpack[NextFlowImageProcessorKwargs]) -> BatchFeature:
+        """
+        Args:
+            images: one picture, a list of them, or a list per row of the batch.
+
+        Returns:
+            `pixel_values` (num_images, 3, height, width) float32 in [-1, 1], smaller pictures padded with 0 on the
+            right and at the bottom; `image_grids` (num_images, 2) int64, the final grid (height, width) of each.
+
+        Raises:
+            ValueError: for a picture that cannot be read, of an aspect ratio outside 1:4 to 4:1, or with values
+                outside its range; the message names it by its place in the list.
+        """
+        return super().preprocess(images, **kwargs)
+
+    def fetch_images(self, images):
+        """Open the paths and URLs among `images`; everything else passes through."""
+        # The library's own loader drops transparency, so files are opened here.
+        if isinstance(images, os.PathLike) or (isinstance(images, str) and os.path.isfile(images)):
+            try:
+                return Image.open(images)
+            except OSError as error:
+                raise ValueError(f"{os.fspath(images)} cannot be read as a picture: {error}") from error
+        return super().fetch_images(images)
+
+    def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs) -> np.ndarray:
+        """One picture of any kind as (3, height, width) uint8."""
+        if isinstance(image, Image.Image):
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "F":
+                image = Image.fromarray(_as_uint8(np.asarray(image)))
+            elif image.mode in SIXTEEN_BIT_MODES:
+                image = Image.fromarray(_as_uint8(_as_uint16(np.asarray(image))))
+        else:
+            channels_first = is_torch_tensor(image) if input_data_format is None else "first" in str(input_data_format)
+            if is_torch_tensor(image):
+                image = image.detach().cpu()
+                image = (image.float() if image.is_floating_point() else image).numpy()
+            image = _array_to_pil(image, channels_first, strict=input_data_format is not None)
+        if not do_convert_rgb and image.mode != "RGB":
+            raise ValueError(f"its mode is {image.mode!r}, not 'RGB'; leave do_convert_rgb on.")
+        return np.ascontiguousarray(np.moveaxis(np.asarray(_to_rgb(image)), -1, 0))
+
+    def postprocess(self, images, output_type: str = "pil") -> list:
+        """Turn (3, height, width) tensors in [-1, 1] into a list of pictures.
+
+        Args:
+            images: tensors of any float type, or one tensor (num_images, 3, height, width).
+            output_type: "pil", "np" (height, width, 3) float32 in [0, 1], or "pt" (3, height, width) float32 in [0, 1].
+
+        Raises:
+            ValueError: for another `output_type`.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}.")
+        tensors = [(image.detach().float() / 2 + 0.5).clamp(0, 1) for image in images]
+        if output_type == "pt":
+            return tensors
+        arrays = [tensor.permute(1, 2, 0).cpu().numpy() for tensor in tensors]
+        if output_type == "np":
+            return arrays
+        return [Image.fromarray((array * 255).round().astype(np.uint8)) for array in arrays]
+
+    def _prepare_image_like_inputs(self, images, *args, **kwargs) -> list[np.ndarray]:
+        arrays = []
+        for index, image in enumerate(self._prepare_images_structure(images)):
+            # PIL reads a file's pixels only now, so this is where a truncated file shows.
+            try:
+                arrays.append(self.process_image(image, *args, **kwargs))
+            except (OSError, SyntaxError, ValueError) as error:
+                name = f"{index} ({image.filename})" if getattr(image, "filename", "") else str(index)
+                raise ValueError(f"Picture {name} cannot be read: {error}") from error
+        return arrays
+
+    def _preprocess(
+        self, images, do_resize, level, resample, do_rescale, rescale_factor, do_normalize, image_mean, image_std,
+        return_tensors=None, **kwargs,
+    ) -> BatchFeature:  # fmt: skip
+        if not images:
+            raise ValueError("There is no picture in the list; pass images=None for text alone.")
+        schedules, processed, grids = self.scale_schedules, [], []
+        for index, image in enumerate(images):
+            try:
+                schedule = _schedule(schedules, *image.shape[-2:], do_resize, level)
+            except ValueError as error:
+                raise ValueError(f"Picture {index} cannot be used: {error} Crop or pad it first.") from error
+            image = self._cover(image, *schedule.image_size(self.patch_size), resample)
+            if do_rescale:
+                image = self.rescale(image, rescale_factor)
+            if do_normalize:
+                image = self.normalize(image, image_mean, image_std)
+            processed.append(image.astype(np.float32))
+            grids.append(schedule.final_grid)
+        data = {"pixel_values": np.stack(self.pad(processed)), "image_grids": np.array(grids, dtype=np.int64)}
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _cover(self, image: np.ndarray, height: int, width: int, resample: int) -> np.ndarray:
+        """Resize a (3, h, w) picture, aspect ratio kept, until it covers the size, and crop the centre."""
+        scale = max(height / image.shape[-2], width / image.shape[-1])
+        covering = (max(height, round(image.shape[-2] * scale)), max(width, round(image.shape[-1] * scale)))
+        if covering != image.shape[-2:]:
+            image = self.resize(image, SizeDict(height=covering[0], width=covering[1]), resample)
+        top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
+        return image[:, top : top + height, left : left + width]
+
+    def _validate_preprocess_kwargs(self, do_resize=None, **kwargs):
+        # The library asks for a `size` with `do_resize`; here the schedules hold the sizes.
+        super()._validate_preprocess_kwargs(**kwargs)
+
+
+@lru_cache(maxsize=64)
+def _schedules(sides: tuple[int, ...], patch_size: int, levels: tuple[tuple[int, int], ...]) -> ScaleSchedules:
+    # Kept, since it remembers all its sizes once it has looked for one.
+    return ScaleSchedules(sides=sides, patch_size=patch_size, levels=levels)
+
+
+def _schedule(schedules: ScaleSchedules, height: int, width: int, do_resize: bool, level: int | None) -> ScaleSchedule:
+    if do_resize:
+        height, width = schedules.nearest(height, width, level).image_size(schedules.patch_size)
+    # Several base ratios may end on one grid; `image_grids` names the grid alone, and `for_size` is what reads it.
+    return schedules.for_size(height, width)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _array_to_pil(array: np.ndarray, channels_first: bool, strict: bool) -> Image.Image:
+    """An array with 1, 2, 3 or 4 channels as a picture of 8 bits.
+
+    `channels_first` decides when both ends could be channels; if `strict` it decides always.
+    """
+    first, last = array.shape[0] in (1, 2, 3, 4), array.shape[-1] in (1, 2, 3, 4)
+    if not strict and first != last:
+        channels_first = first
+    if not (first if channels_first else last):
+        raise ValueError(f"an array of shape {array.shape} has no axis of 1 to 4 channels where it should be.")
+    array = np.moveaxis(array, 0, -1) if channels_first else array
+    array = array[..., 0] if array.shape[-1] == 1 else array
+    return Image.fromarray(np.ascontiguousarray(_as_uint8(array)))
+
+
+def _as_uint8(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.uint16:
+        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    is_float = np.issubdtype(array.dtype, np.floating)
+    highest = 1 if is_float or array.dtype == bool else 255
+    # `not all` rather than `any`: NaN is refused as well.
+    if not ((array >= 0) & (array <= highest)).all():
+        low, high = array.min(), array.max()
+        raise ValueError(
+            f"{array.dtype} values go from {low} to {high}; give {'floats in [0, 1]' if is_float else 'uint8'}."
+        )
+    return (np.rint(array * 255.0) if highest == 1 else array).astype(np.uint8)
+
+
+def _as_uint16(array: np.ndarray) -> np.ndarray:
+    # PIL holds 16-bit grey pictures as 32-bit integers in mode "I".
+    if array.min() < 0 or array.max() > 65535:
+        raise ValueError(f"its values go from {array.min()} to {array.max()}, beyond 16 bits.")
+    return array.astype(np.uint16)

@@ -1,0 +1,412 @@
+"""NextFlow's vision tokenizer: pixels to codes to pixels, with a dual codebook (paper, section 2.1; TokenFlow)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, PreTrainedModel, SiglipVisionConfig
+from transformers import initialization as init
+from transformers.models.siglip.modeling_siglip import SiglipEncoder
+from transformers.utils import ModelOutput
+
+from .configuration_nextflow import NextFlowVQConfig
+from .multiscale_quantizer import NextFlowVQQuantizer, SelfCorrection
+from .scale_schedule import Grid, ScaleSchedule
+
+
+@dataclass
+class NextFlowVQEncoderOutput(ModelOutput):
+    """Codes of a batch of pictures of one size.
+
+    Args:
+        image_tokens: (B, N) int64 codes, coarse to fine, each grid row-major: what a model reads.
+        image_labels: (B, N) int64 nearest codes: what it learns to write. Equal to `image_tokens` unless codes were
+            drawn for self-correction.
+    """
+
+    image_tokens: torch.LongTensor | None = None
+    image_labels: torch.LongTensor | None = None
+
+
+@dataclass
+class NextFlowVQOutput(ModelOutput):
+    """What a training step of the tokenizer needs.
+
+    Args:
+        reconstruction: (B, 3, H, W) in about [-1, 1].
+        semantic_features: (B, h, w, D) reproduction of the teacher's features.
+        image_tokens: (B, N) int64 codes; `None` without quantisation.
+        codebook_loss, commitment_loss: scalars, averaged over scales; zero without quantisation.
+    """
+
+    reconstruction: torch.FloatTensor | None = None
+    semantic_features: torch.FloatTensor | None = None
+    image_tokens: torch.LongTensor | None = None
+    codebook_loss: torch.FloatTensor | None = None
+    commitment_loss: torch.FloatTensor | None = None
+
+
+class NextFlowVQPreTrainedModel(PreTrainedModel):
+    config: NextFlowVQConfig
+    base_model_prefix = "vq_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["SiglipEncoderLayer", "Siglip2EncoderLayer", "ResidualConvolution", "ResidualMLP"]
+    # The paper quantises in float32 whatever the rest runs in.
+    _keep_in_fp32_modules_strict = ["quantizer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, NextFlowVQQuantizer):
+            for codebook in (module.semantic_codebook, module.pixel_codebook):
+                init.normal_(codebook.weight)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, nonlinearity="linear")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+
+class NextFlowVQModel(NextFlowVQPreTrainedModel):
+    """Two encoders, two codebooks with one index, two decoders.
+
+    >>> model = NextFlowVQModel.from_pretrained("checkpoints/nextflow-shapes", subfolder="vq_model")
+    >>> codes = model.encode(pixel_values).image_tokens
+    >>> pixels = model.decode(codes, model.schedule_of(pixel_values))
+    """
+
+    def __init__(self, config: NextFlowVQConfig):
+        super().__init__(config)
+        semantic_dim = config.semantic_config.hidden_size
+        self.semantic_encoder = AutoModel.from_config(config.semantic_config)
+        self.semantic_projection = nn.Sequential(
+            nn.Linear(semantic_dim, semantic_dim), nn.Tanh(), nn.Linear(semantic_dim, config.semantic_code_dim)
+        )
+        convolutional = config.pixel_encoder_type == "convolutional"
+        self.pixel_encoder = (ConvolutionalEncoder if convolutional else PatchEncoder)(config)
+        self.quantizer = NextFlowVQQuantizer(config)
+        self.pixel_decoder = (ConvolutionalDecoder if convolutional else PatchDecoder)(config)
+        self.semantic_decoder = SemanticDecoder(config)
+        self.post_init()
+
+    def schedule_of(self, pixel_values: torch.Tensor) -> ScaleSchedule:
+        """The schedule of pictures (B, 3, H, W). Raises `ValueError` for a size that no schedule draws."""
+        return self.config.scale_schedules.for_size(*pixel_values.shape[-2:])
+
+    def encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Continuous latents (B, C, h, w) in float32, the semantic channels first."""
+        _check_pixels(pixel_values)
+        grid = self.schedule_of(pixel_values).final_grid
+        pixel_values = pixel_values.to(self.dtype)
+        semantic = self.semantic_projection(self.encode_semantics(pixel_values, grid)).permute(0, 3, 1, 2)
+        halves = [semantic.float(), self.pixel_encoder(pixel_values).float()]
+        if not self.config.normalize_codes:
+            # Euclidean codes need latents of a fixed size, or the encoder escapes the codebook by growing.
+            halves = [F.rms_norm(half.permute(0, 2, 3, 1), half.shape[1:2]).permute(0, 3, 1, 2) for half in halves]
+        return torch.cat(halves, dim=1)
+
+    def encode_semantics(self, pixel_values: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Features (B, h, w, D) of the semantic encoder on the grid, whatever that encoder's own patch size."""
+        patch_size = self.config.semantic_config.patch_size
+        height, width = grid[0] * patch_size, grid[1] * patch_size
+        if pixel_values.shape[-2:] != (height, width):
+            pixel_values = F.interpolate(pixel_values, (height, width), mode="bicubic", align_corners=False)
+        if self.config.semantic_config.model_type.startswith("siglip2"):
+            # NaFlex reads a list of patches, each with its channels last, and the shape of the grid beside it.
+            patches = pixel_values.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)
+            patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+            shapes = torch.tensor([grid] * len(patches), device=patches.device)
+            mask = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
+            features = self.semantic_encoder(patches, pixel_attention_mask=mask, spatial_shapes=shapes)
+        else:
+            features = self.semantic_encoder(pixel_values, interpolate_pos_encoding=True)
+        # Encoders with a class token put it first.
+        return features.last_hidden_state[:, -grid[0] * grid[1] :].unflatten(1, grid)
+
+    def encode(
+        self,
+        pixel_values: torch.Tensor,
+        self_correction: SelfCorrection | None = None,
+        generator: torch.Generator | None = None,
+    ) -> NextFlowVQEncoderOutput:
+        """Codes of pictures of one size.
+
+        Args:
+            pixel_values: (B, 3, H, W) in [-1, 1]; H and W must be drawn by a schedule.
+            self_correction: draw part of the codes among the nearest ones; `image_labels` stay the nearest.
+            generator: source of the draws.
+
+        Raises:
+            ValueError: for another shape or size, or values that are not finite.
+        """
+        output = self.quantizer.encode(
+            self.encode_latents(pixel_values), self.schedule_of(pixel_values), self_correction, generator=generator
+        )
+        return NextFlowVQEncoderOutput(image_tokens=output.image_tokens, image_labels=output.image_labels)
+
+    def decode(self, image_tokens: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] from codes (B, n) of all scales, or of the first ones (a preview)."""
+        return self.decode_features(self.quantizer.decode(image_tokens, schedule)).clamp(-1, 1)
+
+    def decode_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W), not clamped, from a sum of code vectors (B, C, h, w)."""
+        return self.pixel_decoder(features[:, self.config.semantic_code_dim :].to(self.dtype)).float()
+
+    def decode_semantics(self, features: torch.Tensor) -> torch.Tensor:
+        """The teacher's features (B, h, w, D) from a sum of code vectors (B, C, h, w)."""
+        return self.semantic_decoder(features[:, : self.config.semantic_code_dim].to(self.dtype)).float()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        num_scales: torch.Tensor | None = None,
+        quantize: bool = True,
+        latent_noise: float = 0.0,
+    ) -> NextFlowVQOutput:
+        """Encode and decode pictures (B, 3, H, W) in [-1, 1] with gradients.
+
+        Args:
+            num_scales: (B,) decode from only the first so many scales of each picture (scale dropout).
+            quantize: `False` trains the branches as plain autoencoders, before there is a codebook.
+            latent_noise: standard deviation of what is added to the latents where they are not quantised.
+        """
+        schedule = self.schedule_of(pixel_values)
+        latents = self.encode_latents(pixel_values)
+        zero = latents.new_zeros(())
+        if quantize:
+            output = self.quantizer.encode(latents, schedule, num_scales=num_scales)
+            features, tokens = output.features, output.image_tokens
+            codebook_loss, commitment_loss = output.codebook_loss, output.commitment_loss
+        else:
+            features, tokens, codebook_loss, commitment_loss = latents, None, zero, zero
+            if num_scales is not None:
+                features = self.quantizer.truncate(latents, schedule, num_scales)
+            features = features + latent_noise * torch.randn_like(features)
+        return NextFlowVQOutput(
+            reconstruction=self.decode_features(features),
+            semantic_features=self.decode_semantics(features),
+            image_tokens=tokens,
+            codebook_loss=codebook_loss,
+            commitment_loss=commitment_loss,
+        )
+
+
+def codebook_statistics(image_tokens: torch.Tensor, schedule: ScaleSchedule, codebook_size: int) -> dict[str, float]:
+    """Share of the codebook in use and perplexity of the codes (B, N), over all scales and for each.
+
+    A scale that shows fewer codes than the codebook holds cannot use all of it: its usage is of the codebook too.
+    """
+
+    def statistics(codes: torch.Tensor) -> tuple[float, float]:
+        counts = torch.bincount(codes.flatten(), minlength=codebook_size).double()
+        shares = counts / counts.sum()
+        return float((counts > 0).double().mean()), float(torch.special.entr(shares).sum().exp())
+
+    usage, perplexity = statistics(image_tokens)
+    result = {"usage": usage, "perplexity": perplexity}
+    for scale, codes in enumerate(schedule.split(image_tokens), start=1):
+        result[f"usage_scale_{scale}"], result[f"perplexity_scale_{scale}"] = statistics(codes)
+    return result
+
+
+class SemanticDecoder(nn.Module):
+    """A ViT that reproduces the teacher's features; its positions are sinusoids, so that any grid will do."""
+
+    def __init__(self, config: NextFlowVQConfig):
+        super().__init__()
+        hidden = config.semantic_decoder_hidden_size
+        encoder_config = SiglipVisionConfig(
+            hidden_size=hidden,
+            intermediate_size=4 * hidden,
+            num_hidden_layers=config.semantic_decoder_depth,
+            num_attention_heads=config.semantic_decoder_heads,
+            attn_implementation="sdpa",
+        )
+        self.input_projection = nn.Linear(config.semantic_code_dim, hidden)
+        self.encoder = SiglipEncoder(encoder_config)
+        self.norm = nn.LayerNorm(hidden)
+        self.output_projection = nn.Sequential(
+            nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, config.semantic_target_dim)
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, semantic_code_dim, h, w) → (B, h, w, semantic_target_dim)."""
+        grid = features.shape[-2:]
+        hidden_states = self.input_projection(features.flatten(2).transpose(1, 2))
+        hidden_states = hidden_states + _grid_sinusoids(grid, hidden_states)
+        hidden_states = self.encoder(hidden_states).last_hidden_state
+        return self.output_projection(self.norm(hidden_states)).unflatten(1, grid)
+
+
+def _grid_sinusoids(grid: Grid, like: torch.Tensor) -> torch.Tensor:
+    """(1, h*w, D): half the channels tell the row, half the column, both relative to the grid's geometric mean."""
+    height, width = grid
+    quarter = like.shape[-1] // 4
+    frequencies = torch.pi * 2.0 ** torch.linspace(0, 6, quarter, device=like.device)
+    side = (height * width) ** 0.5
+    rows = ((torch.arange(height, device=like.device) + 0.5) / side)[:, None] * frequencies
+    columns = ((torch.arange(width, device=like.device) + 0.5) / side)[:, None] * frequencies
+    rows = torch.cat([rows.sin(), rows.cos()], -1)[:, None].expand(-1, width, -1)
+    columns = torch.cat([columns.sin(), columns.cos()], -1)[None].expand(height, -1, -1)
+    table = torch.cat([rows, columns], -1).flatten(0, 1)
+    return F.pad(table, (0, like.shape[-1] - table.shape[-1]))[None].to(like.dtype)
+
+
+class ResidualMLP(nn.Module):
+    """x + MLP(norm(x)) on (B, h, w, C): what a 1x1 convolution does, as a matrix product."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 2 * width)
+        self.contract = nn.Linear(2 * width, width)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + self.contract(F.gelu(self.expand(self.norm(hidden_states)), approximate="tanh"))
+
+
+class PatchEncoder(nn.Module):
+    """Patches through matrix products: each cell sees its own pixels alone. Fast on small machines."""
+
+    def __init__(self, config: NextFlowVQConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.input_projection = nn.Linear(3 * config.patch_size**2, config.pixel_channels)
+        self.blocks = nn.ModuleList(ResidualMLP(config.pixel_channels) for _ in range(config.pixel_num_res_blocks))
+        self.output_projection = nn.Linear(config.pixel_channels, config.pixel_code_dim)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) → (B, pixel_code_dim, h, w)."""
+        hidden_states = self.input_projection(F.pixel_unshuffle(pixel_values, self.patch_size).permute(0, 2, 3, 1))
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return self.output_projection(hidden_states).permute(0, 3, 1, 2)
+
+
+class PatchDecoder(nn.Module):
+    """The way back of `PatchEncoder`, with one 3x3 convolution that lets neighbours agree."""
+
+    def __init__(self, config: NextFlowVQConfig):
+        super().__init__()
+        width = config.pixel_decoder_channels
+        self.patch_size = config.patch_size
+        self.input_projection = nn.Conv2d(config.pixel_code_dim, width, 3, padding=1)
+        self.blocks = nn.ModuleList(ResidualMLP(width) for _ in range(config.pixel_decoder_num_res_blocks))
+        self.norm = nn.LayerNorm(width)
+        self.output_projection = nn.Linear(width, 3 * config.patch_size**2)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, pixel_code_dim, h, w) → (B, 3, H, W)."""
+        hidden_states = self.input_projection(features).permute(0, 2, 3, 1)
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        pixels = self.output_projection(self.norm(hidden_states)).permute(0, 3, 1, 2)
+        return F.pixel_shuffle(pixels, self.patch_size)
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(32, channels), channels, eps=1e-6)
+
+
+class ResidualConvolution(nn.Module):
+    """VQGAN's residual block: norm, SiLU, 3x3, twice."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__()
+        self.norm1 = _group_norm(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2 = _group_norm(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.shortcut = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        residual = self.shortcut(hidden_states)
+        hidden_states = self.conv1(F.silu(self.norm1(hidden_states)))
+        return residual + self.conv2(F.silu(self.norm2(hidden_states)))
+
+
+class GridAttention(nn.Module):
+    """VQGAN's one-headed self-attention over all cells."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = _group_norm(channels)
+        self.query, self.key, self.value, self.output = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        grid = hidden_states.shape[-2:]
+        normed = self.norm(hidden_states)
+        query, key, value = (
+            layer(normed).flatten(2).transpose(1, 2)[:, None] for layer in (self.query, self.key, self.value)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)[:, 0].transpose(1, 2).unflatten(2, grid)
+        return hidden_states + self.output(attended)
+
+
+class ConvolutionalEncoder(nn.Module):
+    """VQGAN's encoder; attention at the lowest resolution alone."""
+
+    def __init__(self, config: NextFlowVQConfig):
+        super().__init__()
+        widths = [config.pixel_channels * multiplier for multiplier in config.pixel_channel_multipliers]
+        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, padding=1)]
+        channels = widths[0]
+        for level, width in enumerate(widths):
+            lowest = level == len(widths) - 1
+            for _ in range(config.pixel_num_res_blocks):
+                layers += [ResidualConvolution(channels, width)] + [GridAttention(width)] * lowest
+                channels = width
+            if not lowest:
+                # Pads right and bottom by one, so that cells stay aligned with the pixels they stand for.
+                layers += [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2)]
+        layers += [ResidualConvolution(channels, channels), GridAttention(channels)]
+        layers += [ResidualConvolution(channels, channels), _group_norm(channels), nn.SiLU()]
+        layers += [nn.Conv2d(channels, config.pixel_latent_dim, 3, padding=1)]
+        self.layers = nn.Sequential(*layers)
+        self.output_projection = nn.Conv2d(config.pixel_latent_dim, config.pixel_code_dim, 1)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) → (B, pixel_code_dim, h, w)."""
+        return self.output_projection(self.layers(pixel_values))
+
+
+class ConvolutionalDecoder(nn.Module):
+    """VQGAN's decoder; the double capacity of the paper's last stage is twice its channels."""
+
+    def __init__(self, config: NextFlowVQConfig):
+        super().__init__()
+        widths = [config.pixel_decoder_channels * multiplier for multiplier in config.pixel_channel_multipliers][::-1]
+        channels = widths[0]
+        self.input_projection = nn.Conv2d(config.pixel_code_dim, config.pixel_latent_dim, 1)
+        layers: list[nn.Module] = [nn.Conv2d(config.pixel_latent_dim, channels, 3, padding=1)]
+        layers += [ResidualConvolution(channels, channels), GridAttention(channels)]
+        layers += [ResidualConvolution(channels, channels)]
+        for level, width in enumerate(widths):
+            for _ in range(config.pixel_decoder_num_res_blocks):
+                layers += [ResidualConvolution(channels, width)] + [GridAttention(width)] * (level == 0)
+                channels = width
+            if level < len(widths) - 1:
+                layers += [nn.Upsample(scale_factor=2.0, mode="nearest"), nn.Conv2d(channels, channels, 3, padding=1)]
+        layers += [_group_norm(channels), nn.SiLU(), nn.Conv2d(channels, 3, 3, padding=1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, pixel_code_dim, h, w) → (B, 3, H, W)."""
+        return self.layers(self.input_projection(features))
+
+
+def _check_pixels(pixel_values: torch.Tensor):
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+        raise ValueError(f"pixel_values must be (batch, 3, height, width), got {tuple(pixel_values.shape)}.")
+    if not torch.isfinite(pixel_values).all():
+        raise ValueError("pixel_values hold NaN or infinite values; look at the pictures they were made from.")

@@ -1,0 +1,239 @@
+"""Multi-scale residual quantisation with two codebooks that share one index (paper, section 2.1; TokenFlow, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .configuration_nextflow import NextFlowVQConfig
+from .scale_schedule import Grid, ScaleSchedule
+
+
+# Rows of the distance matrix held at once: 4,096 x 32,768 float32 are 512 MiB, the largest grid of the 1024 level.
+DISTANCE_ROWS = 4096
+# Rotary resampling tells apart so many places a side in a picture: one cycle of the lowest frequency, three of the highest.
+ROTARY_PLACES = 4
+
+
+@dataclass(frozen=True)
+class SelfCorrection:
+    """How inputs are drawn away from the nearest codes, so that a model learns to mend its own errors (paper, 3.1).
+
+    Args:
+        top_k: a code is drawn among this many nearest ones.
+        token_share: share of the tokens of each scale that are drawn; the others keep the nearest code.
+        temperature: of the softmax over negative distances from which the draw is made.
+    """
+
+    top_k: int = 10
+    token_share: float = 0.6
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        if self.top_k < 1 or not 0 <= self.token_share <= 1 or self.temperature <= 0:
+            raise ValueError(
+                f"SelfCorrection takes top_k >= 1, token_share in [0, 1] and temperature > 0, got top_k={self.top_k}, "
+                f"token_share={self.token_share}, temperature={self.temperature}."
+            )
+
+
+@dataclass
+class QuantizerOutput:
+    """Codes of a batch, (B, N) each, and what training needs of the way there.
+
+    `image_tokens` are the codes that were added up, `image_labels` the nearest ones; they differ under self-correction
+    alone. `features` (B, C, h, w) is the sum with straight-through gradient; the losses are scalars.
+    """
+
+    image_tokens: torch.Tensor
+    image_labels: torch.Tensor
+    features: torch.Tensor
+    codebook_loss: torch.Tensor
+    commitment_loss: torch.Tensor
+
+
+def resample(features: torch.Tensor, grid: Grid, mode: str) -> torch.Tensor:
+    """Bring (B, C, h, w) features to another grid; the same grid gives the same tensor.
+
+    `mode` is one of torch's ("area", "nearest", "bilinear", "bicubic") or "rotary", see `resample_rotary`.
+    """
+    if tuple(features.shape[-2:]) == tuple(grid):
+        return features
+    if mode == "rotary":
+        return resample_rotary(features, grid)
+    align = {"align_corners": False} if mode in ("bicubic", "bilinear") else {}
+    return F.interpolate(features, size=tuple(grid), mode=mode, **align)
+
+
+def resample_rotary(features: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Nearest-cell resampling that keeps in a coarse cell what lies where in it. Ours; the paper has no such thing.
+
+    A plain mean over cells forgets their order. Here each fine cell's vector is first rotated by its place in the
+    coarse cell, as rotary embeddings do with positions: the mean becomes a superposition from which each place can be
+    read again. Going up, the coarse vector is copied to its fine cells, and rotated back by their places.
+    """
+    height, width = features.shape[-2:]
+    down = grid[0] * grid[1] < height * width
+    fine, coarse = ((height, width), grid) if down else (grid, (height, width))
+    rows, row_offsets = _parents(fine[0], coarse[0], features.device)
+    columns, column_offsets = _parents(fine[1], coarse[1], features.device)
+    pair = torch.arange(features.shape[1] // 2, device=features.device)
+    row_frequency = (pair // ROTARY_PLACES) % ROTARY_PLACES
+    column_frequency = pair % ROTARY_PLACES
+    angles = row_frequency[:, None, None] * row_offsets[:, None] + column_frequency[:, None, None] * column_offsets
+    angles = 2 * torch.pi * angles
+    if down:
+        rotated = _rotate(features, angles)
+        row_mean = F.one_hot(rows, coarse[0]).T.to(features.dtype)
+        column_mean = F.one_hot(columns, coarse[1]).T.to(features.dtype)
+        row_mean, column_mean = (mean / mean.sum(1, keepdim=True) for mean in (row_mean, column_mean))
+        return row_mean @ rotated @ column_mean.T
+    return _rotate(features[:, :, rows][:, :, :, columns], -angles)
+
+
+def _parents(fine: int, coarse: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each of `fine` cells of a side the coarse cell it lies in, and its distance from that one's middle."""
+    middles = (torch.arange(fine, device=device) + 0.5) / fine
+    parents = (middles * coarse).long()
+    return parents, middles - (parents + 0.5) / coarse
+
+
+def _rotate(features: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Rotate pairs of channels of (B, C, h, w) by angles (C/2, h, w); an odd last channel stays."""
+    pairs = 2 * len(angles)
+    x, y = features[:, :pairs:2], features[:, 1:pairs:2]
+    cos, sin = angles.cos().to(features.dtype), angles.sin().to(features.dtype)
+    rotated = torch.stack([x * cos - y * sin, x * sin + y * cos], dim=2).flatten(1, 2)
+    return torch.cat([rotated, features[:, pairs:]], dim=1)
+
+
+class NextFlowVQQuantizer(nn.Module):
+    """Latents (B, C, h, w), the semantic channels first, to codes and back; always in float32."""
+
+    def __init__(self, config: NextFlowVQConfig):
+        super().__init__()
+        self.config = config
+        self.semantic_codebook = nn.Embedding(config.codebook_size, config.semantic_code_dim)
+        self.pixel_codebook = nn.Embedding(config.codebook_size, config.pixel_code_dim)
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """(V, C) vectors that codes stand for: both halves side by side, each of unit length if so configured."""
+        vectors = torch.cat([self.semantic_codebook.weight, self.pixel_codebook.weight], dim=-1).float()
+        return self.normalize(vectors) if self.config.normalize_codes else vectors
+
+    def normalize(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Bring both halves of (..., C) to unit length."""
+        halves = vectors.split([self.config.semantic_code_dim, self.config.pixel_code_dim], dim=-1)
+        return torch.cat([F.normalize(half, dim=-1) for half in halves], dim=-1)
+
+    def encode(
+        self,
+        latents: torch.Tensor,
+        schedule: ScaleSchedule,
+        self_correction: SelfCorrection | None = None,
+        num_scales: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> QuantizerOutput:
+        """Quantise latents (B, C, h, w) scale by scale, each time what the scales before left over.
+
+        Args:
+            latents: on the schedule's final grid.
+            self_correction: draw part of the codes among the nearest ones; the residual goes on from what was drawn.
+            num_scales: (B,) of each picture only so many scales are added up (training drops the others).
+            generator: source of the draws.
+        """
+        latents = latents.float()
+        codebook = self.codebook
+        residual, total = latents, torch.zeros_like(latents)
+        tokens, labels, codebook_loss, commitment_loss = [], [], 0.0, 0.0
+        for scale, grid in enumerate(schedule.grids):
+            target = resample(residual, grid, self.config.downsample).permute(0, 2, 3, 1)
+            compared = self.normalize(target) if self.config.normalize_codes else target
+            drawn, nearest = self._pick(compared.flatten(0, 2), codebook, self_correction, generator)
+            drawn, nearest = drawn.view(target.shape[:-1]), nearest.view(target.shape[:-1])
+            vectors = F.embedding(drawn, codebook)
+            codebook_loss = codebook_loss + F.mse_loss(vectors, compared.detach())
+            commitment_loss = commitment_loss + F.mse_loss(compared, vectors.detach())
+
+            # Straight through each scale on its own, so that a sum over the first scales has the gradient of the
+            # same sum without quantisation, and not that of the full latents.
+            contribution = (target + (vectors - target).detach()).permute(0, 3, 1, 2)
+            contribution = resample(contribution, schedule.final_grid, self.config.upsample)
+            residual = residual - contribution
+            if num_scales is not None:
+                contribution = contribution * (num_scales > scale).view(-1, 1, 1, 1)
+            total = total + contribution
+            tokens.append(drawn.flatten(1))
+            labels.append(nearest.flatten(1))
+        return QuantizerOutput(
+            image_tokens=torch.cat(tokens, dim=1),
+            image_labels=torch.cat(labels, dim=1),
+            features=total,
+            codebook_loss=codebook_loss / schedule.num_scales,
+            commitment_loss=commitment_loss / schedule.num_scales,
+        )
+
+    def truncate(self, latents: torch.Tensor, schedule: ScaleSchedule, num_scales: torch.Tensor) -> torch.Tensor:
+        """What remains of latents (B, C, h, w) if each picture keeps its first (B,) scales, without quantisation."""
+        residual, total = latents, torch.zeros_like(latents)
+        for scale, grid in enumerate(schedule.grids):
+            contribution = resample(residual, grid, self.config.downsample)
+            contribution = resample(contribution, schedule.final_grid, self.config.upsample)
+            residual = residual - contribution
+            total = total + contribution * (num_scales > scale).view(-1, 1, 1, 1)
+        return total
+
+    def lookup(self, image_tokens: torch.Tensor, schedule: ScaleSchedule) -> list[torch.Tensor]:
+        """Vectors (B, C, h_k, w_k) of each whole scale that the codes (B, n) cover.
+
+        Raises:
+            ValueError: if the codes do not fill whole scales or lie outside the codebook.
+        """
+        grids = schedule.split(image_tokens)
+        if image_tokens.numel() and not 0 <= int(image_tokens.min()) <= int(image_tokens.max()) < len(self.codebook):
+            raise ValueError(
+                f"Codes run from 0 to {len(self.codebook) - 1}, got {int(image_tokens.min())} to "
+                f"{int(image_tokens.max())}; are they from another tokenizer?"
+            )
+        codebook = self.codebook
+        return [F.embedding(codes, codebook).permute(0, 3, 1, 2) for codes in grids]
+
+    def decode(self, image_tokens: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
+        """The sum (B, C, h, w) on the final grid of the codes (B, n) of all scales, or of the first ones."""
+        vectors = self.lookup(image_tokens, schedule)
+        return sum(resample(vector, schedule.final_grid, self.config.upsample) for vector in vectors)
+
+    def _pick(
+        self,
+        vectors: torch.Tensor,
+        codebook: torch.Tensor,
+        self_correction: SelfCorrection | None,
+        generator: torch.Generator | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes (n,) drawn for vectors (n, C), and the nearest ones."""
+        k = min(self_correction.top_k, len(codebook)) if self_correction else 1
+        picks = [self.distances(chunk, codebook).topk(k, largest=False) for chunk in vectors.split(DISTANCE_ROWS)]
+        distances, candidates = (torch.cat(parts) for parts in zip(*picks))
+        nearest = candidates[:, 0]
+        if self_correction is None:
+            return nearest, nearest
+        probabilities = (-distances / self_correction.temperature).softmax(-1)
+        choice = torch.multinomial(probabilities, 1, generator=generator)
+        drawn = candidates.gather(1, choice).squeeze(1)
+        replaced = torch.rand(len(vectors), generator=generator, device=vectors.device) < self_correction.token_share
+        return torch.where(replaced, drawn, nearest), nearest
+
+    @torch.no_grad()
+    def distances(self, vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+        """Weighted sum (n, V) of the two squared distances; without the vectors' own norms, which no code changes."""
+        config = self.config
+        weights = codebook.new_tensor(
+            [config.semantic_distance_weight] * config.semantic_code_dim
+            + [config.pixel_distance_weight] * config.pixel_code_dim
+        )
+        weighted = codebook * weights
+        return torch.addmm((weighted * codebook).sum(-1), vectors, weighted.T, alpha=-2)

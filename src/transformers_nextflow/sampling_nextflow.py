@@ -1,0 +1,119 @@
+"""How the codes of a scale are drawn from logits: guidance, temperature, top-k, top-p; per scale where asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from numbers import Real
+
+import torch
+
+
+PerScale = Real | Sequence[Real]
+
+
+@dataclass(frozen=True)
+class ImageSampling:
+    """Settings of the scale loop. Numbers hold for all scales; sequences give one value a scale, coarse to fine.
+
+    Args:
+        guidance_scale: logits are `unconditional + guidance_scale * (conditional - unconditional)`; 1 is no guidance.
+        guidance_ramp: let the guidance grow linearly from 1 at the first scale to `guidance_scale` at the last guided
+            one, as TokenFlow does. Only with a number.
+        num_unguided_scales: the last scales that run without guidance, at half the cost.
+        temperature: 0 takes the likeliest code.
+        top_k: number of likeliest codes among which is drawn; `None` for all.
+        top_p: the likeliest codes whose probabilities sum up to it.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    guidance_scale: PerScale = 1.0
+    guidance_ramp: bool = False
+    num_unguided_scales: int = 0
+    temperature: PerScale = 1.0
+    top_k: PerScale | None = None
+    top_p: PerScale = 1.0
+
+    def __post_init__(self):
+        checks = (
+            ("guidance_scale", lambda v: v >= 0, "at least 0 (1 is no guidance)"),
+            ("temperature", lambda v: v >= 0, "at least 0 (0 takes the likeliest code)"),
+            ("top_k", lambda v: v is None or (v >= 1 and v == int(v)), "a whole number from 1, or None for all codes"),
+            ("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
+            ("num_unguided_scales", lambda v: v >= 0 and v == int(v), "a whole number from 0"),
+        )
+        for name, is_valid, remedy in checks:
+            values = getattr(self, name)
+            for value in values if _is_sequence(values) else [values]:
+                if not is_valid(value):
+                    raise ValueError(f"{name} must be {remedy}, got {value}.")
+        if self.guidance_ramp and _is_sequence(self.guidance_scale):
+            raise ValueError("guidance_ramp goes with a single guidance_scale; a sequence already says each scale's.")
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def value_at(self, name: str, scale: int, num_scales: int):
+        """The value of a setting at a scale, counted from 0. Raises `ValueError` for a sequence of another length."""
+        value = getattr(self, name)
+        if not _is_sequence(value):
+            return value
+        if len(value) != num_scales:
+            raise ValueError(f"{name} gives {len(value)} values, but the picture is drawn in {num_scales} scales.")
+        return value[scale]
+
+    def guidance_at(self, scale: int, num_scales: int) -> float:
+        """Guidance at a scale, counted from 0."""
+        guided = num_scales - self.num_unguided_scales
+        if scale >= guided:
+            return 1.0
+        guidance = float(self.value_at("guidance_scale", scale, num_scales))
+        if self.guidance_ramp:
+            guidance = 1 + (guidance - 1) * scale / max(guided - 1, 1)
+        return guidance
+
+    def is_guided(self, scale: int, num_scales: int) -> bool:
+        """Whether this scale or a later one needs the unconditional half of the batch."""
+        return any(self.guidance_at(later, num_scales) != 1 for later in range(scale, num_scales))
+
+
+def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:
+    """Classifier-free guidance on logits of one shape."""
+    return torch.lerp(unconditional, conditional, guidance)
+
+
+def truncate_logits(logits: torch.Tensor, top_k: int | None = None, top_p: float = 1.0) -> torch.Tensor:
+    """Logits (…, V) with all but the codes allowed by top-k, then top-p, at minus infinity."""
+    if top_k is not None and top_k < logits.shape[-1]:
+        threshold = logits.topk(int(top_k), dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(-1)
+        # A code stays if those before it do not yet reach top_p: the likeliest one always does.
+        removed = probabilities.cumsum(-1) - probabilities >= top_p
+        logits = logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
+    return logits
+
+
+def draw_codes(
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Codes (n,) drawn independently from logits (n, V), in float32."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = truncate_logits(logits.float() / temperature, top_k, top_p).softmax(-1)
+    if generator is not None and generator.device != probabilities.device:
+        # A CPU generator gives the same picture on every device, as diffusers' users expect.
+        probabilities = probabilities.to(generator.device)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1).to(logits.device)
+
+
+def _is_sequence(value) -> bool:
+    return isinstance(value, Sequence)

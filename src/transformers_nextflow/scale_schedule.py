@@ -1,0 +1,212 @@
+"""Scale schedules: which grids of codes a picture is drawn on, and where each grid lies in the sequence.
+
+Everything that touches a picture in the sequence (processor, teacher forcing, sampling, losses, packing) asks this file.
+It imports nothing else of the package.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+
+Grid = tuple[int, int]
+
+# Paper, appendix A.1, table 14. Every printed row is `round(n / 16 * base)` for the square sides n, so the side of the
+# square list at which a base grid is reached is 16, whatever list a model uses.
+SQUARE_SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)
+BASE_SIDE = 16
+BASE_GRIDS: tuple[Grid, ...] = (
+    (8, 32), (8, 31), (8, 30), (8, 29), (9, 28), (9, 26), (9, 27), (10, 25), (10, 24), (11, 23), (11, 22),
+    (11, 21), (12, 21), (12, 20), (13, 19), (13, 18), (14, 18), (14, 17), (15, 17), (15, 16), (16, 16), (16, 15),
+    (17, 15), (17, 14), (18, 14), (18, 13), (19, 13), (20, 12), (21, 12), (21, 11), (22, 11), (23, 11), (24, 10),
+    (25, 10), (26, 9), (27, 9), (28, 9), (29, 8), (30, 8), (31, 8), (32, 8),
+)  # fmt: skip
+MAX_ASPECT_RATIO = 4.0
+
+
+@dataclass(frozen=True)
+class ScaleSchedule:
+    """The grids (height, width) of one picture, coarse to fine; the first is always (1, 1).
+
+    `image_tokens` of a picture are (N,) with N = `num_tokens`: the grids' codes one after the other, each row-major.
+
+    In the sequence a picture takes `<boi>`, then `num_slots` slots, then `<eoi>` (paper, figure 5). `<boi>` predicts the
+    one code of the first grid; the slots of grid k read the codes of grid k-1 and predict those of grid k. With
+    `read_last_scale` one more grid of slots reads the codes of the last grid and predicts nothing.
+    """
+
+    grids: tuple[Grid, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "grids", tuple((int(height), int(width)) for height, width in self.grids))
+        if not self.grids or self.grids[0] != (1, 1):
+            raise ValueError(f"A scale schedule starts with the grid (1, 1), got {list(self.grids[:1])}.")
+        for (h0, w0), (h1, w1) in zip(self.grids, self.grids[1:]):
+            if h1 < h0 or w1 < w0:
+                raise ValueError(f"The grids of a scale schedule never shrink, got {(h0, w0)} before {(h1, w1)}.")
+
+    @property
+    def num_scales(self) -> int:
+        return len(self.grids)
+
+    @property
+    def final_grid(self) -> Grid:
+        return self.grids[-1]
+
+    @cached_property
+    def tokens_per_scale(self) -> tuple[int, ...]:
+        return tuple(height * width for height, width in self.grids)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.tokens_per_scale)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each grid starts in `image_tokens`; one entry more than there are grids."""
+        offsets = [0]
+        for count in self.tokens_per_scale:
+            offsets.append(offsets[-1] + count)
+        return tuple(offsets)
+
+    def slot_grids(self, read_last_scale: bool = False) -> tuple[Grid, ...]:
+        """The grids of the slots between `<boi>` and `<eoi>`, in order."""
+        return self.grids[1:] + ((self.final_grid,) if read_last_scale else ())
+
+    def num_slots(self, read_last_scale: bool = False) -> int:
+        return sum(height * width for height, width in self.slot_grids(read_last_scale))
+
+    def sequence_length(self, read_last_scale: bool = False) -> int:
+        """Positions that the picture takes in the sequence, `<boi>` and `<eoi>` included."""
+        return self.num_slots(read_last_scale) + 2
+
+    def image_size(self, patch_size: int) -> tuple[int, int]:
+        """Height and width in pixels: the grid rules, not the table's printed sizes."""
+        height, width = self.final_grid
+        return height * patch_size, width * patch_size
+
+    def split(self, image_tokens):
+        """Split (..., N) codes into one (..., h_k, w_k) tensor per scale; fewer whole scales than all are allowed."""
+        length = image_tokens.shape[-1]
+        if length not in self.offsets[1:]:
+            raise ValueError(f"{length} codes do not fill whole scales of {self.grids}; allowed: {self.offsets[1:]}.")
+        return [
+            image_tokens[..., start:stop].unflatten(-1, grid)
+            for start, stop, grid in zip(self.offsets, self.offsets[1:], self.grids)
+            if stop <= length
+        ]
+
+
+@dataclass(frozen=True)
+class ScaleSchedules:
+    """All schedules of a model: a list of square sides, cut at levels, stretched to 41 aspect ratios.
+
+    Args:
+        sides: sides of the square grids, coarse to fine.
+        patch_size: pixels per side of a cell of the last grid.
+        levels: for each resolution in pixels (the side of the square picture) the number of scales that draw it.
+            Default: one level, all sides.
+    """
+
+    sides: tuple[int, ...] = SQUARE_SIDES
+    patch_size: int = 16
+    levels: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "sides", tuple(int(side) for side in self.sides))
+        if not self.sides or self.sides[0] != 1 or list(self.sides) != sorted(self.sides):
+            raise ValueError(f"The sides of the square grids start at 1 and never shrink, got {list(self.sides)}.")
+        if self.patch_size < 1:
+            raise ValueError(f"patch_size must be at least 1, got {self.patch_size}.")
+        levels = self.levels or ((self.sides[-1] * self.patch_size, len(self.sides)),)
+        levels = tuple(sorted((int(resolution), int(count)) for resolution, count in levels))
+        for resolution, count in levels:
+            if not 1 <= count <= len(self.sides) or self.sides[count - 1] * self.patch_size != resolution:
+                allowed = sorted({side * self.patch_size for side in self.sides})
+                raise ValueError(
+                    f"Level {resolution} with {count} scales does not fit the sides {list(self.sides)} of "
+                    f"{self.patch_size}-pixel cells; these draw {allowed} pixels."
+                )
+        object.__setattr__(self, "levels", levels)
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        return tuple(resolution for resolution, _ in self.levels)
+
+    def build(self, base_grid: Grid = (BASE_SIDE, BASE_SIDE), level: int | None = None) -> ScaleSchedule:
+        """The schedule of a base grid (height, width at side 16; see `BASE_GRIDS`) at a level (default: the highest).
+
+        Raises:
+            ValueError: if there is no such base grid or level.
+        """
+        if tuple(base_grid) not in BASE_GRIDS:
+            raise ValueError(f"Base grid {tuple(base_grid)} is none of the {len(BASE_GRIDS)} aspect ratios.")
+        return _schedule(self.sides[: self._num_scales(level)], tuple(base_grid))
+
+    def for_size(self, height: int, width: int) -> ScaleSchedule:
+        """The schedule that draws exactly `height` x `width` pixels.
+
+        Raises:
+            ValueError: if no schedule does; the message names the nearest size that is drawn.
+        """
+        self._check_aspect_ratio(height, width)
+        schedule = self._by_size.get((height, width))
+        if schedule is None:
+            nearest = self.nearest(height, width).image_size(self.patch_size)
+            divisible = height % self.patch_size == 0 and width % self.patch_size == 0
+            reason = "is none of the sizes drawn" if divisible else f"is not a multiple of {self.patch_size}"
+            raise ValueError(f"Size {height}x{width} {reason}; the nearest that is: {nearest[0]}x{nearest[1]}.")
+        return schedule
+
+    def nearest(self, height: int, width: int, level: int | None = None) -> ScaleSchedule:
+        """The schedule whose aspect ratio is nearest to `height`:`width`, at a level (default: nearest in area).
+
+        Raises:
+            ValueError: for a ratio outside 1:4 to 4:1, or sides below 1.
+        """
+        self._check_aspect_ratio(height, width)
+        if level is None:
+            level = min(self.resolutions, key=lambda r: abs(math.log(height * width) - 2 * math.log(r)))
+        ratio = math.log(height / width)
+        schedules = (self.build(grid, level) for grid in BASE_GRIDS)
+        return min(schedules, key=lambda s: abs(math.log(s.final_grid[0] / s.final_grid[1]) - ratio))
+
+    def all_sizes(self) -> list[tuple[int, int]]:
+        """Every (height, width) in pixels that can be drawn."""
+        return sorted(self._by_size)
+
+    @cached_property
+    def _by_size(self) -> dict[tuple[int, int], ScaleSchedule]:
+        # Ratios that end on the same grid at a coarse level differ in earlier scales; the squarest listed one wins.
+        order = sorted(BASE_GRIDS, key=lambda grid: abs(math.log(grid[0] / grid[1])), reverse=True)
+        schedules = (self.build(grid, level) for level in self.resolutions for grid in order)
+        return {schedule.image_size(self.patch_size): schedule for schedule in schedules}
+
+    def _num_scales(self, level: int | None) -> int:
+        counts = dict(self.levels)
+        level = self.resolutions[-1] if level is None else level
+        if level not in counts:
+            nearest = min(counts, key=lambda resolution: abs(resolution - level))
+            raise ValueError(f"Level {level} is none of {list(counts)}; the nearest is {nearest}.")
+        return counts[level]
+
+    def _check_aspect_ratio(self, height: int, width: int):
+        if height < 1 or width < 1:
+            raise ValueError(f"Height and width must be at least 1 pixel, got {height}x{width}.")
+        if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+            nearest = "1:4" if height < width else "4:1"
+            raise ValueError(
+                f"The aspect ratio of {height}x{width} (height:width) lies outside 1:4 to 4:1; the nearest is {nearest}."
+            )
+
+
+@lru_cache(maxsize=1024)
+def _schedule(sides: Sequence[int], base_grid: Grid) -> ScaleSchedule:
+    # The one formula of all schedules; Python's own rounding (half to even) is what the printed table follows.
+    def grid(side: int) -> Grid:
+        return tuple(max(1, round(side / BASE_SIDE * length)) for length in base_grid)
+
+    return ScaleSchedule(((1, 1),) + tuple(grid(side) for side in sides[1:]))

@@ -1,0 +1,15 @@
+"""Every test runs offline, on one thread, and without progress bars."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402  (the libraries read the environment when they are imported)
+import transformers  # noqa: E402
+
+
+torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()

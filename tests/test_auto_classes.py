@@ -1,0 +1,68 @@
+"""transformers' Auto classes in a fresh process after `import transformers_nextflow`, and its pipeline."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny import tiny_model, tiny_processor
+from transformers import pipeline
+
+import transformers_nextflow
+
+
+LOAD = """
+import sys
+import transformers, transformers_nextflow
+for name, folder in zip(sys.argv[1::2], sys.argv[2::2]):
+    print(type(getattr(transformers, name).from_pretrained(folder)).__name__)
+"""
+EXPECTED = [
+    ("AutoConfig", "", "NextFlowConfig"),
+    ("AutoModel", "", "NextFlowModel"),
+    ("AutoModelForImageTextToText", "", "NextFlowForConditionalGeneration"),
+    ("AutoModelForMultimodalLM", "", "NextFlowForConditionalGeneration"),
+    ("AutoProcessor", "", "NextFlowProcessor"),
+    ("AutoImageProcessor", "", "NextFlowImageProcessorPil"),
+    ("AutoConfig", "vq_model", "NextFlowVQConfig"),
+    ("AutoModel", "vq_model", "NextFlowVQModel"),
+]
+
+
+def test_auto_classes_load_a_checkpoint_in_a_fresh_process(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    model.vq_model.save_pretrained(tmp_path / "vq_model")
+
+    source = Path(transformers_nextflow.__file__).parents[1]
+    arguments = [text for name, folder, _ in EXPECTED for text in (name, str(tmp_path / folder))]
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(source)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [loaded for _, _, loaded in EXPECTED]
+
+
+@pytest.mark.parametrize("read_last_scale", [False, True])
+def test_pipeline_answers_a_question_about_a_picture(read_last_scale):
+    processor = tiny_processor(read_last_scale=read_last_scale)
+    model = tiny_model(read_last_scale=read_last_scale)
+    answer = pipeline("image-text-to-text", model=model, processor=processor, device="cpu")
+    question = [{"type": "image", "image": Image.new("RGB", (40, 20), "red")}, {"type": "text", "text": "how many?"}]
+    conversation = [{"role": "user", "content": question}]
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "min_new_tokens": 4}
+    (found,) = answer(text=conversation, generate_kwargs=options, return_full_text=False)
+
+    inputs = processor.apply_chat_template(
+        conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert inputs["image_grids"].tolist() == [[3, 6]]
+    written = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+    assert found["generated_text"] == processor.tokenizer.decode(written, skip_special_tokens=True)

@@ -1,0 +1,118 @@
+"""The benchmarks: what they draw and count is what they say, and results tell where they come from."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import backbone  # noqa: E402
+import loop_overhead  # noqa: E402
+import raster_vs_scale  # noqa: E402
+import result  # noqa: E402
+
+
+SIDES = (1, 2, 3, 4)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return backbone.load_model("random", SIDES, (4,))
+
+
+@torch.no_grad()
+def test_the_raster_loop_gives_the_logits_of_one_causal_pass(model):
+    prompt, seen = backbone.random_prompt(model.config, 5), []
+    codes = raster_vs_scale.draw_raster(model, prompt, 16, torch.Generator().manual_seed(1), seen.append)
+    language_model, visual = model.model.language_model, model.model.visual_embedding
+    read = visual.connector(visual.codes(codes[None, :-1]))
+    hidden_states = language_model(inputs_embeds=torch.cat([language_model.embed_tokens(prompt), read], 1))
+    expected = model.visual_head(hidden_states.last_hidden_state[0, -16:])
+    torch.testing.assert_close(torch.cat(seen), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_operations_are_those_that_torch_counts(model):
+    model.model.set_attn_implementation("eager")
+    prompt, drawn = backbone.random_prompt(model.config, 5), []
+    with FlopCounterMode(display=False) as by_scales:
+        raster_vs_scale.draw_scales(model, prompt, 4, callback=lambda *_: drawn.append(1))
+    with FlopCounterMode(display=False) as raster:
+        # The loop prepares no masks, and eager attention knows no causality without; the count is the same.
+        raster_vs_scale.draw_raster(model, prompt, 16)
+    model.model.set_attn_implementation("sdpa")
+    cost = raster_vs_scale.drawing_cost(model.config, 5, [4, 9, 16], itemsize=4)
+    assert (cost.passes, cost.operations) == (len(drawn), by_scales.get_total_flops())
+    cost = raster_vs_scale.drawing_cost(model.config, 5, [1] * 15, itemsize=4)
+    # One code more is brought through the connector than is read by the backbone.
+    connector = 2 * (model.config.vq_config.code_dim + 192) * 192
+    assert (cost.passes, cost.operations + connector) == (16, raster.get_total_flops())
+
+
+def test_a_checkpoint_keeps_its_weights_on_another_schedule(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    longer = backbone.load_model(str(tmp_path), (1, 2, 3, 4, 6, 8), (4, 8))
+    for name, weight in model.state_dict().items():
+        if name != "model.visual_embedding.scale.weight":
+            torch.testing.assert_close(longer.state_dict()[name], weight, atol=0, rtol=0)
+    assert len(raster_vs_scale.draw_scales(longer, backbone.random_prompt(longer.config, 5), 8)) == 130
+
+
+def test_the_stopwatch_counts_no_second_twice():
+    watch = loop_overhead.Stopwatch()
+    inner = watch.timed(lambda: sum(range(100_000)), "inner")
+    watch.timed(lambda: [inner(), inner()], "outer")()
+    assert set(watch.seconds) == {"inner", "outer"}
+    assert watch.seconds["inner"] > watch.seconds["outer"] > 0
+
+
+def test_the_parts_of_the_loop_that_are_timed_include_its_forward_passes(model):
+    seconds = loop_overhead.measure(model, 4, guided=True, repeats=1)
+    figures = loop_overhead.summary(seconds)
+    assert {"loop", "mask", "draw of codes", "guidance", loop_overhead.FORWARD} <= set(seconds)
+    assert 0 < figures["overhead"] < 1
+
+
+def test_the_benchmark_writes_speedup_cost_and_origin(tmp_path, monkeypatch, capsys):
+    arguments = [
+        "raster_vs_scale.py",
+        "--model",
+        "random",
+        "--grids",
+        "4",
+        "--repeats",
+        "1",
+        "--results",
+        str(tmp_path),
+    ]
+    monkeypatch.setattr(sys, "argv", arguments)
+    raster_vs_scale.main()
+    written = json.loads((tmp_path / "raster_vs_scale.json").read_text())
+    grid = written["grids"]["4x4"]
+    assert written["speedup"]["4x4"] == pytest.approx(
+        grid["raster"]["seconds"] / grid["by_scales"]["seconds"], abs=0.01
+    )
+    assert (grid["by_scales"]["passes"], grid["raster"]["passes"]) == (4, 16)
+    assert grid["bytes_ratio"] > 1 > grid["operations_ratio"]
+    assert written["command"].startswith("python raster_vs_scale.py --model random")
+    assert "4x4" in capsys.readouterr().out
+
+
+def test_a_result_says_command_commit_and_machine(tmp_path):
+    written = json.loads(result.write_result("name", {"speedup": 2.0}, folder=tmp_path / "new").read_text())
+    assert written["speedup"] == 2.0
+    assert set(written) == {"speedup", "command", "commit", "machine"}
+    assert written["machine"]["torch"] == torch.__version__ and written["machine"]["cores"] >= 1
+
+
+def test_a_commit_with_changed_files_is_dirty(monkeypatch):
+    answers = {"rev-parse": "abc", "status": " M src/x.py"}
+    monkeypatch.setattr(result, "_git", lambda command, *_: answers[command])
+    assert result.commit() == "abc-dirty"
+    answers["status"] = ""
+    assert result.commit() == "abc"
+    answers["rev-parse"] = None
+    assert result.commit() is None

@@ -1,0 +1,149 @@
+"""The command line: pictures and answers, and errors in one line."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_model, tiny_processor
+from typer.testing import CliRunner
+
+from transformers_nextflow import NextFlowPipeline
+from transformers_nextflow.cli import app
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def assert_refused(result, message):
+    assert result.exit_code == 2
+    assert message in result.stderr.splitlines()[-1] and result.stderr.splitlines()[-1].startswith("Error: ")
+    assert "Traceback" not in result.stderr
+
+
+def test_without_a_subcommand_it_shows_its_help():
+    assert all(name in run().output for name in ("generate", "describe", "evaluate"))
+
+
+def test_generate_writes_the_picture_that_the_pipeline_draws(checkpoint, tmp_path):
+    result = run("generate", "a red circle", "--model", checkpoint, "--output", "new/out.png", "--seed", 3)
+    assert result.exit_code == 0, result.output
+    assert "new/out.png" in result.stdout and "Drawn in" in result.stdout
+    pipe = NextFlowPipeline.from_pretrained(checkpoint)
+    [expected] = pipe("a red circle", generator=torch.Generator().manual_seed(3)).images
+    np.testing.assert_array_equal(np.asarray(Image.open("new/out.png")), np.asarray(expected))
+
+
+def test_generate_numbers_the_pictures_of_several_prompts(checkpoint, tmp_path):
+    options = ["--num-images", 2, "--guidance-scale", 2, "--negative-prompt", "one", "--height", 8, "--width", 32]
+    result = run("generate", "a red circle", "two blue squares", "--model", checkpoint, *options)
+    assert result.exit_code == 0, result.output
+    names = [f"nextflow-{i}.png" for i in range(4)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert Image.open(names[0]).size == (32, 8)
+    # The second picture of the first prompt has the next seed.
+    run("generate", "a red circle", "--model", checkpoint, "--seed", 1, *options[2:])
+    np.testing.assert_array_equal(np.asarray(Image.open("nextflow.png")), np.asarray(Image.open(names[1])))
+
+
+def test_generate_saves_a_preview_of_each_scale_and_enlarges_pixels(checkpoint, tmp_path):
+    result = run("generate", "a red circle", "--model", checkpoint, "--previews", "previews", "--scale", 3)
+    assert result.exit_code == 0, result.output
+    names = [f"nextflow-scale-{number}.png" for number in range(1, 5)]
+    assert sorted(path.name for path in (tmp_path / "previews").iterdir()) == names
+    picture = np.asarray(Image.open("nextflow.png"))
+    assert picture.shape == (48, 48, 3)
+    np.testing.assert_array_equal(picture, picture[::3, ::3].repeat(3, 0).repeat(3, 1))
+    np.testing.assert_array_equal(picture, np.asarray(Image.open(f"previews/{names[-1]}")))
+
+
+def test_generate_takes_a_dtype_and_a_device(checkpoint):
+    result = run("generate", "a red circle", "--model", checkpoint, "--dtype", "bfloat16", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([""], "Prompt 0 is empty"),
+        (["a", "--height", "16", "--width", "144"], "outside 1:4 to 4:1"),
+        (["a", "--height", "17"], "the nearest that is: 16x16"),
+        (["a", "--guidance-scale", "-1"], "guidance_scale must be at least 0"),
+        (["a", "--num-images", "0"], "num_images_per_prompt must be a whole number from 1"),
+        (["a", "--output", "picture.doc"], "picture.doc has no extension of a picture"),
+        (["a", "--output", "picture"], "picture has no extension of a picture"),
+        (["a", "--dtype", "int8"], "dtype must be one of"),
+        (["a", "--device", "nowhere"], "Device 'nowhere' cannot be used"),
+        (["a", "--model", "no/folder"], "No model can be loaded from no/folder"),
+    ],
+)
+def test_generate_tells_what_is_wrong_in_one_line(checkpoint, tmp_path, arguments, message):
+    assert_refused(run("generate", "--model", checkpoint, *arguments), message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_diffusers_it_says_what_to_install(checkpoint, monkeypatch):
+    monkeypatch.delitem(sys.modules, "transformers_nextflow.pipeline_nextflow")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    result = run("generate", "a", "--model", checkpoint)
+    assert_refused(result, "pip install transformers-nextflow[pipelines]")
+
+
+def test_the_script_draws_what_the_command_draws(checkpoint, tmp_path, monkeypatch):
+    script = Path(__file__).parents[1] / "pipelines" / "text_to_image.py"
+    options = ["a red circle", "--model", checkpoint, "--seed", "2", "--output", "script.png"]
+    monkeypatch.setattr(sys, "argv", [str(script), *options])
+    runpy.run_path(str(script), run_name="__main__")
+    run("generate", *options[:-1], "command.png")
+    np.testing.assert_array_equal(np.asarray(Image.open("script.png")), np.asarray(Image.open("command.png")))
+    assert len(list(tmp_path.glob("script-scale-*.png"))) == 4
+
+
+def test_describe_gives_the_answer_of_the_model(checkpoint):
+    Image.new("RGB", (16, 16), "red").save("red.png")
+    answers = [run("describe", "red.png", "--model", checkpoint, "--max-new-tokens", 6) for _ in range(2)]
+    assert answers[0].exit_code == 0, answers[0].output
+    assert answers[0].stdout == answers[1].stdout
+    asked = run("describe", "red.png", "--model", checkpoint, "--question", "how many circles are there?")
+    assert asked.exit_code == 0, asked.output
+
+
+def test_describe_refuses_what_is_no_picture(checkpoint, tmp_path):
+    assert_refused(run("describe", "none.png", "--model", checkpoint), "There is no picture file none.png")
+    (tmp_path / "text.png").write_text("no picture")
+    assert_refused(run("describe", "text.png", "--model", checkpoint), "text.png")
+
+
+def test_evaluate_prints_and_writes_the_scores(monkeypatch):
+    calls = []
+    module = ModuleType("shapes_evaluation")
+    module.evaluate_shapes = lambda checkpoint, **options: calls.append((checkpoint, options)) or {"overall": 0.5}
+    monkeypatch.setitem(sys.modules, "transformers_nextflow.evaluation.shapes_evaluation", module)
+    result = run("evaluate", "folder", "--suite", "shapes", "--limit", 2, "--seeds", 1, "--json", "out/scores.json")
+    assert result.exit_code == 0, result.output
+    assert calls == [("folder", {"limit": 2, "seeds": 1, "sheets": None})]
+    with open("out/scores.json") as file:
+        assert json.load(file) == json.loads(result.stdout) == {"overall": 0.5}
+
+
+def test_evaluate_knows_its_suites():
+    assert_refused(run("evaluate", "folder", "--suite", "photos"), "There is no suite 'photos'")

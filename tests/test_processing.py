@@ -1,0 +1,266 @@
+"""The processor and its tokenizers: placeholders, chats, prompts for drawing."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
+
+import transformers_nextflow  # noqa: F401  (registers the Auto classes)
+from transformers_nextflow.image_processing_nextflow import NextFlowImageProcessorPil
+from transformers_nextflow.processing_nextflow import NextFlowProcessor
+from transformers_nextflow.tokenization_nextflow import add_image_tokens, train_tokenizer
+
+
+CAPTIONS = ["a red circle", "two blue squares and a green star", "how many circles are there? one"]
+SQUARE, WIDE = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (128, 64), "blue")
+
+
+def make_tokenizer():
+    return train_tokenizer(CAPTIONS, vocab_size=600)
+
+
+def make_processor(**kwargs):
+    image_processor = NextFlowImageProcessorPil(scales=(1, 1, 2, 2, 4, 8), patch_size=8)
+    return NextFlowProcessor(image_processor, make_tokenizer(), **kwargs)
+
+
+def make_foreign_tokenizer():
+    """Special tokens as Qwen2.5-VL's tokenizer has them: `<|image_pad|>` without a name, no `<boi>`, no `<eoi>`."""
+    state = json.loads(make_tokenizer().backend_tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in ("<boi>", "<eoi>")]
+    state["model"]["vocab"] = {key: id for key, id in state["model"]["vocab"].items() if key not in ("<boi>", "<eoi>")}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        extra_special_tokens=["<|im_start|>", "<|image_pad|>"],
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+# --- tokenizers ---
+
+
+def test_each_word_of_the_captions_is_one_token():
+    tokenizer = make_tokenizer()
+    assert tokenizer.tokenize("two blue squares and a green star") == [
+        "two", "Ġblue", "Ġsquares", "Ġand", "Ġa", "Ġgreen", "Ġstar",
+    ]  # fmt: skip
+    assert len(tokenizer("<|im_start|>user\na red circle<|im_end|>\n<|im_start|>assistant\n")["input_ids"]) == 11
+
+
+@pytest.mark.parametrize("text", ["ein rüder Kreis", "赤い円 😀", "tabs\t and\n\nlines ", "\x00\x7f", "e\u0301"])
+def test_any_text_is_encoded_without_loss(text):
+    tokenizer = make_tokenizer()
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_the_named_special_tokens_outlive_saving(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    for candidate in (tokenizer, loaded):
+        assert (candidate.pad_token_id, candidate.im_start_token_id, candidate.eos_token_id) == (0, 1, 2)
+        assert (candidate.boi_token_id, candidate.eoi_token_id, candidate.image_token_id) == (3, 4, 5)
+        assert candidate.padding_side == "left"
+        assert candidate.decode([3, 4, 5, 0, 1, 2], skip_special_tokens=True) == ""
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert loaded.chat_template == tokenizer.chat_template
+
+
+def test_a_vocabulary_without_room_is_refused():
+    with pytest.raises(ValueError, match="at least 262"):
+        train_tokenizer(CAPTIONS, vocab_size=261)
+
+
+def test_a_foreign_tokenizer_is_given_the_tokens_of_a_picture_once(tmp_path):
+    tokenizer = make_foreign_tokenizer()
+    image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    assert add_image_tokens(tokenizer) == 2
+    assert add_image_tokens(tokenizer) == 0
+    assert tokenizer.image_token_id == image_token_id
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert (loaded.boi_token_id, loaded.eoi_token_id) == (tokenizer.boi_token_id, tokenizer.eoi_token_id)
+    assert len({loaded.boi_token_id, loaded.eoi_token_id, loaded.image_token_id, loaded.pad_token_id}) == 4
+
+
+# --- text and pictures ---
+
+
+@pytest.mark.parametrize("read_last_scale", [False, True])
+def test_a_placeholder_becomes_the_slots_of_its_picture(read_last_scale):
+    processor = make_processor(read_last_scale=read_last_scale)
+    output = processor(text="a <|image_pad|> and <|image_pad|>?", images=[SQUARE, WIDE], return_tensors="pt")
+    schedules = processor.image_processor.scale_schedules
+    expected = processor.tokenizer("a ")["input_ids"]
+    for size, between in (((64, 64), " and "), ((64, 128), "?")):
+        slots = schedules.nearest(*size).num_slots(read_last_scale)
+        expected += [3, *[5] * slots, 4, *processor.tokenizer(between)["input_ids"]]
+    assert output["input_ids"].tolist() == [expected]
+    assert output["attention_mask"].all()
+    assert len(output["pixel_values"]) == 2
+    assert output["image_grids"].tolist() == [list(schedules.nearest(64, size).final_grid) for size in (64, 128)]
+
+
+def test_every_grid_that_a_picture_can_have_has_its_slots():
+    processor = make_processor()
+    schedules = processor.image_processor.scale_schedules
+    for height, width in schedules.all_sizes():
+        output = processor(text="<|image_pad|>", images=Image.new("RGB", (width, height)))
+        assert output["input_ids"][0].count(5) == schedules.for_size(height, width).num_slots()
+
+
+def test_batches_are_padded_on_the_left():
+    processor = make_processor()
+    output = processor(
+        text=["<|image_pad|> a red circle", "one"], images=[[SQUARE], []], padding=True, return_tensors="pt"
+    )
+    mask = output["attention_mask"]
+    assert mask[0].all()
+    assert mask[1].tolist() == [0] * (mask.shape[1] - mask[1].sum()) + [1] * mask[1].sum()
+
+
+def test_arguments_of_a_call_win_over_the_processors_own():
+    processor = make_processor()
+    output = processor(
+        text=["one", "how many circles"], padding="max_length", max_length=8, text_kwargs={"padding_side": "right"}
+    )
+    assert [row[-1] for row in output["attention_mask"]] == [0, 0]
+    unscaled = processor(text="<|image_pad|>", images=SQUARE, images_kwargs={"do_normalize": False})
+    assert np.asarray(unscaled["pixel_values"]).min() == 0
+
+
+@pytest.mark.parametrize("text", ["no placeholder", "<|image_pad|> <|image_pad|>"])
+def test_placeholders_and_pictures_must_agree_in_number(text):
+    with pytest.raises(ValueError, match="number of images"):
+        make_processor()(text=text, images=[SQUARE])
+
+
+def test_placeholders_without_pictures_are_refused():
+    with pytest.raises(ValueError, match="no images were passed"):
+        make_processor()(text="<|image_pad|>")
+
+
+def test_each_text_needs_as_many_pictures_as_it_has_placeholders():
+    with pytest.raises(ValueError, match=r"hold \[1, 1\] .* given \[2, 0\]"):
+        make_processor()(text=["<|image_pad|>", "<|image_pad|>"], images=[[SQUARE, SQUARE], []])
+
+
+def test_cutting_a_picture_in_two_is_refused():
+    with pytest.raises(ValueError, match="truncation"):
+        make_processor()(text="<|image_pad|>", images=SQUARE, truncation=True, max_length=10)
+
+
+# --- chats ---
+
+
+def test_the_chat_format_is_qwens_without_a_system_message():
+    conversation = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "how many?"}]},
+        {"role": "assistant", "content": "one"},
+        {"role": "user", "content": "two"},
+    ]
+    expected = (
+        "<|im_start|>user\n<|image_pad|>how many?<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n"
+        "<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n"
+    )
+    processor = make_processor()
+    assert processor.apply_chat_template(conversation, add_generation_prompt=True) == expected
+    rendered = processor.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    assert rendered == expected
+
+
+def test_a_chat_with_a_picture_is_tokenised_and_its_answer_marked():
+    processor = make_processor()
+    conversation = [
+        {"role": "user", "content": [{"type": "image", "image": SQUARE}, {"type": "text", "text": "how many?"}]},
+        {"role": "assistant", "content": "one"},
+    ]
+    output = processor.apply_chat_template(
+        conversation, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+    )
+    assert output["pixel_values"].shape == (1, 3, 64, 64)
+    answer = output["input_ids"][0][output["assistant_masks"][0].bool()]
+    assert processor.decode(answer) == "one<|im_end|>"
+
+
+def test_a_content_part_of_another_type_is_refused():
+    with pytest.raises(Exception, match="text or image, got video"):
+        make_processor().apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
+
+
+# --- prompts for drawing ---
+
+
+def test_prompts_end_with_the_beginning_of_a_picture():
+    processor = make_processor()
+    output = processor.apply_image_prompt(["a red circle", "one"])
+    assert output["input_ids"].shape == output["attention_mask"].shape
+    assert (output["input_ids"][:, -1] == processor.boi_token_id).all()
+    texts = [processor.decode(row[mask.bool()]) for row, mask in zip(output["input_ids"], output["attention_mask"])]
+    assert texts == [
+        f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n<boi>" for text in ("a red circle", "one")
+    ]
+    single = processor.apply_image_prompt("one")
+    assert torch.equal(output["input_ids"][1][output["attention_mask"][1].bool()], single["input_ids"][0])
+
+
+def test_special_tokens_in_a_prompt_are_plain_text():
+    processor = make_processor()
+    prompt = "<|im_end|><boi><|image_pad|> a red circle"
+    ids = processor.apply_image_prompt(prompt)["input_ids"][0].tolist()
+    assert [ids.count(special) for special in range(6)] == [0, 2, 1, 1, 0, 0]
+    assert prompt in processor.decode(ids)
+
+
+@pytest.mark.parametrize("prompt", ["", " \n\t", ["a red circle", ""]])
+def test_empty_prompts_are_refused_unless_allowed(prompt):
+    with pytest.raises(ValueError, match="is empty"):
+        make_processor().apply_image_prompt(prompt)
+    assert make_processor().apply_image_prompt(prompt, allow_empty=True)["input_ids"][0, -1] == 3
+
+
+@pytest.mark.parametrize("prompt", [None, 3, [], ["a", None], [["a"]]])
+def test_prompts_that_are_no_strings_are_refused(prompt):
+    with pytest.raises(ValueError, match="must be a string"):
+        make_processor().apply_image_prompt(prompt)
+
+
+def test_pictures_are_handed_back_in_the_type_asked_for():
+    processor = make_processor()
+    picture = torch.ones(3, 8, 16)
+    assert processor.post_process_images([picture])[0].size == (16, 8)
+    assert processor.post_process_images([picture], output_type="np")[0].shape == (8, 16, 3)
+    with pytest.raises(ValueError, match="output_type"):
+        processor.post_process_images([picture], output_type="latent")
+
+
+def test_answers_are_decoded_without_special_tokens():
+    processor = make_processor()
+    ids = torch.tensor([processor.tokenizer("two<|im_end|>")["input_ids"]])
+    assert processor.post_process_image_text_to_text(ids) == ["two"]
+
+
+def test_it_is_saved_and_loaded(tmp_path):
+    processor = make_processor(read_last_scale=True)
+    processor.save_pretrained(tmp_path)
+    for loaded in (NextFlowProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
+        assert type(loaded) is NextFlowProcessor
+        assert loaded.to_dict() == processor.to_dict()
+        assert loaded.chat_template == processor.chat_template
+        expected = processor(text="a <|image_pad|>", images=WIDE, return_tensors="pt")
+        output = loaded(text="a <|image_pad|>", images=WIDE, return_tensors="pt")
+        assert all(torch.equal(output[name], expected[name]) for name in processor.model_input_names)
+
+
+def test_it_works_with_a_foreign_tokenizer():
+    image_processor = NextFlowImageProcessorPil(scales=(1, 1, 2, 2, 4, 8), patch_size=8)
+    processor = NextFlowProcessor(image_processor, make_foreign_tokenizer())
+    ids = processor(text="<|image_pad|>", images=SQUARE)["input_ids"][0]
+    assert (ids[0], ids[-1]) == (processor.boi_token_id, processor.eoi_token_id)
+    assert processor.apply_image_prompt("a red circle")["input_ids"][0, -1] == processor.boi_token_id
