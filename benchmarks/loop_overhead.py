@@ -3,7 +3,8 @@
     python benchmarks/loop_overhead.py
 
 Forward passes are those of the backbone, of the visual head and of the connector; all else counts as overhead, the
-draw from the soft-max included. The target is 5% at most. Writes `results/loop_overhead.json`.
+draw from the soft-max included. Seconds are medians over drawings; the target is 5% at most.
+Writes `results/loop_overhead.json`.
 """
 
 from __future__ import annotations

@@ -249,6 +249,25 @@ def test_callback_can_stop_the_drawing():
     assert all(torch.equal(*pair) for pair in zip(pictures, calls[-1].preview()))
 
 
+def test_given_first_scales_are_kept_and_the_others_drawn_after_them():
+    model = tiny_model()
+    inputs, schedules = prompts(model.config, mixed_prompts(model.config)), schedules_of(model.config, RATIOS)
+    greedy = ImageSampling(temperature=0)
+    drawn = draw(model, schedules, inputs, sampling=greedy)[0].image_tokens
+    # Other codes than the model's own, of as many scales in every row.
+    ends = [schedule.offsets[3] for schedule in schedules]
+    given = torch.full((3, max(ends)), -1)
+    for row, (codes, end) in enumerate(zip(drawn, ends)):
+        given[row, :end] = (codes[:end] + 1) % 32
+    changed, logits = draw(model, schedules, inputs, sampling=greedy, given_image_tokens=given)
+    expected = teacher_forced_logits(model, mixed_prompts(model.config), schedules, changed.image_tokens)
+    for row, end in enumerate(ends):
+        assert torch.equal(changed.image_tokens[row, :end], given[row, :end])
+        torch.testing.assert_close(torch.cat(logits[row]), expected[row], atol=2e-5, rtol=0)
+    same = draw(model, schedules, inputs, sampling=greedy, given_image_tokens=drawn[:, :1])[0].image_tokens
+    assert torch.equal(same, drawn)
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

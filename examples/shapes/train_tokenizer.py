@@ -9,6 +9,7 @@ place of a teacher's features.
 from __future__ import annotations
 
 import argparse
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from transformers_nextflow.trainers.vq_trainer import STAGES, NextFlowVQTrainer,
 
 WORLD = World()
 OBJECT_WEIGHT = 4.0  # cells with an object are few, and all that captions speak of
+READOUT_SCALE, READOUT_WEIGHT = 10.0, 0.5
 HELD_OUT_SEED = 1_000_000
 # A list of tokens for the whole picture (the background, then an object each), before it is laid out on grids.
 SCALES = (1, 1, 1, 1, 1, 2, 4, 4)
@@ -48,7 +50,7 @@ def tokenizer_config() -> NextFlowVQConfig:
         codebook_size=sum(KMEANS_SHARES),
         semantic_code_dim=64,
         pixel_code_dim=16,
-        pixel_distance_weight=0.25,
+        pixel_distance_weight=0.5,
         normalize_codes=False,
         downsample="rotary",
         upsample="rotary",
@@ -62,6 +64,23 @@ def tokenizer_config() -> NextFlowVQConfig:
         semantic_decoder_hidden_size=128,
         semantic_target_dim=len(WORLD.shapes) + len(WORLD.colors) + 2 + len(WORLD.backgrounds),
     )
+
+
+@lru_cache
+def fixed_directions(dim: int, count: int) -> torch.Tensor:
+    """(dim, count) orthonormal columns, always the same."""
+    return torch.linalg.qr(torch.randn(dim, count, generator=torch.Generator().manual_seed(0)))[0]
+
+
+def attribute_loss(logits: torch.Tensor, inputs: dict) -> torch.Tensor:
+    """Cross-entropy of the shapes, colours and backgrounds of cells from logits (B, h, w, classes of all three)."""
+    widths = [len(WORLD.shapes) + 1, len(WORLD.colors) + 1, len(WORLD.backgrounds)]
+    weights = 1 + (OBJECT_WEIGHT - 1) * (inputs["shapes"] > 0)
+    losses = (
+        F.cross_entropy(logit.movedim(-1, 1), inputs[name], reduction="none")
+        for logit, name in zip(logits.split(widths, dim=-1), ("shapes", "colors", "backgrounds"))
+    )
+    return (sum(losses) * weights).sum() / weights.sum()
 
 
 class ShapesPictures(Dataset):
@@ -90,14 +109,15 @@ class ShapesPictures(Dataset):
 
 class ShapesVQTrainer(NextFlowVQTrainer):
     def semantic_loss(self, output, inputs):
-        widths = [len(WORLD.shapes) + 1, len(WORLD.colors) + 1, len(WORLD.backgrounds)]
-        logits = output.semantic_features.split(widths, dim=-1)
-        weights = 1 + (OBJECT_WEIGHT - 1) * (inputs["shapes"] > 0)
-        losses = (
-            F.cross_entropy(logit.movedim(-1, 1), inputs[name], reduction="none")
-            for logit, name in zip(logits, ("shapes", "colors", "backgrounds"))
-        )
-        return (sum(losses) * weights).sum() / weights.sum()
+        """Cross-entropy of what each cell holds: after the decoder, and straight from the latents.
+
+        What a linear map cannot read from the codes a small transformer neither reads nor writes, so the latents learn
+        to say it along fixed directions.
+        """
+        semantic = output.latents[:, : self._core.config.semantic_code_dim].permute(0, 2, 3, 1)
+        directions = fixed_directions(semantic.shape[-1], output.semantic_features.shape[-1])
+        readout = READOUT_SCALE * F.normalize(semantic, dim=-1) @ directions
+        return attribute_loss(output.semantic_features, inputs) + READOUT_WEIGHT * attribute_loss(readout, inputs)
 
     def pixel_loss(self, output, inputs):
         weights = 1 + (OBJECT_WEIGHT - 1) * (inputs["shapes"] > 0)
@@ -109,7 +129,7 @@ class ShapesVQTrainer(NextFlowVQTrainer):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--steps", type=int, nargs=4, default=(100, 600, 500, 200), metavar=STAGES)
+    parser.add_argument("--steps", type=int, nargs=4, default=(100, 600, 450, 350), metavar=STAGES)
     parser.add_argument("--batch_size", type=int, default=64, help="pictures a step and process")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -13,9 +13,10 @@ from transformers.utils import ModelOutput
 
 from .sampling_nextflow import ImageSampling, draw_codes, guide
 from .scale_schedule import ScaleSchedule
-from .sequence_layout import grid_coordinates, layout_sequence
+from .sequence_layout import batch_slots, layout_sequence
 
 
+PICTURE_INPUTS = ("pixel_values", "image_tokens", "image_grids")
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -60,7 +61,13 @@ class NextFlowGenerationMixin(GenerationMixin):
         if "input_ids" in model_kwargs and model_kwargs["input_ids"].shape[1] > 0:
             inputs_tensor = model_kwargs["input_ids"]
         cache = model_kwargs.get("past_key_values")
-        if inputs_tensor.ndim != 2 or (cache is not None and cache.get_seq_length() > 0):
+        if inputs_tensor.ndim == 2 and cache is not None and inputs_tensor.shape[1] <= cache.get_seq_length():
+            # Pictures take fewer positions than slots, and the cache does not tell how many it holds.
+            raise ValueError(
+                f"{inputs_tensor.shape[1]} tokens came with a cache of {cache.get_seq_length()}; give generate the "
+                "whole sequence, what is in the cache included."
+            )
+        if inputs_tensor.ndim != 2:
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs).expand(3, -1, -1)
         schedules = self.model.schedules_of(model_kwargs.get("image_grids"))
         mask = model_kwargs.get("attention_mask")
@@ -68,18 +75,23 @@ class NextFlowGenerationMixin(GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration:
-            # Pictures are in the cache already.
-            for name in ("pixel_values", "image_tokens", "image_grids"):
-                inputs.pop(name, None)
+        # Pictures that are in the cache already are not read again; an earlier answer's cache may hold some of them.
+        pictures = {name: inputs.pop(name, None) for name in PICTURE_INPUTS}
+        if is_first_iteration and pictures["image_grids"] is not None:
+            cache = inputs.get("past_key_values")
+            cached = cache.get_seq_length() if cache is not None else 0
+            fresh = (input_ids == self.config.eoi_token_id).nonzero()[:, 1] >= cached
+            if bool(fresh.any()):
+                inputs |= {name: value[fresh] for name, value in pictures.items() if value is not None}
         return inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
         # Pictures are listed row by row of the batch: their rows repeat with the rows that hold them.
-        pictures = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_tokens", "image_grids")}
+        pictures = {name: kwargs.pop(name, None) for name in PICTURE_INPUTS}
         if expand_size > 1 and input_ids is not None and pictures["image_grids"] is not None:
             counts = (input_ids == self.config.eoi_token_id).sum(1).tolist()
-            order = [i for group in torch.arange(sum(counts)).split(counts) for _ in range(expand_size) for i in group]
+            groups = torch.arange(sum(counts)).split(counts)
+            order = torch.cat([group for group in groups for _ in range(expand_size)])
             pictures = {name: value if value is None else value[order] for name, value in pictures.items()}
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return input_ids, kwargs | {name: value for name, value in pictures.items() if value is not None}
@@ -133,9 +145,8 @@ class NextFlowGenerationMixin(GenerationMixin):
         """
         sampling = sampling or self.default_image_sampling
         schedules = [self.config.vq_config.scale_schedules.for_size(height, width) for height, width in image_sizes]
-        depth = max(schedule.num_scales for schedule in schedules)
         generators = _one_each(generator, len(schedules))
-        guided = sampling.is_guided(0, depth)
+        guided = any(sampling.is_guided(0, schedule.num_scales) for schedule in schedules)
         self._check_prompts(input_ids, schedules, guided, negative_input_ids)
 
         if image_tokens is None and pixel_values is not None:
@@ -149,22 +160,21 @@ class NextFlowGenerationMixin(GenerationMixin):
         hidden_states = loop.prefill(input_ids, attention_mask, image_tokens, image_grids)
 
         codes: list[torch.Tensor] = [input_ids.new_zeros(0)] * len(schedules)
-        for scale in range(depth):
+        for scale in range(max(schedule.num_scales for schedule in schedules)):
             if scale > 0:
                 hidden_states = loop.step(scale, codes)
             logits = self.visual_head(hidden_states)
             if loop.guided:
-                guidance = sampling.guidance_at(scale, depth)
-                logits = guide(*logits.chunk(2), guidance)
-                if not sampling.is_guided(scale + 1, depth):
+                logits = guide(*logits.chunk(2), logits.new_tensor(loop.guidance(sampling, scale))[:, None, None])
+                if not any(sampling.is_guided(scale + 1, schedule.num_scales) for schedule in schedules):
                     loop.drop_unconditional()
-            options = {name: sampling.value_at(name, scale, depth) for name in ("temperature", "top_k", "top_p")}
             for row, (schedule, source) in enumerate(zip(schedules, generators)):
                 if scale < schedule.num_scales:
                     span = slice(*schedule.offsets[scale : scale + 2])
                     if given_image_tokens is not None and span.stop <= given_image_tokens.shape[1]:
                         drawn = given_image_tokens[row, span]
                     else:
+                        options = sampling.drawing_at(scale, schedule.num_scales)
                         drawn = draw_codes(logits[row, : span.stop - span.start], **options, generator=source)
                     codes[row] = torch.cat([codes[row], drawn])
             if callback is not None and callback(self, scale, ScaleState(self, schedules, codes, logits)) is False:
@@ -208,17 +218,20 @@ class _ScaleLoop:
     def __init__(self, model: NextFlowGenerationMixin, schedules: list[ScaleSchedule], guided: bool):
         self.model, self.schedules, self.guided = model, schedules, guided
         self.cache = DynamicCache(config=model.config.text_config)
+        self.rows = {schedule: [row for row, s in enumerate(schedules) if s == schedule] for schedule in set(schedules)}
 
     def prefill(self, input_ids, attention_mask, image_tokens, image_grids) -> torch.Tensor:
         """Read the prompts; returns the hidden states (R, 1, D) of `<boi>`, which predict the first scale."""
         self.valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self.padded = len(self.rows) > 1 or not bool(self.valid.all())
+        self.num_scales = torch.tensor([[s.num_scales] for s in self.schedules], device=input_ids.device)
         schedules = self.model.model.schedules_of(image_grids)
         layout = layout_sequence(input_ids, self.valid, schedules, self.model.config)
-        self.start = layout.position_ids[0, :, -1]
+        self.start = layout.position_ids[0, :, -1:]
         outputs = self.model.model(
             input_ids=input_ids,
             # A mask of ones only keeps the kernels from their fast path.
-            attention_mask=None if bool(self.valid.all()) else self.valid,
+            attention_mask=self.valid if self.padded else None,
             position_ids=layout.position_ids,
             past_key_values=self.cache,
             image_tokens=image_tokens,
@@ -230,20 +243,26 @@ class _ScaleLoop:
 
     def step(self, scale: int, codes: list[torch.Tensor]) -> torch.Tensor:
         """Read the codes so far into the slots of a scale (from 0); returns their hidden states (R, n, D)."""
-        embeds, coordinates, occupied = self._slots(scale, codes)
+        embeds = self._embed(scale, codes)
+        coordinates, occupied = batch_slots(tuple(self.schedules), scale, self.model.config.rope_range)
+        coordinates, occupied = coordinates.to(embeds.device), occupied.to(embeds.device)
         if self.guided:
             embeds, coordinates, occupied = embeds.repeat(2, 1, 1), coordinates.repeat(1, 2, 1), occupied.repeat(2, 1)
-        time = (self.start + scale)[:, None].expand(occupied.shape)
-        self.valid = torch.cat([self.valid, occupied.to(self.valid.dtype)], dim=1)
+        self.valid = torch.cat([self.valid, occupied], dim=1)
         outputs = self.model.model.language_model(
             inputs_embeds=embeds,
             attention_mask={"full_attention": self._mask(embeds)},
-            position_ids=torch.cat([time[None], coordinates]),
+            position_ids=torch.cat([(self.start + scale).expand(occupied.shape)[None], coordinates]),
             past_key_values=self.cache,
             use_cache=True,
             is_causal=False,
         )
         return outputs.last_hidden_state
+
+    def guidance(self, sampling: ImageSampling, scale: int) -> list[float]:
+        """Guidance of each picture at a scale: it follows the picture's own number of scales, not its neighbours'."""
+        counts = [schedule.num_scales for schedule in self.schedules]
+        return [sampling.guidance_at(scale, count) if scale < count else 1.0 for count in counts]
 
     def drop_unconditional(self):
         """Go on without the negative half: the scales that are left are not guided."""
@@ -251,27 +270,16 @@ class _ScaleLoop:
         self.cache.batch_select_indices(rows)
         self.valid, self.start, self.guided = self.valid[rows], self.start[rows], False
 
-    def _slots(self, scale: int, codes: list[torch.Tensor]):
-        """Embeddings (B, n, D), row and column coordinates (2, B, n) and occupied slots (B, n) of a scale."""
-        device, config = self.valid.device, self.model.config
-        counts = [s.tokens_per_scale[scale] if scale < s.num_scales else 0 for s in self.schedules]
-        shape = (len(codes), max(counts))
-        occupied = torch.arange(shape[1], device=device) < torch.tensor(counts, device=device)[:, None]
-        features = torch.zeros(*shape, config.vq_config.code_dim, device=device)
-        coordinates = torch.zeros(2, *shape, device=device)
-        num_scales = torch.tensor([s.num_scales for s in self.schedules], device=device)
-        for schedule in set(self.schedules):
-            if scale >= schedule.num_scales:
-                continue
-            rows = [row for row, other in enumerate(self.schedules) if other == schedule]
+    def _embed(self, scale: int, codes: list[torch.Tensor]) -> torch.Tensor:
+        """Embeddings (B, n, D) of the slots of a scale; pictures with smaller grids, or done, have empty ones."""
+        embedding, device = self.model.model.visual_embedding, self.valid.device
+        drawing = {schedule: rows for schedule, rows in self.rows.items() if scale < schedule.num_scales}
+        longest = max(schedule.tokens_per_scale[scale] for schedule in drawing)
+        features = torch.zeros(len(codes), longest, self.model.config.vq_config.code_dim, device=device)
+        for schedule, rows in drawing.items():
             tokens = torch.stack([codes[row] for row in rows])
-            count = schedule.tokens_per_scale[scale]
-            features[rows, :count] = self.model.model.visual_embedding.slot_features(tokens, schedule, scale + 1)
-            for axis, values in enumerate(grid_coordinates(schedule.grids[scale], config.rope_range)):
-                coordinates[axis, rows, :count] = values.to(device)
-        scale_ids = torch.full(shape, scale + 1, device=device)
-        embeds = self.model.model.visual_embedding(features, scale_ids, num_scales[:, None].expand(shape))
-        return embeds, coordinates, occupied
+            features[rows, : schedule.tokens_per_scale[scale]] = embedding.slot_features(tokens, schedule, scale + 1)
+        return embedding(features, torch.tensor(scale + 1, device=device), self.num_scales)
 
     def _mask(self, embeds: torch.Tensor) -> torch.Tensor | None:
         """Slots of a scale see each other and every valid position before them."""
@@ -286,9 +294,9 @@ class _ScaleLoop:
                 past_key_values=self.cache,
                 block_sequence_ids=blocks,
             )
-        keep = self.valid[:, None, None, :].bool()
-        if bool(keep.all()):
+        if not self.padded:
             return None
+        keep = self.valid[:, None, None, :].bool()
         if implementation == "sdpa":
             return keep.expand(-1, -1, embeds.shape[1], -1)
         return torch.zeros_like(keep, dtype=embeds.dtype).masked_fill(~keep, torch.finfo(embeds.dtype).min)

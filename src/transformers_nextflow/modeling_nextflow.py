@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from .configuration_nextflow import NextFlowConfig
 from .generation_nextflow import NextFlowGenerationMixin
 from .loss_nextflow import loss_targets, nextflow_loss
-from .modeling_nextflow_vq import NextFlowVQModel
+from .modeling_nextflow_vq import NextFlowVQModel, StrictLoadingMixin
 from .multiscale_quantizer import resample
 from .scale_schedule import ScaleSchedule
 from .sequence_layout import SequenceLayout, layout_sequence
@@ -91,7 +91,7 @@ class NextFlowVisualEmbedding(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], -1) * self.config.initializer_range
 
 
-class NextFlowPreTrainedModel(PreTrainedModel):
+class NextFlowPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     config: NextFlowConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
@@ -103,6 +103,13 @@ class NextFlowPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # FlashAttention would silently drop the block mask of the scales.
     _supports_flash_attn = False
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        # Loading makes new parameters, which all ask for gradients.
+        model.vq_model.requires_grad_(False)
+        return (model, info) if output_loading_info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -174,13 +181,21 @@ class NextFlowModel(NextFlowPreTrainedModel):
 
         `scale_ids` (S,) are the slots' scales in the same order.
         """
+        if image_tokens is None:
+            raise ValueError(f"{len(schedules)} image_grids came without image_tokens or pixel_values; give one.")
         if len(image_tokens) != len(schedules):
             raise ValueError(f"{len(image_tokens)} rows of image_tokens came with {len(schedules)} image_grids.")
         read_last = self.config.read_last_scale
         features: list[torch.Tensor | None] = [None] * len(schedules)
         for schedule in set(schedules):
             chosen = [i for i, other in enumerate(schedules) if other == schedule]
-            tokens = image_tokens[chosen, : schedule.num_tokens if read_last else schedule.offsets[-2]]
+            count = schedule.num_tokens if read_last else schedule.offsets[-2]
+            tokens = image_tokens[chosen, :count]
+            if tokens.shape[1] < count:
+                raise ValueError(
+                    f"image_tokens hold {tokens.shape[1]} codes a picture, but the slots of a final grid "
+                    f"{schedule.final_grid} read {count}; are they a preview, or from another size?"
+                )
             self._check_codes(tokens)
             scales = range(2, 2 + len(schedule.slot_grids(read_last)))
             grids = [self.visual_embedding.slot_features(tokens, schedule, scale) for scale in scales]
@@ -237,8 +252,10 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 inputs_embeds = inputs_embeds.masked_scatter(layout.slot_mask[..., None], embeds.to(inputs_embeds.dtype))
                 block_ids = layout.block_ids
             if position_ids is None:
-                past = past_key_values.get_seq_length() if past_key_values is not None else 0
-                position_ids = layout.position_ids + past
+                if past_key_values is not None and past_key_values.get_seq_length() > 0:
+                    # Pictures take fewer positions than slots, so the cache's length does not tell where to go on.
+                    raise ValueError("A pass on a cache needs position_ids; see layout_sequence, or call generate.")
+                position_ids = layout.position_ids
         if block_ids is not None and not isinstance(attention_mask, dict):
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             attention_mask = {
@@ -264,7 +281,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
     """Text and pictures in, text and pictures out.
 
     The head is one soft-max over text and codes. Its weight is kept in two matrices, `lm_head` (text, tied to the input
-    embeddings where the backbone's are) and `visual_head` (codes), so that drawing computes only the second one.
+    embeddings by `tie_word_embeddings`) and `visual_head` (codes), so that drawing computes only the second one.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -344,6 +361,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             if input_ids is None:
                 raise ValueError("The loss needs input_ids: they say where pictures lie.")
             layout = layout_sequence(input_ids, attention_mask, schedules, self.config)
+            use_cache = bool(use_cache)  # a loss needs no cache unless it is asked for
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -36,18 +36,34 @@ class NextFlowVQOutput(ModelOutput):
     Args:
         reconstruction: (B, 3, H, W) in about [-1, 1].
         semantic_features: (B, h, w, D) reproduction of the teacher's features.
+        latents: (B, C, h, w) before quantisation, the semantic channels first.
         image_tokens: (B, N) int64 codes; `None` without quantisation.
         codebook_loss, commitment_loss: scalars, averaged over scales; zero without quantisation.
     """
 
     reconstruction: torch.FloatTensor | None = None
     semantic_features: torch.FloatTensor | None = None
+    latents: torch.FloatTensor | None = None
     image_tokens: torch.LongTensor | None = None
     codebook_loss: torch.FloatTensor | None = None
     commitment_loss: torch.FloatTensor | None = None
 
 
-class NextFlowVQPreTrainedModel(PreTrainedModel):
+class StrictLoadingMixin:
+    """A checkpoint that lacks tensors is an error; transformers fills them at random and warns."""
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers. Raises `ValueError` naming the tensors that a checkpoint lacks."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            raise ValueError(
+                f"The checkpoint lacks {sorted(info['missing_keys'])}; is it complete, and does its config fit?"
+            )
+        return (model, info) if output_loading_info else model
+
+
+class NextFlowVQPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     config: NextFlowVQConfig
     base_model_prefix = "vq_model"
     main_input_name = "pixel_values"
@@ -195,6 +211,7 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         return NextFlowVQOutput(
             reconstruction=self.decode_features(features),
             semantic_features=self.decode_semantics(features),
+            latents=latents,
             image_tokens=tokens,
             codebook_loss=codebook_loss,
             commitment_loss=commitment_loss,

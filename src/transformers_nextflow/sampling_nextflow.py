@@ -64,6 +64,10 @@ class ImageSampling:
             raise ValueError(f"{name} gives {len(value)} values, but the picture is drawn in {num_scales} scales.")
         return value[scale]
 
+    def drawing_at(self, scale: int, num_scales: int) -> dict:
+        """Temperature, top-k and top-p at a scale, as `draw_codes` takes them."""
+        return {name: self.value_at(name, scale, num_scales) for name in ("temperature", "top_k", "top_p")}
+
     def guidance_at(self, scale: int, num_scales: int) -> float:
         """Guidance at a scale, counted from 0."""
         guided = num_scales - self.num_unguided_scales
@@ -105,14 +109,18 @@ def draw_codes(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Codes (n,) drawn independently from logits (n, V), in float32."""
+    """Codes (n,) drawn independently from logits (n, V), in float32.
+
+    A CPU generator gives the same numbers on every device, as diffusers' users expect.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = truncate_logits(logits.float() / temperature, top_k, top_p).softmax(-1)
-    if generator is not None and generator.device != probabilities.device:
-        # A CPU generator gives the same picture on every device, as diffusers' users expect.
-        probabilities = probabilities.to(generator.device)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1).to(logits.device)
+    # One random number a code on the cumulated probabilities; `torch.multinomial` takes one for each of the V classes.
+    cumulated = probabilities.cumsum(-1)
+    device = logits.device if generator is None else generator.device
+    threshold = torch.rand(len(logits), 1, generator=generator, device=device).to(logits.device) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, threshold, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
 
 
 def _is_sequence(value) -> bool:

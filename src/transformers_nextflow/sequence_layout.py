@@ -71,6 +71,26 @@ def picture_slots(schedule: ScaleSchedule, rope_range: float, read_last_scale: b
     )
 
 
+@lru_cache(maxsize=256)
+def batch_slots(
+    schedules: tuple[ScaleSchedule, ...], scale: int, rope_range: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The slots of one scale, counted from 0, of a batch of pictures, on the CPU.
+
+    Returns row and column coordinates (2, B, n), and which slots are a picture's own (B, n) int64: pictures with
+    smaller grids, or with fewer scales, have empty ones at the end.
+    """
+    grids = [schedule.grids[scale] if scale < schedule.num_scales else None for schedule in schedules]
+    longest = max(height * width for height, width in filter(None, grids))
+    coordinates, occupied = torch.zeros(2, len(grids), longest), torch.zeros(len(grids), longest, dtype=torch.long)
+    for row, grid in enumerate(grids):
+        if grid is not None:
+            count = grid[0] * grid[1]
+            coordinates[:, row, :count] = torch.stack(grid_coordinates(grid, rope_range))
+            occupied[row, :count] = 1
+    return coordinates, occupied
+
+
 def layout_sequence(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,

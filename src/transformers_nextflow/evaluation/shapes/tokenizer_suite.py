@@ -83,7 +83,8 @@ def _cells(model, world, num_scales, scenes, tokens):
     schedule = model.config.scale_schedules.for_size(world.canvas, world.canvas)
     vectors = model.quantizer.lookup(tokens[:, : schedule.offsets[num_scales]], schedule)
     # A cell of the lattice may cover several of a fine grid: they stand side by side.
-    features = torch.cat([_on_lattice(vector, grid) for vector in vectors], dim=1).permute(0, 2, 3, 1)
+    features = torch.cat([_on_lattice(vector, grid, model.config.upsample) for vector in vectors], dim=1)
+    features = features.permute(0, 2, 3, 1)
     labels = [cell_labels(scene, world) for scene in scenes]
     shapes = torch.from_numpy(np.stack([label.shapes for label in labels]))
     colors = torch.from_numpy(np.stack([label.colors for label in labels]))
@@ -91,6 +92,7 @@ def _cells(model, world, num_scales, scenes, tokens):
     return features[occupied], {"shape": shapes[occupied] - 1, "color": colors[occupied] - 1}
 
 
-def _on_lattice(vector: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+def _on_lattice(vector: torch.Tensor, grid: tuple[int, int], upsample: str) -> torch.Tensor:
+    # Coarse codes are read at a cell as the tokenizer and the transformer read them there.
     factor = vector.shape[-1] // grid[1]
-    return F.pixel_unshuffle(vector, factor) if factor > 1 else resample(vector, grid, "nearest")
+    return F.pixel_unshuffle(vector, factor) if factor > 1 else resample(vector, grid, upsample)
