@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import torch
 
@@ -10,6 +11,7 @@ from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGenerati
 
 
 CHECKPOINT = "checkpoints/nextflow-shapes"
+RESULTS = Path(__file__).parent / "results"
 # "random" has the size of the bundled checkpoint; a billion parameters are the least that keep a large GPU busy.
 RANDOM_BACKBONES = {
     "random": {

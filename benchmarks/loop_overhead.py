@@ -2,8 +2,8 @@
 
     python benchmarks/loop_overhead.py
 
-Forward passes are those of the backbone, of the visual head and of the connector; all else counts as overhead, the
-draw from the soft-max included. Seconds are medians over drawings; the target is 5% at most.
+Forward passes are those of the backbone, of the visual head and of the visual embedding; all else counts as overhead,
+the draw from the soft-max included. Seconds are medians over drawings; the target is 5% at most.
 Writes `results/loop_overhead.json`.
 """
 
@@ -13,13 +13,14 @@ import argparse
 import statistics
 import time
 from collections import defaultdict
+from pathlib import Path
 from unittest.mock import patch
 
-from backbone import CHECKPOINT, RANDOM_BACKBONES, load_model, random_prompt
-from result import RESULTS, write_result
+from backbone import CHECKPOINT, RANDOM_BACKBONES, RESULTS, load_model, random_prompt
 from tqdm import tqdm
 
 from transformers_nextflow import ImageSampling, NextFlowForConditionalGeneration, generation_nextflow
+from transformers_nextflow.evaluation.results import write_result
 from transformers_nextflow.scale_schedule import SQUARE_SIDES, ScaleSchedules
 
 
@@ -60,10 +61,10 @@ def measure(model: NextFlowForConditionalGeneration, side: int, guided: bool, re
     parts = [
         (model.model.language_model, "forward", FORWARD),
         (model.visual_head, "forward", FORWARD),
-        (embedding.connector, "forward", FORWARD),
-        (embedding, "forward", "scale and length embeddings"),
-        (embedding, "slot_features", "slot features"),
-        (loop, "_slots", "slots: positions, occupied"),
+        (embedding, "forward", FORWARD),
+        (embedding, "slot_features", FORWARD),
+        (loop, "_embed", "slots: codes to rows"),
+        (generation_nextflow, "batch_slots", "slots: positions, occupied"),
         (loop, "_mask", "mask"),
         (loop, "step", "step: positions, repeats"),
         (loop, "prefill", "prefill"),
@@ -137,7 +138,7 @@ def main():
         "model": arguments.model,
         "cases": figures,
     }
-    print("\nwritten:", write_result("loop_overhead", values, folder=arguments.results))
+    print("\nwritten:", write_result(Path(arguments.results) / "loop_overhead.json", values))
 
 
 if __name__ == "__main__":

@@ -12,14 +12,15 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
-from backbone import CHECKPOINT, RANDOM_BACKBONES, load_model, random_prompt
-from result import RESULTS, write_result
+from backbone import CHECKPOINT, RANDOM_BACKBONES, RESULTS, load_model, random_prompt
 from tqdm import tqdm
 from transformers import DynamicCache
 
 from transformers_nextflow import ImageSampling, NextFlowConfig, NextFlowForConditionalGeneration
+from transformers_nextflow.evaluation.results import write_result
 from transformers_nextflow.sampling_nextflow import draw_codes
 from transformers_nextflow.scale_schedule import SQUARE_SIDES
 
@@ -201,7 +202,7 @@ def main():
         "dtype": arguments.dtype,
         "grids": {f"{side}x{side}": grid for side, grid in figures.items()},
     }
-    print("written:", write_result("raster_vs_scale", values, arguments.device, arguments.results))
+    print("written:", write_result(Path(arguments.results) / "raster_vs_scale.json", values, arguments.device))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from transformers_nextflow.evaluation import results
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import backbone  # noqa: E402
 import loop_overhead  # noqa: E402
 import raster_vs_scale  # noqa: E402
-import result  # noqa: E402
 
 
 SIDES = (1, 2, 3, 4)
@@ -102,7 +102,7 @@ def test_the_benchmark_writes_speedup_cost_and_origin(tmp_path, monkeypatch, cap
 
 
 def test_a_result_says_command_commit_and_machine(tmp_path):
-    written = json.loads(result.write_result("name", {"speedup": 2.0}, folder=tmp_path / "new").read_text())
+    written = json.loads(results.write_result(tmp_path / "new" / "name.json", {"speedup": 2.0}).read_text())
     assert written["speedup"] == 2.0
     assert set(written) == {"speedup", "command", "commit", "machine"}
     assert written["machine"]["torch"] == torch.__version__ and written["machine"]["cores"] >= 1
@@ -110,9 +110,9 @@ def test_a_result_says_command_commit_and_machine(tmp_path):
 
 def test_a_commit_with_changed_files_is_dirty(monkeypatch):
     answers = {"rev-parse": "abc", "status": " M src/x.py"}
-    monkeypatch.setattr(result, "_git", lambda command, *_: answers[command])
-    assert result.commit() == "abc-dirty"
+    monkeypatch.setattr(results, "_git", lambda command, *_: answers[command])
+    assert results.commit() == "abc-dirty"
     answers["status"] = ""
-    assert result.commit() == "abc"
+    assert results.commit() == "abc"
     answers["rev-parse"] = None
-    assert result.commit() is None
+    assert results.commit() is None

@@ -67,9 +67,9 @@ def texts(count: int, seed: int):
 
 
 def make_processor(vq_model: NextFlowVQModel, read_last_scale: bool = False) -> NextFlowProcessor:
-    config = vq_config = vq_model.config
+    config = vq_model.config
     image_processor = NextFlowImageProcessorPil(
-        scales=list(vq_config.scales), patch_size=config.patch_size, levels=vq_config.levels
+        scales=list(config.scales), patch_size=config.patch_size, levels=config.levels
     )
     tokenizer = train_tokenizer(texts(20_000, seed=0), TEXT_VOCABULARY, lowercase=True)
     return NextFlowProcessor(image_processor, tokenizer, read_last_scale=read_last_scale)

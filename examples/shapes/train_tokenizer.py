@@ -9,6 +9,7 @@ place of a teacher's features.
 from __future__ import annotations
 
 import argparse
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -129,18 +130,24 @@ class ShapesVQTrainer(NextFlowVQTrainer):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--steps", type=int, nargs=4, default=(100, 600, 450, 350), metavar=STAGES)
+    parser.add_argument("--steps", type=int, nargs=4, default=(100, 600, 450, 900), metavar=STAGES)
     parser.add_argument("--batch_size", type=int, default=64, help="pictures a step and process")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--model", help="continue from this tokenizer; 0 steps leave a stage out")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
     torch.manual_seed(arguments.seed)
-    model = NextFlowVQModel(tokenizer_config())
-    # The rotary resampling says where a cell lies; what lies there need not.
-    positions = model.semantic_encoder.get_submodule("embeddings.position_embedding").weight
-    positions.data.zero_()
+    if arguments.model:
+        model = NextFlowVQModel.from_pretrained(arguments.model)
+    else:
+        model = NextFlowVQModel(tokenizer_config())
+        # The rotary resampling says where a cell lies; what lies there need not.
+        positions = model.semantic_encoder.get_submodule("embeddings.position_embedding").weight
+        positions.data.zero_()
     for stage, steps in zip(STAGES, arguments.steps):
+        if steps == 0:
+            continue
         args = NextFlowVQTrainingArguments(
             output_dir=str(Path(arguments.output_dir) / stage),
             stage=stage,
@@ -149,7 +156,7 @@ def main():
             per_device_train_batch_size=arguments.batch_size,
             per_device_eval_batch_size=256,
             learning_rate=arguments.learning_rate if stage == "joint" else arguments.learning_rate / 2,
-            ddp_backend="gloo" if not torch.cuda.is_available() else None,
+            ddp_backend="gloo" if "RANK" in os.environ and not torch.cuda.is_available() else None,
             adam_beta2=0.95,
             weight_decay=0.01,
             lr_scheduler_type="cosine",

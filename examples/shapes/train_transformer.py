@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -93,7 +94,7 @@ def main():
         save_total_limit=2,
         seed=arguments.seed,
         use_cpu=not torch.cuda.is_available(),
-        ddp_backend="gloo" if not torch.cuda.is_available() else None,
+        ddp_backend="gloo" if "RANK" in os.environ and not torch.cuda.is_available() else None,
         report_to=[],
     )
     collator = NextFlowCollator(processor, pad_to_multiple_of=8)

@@ -125,11 +125,11 @@ def evaluate(
         from .evaluation.shapes_evaluation import evaluate_shapes
 
         scores = evaluate_shapes(checkpoint, limit=limit, seeds=seeds, sheets=sheets)
-        text = json.dumps(scores, indent=2)
         if json_file is not None:
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            json_file.write_text(text + "\n")
-    typer.echo(text)
+            from .evaluation.results import write_result
+
+            write_result(json_file, scores)
+    typer.echo(json.dumps(scores, indent=2))
 
 
 def main():

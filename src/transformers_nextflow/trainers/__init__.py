@@ -1,3 +1,4 @@
+from .adversarial import PatchDiscriminator
 from .collator import NextFlowCollator
 from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
 from .optimizers import MuonWithAdamW

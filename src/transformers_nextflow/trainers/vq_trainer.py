@@ -16,11 +16,13 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..evaluation.image_metrics import contact_sheet, psnr, ssim, to_uint8
 from ..modeling_nextflow_vq import NextFlowVQModel, NextFlowVQOutput, codebook_statistics
+from .adversarial import Adversary
 from .codebook_care import initialize_codebook, revive_dead_codes
 
 
 STAGES = ("pixel", "joint", "codebook", "decoder")
 CONTACT_SHEET_COLUMNS = 12
+ADVERSARY_FILE = "adversary.pt"
 
 
 @dataclass
@@ -108,8 +110,6 @@ class NextFlowVQTrainer(Trainer):
         self.teacher, self.perceptual = teacher, perceptual
         self.adversary = None
         if args.adversarial_weight:
-            from .adversarial import Adversary
-
             self.adversary = Adversary(discriminator.to(args.device), learning_rate=args.learning_rate)
         self.model_accepts_loss_kwargs = False
         self._losses: dict[str, list[float]] = {}
@@ -205,6 +205,19 @@ class NextFlowVQTrainer(Trainer):
     def _count_codes(self, image_tokens: torch.Tensor):
         counts = torch.bincount(image_tokens.flatten(), minlength=self._core.config.codebook_size)
         self._used = counts if self._used is None else self._used + counts
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    def _save_optimizer_and_scheduler(self, output_dir: str):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.adversary and self.args.should_save:
+            torch.save(self.adversary.state_dict(), Path(output_dir) / ADVERSARY_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.adversary and checkpoint is not None:
+            state = torch.load(Path(checkpoint) / ADVERSARY_FILE, map_location=self.args.device, weights_only=True)
+            self.adversary.load_state_dict(state)
 
     # Logs -------------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Results of benchmarks as files that say where they come from."""
+"""Measured figures as files that say where they come from."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ import torch
 import transformers
 
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-
-
-def write_result(name: str, values: dict, device: str = "cpu", folder: Path | str = RESULTS) -> Path:
-    """Write `values` and their origin (command, commit, machine) to `folder`/`name`.json; returns the path."""
-    path = Path(folder) / f"{name}.json"
+def write_result(path: Path | str, values: dict, device: str = "cpu") -> Path:
+    """Write `values` and their origin (command, commit, machine) as JSON; returns the path."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    origin = {"command": shlex.join(["python", *sys.argv]), "commit": commit(), "machine": machine(device)}
-    path.write_text(json.dumps(values | origin, indent=2) + "\n")
+    script = ["python", sys.argv[0]] if sys.argv[0].endswith(".py") else [Path(sys.argv[0]).name]
+    origin = {"command": shlex.join([*script, *sys.argv[1:]]), "commit": commit(), "machine": machine(device)}
+    # The old figures stay until the new ones are whole.
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values | origin, indent=2) + "\n")
+    partial.replace(path)
     return path
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with `-dirty` where files differ from it; `None` outside of a repository."""
+    """The commit of the checkout worked in, with `-dirty` where files differ from it; `None` outside of a repository."""
     revision = _git("rev-parse", "--verify", "HEAD")
     # One benchmark's result must not make the next one's code look changed.
-    changed = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    changed = _git("status", "--porcelain", "--", ":/", ":(exclude,top)benchmarks/results")
     return revision and revision + ("-dirty" if changed else "")
 
 
@@ -50,7 +50,7 @@ def machine(device: str = "cpu") -> dict:
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True)
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,235 @@
+"""Assemble the bundled checkpoint from what the training scripts wrote, and write its model card from stored scores.
+
+    python examples/shapes/make_checkpoint.py --tokenizer runs/tokenizer-decoder/final
+    transformers-nextflow evaluate checkpoints/nextflow-shapes --json benchmarks/results/shapes.json \
+        --sheets checkpoints/nextflow-shapes
+    python examples/shapes/make_checkpoint.py --tokenizer runs/tokenizer-decoder/final \
+        --results benchmarks/results/shapes.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from huggingface_hub import ModelCardData
+from transformers import AutoProcessor, GenerationConfig
+
+from transformers_nextflow import ImageSampling, NextFlowForConditionalGeneration, NextFlowVQModel
+
+
+MAX_BYTES = 25_000_000
+DECODER = "pixel_decoder."
+SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
+SHEET = "text_to_image.png"
+WIDGET_PROMPT = "a red circle and a blue square"
+SUITES = ("text_to_image", "held_out_combinations", "understanding", "tokenizer", "oracle")
+RECIPE = Path(__file__).with_name("README.md")
+
+INTRODUCTION = """\
+# NextFlow on the shapes world
+
+A small NextFlow ([arXiv 2601.02204](https://arxiv.org/abs/2601.02204)): one transformer that draws scale by scale and
+answers questions about pictures. It has {total:.1f} million parameters, {vision:.1f} million of them in the vision
+tokenizer. It was trained from scratch on two CPU cores and knows the shapes world alone. It is there to run, test and
+study the code, not to draw photographs.
+
+![one row of pictures for each category of prompts]({sheet})
+
+## Use
+
+```python
+import torch
+from transformers_nextflow import NextFlowPipeline
+
+pipe = NextFlowPipeline.from_pretrained("checkpoints/nextflow-shapes")
+pipe("{prompt}", generator=torch.Generator().manual_seed(0)).images[0].save("picture.png")
+```
+
+Its own sampling settings are {sampling}.
+"""
+DRAWING_RULES = """\
+Share of the pictures that hold what the prompt asked for, counting exact (GenEval's rule), and under the strict rule:
+nothing else is in the picture either. `held out` are prompts with a pair of shape and colour that no training picture
+shows. `overall` is the mean of the categories.
+"""
+UNDERSTANDING_RULES = """\
+Share of right answers. `questions` is the mean over the kinds of questions; `overall` has captions too.
+"""
+TOKENIZER_RULES = """\
+What the vision tokenizer lets through, on held-out pictures with all pairs of shape and colour: the bound of the scores
+above. `linear_probe` reads the codes of all scales but the last, `with_last_scale` all of them.
+"""
+ORACLE_RULES = """\
+Share of pictures with exactly the right objects, wherever they lie, if the true codes of the first scales are given.
+"""
+
+
+def load_model(folder: str, tokenizer: str | None = None) -> NextFlowForConditionalGeneration:
+    """The trained model; with the pixel decoder of a `tokenizer` folder, if one is given.
+
+    Raises:
+        ValueError: if that tokenizer differs in anything else, for then it has other codes than the model learnt.
+    """
+    model = NextFlowForConditionalGeneration.from_pretrained(folder)
+    if tokenizer is not None:
+        own, other = model.vq_model.state_dict(), NextFlowVQModel.from_pretrained(tokenizer).state_dict()
+        fits = own.keys() == other.keys() and all(own[name].shape == other[name].shape for name in own)
+        fixed = [name for name in own if not name.startswith(DECODER)]
+        changed = [name for name in fixed if not torch.equal(own[name], other[name])] if fits else ["its shape"]
+        if changed:
+            raise ValueError(
+                f"Only the pixel decoder of {tokenizer} may differ from the tokenizer in {folder}, but these do: "
+                f"{changed}. Train the decoder stage alone, from that tokenizer."
+            )
+        model.vq_model.load_state_dict(other)
+    return model
+
+
+def image_sampling(values: dict[str, list[float] | None], num_scales: int) -> ImageSampling:
+    """Settings from lists: one number for all scales, or one for each. Raises `ValueError` for another length."""
+    given = {name: value[0] if len(value) == 1 else value for name, value in values.items() if value is not None}
+    sampling = ImageSampling(**given)
+    for name in SAMPLING:
+        sampling.value_at(name, 0, num_scales)  # raises for a sequence of another length
+    return sampling
+
+
+def save_checkpoint(model: NextFlowForConditionalGeneration, processor, card: str | None, output: Path):
+    """Write the folder. Raises `ValueError`, and writes nothing, if it would exceed `MAX_BYTES` with what is there."""
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        if card is not None:
+            (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+        size = sum((_sizes(output) | _sizes(Path(folder))).values())
+        if size > MAX_BYTES:
+            raise ValueError(f"{output} would take {size} bytes, more than {MAX_BYTES}; take a smaller model.")
+        shutil.copytree(folder, output, dirs_exist_ok=True)
+
+
+def _sizes(folder: Path) -> dict[Path, int]:
+    return {path.relative_to(folder): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+# --- Model card ---------------------------------------------------------------------------------------------------
+
+
+def read_scores(path: Path) -> dict[str, dict[str, float]]:
+    """Suite → category → score from what `evaluate --json` writes, also where it is wrapped with its origin.
+
+    Raises:
+        ValueError: if the file lacks a suite.
+    """
+    values = json.loads(path.read_text())
+    values = values.get("value", values)
+    missing = [name for name in SUITES if name not in values]
+    if missing:
+        raise ValueError(f"{path} lacks the suites {missing}; write it with `transformers-nextflow evaluate --json`.")
+    return {name: values[name] for name in SUITES}
+
+
+def model_card(model: NextFlowForConditionalGeneration, scores: dict[str, dict[str, float]]) -> str:
+    """The card: what the model is, its scores, and the recipe's own words on world, limits and commands."""
+    data = ModelCardData(
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="any-to-any",
+        tags=["nextflow", "text-to-image", "image-text-to-text", "next-scale-prediction"],
+        widget=[{"text": WIDGET_PROMPT, "output": {"url": SHEET}}],
+    )
+    sampling = model.default_image_sampling.to_dict()
+    introduction = INTRODUCTION.format(
+        total=model.num_parameters() / 1e6,
+        vision=model.vq_model.num_parameters() / 1e6,
+        sheet=SHEET,
+        prompt=WIDGET_PROMPT,
+        sampling=", ".join(f"`{name}={sampling[name]}`" for name in SAMPLING),
+    )
+    tables = [table(scores) for table in (drawing_table, understanding_table, tokenizer_table, oracle_table)]
+    sections = [f"## {title}\n\n{recipe_section(title)}\n" for title in ("Limits", "The world", "Commands")]
+    return "\n".join([f"---\n{data.to_yaml()}\n---\n", introduction, "## Scores\n", *tables, *sections])
+
+
+def recipe_section(title: str) -> str:
+    """What the recipe's README says under a heading, so that it is written in one place."""
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", RECIPE.read_text(encoding="utf-8"), re.M | re.S)
+    if found is None:
+        raise ValueError(f"{RECIPE} has no section {title!r}; the model card takes it from there.")
+    return found[1].strip()
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _score(scores: dict[str, float], name: str) -> str:
+    return f"{scores[name]:.3f}" if name in scores else ""
+
+
+def drawing_table(scores: dict) -> str:
+    trained, held_out = scores["text_to_image"], scores["held_out_combinations"]
+    header = ["drawing", "GenEval's rule", "strict", "held out, GenEval's rule", "held out, strict"]
+    rows = [
+        [name, *(_score(part, name + suffix) for part in (trained, held_out) for suffix in ("", "_strict"))]
+        for name in trained
+        if not name.endswith("_strict")
+    ]
+    return f"{DRAWING_RULES}\n{_table(header, rows)}"
+
+
+def understanding_table(scores: dict) -> str:
+    rows = [[name, f"{score:.3f}"] for name, score in scores["understanding"].items()]
+    return f"{UNDERSTANDING_RULES}\n{_table(['understanding', 'right'], rows)}"
+
+
+def tokenizer_table(scores: dict) -> str:
+    values = scores["tokenizer"]
+    whole = [[name, f"{value:.3f}"] for name, value in values.items() if "_scale_" not in name]
+    scales = [name.removeprefix("usage_scale_") for name in values if name.startswith("usage_scale_")]
+    by_scale = [[k, _score(values, f"usage_scale_{k}"), _score(values, f"perplexity_scale_{k}")] for k in scales]
+    header = ["scale", "share of the codebook in use", "perplexity"]
+    return "\n".join([TOKENIZER_RULES, _table(["tokenizer", ""], whole), _table(header, by_scale)])
+
+
+def oracle_table(scores: dict) -> str:
+    rows = [[re.sub(r"\D", "", name), f"{score:.3f}"] for name, score in scores["oracle"].items()]
+    return f"{ORACLE_RULES}\n{_table(['true scales', 'exact'], rows)}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="runs/model", help="folder that train_transformer.py wrote")
+    parser.add_argument("--processor", default="runs/data/processor", help="folder that make_data.py wrote")
+    parser.add_argument("--tokenizer", help="folder of the same vision tokenizer with a further trained pixel decoder")
+    parser.add_argument("--output", type=Path, default=Path("checkpoints/nextflow-shapes"))
+    parser.add_argument("--results", type=Path, help="scores from `evaluate --json`: write the model card")
+    per_scale = {"nargs": "+", "metavar": "VALUE", "help": "one for all scales, or one for each"}
+    parser.add_argument("--guidance_scale", type=float, **per_scale)
+    parser.add_argument("--temperature", type=float, **per_scale)
+    parser.add_argument("--top_k", type=int, **per_scale)
+    parser.add_argument("--top_p", type=float, **per_scale)
+    arguments = parser.parse_args()
+
+    model = load_model(arguments.model, arguments.tokenizer)
+    processor = AutoProcessor.from_pretrained(arguments.processor)
+    settings = {name: getattr(arguments, name) for name in SAMPLING}
+    sampling = image_sampling(settings, num_scales=len(model.config.vq_config.scales))
+    model.generation_config = GenerationConfig(
+        image_sampling=sampling.to_dict(),
+        eos_token_id=processor.tokenizer.eos_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )
+    card = model_card(model, read_scores(arguments.results)) if arguments.results else None
+    save_checkpoint(model, processor, card, arguments.output)
+    print(f"{arguments.output}: {sum(_sizes(arguments.output).values()) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

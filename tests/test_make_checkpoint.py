@@ -1,0 +1,101 @@
+"""The script that assembles the bundled checkpoint, on a tiny model."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_processor
+from transformers import AutoProcessor
+
+from transformers_nextflow import ImageSampling, NextFlowForConditionalGeneration
+
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "shapes" / "make_checkpoint.py"
+SCORES = {
+    "text_to_image": {"counting": 0.811, "overall": 0.822, "counting_strict": 0.633, "overall_strict": 0.644},
+    "held_out_combinations": {"counting": 0.155, "overall": 0.166, "counting_strict": 0.111, "overall_strict": 0.122},
+    "understanding": {"color": 0.977, "caption": 0.888, "overall": 0.933, "questions": 0.955},
+    "tokenizer": {"psnr": 36.123, "usage": 0.866, "usage_scale_1": 0.001, "perplexity_scale_1": 1.999},
+    "oracle": {"first_0_scales_true": 0.701, "first_3_scales_true": 0.902},
+}
+
+
+@pytest.fixture
+def script():
+    spec = importlib.util.spec_from_file_location("make_checkpoint", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(script, tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_processor().save_pretrained(tmp_path / "processor")
+
+    def run(*arguments):
+        folders = [f"--{name}={tmp_path / name}" for name in ("model", "processor", "output")]
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *folders, *map(str, arguments)])
+        script.main()
+        return tmp_path / "output"
+
+    return run
+
+
+def test_the_folder_holds_model_processor_and_settings(run):
+    output = run("--guidance_scale", 2, "--temperature", 1, 1, 0.8, 0.8, "--top_k", 5)
+    model = NextFlowForConditionalGeneration.from_pretrained(output)
+    tokenizer = AutoProcessor.from_pretrained(output).tokenizer
+    expected = ImageSampling(guidance_scale=2.0, temperature=[1.0, 1.0, 0.8, 0.8], top_k=5)
+    assert model.default_image_sampling == expected
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    for name, tensor in tiny_model().state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_settings_that_do_not_fit_the_scales_are_refused(run):
+    with pytest.raises(ValueError, match="temperature gives 2 values, but the picture is drawn in 4 scales"):
+        run("--temperature", 1, 0.5)
+
+
+def test_a_further_trained_pixel_decoder_is_taken_over_and_nothing_else(run, tmp_path):
+    vq_model = tiny_model().vq_model
+    vq_model.pixel_decoder.output_projection.bias.data += 1
+    vq_model.save_pretrained(tmp_path / "decoder")
+    loaded = NextFlowForConditionalGeneration.from_pretrained(run("--tokenizer", tmp_path / "decoder")).vq_model
+    for name, tensor in vq_model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+
+    vq_model.quantizer.pixel_codebook.weight.data += 1
+    vq_model.save_pretrained(tmp_path / "codes")
+    with pytest.raises(ValueError, match="quantizer.pixel_codebook.weight"):
+        run("--tokenizer", tmp_path / "codes")
+
+
+@pytest.mark.parametrize("wrap", [lambda scores: scores, lambda scores: {"value": scores, "command": "evaluate"}])
+def test_the_model_card_tells_every_score(run, tmp_path, wrap):
+    (tmp_path / "shapes.json").write_text(json.dumps(wrap(SCORES)))
+    card = (run("--results", tmp_path / "shapes.json", "--top_p", 0.9) / "README.md").read_text()
+    head, text = card.split("---\n")[1:3]
+    assert "license: apache-2.0" in head and "pipeline_tag: any-to-any" in head and "url: text_to_image.png" in head
+    for table in SCORES.values():
+        for score in table.values():
+            assert f"{score:.3f}" in text
+    assert "top_p=0.9" in text and "train_transformer.py" in text
+
+
+def test_results_that_lack_a_suite_are_refused(run, tmp_path):
+    (tmp_path / "raster.json").write_text('{"speedup": {"16x16": 7.0}}')
+    with pytest.raises(ValueError, match="lacks the suites"):
+        run("--results", tmp_path / "raster.json")
+
+
+def test_a_checkpoint_that_is_too_large_is_not_written(run, script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "MAX_BYTES", 1000)
+    with pytest.raises(ValueError, match="more than 1000"):
+        run()
+    assert not (tmp_path / "output").exists()
