@@ -10,7 +10,7 @@ unexport PROMPT
 .PHONY: demo test lint
 
 demo: $(VENV)/.installed-pipelines
-	$(VENV)/bin/transformers-nextflow generate --model $(MODEL) --output demo.png -- "$$DEMO_PROMPT"
+	$(VENV)/bin/transformers-nextflow generate --model $(MODEL) --output demo.png --scale 4 -- "$$DEMO_PROMPT"
 
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -q tests

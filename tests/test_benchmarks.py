@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from transformers_nextflow.evaluation import results
 
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import backbone  # noqa: E402
 import loop_overhead  # noqa: E402

@@ -11,6 +11,7 @@ from tiny import tiny_model, tiny_processor
 from transformers import AutoProcessor
 
 from transformers_nextflow import ImageSampling, NextFlowForConditionalGeneration
+from transformers_nextflow.evaluation.results import write_result
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "shapes" / "make_checkpoint.py"
@@ -76,9 +77,8 @@ def test_a_further_trained_pixel_decoder_is_taken_over_and_nothing_else(run, tmp
         run("--tokenizer", tmp_path / "codes")
 
 
-@pytest.mark.parametrize("wrap", [lambda scores: scores, lambda scores: {"value": scores, "command": "evaluate"}])
-def test_the_model_card_tells_every_score(run, tmp_path, wrap):
-    (tmp_path / "shapes.json").write_text(json.dumps(wrap(SCORES)))
+def test_the_model_card_tells_every_score_and_where_it_comes_from(run, tmp_path):
+    write_result(tmp_path / "shapes.json", SCORES)
     card = (run("--results", tmp_path / "shapes.json", "--top_p", 0.9) / "README.md").read_text()
     head, text = card.split("---\n")[1:3]
     assert "license: apache-2.0" in head and "pipeline_tag: any-to-any" in head and "url: text_to_image.png" in head
@@ -86,6 +86,7 @@ def test_the_model_card_tells_every_score(run, tmp_path, wrap):
         for score in table.values():
             assert f"{score:.3f}" in text
     assert "top_p=0.9" in text and "train_transformer.py" in text
+    assert json.loads((tmp_path / "shapes.json").read_text())["machine"]["cpu"] in text
 
 
 def test_results_that_lack_a_suite_are_refused(run, tmp_path):

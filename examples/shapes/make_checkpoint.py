@@ -53,6 +53,11 @@ pipe("{prompt}", generator=torch.Generator().manual_seed(0)).images[0].save("pic
 
 Its own sampling settings are {sampling}.
 """
+ORIGIN = """\
+## Scores
+
+From `{command}` at commit {commit}, on {device}.
+"""
 DRAWING_RULES = """\
 Share of the pictures that hold what the prompt asked for, counting exact (GenEval's rule), and under the strict rule:
 nothing else is in the picture either. `held out` are prompts with a pair of shape and colour that no training picture
@@ -120,22 +125,21 @@ def _sizes(folder: Path) -> dict[Path, int]:
 # --- Model card ---------------------------------------------------------------------------------------------------
 
 
-def read_scores(path: Path) -> dict[str, dict[str, float]]:
-    """Suite → category → score from what `evaluate --json` writes, also where it is wrapped with its origin.
+def read_results(path: Path) -> dict:
+    """What `evaluate --json` writes: suite → category → score, and the command, commit and machine they come from.
 
     Raises:
         ValueError: if the file lacks a suite.
     """
-    values = json.loads(path.read_text())
-    values = values.get("value", values)
-    missing = [name for name in SUITES if name not in values]
+    results = json.loads(path.read_text())
+    missing = [name for name in SUITES if name not in results]
     if missing:
         raise ValueError(f"{path} lacks the suites {missing}; write it with `transformers-nextflow evaluate --json`.")
-    return {name: values[name] for name in SUITES}
+    return results
 
 
-def model_card(model: NextFlowForConditionalGeneration, scores: dict[str, dict[str, float]]) -> str:
-    """The card: what the model is, its scores, and the recipe's own words on world, limits and commands."""
+def model_card(model: NextFlowForConditionalGeneration, results: dict) -> str:
+    """The card: what the model is, its scores, and the recipe's own words on limits, world and commands."""
     data = ModelCardData(
         license="apache-2.0",
         library_name="transformers",
@@ -151,9 +155,11 @@ def model_card(model: NextFlowForConditionalGeneration, scores: dict[str, dict[s
         prompt=WIDGET_PROMPT,
         sampling=", ".join(f"`{name}={sampling[name]}`" for name in SAMPLING),
     )
-    tables = [table(scores) for table in (drawing_table, understanding_table, tokenizer_table, oracle_table)]
+    machine = results["machine"]
+    origin = ORIGIN.format(device=machine["gpu"] or machine["cpu"], **results)
+    tables = [table(results) for table in (drawing_table, understanding_table, tokenizer_table, oracle_table)]
     sections = [f"## {title}\n\n{recipe_section(title)}\n" for title in ("Limits", "The world", "Commands")]
-    return "\n".join([f"---\n{data.to_yaml()}\n---\n", introduction, "## Scores\n", *tables, *sections])
+    return "\n".join([f"---\n{data.to_yaml()}\n---\n", introduction, origin, *tables, *sections])
 
 
 def recipe_section(title: str) -> str:
@@ -173,8 +179,8 @@ def _score(scores: dict[str, float], name: str) -> str:
     return f"{scores[name]:.3f}" if name in scores else ""
 
 
-def drawing_table(scores: dict) -> str:
-    trained, held_out = scores["text_to_image"], scores["held_out_combinations"]
+def drawing_table(results: dict) -> str:
+    trained, held_out = results["text_to_image"], results["held_out_combinations"]
     header = ["drawing", "GenEval's rule", "strict", "held out, GenEval's rule", "held out, strict"]
     rows = [
         [name, *(_score(part, name + suffix) for part in (trained, held_out) for suffix in ("", "_strict"))]
@@ -184,13 +190,13 @@ def drawing_table(scores: dict) -> str:
     return f"{DRAWING_RULES}\n{_table(header, rows)}"
 
 
-def understanding_table(scores: dict) -> str:
-    rows = [[name, f"{score:.3f}"] for name, score in scores["understanding"].items()]
+def understanding_table(results: dict) -> str:
+    rows = [[name, f"{score:.3f}"] for name, score in results["understanding"].items()]
     return f"{UNDERSTANDING_RULES}\n{_table(['understanding', 'right'], rows)}"
 
 
-def tokenizer_table(scores: dict) -> str:
-    values = scores["tokenizer"]
+def tokenizer_table(results: dict) -> str:
+    values = results["tokenizer"]
     whole = [[name, f"{value:.3f}"] for name, value in values.items() if "_scale_" not in name]
     scales = [name.removeprefix("usage_scale_") for name in values if name.startswith("usage_scale_")]
     by_scale = [[k, _score(values, f"usage_scale_{k}"), _score(values, f"perplexity_scale_{k}")] for k in scales]
@@ -198,8 +204,8 @@ def tokenizer_table(scores: dict) -> str:
     return "\n".join([TOKENIZER_RULES, _table(["tokenizer", ""], whole), _table(header, by_scale)])
 
 
-def oracle_table(scores: dict) -> str:
-    rows = [[re.sub(r"\D", "", name), f"{score:.3f}"] for name, score in scores["oracle"].items()]
+def oracle_table(results: dict) -> str:
+    rows = [[re.sub(r"\D", "", name), f"{score:.3f}"] for name, score in results["oracle"].items()]
     return f"{ORACLE_RULES}\n{_table(['true scales', 'exact'], rows)}"
 
 
@@ -226,7 +232,7 @@ def main():
         eos_token_id=processor.tokenizer.eos_token_id,
         pad_token_id=processor.tokenizer.pad_token_id,
     )
-    card = model_card(model, read_scores(arguments.results)) if arguments.results else None
+    card = model_card(model, read_results(arguments.results)) if arguments.results else None
     save_checkpoint(model, processor, card, arguments.output)
     print(f"{arguments.output}: {sum(_sizes(arguments.output).values()) / 1e6:.1f} MB")
 

@@ -94,13 +94,18 @@ def rows(tokenizer: str, count: int, seed: int, shards: list[int], correction: S
                 yield {
                     # `None` fields are what Arrow makes of parts of different kinds: write them out.
                     "messages": [
-                        {"role": m["role"], "content": [{"type": p["type"], "text": p.get("text", "")} for p in m["content"]]}
+                        {
+                            "role": m["role"],
+                            "content": [{"type": p["type"], "text": p.get("text", "")} for p in m["content"]],
+                        }
                         for m in messages
                     ],
                     "image_tokens": [(tokens if drawn else labels).tolist()],
                     "image_labels": [labels.tolist()],
                     "image_grids": [list(grid)],
-                    "length": 12 + len(tokens) + sum(len(p.get("text", "").split()) for m in messages for p in m["content"]),
+                    "length": 12
+                    + len(tokens)
+                    + sum(len(p.get("text", "").split()) for m in messages for p in m["content"]),
                 }
 
 
@@ -131,7 +136,9 @@ def main():
         cache_dir=str(Path(arguments.output).with_suffix(".cache")),
     )
     dataset.save_to_disk(arguments.output)
-    make_processor(NextFlowVQModel.from_pretrained(arguments.tokenizer)).save_pretrained(Path(arguments.output) / "processor")
+    make_processor(NextFlowVQModel.from_pretrained(arguments.tokenizer)).save_pretrained(
+        Path(arguments.output) / "processor"
+    )
 
 
 if __name__ == "__main__":

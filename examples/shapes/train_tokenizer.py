@@ -85,10 +85,10 @@ def attribute_loss(logits: torch.Tensor, inputs: dict) -> torch.Tensor:
 
 
 class ShapesPictures(Dataset):
-    """Picture i of a seed, always the same: all pairs of shape and colour, 0 to `max_objects` objects."""
+    """Picture i of a seed, always the same: all pairs of shape and colour; the first `single` ones hold one object."""
 
-    def __init__(self, length: int, seed: int):
-        self.length, self.seed = length, seed
+    def __init__(self, length: int, seed: int, single: int = 0):
+        self.length, self.seed, self.single = length, seed, single
 
     def __len__(self) -> int:
         return self.length
@@ -96,8 +96,7 @@ class ShapesPictures(Dataset):
     def __getitem__(self, index: int) -> dict:
         if index >= self.length:
             raise IndexError(index)
-        # The codebooks start from the first pictures: one object each, so that a code can name an object at its place.
-        count = 1 if index < SINGLE_OBJECT_PICTURES else None
+        count = 1 if index < self.single else None
         scene = random_scene(np.random.default_rng((self.seed, index)), WORLD, count, allow_held_out=True)
         labels = cell_labels(scene, WORLD)
         return {
@@ -178,7 +177,8 @@ def main():
         trainer = ShapesVQTrainer(
             model,
             args,
-            ShapesPictures(10_000_000, arguments.seed),
+            # The codebooks start from the first pictures: one object each, so that a code names an object at its place.
+            ShapesPictures(10_000_000, arguments.seed, single=SINGLE_OBJECT_PICTURES),
             eval_dataset=ShapesPictures(1024, HELD_OUT_SEED),
         )
         trainer.train()

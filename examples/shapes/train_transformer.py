@@ -53,7 +53,9 @@ def main():
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch_size", type=int, default=32, help="samples a step and process")
     parser.add_argument("--learning_rate", type=float, default=3e-3)
-    parser.add_argument("--decay_share", type=float, default=0.4, help="share of the steps in which the rate falls to 0")
+    parser.add_argument(
+        "--decay_share", type=float, default=0.4, help="share of the steps in which the rate falls to 0"
+    )
     parser.add_argument("--model", help="continue from this model")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output_dir")
     parser.add_argument("--seed", type=int, default=0)

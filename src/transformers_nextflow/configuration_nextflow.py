@@ -35,7 +35,7 @@ class NextFlowVQConfig(PreTrainedConfig):
         normalize_codes: bring both halves to unit length before they are compared (TokenFlow), or leave them Euclidean.
         downsample, upsample: how the residual is brought down to a scale, and its codes up again: torch's modes, or
             "rotary", which keeps in a coarse code what lies where (see `resample_rotary`).
-        pixel_encoder_type: "convolutional" (VQGAN's kind) or "patch" (matrix products on patches, fast on small machines).
+        pixel_encoder_type: "convolutional" (VQGAN's kind) or "patch" (matrix products, fast on small machines).
         pixel_channels, pixel_channel_multipliers, pixel_num_res_blocks, pixel_latent_dim: the pixel encoder. The patch
             kind has width `pixel_channels` and `pixel_num_res_blocks` blocks.
         pixel_decoder_channels, pixel_decoder_num_res_blocks: the pixel decoder; doubling the first gives the paper's
@@ -101,7 +101,10 @@ class NextFlowVQConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be one of {RESAMPLINGS}, got {getattr(self, name)!r}.")
         if self.pixel_encoder_type not in ("convolutional", "patch"):
             raise ValueError(f"pixel_encoder_type must be 'convolutional' or 'patch', got {self.pixel_encoder_type!r}.")
-        if self.pixel_encoder_type == "convolutional" and 2 ** (len(self.pixel_channel_multipliers) - 1) != self.patch_size:
+        if (
+            self.pixel_encoder_type == "convolutional"
+            and 2 ** (len(self.pixel_channel_multipliers) - 1) != self.patch_size
+        ):
             raise ValueError(
                 f"{len(self.pixel_channel_multipliers)} pixel_channel_multipliers bring an image down by "
                 f"{2 ** (len(self.pixel_channel_multipliers) - 1)}, but patch_size is {self.patch_size}."

@@ -208,7 +208,9 @@ class NextFlowGenerationMixin(GenerationMixin):
         if in_negatives == 0:
             return image_tokens, image_grids
         if in_negatives != in_prompts:
-            raise ValueError(f"Negative prompts hold the {in_prompts} pictures of the prompts, or none; got {in_negatives}.")
+            raise ValueError(
+                f"Negative prompts hold the {in_prompts} pictures of the prompts, or none; got {in_negatives}."
+            )
         return image_tokens.repeat(2, 1), image_grids.repeat(2, 1)
 
 

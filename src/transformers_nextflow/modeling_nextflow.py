@@ -249,7 +249,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 layout = layout_sequence(input_ids, _last_columns(attention_mask, input_ids), schedules, self.config)
             if schedules:
                 embeds = self.embed_pictures(image_tokens, schedules, layout.scale_ids[layout.slot_mask])
-                inputs_embeds = inputs_embeds.masked_scatter(layout.slot_mask[..., None], embeds.to(inputs_embeds.dtype))
+                inputs_embeds = inputs_embeds.masked_scatter(
+                    layout.slot_mask[..., None], embeds.to(inputs_embeds.dtype)
+                )
                 block_ids = layout.block_ids
             if position_ids is None:
                 if past_key_values is not None and past_key_values.get_seq_length() > 0:
@@ -341,7 +343,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         Args:
             input_ids: (B, L) with `image_token_id` in the slots of pictures.
             attention_mask: (B, past + L).
-            pixel_values: (num_images, 3, H, W) in [-1, 1], padded right and bottom; encoded where no `image_tokens` come.
+            pixel_values: (num_images, 3, H, W) in [-1, 1], padded right and bottom; encoded if no `image_tokens` come.
             image_tokens: (num_images, N) codes to read, padded with -1, in order of appearance, row by row.
             image_grids: (num_images, 2) final grids (height, width).
             image_labels: (num_images, N) codes to write; default `image_tokens`. They differ under self-correction.
@@ -354,7 +356,9 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         """
         if image_tokens is None and pixel_values is not None:
             if image_grids is None:
-                raise ValueError("pixel_values need image_grids, the final grid of each picture; see NextFlowProcessor.")
+                raise ValueError(
+                    "pixel_values need image_grids, the final grid of each picture; see NextFlowProcessor."
+                )
             image_tokens = self.get_image_tokens(pixel_values, image_grids)
         layout, schedules = None, self.model.schedules_of(image_grids)
         if labels is not None:

@@ -96,7 +96,7 @@ class NextFlowVQPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
 class NextFlowVQModel(NextFlowVQPreTrainedModel):
     """Two encoders, two codebooks with one index, two decoders.
 
-    >>> model = NextFlowVQModel.from_pretrained("checkpoints/nextflow-shapes", subfolder="vq_model")
+    >>> model = NextFlowForConditionalGeneration.from_pretrained("checkpoints/nextflow-shapes").vq_model
     >>> codes = model.encode(pixel_values).image_tokens
     >>> pixels = model.decode(codes, model.schedule_of(pixel_values))
     """

@@ -1,4 +1,4 @@
-"""Multi-scale residual quantisation with two codebooks that share one index (paper, section 2.1; TokenFlow, section 3)."""
+"""Multi-scale residual quantisation with two codebooks that share one index (paper, section 2.1; TokenFlow)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .scale_schedule import Grid, ScaleSchedule
 
 # Rows of the distance matrix held at once: 4,096 x 32,768 float32 are 512 MiB, the largest grid of the 1024 level.
 DISTANCE_ROWS = 4096
-# Rotary resampling tells apart so many places a side in a picture: one cycle of the lowest frequency, three of the highest.
+# Places a side of a picture that rotary resampling tells apart: frequencies run from none to three cycles.
 ROTARY_PLACES = 4
 
 

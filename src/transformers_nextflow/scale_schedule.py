@@ -1,7 +1,6 @@
 """Scale schedules: which grids of codes a picture is drawn on, and where each grid lies in the sequence.
 
-Everything that touches a picture in the sequence (processor, teacher forcing, sampling, losses, packing) asks this file.
-It imports nothing else of the package.
+Everything that touches a picture in the sequence (processor, teacher forcing, sampling, losses) asks this file. It imports nothing else of the package.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ class ScaleSchedule:
 
     `image_tokens` of a picture are (N,) with N = `num_tokens`: the grids' codes one after the other, each row-major.
 
-    In the sequence a picture takes `<boi>`, then `num_slots` slots, then `<eoi>` (paper, figure 5). `<boi>` predicts the
-    one code of the first grid; the slots of grid k read the codes of grid k-1 and predict those of grid k. With
+    In the sequence a picture takes `<boi>`, `num_slots` slots and `<eoi>` (paper, figure 5). `<boi>` predicts the one
+    code of the first grid; the slots of grid k read the codes of grid k-1 and predict those of grid k. With
     `read_last_scale` one more grid of slots reads the codes of the last grid and predicts nothing.
     """
 
@@ -199,7 +198,7 @@ class ScaleSchedules:
         if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
             nearest = "1:4" if height < width else "4:1"
             raise ValueError(
-                f"The aspect ratio of {height}x{width} (height:width) lies outside 1:4 to 4:1; the nearest is {nearest}."
+                f"The aspect ratio {height}x{width} (height:width) lies outside 1:4 to 4:1; the nearest is {nearest}."
             )
 
 

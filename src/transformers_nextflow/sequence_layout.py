@@ -1,7 +1,7 @@
 """Where a picture lies in a sequence: slots, positions, blocks and weights, each in one place (paper, section 2.2).
 
 Text at position t has the coordinates (t, t, t). A picture that starts there has `<boi>` at t, the slots of grid k
-(k = 2 … K) at t+k-1 on the scale axis, `<eoi>` at t+K; text goes on at t+K+1. Reading the last scale takes one step more.
+(k = 2 … K) at t+k-1 on the scale axis, `<eoi>` at t+K; text goes on at t+K+1. Reading the last scale takes one more.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def write_result(path: Path | str, values: dict, device: str = "cpu") -> Path:
 
 
 def commit() -> str | None:
-    """The commit of the checkout worked in, with `-dirty` where files differ from it; `None` outside of a repository."""
+    """The commit of the checkout at hand, with `-dirty` where files differ from it; `None` outside of a repository."""
     revision = _git("rev-parse", "--verify", "HEAD")
     # One benchmark's result must not make the next one's code look changed.
     changed = _git("status", "--porcelain", "--", ":/", ":(exclude,top)benchmarks/results")

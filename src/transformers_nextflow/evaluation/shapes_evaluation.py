@@ -12,16 +12,16 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor
 
 from ..modeling_nextflow import NextFlowForConditionalGeneration
-from ..sampling_nextflow import ImageSampling
 from ..processing_nextflow import NextFlowProcessor
+from ..sampling_nextflow import ImageSampling
 from .image_metrics import contact_sheet, to_uint8
 from .shapes import (
     CheckResult,
     Prompt,
     World,
     check,
-    drawing_score_table,
     drawing_example,
+    drawing_score_table,
     held_out_combinations,
     read,
     score_table,
@@ -74,7 +74,9 @@ class ShapesEvaluation:
         schedule = self.model.config.vq_config.scale_schedules.for_size(WORLD.canvas, WORLD.canvas)
         result = {}
         for given in range(schedule.num_scales):
-            pictures = self.draw([text for text, _ in examples], seed=0, given_codes=true_codes[:, : schedule.offsets[given]])
+            pictures = self.draw(
+                [text for text, _ in examples], seed=0, given_codes=true_codes[:, : schedule.offsets[given]]
+            )
             exact = [
                 sorted((o.shape, o.color) for o in read(picture, WORLD).objects)
                 == sorted((o.shape, o.color) for o in scene.objects)
@@ -131,7 +133,9 @@ class ShapesEvaluation:
         pictures = [[Image.fromarray(image)] for image in images]
         inputs = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
         output = self.model.generate(**inputs, max_new_tokens=64, do_sample=False)
-        answers = self.processor.tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        answers = self.processor.tokenizer.batch_decode(
+            output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True
+        )
         return [answer.strip() for answer in answers]
 
     def _score_prompts(self, prompts: list[Prompt], description: str, sheet: Path | None) -> dict[str, float]:

@@ -1,5 +1,18 @@
+"""Trainers of the tokenizer and of the transformer, on transformers' `Trainer`."""
+
 from .adversarial import PatchDiscriminator
 from .collator import NextFlowCollator
 from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
 from .optimizers import MuonWithAdamW
 from .vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
+
+
+__all__ = [
+    "MuonWithAdamW",
+    "NextFlowCollator",
+    "NextFlowTrainer",
+    "NextFlowTrainingArguments",
+    "NextFlowVQTrainer",
+    "NextFlowVQTrainingArguments",
+    "PatchDiscriminator",
+]

@@ -30,7 +30,7 @@ class NextFlowVQTrainingArguments(TrainingArguments):
     """`TrainingArguments` and what the tokenizer's stages need.
 
     Args:
-        stage: "pixel" trains the pixel branch as a plain autoencoder; "joint" all parts; "codebook" starts the codebooks
+        stage: "pixel" trains the pixel branch as a plain autoencoder; "joint" all parts; "codebook" starts codebooks
             from k-means and trains them and the decoders on the latents as they are; "decoder" trains the pixel decoder
             alone, on the codes as they are.
         autoencoder_share: share of the joint stage's steps before the codes come in. Then the codebooks start from
@@ -150,9 +150,7 @@ class NextFlowVQTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, pixels = self.args, inputs["pixel_values"]
         noise = args.latent_noise if self.model.training else 0.0
-        output = model(
-            pixels, num_scales=self._draw_num_scales(pixels), quantize=self.quantizes, latent_noise=noise
-        )
+        output = model(pixels, num_scales=self._draw_num_scales(pixels), quantize=self.quantizes, latent_noise=noise)
         losses = {"pixel_loss": args.pixel_weight * self.pixel_loss(output, inputs)}
         if args.stage in ("joint", "codebook"):
             losses["semantic_loss"] = args.semantic_weight * self.semantic_loss(output, inputs)
@@ -228,7 +226,9 @@ class NextFlowVQTrainer(Trainer):
         super().log(logs, start_time)
 
     @torch.no_grad()
-    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
         """PSNR, SSIM and codebook usage of whole reconstructions; writes a contact sheet beside the checkpoints."""
         model = self._core.eval()
         scores, tokens, sheet = {"psnr": [], "ssim": []}, [], None
@@ -241,7 +241,10 @@ class NextFlowVQTrainer(Trainer):
                 scores[name].append(self.accelerator.gather_for_metrics(metric(restored, originals)))
             if output.image_tokens is not None:
                 tokens.append(self.accelerator.gather_for_metrics(output.image_tokens))
-            sheet = sheet or [to_uint8(pixels)[:CONTACT_SHEET_COLUMNS], to_uint8(output.reconstruction)[:CONTACT_SHEET_COLUMNS]]
+            sheet = sheet or [
+                to_uint8(pixels)[:CONTACT_SHEET_COLUMNS],
+                to_uint8(output.reconstruction)[:CONTACT_SHEET_COLUMNS],
+            ]
         metrics = {name: float(torch.cat(values).mean()) for name, values in scores.items()}
         if tokens:
             metrics |= codebook_statistics(torch.cat(tokens), model.schedule_of(pixels), model.config.codebook_size)

@@ -58,7 +58,9 @@ def linear_probe(
     The map sees the vectors of the first `num_scales` scales side by side and is fitted on other scenes.
     """
     fitting = [random_scene(np.random.default_rng((SEED + 1, i)), world, allow_held_out=True) for i in range(4000)]
-    fitting_tokens = torch.cat([model.encode(pixels_of(fitting[i : i + 250], world)).image_tokens for i in range(0, 4000, 250)])
+    fitting_tokens = torch.cat(
+        [model.encode(pixels_of(fitting[i : i + 250], world)).image_tokens for i in range(0, 4000, 250)]
+    )
     inputs, targets = _cells(model, world, num_scales, fitting, fitting_tokens)
     test_inputs, test_targets = _cells(model, world, num_scales, scenes, tokens)
     scale = inputs.std(0).clamp_min(1e-6)

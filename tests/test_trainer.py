@@ -1,0 +1,201 @@
+"""Training of the transformer: its collator, its losses, what it leaves alone, and resuming."""
+
+import copy
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_processor
+
+from transformers_nextflow import ImageSampling
+from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer, NextFlowTrainingArguments
+
+
+GRID, CODES = [4, 4], 1 + 4 + 9 + 16
+SLOTS = CODES - 1
+
+
+def codes(seed: int, count: int = CODES) -> list[int]:
+    return torch.randint(32, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def text(words: str) -> dict:
+    return {"type": "text", "text": words}
+
+
+def conversation(question: list[dict], answer: list[dict]) -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def drawing(prompt: str, seed: int) -> dict:
+    messages = conversation([text(prompt)], [{"type": "image"}])
+    return {"messages": messages, "image_tokens": [codes(seed)], "image_grids": [GRID]}
+
+
+def question(words: str, answer: str, seed: int) -> dict:
+    messages = conversation([{"type": "image"}, text(words)], [text(answer)])
+    return {"messages": messages, "image_tokens": [codes(seed)], "image_grids": [GRID]}
+
+
+def rows() -> list[dict]:
+    return [drawing("a red circle", seed=1), question("how many circles are there?", "one", seed=2)]
+
+
+def make_trainer(folder, model, data, **options) -> NextFlowTrainer:
+    values = {
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": len(data),
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": [],
+    }
+    args = NextFlowTrainingArguments(output_dir=str(folder), **(values | options))
+    return NextFlowTrainer(model, args, train_dataset=data, data_collator=NextFlowCollator(tiny_processor()))
+
+
+# The collator ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_becomes_boi_its_slots_and_eoi_and_only_answers_have_labels():
+    processor = tiny_processor()
+    boi, eoi, slot = processor.boi_token_id, processor.eoi_token_id, processor.image_token_id
+    for row, answer in zip(rows(), ([boi] + [slot] * SLOTS + [eoi], processor.tokenizer("one").input_ids)):
+        ids, labels = NextFlowCollator(processor).encode(row)
+        start = ids.index(boi)
+        assert ids[start : start + SLOTS + 2] == [boi] + [slot] * SLOTS + [eoi]
+        assert ids.count(slot) == SLOTS and ids.count(boi) == ids.count(eoi) == 1
+        # The answer ends with the token at which generation stops.
+        trained = [(token, label) for token, label in zip(ids, labels) if label != -100]
+        assert [label for _, label in trained] == [*answer, processor.tokenizer.eos_token_id]
+        assert all(token == label for token, label in trained)
+
+
+def test_pictures_of_several_turns_come_in_their_order_and_sizes():
+    processor = tiny_processor()
+    messages = conversation([{"type": "image"}, text("one"), {"type": "image"}], [{"type": "image"}, text("one")])
+    tall = processor.image_processor.schedule_for_grid(7, 2)
+    grids = [GRID, list(tall.final_grid), GRID]
+    row = {"messages": messages, "image_grids": grids}
+    row["image_tokens"] = [codes(0), codes(1, tall.num_tokens), codes(2)]
+    batch = NextFlowCollator(processor)([row])
+    ids = batch["input_ids"][0].tolist()
+    starts = [i for i, token in enumerate(ids) if token == processor.boi_token_id]
+    ends = [i for i, token in enumerate(ids) if token == processor.eoi_token_id]
+    assert [end - start - 1 for start, end in zip(starts, ends)] == [SLOTS, tall.num_slots(), SLOTS]
+    assert [int(batch["labels"][0, end] != -100) for end in ends] == [0, 0, 1]
+    assert batch["image_grids"].tolist() == grids
+    for given, padded in zip(row["image_tokens"], batch["image_tokens"].tolist()):
+        assert padded == given + [-1] * (max(CODES, tall.num_tokens) - len(given))
+
+
+def test_a_model_that_reads_the_last_scale_gets_one_more_grid_of_slots():
+    processor = tiny_processor(read_last_scale=True)
+    ids, _ = NextFlowCollator(processor).encode(rows()[1])
+    assert ids.count(processor.image_token_id) == SLOTS + 16
+
+
+@pytest.mark.parametrize("multiple", [1, 32])
+def test_rows_are_padded_on_the_right_to_a_common_length(multiple):
+    collator = NextFlowCollator(tiny_processor(), pad_to_multiple_of=multiple)
+    longer, shorter = question("how many circles are there? " * 3, "one", 0), drawing("one", 1)
+    batch = collator([longer, shorter])
+    lengths = [len(collator.encode(row)[0]) for row in (longer, shorter)]
+    expected = -(-max(lengths) // multiple) * multiple
+    assert lengths[1] < lengths[0] and {batch[name].shape for name in ("input_ids", "labels")} == {(2, expected)}
+    assert batch["attention_mask"].tolist() == [[1] * n + [0] * (expected - n) for n in lengths]
+    padding = batch["attention_mask"] == 0
+    assert (batch["input_ids"][padding] == tiny_processor().tokenizer.pad_token_id).all()
+    assert (batch["labels"][padding] == -100).all()
+
+
+def test_codes_to_be_written_may_differ_from_those_to_be_read():
+    corrected = drawing("one", 1) | {"image_labels": [codes(7)]}
+    batch = NextFlowCollator(tiny_processor())([corrected, drawing("one", 2)])
+    assert batch["image_tokens"].tolist() == [codes(1), codes(2)]
+    assert batch["image_labels"].tolist() == [codes(7), codes(2)]
+
+
+def test_rows_without_pictures_make_a_batch_of_text():
+    row = {"messages": conversation([text("how many?")], [text("one")]), "image_tokens": [], "image_grids": []}
+    assert set(NextFlowCollator(tiny_processor())([row])) == {"input_ids", "attention_mask", "labels"}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image_tokens": [], "image_grids": []}, "hold 1 pictures, but the row has 0 image_tokens and 0 image_grids"),
+        ({"image_grids": [GRID, GRID]}, "hold 1 pictures, but the row has 1 image_tokens and 2 image_grids"),
+        ({"image_tokens": [codes(0), codes(1)]}, "hold 1 pictures, but the row has 2 image_tokens and 1 image_grids"),
+        ({"image_grids": [[4, 40]]}, "outside 1:4 to 4:1"),
+    ],
+)
+def test_rows_whose_pictures_do_not_fit_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        NextFlowCollator(tiny_processor())([drawing("one", 0) | change])
+
+
+# The trainer ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_parts_of_the_loss_are_logged_as_the_model_tells_them(tmp_path):
+    model, data = tiny_model(), rows()
+    with torch.no_grad():
+        expected = model(**NextFlowCollator(tiny_processor())(data))
+    trainer = make_trainer(tmp_path, model, data)
+    trainer.train()
+    first, second, summary = trainer.state.log_history
+    assert first["loss"] == pytest.approx(float(expected.loss), abs=1e-3)
+    assert first["text_loss"] == pytest.approx(float(expected.text_loss), abs=1e-3)
+    assert first["image_loss"] == pytest.approx(float(expected.image_loss), abs=1e-3)
+    scales = [first[f"scale_{scale}_loss"] for scale in range(1, 5)]
+    assert scales == pytest.approx(expected.scale_losses.tolist(), abs=1e-3)
+    assert second["image_loss"] != first["image_loss"] and "image_loss" not in summary
+
+
+@pytest.mark.parametrize("muon", [False, True], ids=["AdamW", "Muon"])
+def test_it_learns_two_samples_by_heart_and_leaves_the_tokenizer_alone(muon, tmp_path):
+    model, data = tiny_model(), rows()
+    before = copy.deepcopy(model.vq_model.state_dict())
+    options = {"muon": muon, "max_steps": 60, "logging_steps": 60, "weight_decay": 0.1}
+    trainer = make_trainer(tmp_path, model, data, **options)
+    trainer.train()
+    assert type(trainer.optimizer.optimizer).__name__ == ("MuonWithAdamW" if muon else "AdamW")
+    for name, value in model.vq_model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+    model.eval()
+    processor = tiny_processor()
+    inputs = processor.apply_image_prompt("a red circle")
+    drawn = model.generate_images(**inputs, image_sizes=[(16, 16)], sampling=ImageSampling(temperature=0))
+    assert drawn.image_tokens.tolist() == [codes(1)]
+    messages = data[1]["messages"][:1]
+    prompt = NextFlowCollator(processor).encode(data[1] | {"messages": messages})[0]
+    prompt += processor.tokenizer("<|im_start|>assistant\n").input_ids
+    answer = model.generate(
+        input_ids=torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        image_tokens=torch.tensor([codes(2)]),
+        image_grids=torch.tensor([GRID]),
+        max_new_tokens=8,
+        do_sample=False,
+    )
+    assert processor.tokenizer.decode(answer[0, len(prompt) :], skip_special_tokens=True) == "one"
+
+
+@pytest.mark.parametrize("muon", [False, True], ids=["AdamW", "Muon"])
+def test_a_resumed_training_ends_with_the_same_weights(muon, tmp_path):
+    data = rows() + [drawing("two blue squares", seed=3), question("one", "a green star", seed=4)]
+    options = {"muon": muon, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    options |= {"per_device_train_batch_size": 2, "lr_scheduler_type": "cosine", "weight_decay": 0.1}
+
+    def train(seed: int, checkpoint=None) -> dict[str, torch.Tensor]:
+        model = tiny_model(seed)
+        make_trainer(tmp_path, model, data, **options).train(resume_from_checkpoint=checkpoint)
+        return model.state_dict()
+
+    whole = train(seed=0)
+    resumed = train(seed=1, checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
