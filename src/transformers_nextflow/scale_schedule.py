@@ -1,6 +1,7 @@
 """Scale schedules: which grids of codes a picture is drawn on, and where each grid lies in the sequence.
 
-Everything that touches a picture in the sequence (processor, teacher forcing, sampling, losses) asks this file. It imports nothing else of the package.
+Everything that touches a picture in the sequence (processor, teacher forcing, sampling, losses) asks this file.
+It imports nothing else of the package.
 """
 
 from __future__ import annotations
