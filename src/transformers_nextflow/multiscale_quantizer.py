@@ -96,9 +96,10 @@ def resample_rotary(features: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 def _parents(fine: int, coarse: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """For each of `fine` cells of a side the coarse cell it lies in, and its distance from that one's middle."""
-    middles = (torch.arange(fine, device=device) + 0.5) / fine
-    parents = (middles * coarse).long()
-    return parents, middles - (parents + 0.5) / coarse
+    cells = torch.arange(fine, device=device)
+    # In whole numbers, since a middle on the edge of two coarse cells must not fall to either by rounding.
+    parents = (2 * cells + 1) * coarse // (2 * fine)
+    return parents, (cells + 0.5) / fine - (parents + 0.5) / coarse
 
 
 def _rotate(features: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ def to_uint8(pixels: torch.Tensor) -> np.ndarray:
 
 
 def contact_sheet(rows: Sequence[Sequence[Image.Image]], margin: int = 4) -> Image.Image:
-    """Rows of pictures on one white sheet; pictures may differ in size, the largest sets the cell."""
+    """Rows of pictures on one grey sheet; pictures may differ in size, the largest sets the cell."""
     width = max(picture.width for row in rows for picture in row) + margin
     height = max(picture.height for row in rows for picture in row) + margin
     sheet = Image.new("RGB", (max(map(len, rows)) * width + margin, len(rows) * height + margin), (200, 200, 200))

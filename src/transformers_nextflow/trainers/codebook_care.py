@@ -99,14 +99,15 @@ def _kmeans(model: NextFlowVQModel, vectors: torch.Tensor, count: int, generator
     vectors = _draw(vectors, MAX_VECTORS, generator)
     centers = _draw(vectors, count, generator).clone()
     while len(centers) < count:
-        centers = torch.cat([centers, centers + 1e-3 * torch.randn(centers.shape, generator=generator)])[:count]
+        noise = torch.randn(centers.shape, generator=generator, device=vectors.device)
+        centers = torch.cat([centers, centers + 1e-3 * noise])[:count]
     for _ in range(KMEANS_STEPS):
         assigned = torch.cat([model.quantizer.distances(v, centers).argmin(-1) for v in vectors.split(4096)])
         counts = torch.bincount(assigned, minlength=count)
         sums = torch.zeros_like(centers).index_add_(0, assigned, vectors)
         centers = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp_min(1), centers)
         empty = (counts == 0).nonzero().squeeze(1)
-        centers[empty] = vectors[torch.randint(len(vectors), (len(empty),), generator=generator)]
+        centers[empty] = vectors[torch.randint(len(vectors), empty.shape, generator=generator, device=vectors.device)]
         if model.config.normalize_codes:
             centers = model.quantizer.normalize(centers)
     return centers

@@ -22,7 +22,7 @@ from .codebook_care import initialize_codebook, revive_dead_codes
 
 STAGES = ("pixel", "joint", "codebook", "decoder")
 CONTACT_SHEET_COLUMNS = 12
-ADVERSARY_FILE = "adversary.pt"
+TRAINER_FILE = "vq_trainer.pt"
 
 
 @dataclass
@@ -30,9 +30,9 @@ class NextFlowVQTrainingArguments(TrainingArguments):
     """`TrainingArguments` and what the tokenizer's stages need.
 
     Args:
-        stage: "pixel" trains the pixel branch as a plain autoencoder; "joint" all parts; "codebook" starts codebooks
-            from k-means and trains them and the decoders on the latents as they are; "decoder" trains the pixel decoder
-            alone, on the codes as they are.
+        stage: "pixel" trains the pixel branch as a plain autoencoder; "joint" all parts; "codebook" starts the
+            codebooks from k-means and trains them and the decoders on the latents as they are; "decoder" trains the
+            pixel decoder alone, on the codes as they are.
         autoencoder_share: share of the joint stage's steps before the codes come in. Then the codebooks start from
             k-means over the latents. 0 goes on from the codebooks as they are; 1 leaves them to the codebook stage.
         scale_dropout: share of the pictures that are decoded from their first scales only, a number of them drawn
@@ -70,10 +70,14 @@ class NextFlowVQTrainingArguments(TrainingArguments):
 
 
 class PictureCollator:
-    """Stacks the tensors of dict rows; `pixel_values` (3, H, W) of one size a batch."""
+    """Stacks the tensors of dict rows; `pixel_values` (3, H, W) of one size a batch, or a `ValueError`."""
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+        columns = {name: [torch.as_tensor(row[name]) for row in rows] for name in rows[0]}
+        shapes = sorted({tuple(picture.shape) for picture in columns["pixel_values"]})
+        if len(shapes) > 1:
+            raise ValueError(f"Pictures of a batch must have one size, got {shapes}; resize them, or batch by size.")
+        return {name: torch.stack(column) for name, column in columns.items()}
 
 
 class NextFlowVQTrainer(Trainer):
@@ -113,7 +117,9 @@ class NextFlowVQTrainer(Trainer):
             self.adversary = Adversary(discriminator.to(args.device), learning_rate=args.learning_rate)
         self.model_accepts_loss_kwargs = False
         self._losses: dict[str, list[float]] = {}
+        # Codes in use since `_counted_from`, the step of the last revival.
         self._used: torch.Tensor | None = None
+        self._counted_from = 0
 
     # Which losses -----------------------------------------------------------------------------------------------------
 
@@ -190,11 +196,12 @@ class NextFlowVQTrainer(Trainer):
             pixels = self.data_collator([{"pixel_values": row["pixel_values"]} for row in rows])["pixel_values"]
             initialize_codebook(self._core, pixels.to(args.device), args.kmeans_shares, seed=args.seed)
         revives = args.stage in ("joint", "codebook") and args.revive_every and step % args.revive_every == 0
-        if revives and self._used is not None:
+        # With gradient accumulation a step has several calls; the first revives.
+        if revives and self._used is not None and step > self._counted_from:
             used = self.accelerator.reduce(self._used, "sum")
             revived = revive_dead_codes(self._core, inputs["pixel_values"], used == 0, seed=args.seed + step)
             self._losses.setdefault("revived_codes", []).append(float(revived))
-            self._used = None
+            self._used, self._counted_from = None, step
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.adversary and self.progress >= args.adversarial_start:
             self.adversary.step()
@@ -208,21 +215,32 @@ class NextFlowVQTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str):
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.adversary and self.args.should_save:
-            torch.save(self.adversary.state_dict(), Path(output_dir) / ADVERSARY_FILE)
+        used = None if self._used is None else self.accelerator.reduce(self._used, "sum")
+        state = {"used_codes": used, "counted_from": self._counted_from}
+        if self.adversary:
+            state["adversary"] = self.adversary.state_dict()
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / TRAINER_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self.adversary and checkpoint is not None:
-            state = torch.load(Path(checkpoint) / ADVERSARY_FILE, map_location=self.args.device, weights_only=True)
-            self.adversary.load_state_dict(state)
+        if checkpoint is None:
+            return
+        state = torch.load(Path(checkpoint) / TRAINER_FILE, map_location=self.args.device, weights_only=True)
+        self._used, self._counted_from = state["used_codes"], state["counted_from"]
+        if self._used is not None and not self.is_world_process_zero():
+            # The sum over processes is the first one's; the others go on from none.
+            self._used = torch.zeros_like(self._used)
+        if self.adversary:
+            self.adversary.load_state_dict(state["adversary"])
 
     # Logs -------------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
-        for name, values in self._losses.items():
-            logs[name] = round(sum(values) / len(values), 5)
-        self._losses.clear()
+        if "loss" in logs:
+            for name, values in self._losses.items():
+                logs[name] = round(sum(values) / len(values), 5)
+            self._losses.clear()
         super().log(logs, start_time)
 
     @torch.no_grad()
@@ -241,10 +259,7 @@ class NextFlowVQTrainer(Trainer):
                 scores[name].append(self.accelerator.gather_for_metrics(metric(restored, originals)))
             if output.image_tokens is not None:
                 tokens.append(self.accelerator.gather_for_metrics(output.image_tokens))
-            sheet = sheet or [
-                to_uint8(pixels)[:CONTACT_SHEET_COLUMNS],
-                to_uint8(output.reconstruction)[:CONTACT_SHEET_COLUMNS],
-            ]
+            sheet = sheet or [to_uint8(x[:CONTACT_SHEET_COLUMNS]) for x in (pixels, output.reconstruction)]
         metrics = {name: float(torch.cat(values).mean()) for name, values in scores.items()}
         if tokens:
             metrics |= codebook_statistics(torch.cat(tokens), model.schedule_of(pixels), model.config.codebook_size)

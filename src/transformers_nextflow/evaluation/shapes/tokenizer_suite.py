@@ -15,6 +15,8 @@ from .scene import Scene, World, cell_labels, random_scene, render
 
 SEED = 7_000_000  # no training scene is drawn from it
 PROBE_STEPS = 300
+PROBE_SCENES = 10_000
+BATCH_SIZE = 250
 
 
 def pixels_of(scenes: list[Scene], world: World) -> torch.Tensor:
@@ -24,7 +26,7 @@ def pixels_of(scenes: list[Scene], world: World) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate_tokenizer(model: NextFlowVQModel, world: World, count: int = 1000) -> dict[str, float]:
+def evaluate_tokenizer(model: NextFlowVQModel, world: World, count: int = 2000) -> dict[str, float]:
     """Scores of the tokenizer on `count` held-out scenes.
 
     `psnr`, `ssim`, `exact_scenes` (share of reconstructions that the checker reads exactly right),
@@ -34,8 +36,8 @@ def evaluate_tokenizer(model: NextFlowVQModel, world: World, count: int = 1000) 
     scenes = [random_scene(np.random.default_rng((SEED, i)), world, allow_held_out=True) for i in range(count)]
     pixels = pixels_of(scenes, world)
     schedule = model.schedule_of(pixels)
-    tokens = torch.cat([model.encode(chunk).image_tokens for chunk in pixels.split(250)])
-    restored = torch.cat([model.decode(chunk, schedule) for chunk in tokens.split(250)])
+    tokens = torch.cat([model.encode(chunk).image_tokens for chunk in pixels.split(BATCH_SIZE)])
+    restored = torch.cat([model.decode(chunk, schedule) for chunk in tokens.split(BATCH_SIZE)])
     exact = np.array([read(picture, world) == scene for picture, scene in zip(to_uint8(restored), scenes)])
     sizes = np.array([len(scene.objects) for scene in scenes])
     result = {
@@ -44,29 +46,37 @@ def evaluate_tokenizer(model: NextFlowVQModel, world: World, count: int = 1000) 
         "exact_scenes": float(exact.mean()),
     }
     result |= {f"exact_scenes_{n}_objects": float(exact[sizes == n].mean()) for n in sorted(set(sizes.tolist()))}
+    seeds = ((SEED + 1, i) for i in range(PROBE_SCENES))
+    fitting = [random_scene(np.random.default_rng(seed), world, allow_held_out=True) for seed in seeds]
+    batches = (fitting[start : start + BATCH_SIZE] for start in range(0, PROBE_SCENES, BATCH_SIZE))
+    fitting_tokens = torch.cat([model.encode(pixels_of(batch, world)).image_tokens for batch in batches])
     for suffix, scales in (("", schedule.num_scales - 1), ("_with_last_scale", schedule.num_scales)):
-        for attribute, accuracy in linear_probe(model, world, scales, scenes, tokens).items():
+        fitted_on, tested_on = (fitting, fitting_tokens), (scenes, tokens)
+        for attribute, accuracy in linear_probe(model, world, scales, fitted_on, tested_on).items():
             result[f"linear_probe_{attribute}{suffix}"] = accuracy
     return result | codebook_statistics(tokens, schedule, model.config.codebook_size)
 
 
 def linear_probe(
-    model: NextFlowVQModel, world: World, num_scales: int, scenes: list[Scene], tokens: torch.Tensor
+    model: NextFlowVQModel,
+    world: World,
+    num_scales: int,
+    fitted_on: tuple[list[Scene], torch.Tensor],
+    tested_on: tuple[list[Scene], torch.Tensor],
 ) -> dict[str, float]:
     """Accuracy with which a linear map reads an object's shape and colour off the code vectors at its place.
 
-    The map sees the vectors of the first `num_scales` scales side by side and is fitted on other scenes.
+    The map sees the vectors of the first `num_scales` scales side by side. It is fitted on some scenes, with their
+    codes (n, N), and tested on others.
     """
-    fitting = [random_scene(np.random.default_rng((SEED + 1, i)), world, allow_held_out=True) for i in range(4000)]
-    fitting_tokens = torch.cat(
-        [model.encode(pixels_of(fitting[i : i + 250], world)).image_tokens for i in range(0, 4000, 250)]
-    )
-    inputs, targets = _cells(model, world, num_scales, fitting, fitting_tokens)
-    test_inputs, test_targets = _cells(model, world, num_scales, scenes, tokens)
+    inputs, targets = _cells(model, world, num_scales, *fitted_on)
+    test_inputs, test_targets = _cells(model, world, num_scales, *tested_on)
     scale = inputs.std(0).clamp_min(1e-6)
     accuracies = {}
     for attribute, classes in (("shape", len(world.shapes)), ("color", len(world.colors))):
         probe = torch.nn.Linear(inputs.shape[1], classes)
+        torch.nn.init.zeros_(probe.weight)
+        torch.nn.init.zeros_(probe.bias)
         optimizer = torch.optim.Adam(probe.parameters(), lr=0.03)
         with torch.enable_grad():
             for _ in range(PROBE_STEPS):
