@@ -162,10 +162,11 @@ class NextFlowConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        # The default vocabulary is Qwen2.5-VL's with <boi> and <eoi>.
+        defaults = {"text_config": {"vocab_size": 152066}, "vq_config": {}}
         for name, config_class in self.sub_configs.items():
-            value = getattr(self, name)
-            if value is None or isinstance(value, dict):
-                setattr(self, name, config_class(**(value or {})))
+            value = defaults[name] if getattr(self, name) is None else getattr(self, name)
+            setattr(self, name, config_class(**value) if isinstance(value, dict) else value)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):

@@ -199,7 +199,8 @@ class ScaleSchedules:
         if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
             nearest = "1:4" if height < width else "4:1"
             raise ValueError(
-                f"The aspect ratio {height}x{width} (height:width) lies outside 1:4 to 4:1; the nearest is {nearest}."
+                f"The aspect ratio of {height}x{width} (height:width) lies outside 1:4 to 4:1; "
+                f"the nearest is {nearest}."
             )
 
 
