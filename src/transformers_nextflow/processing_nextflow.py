@@ -51,16 +51,19 @@ class NextFlowProcessor(ProcessorMixin):
         return super().__call__(images=images, text=text, **kwargs)
 
     def validate_inputs(self, images=None, text=None, **kwargs):
-        super().validate_inputs(images=images, text=text, **kwargs)
-        nested = isinstance(images, list | tuple) and all(isinstance(row, list | tuple) for row in images)
-        if text is not None and nested:
-            placeholders = [sample.count(self.image_token) for sample in text]
-            pictures = [len(row) for row in images]
-            if placeholders != pictures:
+        if text is not None:
+            texts = [text] if isinstance(text, str) else text
+            placeholders = [sample.count(self.image_token) for sample in texts]
+            rows = images if isinstance(images, list | tuple) else [] if images is None else [images]
+            nested = bool(rows) and all(isinstance(row, list | tuple) for row in rows)
+            pictures = [len(row) for row in rows] if nested else len(rows)
+            # Not left to transformers: 5.17 cuts the surplus silently.
+            if placeholders != pictures if nested else sum(placeholders) != pictures:
                 raise ValueError(
                     f"The texts hold {placeholders} {self.image_token} each, but were given {pictures} images; "
                     f"give every text as many images as it has placeholders."
                 )
+        super().validate_inputs(images=images, text=text, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         schedule = self.image_processor.schedule_for_grid(*image_inputs["image_grids"][image_idx])
