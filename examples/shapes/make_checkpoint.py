@@ -60,8 +60,8 @@ From `{command}` at commit {commit}, on {device}.
 """
 DRAWING_RULES = """\
 Share of the pictures that hold what the prompt asked for, counting exact (GenEval's rule), and under the strict rule:
-nothing else is in the picture either. `held out` are prompts with a pair of shape and colour that no training picture
-shows. `overall` is the mean of the categories.
+nothing else is in the picture either. `held out` are prompts with a pair of shape and colour that the transformer
+never saw in training. `overall` is the mean of the categories.
 """
 UNDERSTANDING_RULES = """\
 Share of right answers. `questions` is the mean over the kinds of questions; `overall` has captions too.
