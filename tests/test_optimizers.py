@@ -52,6 +52,13 @@ def test_orthogonalized_matrices_keep_their_directions_and_lose_their_sizes(shap
     torch.testing.assert_close(result, left @ torch.diag(values) @ right.T, atol=1e-4, rtol=0)
 
 
+def test_products_in_bfloat16_give_the_same_to_its_precision():
+    matrix = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
+    exact, rough = orthogonalize(matrix), orthogonalize(matrix, torch.bfloat16)
+    assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
+    torch.testing.assert_close(rough, exact, atol=0.05, rtol=0)
+
+
 def test_outside_of_layers_it_is_adamw():
     class Outside(nn.Sequential):
         pass

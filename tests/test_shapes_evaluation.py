@@ -9,7 +9,7 @@ from PIL import Image
 from tiny import tiny_model, tiny_processor
 
 from transformers_nextflow.evaluation import shapes_evaluation
-from transformers_nextflow.evaluation.shapes import CATEGORIES, tokenizer_suite, understanding_cases
+from transformers_nextflow.evaluation.shapes import CATEGORIES, DESCRIPTIONS, tokenizer_suite, understanding_cases
 from transformers_nextflow.evaluation.shapes.questions import QUESTIONS
 from transformers_nextflow.evaluation.shapes.suites import HELD_OUT_CATEGORIES
 from transformers_nextflow.evaluation.shapes_evaluation import ShapesEvaluation, evaluate_shapes
@@ -77,7 +77,7 @@ def test_drawing_has_every_category_under_both_rules(scores, suite, categories):
 
 
 def test_understanding_has_every_kind_of_question_and_captions(scores):
-    assert set(scores["understanding"]) == {*QUESTIONS, "caption", "questions", "overall"}
+    assert set(scores["understanding"]) == {*QUESTIONS, *DESCRIPTIONS, "questions", "overall"}
 
 
 def test_the_oracle_is_asked_for_every_number_of_true_scales(scores):
@@ -130,4 +130,4 @@ def test_right_answers_score_one_and_others_count_against_their_own_kind(model, 
         table = evaluation.understanding()
         assert {kind for kind, score in table.items() if score == 0} == {wrong_kind} - {"none"}
         assert table["questions"] == pytest.approx(1 - (wrong_kind == "color") / len(QUESTIONS))
-        assert table["overall"] == pytest.approx(1 - (wrong_kind != "none") / (len(QUESTIONS) + 1))
+        assert table["overall"] == pytest.approx(1 - (wrong_kind != "none") / (len(QUESTIONS) + len(DESCRIPTIONS)))

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from transformers_nextflow.evaluation.shapes import (
-    CAPTION_REQUEST,
     CATEGORIES,
+    DESCRIPTIONS,
     UNKNOWN,
     CheckResult,
     Item,
@@ -28,7 +28,9 @@ from transformers_nextflow.evaluation.shapes import (
     held_out_combinations,
     is_full_caption,
     is_reserved,
+    located_caption,
     parse_caption,
+    question_about,
     question_example,
     random_scene,
     read,
@@ -153,12 +155,25 @@ def test_a_scenes_objects_are_recovered_from_its_full_caption(world):
             for item in asked.items:
                 named[item.shape, item.color] += item.count
             assert named == Counter((item.shape, item.color) for item in scene.objects)
-            assert asked.background == scene.background and is_full_caption(text, scene, world)
+            assert asked.background == scene.background and is_full_caption(text, caption(None, scene, world), world)
+
+
+@WORLDS
+def test_a_scene_is_recovered_from_its_located_caption(world):
+    generator = rng(4)
+    for _ in range(300):
+        scene = random_scene(generator, world)
+        text = located_caption(scene, world)
+        asked = parse_caption(text, world)
+        assert [item.cell for item in asked.items] == [item.cell for item in scene.objects]
+        assert check(scene, asked).strict and is_full_caption(text, text, world)
+        assert not is_full_caption(caption(None, scene, world), text, world)
 
 
 def test_captions_that_are_wrong_or_leave_something_out_are_not_full():
     scene = Scene((Object("circle", "red", 0, 0), Object("circle", "red", 1, 1), Object("star", "blue", 2, 2)))
-    assert is_full_caption("a blue star with two red circles on white", scene, WORLD)
+    full = caption(None, scene, WORLD)
+    assert is_full_caption("a blue star with two red circles on white", full, WORLD)
     for text in (
         "two red circles and a blue star",
         "two circles and a blue star on a white background",
@@ -167,7 +182,7 @@ def test_captions_that_are_wrong_or_leave_something_out_are_not_full():
         "red red red",
         "",
     ):
-        assert not is_full_caption(text, scene, WORLD), text
+        assert not is_full_caption(text, full, WORLD), text
 
 
 def test_held_out_pairs_and_reserved_captions_never_occur_in_training():
@@ -255,6 +270,24 @@ def test_answers_are_right(kind):
     assert all(len(given.split()) == 1 for _, _, given in cases)
 
 
+@pytest.mark.parametrize("kind", QUESTIONS)
+def test_questions_about_a_given_scene_are_about_that_one(kind):
+    generator = rng(6)
+    scenes = [random_scene(generator, WORLD) for _ in range(200)]
+    cases = [QUESTIONS[kind](generator, WORLD, False, scene) for scene in scenes]
+    asked = [(scene, case) for scene, case in zip(scenes, cases) if case is not None]
+    assert len(asked) > 100
+    assert all(case[0] is scene and answer(case[1], scene) == case[2] for scene, case in asked)
+
+
+def test_every_scene_can_be_asked_about():
+    generator = rng(6)
+    scene = Scene((Object("circle", "red", 0, 0), Object("circle", "red", 1, 1)))
+    for _ in range(100):
+        question, given = question_about(generator, WORLD, scene)
+        assert answer(question, scene) == given
+
+
 @pytest.mark.parametrize("kind", ["presence", "relation"])
 def test_yes_and_no_are_balanced(kind):
     generator = rng(7)
@@ -293,11 +326,11 @@ def test_more_prompts_than_there_are_is_an_error():
 
 def test_understanding_cases_carry_their_right_answers():
     cases = understanding_cases(WORLD, 10)
-    assert Counter(case.kind for case in cases) == {kind: 10 for kind in (*QUESTIONS, "caption")}
+    assert Counter(case.kind for case in cases) == {kind: 10 for kind in (*QUESTIONS, *DESCRIPTIONS)}
     for case in cases:
         assert case.is_right(case.answer, WORLD) and not case.is_right("a nothing", WORLD)
         assert read(case.image, WORLD) == case.scene
-        assert case.kind != "caption" or case.question == CAPTION_REQUEST
+        assert case.kind not in DESCRIPTIONS or case.question == DESCRIPTIONS[case.kind][0]
 
 
 def test_scores_are_means_of_categories():

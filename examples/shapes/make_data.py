@@ -2,8 +2,10 @@
 
     python examples/shapes/make_data.py --tokenizer runs/tokenizer/final --output runs/data --processes 2
 
-Seven samples in ten draw from a caption (one in ten of them without one, for guidance), the rest ask about a picture
-or for its caption. Scenes and captions of the evaluation are never among them.
+Half of the samples draw from a caption (one in ten of them without one, for guidance), and talk about the drawing; the
+other half begin with a picture. One conversation asks several things of its picture: the picture's slots are most of a
+sequence, and an answer is one word. Captions of the evaluation, and the pairs of shape and colour that are held out,
+are never among them.
 """
 
 from __future__ import annotations
@@ -17,20 +19,23 @@ from datasets import Dataset
 
 from transformers_nextflow import NextFlowImageProcessorPil, NextFlowProcessor, NextFlowVQModel, SelfCorrection
 from transformers_nextflow.evaluation.shapes import (
-    CAPTION_REQUEST,
+    DESCRIPTIONS,
+    Scene,
     World,
-    caption,
     drawing_example,
+    question_about,
     question_example,
-    random_scene,
     render,
 )
 from transformers_nextflow.tokenization_nextflow import train_tokenizer
 
 
 WORLD = World()
-DRAWING_SHARE, CAPTION_SHARE = 0.7, 0.08
+DRAWING_SHARE = 0.5
 EMPTY_PROMPT_SHARE = 0.1
+# How many things are asked of a drawing, and of a picture after the first question; how many of them are descriptions.
+TURNS_AFTER_DRAWING, TURNS_AFTER_QUESTION = (0, 1, 2), (2, 3, 4)
+DESCRIPTION_SHARE = 0.25
 BATCH = 250
 TEXT_VOCABULARY = 512
 
@@ -40,22 +45,37 @@ def plain(text: str, rng: np.random.Generator) -> str:
     return text[2:] if text.startswith("a ") and rng.random() < 0.15 else text
 
 
+def turn(question: str, answer: str, picture_first: bool = False) -> list[dict]:
+    content = [{"type": "image"}] * picture_first + [{"type": "text", "text": question}]
+    return [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+
+
+def ask(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
+    """A question about the scene or a request to describe it, and the answer."""
+    if rng.random() < DESCRIPTION_SHARE:
+        request, describe = list(DESCRIPTIONS.values())[int(rng.integers(len(DESCRIPTIONS)))]
+        return request, describe(scene, WORLD)
+    return question_about(rng, WORLD, scene)
+
+
 def sample(rng: np.random.Generator):
     """(messages, scene) of one conversation."""
-    kind = rng.random()
-    if kind < DRAWING_SHARE:
+    if rng.random() < DRAWING_SHARE:
         prompt, scene = drawing_example(rng, WORLD)
         prompt = "" if rng.random() < EMPTY_PROMPT_SHARE else plain(prompt, rng)
-        user, answer = [{"type": "text", "text": prompt}], [{"type": "image"}]
+        messages = [
+            {"role": "user", "content": [{"type": "text", "text": prompt}]},
+            {"role": "assistant", "content": [{"type": "image"}]},
+        ]
+        turns = rng.choice(TURNS_AFTER_DRAWING)
     else:
-        if kind < DRAWING_SHARE + CAPTION_SHARE:
-            scene = random_scene(rng, WORLD)
-            question, reply = CAPTION_REQUEST, caption(None, scene, WORLD)
-        else:
-            scene, question, reply = question_example(rng, WORLD)
-        user = [{"type": "image"}, {"type": "text", "text": question}]
-        answer = [{"type": "text", "text": reply}]
-    return [{"role": "user", "content": user}, {"role": "assistant", "content": answer}], scene
+        scene, question, answer = question_example(rng, WORLD)
+        messages = turn(question, answer, picture_first=True)
+        turns = rng.choice(TURNS_AFTER_QUESTION)
+    return messages + [part for _ in range(turns) for part in turn(*ask(rng, scene))], scene
 
 
 def texts(count: int, seed: int):
@@ -91,6 +111,7 @@ def rows(tokenizer: str, count: int, seed: int, shards: list[int], correction: S
             grid = model.schedule_of(pixels).final_grid
             for (messages, _), tokens, labels in zip(samples, codes.image_tokens, codes.image_labels):
                 drawn = messages[1]["content"][0]["type"] == "image"
+                words = [word for m in messages for p in m["content"] for word in p.get("text", "").split()]
                 yield {
                     # `None` fields are what Arrow makes of parts of different kinds: write them out.
                     "messages": [
@@ -103,9 +124,7 @@ def rows(tokenizer: str, count: int, seed: int, shards: list[int], correction: S
                     "image_tokens": [(tokens if drawn else labels).tolist()],
                     "image_labels": [labels.tolist()],
                     "image_grids": [list(grid)],
-                    "length": 12
-                    + len(tokens)
-                    + sum(len(p.get("text", "").split()) for m in messages for p in m["content"]),
+                    "length": len(tokens) + len(words) + 5 * len(messages),
                 }
 
 

@@ -28,6 +28,7 @@ from .shapes import (
     text_to_image_suite,
     understanding_cases,
 )
+from .shapes.questions import QUESTIONS
 from .shapes.tokenizer_suite import evaluate_tokenizer, pixels_of
 
 
@@ -86,7 +87,7 @@ class ShapesEvaluation:
         return result
 
     def understanding(self) -> dict[str, float]:
-        """Share of right answers for each kind of question and for captions; `questions` is the mean of the former."""
+        """Share of right answers for each kind of question and description; `questions` is the mean of the former."""
         cases = understanding_cases(WORLD, self.limit, seed=0)
         results = []
         for start in tqdm(range(0, len(cases), BATCH_SIZE), desc="understanding"):
@@ -94,8 +95,7 @@ class ShapesEvaluation:
             answers = self.answer([case.image for case in batch], [case.question for case in batch])
             results += [(case.kind, case.is_right(text, WORLD)) for case, text in zip(batch, answers)]
         table = score_table(results)
-        kinds = {case.kind for case in cases} - {"caption"}
-        return table | {"questions": float(np.mean([table[kind] for kind in kinds]))}
+        return table | {"questions": float(np.mean([table[kind] for kind in QUESTIONS]))}
 
     def tokenizer(self) -> dict[str, float]:
         return evaluate_tokenizer(self.model.vq_model, WORLD)

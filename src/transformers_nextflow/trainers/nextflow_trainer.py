@@ -48,8 +48,13 @@ class NextFlowTrainer(Trainer):
     def create_optimizer(self, *args, **kwargs):
         if self.args.muon and self.optimizer is None:
             model = self.accelerator.unwrap_model(self.model)
-            betas = (self.args.adam_beta1, self.args.adam_beta2)
-            self.optimizer = MuonWithAdamW(model, self.args.learning_rate, self.args.weight_decay, betas=betas)
+            self.optimizer = MuonWithAdamW(
+                model,
+                self.args.learning_rate,
+                self.args.weight_decay,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                orthogonalize_dtype=torch.bfloat16 if self.args.bf16 else torch.float32,
+            )
         return super().create_optimizer(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples, device):

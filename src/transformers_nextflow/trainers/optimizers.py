@@ -11,19 +11,20 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
 
-def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    """The nearest matrix with singular values of about one, in the matrix's own precision.
+def orthogonalize(matrix: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The nearest matrix with singular values of about one; its products are computed in `dtype`.
 
-    `torch.optim.Muon` does this in bfloat16, which processors without bfloat16 units multiply ten times slower.
+    `torch.optim.Muon` always takes bfloat16, which processors without bfloat16 units multiply ten times slower than
+    float32, and those with them six times faster.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-7)
+    x = (x / (x.norm() + 1e-7)).to(dtype)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
+    return (x.T if tall else x).to(matrix.dtype)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -37,6 +38,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         weight_decay: of matrices and embeddings; vectors are never decayed.
         momentum: Muon's.
         betas: AdamW's.
+        orthogonalize_dtype: precision of the products in Muon's iteration; bfloat16 serves where it is fast.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.01,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
+        orthogonalize_dtype: torch.dtype = torch.float32,
     ):
+        self.orthogonalize_dtype = orthogonalize_dtype
         groups: dict[str, list] = {"hidden": [], "embeddings": [], "vectors": []}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -80,7 +84,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
         nesterov = parameter.grad.lerp(state["momentum"], group["momentum"])
         # 0.2 · sqrt(longer side) is the root mean square of AdamW's updates (Moonlight, 2025).
-        return orthogonalize(nesterov) * (0.2 * max(parameter.shape) ** 0.5)
+        return orthogonalize(nesterov, self.orthogonalize_dtype) * (0.2 * max(parameter.shape) ** 0.5)
 
     def _adamw(self, parameter: nn.Parameter, group: dict) -> torch.Tensor:
         state = self.state[parameter]

@@ -119,6 +119,19 @@ def caption(rng: np.random.Generator | None, scene: Scene, world: World) -> str:
     return write_caption(rng, Requirement(items, background=scene.background), world)
 
 
+def located_caption(scene: Scene, world: World) -> str:
+    """Describes a scene in full, each object with its place, in reading order; always in the same wording.
+
+    Raises ValueError for an empty scene.
+    """
+    if not scene.objects:
+        raise ValueError("An empty scene has no caption; describe scenes with at least one object.")
+    items = tuple(
+        replace(group_items([o], color=True, size=len(world.sizes) > 1)[0], cell=o.cell) for o in scene.objects
+    )
+    return write_caption(None, Requirement(items, background=scene.background), world)
+
+
 # --- From texts to requirements ------------------------------------------------------------------------------------
 
 
@@ -152,14 +165,13 @@ def parse_item(text: str, world: World) -> Item:
     return Item(nouns[noun], color, size, _parse_place(place, world) if place else None, counts[number])
 
 
-def is_full_caption(text: str, scene: Scene, world: World) -> bool:
-    """Whether a text describes the scene right and in full, as `caption` does, in whatever wording and order."""
+def is_full_caption(text: str, reference: str, world: World) -> bool:
+    """Whether a text says all that a caption of `caption` or `located_caption` says, in whatever wording and order."""
     try:
-        requirement = parse_caption(text, world)
+        said, asked = parse_caption(text, world), parse_caption(reference, world)
     except ValueError:
         return False
-    items = group_items(scene.objects, color=True, size=len(world.sizes) > 1)
-    return requirement.background == scene.background and Counter(requirement.items) == Counter(items)
+    return said.background == asked.background and Counter(said.items) == Counter(asked.items)
 
 
 def parse_caption(text: str, world: World) -> Requirement:

@@ -10,15 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .language import CATEGORIES, caption, draw_category, is_full_caption, is_reserved
+from .language import CATEGORIES, caption, draw_category, is_full_caption, is_reserved, located_caption
 from .questions import QUESTIONS, question_of_kind
 from .requirement import CheckResult, Requirement
 from .scene import Scene, World, random_scene, render
 
 
 HELD_OUT_CATEGORIES = ("counting", "colors", "position", "color_attribution")  # those that name colours
-CAPTION = "caption"
-CAPTION_REQUEST = "describe the picture."
+# What is asked of a whole picture, by kind, and how the right answer is written.
+DESCRIPTIONS = {
+    "caption": ("describe the picture.", lambda scene, world: caption(None, scene, world)),
+    "located_caption": ("what is where in the picture?", located_caption),
+}
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,9 @@ class UnderstandingCase:
     answer: str
 
     def is_right(self, text: str, world: World) -> bool:
-        """Whether `text` answers the question; a caption must name every object with its colour, and the background."""
-        if self.kind == CAPTION:
-            return is_full_caption(text.strip(), self.scene, world)
+        """Whether `text` answers the question; a description must say all that the right answer says."""
+        if self.kind in DESCRIPTIONS:
+            return is_full_caption(text.strip(), self.answer, world)
         return text.strip().lower() == self.answer
 
 
@@ -92,15 +95,15 @@ def held_out_combinations(world: World, n: int = 100, seed: int = 0) -> list[Pro
 
 
 def understanding_cases(world: World, n: int = 100, seed: int = 0) -> list[UnderstandingCase]:
-    """`n` cases of each kind of question, and `n` pictures to caption."""
+    """`n` cases of each kind of question, and `n` pictures for each kind of description."""
     rng = np.random.default_rng(seed)
     cases = []
     for kind in QUESTIONS:
         for scene, question, answer in (question_of_kind(rng, world, kind) for _ in range(n)):
             cases.append(UnderstandingCase(kind, scene, render(scene, world), question, answer))
-    for scene in (random_scene(rng, world) for _ in range(n)):
-        answer = caption(None, scene, world)
-        cases.append(UnderstandingCase(CAPTION, scene, render(scene, world), CAPTION_REQUEST, answer))
+    for kind, (request, describe) in DESCRIPTIONS.items():
+        for scene in (random_scene(rng, world) for _ in range(n)):
+            cases.append(UnderstandingCase(kind, scene, render(scene, world), request, describe(scene, world)))
     return cases
 
 
