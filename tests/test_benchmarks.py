@@ -71,9 +71,8 @@ def test_the_stopwatch_counts_no_second_twice():
 
 
 def test_the_parts_of_the_loop_that_are_timed_include_its_forward_passes(model):
-    seconds = loop_overhead.measure(model, 4, guided=True, repeats=1)
-    figures = loop_overhead.summary(seconds)
-    assert {"loop", "mask", "draw of codes", "guidance", loop_overhead.FORWARD} <= set(seconds)
+    figures = loop_overhead.figures_of(model, 4, guided=True, repeats=1)
+    assert {"loop", "mask", "draw of codes", "guidance", loop_overhead.FORWARD} <= set(figures["parts"])
     assert 0 < figures["overhead"] < 1
 
 

@@ -7,17 +7,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
-from transformers.masking_utils import create_causal_mask
+from transformers import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.utils import ModelOutput
 
-from .sampling_nextflow import ImageSampling, draw_codes, guide
-from .scale_schedule import ScaleSchedule
-from .sequence_layout import batch_slots, layout_sequence
+from .cached_sequences import CachedSequences
+from .sampling_nextflow import Generators, ImageSampling, guide
+from .scale_drawing import Drawing, ScaleState
+from .sequence_layout import layout_sequence
 
 
 PICTURE_INPUTS = ("pixel_values", "image_tokens", "image_grids")
-Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 @dataclass
@@ -31,24 +30,6 @@ class ImageGenerationOutput(ModelOutput):
 
     image_tokens: torch.LongTensor | None = None
     image_grids: torch.LongTensor | None = None
-
-
-@dataclass
-class ScaleState:
-    """What a callback sees after each scale.
-
-    `image_tokens` holds, for each picture, the codes (n,) so far; `preview()` decodes them.
-    """
-
-    model: nn.Module
-    schedules: list[ScaleSchedule]
-    image_tokens: list[torch.Tensor]
-    logits: torch.Tensor
-
-    def preview(self) -> list[torch.Tensor]:
-        """Pictures, each (3, H, W) in [-1, 1], from the scales drawn so far."""
-        vq_model = self.model.vq_model
-        return [vq_model.decode(t[None], s)[0] for t, s in zip(self.image_tokens, self.schedules)]
 
 
 ScaleCallback = Callable[[nn.Module, int, ScaleState], bool | None]
@@ -145,42 +126,35 @@ class NextFlowGenerationMixin(GenerationMixin):
         """
         sampling = sampling or self.default_image_sampling
         schedules = [self.config.vq_config.scale_schedules.for_size(height, width) for height, width in image_sizes]
-        generators = _one_each(generator, len(schedules))
         guided = any(sampling.is_guided(0, schedule.num_scales) for schedule in schedules)
         self._check_prompts(input_ids, schedules, guided, negative_input_ids)
 
         if image_tokens is None and pixel_values is not None:
             image_tokens = self.get_image_tokens(pixel_values, image_grids)
-        loop = _ScaleLoop(self, schedules, guided)
+        copies = 1
         if guided:
+            copies = 2
             input_ids, attention_mask = _join_left_padded(
                 (input_ids, attention_mask), (negative_input_ids, negative_attention_mask)
             )
             image_tokens, image_grids = self._pictures_of_both(input_ids, image_tokens, image_grids)
-        hidden_states = loop.prefill(input_ids, attention_mask, image_tokens, image_grids)
-
-        codes: list[torch.Tensor] = [input_ids.new_zeros(0)] * len(schedules)
-        for scale in range(max(schedule.num_scales for schedule in schedules)):
+        drawing = Drawing(self, schedules, sampling, generator)
+        sequences = CachedSequences(self.model)
+        hidden_states = sequences.read(input_ids, attention_mask, image_tokens, image_grids)[:, -1:]
+        for scale in range(drawing.num_scales):
             if scale > 0:
-                hidden_states = loop.step(scale, codes)
+                hidden_states = sequences.read_slots(*drawing.slots(scale, copies))
             logits = self.visual_head(hidden_states)
-            if loop.guided:
-                logits = guide(*logits.chunk(2), logits.new_tensor(loop.guidance(sampling, scale))[:, None, None])
-                if not any(sampling.is_guided(scale + 1, schedule.num_scales) for schedule in schedules):
-                    loop.drop_unconditional()
-            for row, (schedule, source) in enumerate(zip(schedules, generators)):
-                if scale < schedule.num_scales:
-                    span = slice(*schedule.offsets[scale : scale + 2])
-                    if given_image_tokens is not None and span.stop <= given_image_tokens.shape[1]:
-                        drawn = given_image_tokens[row, span]
-                    else:
-                        options = sampling.drawing_at(scale, schedule.num_scales)
-                        drawn = draw_codes(logits[row, : span.stop - span.start], **options, generator=source)
-                    codes[row] = torch.cat([codes[row], drawn])
-            if callback is not None and callback(self, scale, ScaleState(self, schedules, codes, logits)) is False:
+            if copies == 2:
+                logits = guide(*logits.chunk(2), drawing.guidance[scale])
+                if scale == drawing.last_guided_scale:
+                    sequences.keep(range(len(schedules)))
+                    copies = 1
+            drawing.draw(scale, logits, given_image_tokens)
+            if callback is not None and callback(self, scale, drawing.state(scale, logits)) is False:
                 break
         return ImageGenerationOutput(
-            image_tokens=nn.utils.rnn.pad_sequence(codes, batch_first=True, padding_value=-1),
+            image_tokens=drawing.image_tokens[:, : max(drawing.counts(scale))],
             image_grids=torch.tensor([schedule.final_grid for schedule in schedules], device=input_ids.device),
         )
 
@@ -212,104 +186,6 @@ class NextFlowGenerationMixin(GenerationMixin):
                 f"Negative prompts hold the {in_prompts} pictures of the prompts, or none; got {in_negatives}."
             )
         return image_tokens.repeat(2, 1), image_grids.repeat(2, 1)
-
-
-class _ScaleLoop:
-    """The state of a drawing: cache, positions and valid keys, for the prompts and (guided) their negatives."""
-
-    def __init__(self, model: NextFlowGenerationMixin, schedules: list[ScaleSchedule], guided: bool):
-        self.model, self.schedules, self.guided = model, schedules, guided
-        self.cache = DynamicCache(config=model.config.text_config)
-        self.rows = {schedule: [row for row, s in enumerate(schedules) if s == schedule] for schedule in set(schedules)}
-
-    def prefill(self, input_ids, attention_mask, image_tokens, image_grids) -> torch.Tensor:
-        """Read the prompts; returns the hidden states (R, 1, D) of `<boi>`, which predict the first scale."""
-        self.valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        self.padded = len(self.rows) > 1 or not bool(self.valid.all())
-        self.num_scales = torch.tensor([[s.num_scales] for s in self.schedules], device=input_ids.device)
-        schedules = self.model.model.schedules_of(image_grids)
-        layout = layout_sequence(input_ids, self.valid, schedules, self.model.config)
-        self.start = layout.position_ids[0, :, -1:]
-        outputs = self.model.model(
-            input_ids=input_ids,
-            # A mask of ones only keeps the kernels from their fast path.
-            attention_mask=self.valid if self.padded else None,
-            position_ids=layout.position_ids,
-            past_key_values=self.cache,
-            image_tokens=image_tokens,
-            image_grids=image_grids,
-            layout=layout,
-            use_cache=True,
-        )
-        return outputs.last_hidden_state[:, -1:]
-
-    def step(self, scale: int, codes: list[torch.Tensor]) -> torch.Tensor:
-        """Read the codes so far into the slots of a scale (from 0); returns their hidden states (R, n, D)."""
-        embeds = self._embed(scale, codes)
-        coordinates, occupied = batch_slots(tuple(self.schedules), scale, self.model.config.rope_range)
-        coordinates, occupied = coordinates.to(embeds.device), occupied.to(embeds.device)
-        if self.guided:
-            embeds, coordinates, occupied = embeds.repeat(2, 1, 1), coordinates.repeat(1, 2, 1), occupied.repeat(2, 1)
-        self.valid = torch.cat([self.valid, occupied], dim=1)
-        outputs = self.model.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask={"full_attention": self._mask(embeds)},
-            position_ids=torch.cat([(self.start + scale).expand(occupied.shape)[None], coordinates]),
-            past_key_values=self.cache,
-            use_cache=True,
-            is_causal=False,
-        )
-        return outputs.last_hidden_state
-
-    def guidance(self, sampling: ImageSampling, scale: int) -> list[float]:
-        """Guidance of each picture at a scale: it follows the picture's own number of scales, not its neighbours'."""
-        counts = [schedule.num_scales for schedule in self.schedules]
-        return [sampling.guidance_at(scale, count) if scale < count else 1.0 for count in counts]
-
-    def drop_unconditional(self):
-        """Go on without the negative half: the scales that are left are not guided."""
-        rows = torch.arange(len(self.schedules), device=self.valid.device)
-        self.cache.batch_select_indices(rows)
-        self.valid, self.start, self.guided = self.valid[rows], self.start[rows], False
-
-    def _embed(self, scale: int, codes: list[torch.Tensor]) -> torch.Tensor:
-        """Embeddings (B, n, D) of the slots of a scale; pictures with smaller grids, or done, have empty ones."""
-        embedding, device = self.model.model.visual_embedding, self.valid.device
-        drawing = {schedule: rows for schedule, rows in self.rows.items() if scale < schedule.num_scales}
-        longest = max(schedule.tokens_per_scale[scale] for schedule in drawing)
-        features = torch.zeros(len(codes), longest, self.model.config.vq_config.code_dim, device=device)
-        for schedule, rows in drawing.items():
-            tokens = torch.stack([codes[row] for row in rows])
-            features[rows, : schedule.tokens_per_scale[scale]] = embedding.slot_features(tokens, schedule, scale + 1)
-        return embedding(features, torch.tensor(scale + 1, device=device), self.num_scales)
-
-    def _mask(self, embeds: torch.Tensor) -> torch.Tensor | None:
-        """Slots of a scale see each other and every valid position before them."""
-        implementation = self.model.config._attn_implementation
-        if implementation == "flex_attention":
-            blocks = torch.full_like(self.valid, -1)
-            blocks[:, -embeds.shape[1] :] = 0
-            return create_causal_mask(
-                config=self.model.config.text_config,
-                inputs_embeds=embeds,
-                attention_mask=self.valid,
-                past_key_values=self.cache,
-                block_sequence_ids=blocks,
-            )
-        if not self.padded:
-            return None
-        keep = self.valid[:, None, None, :].bool()
-        if implementation == "sdpa":
-            return keep.expand(-1, -1, embeds.shape[1], -1)
-        return torch.zeros_like(keep, dtype=embeds.dtype).masked_fill(~keep, torch.finfo(embeds.dtype).min)
-
-
-def _one_each(generator: Generators, count: int) -> list[torch.Generator | None]:
-    if not isinstance(generator, Sequence):
-        return [generator] * count
-    if len(generator) != count:
-        raise ValueError(f"{len(generator)} generators came with {count} pictures; give one for all, or one for each.")
-    return list(generator)
 
 
 def _join_left_padded(*parts: tuple[torch.Tensor, torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:

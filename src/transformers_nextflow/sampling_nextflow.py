@@ -10,6 +10,7 @@ import torch
 
 
 PerScale = Real | Sequence[Real]
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ class ImageSampling:
         return any(self.guidance_at(later, num_scales) != 1 for later in range(scale, num_scales))
 
 
-def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:
-    """Classifier-free guidance on logits of one shape."""
+def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float | torch.Tensor) -> torch.Tensor:
+    """Classifier-free guidance on logits of one shape, with a number or a tensor that broadcasts to them."""
     return torch.lerp(unconditional, conditional, guidance)
 
 
@@ -107,20 +108,28 @@ def draw_codes(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> torch.Tensor:
-    """Codes (n,) drawn independently from logits (n, V), in float32.
+    """Codes (…) drawn independently from logits (…, V), in float32.
 
-    A CPU generator gives the same numbers on every device, as diffusers' users expect.
+    `generator` is one for all, or a sequence with one for each entry of the first dimension. A CPU generator gives the
+    same numbers on every device, as diffusers' users expect.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = truncate_logits(logits.float() / temperature, top_k, top_p).softmax(-1)
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
     # One random number a code on the cumulated probabilities; `torch.multinomial` takes one for each of the V classes.
-    cumulated = probabilities.cumsum(-1)
-    device = logits.device if generator is None else generator.device
-    threshold = torch.rand(len(logits), 1, generator=generator, device=device).to(logits.device) * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, threshold, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
+    cumulated = truncate_logits(logits, top_k, top_p).softmax(-1).cumsum_(-1)
+    threshold = _random_numbers(logits.shape[:-1], generator, logits.device)[..., None] * cumulated[..., -1:]
+    # Random numbers stay below one, hence thresholds below the sum: the first code above one always exists.
+    return torch.searchsorted(cumulated, threshold, right=True).squeeze(-1)
+
+
+def _random_numbers(shape: torch.Size, generator: Generators, device: torch.device) -> torch.Tensor:
+    if isinstance(generator, Sequence):
+        return torch.stack([_random_numbers(shape[1:], source, device) for source in generator])
+    source_device = device if generator is None else generator.device
+    return torch.rand(shape, generator=generator, device=source_device).to(device)
 
 
 def _is_sequence(value) -> bool:

@@ -73,22 +73,25 @@ def picture_slots(schedule: ScaleSchedule, rope_range: float, read_last_scale: b
 
 @lru_cache(maxsize=256)
 def batch_slots(
-    schedules: tuple[ScaleSchedule, ...], scale: int, rope_range: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The slots of one scale, counted from 0, of a batch of pictures, on the CPU.
+    schedules: tuple[ScaleSchedule, ...], rope_range: float
+) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The slots of a batch of pictures scale by scale, on the CPU; those of the first scale are never read.
 
-    Returns row and column coordinates (2, B, n), and which slots are a picture's own (B, n) int64: pictures with
-    smaller grids, or with fewer scales, have empty ones at the end.
+    Each scale has their coordinates (3, B, n) behind `<boi>`: scale, row, column; and which slots are a picture's own
+    (B, n) int64: pictures with smaller grids, or with fewer scales, have empty ones at the end; `None` where none is.
     """
-    grids = [schedule.grids[scale] if scale < schedule.num_scales else None for schedule in schedules]
-    longest = max(height * width for height, width in filter(None, grids))
-    coordinates, occupied = torch.zeros(2, len(grids), longest), torch.zeros(len(grids), longest, dtype=torch.long)
-    for row, grid in enumerate(grids):
-        if grid is not None:
-            count = grid[0] * grid[1]
-            coordinates[:, row, :count] = torch.stack(grid_coordinates(grid, rope_range))
-            occupied[row, :count] = 1
-    return coordinates, occupied
+    result = []
+    for scale in range(max(schedule.num_scales for schedule in schedules)):
+        grids = [schedule.grids[scale] if scale < schedule.num_scales else (0, 0) for schedule in schedules]
+        longest = max(height * width for height, width in grids)
+        coordinates, occupied = torch.zeros(3, len(grids), longest), torch.zeros(len(grids), longest, dtype=torch.long)
+        coordinates[0] = scale
+        for row, (height, width) in enumerate(grids):
+            if count := height * width:
+                coordinates[1:, row, :count] = torch.stack(grid_coordinates((height, width), rope_range))
+                occupied[row, :count] = 1
+        result.append((coordinates, None if bool(occupied.all()) else occupied))
+    return result
 
 
 def layout_sequence(
@@ -150,6 +153,8 @@ def _check_pictures(input_ids, valid, slot_mask, ends, schedules, config) -> tor
             f"The sequences hold {len(ends)} whole pictures (<eoi> tokens), but {len(schedules)} pictures were given; "
             "each picture needs one placeholder in the text."
         )
+    if not schedules and not bool(slot_mask.any()):
+        return ends
     slots_before = slot_mask.flatten().long().cumsum(0)
     counts = torch.diff(slots_before[ends], prepend=slots_before.new_zeros(1))
     expected = [schedule.num_slots(config.read_last_scale) for schedule in schedules]
