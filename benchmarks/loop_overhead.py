@@ -24,8 +24,8 @@ from transformers_nextflow import (
     ImageSampling,
     NextFlowForConditionalGeneration,
     cached_sequences,
-    generation_nextflow,
     scale_drawing,
+    sequence_writer,
 )
 from transformers_nextflow.cached_sequences import CachedSequences
 from transformers_nextflow.evaluation.results import write_result
@@ -79,8 +79,8 @@ OTHER_PARTS = [
     (CachedSequences, "_mask", "mask"),
     (CachedSequences, "keep", "end of guidance"),
     (cached_sequences, "layout_sequence", "prefill: layout"),
-    (generation_nextflow, "_join_left_padded", "join of both prompts"),
-    (generation_nextflow, "guide", "guidance"),
+    (sequence_writer, "_join", "join of both prompts"),
+    (sequence_writer, "guide_over_contexts", "guidance"),
     (scale_drawing, "draw_codes", "draw of codes"),
     (ScaleSchedules, "for_size", "schedule of the size"),
 ]

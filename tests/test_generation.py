@@ -299,7 +299,7 @@ def test_sampling_out_of_range_is_refused(settings, message):
         ({"sampling": ImageSampling(top_k=(5, 5))}, "top_k gives 2 values, but the picture is drawn in 4 scales"),
         (
             {"sampling": ImageSampling(guidance_scale=2.0), "negative_input_ids": torch.tensor([[3]])},
-            "2 prompts came with 1 negative ones",
+            "2 prompts came with 1 negative_input_ids",
         ),
         (
             {"sampling": ImageSampling(guidance_scale=2.0), "negative_input_ids": torch.tensor([[3, 20], [3, 20]])},

@@ -12,13 +12,16 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_nextflow import NextFlowConfig, NextFlowVQConfig
-from .generation_nextflow import ImageGenerationOutput, ScaleState
+from .generation_nextflow import ImageGenerationOutput
 from .image_processing_nextflow import NextFlowImageProcessorPil
+from .interleaved_generation import InterleavedGenerationOutput, InterleavedStreamer, Segment
 from .modeling_nextflow import NextFlowForConditionalGeneration, NextFlowModel
 from .modeling_nextflow_vq import NextFlowVQModel
 from .multiscale_quantizer import SelfCorrection
 from .processing_nextflow import NextFlowProcessor
+from .region_editing import KeptRegion
 from .sampling_nextflow import ImageSampling
+from .scale_drawing import ScaleState
 from .scale_schedule import ScaleSchedule, ScaleSchedules
 
 
@@ -26,6 +29,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ImageGenerationOutput",
+    "InterleavedGenerationOutput",
+    "InterleavedStreamer",
+    "KeptRegion",
+    "Segment",
     "ImageSampling",
     "NextFlowConfig",
     "NextFlowForConditionalGeneration",

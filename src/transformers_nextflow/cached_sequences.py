@@ -21,7 +21,7 @@ class CachedSequences:
         model: the [`NextFlowModel`] that reads.
 
     Attributes:
-        position: (R, 1) float32, of the token or `<boi>` that each row read last. Slots do not change it.
+        position: (R, 1) float32, of the token that each row read last; slots do not change it.
         valid: (R, past) int64, the columns that count; `None` while all do.
     """
 
@@ -57,21 +57,66 @@ class CachedSequences:
         return outputs.last_hidden_state
 
     def read_slots(
-        self, embeds: torch.Tensor, coordinates: torch.Tensor, occupied: torch.Tensor | None
+        self, embeds: torch.Tensor, coordinates: torch.Tensor, occupied: torch.Tensor | None, rows: torch.Tensor
     ) -> torch.Tensor:
-        """Read the slots of a scale, which see each other and all before them.
+        """Read a scale of each picture (B), whose slots see each other and all before them.
 
         Args:
-            embeds: (R, n, D).
-            coordinates: (3, R, n) behind `<boi>`: scale, row, column.
-            occupied: (R, n) int64, which slots are a row's own; `None` for all.
+            embeds: (B, n, D).
+            coordinates: (3, B, n) behind `<boi>`: scale, row, column.
+            occupied: (B, n) int64, which slots are a picture's own; `None` for all.
+            rows: (C, B) int64, ascending: the rows that read each picture, as many as guidance compares. The others
+                sit out.
+
+        Returns:
+            Hidden states (C, B, n, D).
+        """
+        contexts, pictures, count = *rows.shape, embeds.shape[1]
+        # Where slots lie in their grid does not depend on what was read before the picture.
+        origin = nn.functional.pad(self.position[rows][None], (0, 0, 0, 0, 0, 0, 0, 2))
+        position_ids = (coordinates[:, None] + origin).flatten(1, 2)
+        embeds = embeds.expand(contexts, -1, -1, -1).flatten(0, 1)
+        if occupied is not None:
+            occupied = occupied.expand(contexts, -1, -1).flatten(0, 1)
+        if rows.numel() == len(self.position):
+            return self._read(embeds, position_ids, occupied).unflatten(0, (contexts, pictures))
+        readers = rows.flatten()
+        occupied = readers.new_ones(len(readers), count) if occupied is None else occupied
+        hidden_states = self._read(
+            self._among_all(embeds, readers),
+            self._among_all(position_ids.transpose(0, 1), readers).transpose(0, 1),
+            self._among_all(occupied, readers),
+        )
+        return hidden_states[rows]
+
+    def read_tokens(
+        self, input_ids: torch.Tensor, occupied: torch.Tensor | None = None, steps: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Read tokens (R, n) one after the other, as text goes on.
+
+        Args:
+            input_ids: (R, n).
+            occupied: (R, n) int64, 1 for the tokens that count, which stand last in their row; `None` for all.
+            steps: (R, n) int64, how far each token lies behind the one before; default 1. `<eoi>` lies as far behind
+                `<boi>` as its picture has scales.
 
         Returns:
             Hidden states (R, n, D).
         """
-        # Where slots lie in their grid does not depend on what was read before the picture.
-        origin = nn.functional.pad(self.position[None], (0, 0, 0, 0, 0, 2))
-        return self._read(embeds, coordinates + origin, occupied)
+        steps = torch.ones_like(input_ids) if steps is None else steps
+        if occupied is not None:
+            steps = steps * occupied
+        positions = self.position + steps.cumsum(1)
+        self.position = positions[:, -1:]
+        embeds = self.model.language_model.embed_tokens(input_ids)
+        return self._read(embeds, positions.expand(3, -1, -1), occupied, is_causal=True)
+
+    def forget(self, row_mask: torch.Tensor, start: int, position: torch.Tensor):
+        """Take rows (R,) bool back to where they had read `start` columns and stood at `position` (R, 1)."""
+        if self.valid is None:
+            self.valid = row_mask.new_ones(len(row_mask), self.cache.get_seq_length(), dtype=torch.long)
+        self.valid[row_mask, start:] = 0
+        self.position = torch.where(row_mask[:, None], position, self.position)
 
     def keep(self, rows: Sequence[int]):
         """Go on with some of the rows."""
@@ -81,7 +126,17 @@ class CachedSequences:
         if self.valid is not None:
             self.valid = self.valid[rows]
 
-    def _read(self, embeds: torch.Tensor, position_ids: torch.Tensor, occupied: torch.Tensor | None) -> torch.Tensor:
+    def _among_all(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Values (r, …) of some rows as (R, …), zero for the others."""
+        return values.new_zeros(len(self.position), *values.shape[1:]).index_copy(0, rows, values)
+
+    def _read(
+        self,
+        embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        occupied: torch.Tensor | None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
         if self.valid is None and occupied is not None:
             self.valid = occupied.new_ones(len(occupied), self.cache.get_seq_length())
         if self.valid is not None:
@@ -89,7 +144,7 @@ class CachedSequences:
             self.valid = torch.cat([self.valid, occupied], dim=1)
         outputs = self.model.language_model(
             inputs_embeds=embeds,
-            attention_mask={"full_attention": self._mask(embeds)},
+            attention_mask={"full_attention": self._mask(embeds, is_causal)},
             position_ids=position_ids,
             past_key_values=self.cache,
             use_cache=True,
@@ -97,11 +152,12 @@ class CachedSequences:
         )
         return outputs.last_hidden_state
 
-    def _mask(self, embeds: torch.Tensor) -> torch.Tensor | None:
-        """What is read at once sees itself and every valid column before it."""
+    def _mask(self, embeds: torch.Tensor, is_causal: bool) -> torch.Tensor | None:
+        """What is read at once sees every valid column before it, and itself: as a whole, or up to each token."""
         count = embeds.shape[1]
+        is_causal = is_causal and count > 1
         implementation = self.model.config._attn_implementation
-        if implementation == "flex_attention":
+        if implementation == "flex_attention" or is_causal:
             past = self.cache.get_seq_length()
             blocks = torch.full((len(embeds), past + count), -1, device=embeds.device)
             blocks[:, past:] = 0
@@ -110,7 +166,7 @@ class CachedSequences:
                 inputs_embeds=embeds,
                 attention_mask=torch.ones_like(blocks) if self.valid is None else self.valid,
                 past_key_values=self.cache,
-                block_sequence_ids=blocks,
+                block_sequence_ids=None if is_causal else blocks,
             )
         if self.valid is None:
             return None

@@ -1,19 +1,28 @@
-"""Generation: the scale loop that draws a picture on the key-value cache, and text as transformers writes it."""
+"""Generation: text as transformers writes it, pictures scale by scale, and both in turn on one cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from transformers import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    SuppressTokensLogitsProcessor,
+)
 from transformers.utils import ModelOutput
 
-from .cached_sequences import CachedSequences
-from .sampling_nextflow import Generators, ImageSampling, guide
-from .scale_drawing import Drawing, ScaleState
+from .interleaved_generation import InterleavedGenerationOutput, InterleavedLoop, InterleavedStreamer
+from .region_editing import KeptRegion
+from .sampling_nextflow import Generators, ImageSampling
+from .scale_drawing import Drawing
+from .scale_schedule import ScaleSchedule
 from .sequence_layout import layout_sequence
+from .sequence_writer import Prompts, ScaleCallback, SequenceWriter
 
 
 PICTURE_INPUTS = ("pixel_values", "image_tokens", "image_grids")
@@ -32,11 +41,8 @@ class ImageGenerationOutput(ModelOutput):
     image_grids: torch.LongTensor | None = None
 
 
-ScaleCallback = Callable[[nn.Module, int, ScaleState], bool | None]
-
-
 class NextFlowGenerationMixin(GenerationMixin):
-    """`generate` writes text; `generate_images` draws."""
+    """`generate` writes text; `generate_images` draws; `generate_interleaved` does both in turn."""
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         if "input_ids" in model_kwargs and model_kwargs["input_ids"].shape[1] > 0:
@@ -99,6 +105,8 @@ class NextFlowGenerationMixin(GenerationMixin):
         image_sizes: Sequence[tuple[int, int]],
         negative_input_ids: torch.LongTensor | None = None,
         negative_attention_mask: torch.Tensor | None = None,
+        imageless_input_ids: torch.LongTensor | None = None,
+        imageless_attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_tokens: torch.Tensor | None = None,
         image_grids: torch.Tensor | None = None,
@@ -106,6 +114,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         generator: Generators = None,
         callback: ScaleCallback | None = None,
         given_image_tokens: torch.LongTensor | None = None,
+        region: KeptRegion | None = None,
     ) -> ImageGenerationOutput:
         """Draw one picture for each prompt, scale by scale: a grid of codes in each forward pass.
 
@@ -113,88 +122,144 @@ class NextFlowGenerationMixin(GenerationMixin):
             input_ids: (B, L) prompts, left padded, that end with `<boi>`.
             attention_mask: (B, L).
             image_sizes: (height, width) in pixels of each picture; they may differ.
-            negative_input_ids, negative_attention_mask: (B, L') what guidance leads away from; they end with `<boi>`.
+            negative_input_ids, negative_attention_mask: (B, L') what guidance leads away from; they end with `<boi>`
+                and hold all pictures of the prompts, or none.
+            imageless_input_ids, imageless_attention_mask: (B, L'') what the guidance of pictures leads away from, the
+                negative prompts without their pictures.
             pixel_values, image_tokens, image_grids: pictures in the prompts, as in `forward`.
             sampling: default: the checkpoint's own, from its generation config.
             generator: one for all, or one for each picture: then a picture depends on its own seed alone.
             callback: `callback(model, scale, state)` after each scale, counted from 0; `False` stops the drawing.
             given_image_tokens: (B, n) codes of the first whole scales, which are kept and not drawn.
+            region: what is kept of other pictures outside of a region, see [`KeptRegion`].
 
         Raises:
             ValueError: if the prompts do not end with `<boi>`, sizes or generators do not match them, or guidance has
                 nothing to lead away from.
         """
         sampling = sampling or self.default_image_sampling
-        schedules = [self.config.vq_config.scale_schedules.for_size(height, width) for height, width in image_sizes]
-        guided = any(sampling.is_guided(0, schedule.num_scales) for schedule in schedules)
-        self._check_prompts(input_ids, schedules, guided, negative_input_ids)
-
-        if image_tokens is None and pixel_values is not None:
-            image_tokens = self.get_image_tokens(pixel_values, image_grids)
-        copies = 1
-        if guided:
-            copies = 2
-            input_ids, attention_mask = _join_left_padded(
-                (input_ids, attention_mask), (negative_input_ids, negative_attention_mask)
-            )
-            image_tokens, image_grids = self._pictures_of_both(input_ids, image_tokens, image_grids)
-        drawing = Drawing(self, schedules, sampling, generator)
-        sequences = CachedSequences(self.model)
-        hidden_states = sequences.read(input_ids, attention_mask, image_tokens, image_grids)[:, -1:]
-        for scale in range(drawing.num_scales):
-            if scale > 0:
-                hidden_states = sequences.read_slots(*drawing.slots(scale, copies))
-            logits = self.visual_head(hidden_states)
-            if copies == 2:
-                logits = guide(*logits.chunk(2), drawing.guidance[scale])
-                if scale == drawing.last_guided_scale:
-                    sequences.keep(range(len(schedules)))
-                    copies = 1
-            drawing.draw(scale, logits, given_image_tokens)
-            if callback is not None and callback(self, scale, drawing.state(scale, logits)) is False:
-                break
+        prompts = self._prompts(input_ids, attention_mask, pixel_values, image_tokens, image_grids)
+        schedules = self._schedules(image_sizes, len(input_ids))
+        self._check_at_boi("input_ids", input_ids)
+        contexts = self._contexts(
+            prompts, schedules, sampling, (negative_input_ids, negative_attention_mask),
+            (imageless_input_ids, imageless_attention_mask),
+        )  # fmt: skip
+        drawing = Drawing(self, schedules, sampling, generator, given_image_tokens, region)
+        writer = SequenceWriter(self, prompts, contexts)
+        scales = writer.draw(drawing, range(len(schedules)), callback, go_on=False)
         return ImageGenerationOutput(
-            image_tokens=drawing.image_tokens[:, : max(drawing.counts(scale))],
+            image_tokens=drawing.image_tokens[:, : max(drawing.counts(scales - 1))],
             image_grids=torch.tensor([schedule.final_grid for schedule in schedules], device=input_ids.device),
         )
+
+    @torch.no_grad()
+    def generate_interleaved(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        pixel_values: torch.Tensor | None = None,
+        image_tokens: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        modality: str = "any",
+        max_images: int = 1,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        negative_input_ids: torch.LongTensor | None = None,
+        negative_attention_mask: torch.Tensor | None = None,
+        sampling: ImageSampling | None = None,
+        generator: Generators = None,
+        generation_config: GenerationConfig | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        streamer: InterleavedStreamer | None = None,
+        **kwargs,
+    ) -> InterleavedGenerationOutput:
+        """Go on with text, pictures, or both, on one cache: text until `<boi>`, a picture's scales, text again.
+
+        Rows go on until their end of turn, a stop string, or a limit. Rows that are at `<boi>` wait until all others
+        are too or have ended; then all draw at once.
+
+        Args:
+            input_ids, attention_mask: (B, L) prompts, left padded. A row that ends with `<boi>` draws first.
+            pixel_values, image_tokens, image_grids: pictures in the prompts, as in `forward`.
+            modality: "any": the model decides; "text": no pictures; "image": `max_images` pictures without text.
+            max_images: pictures that a row draws at most.
+            image_sizes: (height, width) in pixels of the pictures of each row. Default: the size of the row's last
+                picture; where it has none, the model's largest square.
+            negative_input_ids, negative_attention_mask: (B, L') what guidance leads away from at every picture; they
+                end with `<boi>`. Without guidance they are not needed.
+            sampling: of pictures; default: the checkpoint's own, from its generation config.
+            generator: one for all, or one for each row: then a row depends on its own seed alone.
+            generation_config, kwargs: of text: `max_new_tokens` (256 where nothing is said; `<boi>` does not count),
+                `do_sample`, `temperature`, `top_k`, `top_p`, `stop_strings`, `eos_token_id`.
+            tokenizer: needed for `stop_strings`.
+            streamer: is given text and scales as they come; for one row.
+
+        Raises:
+            ValueError: for a modality that is not one of the three, settings that generation_config does not know,
+                generators or sizes that do not match the rows, stop strings without a tokenizer, a streamer with
+                several rows, guidance without negative prompts.
+        """
+        text = copy.deepcopy(generation_config or self.generation_config)
+        unknown = text.update(**kwargs)
+        if unknown:
+            raise ValueError(f"generate_interleaved does not know {sorted(unknown)}.")
+        sampling = sampling or self.default_image_sampling
+        prompts = self._prompts(input_ids, attention_mask, pixel_values, image_tokens, image_grids)
+        schedules = None if image_sizes is None else self._schedules(image_sizes, len(input_ids))
+        contexts: list[Prompts] = []
+        if modality != "text":
+            # Without sizes any schedule may come; how many scales it has does not change whether guidance is asked for.
+            expected = schedules or [self.config.vq_config.scale_schedules.build()]
+            contexts = self._contexts(prompts, expected, sampling, (negative_input_ids, negative_attention_mask))
+        return InterleavedLoop(
+            self, prompts, contexts, modality=modality, max_images=max_images, schedules=schedules, sampling=sampling,
+            generator=generator, text=text, tokenizer=tokenizer, streamer=streamer,
+        ).run()  # fmt: skip
 
     @property
     def default_image_sampling(self) -> ImageSampling:
         """The settings a checkpoint was tuned with: `image_sampling` of its generation config."""
         return ImageSampling(**(getattr(self.generation_config, "image_sampling", None) or {}))
 
-    def _check_prompts(self, input_ids, schedules, guided, negative_input_ids):
-        if len(schedules) != len(input_ids):
-            raise ValueError(f"{len(input_ids)} prompts came with {len(schedules)} image_sizes; give one for each.")
-        if guided and negative_input_ids is None:
-            raise ValueError("Guidance needs negative_input_ids; take an empty prompt, or guidance_scale=1.")
-        for name, ids in (("input_ids", input_ids), ("negative_input_ids", negative_input_ids)):
-            if ids is not None and not bool((ids[:, -1] == self.config.boi_token_id).all()):
-                raise ValueError(f"Every row of {name} must end with <boi> ({self.config.boi_token_id}), left padded.")
-        if guided and len(negative_input_ids) != len(input_ids):
-            raise ValueError(f"{len(input_ids)} prompts came with {len(negative_input_ids)} negative ones.")
+    def _prompts(self, input_ids, attention_mask, pixel_values, image_tokens, image_grids) -> Prompts:
+        if image_tokens is None and pixel_values is not None:
+            image_tokens = self.get_image_tokens(pixel_values, image_grids)
+        return Prompts(input_ids, attention_mask, image_tokens, image_grids)
 
-    def _pictures_of_both(self, input_ids, image_tokens, image_grids):
-        """Codes and grids of the pictures in prompts and negative prompts; the latter hold all of them or none."""
-        if image_grids is None:
+    def _schedules(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> list[ScaleSchedule]:
+        if len(image_sizes) != batch:
+            raise ValueError(f"{batch} prompts came with {len(image_sizes)} image_sizes; give one for each.")
+        return [self.config.vq_config.scale_schedules.for_size(height, width) for height, width in image_sizes]
+
+    def _check_at_boi(self, name: str, input_ids: torch.Tensor):
+        if not bool((input_ids[:, -1] == self.config.boi_token_id).all()):
+            raise ValueError(f"Every row of {name} must end with <boi> ({self.config.boi_token_id}), left padded.")
+
+    def _contexts(self, prompts: Prompts, schedules, sampling, negative, imageless=(None, None)) -> list[Prompts]:
+        """What guidance leads away from: the negative prompts, and those without pictures."""
+        images_guided = any(sampling.is_guided(s.num_scales, "image_guidance_scale") for s in schedules)
+        guided = images_guided or any(sampling.is_guided(s.num_scales) for s in schedules)
+        wanted = [("negative_input_ids", guided, *negative), ("imageless_input_ids", images_guided, *imageless)]
+        contexts = []
+        for name, is_needed, input_ids, attention_mask in wanted:
+            if not is_needed:
+                continue
+            if input_ids is None:
+                remedy = "an empty prompt" if name == "negative_input_ids" else "the negative prompt without pictures"
+                scale = "guidance_scale" if name == "negative_input_ids" else "image_guidance_scale"
+                raise ValueError(f"Guidance needs {name}; take {remedy}, or {scale}=1.")
+            self._check_at_boi(name, input_ids)
+            if len(input_ids) != len(prompts.input_ids):
+                raise ValueError(f"{len(prompts.input_ids)} prompts came with {len(input_ids)} {name}.")
+            contexts.append(Prompts(input_ids, attention_mask, *self._pictures_of_negative(input_ids, prompts)))
+        return contexts
+
+    def _pictures_of_negative(self, input_ids: torch.Tensor, prompts: Prompts):
+        """Codes and grids of the pictures in negative prompts, which hold all of the prompts' or none."""
+        found, of_prompts = (int((ids == self.config.eoi_token_id).sum()) for ids in (input_ids, prompts.input_ids))
+        if found == 0:
             return None, None
-        in_prompts, in_negatives = (half.eq(self.config.eoi_token_id).sum() for half in input_ids.chunk(2))
-        if in_negatives == 0:
-            return image_tokens, image_grids
-        if in_negatives != in_prompts:
-            raise ValueError(
-                f"Negative prompts hold the {in_prompts} pictures of the prompts, or none; got {in_negatives}."
-            )
-        return image_tokens.repeat(2, 1), image_grids.repeat(2, 1)
-
-
-def _join_left_padded(*parts: tuple[torch.Tensor, torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Batches (B, L) of different lengths as one, padded on the left."""
-    length = max(ids.shape[1] for ids, _ in parts)
-    joined, masks = [], []
-    for ids, mask in parts:
-        mask = torch.ones_like(ids) if mask is None else mask
-        missing = length - ids.shape[1]
-        joined.append(nn.functional.pad(ids, (missing, 0), value=0))
-        masks.append(nn.functional.pad(mask, (missing, 0), value=0))
-    return torch.cat(joined), torch.cat(masks)
+        if found != of_prompts:
+            raise ValueError(f"Negative prompts hold the {of_prompts} pictures of the prompts, or none; got {found}.")
+        return prompts.image_tokens, prompts.image_grids

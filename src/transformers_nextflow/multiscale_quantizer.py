@@ -152,8 +152,7 @@ class NextFlowVQQuantizer(nn.Module):
         residual, total = latents, torch.zeros_like(latents)
         tokens, labels, codebook_loss, commitment_loss = [], [], 0.0, 0.0
         for scale, grid in enumerate(schedule.grids):
-            target = resample(residual, grid, self.config.downsample).permute(0, 2, 3, 1)
-            compared = self.normalize(target) if self.config.normalize_codes else target
+            target, compared = self.targets(residual, grid)
             drawn, nearest = self._pick(compared.flatten(0, 2), codebook, self_correction, generator)
             drawn, nearest = drawn.view(target.shape[:-1]), nearest.view(target.shape[:-1])
             vectors = F.embedding(drawn, codebook)
@@ -177,6 +176,17 @@ class NextFlowVQQuantizer(nn.Module):
             codebook_loss=codebook_loss / schedule.num_scales,
             commitment_loss=commitment_loss / schedule.num_scales,
         )
+
+    def targets(self, residual: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a scale of grid (h_k, w_k) has to say of a residual (B, C, h, w): vectors (B, h_k, w_k, C), and these as
+        they are compared with the codes."""
+        target = resample(residual, grid, self.config.downsample).permute(0, 2, 3, 1)
+        return target, self.normalize(target) if self.config.normalize_codes else target
+
+    def nearest(self, residual: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """The nearest codes (B, h_k * w_k) of a residual (B, C, h, w) on a grid."""
+        compared = self.targets(residual.float(), grid)[1]
+        return self._pick(compared.flatten(0, 2), self.codebook, None, None)[0].view(len(residual), -1)
 
     def truncate(self, latents: torch.Tensor, schedule: ScaleSchedule, num_scales: torch.Tensor) -> torch.Tensor:
         """What remains of latents (B, C, h, w) if each picture keeps its first (B,) scales, without quantisation."""

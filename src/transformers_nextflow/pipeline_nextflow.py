@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from transformers.utils import cached_file
 
-from .generation_nextflow import ScaleState
 from .image_processing_nextflow import OUTPUT_TYPES
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .processing_nextflow import NextFlowProcessor
 from .sampling_nextflow import ImageSampling, PerScale
+from .scale_drawing import ScaleState
 from .scale_schedule import ScaleSchedule
 
 
@@ -195,7 +195,7 @@ class NextFlowPipeline(DiffusionPipeline):
             temperature=temperature, top_k=top_k, top_p=top_p,
         )  # fmt: skip
         schedule = self._schedule(height, width)
-        is_guided = sampling.is_guided(0, schedule.num_scales)
+        is_guided = sampling.is_guided(schedule.num_scales)
         prompts = prompt if isinstance(prompt, list | tuple) else [prompt]
         if negative_prompt is None or isinstance(negative_prompt, str):
             negative_prompt = [negative_prompt or ""] * len(prompts)

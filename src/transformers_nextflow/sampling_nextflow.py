@@ -19,9 +19,12 @@ class ImageSampling:
 
     Args:
         guidance_scale: logits are `unconditional + guidance_scale * (conditional - unconditional)`; 1 is no guidance.
+        image_guidance_scale: of the pictures in a prompt, apart from its text, as InstructPix2Pix has it: logits are
+            `nothing + image_guidance_scale * (pictures - nothing) + guidance_scale * (all - pictures)`; 1 is no
+            guidance.
         guidance_ramp: let the guidance grow linearly from 1 at the first scale to `guidance_scale` at the last guided
             one, as TokenFlow does. Only with a number.
-        num_unguided_scales: the last scales that run without guidance, at half the cost.
+        num_unguided_scales: the last scales that run without any guidance, at half the cost.
         temperature: 0 takes the likeliest code.
         top_k: number of likeliest codes among which is drawn; `None` for all.
         top_p: the likeliest codes whose probabilities sum up to it.
@@ -31,6 +34,7 @@ class ImageSampling:
     """
 
     guidance_scale: PerScale = 1.0
+    image_guidance_scale: PerScale = 1.0
     guidance_ramp: bool = False
     num_unguided_scales: int = 0
     temperature: PerScale = 1.0
@@ -40,6 +44,7 @@ class ImageSampling:
     def __post_init__(self):
         checks = (
             ("guidance_scale", lambda v: v >= 0, "at least 0 (1 is no guidance)"),
+            ("image_guidance_scale", lambda v: v >= 0, "at least 0 (1 is no guidance)"),
             ("temperature", lambda v: v >= 0, "at least 0 (0 takes the likeliest code)"),
             ("top_k", lambda v: v is None or (v >= 1 and v == int(v)), "a whole number from 1, or None for all codes"),
             ("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
@@ -69,24 +74,37 @@ class ImageSampling:
         """Temperature, top-k and top-p at a scale, as `draw_codes` takes them."""
         return {name: self.value_at(name, scale, num_scales) for name in ("temperature", "top_k", "top_p")}
 
-    def guidance_at(self, scale: int, num_scales: int) -> float:
-        """Guidance at a scale, counted from 0."""
+    def guidance_at(self, scale: int, num_scales: int, part: str = "guidance_scale") -> float:
+        """Guidance at a scale, counted from 0; `part` is "guidance_scale" or "image_guidance_scale"."""
         guided = num_scales - self.num_unguided_scales
         if scale >= guided:
             return 1.0
-        guidance = float(self.value_at("guidance_scale", scale, num_scales))
-        if self.guidance_ramp:
+        guidance = float(self.value_at(part, scale, num_scales))
+        if self.guidance_ramp and part == "guidance_scale":
             guidance = 1 + (guidance - 1) * scale / max(guided - 1, 1)
         return guidance
 
-    def is_guided(self, scale: int, num_scales: int) -> bool:
-        """Whether this scale or a later one needs the unconditional half of the batch."""
-        return any(self.guidance_at(later, num_scales) != 1 for later in range(scale, num_scales))
+    def is_guided(self, num_scales: int, part: str = "guidance_scale") -> bool:
+        """Whether any scale needs the part's unconditional rows in the batch."""
+        return any(self.guidance_at(scale, num_scales, part) != 1 for scale in range(num_scales))
 
 
 def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float | torch.Tensor) -> torch.Tensor:
     """Classifier-free guidance on logits of one shape, with a number or a tensor that broadcasts to them."""
     return torch.lerp(unconditional, conditional, guidance)
+
+
+def guide_over_contexts(logits: torch.Tensor, guidance: Sequence[float | torch.Tensor]) -> torch.Tensor:
+    """Logits (C, B, n, V) of the same pictures under contexts that know less and less, as one (B, n, V).
+
+    Each context leads away from the next: `guidance[c]` is the strength between context c and c + 1.
+    """
+    guided = logits[0]
+    if len(logits) > 1:
+        guided = guide(logits[0], logits[1], guidance[0])
+    for context in range(2, len(logits)):
+        guided = guided + (guidance[context - 1] - 1) * (logits[context - 1] - logits[context])
+    return guided
 
 
 def truncate_logits(logits: torch.Tensor, top_k: int | None = None, top_p: float = 1.0) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .region_editing import KeptRegion
 from .sampling_nextflow import Generators, ImageSampling, draw_codes
 from .scale_schedule import ScaleSchedule
 from .sequence_layout import batch_slots
@@ -40,10 +41,12 @@ class Drawing:
         sampling: its settings follow each picture's own number of scales, so that a picture does not depend on the
             sizes beside it.
         generator: one for all, or one for each picture.
+        given_image_tokens: (B, n) codes of the first whole scales, which are kept and not drawn.
+        region: what is kept of other pictures outside of a region.
 
     Attributes:
         image_tokens: (B, N) codes, -1 where none is drawn yet.
-        guidance: of each scale; a number, or (B, 1, 1) where the pictures differ.
+        guidance: of each scale, two parts (text, image); each a number, or (B, 1, 1) where the pictures differ.
         last_guided_scale: counted from 0; -1 without guidance.
 
     Raises:
@@ -51,13 +54,20 @@ class Drawing:
     """
 
     def __init__(
-        self, model: nn.Module, schedules: Sequence[ScaleSchedule], sampling: ImageSampling, generator: Generators
+        self,
+        model: nn.Module,
+        schedules: Sequence[ScaleSchedule],
+        sampling: ImageSampling,
+        generator: Generators = None,
+        given_image_tokens: torch.Tensor | None = None,
+        region: KeptRegion | None = None,
     ):
         if isinstance(generator, Sequence) and len(generator) != len(schedules):
             raise ValueError(
                 f"{len(generator)} generators came with {len(schedules)} pictures; give one for all, or one for each."
             )
         self.model, self.schedules, self.sampling, self.generator = model, tuple(schedules), sampling, generator
+        self.given_image_tokens, self.region = given_image_tokens, region
         # Pictures of one size are handled at once; an index of all rows is a slice, which copies nothing.
         distinct, rows = set(schedules), range(len(schedules))
         self.groups: dict[ScaleSchedule, slice | list[int]] = {
@@ -68,59 +78,65 @@ class Drawing:
         self.image_tokens = torch.full(
             (len(schedules), max(schedule.num_tokens for schedule in schedules)), -1, device=model.device
         )
-        self._slots: dict[int, list] = {}
+        self._slots = batch_slots(self.schedules, model.config.rope_range)
         self._scale_counts = torch.tensor([[schedule.num_scales] for schedule in schedules], device=model.device)
-        guidance = [
-            [sampling.guidance_at(scale, s.num_scales) if scale < s.num_scales else 1.0 for s in schedules]
+        self.guidance = [
+            tuple(self._over_pictures(part, scale) for part in ("guidance_scale", "image_guidance_scale"))
             for scale in range(self.num_scales)
         ]
-        self.last_guided_scale = max([scale for scale, values in enumerate(guidance) if set(values) != {1.0}] + [-1])
-        self.guidance = [
-            values[0] if len(set(values)) == 1 else torch.tensor(values, device=model.device)[:, None, None]
-            for values in guidance
-        ]
+        guided = [any(torch.is_tensor(part) or part != 1 for part in parts) for parts in self.guidance]
+        self.last_guided_scale = max((scale for scale, is_guided in enumerate(guided) if is_guided), default=-1)
 
-    def slots(self, scale: int, copies: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def _over_pictures(self, part: str, scale: int) -> float | torch.Tensor:
+        counts = [schedule.num_scales for schedule in self.schedules]
+        values = [self.sampling.guidance_at(scale, count, part) if scale < count else 1.0 for count in counts]
+        return values[0] if len(set(values)) == 1 else torch.tensor(values, device=self.model.device)[:, None, None]
+
+    def slots(self, scale: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The slots of a scale, counted from 0, as [`CachedSequences.read_slots`] takes them: embeddings, coordinates,
-        which are occupied. All pictures are repeated `copies` times, for guidance.
-
-        Pictures with smaller grids, or done, have empty slots.
+        which are occupied. Pictures with smaller grids, or done, have empty slots.
         """
-        embedding, device = self.model.model.visual_embedding, self.image_tokens.device
         drawing = {schedule: rows for schedule, rows in self.groups.items() if scale < schedule.num_scales}
+        return self._embed(drawing, dict.fromkeys(drawing, scale + 1), self._slots[scale])
+
+    def last_slots(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The slots that read the last scale of every picture, in the form of `slots`."""
+        return self._embed(self.groups, {s: s.num_scales + 1 for s in self.groups}, self._slots[self.num_scales])
+
+    def _embed(self, groups, scale_numbers, slots):
+        embedding, device = self.model.model.visual_embedding, self.image_tokens.device
         features = [
-            embedding.slot_features(self.image_tokens[rows], schedule, scale + 1) for schedule, rows in drawing.items()
+            embedding.slot_features(self.image_tokens[rows], schedule, scale_numbers[schedule])
+            for schedule, rows in groups.items()
         ]
+        coordinates, occupied = (None if part is None else part.to(device) for part in slots)
         if len(self.groups) == 1:
             joined = features[0]
+            scale_ids = torch.tensor(next(iter(scale_numbers.values())), device=device)
         else:
-            longest = max(part.shape[1] for part in features)
-            joined = features[0].new_zeros(len(self.schedules), longest, features[0].shape[-1])
-            for rows, part in zip(drawing.values(), features):
+            joined = features[0].new_zeros(*coordinates.shape[1:], features[0].shape[-1])
+            scale_ids = torch.zeros_like(self._scale_counts)
+            for (schedule, rows), part in zip(groups.items(), features):
                 joined[rows, : part.shape[1]] = part
-        embeds = embedding(joined, torch.tensor(scale + 1, device=device), self._scale_counts)
-        if copies not in self._slots:
-            self._slots[copies] = batch_slots(self.schedules * copies, self.model.config.rope_range)
-        coordinates, occupied = self._slots[copies][scale]
-        return (
-            embeds.repeat(copies, 1, 1) if copies > 1 else embeds,
-            coordinates.to(device),
-            None if occupied is None else occupied.to(device),
-        )
+                scale_ids[rows] = scale_numbers[schedule]
+        return embedding(joined, scale_ids, self._scale_counts), coordinates, occupied
 
-    def draw(self, scale: int, logits: torch.Tensor, given_image_tokens: torch.Tensor | None = None):
+    def draw(self, scale: int, logits: torch.Tensor):
         """Draw the codes of a scale from logits (B, n, V), or take them from given ones where these reach so far."""
+        given = self.given_image_tokens
         for schedule, rows in self.groups.items():
             if scale < schedule.num_scales:
                 start, stop = schedule.offsets[scale : scale + 2]
-                if given_image_tokens is not None and stop <= given_image_tokens.shape[1]:
-                    drawn = given_image_tokens[rows, start:stop]
+                if given is not None and stop <= given.shape[1]:
+                    drawn = given[rows, start:stop]
                 else:
                     options = self.sampling.drawing_at(scale, schedule.num_scales)
                     sources = self.generator
                     if isinstance(sources, Sequence) and isinstance(rows, list):
                         sources = [sources[row] for row in rows]
                     drawn = draw_codes(logits[rows, : stop - start], **options, generator=sources)
+                if self.region is not None:
+                    drawn = self.region.keep_outside(drawn, self.image_tokens[rows, :start], rows, schedule)
                 self.image_tokens[rows, start:stop] = drawn
 
     def counts(self, scale: int) -> list[int]:

@@ -75,23 +75,31 @@ def picture_slots(schedule: ScaleSchedule, rope_range: float, read_last_scale: b
 def batch_slots(
     schedules: tuple[ScaleSchedule, ...], rope_range: float
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """The slots of a batch of pictures scale by scale, on the CPU; those of the first scale are never read.
+    """The slots of a batch of pictures scale by scale, on the CPU, and at last those that read every picture's last
+    scale; those of the first scale are never read.
 
-    Each scale has their coordinates (3, B, n) behind `<boi>`: scale, row, column; and which slots are a picture's own
+    Each entry has their coordinates (3, B, n) behind `<boi>`: scale, row, column; and which slots are a picture's own
     (B, n) int64: pictures with smaller grids, or with fewer scales, have empty ones at the end; `None` where none is.
     """
-    result = []
-    for scale in range(max(schedule.num_scales for schedule in schedules)):
-        grids = [schedule.grids[scale] if scale < schedule.num_scales else (0, 0) for schedule in schedules]
-        longest = max(height * width for height, width in grids)
-        coordinates, occupied = torch.zeros(3, len(grids), longest), torch.zeros(len(grids), longest, dtype=torch.long)
-        coordinates[0] = scale
-        for row, (height, width) in enumerate(grids):
-            if count := height * width:
-                coordinates[1:, row, :count] = torch.stack(grid_coordinates((height, width), rope_range))
-                occupied[row, :count] = 1
-        result.append((coordinates, None if bool(occupied.all()) else occupied))
-    return result
+    longest = max(schedule.num_scales for schedule in schedules)
+    scales = [[min(scale, s.num_scales) for s in schedules] for scale in range(longest)]
+    grids = [[s.grids[k] if k < s.num_scales else (0, 0) for k, s in zip(row, schedules)] for row in scales]
+    scales.append([s.num_scales for s in schedules])
+    grids.append([s.final_grid for s in schedules])
+    return [_slots_side_by_side(*entry, rope_range) for entry in zip(scales, grids)]
+
+
+def _slots_side_by_side(
+    scales: Sequence[int], grids: Sequence[Grid], rope_range: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    count = max(height * width for height, width in grids)
+    coordinates, occupied = torch.zeros(3, len(grids), count), torch.zeros(len(grids), count, dtype=torch.long)
+    for row, (scale, (height, width)) in enumerate(zip(scales, grids)):
+        if own := height * width:
+            coordinates[0, row] = scale
+            coordinates[1:, row, :own] = torch.stack(grid_coordinates((height, width), rope_range))
+            occupied[row, :own] = 1
+    return coordinates, None if bool(occupied.all()) else occupied
 
 
 def layout_sequence(

@@ -76,8 +76,7 @@ def _latents(model: NextFlowVQModel, pixel_values: torch.Tensor) -> torch.Tensor
 def _vectors(model: NextFlowVQModel, residual: torch.Tensor, grid):
     """The vectors (n, C) that a scale compares, and how code vectors (n, C) are brought up again."""
     config = model.config
-    target = resample(residual, grid, config.downsample).permute(0, 2, 3, 1)
-    vectors = model.quantizer.normalize(target) if config.normalize_codes else target
+    target, vectors = model.quantizer.targets(residual, grid)
 
     def restore(codes: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
         return resample(codes.view(target.shape).permute(0, 3, 1, 2), schedule.final_grid, config.upsample)

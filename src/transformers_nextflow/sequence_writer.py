@@ -1,0 +1,201 @@
+"""Sequences that grow by text and by pictures in turn, on one key-value cache (paper, figure 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .cached_sequences import CachedSequences
+from .sampling_nextflow import guide_over_contexts
+from .scale_drawing import Drawing, ScaleState
+
+
+ScaleCallback = Callable[[nn.Module, int, ScaleState], bool | None]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Rows (B, L) of tokens, padded on the left, with the pictures in them, row by row.
+
+    Args:
+        input_ids: (B, L).
+        attention_mask: (B, L); `None` for all.
+        image_tokens: (num_images, N) codes.
+        image_grids: (num_images, 2) final grids.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    image_tokens: torch.Tensor | None = None
+    image_grids: torch.Tensor | None = None
+
+    def rows(self) -> list[list[int]]:
+        """The tokens of each row, without padding."""
+        mask = torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
+        return [ids[keep].tolist() for ids, keep in zip(self.input_ids, mask.bool())]
+
+
+class SequenceWriter:
+    """Writes on rows (B) of sequences; what a row has read or written is in the cache and never read again.
+
+    Args:
+        model: the [`NextFlowForConditionalGeneration`] that writes.
+        prompts: where the rows begin. Those that draw first end with `<boi>`.
+        contexts: what guidance leads away from, the fullest first: prompts of as many rows that end with `<boi>`. Every
+            picture of a row is compared with the same ones.
+
+    Attributes:
+        tokens: of each row all ids so far, prompts and the slots of pictures included.
+        image_tokens, image_grids: of each row the codes (N,) and the final grids of all its pictures so far.
+    """
+
+    def __init__(self, model: nn.Module, prompts: Prompts, contexts: Sequence[Prompts] = ()):
+        self.model, self.config = model, model.config
+        self.tokens = prompts.rows()
+        batch = len(self.tokens)
+        self.image_grids: list[list[tuple[int, int]]] = [[] for _ in range(batch)]
+        self.image_tokens: list[list[torch.Tensor]] = [[] for _ in range(batch)]
+        self._take_pictures(prompts)
+
+        joined = _join((prompts, *contexts))
+        self.sequences = CachedSequences(model.model)
+        hidden_states = self.sequences.read(
+            joined.input_ids, joined.attention_mask, joined.image_tokens, joined.image_grids
+        )
+        # Rows of one picture stand a batch apart, the fullest context first.
+        self._rows = torch.arange(len(joined.input_ids), device=model.device).view(-1, batch)
+        self._last = hidden_states[:, -1:]
+        self._start = joined.input_ids.shape[1], self.sequences.position, self._last
+
+    def _take_pictures(self, prompts: Prompts):
+        if prompts.image_grids is None:
+            return
+        pictures = zip(prompts.image_tokens, self.model.model.schedules_of(prompts.image_grids))
+        for row, ids in enumerate(self.tokens):
+            for codes, schedule in (next(pictures) for _ in range(ids.count(self.config.eoi_token_id))):
+                self.image_tokens[row].append(codes[: schedule.num_tokens])
+                self.image_grids[row].append(schedule.final_grid)
+
+    @property
+    def text_logits(self) -> torch.Tensor:
+        """(B, V) of the next token of each row, over the text vocabulary."""
+        return self.model.lm_head(self._last[self._rows[0], 0])
+
+    def rows_at_boi(self) -> list[int]:
+        """Rows whose last token opens a picture."""
+        return [row for row, ids in enumerate(self.tokens) if ids[-1] == self.config.boi_token_id]
+
+    def append(self, tokens: Sequence[Sequence[int]]):
+        """Go on with given tokens, which may be none for a row, and may end with `<boi>` but hold no picture."""
+        longest = max(map(len, tokens))
+        if longest == 0:
+            return
+        input_ids = self._last.new_zeros(self._rows.numel(), longest, dtype=torch.long)
+        occupied = torch.zeros_like(input_ids)
+        for row, ids in enumerate(tokens):
+            if ids:
+                input_ids[row, -len(ids) :] = torch.tensor(ids)
+                occupied[row, -len(ids) :] = 1
+                self.tokens[row] += ids
+        self._read(input_ids, occupied)
+
+    def _read(self, input_ids: torch.Tensor, occupied: torch.Tensor, steps: torch.Tensor | None = None):
+        everyone = bool(occupied.all())
+        hidden_states = self.sequences.read_tokens(input_ids, None if everyone else occupied, steps)[:, -1:]
+        self._last = torch.where(occupied[:, -1:, None] > 0, hidden_states, self._last)
+
+    def draw(
+        self, drawing: Drawing, rows: Sequence[int], callback: ScaleCallback | None = None, go_on: bool = True
+    ) -> int:
+        """Draw one picture in each of `rows`, which must be at `<boi>`, and close them.
+
+        Args:
+            drawing: of as many pictures as `rows`.
+            callback: `callback(model, scale, state)` after each scale, counted from 0; `False` stops the drawing.
+            go_on: whether anything follows. If not, the pictures are not closed, and rows that only guidance needs
+                leave the cache after its last scale; nothing can be written any more.
+
+        Returns:
+            The number of scales drawn; fewer than all where the callback stopped, which ends the sequences too.
+        """
+        pictures = torch.tensor(rows, device=self._rows.device)
+        readers = self._rows[:, pictures]
+        if len(readers) > 1:
+            self._refresh_contexts(pictures)
+        hidden_states = self._last[readers]
+        for scale in range(drawing.num_scales):
+            if scale > 0:
+                hidden_states = self.sequences.read_slots(*drawing.slots(scale), readers)
+            logits = guide_over_contexts(self.model.visual_head(hidden_states), drawing.guidance[scale])
+            drawing.draw(scale, logits)
+            if callback is not None and callback(self.model, scale, drawing.state(scale, logits)) is False:
+                return scale + 1
+            if not go_on and scale == drawing.last_guided_scale:
+                self.sequences.keep(self._rows[0])
+                self._rows, readers = self._rows[:1], readers[:1]
+        if go_on:
+            self._close(drawing, rows)
+        return drawing.num_scales
+
+    def _refresh_contexts(self, pictures: torch.Tensor):
+        """Take the rows that guidance compares back to their prompts: they know nothing of earlier pictures."""
+        columns, position, last = self._start
+        stale = torch.zeros(self._rows.numel(), dtype=torch.bool, device=self._rows.device)
+        stale[self._rows[1:, pictures]] = True
+        if self.sequences.cache.get_seq_length() > columns:
+            self.sequences.forget(stale, columns, position)
+        self._last = torch.where(stale[:, None, None], last, self._last)
+
+    def _close(self, drawing: Drawing, rows: Sequence[int]):
+        read_last = self.config.read_last_scale
+        own = self._rows[:1, torch.tensor(rows, device=self._rows.device)]
+        if read_last:
+            self.sequences.read_slots(*drawing.last_slots(), own)
+        input_ids = torch.zeros(self._rows.numel(), 1, dtype=torch.long, device=self._rows.device)
+        occupied, steps = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+        for row, schedule, codes in zip(rows, drawing.schedules, drawing.image_tokens):
+            self.tokens[row] += [self.config.image_token_id] * schedule.num_slots(read_last)
+            self.tokens[row] += [self.config.eoi_token_id]
+            self.image_tokens[row].append(codes[: schedule.num_tokens])
+            self.image_grids[row].append(schedule.final_grid)
+            input_ids[row], occupied[row] = self.config.eoi_token_id, 1
+            steps[row] = schedule.num_scales + read_last
+        self._read(input_ids, occupied, steps)
+
+    def finished(self) -> Prompts:
+        """All that was read and written, as `forward` takes it: (B, L), padded on the left."""
+        pad, device = self.config.text_config.pad_token_id or 0, self._rows.device
+        longest = max(map(len, self.tokens))
+        missing = [longest - len(ids) for ids in self.tokens]
+        codes = [codes for row in self.image_tokens for codes in row]
+        grids = [grid for row in self.image_grids for grid in row]
+        return Prompts(
+            input_ids=torch.tensor([[pad] * n + ids for n, ids in zip(missing, self.tokens)], device=device),
+            attention_mask=torch.tensor([[0] * n + [1] * (longest - n) for n in missing], device=device),
+            image_tokens=nn.utils.rnn.pad_sequence(codes, batch_first=True, padding_value=-1) if codes else None,
+            image_grids=torch.tensor(grids, device=device) if grids else None,
+        )
+
+
+def _join(parts: Sequence[Prompts]) -> Prompts:
+    """Batches of different lengths as one, padded on the left."""
+    if len(parts) == 1:
+        return parts[0]
+    length = max(part.input_ids.shape[1] for part in parts)
+    joined, masks = [], []
+    for part in parts:
+        mask = torch.ones_like(part.input_ids) if part.attention_mask is None else part.attention_mask
+        missing = length - part.input_ids.shape[1]
+        joined.append(nn.functional.pad(part.input_ids, (missing, 0), value=0))
+        masks.append(nn.functional.pad(mask, (missing, 0), value=0))
+    pictures = [part for part in parts if part.image_grids is not None]
+    codes = [row for part in pictures for row in part.image_tokens]
+    return Prompts(
+        torch.cat(joined),
+        torch.cat(masks),
+        nn.utils.rnn.pad_sequence(codes, batch_first=True, padding_value=-1) if codes else None,
+        torch.cat([part.image_grids for part in pictures]) if codes else None,
+    )

@@ -1,0 +1,322 @@
+"""Text and pictures in turn on one cache, against passes over the whole sequence without one."""
+
+from dataclasses import replace
+from threading import Thread
+
+import pytest
+import torch
+from reference_nextflow import Picture, as_batch
+from test_generation import negative, prompts, schedules_of, teacher_forced_logits
+from test_modeling import ATTENTIONS, LEVELS, attention, random_picture, special_tokens
+from tiny import tiny_model, tiny_tokenizer
+from transformers import GenerationConfig
+
+from transformers_nextflow import ImageSampling, InterleavedStreamer, ScaleState
+from transformers_nextflow.scale_drawing import Drawing
+from transformers_nextflow.sequence_writer import Prompts, SequenceWriter
+
+
+GREEDY = ImageSampling(temperature=0)
+
+
+def talkative_model(**kwargs):
+    """A random model that opens a picture now and then."""
+    model = tiny_model(**kwargs)
+    config = model.config
+    model.lm_head.weight.data[config.boi_token_id] *= 4
+    model.generation_config = GenerationConfig(eos_token_id=config.text_config.eos_token_id)
+    return model
+
+
+def rows_of(config):
+    return [
+        [20, random_picture(config, seed=1), 21, 22],
+        [23, 24, config.boi_token_id],
+        [random_picture(config, (8, 32), seed=2), random_picture(config, (20, 12), seed=3), 25],
+    ]
+
+
+def batch_of(config, rows):
+    return as_batch(rows, *special_tokens(config))[1]
+
+
+def interleaved_by_full_passes(model, row, max_new_tokens, max_images, negatives=None, **kwargs):
+    """What one row becomes, token by token and picture by picture, each from a pass over everything so far."""
+    config, row, written, drawn = model.config, list(row), 0, 0
+    while True:
+        if row[-1] == config.boi_token_id:
+            inputs = batch_of(config, [row])
+            grids = [item.grids[-1] for item in row if isinstance(item, Picture)] or [(4, 4)]
+            size = (grids[-1][0] * 4, grids[-1][1] * 4)
+            if negatives is not None:
+                inputs |= negative(prompts(config, [negatives]))
+            output = model.generate_images(**inputs, image_sizes=[size], **kwargs)
+            grid = output.image_grids[0].tolist()
+            schedule = model.model.schedules_of(torch.tensor([grid]))[0]
+            row[-1] = Picture(list(schedule.grids), output.image_tokens[0].tolist())
+            drawn += 1
+            continue
+        if written == max_new_tokens or (written and row[-1] == config.text_config.eos_token_id):
+            return row
+        with torch.no_grad():
+            logits = model(**batch_of(config, [row])).logits[0, -1, : config.text_config.vocab_size].clone()
+        logits[[config.eoi_token_id, config.image_token_id]] = -torch.inf
+        if drawn == max_images:
+            logits[config.boi_token_id] = -torch.inf
+        row.append(int(logits.argmax()))
+        written += row[-1] != config.boi_token_id
+
+
+def assert_rows_equal(config, output, expected):
+    inputs = batch_of(config, expected)
+    for name, value in inputs.items():
+        found = getattr(output, name)
+        assert torch.equal(found[:, : value.shape[1]], value), name
+
+
+@pytest.mark.parametrize("implementation", ATTENTIONS)
+@pytest.mark.parametrize("read_last_scale", [False, True])
+@pytest.mark.parametrize("guided", [False, True])
+def test_interleaved_batch_equals_rows_by_full_passes(implementation, read_last_scale, guided):
+    model = talkative_model(read_last_scale=read_last_scale)
+    model.set_attn_implementation(implementation)
+    config, rows, sampling, options = model.config, rows_of(model.config), GREEDY, {}
+    if guided:
+        sampling = replace(GREEDY, guidance_scale=3.0, num_unguided_scales=1)
+        options = negative(prompts(config, [[30, 31], [], [32]]))
+    with attention(implementation):
+        output = model.generate_interleaved(
+            **batch_of(config, rows), **options, sampling=sampling, max_new_tokens=8, max_images=2, do_sample=False
+        )
+        expected = [
+            interleaved_by_full_passes(model, row, 8, 2, negatives if guided else None, sampling=sampling)
+            for row, negatives in zip(rows, [[30, 31], [], [32]])
+        ]
+    assert sum(isinstance(item, Picture) for row in expected for item in row) >= 3 + 3
+    assert_rows_equal(config, output, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"read_last_scale": True}, {"vq_config": LEVELS, "read_last_scale": True}])
+def test_logits_on_one_cache_equal_one_teacher_forced_pass(options):
+    """Text, picture, text, picture, with rows that sit out, under guidance."""
+    model = tiny_model(**options)
+    config, boi = model.config, model.config.boi_token_id
+    schedules = schedules_of(config, [(16, 16), (8, 32), (20, 12)], [16, 8, 16] if "vq_config" in options else None)
+    start = [[20, random_picture(config, seed=1)], [21], [22, 23]]
+    sampling = ImageSampling(guidance_scale=2.0)
+    with torch.no_grad():
+        context = Prompts(**prompts(config, [[30], [31, 32], []]))
+        writer = SequenceWriter(model, Prompts(**batch_of(config, start)), [context])
+        seen, drawn = [], []
+
+        def draw(rows, seed):
+            drawing = Drawing(model, [schedules[row] for row in rows], sampling, torch.Generator().manual_seed(seed))
+            logits = [[] for _ in rows]
+
+            def record(_, scale, state):
+                for index, schedule in enumerate(drawing.schedules):
+                    if scale < schedule.num_scales:
+                        logits[index].append(state.logits[index, : schedule.tokens_per_scale[scale]])
+
+            writer.draw(drawing, rows, record)
+            drawn.extend((row, torch.cat(part)) for row, part in zip(rows, logits))
+
+        def look():
+            seen.append(([len(ids) for ids in writer.tokens], writer.text_logits))
+
+        look()
+        writer.append([[40, boi], [41, 42, 43, boi], []])
+        draw([0, 1], seed=0)
+        look()
+        writer.append([[], [44, boi], [45, 46]])
+        look()
+        draw([1], seed=1)
+        writer.append([[47, 48], [49], [boi]])
+        draw([2], seed=2)
+        look()
+
+        finished = writer.finished()
+        whole = model(**vars(finished)).logits
+        longest = finished.input_ids.shape[1]
+        for lengths, logits in seen:
+            for row, length in enumerate(lengths):
+                column = longest - len(writer.tokens[row]) + length - 1
+                expected = whole[row, column, : config.text_config.vocab_size]
+                torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=0)
+        history = {0: start[0] + [40], 1: [21, 41, 42, 43], 2: [22, 23, 45, 46]}
+        contexts = {0: [30], 1: [31, 32], 2: []}
+        numbers = {0: [1], 1: [0, 1], 2: [0]}
+        for row, logits in drawn:
+            number = numbers[row].pop(0)
+            codes = writer.image_tokens[row][number]
+            before, after = (
+                teacher_forced_logits(model, [part], [schedules[row]], codes[None])[0]
+                for part in (history[row], contexts[row])
+            )
+            torch.testing.assert_close(logits, 2 * before - after, atol=1e-4, rtol=0)
+            history[row] = [*history[row], Picture(list(schedules[row].grids), codes.tolist()), 44]
+
+
+def test_a_row_depends_on_its_own_seed_and_not_on_its_batch():
+    model = talkative_model()
+    rows = rows_of(model.config)
+    options = {"max_new_tokens": 12, "max_images": 2, "do_sample": True, "sampling": ImageSampling()}
+
+    def run(order):
+        generator = [torch.Generator().manual_seed(n) for n in order]
+        inputs = batch_of(model.config, [rows[n] for n in order])
+        return model.generate_interleaved(**inputs, generator=generator, **options)
+
+    def row_of(output, row):
+        keep = output.attention_mask[row].bool()
+        drawn = [output.image_tokens[piece.image] for piece in output.segments[row] if piece.image is not None]
+        return output.input_ids[row, keep].tolist(), [codes[codes >= 0].tolist() for codes in drawn]
+
+    together = run([2, 0, 1])
+    for place, n in enumerate([2, 0, 1]):
+        assert row_of(run([n]), 0) == row_of(together, place)
+
+
+def test_segments_tell_text_from_pictures_in_order():
+    model = talkative_model()
+    config, rows = model.config, rows_of(model.config)
+    output = model.generate_interleaved(
+        **batch_of(config, rows), sampling=GREEDY, max_new_tokens=8, max_images=2, do_sample=False
+    )
+    schedules = model.model.schedules_of(output.image_grids)
+    for row, pieces in enumerate(output.segments):
+        prompt_length = len(as_batch([rows[row]], *special_tokens(config))[0][0])
+        first = output.attention_mask[row].argmax() + prompt_length - int(row == 1)
+        edges = [int(first)] + [piece.stop for piece in pieces]
+        assert [(piece.start, piece.stop) for piece in pieces] == list(zip(edges, edges[1:]))
+        assert edges[-1] == output.input_ids.shape[1]
+        for piece in pieces:
+            ids = output.input_ids[row, piece.start : piece.stop].tolist()
+            if piece.image is None:
+                assert not {config.boi_token_id, config.eoi_token_id, config.image_token_id} & set(ids)
+            else:
+                slots = schedules[piece.image].num_slots()
+                assert ids == [config.boi_token_id] + [config.image_token_id] * slots + [config.eoi_token_id]
+    assert [piece.image for piece in output.segments[1] if piece.image is not None][0] == 1 + (
+        sum(piece.image is not None for piece in output.segments[0])
+    )
+
+
+def test_finished_sequences_go_on_as_a_prompt():
+    model = talkative_model()
+    inputs = batch_of(model.config, rows_of(model.config))
+    options = {"sampling": GREEDY, "do_sample": False, "max_images": 2, "eos_token_id": -1}
+    whole = model.generate_interleaved(**inputs, **options, max_new_tokens=6)
+    half = model.generate_interleaved(**inputs, **options, max_new_tokens=3)
+    drawn = [sum(piece.image is not None for piece in pieces) for pieces in half.segments]
+    counts = (half.input_ids == model.config.eoi_token_id).sum(1).tolist()
+    pictures = zip(half.image_tokens.split(counts), half.image_grids.split(counts))
+    for row, (tokens, grids) in enumerate(pictures):
+        rest = model.generate_interleaved(
+            half.input_ids[[row]],
+            half.attention_mask[[row]],
+            image_tokens=tokens,
+            image_grids=grids,
+            **options | {"max_images": 2 - drawn[row]},
+            max_new_tokens=3,
+        )
+        assert_same_row(rest, 0, whole, row)
+
+
+def assert_same_row(output, row, other, other_row):
+    rows = [out.input_ids[n][out.attention_mask[n].bool()] for out, n in ((output, row), (other, other_row))]
+    assert torch.equal(*rows)
+
+
+def test_modality_forces_text_or_pictures():
+    model = talkative_model()
+    config = model.config
+    inputs = batch_of(config, [[20, 21], [22]])
+    written = model.generate_interleaved(**inputs, modality="text", max_new_tokens=30, do_sample=False, eos_token_id=-1)
+    assert written.image_tokens is None and all(len(pieces) == 1 for pieces in written.segments)
+    plain = model.generate(**inputs, max_new_tokens=30, do_sample=False, eos_token_id=None)
+    length = inputs["input_ids"].shape[1]
+    assert torch.equal(written.input_ids[:, -30:], plain[:, length:])
+    drawn = model.generate_interleaved(
+        **inputs, modality="image", max_images=2, sampling=GREEDY, image_sizes=[(16, 16), (8, 32)]
+    )
+    assert [[piece.image for piece in pieces] for pieces in drawn.segments] == [[0, 1], [2, 3]]
+    assert drawn.image_grids.tolist() == [[4, 4], [4, 4], [2, 8], [2, 8]]
+
+
+def test_stop_strings_and_the_end_of_turn_end_a_row():
+    model = talkative_model()
+    tokenizer = tiny_tokenizer()
+    inputs = batch_of(model.config, [[20, 21], [22]])
+    options = {"modality": "text", "do_sample": False, "max_new_tokens": 20}
+    free = model.generate_interleaved(**inputs, **options, eos_token_id=-1)
+    tail = free.input_ids[0, -20:]
+    text = tokenizer.decode(tail[5:8])
+    stopped = model.generate_interleaved(**inputs, **options, eos_token_id=-1, stop_strings=[text], tokenizer=tokenizer)
+    (piece,) = stopped.segments[0]
+    assert text in tokenizer.decode(stopped.input_ids[0, piece.start : piece.stop])
+    assert piece.stop - piece.start <= 8
+    ended = model.generate_interleaved(**inputs, **options, eos_token_id=int(tail[3]))
+    (piece,) = ended.segments[0]
+    assert int(ended.input_ids[0, piece.stop - 1]) == int(tail[3]) and piece.stop - piece.start <= 4
+
+
+def test_streamer_gives_text_and_scales_in_order():
+    model = talkative_model()
+    tokenizer = tiny_tokenizer()
+    inputs = batch_of(model.config, [rows_of(model.config)[0]])
+    options = {"sampling": GREEDY, "do_sample": False, "max_new_tokens": 8, "max_images": 2}
+    streamer = InterleavedStreamer(tokenizer, timeout=30)
+    thread = Thread(target=model.generate_interleaved, kwargs={**inputs, **options, "streamer": streamer})
+    thread.start()
+    pieces = list(streamer)
+    thread.join()
+    output = model.generate_interleaved(**inputs, **options)
+    expected = []
+    for piece in output.segments[0]:
+        if piece.image is None:
+            expected.append(tokenizer.decode(output.input_ids[0, piece.start : piece.stop]))
+        else:
+            expected.append(output.image_tokens[piece.image])
+    merged = []
+    for piece in pieces:
+        if isinstance(piece, ScaleState):
+            merged.append(piece.image_tokens[0])
+        elif merged and isinstance(merged[-1], str):
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    # Of the scales of a picture the last holds all codes.
+    following = [*merged[1:], ""]
+    last = [
+        piece
+        for piece, after in zip(merged, following)
+        if isinstance(piece, str) or isinstance(after, str) or len(after) < len(piece)
+    ]
+    assert len(last) == len(expected) and any(isinstance(piece, str) for piece in last)
+    for found, wanted in zip(last, expected):
+        assert found == wanted if isinstance(wanted, str) else torch.equal(found, wanted[: len(found)])
+    previews = [piece.preview()[0] for piece in pieces if isinstance(piece, ScaleState)]
+    assert all(preview.shape == (3, 16, 16) for preview in previews)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"modality": "video"}, "modality must be one of .*got 'video'"),
+        ({"max_images": -1}, "max_images must be at least 0, got -1"),
+        ({"max_images": 0}, "Row 1 ends with <boi> and may draw 0 pictures"),
+        ({"modality": "text"}, "Row 1 ends with <boi> and may draw 0 pictures"),
+        ({"image_sizes": [(16, 16)]}, "2 prompts came with 1 image_sizes"),
+        ({"generator": [torch.Generator()]}, "1 generators came with 2 rows"),
+        ({"stop_strings": ["x"]}, "stop_strings need the tokenizer"),
+        ({"streamer": InterleavedStreamer(tiny_tokenizer())}, "A streamer follows one row, got 2"),
+        ({"sampling": ImageSampling(guidance_scale=2.0)}, "Guidance needs negative_input_ids"),
+        ({"max_new_token": 3}, "does not know .*max_new_token"),
+    ],
+)
+def test_interleaved_inputs_that_do_not_fit_are_refused(change, message):
+    model = tiny_model()
+    inputs = {"input_ids": torch.tensor([[20, 21], [22, 3]])}
+    with pytest.raises(ValueError, match=message):
+        model.generate_interleaved(**inputs | change)
