@@ -228,27 +228,51 @@ def assert_same_row(output, row, other, other_row):
     assert torch.equal(*rows)
 
 
-def test_modality_forces_text_or_pictures():
+def test_limits_force_text_or_pictures():
     model = talkative_model()
     config = model.config
     inputs = batch_of(config, [[20, 21], [22]])
-    written = model.generate_interleaved(**inputs, modality="text", max_new_tokens=30, do_sample=False, eos_token_id=-1)
+    written = model.generate_interleaved(**inputs, max_images=0, max_new_tokens=30, do_sample=False, eos_token_id=-1)
     assert written.image_tokens is None and all(len(pieces) == 1 for pieces in written.segments)
     plain = model.generate(**inputs, max_new_tokens=30, do_sample=False, eos_token_id=None)
     length = inputs["input_ids"].shape[1]
     assert torch.equal(written.input_ids[:, -30:], plain[:, length:])
     drawn = model.generate_interleaved(
-        **inputs, modality="image", max_images=2, sampling=GREEDY, image_sizes=[(16, 16), (8, 32)]
+        **inputs, min_images=2, max_images=2, max_new_tokens=0, sampling=GREEDY, image_sizes=[(16, 16), (8, 32)]
     )
     assert [[piece.image for piece in pieces] for pieces in drawn.segments] == [[0, 1], [2, 3]]
     assert drawn.image_grids.tolist() == [[4, 4], [4, 4], [2, 8], [2, 8]]
+
+
+def test_a_row_that_would_end_draws_first_what_it_has_to():
+    model = tiny_model()
+    model.lm_head.weight.data[model.config.boi_token_id] *= 0
+    inputs = batch_of(model.config, [[20, 21], [22]])
+    options = {"sampling": GREEDY, "do_sample": False, "max_images": 1}
+    free = model.generate_interleaved(**inputs, **options, max_new_tokens=6)
+    assert free.image_tokens is None
+    first = int(free.input_ids[0, free.segments[0][0].start])
+    forced = model.generate_interleaved(**inputs, **options, max_new_tokens=6, min_images=1, eos_token_id=first)
+    assert [len([p for p in pieces if p.image is not None]) for pieces in forced.segments] == [1, 1]
+    (before, picture) = forced.segments[0][:2]
+    # The end of turn, its first choice, was no choice before the picture.
+    assert first not in forced.input_ids[0, before.start : before.stop].tolist() and picture.image == 0
+
+
+def test_a_callback_can_end_all_rows():
+    model = tiny_model()
+    inputs = batch_of(model.config, [[20, 21], [22]])
+    output = model.generate_interleaved(
+        **inputs, min_images=1, max_new_tokens=0, sampling=GREEDY, callback=lambda model, scale, state: scale < 1
+    )
+    assert (output.image_tokens >= 0).sum(1).tolist() == [5, 5]
 
 
 def test_stop_strings_and_the_end_of_turn_end_a_row():
     model = talkative_model()
     tokenizer = tiny_tokenizer()
     inputs = batch_of(model.config, [[20, 21], [22]])
-    options = {"modality": "text", "do_sample": False, "max_new_tokens": 20}
+    options = {"max_images": 0, "do_sample": False, "max_new_tokens": 20}
     free = model.generate_interleaved(**inputs, **options, eos_token_id=-1)
     tail = free.input_ids[0, -20:]
     text = tokenizer.decode(tail[5:8])
@@ -303,10 +327,9 @@ def test_streamer_gives_text_and_scales_in_order():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"modality": "video"}, "modality must be one of .*got 'video'"),
-        ({"max_images": -1}, "max_images must be at least 0, got -1"),
+        ({"max_images": -1}, "0 <= min_images <= max_images must hold, got 0 and -1"),
+        ({"min_images": 2}, "0 <= min_images <= max_images must hold, got 2 and 1"),
         ({"max_images": 0}, "Row 1 ends with <boi> and may draw 0 pictures"),
-        ({"modality": "text"}, "Row 1 ends with <boi> and may draw 0 pictures"),
         ({"image_sizes": [(16, 16)]}, "2 prompts came with 1 image_sizes"),
         ({"generator": [torch.Generator()]}, "1 generators came with 2 rows"),
         ({"stop_strings": ["x"]}, "stop_strings need the tokenizer"),

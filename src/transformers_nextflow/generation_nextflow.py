@@ -25,6 +25,7 @@ from .sequence_layout import layout_sequence
 from .sequence_writer import Prompts, ScaleCallback, SequenceWriter
 
 
+DEFAULT_MAX_NEW_TOKENS = 256
 PICTURE_INPUTS = ("pixel_values", "image_tokens", "image_grids")
 
 
@@ -130,7 +131,7 @@ class NextFlowGenerationMixin(GenerationMixin):
             sampling: default: the checkpoint's own, from its generation config.
             generator: one for all, or one for each picture: then a picture depends on its own seed alone.
             callback: `callback(model, scale, state)` after each scale, counted from 0; `False` stops the drawing.
-            given_image_tokens: (B, n) codes of the first whole scales, which are kept and not drawn.
+            given_image_tokens: (B, n) codes of the first whole scales, which are kept and not drawn; padded with -1.
             region: what is kept of other pictures outside of a region, see [`KeptRegion`].
 
         Raises:
@@ -138,15 +139,15 @@ class NextFlowGenerationMixin(GenerationMixin):
                 nothing to lead away from.
         """
         sampling = sampling or self.default_image_sampling
-        prompts = self._prompts(input_ids, attention_mask, pixel_values, image_tokens, image_grids)
         schedules = self._schedules(image_sizes, len(input_ids))
         self._check_at_boi("input_ids", input_ids)
-        contexts = self._contexts(
-            prompts, schedules, sampling, (negative_input_ids, negative_attention_mask),
-            (imageless_input_ids, imageless_attention_mask),
-        )  # fmt: skip
         drawing = Drawing(self, schedules, sampling, generator, given_image_tokens, region)
-        writer = SequenceWriter(self, prompts, contexts)
+        writer = self.sequence_writer(
+            input_ids, attention_mask, negative_input_ids=negative_input_ids,
+            negative_attention_mask=negative_attention_mask, imageless_input_ids=imageless_input_ids,
+            imageless_attention_mask=imageless_attention_mask, pixel_values=pixel_values, image_tokens=image_tokens,
+            image_grids=image_grids, schedules=schedules, sampling=sampling,
+        )  # fmt: skip
         scales = writer.draw(drawing, range(len(schedules)), callback, go_on=False)
         return ImageGenerationOutput(
             image_tokens=drawing.image_tokens[:, : max(drawing.counts(scales - 1))],
@@ -162,15 +163,19 @@ class NextFlowGenerationMixin(GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         image_tokens: torch.Tensor | None = None,
         image_grids: torch.Tensor | None = None,
-        modality: str = "any",
+        max_new_tokens: int | None = None,
+        min_images: int = 0,
         max_images: int = 1,
         image_sizes: Sequence[tuple[int, int]] | None = None,
         negative_input_ids: torch.LongTensor | None = None,
         negative_attention_mask: torch.Tensor | None = None,
+        imageless_input_ids: torch.LongTensor | None = None,
+        imageless_attention_mask: torch.Tensor | None = None,
         sampling: ImageSampling | None = None,
         generator: Generators = None,
         generation_config: GenerationConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        callback: ScaleCallback | None = None,
         streamer: InterleavedStreamer | None = None,
         **kwargs,
     ) -> InterleavedGenerationOutput:
@@ -182,39 +187,49 @@ class NextFlowGenerationMixin(GenerationMixin):
         Args:
             input_ids, attention_mask: (B, L) prompts, left padded. A row that ends with `<boi>` draws first.
             pixel_values, image_tokens, image_grids: pictures in the prompts, as in `forward`.
-            modality: "any": the model decides; "text": no pictures; "image": `max_images` pictures without text.
-            max_images: pictures that a row draws at most.
+            max_new_tokens: tokens of text that a row writes at most, `<boi>` not counted; default: the generation
+                config's, or 256.
+            min_images, max_images: how many pictures a row draws. Between them the model decides; a row that would end
+                before `min_images` goes on with a picture. `max_images=0` is text alone; `max_new_tokens=0` pictures
+                alone.
             image_sizes: (height, width) in pixels of the pictures of each row. Default: the size of the row's last
                 picture; where it has none, the model's largest square.
             negative_input_ids, negative_attention_mask: (B, L') what guidance leads away from at every picture; they
                 end with `<boi>`. Without guidance they are not needed.
+            imageless_input_ids, imageless_attention_mask: (B, L'') as in `generate_images`.
             sampling: of pictures; default: the checkpoint's own, from its generation config.
             generator: one for all, or one for each row: then a row depends on its own seed alone.
-            generation_config, kwargs: of text: `max_new_tokens` (256 where nothing is said; `<boi>` does not count),
-                `do_sample`, `temperature`, `top_k`, `top_p`, `stop_strings`, `eos_token_id`.
+            generation_config, kwargs: of text: `do_sample`, `temperature`, `top_k`, `top_p`, `stop_strings`,
+                `eos_token_id`.
             tokenizer: needed for `stop_strings`.
+            callback: as in `generate_images`, for each round of drawing; `False` ends all rows with what is there.
             streamer: is given text and scales as they come; for one row.
 
         Raises:
-            ValueError: for a modality that is not one of the three, settings that generation_config does not know,
-                generators or sizes that do not match the rows, stop strings without a tokenizer, a streamer with
-                several rows, guidance without negative prompts.
+            ValueError: for settings that generation_config does not know, limits out of range, generators or sizes that
+                do not match the rows, stop strings without a tokenizer, a streamer with several rows, guidance without
+                negative prompts.
         """
         text = copy.deepcopy(generation_config or self.generation_config)
         unknown = text.update(**kwargs)
         if unknown:
             raise ValueError(f"generate_interleaved does not know {sorted(unknown)}.")
+        if max_new_tokens is None:
+            max_new_tokens = text.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
         sampling = sampling or self.default_image_sampling
-        prompts = self._prompts(input_ids, attention_mask, pixel_values, image_tokens, image_grids)
         schedules = None if image_sizes is None else self._schedules(image_sizes, len(input_ids))
-        contexts: list[Prompts] = []
-        if modality != "text":
-            # Without sizes any schedule may come; how many scales it has does not change whether guidance is asked for.
-            expected = schedules or [self.config.vq_config.scale_schedules.build()]
-            contexts = self._contexts(prompts, expected, sampling, (negative_input_ids, negative_attention_mask))
+        # Without sizes any schedule may come; how many scales it has does not change whether guidance is asked for.
+        expected = schedules or [self.config.vq_config.scale_schedules.build()]
+        writer = self.sequence_writer(
+            input_ids, attention_mask, negative_input_ids=negative_input_ids,
+            negative_attention_mask=negative_attention_mask, imageless_input_ids=imageless_input_ids,
+            imageless_attention_mask=imageless_attention_mask, pixel_values=pixel_values, image_tokens=image_tokens,
+            image_grids=image_grids, schedules=expected if max_images > 0 else [], sampling=sampling,
+        )  # fmt: skip
         return InterleavedLoop(
-            self, prompts, contexts, modality=modality, max_images=max_images, schedules=schedules, sampling=sampling,
-            generator=generator, text=text, tokenizer=tokenizer, streamer=streamer,
+            writer, max_new_tokens=max_new_tokens, min_images=min_images, max_images=max_images,
+            schedules=schedules, sampling=sampling, generator=generator, text=text, tokenizer=tokenizer,
+            callback=callback, streamer=streamer,
         ).run()  # fmt: skip
 
     @property
@@ -222,10 +237,50 @@ class NextFlowGenerationMixin(GenerationMixin):
         """The settings a checkpoint was tuned with: `image_sampling` of its generation config."""
         return ImageSampling(**(getattr(self.generation_config, "image_sampling", None) or {}))
 
-    def _prompts(self, input_ids, attention_mask, pixel_values, image_tokens, image_grids) -> Prompts:
+    def sequence_writer(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        schedules: Sequence[ScaleSchedule],
+        sampling: ImageSampling,
+        negative_input_ids: torch.LongTensor | None = None,
+        negative_attention_mask: torch.Tensor | None = None,
+        imageless_input_ids: torch.LongTensor | None = None,
+        imageless_attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_tokens: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+    ) -> SequenceWriter:
+        """Read prompts, and what the guidance of pictures with these schedules and settings leads away from.
+
+        The arguments are those of `generate_images`; `schedules` are of what will be drawn.
+        """
         if image_tokens is None and pixel_values is not None:
             image_tokens = self.get_image_tokens(pixel_values, image_grids)
-        return Prompts(input_ids, attention_mask, image_tokens, image_grids)
+        prompts = Prompts(input_ids, attention_mask, image_tokens, image_grids)
+        images_guided = any(sampling.is_guided(s.num_scales, "image_guidance_scale") for s in schedules)
+        contexts = []
+        if images_guided or any(sampling.is_guided(s.num_scales) for s in schedules):
+            remedy = "an empty prompt, or guidance_scale=1"
+            contexts.append(self._context("negative", remedy, prompts, negative_input_ids, negative_attention_mask))
+        if images_guided:
+            remedy = "the negative prompt without pictures, or image_guidance_scale=1"
+            contexts.append(self._context("imageless", remedy, prompts, imageless_input_ids, imageless_attention_mask))
+        return SequenceWriter(self, prompts, contexts)
+
+    def _context(self, name: str, remedy: str, prompts: Prompts, input_ids, attention_mask) -> Prompts:
+        if input_ids is None:
+            raise ValueError(f"Guidance needs {name}_input_ids; take {remedy}.")
+        self._check_at_boi(f"{name}_input_ids", input_ids)
+        if len(input_ids) != len(prompts.input_ids):
+            raise ValueError(f"{len(prompts.input_ids)} prompts came with {len(input_ids)} {name}_input_ids.")
+        found, of_prompts = (int((ids == self.config.eoi_token_id).sum()) for ids in (input_ids, prompts.input_ids))
+        if found == 0:
+            return Prompts(input_ids, attention_mask)
+        if found != of_prompts:
+            raise ValueError(f"{name}_input_ids hold the {of_prompts} pictures of the prompts, or none; got {found}.")
+        return Prompts(input_ids, attention_mask, prompts.image_tokens, prompts.image_grids)
 
     def _schedules(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> list[ScaleSchedule]:
         if len(image_sizes) != batch:
@@ -235,31 +290,3 @@ class NextFlowGenerationMixin(GenerationMixin):
     def _check_at_boi(self, name: str, input_ids: torch.Tensor):
         if not bool((input_ids[:, -1] == self.config.boi_token_id).all()):
             raise ValueError(f"Every row of {name} must end with <boi> ({self.config.boi_token_id}), left padded.")
-
-    def _contexts(self, prompts: Prompts, schedules, sampling, negative, imageless=(None, None)) -> list[Prompts]:
-        """What guidance leads away from: the negative prompts, and those without pictures."""
-        images_guided = any(sampling.is_guided(s.num_scales, "image_guidance_scale") for s in schedules)
-        guided = images_guided or any(sampling.is_guided(s.num_scales) for s in schedules)
-        wanted = [("negative_input_ids", guided, *negative), ("imageless_input_ids", images_guided, *imageless)]
-        contexts = []
-        for name, is_needed, input_ids, attention_mask in wanted:
-            if not is_needed:
-                continue
-            if input_ids is None:
-                remedy = "an empty prompt" if name == "negative_input_ids" else "the negative prompt without pictures"
-                scale = "guidance_scale" if name == "negative_input_ids" else "image_guidance_scale"
-                raise ValueError(f"Guidance needs {name}; take {remedy}, or {scale}=1.")
-            self._check_at_boi(name, input_ids)
-            if len(input_ids) != len(prompts.input_ids):
-                raise ValueError(f"{len(prompts.input_ids)} prompts came with {len(input_ids)} {name}.")
-            contexts.append(Prompts(input_ids, attention_mask, *self._pictures_of_negative(input_ids, prompts)))
-        return contexts
-
-    def _pictures_of_negative(self, input_ids: torch.Tensor, prompts: Prompts):
-        """Codes and grids of the pictures in negative prompts, which hold all of the prompts' or none."""
-        found, of_prompts = (int((ids == self.config.eoi_token_id).sum()) for ids in (input_ids, prompts.input_ids))
-        if found == 0:
-            return None, None
-        if found != of_prompts:
-            raise ValueError(f"Negative prompts hold the {of_prompts} pictures of the prompts, or none; got {found}.")
-        return prompts.image_tokens, prompts.image_grids

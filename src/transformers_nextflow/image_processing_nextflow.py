@@ -90,6 +90,10 @@ class NextFlowImageProcessorPil(PilBackend):
         """The schedule of a picture whose final grid, a row of `image_grids`, is (height, width)."""
         return self.scale_schedules.for_size(int(height) * self.patch_size, int(width) * self.patch_size)
 
+    def schedule_of(self, height: int, width: int) -> ScaleSchedule:
+        """The schedule to which a picture of so many pixels is brought."""
+        return _schedule(self.scale_schedules, height, width, self.do_resize, self.level)
+
     def preprocess(self, images, **kwargs: Unpack[NextFlowImageProcessorKwargs]) -> BatchFeature:
         """
         Args:
@@ -132,6 +136,41 @@ class NextFlowImageProcessorPil(PilBackend):
         if not do_convert_rgb and image.mode != "RGB":
             raise ValueError(f"its mode is {image.mode!r}, not 'RGB'; leave do_convert_rgb on.")
         return np.ascontiguousarray(np.moveaxis(np.asarray(_to_rgb(image)), -1, 0))
+
+    def to_rgb(self, images) -> list[Image.Image]:
+        """Pictures of any kind, as `preprocess` takes them, as PIL pictures in RGB; their size is kept.
+
+        Raises:
+            ValueError: for a picture that cannot be read; the message names it by its place in the list.
+        """
+        arrays = self._prepare_image_like_inputs(self.fetch_images(images), do_convert_rgb=True)
+        return [Image.fromarray(np.moveaxis(array, 0, -1)) for array in arrays]
+
+    def preprocess_mask(self, mask, image: Image.Image) -> np.ndarray:
+        """The mask of a region of a picture, brought to the picture's size in the model.
+
+        Args:
+            mask: a picture of the size of `image`, light (above one half) where the region is.
+            image: the picture as it was given.
+
+        Returns:
+            (height, width) bool.
+
+        Raises:
+            ValueError: for a mask of another size, or one that marks nothing.
+        """
+        mask = ImageOps.grayscale(self.to_rgb([mask])[0])
+        if mask.size != image.size:
+            raise ValueError(
+                f"The mask has {mask.width}x{mask.height} pixels, its picture {image.width}x{image.height}; make them "
+                "of one size."
+            )
+        height, width = self.schedule_of(image.height, image.width).image_size(self.patch_size)
+        marked = np.asarray(mask)[None] > 127
+        region = self._cover(255 * marked.astype(np.uint8), height, width, PILImageResampling.NEAREST)[0] > 127
+        if not region.any():
+            raise ValueError("The mask marks nothing; make it light where is to be drawn.")
+        return region
 
     def postprocess(self, images, output_type: str = "pil") -> list:
         """Turn (3, height, width) tensors in [-1, 1] into a list of pictures.

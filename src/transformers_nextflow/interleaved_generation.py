@@ -14,11 +14,7 @@ from transformers.utils import ModelOutput
 from .sampling_nextflow import Generators, ImageSampling, draw_codes
 from .scale_drawing import Drawing, ScaleState
 from .scale_schedule import ScaleSchedule
-from .sequence_writer import Prompts, SequenceWriter
-
-
-MODALITIES = ("any", "text", "image")
-DEFAULT_MAX_NEW_TOKENS = 256
+from .sequence_writer import ScaleCallback, SequenceWriter
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,11 @@ class InterleavedStreamer(TextIteratorStreamer):
 
 
 class InterleavedLoop:
-    """The rows (B) of a batch on their way to their ends. See `generate_interleaved` for the arguments.
+    """The rows (B) of a batch on their way to their ends.
+
+    Args:
+        writer: has read the prompts.
+        text: settings of text. The other arguments are those of `generate_interleaved`.
 
     Raises:
         ValueError: for arguments out of range or that do not match the rows.
@@ -88,45 +88,45 @@ class InterleavedLoop:
 
     def __init__(
         self,
-        model: nn.Module,
-        prompts: Prompts,
-        contexts: Sequence[Prompts],
+        writer: SequenceWriter,
         *,
-        modality: str,
+        max_new_tokens: int,
+        min_images: int,
         max_images: int,
         schedules: Sequence[ScaleSchedule] | None,
         sampling: ImageSampling,
         generator: Generators,
         text: GenerationConfig,
         tokenizer: PreTrainedTokenizerBase | None,
+        callback: ScaleCallback | None,
         streamer: InterleavedStreamer | None,
     ):
-        self.batch = len(prompts.input_ids)
-        self.max_new_tokens = text.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
-        if modality not in MODALITIES:
-            raise ValueError(f"modality must be one of {MODALITIES}, got {modality!r}.")
-        if max_images < 0:
-            raise ValueError(f"max_images must be at least 0, got {max_images}.")
+        self.writer, self.model, self.config = writer, writer.model, writer.config
+        self.batch = len(writer.tokens)
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}.")
+        if not 0 <= min_images <= max_images:
+            raise ValueError(f"0 <= min_images <= max_images must hold, got {min_images} and {max_images}.")
         if isinstance(generator, Sequence) and len(generator) != self.batch:
             raise ValueError(f"{len(generator)} generators came with {self.batch} rows; give one for all or each.")
         if text.stop_strings is not None and tokenizer is None:
             raise ValueError("stop_strings need the tokenizer: pass tokenizer=processor.tokenizer.")
         if streamer is not None and self.batch > 1:
             raise ValueError(f"A streamer follows one row, got {self.batch}; stream one prompt at a time.")
-        self.model, self.config = model, model.config
-        self.max_images = 0 if modality == "text" else max_images
-        self.draws_only = modality == "image"
-        self.schedules, self.sampling, self.generator, self.streamer = schedules, sampling, generator, streamer
+        self.max_new_tokens, self.min_images, self.max_images = max_new_tokens, min_images, max_images
+        self.schedules, self.sampling, self.generator = schedules, sampling, generator
+        self.callback, self.streamer = callback, streamer
         self.temperature = (1.0 if text.temperature is None else text.temperature) if text.do_sample else 0
         self.truncation = {"top_k": text.top_k, "top_p": 1.0 if text.top_p is None else text.top_p}
         ends = text.eos_token_id if text.eos_token_id is not None else self.config.text_config.eos_token_id
-        self.end_ids = set(ends if isinstance(ends, list | tuple) else [ends])
+        self.end_ids = list(ends) if isinstance(ends, list | tuple) else [ends]
         self.stop = StopStringCriteria(tokenizer, text.stop_strings) if text.stop_strings is not None else None
 
-        self.writer = SequenceWriter(model, prompts, contexts)
         self.written: list[list[int]] = [[] for _ in range(self.batch)]
         self.drawn = [0] * self.batch
         self.ended = [False] * self.batch
+        # Rows that may write no more, but have pictures to draw before they end.
+        self.is_due = [False] * self.batch
         self.starts = [len(ids) for ids in self.writer.tokens]
         self.pieces: list[list[Segment]] = [[] for _ in range(self.batch)]
 
@@ -138,33 +138,42 @@ class InterleavedLoop:
                     "prompt before <boi>."
                 )
             self.starts[row] -= 1
+        for row in range(self.batch):
+            self._look_at_limits(row)
         while not all(self.ended):
-            at_boi = self.writer.rows_at_boi()
+            at_boi = [row for row in self.writer.rows_at_boi() if not self.ended[row]]
             writing = [row for row in range(self.batch) if not self.ended[row] and row not in at_boi]
             if writing:
                 self._write(writing)
             else:
-                self._draw([row for row in at_boi if not self.ended[row]])
+                self._draw(at_boi)
         if self.streamer is not None:
             self.streamer.end()
         return self._output()
 
+    def _look_at_limits(self, row: int, is_stopped: bool = False):
+        """A row that may write no more ends once it has drawn enough."""
+        at_boi = self.writer.tokens[row][-1] == self.config.boi_token_id
+        if not at_boi and (is_stopped or len(self.written[row]) >= self.max_new_tokens):
+            self.is_due[row] = self.drawn[row] < self.min_images
+            self.ended[row] = not self.is_due[row]
+
     def _write(self, rows: list[int]):
         """One token of text in each of the rows."""
-        tokens = self._next_tokens(rows)
         appended: list[list[int]] = [[] for _ in range(self.batch)]
-        for row, token in zip(rows, tokens):
-            if self.streamer is not None and token != self.config.boi_token_id:
-                self.streamer.put(torch.tensor([token]))
+        for row, token in zip(rows, self._next_tokens(rows)):
             appended[row] = [token]
             if token == self.config.boi_token_id:
                 self._cut(row)
-                continue
-            self.written[row].append(token)
-            self.ended[row] = token in self.end_ids or len(self.written[row]) >= self.max_new_tokens
-        if self.stop is not None:
-            for row in self._stopped(rows):
-                self.ended[row] = True
+            else:
+                self.written[row].append(token)
+                if self.streamer is not None:
+                    self.streamer.put(torch.tensor([token]))
+        stopped = self._stopped(rows)
+        ending = [row for row in rows if self.written[row] and self.written[row][-1] in self.end_ids]
+        for row in rows:
+            if appended[row] != [self.config.boi_token_id]:
+                self._look_at_limits(row, row in stopped or row in ending)
         if all(self.ended):
             # Nothing follows that would need them in the cache.
             for row, ids in enumerate(appended):
@@ -174,40 +183,45 @@ class InterleavedLoop:
 
     def _next_tokens(self, rows: list[int]) -> list[int]:
         boi = self.config.boi_token_id
-        if self.draws_only:
+        if all(self.is_due[row] for row in rows):
             return [boi] * len(rows)
         logits = self.writer.text_logits[rows]
         logits[:, [self.config.eoi_token_id, self.config.image_token_id]] = -torch.inf
         for index, row in enumerate(rows):
             if self.drawn[row] >= self.max_images:
                 logits[index, boi] = -torch.inf
-        generator = [self.generator[row] for row in rows] if isinstance(self.generator, Sequence) else self.generator
-        return draw_codes(logits, self.temperature, **self.truncation, generator=generator).tolist()
+            if self.drawn[row] < self.min_images:
+                logits[index, self.end_ids] = -torch.inf
+        tokens = draw_codes(logits, self.temperature, **self.truncation, generator=self._generator_of(rows)).tolist()
+        return [boi if self.is_due[row] else token for row, token in zip(rows, tokens)]
+
+    def _generator_of(self, rows: list[int]) -> Generators:
+        return [self.generator[row] for row in rows] if isinstance(self.generator, Sequence) else self.generator
 
     def _stopped(self, rows: list[int]) -> list[int]:
+        rows = [row for row in rows if self.written[row]]
+        if self.stop is None or not rows:
+            return []
         longest = max(len(self.written[row]) for row in rows)
         pad = self.config.text_config.pad_token_id or 0
         ids = [[pad] * (longest - len(self.written[row])) + self.written[row] for row in rows]
-        if longest == 0:
-            return []
-        return [row for row, done in zip(rows, self.stop(torch.tensor(ids), None).tolist()) if done]
+        return [row for row, is_stopped in zip(rows, self.stop(torch.tensor(ids), None).tolist()) if is_stopped]
 
     def _draw(self, rows: list[int]):
         schedules = [self.schedules[row] if self.schedules is not None else self._schedule_of(row) for row in rows]
-        generator = [self.generator[row] for row in rows] if isinstance(self.generator, Sequence) else self.generator
-        drawing = Drawing(self.model, schedules, self.sampling, generator)
-        callback = None
-        if self.streamer is not None:
-
-            def callback(model, scale, state):
-                self.streamer.put_scale(state)
-
-        self.writer.draw(drawing, rows, callback)
+        drawing = Drawing(self.model, schedules, self.sampling, self._generator_of(rows))
+        if self.writer.draw(drawing, rows, self._after_scale) < drawing.num_scales:
+            self.ended = [True] * self.batch
         for row in rows:
             self.drawn[row] += 1
             # Counted from the row's first picture; `_output` knows how many lie in the rows above.
             self._cut(row, image=len(self.writer.image_tokens[row]) - 1)
-            self.ended[row] = self.draws_only and self.drawn[row] >= self.max_images
+            self._look_at_limits(row)
+
+    def _after_scale(self, model: nn.Module, scale: int, state: ScaleState) -> bool | None:
+        if self.streamer is not None:
+            self.streamer.put_scale(state)
+        return self.callback(model, scale, state) if self.callback is not None else None
 
     def _schedule_of(self, row: int) -> ScaleSchedule:
         if self.writer.image_grids[row]:

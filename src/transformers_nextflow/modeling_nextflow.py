@@ -383,10 +383,10 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             image_labels = image_tokens if image_labels is None else image_labels
             targets = loss_targets(input_ids, labels, image_labels, layout, schedules, self.config)
             num_scales = len(self.config.vq_config.scales)
-            losses = nextflow_loss(self._head(hidden_states[targets.mask]), targets, num_scales, num_items_in_batch)
+            losses = nextflow_loss(self.head(hidden_states[targets.mask]), targets, num_scales, num_items_in_batch)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self._head(hidden_states[:, kept, :])
+            logits = self.head(hidden_states[:, kept, :])
         return NextFlowCausalLMOutputWithPast(
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -395,7 +395,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             **losses,
         )
 
-    def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states (…, D) → logits (…, text vocabulary + codes)."""
         return torch.cat([self.lm_head(hidden_states), self.visual_head(hidden_states)], dim=-1)
 
 

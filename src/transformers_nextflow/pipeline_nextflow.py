@@ -1,4 +1,4 @@
-"""Text to picture with diffusers' habits."""
+"""Pictures, films and conversations with diffusers' habits."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import cached_file
 
+from .conversation_pipeline import ConversationMixin
+from .drawing_request import DrawingRequest, ImageInput
+from .generation_nextflow import ImageGenerationOutput
 from .image_processing_nextflow import OUTPUT_TYPES
+from .likelihood import score_answers
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .processing_nextflow import NextFlowProcessor
+from .region_editing import KeptRegion
 from .sampling_nextflow import ImageSampling, PerScale
 from .scale_drawing import ScaleState
-from .scale_schedule import ScaleSchedule
 
 
 try:
@@ -27,7 +32,15 @@ except ImportError as error:
 
 
 Images = list[Image.Image] | np.ndarray | torch.Tensor
+CandidateScorer = Callable[["NextFlowPipeline", torch.Tensor, torch.Tensor, list[str]], Sequence[float] | torch.Tensor]
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+
+
+def caption_scorer(pipe: NextFlowPipeline, image_tokens, image_grids, prompts: list[str]) -> torch.Tensor:
+    """How likely the model finds each prompt as the description of its picture, (B,) per token."""
+    requests = [pipe.processor.caption_request] * len(prompts)
+    scores = score_answers(pipe.model, pipe.processor, image_tokens, image_grids, requests, prompts)
+    return scores.text / scores.num_text_tokens
 
 
 @dataclass
@@ -36,18 +49,26 @@ class NextFlowPipelineOutput(BaseOutput):
 
     Args:
         images: a list of PIL pictures, or (B, H, W, 3) numpy, or a (B, 3, H, W) tensor; floats lie in [0, 1].
-        image_tokens: (B, N) codes; fewer scales than all where the drawing was interrupted.
+        image_tokens: (B, N) codes; fewer scales than all where the drawing was interrupted; padded with -1 where
+            pictures differ in size.
+        thoughts: with `think=True` what was written before each picture.
+        candidate_scores: with `num_candidates` above 1 the (B, num_candidates) scores among which each picture won.
     """
 
     images: Images
     image_tokens: torch.LongTensor
+    thoughts: list[str] | None = None
+    candidate_scores: torch.Tensor | None = None
 
 
-class NextFlowPipeline(DiffusionPipeline):
-    """Draws pictures from prompts.
+class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
+    """Draws pictures from prompts and from other pictures, films, and answers in text and pictures.
 
     >>> pipe = NextFlowPipeline.from_pretrained("checkpoints/nextflow-shapes")
-    >>> pipe("a red circle", generator=torch.Generator().manual_seed(0)).images[0].save("circle.png")
+    >>> circle = pipe("a red circle", generator=torch.Generator().manual_seed(0)).images[0]
+    >>> pipe("make the red circle blue", image=circle).images[0].save("blue.png")
+
+    `film` draws films, `chat` goes on with a conversation, `score` says how well pictures and prompts fit.
 
     Args:
         model: transformer and vision tokenizer in one.
@@ -102,64 +123,67 @@ class NextFlowPipeline(DiffusionPipeline):
 
     def check_inputs(
         self,
-        prompts: list[str],
-        negative_prompts: list[str],
+        request: DrawingRequest,
+        sampling: ImageSampling,
         num_images_per_prompt: int,
+        num_candidates: int,
         generator: torch.Generator | Sequence[torch.Generator] | None,
         output_type: str,
-        is_guided: bool,
         callback_on_step_end_tensor_inputs: Sequence[str],
     ):
         """Raises `ValueError` for inputs that do not fit together; the processor looks at the prompts themselves."""
-        if len(negative_prompts) != len(prompts):
-            raise ValueError(
-                f"{len(prompts)} prompts came with {len(negative_prompts)} negative ones; give one for each."
-            )
-        if not is_guided and any(negative_prompts):
+        counts = [schedule.num_scales for schedule in request.schedules]
+        if any(request.negative_prompts) and not any(sampling.is_guided(count) for count in counts):
             raise ValueError(
                 "A negative_prompt works through guidance alone, and guidance_scale is 1 at all scales; give another "
                 "guidance_scale, or no negative_prompt."
             )
-        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be a whole number from 1, got {num_images_per_prompt}.")
-        count = len(prompts) * num_images_per_prompt
+        if request.images is None and any(sampling.is_guided(count, "image_guidance_scale") for count in counts):
+            raise ValueError("image_guidance_scale leads towards input pictures; give image=, or leave it at 1.")
+        for name, value in (("num_images_per_prompt", num_images_per_prompt), ("num_candidates", num_candidates)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number from 1, got {value}.")
+        count = len(request.prompts) * num_images_per_prompt * num_candidates
         if isinstance(generator, Sequence) and len(generator) != count:
             raise ValueError(
-                f"{len(generator)} generators came with {count} pictures ({len(prompts)} prompts, "
-                f"{num_images_per_prompt} each); give one for all, or one for each picture."
+                f"{len(generator)} generators came with {count} pictures ({len(request.prompts)} prompts, "
+                f"{num_images_per_prompt * num_candidates} each); give one for all, or one for each picture."
             )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}.")
+        if output_type != "pil" and len(set(request.schedules)) > 1:
+            raise ValueError(
+                f"Pictures of different sizes cannot be one array; take output_type='pil', not {output_type!r}."
+            )
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs takes {self._callback_tensor_inputs}, got {sorted(unknown)}."
             )
 
-    def encode_prompts(
-        self, prompts: str | Sequence[str], num_images_per_prompt: int = 1, allow_empty: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and mask (B, L) on the model's device, each prompt repeated for its pictures."""
-        inputs = self.processor.apply_image_prompt(prompts, allow_empty=allow_empty).to(self._execution_device)
-        return tuple(
-            tensor.repeat_interleave(num_images_per_prompt, dim=0)
-            for tensor in (inputs["input_ids"], inputs["attention_mask"])
-        )
-
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str],
+        image: ImageInput | list[ImageInput] | list[list[ImageInput]] | None = None,
+        mask_image: ImageInput | list[ImageInput] | None = None,
         negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         guidance_scale: PerScale | None = None,
+        image_guidance_scale: PerScale | None = None,
         guidance_ramp: bool | None = None,
         num_unguided_scales: int | None = None,
         temperature: PerScale | None = None,
         top_k: PerScale | None = None,
         top_p: PerScale | None = None,
+        num_kept_scales: int | None = None,
+        paste_back: bool = False,
+        think: bool = False,
+        max_thought_tokens: int = 128,
         num_images_per_prompt: int = 1,
+        num_candidates: int = 1,
+        candidate_scorer: CandidateScorer | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -169,13 +193,29 @@ class NextFlowPipeline(DiffusionPipeline):
         """Draw.
 
         Args:
-            prompt: one prompt or a list.
+            prompt: one prompt or a list; with `image` the instruction.
+            image: pictures that the prompt speaks of. With one prompt one picture or a list; with a list of prompts a
+                list that holds for each prompt one picture or a list.
+            mask_image: for each prompt, whose only picture is `image`, where to draw: light inside, of its size.
+                Outside the picture stays as it is: on every scale the codes nearest to what is left of it.
             negative_prompt: what guidance leads away from, one for all or one for each prompt; default: nothing said.
-            height, width: pixels; default: the square of the model's largest level.
-            guidance_scale, guidance_ramp, num_unguided_scales, temperature, top_k, top_p: as in [`ImageSampling`];
-                default: the checkpoint's own. Its `top_k` is switched off by the size of the codebook.
+            height, width: pixels; default: the size of the prompt's last picture, or the square of the model's largest
+                level.
+            guidance_scale, image_guidance_scale, guidance_ramp, num_unguided_scales, temperature, top_k, top_p: as in
+                [`ImageSampling`]; default: the checkpoint's own. Its `top_k` is switched off by the size of the
+                codebook.
+            num_kept_scales: draw a variation of `image`: its first so many scales are kept and the rest is drawn anew.
+                The picture is not read as a part of the prompt then.
+            paste_back: with `mask_image`, put the picture's own pixels back outside of the mask.
+            think: write a reasoning first, and draw from it.
+            max_thought_tokens: length of the reasoning at most.
             num_images_per_prompt: pictures for each prompt, one after the other in the output.
-            generator: one for all pictures, or one for each: then a picture depends on its own seed alone.
+            num_candidates: how many are drawn for each of them; the best one is kept (of an interrupted drawing the
+                first).
+            candidate_scorer: says what is best: `scorer(pipe, image_tokens, image_grids, prompts)` gives a score for
+                each picture. Default: how likely the model finds the prompt as a description of the picture.
+            generator: one for all pictures, or one for each, candidates included: then a picture depends on its own
+                seed alone.
             output_type: "pil", "np" or "pt".
             return_dict: whether to return a [`NextFlowPipelineOutput`] or a tuple of the same.
             callback_on_step_end: called as `callback(pipe, step, scale, callback_kwargs)` after each scale; step and
@@ -187,33 +227,27 @@ class NextFlowPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: for an empty prompt, a size that no schedule draws (it names the nearest), sampling values out
-                of range, and inputs that do not fit together.
+                of range, `think` with a model that was not trained to, and inputs that do not fit together.
         """
         # 1. Settings and checks
         sampling = self._sampling(
-            guidance_scale=guidance_scale, guidance_ramp=guidance_ramp, num_unguided_scales=num_unguided_scales,
-            temperature=temperature, top_k=top_k, top_p=top_p,
+            guidance_scale=guidance_scale, image_guidance_scale=image_guidance_scale, guidance_ramp=guidance_ramp,
+            num_unguided_scales=num_unguided_scales, temperature=temperature, top_k=top_k, top_p=top_p,
         )  # fmt: skip
-        schedule = self._schedule(height, width)
-        is_guided = sampling.is_guided(schedule.num_scales)
-        prompts = prompt if isinstance(prompt, list | tuple) else [prompt]
-        if negative_prompt is None or isinstance(negative_prompt, str):
-            negative_prompt = [negative_prompt or ""] * len(prompts)
+        request = DrawingRequest.build(
+            self.processor, prompt, negative_prompt, image, mask_image, (height, width), num_kept_scales, think,
+            paste_back,
+        )  # fmt: skip
         self.check_inputs(
-            prompts, negative_prompt, num_images_per_prompt, generator, output_type, is_guided,
+            request, sampling, num_images_per_prompt, num_candidates, generator, output_type,
             callback_on_step_end_tensor_inputs,
         )  # fmt: skip
+        request = request.repeat(num_images_per_prompt * num_candidates)
 
-        # 2. Prompts
-        input_ids, attention_mask = self.encode_prompts(prompts, num_images_per_prompt)
-        negative_ids, negative_mask = None, None
-        if is_guided:
-            negative_ids, negative_mask = self.encode_prompts(negative_prompt, num_images_per_prompt, allow_empty=True)
-
-        # 3. The scale loop
+        # 2. The scale loop
         self._interrupt = False
         self._onload()
-        with self.progress_bar(total=schedule.num_scales) as progress_bar:
+        with self.progress_bar(total=max(schedule.num_scales for schedule in request.schedules)) as progress_bar:
 
             def after_scale(model, scale: int, state: ScaleState) -> bool:
                 progress_bar.update()
@@ -222,31 +256,87 @@ class NextFlowPipeline(DiffusionPipeline):
                     callback_on_step_end(self, scale, scale, wanted)
                 return not self._interrupt
 
-            drawn = self.model.generate_images(
-                input_ids,
-                attention_mask,
-                image_sizes=[schedule.image_size(self.model.config.vq_config.patch_size)] * len(input_ids),
-                negative_input_ids=negative_ids,
-                negative_attention_mask=negative_mask,
-                sampling=sampling,
-                generator=generator,
-                callback=after_scale,
-            )
+            options = {"sampling": sampling, "generator": generator, "callback": after_scale}
+            if think:
+                drawn, thoughts = self._think(request, max_thought_tokens, options)
+            else:
+                drawn, thoughts = self.model.generate_images(**self._drawing_inputs(request, sampling), **options), None
+
+        # 3. The best candidates
+        image_tokens, grids, scores = drawn.image_tokens, drawn.image_grids, None
+        if num_candidates > 1:
+            best = torch.arange(0, len(image_tokens), num_candidates, device=image_tokens.device)
+            if not self._interrupt:
+                scorer = candidate_scorer or caption_scorer
+                scores = torch.as_tensor(scorer(self, image_tokens, grids, request.prompts)).view(-1, num_candidates)
+                best = best + scores.argmax(1).to(best.device)
+            image_tokens, grids, request = image_tokens[best], grids[best], request.select(best.tolist())
+            thoughts = None if thoughts is None else [thoughts[index] for index in best.tolist()]
 
         # 4. Pixels
-        pixels = self.model.decode_image_tokens(drawn.image_tokens, drawn.image_grids)
-        output = NextFlowPipelineOutput(self._images(pixels, output_type), drawn.image_tokens)
+        pixels = self.model.decode_image_tokens(image_tokens, grids)
+        if paste_back:
+            pixels = [
+                torch.where(r.to(p.device), p, own.to(p)) for r, p, own in zip(request.regions, pixels, request.pixels)
+            ]
+        output = NextFlowPipelineOutput(self._images(pixels, output_type), image_tokens, thoughts, scores)
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
+
+    def _drawing_inputs(self, request: DrawingRequest, sampling: ImageSampling) -> dict:
+        """Arguments of `generate_images`."""
+        device, patch_size = self._execution_device, self.processor.image_processor.patch_size
+        inputs = self.processor.apply_image_prompt(request.prompts, request.images).to(device)
+        inputs["image_sizes"] = [schedule.image_size(patch_size) for schedule in request.schedules]
+        inputs |= self._negative_inputs(request, sampling)
+        if request.pixels is not None:
+            pixels = [pixels.to(device) for pixels in request.pixels]
+            if request.num_kept_scales is not None:
+                codes = [
+                    self.model.vq_model.encode(own[None]).image_tokens[0, : schedule.offsets[request.num_kept_scales]]
+                    for own, schedule in zip(pixels, request.schedules)
+                ]
+                inputs["given_image_tokens"] = pad_sequence(codes, batch_first=True, padding_value=-1)
+            if request.regions is not None:
+                regions = [region.to(device) for region in request.regions]
+                inputs["region"] = KeptRegion(self.model.vq_model, pixels, regions)
+        return inputs
+
+    def _negative_inputs(self, request: DrawingRequest, sampling: ImageSampling) -> dict:
+        """What guidance leads away from: the negative prompts with the pictures, and without them."""
+        counts, inputs = [schedule.num_scales for schedule in request.schedules], {}
+        images_guided = any(sampling.is_guided(count, "image_guidance_scale") for count in counts)
+        if images_guided or any(sampling.is_guided(count) for count in counts):
+            inputs["negative"] = request.images
+        if images_guided:
+            inputs["imageless"] = None
+        result = {}
+        for name, images in inputs.items():
+            prompts = self.processor.apply_image_prompt(request.negative_prompts, images, allow_empty=True)
+            for part in ("input_ids", "attention_mask"):
+                result[f"{name}_{part}"] = prompts[part].to(self._execution_device)
+        return result
+
+    def _think(self, request: DrawingRequest, max_thought_tokens: int, options: dict):
+        """Reasoning, then a picture, on one cache; the pictures and the reasonings."""
+        processor, inputs = self.processor, self._drawing_inputs(request, options["sampling"])
+        inputs |= processor.apply_image_prompt(request.prompts, request.images, answer=processor.think_prefix).to(
+            self._execution_device
+        )
+        output = self.model.generate_interleaved(
+            **inputs, **options, min_images=1, max_images=1, max_new_tokens=max_thought_tokens
+        )
+        thoughts, pictures = [], []
+        for ids, pieces in zip(output.input_ids, output.segments):
+            number = next(index for index, piece in enumerate(pieces) if piece.image is not None)
+            written = [token for piece in pieces[:number] for token in ids[piece.start : piece.stop].tolist()]
+            thoughts.append(processor.decode(written, skip_special_tokens=True).strip())
+            pictures.append(pieces[number].image)
+        return ImageGenerationOutput(output.image_tokens[pictures], output.image_grids[pictures]), thoughts
 
     def _sampling(self, **given) -> ImageSampling:
         given = {name: value for name, value in given.items() if value is not None}
         return replace(self.model.default_image_sampling, **given)
-
-    def _schedule(self, height: int | None, width: int | None) -> ScaleSchedule:
-        schedules = self.model.config.vq_config.scale_schedules
-        side = schedules.resolutions[-1]
-        return schedules.for_size(side if height is None else height, side if width is None else width)
 
     def _onload(self):
         # Offloading moves a model to its device when `forward` is called, which drawing never does.
@@ -260,7 +350,7 @@ class NextFlowPipeline(DiffusionPipeline):
 
     def _callback_kwargs(self, state: ScaleState, names: Sequence[str], output_type: str) -> dict:
         make = {
-            "image_tokens": lambda: torch.stack(state.image_tokens),
+            "image_tokens": lambda: pad_sequence(state.image_tokens, batch_first=True, padding_value=-1),
             "preview": lambda: self._images(state.preview(), output_type),
         }
         return {name: make[name]() for name in names}

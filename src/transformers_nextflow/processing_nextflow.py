@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 
+from .films import expand_films
 from .tokenization_nextflow import CHAT_TEMPLATE, add_image_tokens
 
 
@@ -20,16 +21,28 @@ class NextFlowProcessor(ProcessorMixin):
         chat_template: Jinja; default: Qwen's format without a system message.
         read_last_scale: whether the model reads the last scale too (`NextFlowConfig.read_last_scale`); if so a picture
             has one more grid of slots.
+        think_prefix: the text with which an answer begins that reasons before it draws; `None` for a model that was not
+            trained to (paper, section 6.4).
+        caption_request: what a user asks to have a picture described, as the model was trained on it.
     """
 
     text_kwargs = {"padding": False, "padding_side": "left"}
 
-    def __init__(self, image_processor, tokenizer, chat_template: str | None = None, read_last_scale: bool = False):
+    def __init__(
+        self,
+        image_processor,
+        tokenizer,
+        chat_template: str | None = None,
+        read_last_scale: bool = False,
+        think_prefix: str | None = None,
+        caption_request: str = "describe the picture.",
+    ):
         add_image_tokens(tokenizer)
         self.image_token, self.image_token_id = tokenizer.image_token, tokenizer.image_token_id
         self.boi_token, self.boi_token_id = tokenizer.boi_token, tokenizer.boi_token_id
         self.eoi_token, self.eoi_token_id = tokenizer.eoi_token, tokenizer.eoi_token_id
         self.read_last_scale = read_last_scale
+        self.think_prefix, self.caption_request = think_prefix, caption_request
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
     def __call__(self, text=None, images=None, **kwargs: Unpack[ProcessingKwargs]) -> BatchFeature:
@@ -50,6 +63,11 @@ class NextFlowProcessor(ProcessorMixin):
         """
         return super().__call__(images=images, text=text, **kwargs)
 
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """As [`~transformers.ProcessorMixin.apply_chat_template`]; a part `{"type": "video", "video": film}` stands for
+        the frames of a film, see `read_frames`."""
+        return super().apply_chat_template(expand_films(conversation), *args, **kwargs)
+
     def validate_inputs(self, images=None, text=None, **kwargs):
         if text is not None:
             texts = [text] if isinstance(text, str) else text
@@ -66,11 +84,22 @@ class NextFlowProcessor(ProcessorMixin):
         super().validate_inputs(images=images, text=text, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        schedule = self.image_processor.schedule_for_grid(*image_inputs["image_grids"][image_idx])
-        return self.boi_token + self.image_token * schedule.num_slots(self.read_last_scale) + self.eoi_token
+        return "".join(
+            self.tokenizer.convert_ids_to_tokens(self.picture_tokens(*image_inputs["image_grids"][image_idx]))
+        )
+
+    def picture_tokens(self, height: int, width: int) -> list[int]:
+        """What a picture whose final grid is (height, width) takes in a sequence: `<boi>`, its slots, `<eoi>`."""
+        slots = self.image_processor.schedule_for_grid(height, width).num_slots(self.read_last_scale)
+        return [self.boi_token_id] + [self.image_token_id] * slots + [self.eoi_token_id]
 
     def apply_image_prompt(
-        self, prompts: str | Sequence[str], allow_empty: bool = False, return_tensors: str | None = "pt"
+        self,
+        prompts: str | Sequence[str],
+        images: Sequence[Sequence] | None = None,
+        allow_empty: bool = False,
+        answer: str | None = None,
+        return_tensors: str | None = "pt",
     ) -> BatchFeature:
         """Prompts for drawing: a chat with one user turn each, and `<boi>` as the start of the answer.
 
@@ -78,14 +107,72 @@ class NextFlowProcessor(ProcessorMixin):
 
         Args:
             prompts: one prompt or several.
+            images: a list of pictures for each prompt; they stand before its text.
             allow_empty: let a prompt be empty, as the unconditional half of guidance is.
+            answer: a text with which the answer starts in place of `<boi>`.
 
         Returns:
-            `input_ids` and `attention_mask` (num_prompts, length), padded on the left, `<boi>` last.
+            `input_ids` and `attention_mask` (num_prompts, length), padded on the left, `<boi>` last; with pictures
+            `pixel_values` and `image_grids` too.
 
         Raises:
-            ValueError: for no prompts, a prompt that is no string, and an empty one (white space alone included).
+            ValueError: for no prompts, a prompt that is no string, an empty one (white space alone included), and lists
+                of pictures that are not as many as the prompts.
         """
+        pictures: dict = {}
+        grids = None
+        if images is not None and any(images):
+            pictures = dict(self.image_processor([image for row in images for image in row], return_tensors=None))
+            remaining = iter(pictures["image_grids"])
+            grids = [[next(remaining) for _ in row] for row in images]
+        start = [self.boi_token_id] if answer is None else self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        rows = [[*row, *start] for row in self.prompt_ids(prompts, grids, allow_empty)]
+        return BatchFeature(self.pad_left(rows) | pictures, tensor_type=return_tensors)
+
+    def prompt_ids(
+        self,
+        prompts: str | Sequence[str],
+        image_grids: Sequence[Sequence] | None = None,
+        allow_empty: bool = False,
+    ) -> list[list[int]]:
+        """Token ids of a chat with one user turn for each prompt, up to the start of the answer.
+
+        `image_grids` are the final grids (height, width) of the pictures before each prompt's text; else as in
+        `apply_image_prompt`.
+        """
+        prompts = self.check_prompts(prompts, allow_empty)
+        image_grids = [[]] * len(prompts) if image_grids is None else image_grids
+        if len(image_grids) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts came with {len(image_grids)} lists of images; give each its own.")
+        # The tokenizer's own method leaves one placeholder for each picture.
+        rows = self.tokenizer.apply_chat_template(
+            [
+                [{"role": "user", "content": [{"type": "image"}] * len(grids) + [{"type": "text", "text": prompt}]}]
+                for grids, prompt in zip(image_grids, prompts)
+            ],
+            chat_template=self.chat_template,
+            add_generation_prompt=True,
+            sanitize_control_tokens=True,
+            return_dict=False,
+        )
+        expanded = []
+        for row, grids in zip(rows, image_grids):
+            pictures = iter(grids)
+            parts = [self.picture_tokens(*next(pictures)) if i == self.image_token_id else [i] for i in row]
+            expanded.append([token for part in parts for token in part])
+        return expanded
+
+    def pad_left(self, rows: Sequence[list[int]]) -> dict[str, list[list[int]]]:
+        """Rows of token ids as `input_ids` and `attention_mask` of one length."""
+        length = max(map(len, rows))
+        padding = [length - len(row) for row in rows]
+        return {
+            "input_ids": [[self.tokenizer.pad_token_id] * pad + row for pad, row in zip(padding, rows)],
+            "attention_mask": [[0] * pad + [1] * len(row) for pad, row in zip(padding, rows)],
+        }
+
+    def check_prompts(self, prompts: str | Sequence[str], allow_empty: bool = False) -> list[str]:
+        """One prompt or several as a list. Raises `ValueError` for none, one that is no string, and an empty one."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(prompts, list | tuple) or not prompts:
             raise ValueError(f"prompts must be a string or a list of strings, got {prompts!r}.")
@@ -94,21 +181,7 @@ class NextFlowProcessor(ProcessorMixin):
                 raise ValueError(f"Prompt {index} must be a string, got {prompt!r} of type {type(prompt).__name__}.")
             if not prompt.strip() and not allow_empty:
                 raise ValueError(f"Prompt {index} is empty ({prompt!r}); say what is to be drawn.")
-        rows = self.apply_chat_template(
-            [[{"role": "user", "content": prompt}] for prompt in prompts],
-            add_generation_prompt=True,
-            tokenize=True,
-            sanitize_control_tokens=True,
-            return_tensors=None,
-        )
-        rows = [[*row, self.boi_token_id] for row in rows]
-        length = max(map(len, rows))
-        padding = [length - len(row) for row in rows]
-        data = {
-            "input_ids": [[self.tokenizer.pad_token_id] * pad + row for pad, row in zip(padding, rows)],
-            "attention_mask": [[0] * pad + [1] * len(row) for pad, row in zip(padding, rows)],
-        }
-        return BatchFeature(data, tensor_type=return_tensors)
+        return list(prompts)
 
     def post_process_images(self, images, output_type: str = "pil") -> list:
         """Decoded pictures, (3, height, width) in [-1, 1] each, as "pil", "np" or "pt"; see the image processor."""

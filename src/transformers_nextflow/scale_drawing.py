@@ -41,7 +41,7 @@ class Drawing:
         sampling: its settings follow each picture's own number of scales, so that a picture does not depend on the
             sizes beside it.
         generator: one for all, or one for each picture.
-        given_image_tokens: (B, n) codes of the first whole scales, which are kept and not drawn.
+        given_image_tokens: (B, n) codes of the first whole scales, which are kept and not drawn; padded with -1.
         region: what is kept of other pictures outside of a region.
 
     Attributes:
@@ -127,7 +127,7 @@ class Drawing:
         for schedule, rows in self.groups.items():
             if scale < schedule.num_scales:
                 start, stop = schedule.offsets[scale : scale + 2]
-                if given is not None and stop <= given.shape[1]:
+                if given is not None and stop <= given.shape[1] and bool((given[rows, start:stop] >= 0).all()):
                     drawn = given[rows, start:stop]
                 else:
                     options = self.sampling.drawing_at(scale, schedule.num_scales)

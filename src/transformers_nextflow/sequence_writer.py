@@ -119,7 +119,8 @@ class SequenceWriter:
                 leave the cache after its last scale; nothing can be written any more.
 
         Returns:
-            The number of scales drawn; fewer than all where the callback stopped, which ends the sequences too.
+            The number of scales drawn; fewer than all where the callback stopped: the pictures are kept as they are,
+            and nothing can be written any more.
         """
         pictures = torch.tensor(rows, device=self._rows.device)
         readers = self._rows[:, pictures]
@@ -132,13 +133,23 @@ class SequenceWriter:
             logits = guide_over_contexts(self.model.visual_head(hidden_states), drawing.guidance[scale])
             drawing.draw(scale, logits)
             if callback is not None and callback(self.model, scale, drawing.state(scale, logits)) is False:
+                self._take(drawing, rows)
                 return scale + 1
             if not go_on and scale == drawing.last_guided_scale:
                 self.sequences.keep(self._rows[0])
                 self._rows, readers = self._rows[:1], readers[:1]
+        self._take(drawing, rows)
         if go_on:
             self._close(drawing, rows)
         return drawing.num_scales
+
+    def _take(self, drawing: Drawing, rows: Sequence[int]):
+        """Enter the pictures into the rows' tokens, closed."""
+        for row, schedule, codes in zip(rows, drawing.schedules, drawing.image_tokens):
+            self.tokens[row] += [self.config.image_token_id] * schedule.num_slots(self.config.read_last_scale)
+            self.tokens[row] += [self.config.eoi_token_id]
+            self.image_tokens[row].append(codes[: schedule.num_tokens])
+            self.image_grids[row].append(schedule.final_grid)
 
     def _refresh_contexts(self, pictures: torch.Tensor):
         """Take the rows that guidance compares back to their prompts: they know nothing of earlier pictures."""
@@ -150,19 +161,16 @@ class SequenceWriter:
         self._last = torch.where(stale[:, None, None], last, self._last)
 
     def _close(self, drawing: Drawing, rows: Sequence[int]):
+        """Read `<eoi>`, and before it the last scale where the model reads it."""
         read_last = self.config.read_last_scale
-        own = self._rows[:1, torch.tensor(rows, device=self._rows.device)]
+        places = torch.tensor(rows, device=self._rows.device)
         if read_last:
-            self.sequences.read_slots(*drawing.last_slots(), own)
+            self.sequences.read_slots(*drawing.last_slots(), self._rows[:1, places])
         input_ids = torch.zeros(self._rows.numel(), 1, dtype=torch.long, device=self._rows.device)
         occupied, steps = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-        for row, schedule, codes in zip(rows, drawing.schedules, drawing.image_tokens):
-            self.tokens[row] += [self.config.image_token_id] * schedule.num_slots(read_last)
-            self.tokens[row] += [self.config.eoi_token_id]
-            self.image_tokens[row].append(codes[: schedule.num_tokens])
-            self.image_grids[row].append(schedule.final_grid)
-            input_ids[row], occupied[row] = self.config.eoi_token_id, 1
-            steps[row] = schedule.num_scales + read_last
+        input_ids[places], occupied[places] = self.config.eoi_token_id, 1
+        counts = [[schedule.num_scales + read_last] for schedule in drawing.schedules]
+        steps[places] = torch.tensor(counts, device=steps.device)
         self._read(input_ids, occupied, steps)
 
     def finished(self) -> Prompts:

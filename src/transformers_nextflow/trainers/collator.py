@@ -6,7 +6,6 @@ import torch
 
 from ..loss_nextflow import IGNORE_INDEX
 from ..processing_nextflow import NextFlowProcessor
-from ..scale_schedule import ScaleSchedule
 
 
 class NextFlowCollator:
@@ -58,22 +57,18 @@ class NextFlowCollator:
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
-        schedules = [self._schedule(grid) for grid in row["image_grids"]]
+        grids = list(row["image_grids"])
         found = encoded["input_ids"].count(processor.image_token_id)
-        if found != len(schedules) or len(row["image_tokens"]) != len(schedules):
+        if found != len(grids) or len(row["image_tokens"]) != len(grids):
             raise ValueError(
                 f"The messages hold {found} pictures, but the row has {len(row['image_tokens'])} image_tokens and "
-                f"{len(schedules)} image_grids: {row['messages']}."
+                f"{len(grids)} image_grids: {row['messages']}."
             )
         ids, labels = [], []
         for token, is_answer in zip(encoded["input_ids"], encoded["assistant_masks"]):
             tokens = [token]
             if token == processor.image_token_id:
-                slots = schedules.pop(0).num_slots(processor.read_last_scale)
-                tokens = [processor.boi_token_id] + [token] * slots + [processor.eoi_token_id]
+                tokens = processor.picture_tokens(*grids.pop(0))
             ids += tokens
             labels += tokens if is_answer else [IGNORE_INDEX] * len(tokens)
         return ids, labels
-
-    def _schedule(self, grid: tuple[int, int]) -> ScaleSchedule:
-        return self.processor.image_processor.schedule_for_grid(*grid)

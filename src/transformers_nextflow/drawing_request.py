@@ -1,0 +1,149 @@
+"""What is to be drawn: prompts with their pictures, masks and sizes, checked and brought into one form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .processing_nextflow import NextFlowProcessor
+from .scale_schedule import ScaleSchedule
+
+
+ImageInput = Image.Image | np.ndarray | torch.Tensor | str
+
+
+@dataclass(frozen=True)
+class DrawingRequest:
+    """A batch of pictures to draw, lists of one length each.
+
+    Args:
+        prompts, negative_prompts: texts.
+        schedules: of the pictures to draw.
+        images: of each prompt the pictures that it speaks of, RGB; `None` where no prompt has any.
+        pixels: of each prompt the picture (3, H, W) in [-1, 1] that is partly kept; `None` where nothing is kept.
+        regions: of each prompt what is drawn of that picture, (H, W) bool; `None` for all.
+        num_kept_scales: the first so many scales of that picture are kept; `None` for none.
+    """
+
+    prompts: list[str]
+    negative_prompts: list[str]
+    schedules: list[ScaleSchedule]
+    images: list[list[Image.Image]] | None = None
+    pixels: list[torch.Tensor] | None = None
+    regions: list[torch.Tensor] | None = None
+    num_kept_scales: int | None = None
+
+    @classmethod
+    def build(
+        cls,
+        processor: NextFlowProcessor,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None,
+        image: ImageInput | list | None,
+        mask_image: ImageInput | list | None,
+        size: tuple[int | None, int | None],
+        num_kept_scales: int | None,
+        think: bool,
+        paste_back: bool,
+    ) -> DrawingRequest:
+        """Take the arguments of a pipeline's call; see there.
+
+        Raises:
+            ValueError: for inputs that do not fit together.
+        """
+        prompts = processor.check_prompts(prompt)
+        if negative_prompt is None or isinstance(negative_prompt, str):
+            negative_prompt = [negative_prompt or ""] * len(prompts)
+        if len(negative_prompt) != len(prompts):
+            raise ValueError(
+                f"{len(prompts)} prompts came with {len(negative_prompt)} negative ones; give one for each."
+            )
+        images = None if image is None else _images_of_prompts(processor, image, prompt)
+        keeps = mask_image is not None or num_kept_scales is not None
+        _check_combination(processor, images, keeps, mask_image, think, paste_back)
+        pictures = None if images is None else [row[-1] for row in images]
+        schedules = [_schedule(processor, size, None if pictures is None else pictures[n]) for n in range(len(prompts))]
+        pixels, regions = None, None
+        if keeps:
+            pixels = _pixels(processor, pictures, schedules)
+        if mask_image is not None:
+            regions = _regions(processor, mask_image, pictures, prompt)
+        if num_kept_scales is not None:
+            least = min(schedule.num_scales for schedule in schedules)
+            if not 0 < num_kept_scales <= least:
+                raise ValueError(f"num_kept_scales must be from 1 to the {least} scales, got {num_kept_scales}.")
+            # What is kept stands in the picture that is drawn; the prompt is one for the picture as a whole.
+            images = None
+        return cls(prompts, list(negative_prompt), schedules, images, pixels, regions, num_kept_scales)
+
+    def repeat(self, count: int) -> DrawingRequest:
+        """Each entry `count` times, one after the other."""
+        return self.select([index for index in range(len(self.prompts)) for _ in range(count)])
+
+    def select(self, indices: Sequence[int]) -> DrawingRequest:
+        """The entries at `indices`."""
+        lists = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), list)}
+        return replace(self, **{name: [values[index] for index in indices] for name, values in lists.items()})
+
+
+def _images_of_prompts(processor: NextFlowProcessor, image, prompt) -> list[list[Image.Image]]:
+    if isinstance(prompt, list | tuple):
+        if not isinstance(image, list | tuple) or len(image) != len(prompt):
+            count = len(image) if isinstance(image, list | tuple) else 1
+            raise ValueError(
+                f"{len(prompt)} prompts came with {count} images; give a list with one picture, or one list of "
+                "pictures, for each prompt."
+            )
+        rows = [row if isinstance(row, list | tuple) else [row] for row in image]
+    else:
+        rows = [image if isinstance(image, list | tuple) else [image]]
+    if not all(rows):
+        raise ValueError("A prompt came with an empty list of images; leave image out, or give every prompt one.")
+    return [processor.image_processor.to_rgb(list(row)) for row in rows]
+
+
+def _check_combination(processor, images, keeps: bool, mask_image, think: bool, paste_back: bool):
+    if keeps and (images is None or any(len(row) != 1 for row in images)):
+        raise ValueError(
+            "mask_image and num_kept_scales keep a part of a picture; give image= with one for each prompt."
+        )
+    if paste_back and mask_image is None:
+        raise ValueError("paste_back puts pixels back outside of a mask; give mask_image.")
+    if think and processor.think_prefix is None:
+        raise ValueError("This checkpoint was not trained to think before it draws; leave think out.")
+    if think and keeps:
+        raise ValueError("think goes without mask_image and num_kept_scales; leave one of them out.")
+
+
+def _schedule(processor, size: tuple[int | None, int | None], picture: Image.Image | None) -> ScaleSchedule:
+    """Of the size asked for; else of the picture's, as the processor brings it; else the model's largest square."""
+    image_processor = processor.image_processor
+    schedules = image_processor.scale_schedules
+    height, width = size
+    if height is None and width is None and picture is not None:
+        return image_processor.schedule_of(picture.height, picture.width)
+    side = schedules.resolutions[-1]
+    return schedules.for_size(side if height is None else height, side if width is None else width)
+
+
+def _pixels(processor, pictures: list[Image.Image], schedules: list[ScaleSchedule]) -> list[torch.Tensor]:
+    inputs = processor.image_processor(pictures, return_tensors="pt")
+    pixels = []
+    for index, (values, grid, schedule) in enumerate(zip(inputs["pixel_values"], inputs["image_grids"], schedules)):
+        if tuple(grid.tolist()) != schedule.final_grid:
+            raise ValueError(f"Picture {index} is partly kept, so its size cannot change; leave height and width out.")
+        height, width = schedule.image_size(processor.image_processor.patch_size)
+        pixels.append(values[:, :height, :width])
+    return pixels
+
+
+def _regions(processor, mask_image, pictures: list[Image.Image], prompt) -> list[torch.Tensor]:
+    masks = list(mask_image) if isinstance(prompt, list | tuple) else [mask_image]
+    if len(masks) != len(pictures):
+        raise ValueError(f"{len(pictures)} prompts came with {len(masks)} masks; give one for each.")
+    preprocess = processor.image_processor.preprocess_mask
+    return [torch.from_numpy(preprocess(mask, picture)) for mask, picture in zip(masks, pictures)]

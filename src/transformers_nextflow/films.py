@@ -1,0 +1,92 @@
+"""Films as lists of frames: read from files, written to files, put into conversations frame by frame."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageSequence
+
+
+Film = Sequence[Image.Image] | str | os.PathLike
+
+
+def read_frames(film: Film) -> list[Image.Image]:
+    """The frames of a film, all of one size.
+
+    Args:
+        film: pictures; or the path of a GIF, or of an MP4, which needs the extra `video`.
+
+    Raises:
+        ValueError: for a file that cannot be read, a film without frames, and frames of different sizes.
+        ImportError: for an MP4 without the extra.
+    """
+    if isinstance(film, str | os.PathLike):
+        frames = _read_file(Path(film))
+    else:
+        frames = list(film)
+    if not frames:
+        raise ValueError("A film needs at least one frame, got none.")
+    sizes = {getattr(frame, "size", None) if isinstance(frame, Image.Image) else np.shape(frame) for frame in frames}
+    if len(sizes) > 1:
+        raise ValueError(f"All frames of a film have one size, got {sorted(map(str, sizes))}; resize them first.")
+    return frames
+
+
+def write_frames(frames: Sequence[Image.Image], path: str | os.PathLike, frames_per_second: float = 2.0):
+    """Write frames as a GIF, or as an MP4, which needs the extra `video`.
+
+    Raises:
+        ValueError: for another extension, or no frames.
+        ImportError: for an MP4 without the extra.
+    """
+    path, frames = Path(path), read_frames(frames)
+    if path.suffix.lower() == ".gif":
+        duration = round(1000 / frames_per_second)
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, loop=0)
+    elif path.suffix.lower() == ".mp4":
+        # Blocks of 16 pixels would have the encoder resize small pictures.
+        arrays = [np.asarray(frame.convert("RGB")) for frame in frames]
+        _imageio().mimwrite(path, arrays, fps=frames_per_second, macro_block_size=1)
+    else:
+        raise ValueError(f"Films are written as .gif or .mp4, got {path.name}.")
+
+
+def expand_films(conversation: Sequence) -> list:
+    """Messages, or a batch of them, with every film replaced by its frames; other parts are left alone."""
+    return [_expand(entry) if isinstance(entry, dict) else expand_films(entry) for entry in conversation]
+
+
+def _expand(message: dict) -> dict:
+    content = message.get("content")
+    if not isinstance(content, list | tuple) or all("video" not in part for part in content):
+        return message
+    parts = []
+    for part in content:
+        if "video" in part:
+            parts += [{"type": "image", "image": frame} for frame in read_frames(part["video"])]
+        else:
+            parts.append(part)
+    return {**message, "content": parts}
+
+
+def _read_file(path: Path) -> list[Image.Image]:
+    if not path.is_file():
+        raise ValueError(f"There is no film {path}.")
+    try:
+        if path.suffix.lower() == ".mp4":
+            return [Image.fromarray(frame) for frame in _imageio().mimread(path, memtest=False)]
+        with Image.open(path) as film:
+            return [frame.convert("RGB") for frame in ImageSequence.Iterator(film)]
+    except (OSError, RuntimeError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read as a film: {error}") from error
+
+
+def _imageio():
+    try:
+        import imageio.v2
+    except ImportError as error:
+        raise ImportError("MP4 files need imageio: pip install transformers-nextflow[video]") from error
+    return imageio.v2

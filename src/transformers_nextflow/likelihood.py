@@ -1,0 +1,125 @@
+"""How likely sequences are under a model: log-probabilities of their text and of their pictures' codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .loss_nextflow import IGNORE_INDEX, loss_targets
+from .processing_nextflow import NextFlowProcessor
+from .sequence_layout import layout_sequence
+
+
+@dataclass(frozen=True)
+class LogLikelihoods:
+    """Sums over what counts in each row of a batch, (B,) float32 each, and over how many tokens they run."""
+
+    text: torch.Tensor
+    image: torch.Tensor
+    num_text_tokens: torch.Tensor
+    num_image_tokens: torch.Tensor
+
+
+def log_likelihoods(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    image_tokens: torch.Tensor | None = None,
+    image_grids: torch.Tensor | None = None,
+) -> LogLikelihoods:
+    """Log-likelihoods of what `labels` mark, as the loss counts it, but with every code at weight one.
+
+    Args:
+        model: a [`NextFlowForConditionalGeneration`].
+        input_ids, attention_mask: (B, L).
+        labels: (B, L), -100 where nothing counts; a picture counts iff its `<eoi>` has a label.
+        image_tokens, image_grids: the pictures, as in `forward`.
+
+    Raises:
+        ValueError: if placeholders, grids and codes do not match.
+    """
+    schedules = model.model.schedules_of(image_grids)
+    layout = layout_sequence(input_ids, attention_mask, schedules, model.config)
+    hidden_states = model.model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        image_tokens=image_tokens,
+        image_grids=image_grids,
+        layout=layout,
+        use_cache=False,
+    ).last_hidden_state
+    targets = loss_targets(input_ids, labels, image_tokens, layout, schedules, model.config)
+    logits = model.head(hidden_states[targets.mask])
+    log_probabilities = -F.cross_entropy(logits.float(), targets.classes, reduction="none")
+    row = targets.mask.nonzero()[:, 0]
+    is_code = targets.scales > 0
+
+    def total(values: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(input_ids), device=values.device).index_add(0, row, values)
+
+    return LogLikelihoods(
+        text=total(log_probabilities * ~is_code),
+        image=total(log_probabilities * is_code),
+        num_text_tokens=total((~is_code).float()),
+        num_image_tokens=total(is_code.float()),
+    )
+
+
+@torch.no_grad()
+def score_answers(
+    model: nn.Module,
+    processor: NextFlowProcessor,
+    image_tokens: torch.Tensor,
+    image_grids: torch.Tensor,
+    questions: Sequence[str],
+    answers: Sequence[str],
+) -> LogLikelihoods:
+    """Log-likelihoods of answers (B) to questions about pictures, the end of the answer included.
+
+    Args:
+        image_tokens: (B, N) codes, padded with -1.
+        image_grids: (B, 2).
+
+    Raises:
+        ValueError: if questions, answers and pictures differ in number.
+    """
+    _check_counts(image_grids, questions=questions, answers=answers)
+    tokenizer = processor.tokenizer
+    starts = processor.prompt_ids(questions, [[grid] for grid in image_grids.tolist()])
+    ends = [[*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for answer in answers]
+    return _score(model, processor, starts, ends, image_tokens, image_grids)
+
+
+@torch.no_grad()
+def score_pictures(
+    model: nn.Module,
+    processor: NextFlowProcessor,
+    image_tokens: torch.Tensor,
+    image_grids: torch.Tensor,
+    prompts: Sequence[str],
+) -> LogLikelihoods:
+    """Log-likelihoods of pictures (B) drawn from prompts; arguments as in `score_answers`."""
+    _check_counts(image_grids, prompts=prompts)
+    ends = [processor.picture_tokens(*grid) for grid in image_grids.tolist()]
+    return _score(model, processor, processor.prompt_ids(prompts), ends, image_tokens, image_grids)
+
+
+def _score(model, processor, starts, ends, image_tokens, image_grids) -> LogLikelihoods:
+    """What `ends` add to `starts`, rows of token ids."""
+    padded = processor.pad_left([start + end for start, end in zip(starts, ends)])
+    input_ids, attention_mask = (torch.tensor(rows, device=image_tokens.device) for rows in padded.values())
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    for row, end in enumerate(ends):
+        labels[row, -len(end) :] = input_ids[row, -len(end) :]
+    return log_likelihoods(model, input_ids, labels, attention_mask, image_tokens, image_grids)
+
+
+def _check_counts(image_grids: torch.Tensor, **texts: Sequence[str]):
+    for name, values in texts.items():
+        if len(values) != len(image_grids):
+            raise ValueError(f"{len(values)} {name} came with {len(image_grids)} pictures; give one for each.")

@@ -1,0 +1,443 @@
+"""Editing, regions, variations, thinking, films, conversations, candidates: each against what it is made of."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reference_nextflow import Picture, as_batch, code_targets, cross_entropy, quantize
+from test_generation import draw, negative, prompts, schedules_of, teacher_forced_logits
+from test_modeling import random_picture, special_tokens
+from tiny import tiny_model, tiny_processor
+
+from transformers_nextflow import ImageSampling, KeptRegion, NextFlowPipeline
+from transformers_nextflow.films import read_frames, write_frames
+
+
+GREEDY = {"temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    model, processor = tiny_model(), tiny_processor()
+    processor.think_prefix = "think:"
+    # An answer that ends at once would leave nothing to look at.
+    model.generation_config.eos_token_id = -1
+    pipe = NextFlowPipeline(model, processor)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def picture(seed=0, size=(16, 16)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def seeds(*numbers):
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+# --- guidance over pictures ---
+
+
+def test_guidance_over_pictures_and_over_text_equals_its_formula():
+    model = tiny_model()
+    shown = random_picture(model.config)
+    schedules = schedules_of(model.config, [(16, 16)])
+    contexts = [[20, shown, 21], [shown, 22], [22]]
+    inputs = prompts(model.config, [contexts[0]]) | negative(prompts(model.config, [contexts[1]]))
+    imageless = prompts(model.config, [contexts[2]])
+    inputs |= {f"imageless_{name}": value for name, value in imageless.items()}
+    sampling = ImageSampling(guidance_scale=3.0, image_guidance_scale=1.5, num_unguided_scales=1)
+    output, logits = draw(model, schedules, inputs, sampling=sampling)
+    whole, pictures, nothing = (
+        teacher_forced_logits(model, [row], schedules, output.image_tokens)[0] for row in contexts
+    )
+    expected = nothing + 1.5 * (pictures - nothing) + 3.0 * (whole - pictures)
+    start = schedules[0].offsets[-2]
+    torch.testing.assert_close(torch.cat(logits[0][:-1]), expected[:start], atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits[0][-1], whole[start:], atol=1e-4, rtol=0)
+
+
+def test_guidance_over_pictures_asks_for_prompts_without_them():
+    model = tiny_model()
+    inputs = prompts(model.config, [[20, random_picture(model.config)]])
+    inputs |= negative(prompts(model.config, [[random_picture(model.config)]]))
+    with pytest.raises(ValueError, match="Guidance needs imageless_input_ids"):
+        draw(model, schedules_of(model.config, [(16, 16)]), inputs, sampling=ImageSampling(image_guidance_scale=2.0))
+
+
+# --- editing ---
+
+
+def test_an_edit_reads_its_picture_and_keeps_its_size(pipe):
+    wide = picture(size=(32, 8))
+    edited = pipe("make it red", image=wide, generator=seeds(0))
+    assert edited.images[0].size == (32, 8)
+    plain = pipe("make it red", height=8, width=32, generator=seeds(0))
+    other = pipe("make it red", image=picture(1, (32, 8)), generator=seeds(0))
+    assert not torch.equal(edited.image_tokens, plain.image_tokens)
+    assert not torch.equal(edited.image_tokens, other.image_tokens)
+    inputs = pipe.processor.apply_image_prompt(["make it red"], [[wide]])
+    drawn = pipe.model.generate_images(**inputs, image_sizes=[(8, 32)], generator=seeds(0))
+    assert torch.equal(edited.image_tokens, drawn.image_tokens)
+
+
+def test_several_pictures_and_a_batch_equal_single_calls(pipe):
+    texts, images = ["a red circle", "two stars"], [[picture(1), picture(2, (16, 16))], picture(3)]
+    options = {"guidance_scale": 2.0, "image_guidance_scale": 1.5}
+    together = pipe(texts, image=images, generator=seeds(5, 6), **options)
+    for row, seed in enumerate((5, 6)):
+        alone = pipe(texts[row], image=images[row], generator=seeds(seed), **options)
+        assert torch.equal(alone.image_tokens[0], together.image_tokens[row])
+    swapped = pipe(texts[0], image=images[0][::-1], generator=seeds(5), **options)
+    assert not torch.equal(swapped.image_tokens[0], together.image_tokens[0])
+
+
+# --- regions ---
+
+
+@pytest.mark.parametrize("ratio", [(16, 16), (8, 32)])
+def test_codes_outside_a_region_are_the_nearest_to_what_is_left(ratio):
+    model = tiny_model()
+    (schedule,) = schedules_of(model.config, [ratio])
+    height, width = schedule.image_size(4)
+    pixels = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    region = torch.zeros(height, width, dtype=torch.bool)
+    region[1:5, 2:6] = True
+    kept = KeptRegion(model.vq_model, [pixels], [region])
+    output, _ = draw(model, [schedule], prompts(model.config, [[20, 21]]), region=kept)
+    codes = output.image_tokens[0].tolist()
+    quantizer = model.vq_model.quantizer
+    config = model.config.vq_config
+    with torch.no_grad():
+        nearest, _ = quantize(
+            model.vq_model.encode_latents(pixels[None])[0],
+            list(schedule.grids),
+            quantizer.semantic_codebook.weight,
+            quantizer.pixel_codebook.weight,
+            (config.semantic_distance_weight, config.pixel_distance_weight),
+            config.normalize_codes,
+            config.downsample,
+            config.upsample,
+            drawn=codes,
+        )
+    outside = []
+    for (rows, columns), start in zip(schedule.grids, schedule.offsets):
+        for i in range(rows):
+            for j in range(columns):
+                top, bottom = i * height // rows, -(-(i + 1) * height // rows)
+                left, right = j * width // columns, -(-(j + 1) * width // columns)
+                if not region[top:bottom, left:right].any():
+                    outside.append(start + i * columns + j)
+    assert len(outside) > schedule.tokens_per_scale[-1] // 2
+    assert [codes[n] for n in outside] == [nearest[n] for n in outside]
+    assert codes != nearest
+    free, _ = draw(model, [schedule], prompts(model.config, [[20, 21]]))
+    whole = KeptRegion(model.vq_model, [pixels], [torch.ones_like(region)])
+    drawn, _ = draw(model, [schedule], prompts(model.config, [[20, 21]]), region=whole)
+    assert torch.equal(free.image_tokens, drawn.image_tokens)
+
+
+def test_pasted_back_pixels_equal_the_pictures_own(pipe):
+    own, mask = picture(4), Image.new("L", (16, 16))
+    mask.paste(255, (4, 0, 12, 7))
+    plain = pipe("a star", image=own, mask_image=mask, generator=seeds(0)).images[0]
+    pasted = pipe("a star", image=own, mask_image=mask, generator=seeds(0), paste_back=True).images[0]
+    inside = np.asarray(mask) > 0
+    assert np.array_equal(np.asarray(pasted)[~inside], np.asarray(own)[~inside])
+    assert np.array_equal(np.asarray(pasted)[inside], np.asarray(plain)[inside])
+    assert not np.array_equal(np.asarray(plain)[~inside], np.asarray(own)[~inside])
+
+
+def test_masks_follow_their_picture_through_resizing_and_cropping(pipe):
+    own, mask = picture(4, (40, 32)), Image.new("L", (40, 32))
+    mask.paste(255, (0, 0, 20, 32))
+    region = pipe.processor.image_processor.preprocess_mask(mask, own)
+    height, width = region.shape
+    schedule = pipe.processor.image_processor.schedule_of(32, 40)
+    assert (height, width) == schedule.image_size(4)
+    assert region[:, : width // 2 - 1].all() and not region[:, width // 2 + 1 :].any()
+
+
+def test_masked_batch_equals_single_calls(pipe):
+    masks = [Image.new("L", (16, 16)), Image.new("L", (32, 8))]
+    masks[0].paste(255, (0, 0, 8, 8))
+    masks[1].paste(255, (16, 0, 32, 8))
+    images = [picture(1), picture(2, (32, 8))]
+    together = pipe(["one", "two"], image=images, mask_image=masks, generator=seeds(0, 1))
+    for row in range(2):
+        alone = pipe(["one", "two"][row], image=images[row], mask_image=masks[row], generator=seeds(row))
+        codes = together.image_tokens[row]
+        assert torch.equal(alone.image_tokens[0], codes[codes >= 0])
+
+
+# --- variations ---
+
+
+def test_a_variation_keeps_the_first_scales_and_draws_the_rest(pipe):
+    images = [picture(1), picture(2, (32, 8))]
+    varied = pipe(["one", "two"], image=images, num_kept_scales=2, generator=seeds(0, 1)).image_tokens
+    for row, own in enumerate(images):
+        inputs = pipe.processor.image_processor([own], return_tensors="pt")
+        codes = pipe.model.get_image_tokens(**inputs)[0]
+        schedule = pipe.processor.image_processor.schedule_of(own.height, own.width)
+        kept = schedule.offsets[2]
+        assert torch.equal(varied[row, :kept], codes[:kept])
+        assert not torch.equal(varied[row, kept : len(codes)], codes[kept:])
+    everything = pipe("one", image=images[0], num_kept_scales=4).image_tokens
+    inputs = pipe.processor.image_processor(images[:1], return_tensors="pt")
+    assert torch.equal(everything, pipe.model.get_image_tokens(**inputs))
+
+
+# --- thinking ---
+
+
+def test_thinking_draws_from_what_it_wrote(pipe):
+    texts = ["a red circle", "two blue squares and a star"]
+    output = pipe(texts, think=True, max_thought_tokens=6, **GREEDY, guidance_scale=2.0)
+    assert all(output.thoughts)
+    config = pipe.model.config
+    for row, text in enumerate(texts):
+        ids = pipe.processor.apply_image_prompt([text], answer="think:")["input_ids"]
+        written = pipe.model.generate_interleaved(ids, max_new_tokens=6, max_images=0)
+        assert pipe.processor.decode(written.input_ids[0, ids.shape[1] :]).strip() == output.thoughts[row]
+        ids = torch.cat([written.input_ids, torch.tensor([[config.boi_token_id]])], dim=1)
+        nothing = pipe.processor.apply_image_prompt([""], allow_empty=True)
+        drawn = pipe.model.generate_images(
+            ids, image_sizes=[(16, 16)], **negative(nothing), sampling=ImageSampling(guidance_scale=2.0, **GREEDY)
+        )
+        assert torch.equal(drawn.image_tokens[0], output.image_tokens[row])
+
+
+# --- candidates and scores ---
+
+
+def test_the_best_of_the_candidates_is_kept(pipe):
+    seen = []
+
+    def scorer(caller, image_tokens, image_grids, texts):
+        seen.append((image_tokens, texts))
+        return [0.0, 2.0, 1.0, 5.0, 3.0, 4.0]
+
+    output = pipe(["one", "two"], num_candidates=3, candidate_scorer=scorer, generator=seeds(*range(6)))
+    [(image_tokens, texts)] = seen
+    assert texts == ["one"] * 3 + ["two"] * 3
+    assert torch.equal(output.image_tokens, image_tokens[[1, 3]]) and len(output.images) == 2
+    assert output.candidate_scores.tolist() == [[0.0, 2.0, 1.0], [5.0, 3.0, 4.0]]
+    second = pipe("one", generator=seeds(1))
+    assert torch.equal(second.image_tokens[0], output.image_tokens[0])
+
+
+def test_candidates_are_judged_by_how_well_they_are_described(pipe):
+    output = pipe("a red circle", num_candidates=3, generator=seeds(0, 1, 2))
+    singles = [pipe("a red circle", generator=seeds(n)).images[0] for n in range(3)]
+    inputs = pipe.processor.image_processor(singles, return_tensors="pt")
+    codes = torch.cat([pipe("a red circle", generator=seeds(n)).image_tokens for n in range(3)])
+    expected = slow_scores(pipe, codes, inputs["image_grids"], ["a red circle"] * 3)[0]
+    length = len(pipe.processor.tokenizer("a red circle")["input_ids"]) + 1
+    torch.testing.assert_close(output.candidate_scores[0], torch.tensor(expected) / length, atol=1e-4, rtol=0)
+
+
+def slow_scores(pipe, codes, grids, texts):
+    """Log-likelihoods of texts given pictures and of pictures given texts, token by token from full passes."""
+    model, processor = pipe.model, pipe.processor
+    text_scores, image_scores = [], []
+    for tokens, grid, text in zip(codes, grids, texts):
+        (schedule,) = model.model.schedules_of(grid[None])
+        shown = Picture(list(schedule.grids), tokens[: schedule.num_tokens].tolist())
+        answer = processor.tokenizer(text)["input_ids"] + [processor.tokenizer.eos_token_id]
+        before, after = chat_around(processor, processor.caption_request)
+        sequence = [*before, shown, *after, *answer]
+        laid_out, inputs = as_batch([sequence], *special_tokens(model.config))
+        with torch.no_grad():
+            logits = model(**inputs).logits[0]
+        first = len(laid_out[0]) - len(answer)
+        text_scores.append(-sum(cross_entropy(logits[first + n - 1], token) for n, token in enumerate(answer)))
+        prompt = processor.prompt_ids([text])[0]
+        laid_out, inputs = as_batch([[*prompt, shown]], *special_tokens(model.config))
+        with torch.no_grad():
+            logits = model(**inputs).logits[0]
+        size = model.config.text_config.vocab_size
+        image_scores.append(-sum(cross_entropy(logits[n], size + code) for n, code, _, _ in code_targets(laid_out[0])))
+    return text_scores, image_scores
+
+
+def chat_around(processor, text):
+    """Token ids of a question on either side of its picture."""
+    image = processor.image_token_id
+    ids = processor.tokenizer.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
+        chat_template=processor.chat_template,
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    return ids[: ids.index(image)], ids[ids.index(image) + 1 :]
+
+
+def test_scores_equal_sums_over_full_passes(pipe):
+    images, texts = [picture(1), picture(2, (32, 8))], ["a red circle", "two blue squares and a green star"]
+    scores = pipe.score(images, texts)
+    inputs = pipe.processor.image_processor(images, return_tensors="pt")
+    codes = pipe.model.get_image_tokens(**inputs)
+    text_scores, image_scores = slow_scores(pipe, codes, inputs["image_grids"], texts)
+    torch.testing.assert_close(scores.text_given_image, torch.tensor(text_scores), atol=1e-3, rtol=0)
+    torch.testing.assert_close(scores.image_given_text, torch.tensor(image_scores), atol=1e-3, rtol=0)
+
+
+# --- films ---
+
+
+@pytest.mark.parametrize("with_first_frame", [False, True])
+def test_a_film_with_given_texts_is_drawn_frame_after_frame(pipe, with_first_frame):
+    scripts = [["a red circle", "it moves", "it moves again"], ["two stars", "one goes", "nothing changes"]]
+    first = [picture(1), picture(2)] if with_first_frame else None
+    film = pipe.film(scripts, image=first, **GREEDY)
+    assert film.transitions == [script[1:] for script in scripts]
+    processor, model = pipe.processor, pipe.model
+    (schedule,) = model.model.schedules_of(torch.tensor([[4, 4]]))
+    for row, script in enumerate(scripts):
+        if with_first_frame:
+            inputs = processor.image_processor([first[row]], return_tensors="pt")
+            shown = Picture(list(schedule.grids), model.get_image_tokens(**inputs)[0].tolist())
+            before, after = chat_around(processor, script[0])
+            sequence, pictures = [*before, shown, *after], [shown]
+        else:
+            sequence, pictures = processor.prompt_ids([script[0]])[0], []
+        for frame in range(len(pictures), 3):
+            if frame:
+                sequence = [*sequence, *processor.tokenizer(script[frame])["input_ids"]]
+            inputs = prompts(model.config, [sequence])
+            drawn = model.generate_images(**inputs, image_sizes=[(16, 16)], sampling=ImageSampling(**GREEDY))
+            pictures.append(Picture(list(schedule.grids), drawn.image_tokens[0].tolist()))
+            sequence = [*sequence, pictures[-1]]
+        codes = torch.tensor([shown.codes for shown in pictures])
+        expected = processor.post_process_images(model.decode_image_tokens(codes, torch.tensor([[4, 4]] * 3)))
+        if with_first_frame:
+            expected[0] = first[row]
+        for found, wanted in zip(film.frames[row], expected, strict=True):
+            assert np.array_equal(np.asarray(found), np.asarray(wanted))
+
+
+def test_a_film_writes_its_own_texts_and_has_the_frames_asked_for(pipe):
+    film = pipe.film(["a red circle", "two stars"], num_frames=3, max_transition_tokens=2, **GREEDY)
+    assert [len(frames) for frames in film.frames] == [3, 3] and [len(texts) for texts in film.transitions] == [2, 2]
+    alone = pipe.film("two stars", num_frames=3, max_transition_tokens=2, **GREEDY)
+    for found, wanted in zip(alone.frames[0], film.frames[1]):
+        assert np.array_equal(np.asarray(found), np.asarray(wanted))
+    first = pipe.film("two stars", image=picture(1), num_frames=2, **GREEDY)
+    assert np.array_equal(np.asarray(first.frames[0][0]), np.asarray(picture(1))) and len(first.transitions[0]) == 1
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".mp4"])
+def test_films_are_written_and_read_frame_by_frame(tmp_path, suffix):
+    if suffix == ".mp4":
+        pytest.importorskip("imageio_ffmpeg")
+    colors = ["red", "lime", "blue"]
+    frames = [Image.new("RGB", (32, 32), color) for color in colors]
+    write_frames(frames, tmp_path / f"film{suffix}", frames_per_second=2)
+    read = read_frames(tmp_path / f"film{suffix}")
+    assert len(read) == 3
+    for found, wanted in zip(read, frames):
+        assert found.size == (32, 32)
+        assert np.abs(np.asarray(found).astype(int) - np.asarray(wanted)).max() < 30
+
+
+# --- conversations ---
+
+
+def test_a_film_in_a_conversation_is_read_as_its_frames(pipe):
+    frames = [picture(n) for n in range(3)]
+    question = {"type": "text", "text": "what happens?"}
+    film = [{"role": "user", "content": [{"type": "video", "video": frames}, question]}]
+    images = [{"role": "user", "content": [{"type": "image", "image": f} for f in frames] + [question]}]
+    options = {"max_images": 0, "max_new_tokens": 5}
+    assert pipe.chat(film, **options) == pipe.chat(images, **options)
+    assert pipe.chat(film, **options) != pipe.chat([{"role": "user", "content": [question]}], **options)
+
+
+def test_conversations_go_on_in_text_and_pictures_and_a_batch_equals_single_ones(pipe):
+    first = [{"role": "user", "content": [{"type": "text", "text": "draw a red circle"}]}]
+    second = [{"role": "user", "content": [{"type": "image", "image": picture(1)}, {"type": "text", "text": "and?"}]}]
+    options = {"min_images": 1, "max_new_tokens": 4, "sampling": ImageSampling(guidance_scale=2.0, **GREEDY)}
+    together = pipe.chat([first, second], **options)
+    for conversation, answer in zip((first, second), together):
+        alone = pipe.chat(conversation, **options)
+        assert [part["type"] for part in alone["content"]] == [part["type"] for part in answer["content"]]
+        for found, wanted in zip(alone["content"], answer["content"]):
+            assert np.array_equal(*(np.asarray(part[part["type"]]) for part in (found, wanted)))
+        assert sum(part["type"] == "image" for part in alone["content"]) == 1
+    longer = [*first, together[0], {"role": "user", "content": [{"type": "text", "text": "what color is it?"}]}]
+    assert pipe.chat(longer, max_images=0, max_new_tokens=3)["content"][0]["type"] == "text"
+
+
+# --- what is refused ---
+
+
+MASK = Image.new("L", (16, 16), 255)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"image": []}, "empty list of images"),
+        ({"prompt": "", "image": picture()}, "Prompt 0 is empty"),
+        ({"prompt": ["one", "two"], "image": [picture()]}, "2 prompts came with 1 images"),
+        ({"prompt": ["one", "two"], "image": picture()}, "2 prompts came with 1 images"),
+        ({"image": picture(size=(90, 10))}, "outside 1:4 to 4:1"),
+        ({"mask_image": MASK}, "give image="),
+        ({"mask_image": MASK, "image": [picture(), picture()]}, "give image="),
+        ({"mask_image": MASK, "image": picture(size=(32, 8))}, "16x16 pixels, its picture 32x8"),
+        ({"mask_image": Image.new("L", (16, 16)), "image": picture()}, "marks nothing"),
+        ({"mask_image": MASK, "image": picture(), "height": 8, "width": 32}, "its size cannot change"),
+        ({"paste_back": True, "image": picture()}, "give mask_image"),
+        ({"num_kept_scales": 5, "image": picture()}, "from 1 to the 4 scales, got 5"),
+        ({"num_kept_scales": 2}, "give image="),
+        ({"num_candidates": 0}, "num_candidates must be a whole number from 1, got 0"),
+        ({"image_guidance_scale": 2.0}, "give image=, or leave it at 1"),
+        ({"think": True, "image": picture(), "num_kept_scales": 1}, "think goes without"),
+    ],
+)
+def test_bad_requests_are_refused(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**({"prompt": "one"} | arguments))
+
+
+def test_thinking_is_refused_where_it_was_not_trained():
+    pipe = NextFlowPipeline(tiny_model(), tiny_processor())
+    with pytest.raises(ValueError, match="not trained to think"):
+        pipe("one", think=True)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"prompt": "one"}, "num_frames, or a text for each frame"),
+        ({"prompt": ["one", ["two", "three"]]}, "not both"),
+        ({"prompt": [["one", "two"], ["three"]]}, "one text for each of num_frames"),
+        ({"prompt": [["one", "two"]], "num_frames": 3}, "one text for each of num_frames"),
+        ({"prompt": "one", "num_frames": 1}, "at least 2 frames, got 1"),
+        ({"prompt": "", "num_frames": 2}, "Prompt 0 is empty"),
+    ],
+)
+def test_bad_films_are_refused(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.film(**arguments)
+
+
+def test_films_that_cannot_be_read_or_written_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="one size"):
+        read_frames([picture(), picture(size=(32, 8))])
+    with pytest.raises(ValueError, match="at least one frame"):
+        read_frames([])
+    with pytest.raises(ValueError, match="There is no film"):
+        read_frames(tmp_path / "film.gif")
+    (tmp_path / "film.gif").write_bytes(b"GIF89a broken")
+    with pytest.raises(ValueError, match="cannot be read as a film"):
+        read_frames(tmp_path / "film.gif")
+    with pytest.raises(ValueError, match="written as .gif or .mp4"):
+        write_frames([picture()], tmp_path / "film.avi")
+
+
+def test_scores_need_as_many_pictures_as_prompts(pipe):
+    with pytest.raises(ValueError, match="1 images came with 2 prompts"):
+        pipe.score([picture()], ["one", "two"])
