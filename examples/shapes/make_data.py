@@ -2,130 +2,191 @@
 
     python examples/shapes/make_data.py --tokenizer runs/tokenizer/final --output runs/data --processes 2
 
-Half of the samples draw from a caption (one in ten of them without one, for guidance), and talk about the drawing; the
-other half begin with a picture. One conversation asks several things of its picture: the picture's slots are most of a
-sequence, and an answer is one word. Captions of the evaluation, and the pairs of shape and colour that are held out,
-are never among them.
+`MIXTURE` says how many of the conversations begin with which ability. Most go on: a picture's slots are most of a
+sequence and an answer is one word, so one conversation asks several things of its picture. Some texts are left out, for
+guidance. What is kept for evaluation, and the pairs of shape and colour that are held out, are never among them.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 
 from transformers_nextflow import NextFlowImageProcessorPil, NextFlowProcessor, NextFlowVQModel, SelfCorrection
 from transformers_nextflow.evaluation.shapes import (
     DESCRIPTIONS,
+    Exchange,
     Scene,
     World,
-    drawing_example,
+    answering,
+    follow_up_edit,
+    may_be_trained_on,
+    pictures_of,
     question_about,
-    question_example,
     render,
+    texts_of,
+    to_messages,
+    training_case,
 )
 from transformers_nextflow.tokenization_nextflow import train_tokenizer
 
 
 WORLD = World()
-DRAWING_SHARE = 0.5
-EMPTY_PROMPT_SHARE = 0.1
-# How many things are asked of a drawing, and of a picture after the first question; how many of them are descriptions.
-TURNS_AFTER_DRAWING, TURNS_AFTER_QUESTION = (0, 1, 2), (2, 3, 4)
+# Shares of the conversations by the ability that they begin with. The paper has 25% text alone, and turns one drawing
+# in ten round into a caption (section 5).
+MIXTURE = {
+    "text": 0.25,
+    "drawing": 0.27,
+    "caption": 0.03,
+    "question": 0.13,
+    "editing": 0.12,
+    "thinking": 0.06,
+    "subject": 0.03,
+    "in_context": 0.03,
+    "story": 0.03,
+    "film": 0.03,
+    "film_question": 0.02,
+}
+# How many exchanges follow the first, each as likely: more texts, or questions on and descriptions of the last picture.
+FURTHER_EXCHANGES = {
+    "text": (2, 3, 4),
+    "drawing": (0, 1, 2),
+    "caption": (1, 2),
+    "question": (2, 3, 4),
+    "editing": (0, 1),
+}
 DESCRIPTION_SHARE = 0.25
+SECOND_EDIT_SHARE = 0.2
+# Share of the texts left out where only a picture is answered: what guidance compares with.
+EMPTY_PROMPT_SHARE = {"drawing": 0.1, "editing": 0.1, "subject": 0.1}
 BATCH = 250
 TEXT_VOCABULARY = 512
+PART = {"type": Value("string"), "text": Value("string")}
+CODES = List(List(Value("int32")))
+FEATURES = Features(
+    {
+        "messages": List({"role": Value("string"), "content": List(PART)}),
+        "image_tokens": CODES,
+        "image_labels": CODES,
+        "image_grids": CODES,
+        "length": Value("int32"),
+    }
+)
 
 
-def plain(text: str, rng: np.random.Generator) -> str:
-    """Prompts as people type them: some without their first article."""
-    return text[2:] if text.startswith("a ") and rng.random() < 0.15 else text
+def prompted(ability: str, exchange: Exchange, rng: np.random.Generator) -> Exchange:
+    """Prompts as people type them: some without their first article; and as guidance needs them: some left out."""
+    *pictures, text = exchange.asked
+    if rng.random() < EMPTY_PROMPT_SHARE.get(ability, 0.0):
+        text = ""
+    elif ability == "drawing" and text.startswith("a ") and rng.random() < 0.15:
+        text = text[2:]
+    return Exchange((*pictures, text), exchange.answer)
 
 
-def turn(question: str, answer: str, picture_first: bool = False) -> list[dict]:
-    content = [{"type": "image"}] * picture_first + [{"type": "text", "text": question}]
-    return [
-        {"role": "user", "content": content},
-        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-    ]
-
-
-def ask(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
-    """A question about the scene or a request to describe it, and the answer."""
+def ask(rng: np.random.Generator, scene: Scene) -> Exchange:
+    """A question about a scene or a request to describe it, and the answer."""
     if rng.random() < DESCRIPTION_SHARE:
         request, describe = list(DESCRIPTIONS.values())[int(rng.integers(len(DESCRIPTIONS)))]
-        return request, describe(scene, WORLD)
-    return question_about(rng, WORLD, scene)
+        return answering(request, describe(scene, WORLD))
+    return answering(*question_about(rng, WORLD, scene))
 
 
-def sample(rng: np.random.Generator):
-    """(messages, scene) of one conversation."""
-    if rng.random() < DRAWING_SHARE:
-        prompt, scene = drawing_example(rng, WORLD)
-        prompt = "" if rng.random() < EMPTY_PROMPT_SHARE else plain(prompt, rng)
-        messages = [
-            {"role": "user", "content": [{"type": "text", "text": prompt}]},
-            {"role": "assistant", "content": [{"type": "image"}]},
-        ]
-        turns = rng.choice(TURNS_AFTER_DRAWING)
-    else:
-        scene, question, answer = question_example(rng, WORLD)
-        messages = turn(question, answer, picture_first=True)
-        turns = rng.choice(TURNS_AFTER_QUESTION)
-    return messages + [part for _ in range(turns) for part in turn(*ask(rng, scene))], scene
+def sample(rng: np.random.Generator) -> list[Exchange]:
+    """One conversation; its pictures are scenes."""
+    ability = list(MIXTURE)[int(rng.choice(len(MIXTURE), p=list(MIXTURE.values())))]
+    case = training_case(rng, WORLD, ability)
+    exchanges = [prompted(ability, case.exchange, rng)]
+    if ability == "editing" and rng.random() < SECOND_EDIT_SHARE:
+        edit = follow_up_edit(rng, WORLD, case.after)
+        if edit is not None and may_be_trained_on(edit, WORLD):
+            exchanges.append(edit.exchange)
+    for _ in range(int(rng.choice(FURTHER_EXCHANGES.get(ability, (0,))))):
+        scenes = [picture for exchange in exchanges for picture in pictures_of(exchange.asked + exchange.answer)]
+        exchanges.append(ask(rng, scenes[-1]) if scenes else training_case(rng, WORLD, ability).exchange)
+    return exchanges
 
 
 def texts(count: int, seed: int):
     """Texts of all kinds, for the tokenizer."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
-        for message in sample(rng)[0]:
-            yield from (part["text"] for part in message["content"] if part["type"] == "text")
+        for exchange in sample(rng):
+            yield from texts_of(exchange.asked + exchange.answer)
 
 
-def make_processor(vq_model: NextFlowVQModel, read_last_scale: bool = False) -> NextFlowProcessor:
+def make_processor(
+    vq_model: NextFlowVQModel, read_last_scale: bool = False, tokenizer_of: str | None = None
+) -> NextFlowProcessor:
+    """The processor of a tokenizer; with the text tokenizer of the processor in folder `tokenizer_of`, or a new one."""
     config = vq_model.config
     image_processor = NextFlowImageProcessorPil(
         scales=list(config.scales), patch_size=config.patch_size, levels=config.levels
     )
-    tokenizer = train_tokenizer(texts(20_000, seed=0), TEXT_VOCABULARY, lowercase=True)
+    if tokenizer_of is not None:
+        tokenizer = NextFlowProcessor.from_pretrained(tokenizer_of).tokenizer
+    else:
+        tokenizer = train_tokenizer(texts(20_000, seed=0), TEXT_VOCABULARY, lowercase=True)
     return NextFlowProcessor(image_processor, tokenizer, read_last_scale=read_last_scale)
 
 
+def encode_scenes(
+    model: NextFlowVQModel, scenes: list[Scene], correction: SelfCorrection | None, generator: torch.Generator
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Each scene's codes as they are read and as they are to be written; encoded in batches."""
+    for start in range(0, len(scenes), BATCH):
+        pixels = torch.from_numpy(np.stack([render(scene, WORLD) for scene in scenes[start : start + BATCH]]))
+        codes = model.encode(pixels.permute(0, 3, 1, 2) / 127.5 - 1, correction, generator)
+        yield from zip(codes.image_tokens.tolist(), codes.image_labels.tolist())
+
+
 @torch.no_grad()
-def rows(tokenizer: str, count: int, seed: int, shards: list[int], correction: SelfCorrection | None):
+def rows(
+    tokenizer: str, count: int, seed: int, shards: list[int], correction: SelfCorrection | None, read_last_scale: bool
+):
     """`count` rows for each shard; a shard is a seed."""
     torch.set_num_threads(1)
     model = NextFlowVQModel.from_pretrained(tokenizer).eval()
+    schedule = model.config.scale_schedules.for_size(WORLD.canvas, WORLD.canvas)
+    slots = schedule.num_slots(read_last_scale) + 2
     for shard in shards:
         rng = np.random.default_rng((seed, shard))
         generator = torch.Generator().manual_seed(seed * 1000 + shard)
-        for _ in range(count // BATCH):
-            samples = [sample(rng) for _ in range(BATCH)]
-            pixels = torch.from_numpy(np.stack([render(scene, WORLD) for _, scene in samples]))
-            pixels = pixels.permute(0, 3, 1, 2) / 127.5 - 1
-            codes = model.encode(pixels, correction, generator)
-            grid = model.schedule_of(pixels).final_grid
-            for (messages, _), tokens, labels in zip(samples, codes.image_tokens, codes.image_labels):
-                drawn = messages[1]["content"][0]["type"] == "image"
-                words = [word for m in messages for p in m["content"] for word in p.get("text", "").split()]
-                yield {
-                    # `None` fields are what Arrow makes of parts of different kinds: write them out.
-                    "messages": [
-                        {
-                            "role": m["role"],
-                            "content": [{"type": p["type"], "text": p.get("text", "")} for p in m["content"]],
-                        }
-                        for m in messages
-                    ],
-                    "image_tokens": [(tokens if drawn else labels).tolist()],
-                    "image_labels": [labels.tolist()],
-                    "image_grids": [list(grid)],
-                    "length": len(tokens) + len(words) + 5 * len(messages),
-                }
+        for start in range(0, count, BATCH):
+            samples = [sample(rng) for _ in range(min(BATCH, count - start))]
+            scenes = [scene for exchanges in samples for scene, _ in pictures_in(exchanges)]
+            codes = encode_scenes(model, scenes, correction, generator)
+            for exchanges in samples:
+                yield row(exchanges, codes, list(schedule.final_grid), slots)
+
+
+def pictures_in(exchanges: list[Exchange]) -> list[tuple[Scene, bool]]:
+    """The pictures of a conversation in order, and whether the model draws them."""
+    turns = [(parts, is_answer) for exchange in exchanges for is_answer, parts in enumerate(exchange)]
+    return [(scene, bool(is_answer)) for parts, is_answer in turns for scene in pictures_of(parts)]
+
+
+def row(exchanges: list[Exchange], codes: Iterator[tuple[list[int], list[int]]], grid: list[int], slots: int) -> dict:
+    """A row of the data; takes its pictures' codes off `codes`. Only what is drawn is read with corrected codes."""
+    messages = to_messages(exchanges)
+    for part in (part for turn in messages for part in turn["content"]):
+        part.setdefault("text", "")  # Arrow would write None
+    words = sum(len(part["text"].split()) for turn in messages for part in turn["content"])
+    drawn = [is_answer for _, is_answer in pictures_in(exchanges)]
+    own = list(itertools.islice(codes, len(drawn)))
+    return {
+        "messages": messages,
+        "image_tokens": [tokens if is_answer else labels for (tokens, labels), is_answer in zip(own, drawn)],
+        "image_labels": [labels for _, labels in own],
+        "image_grids": [grid] * len(drawn),
+        "length": slots * len(drawn) + words + 5 * len(messages),
+    }
 
 
 def main():
@@ -137,6 +198,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--correction_share", type=float, default=0.0, help="share of tokens drawn for self-correction")
     parser.add_argument("--correction_top_k", type=int, default=4)
+    parser.add_argument("--processor", help="folder of a processor whose text tokenizer is taken: to go on training")
+    parser.add_argument("--read_last_scale", action="store_true", help="for a model that reads the last scale too")
     arguments = parser.parse_args()
     correction = None
     if arguments.correction_share:
@@ -150,14 +213,16 @@ def main():
             "seed": arguments.seed,
             "shards": list(range(shards)),
             "correction": correction,
+            "read_last_scale": arguments.read_last_scale,
         },
+        features=FEATURES,
         num_proc=arguments.processes,
         cache_dir=str(Path(arguments.output).with_suffix(".cache")),
     )
     dataset.save_to_disk(arguments.output)
-    make_processor(NextFlowVQModel.from_pretrained(arguments.tokenizer)).save_pretrained(
-        Path(arguments.output) / "processor"
-    )
+    vq_model = NextFlowVQModel.from_pretrained(arguments.tokenizer)
+    processor = make_processor(vq_model, arguments.read_last_scale, arguments.processor)
+    processor.save_pretrained(Path(arguments.output) / "processor")
 
 
 if __name__ == "__main__":

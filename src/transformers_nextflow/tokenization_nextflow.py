@@ -12,6 +12,8 @@ PAD_TOKEN = "<|endoftext|>"
 EOS_TOKEN = "<|im_end|>"
 # Under these names the tokenizer holds them: `tokenizer.boi_token`, `tokenizer.boi_token_id`, …
 IMAGE_TOKENS = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<|image_pad|>"}
+# What an answer begins with that thinks in text before it draws (paper, section 6.4).
+THINK_PREFIX = "think:"
 
 # Qwen's chat format without its default system message, and with `<|image_pad|>` alone for a picture, since the
 # processor writes `<boi>` and `<eoi>` around it. `generation` marks what a model is trained to answer.

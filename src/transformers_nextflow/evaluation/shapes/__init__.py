@@ -1,7 +1,10 @@
 """The shapes world: scenes, their language, an exact checker and the scores made of it."""
 
+from .abilities import ABILITIES, held_out_cases, training_case
+from .cases import Case, may_be_trained_on, metric_table, read_pictures
 from .checker import read
-from .edits import edit_example
+from .conversations import Exchange, answering, drawing, message, pictures_of, sequence, texts_of, thinking, to_messages
+from .edits import changed_region, edit_example, follow_up_edit
 from .films import film_example
 from .language import (
     CATEGORIES,
@@ -30,10 +33,12 @@ from .suites import (
 
 
 __all__ = [
-    "CATEGORIES", "DESCRIPTIONS", "HELD_OUT_PAIRS", "UNKNOWN", "CellLabels", "CheckResult", "Item", "Object",
-    "Prompt", "Requirement", "Scene", "UnderstandingCase", "World", "caption", "cell_labels", "check",
-    "drawing_example", "drawing_score_table", "edit_example", "film_example", "held_out_combinations",
-    "held_out_prompts", "is_full_caption", "is_reserved", "located_caption", "parse_caption", "question_about",
-    "question_example", "random_scene", "read", "render", "score_table", "text_to_image_prompts",
-    "text_to_image_suite", "understanding_cases",
+    "ABILITIES", "CATEGORIES", "Case", "CellLabels", "CheckResult", "DESCRIPTIONS", "Exchange", "HELD_OUT_PAIRS",
+    "Item", "Object", "Prompt", "Requirement", "Scene", "UNKNOWN", "UnderstandingCase", "World", "answering",
+    "caption", "cell_labels", "changed_region", "check", "drawing", "drawing_example", "drawing_score_table",
+    "edit_example", "film_example", "follow_up_edit", "held_out_cases", "held_out_combinations",
+    "held_out_prompts", "is_full_caption", "is_reserved", "located_caption", "may_be_trained_on", "message",
+    "metric_table", "parse_caption", "pictures_of", "question_about", "question_example", "random_scene", "read",
+    "read_pictures", "render", "score_table", "sequence", "text_to_image_prompts", "text_to_image_suite",
+    "texts_of", "thinking", "to_messages", "training_case", "understanding_cases",
 ]  # fmt: skip

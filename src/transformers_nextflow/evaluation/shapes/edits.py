@@ -7,6 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from .cases import EditCase, key_of, layout
+from .conversations import drawing
+from .events import exchange
 from .language import item_phrase, place_phrase
 from .requirement import Item
 from .scene import Object, Scene, World, choose, random_object, random_scene
@@ -21,13 +24,7 @@ def named_objects(scene: Scene) -> list[Object]:
     return [item for item in scene.objects if counts[item.shape, item.color] == 1]
 
 
-def exchange(scene: Scene, old: Object | None, new: Object | None) -> Scene:
-    """The scene with `new` in place of `old`; None = no object."""
-    kept = tuple(item for item in scene.objects if item is not old)
-    return Scene(kept + ((new,) if new else ()), scene.background)
-
-
-def _free_cell(rng, scene: Scene, world: World) -> tuple[int, int]:
+def free_cell(rng, scene: Scene, world: World) -> tuple[int, int]:
     taken = {item.cell for item in scene.objects}
     return choose(rng, [cell for cell in world.cells if cell not in taken])
 
@@ -38,7 +35,7 @@ def _noun_phrase(rng, item: Object, world: World, *, place: bool = False) -> str
 
 
 def _add(rng, scene: Scene, item: Object, world: World, allow_held_out: bool) -> Edit:
-    new = random_object(rng, world, _free_cell(rng, scene, world), allow_held_out=allow_held_out)
+    new = random_object(rng, world, free_cell(rng, scene, world), allow_held_out=allow_held_out)
     verb = choose(rng, ("add", "draw", "put"))
     return f"{verb} {_noun_phrase(rng, new, world, place=True)}", exchange(scene, None, new)
 
@@ -61,7 +58,7 @@ def _replace(rng, scene: Scene, item: Object, world: World, allow_held_out: bool
 
 
 def _move(rng, scene: Scene, item: Object, world: World, allow_held_out: bool) -> Edit:
-    row, column = _free_cell(rng, scene, world)
+    row, column = free_cell(rng, scene, world)
     text = f"{choose(rng, ('move', 'place'))} the {item.color} {item.shape} {place_phrase(rng, (row, column), world)}"
     return text, exchange(scene, item, replace(item, row=row, column=column))
 
@@ -93,6 +90,15 @@ def edit_kinds(world: World) -> tuple[str, ...]:
     return tuple(kind for kind in EDITS if kind != "resize" or len(world.sizes) > 1)
 
 
+def edit_of(rng, before: Scene, kind: str, world: World, allow_held_out: bool = False) -> Edit | None:
+    """An instruction for a given scene and the scene after it; None where the scene has nothing to edit in this way."""
+    named, count = named_objects(before), len(before.objects)
+    if not named or (kind == "remove" and count == 1) or (kind == "add" and count == world.max_objects):
+        return None
+    instruction, after = EDITS[kind](rng, before, choose(rng, named), world, allow_held_out)
+    return None if after == before else (instruction, after)
+
+
 def edit_example(
     rng: np.random.Generator, world: World, kind: str | None = None, *, allow_held_out: bool = False
 ) -> tuple[Scene, str, Scene]:
@@ -103,9 +109,32 @@ def edit_example(
     kind = kind or choose(rng, edit_kinds(world))
     while True:
         before = random_scene(rng, world, allow_held_out=allow_held_out)
-        named, count = named_objects(before), len(before.objects)
-        if not named or (kind == "remove" and count == 1) or (kind == "add" and count == world.max_objects):
-            continue
-        instruction, after = EDITS[kind](rng, before, choose(rng, named), world, allow_held_out)
-        if after != before:
-            return before, instruction, after
+        edit = edit_of(rng, before, kind, world, allow_held_out)
+        if edit is not None:
+            return before, *edit
+
+
+def edit_case(rng: np.random.Generator, world: World, *, allow_held_out: bool = False) -> EditCase:
+    """An edit of a picture."""
+    kind = choose(rng, edit_kinds(world))
+    before, instruction, after = edit_example(rng, world, kind, allow_held_out=allow_held_out)
+    return EditCase(kind, *drawing(instruction, after, [before]), before=before, after=after)
+
+
+def follow_up_edit(rng: np.random.Generator, world: World, before: Scene) -> EditCase | None:
+    """An edit of the picture that a conversation has come to: nothing but the instruction is asked."""
+    kind = choose(rng, edit_kinds(world))
+    edit = edit_of(rng, before, kind, world)
+    if edit is None:
+        return None
+    key = key_of((before, edit[0]), world)
+    return EditCase(kind, *drawing(*edit), drawn_from=(key,), before=before, after=edit[1])
+
+
+def changed_region(before: Scene, after: Scene, world: World) -> np.ndarray:
+    """The cells in which two scenes differ, as pixels: (canvas, canvas) bool; all if the background differs."""
+    a, b = layout(before), layout(after)
+    repainted = before.background != after.background
+    cells = [[repainted or a.get((row, col)) != b.get((row, col)) for col in range(world.lattice)]
+             for row in range(world.lattice)]  # fmt: skip
+    return np.kron(np.array(cells), np.ones((world.cell_size, world.cell_size), dtype=bool))

@@ -90,14 +90,21 @@ def item_phrase(rng: np.random.Generator | None, item: Item, world: World) -> st
 def write_caption(rng: np.random.Generator | None, requirement: Requirement, world: World) -> str:
     """A caption that asks for exactly the requirement; without `rng` in the canonical wording."""
     phrases = [item_phrase(rng, item, world) for item in requirement.items]
-    if requirement.relation:
-        joint = _wording(rng, RELATION_TEMPLATES[requirement.relation])
+    return join_phrases(rng, phrases, requirement.relation, requirement.background)
+
+
+def join_phrases(
+    rng: np.random.Generator | None, phrases: list[str], relation: str | None = None, background: str | None = None
+) -> str:
+    """A caption of phrases for its items, in the order given."""
+    if relation:
+        joint = _wording(rng, RELATION_TEMPLATES[relation])
     else:
         joint = _wording(rng, JOINTS if len(phrases) == 2 else JOINTS[:1])
     body = ", ".join(phrases[:-1]) + joint + phrases[-1] if len(phrases) > 1 else phrases[0]
     text = _wording(rng, PREFIXES) + body
-    if requirement.background:
-        text = _wording(rng, BACKGROUND_TEMPLATES).format(body=text, color=requirement.background)
+    if background:
+        text = _wording(rng, BACKGROUND_TEMPLATES).format(body=text, color=background)
     return text
 
 
@@ -126,10 +133,13 @@ def located_caption(scene: Scene, world: World) -> str:
     """
     if not scene.objects:
         raise ValueError("An empty scene has no caption; describe scenes with at least one object.")
-    items = tuple(
-        replace(group_items([o], color=True, size=len(world.sizes) > 1)[0], cell=o.cell) for o in scene.objects
-    )
-    return write_caption(None, Requirement(items, background=scene.background), world)
+    return write_caption(None, Requirement(located_items(scene, world), background=scene.background), world)
+
+
+def located_items(scene: Scene, world: World) -> tuple[Item, ...]:
+    """All of a scene's objects with their places, in reading order."""
+    sized = len(world.sizes) > 1
+    return tuple(replace(group_items([o], color=True, size=sized)[0], cell=o.cell) for o in scene.objects)
 
 
 # --- From texts to requirements ------------------------------------------------------------------------------------
@@ -251,7 +261,11 @@ def draw_category(
 def drawing_example(rng: np.random.Generator, world: World, *, allow_held_out: bool = False) -> tuple[str, Scene]:
     """A caption to draw from and a scene that is all of what it says. Never a caption that `is_reserved`."""
     while True:
-        category = list(MIXTURE)[int(rng.choice(len(MIXTURE), p=list(MIXTURE.values())))]
-        text, scene, _ = draw_category(rng, world, category, allow_held_out=allow_held_out)
+        text, scene, _ = draw_category(rng, world, random_category(rng), allow_held_out=allow_held_out)
         if not is_reserved(text):
             return text, scene
+
+
+def random_category(rng: np.random.Generator) -> str:
+    """One of `MIXTURE` by its share."""
+    return list(MIXTURE)[int(rng.choice(len(MIXTURE), p=list(MIXTURE.values())))]

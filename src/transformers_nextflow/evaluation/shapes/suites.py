@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .cases import metric_table
 from .language import CATEGORIES, caption, draw_category, is_full_caption, is_reserved, located_caption
 from .questions import QUESTIONS, question_of_kind
 from .requirement import CheckResult, Requirement
@@ -109,18 +110,9 @@ def understanding_cases(world: World, n: int = 100, seed: int = 0) -> list[Under
 
 def score_table(results: Iterable[tuple[str, bool]]) -> dict[str, float]:
     """Share of right results per category, and `overall`, the mean of the categories."""
-    by_category: dict[str, list[bool]] = {}
-    for category, right in results:
-        by_category.setdefault(category, []).append(right)
-    if not by_category:
-        raise ValueError("There are no results to score.")
-    table = {category: float(np.mean(right)) for category, right in by_category.items()}
-    return {**table, "overall": float(np.mean(list(table.values())))}
+    return metric_table((category, {"right": right}) for category, right in results)
 
 
 def drawing_score_table(results: Iterable[tuple[str, CheckResult]]) -> dict[str, float]:
-    """`score_table` by the lenient rule, then by the strict one with every name ending in `_strict`."""
-    results = list(results)
-    strict = score_table((category, result.strict) for category, result in results)
-    lenient = score_table((category, result.lenient) for category, result in results)
-    return {**lenient, **{f"{name}_strict": score for name, score in strict.items()}}
+    """Means by the lenient rule, then by the strict one with every name ending in `_strict`."""
+    return metric_table((category, {"right": r.lenient, "strict": r.strict}) for category, r in results)

@@ -1,0 +1,202 @@
+"""Prompts that say what to draw in a roundabout way, and the thought that spells it out (paper, section 6.4).
+
+Every prompt takes two or more steps: shapes by what they look like, colours by things, numbers by comparison or sums,
+places by their neighbours. The thought is an ordinary caption.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from .cases import DrawingCase
+from .conversations import drawing, thinking
+from .language import NUMBERS, corners, group_items, item_phrase, plural, write_caption
+from .requirement import Item, Requirement
+from .scene import Object, Scene, World, choose, random_background, random_cells, random_object
+
+
+COLORED_LIKE = {
+    "red": ("a tomato", "a strawberry", "blood", "a cherry"),
+    "green": ("grass", "a frog", "a leaf", "a cucumber"),
+    "blue": ("the sea", "the clear sky", "a sapphire", "a blueberry"),
+    "yellow": ("a lemon", "the sun", "a banana", "a canary"),
+    "purple": ("a plum", "a violet", "lavender", "an eggplant"),
+    "orange": ("a carrot", "a pumpkin", "a tangerine", "an apricot"),
+}
+MIXED_OF = {"green": ("blue", "yellow"), "purple": ("red", "blue"), "orange": ("red", "yellow")}
+GROUND_LIKE = {"white": ("snow", "milk", "salt"), "black": ("coal", "soot", "the night")}
+SHAPED_LIKE = {
+    "circle": ("round shape without a hole", "shape of a coin", "shape of the full moon"),
+    "square": ("shape with four sides", "shape with four corners", "shape of a chessboard"),
+    "triangle": ("shape with three sides", "shape with three corners", "shape of a tent"),
+    "star": ("shape with five points", "shape that shines at night", "shape on a sheriff's badge"),
+    "cross": ("shape of a plus sign", "shape of two crossing bars", "shape with twelve corners"),
+    "ring": ("round shape with a hole", "shape of a doughnut", "shape of a wheel without spokes"),
+}
+COUNTED_LIKE = {
+    1: ("a face has noses", "a snail has feet"),
+    2: ("a bird has legs", "a bicycle has wheels", "a face has eyes"),
+    3: ("a triangle has sides", "a tricycle has wheels", "a traffic light has lamps"),
+    4: ("a square has corners", "a car has wheels", "a horse has legs"),
+}
+OPENINGS = ("", "draw ", "show ", "paint ")
+THOUGHT_SHARE = 0.75  # of the prompts that are answered with a thought and a picture; the rest with a picture alone
+COLORED, ON_BACKGROUND = 0.6, 0.3
+
+
+def color_phrase(rng: np.random.Generator, color: str) -> str:
+    """'in the color of grass', 'in the color that blue and yellow make'."""
+    if color in MIXED_OF and rng.random() < 0.25:
+        return "in the color that {} and {} make".format(*MIXED_OF[color])
+    return f"in the color of {choose(rng, COLORED_LIKE[color])}"
+
+
+def shape_phrase(rng: np.random.Generator, shape: str, count: int = 1) -> str:
+    """'shape with three sides', in the plural 'shapes with three sides'."""
+    phrase = choose(rng, SHAPED_LIKE[shape])
+    if count > 1:
+        phrase = phrase.replace("shape", "shapes", 1).replace("that shines", "that shine")
+    return phrase
+
+
+def number_phrase(rng: np.random.Generator, number: int) -> str | None:
+    """'as many … as a bird has legs', with a gap for the noun, or a sum."""
+    if number in COUNTED_LIKE and rng.random() < 0.6:
+        return "as many {} as " + choose(rng, COUNTED_LIKE[number])
+    if number >= 2 and rng.random() < 0.5:
+        first = int(rng.integers(1, number))
+        return f"{_word(first)} plus {_word(number - first)} {{}}"
+    taken = int(rng.integers(1, 5))
+    return f"{_word(number + taken)} minus {_word(taken)} {{}}"
+
+
+def comparison_phrase(rng: np.random.Generator, number: int, than: int, noun: str, other: str) -> str:
+    """How many there are of one thing by how many there are of another: 'one more circle than squares'."""
+    options = []
+    if number == than:
+        options.append(f"as many {noun} as {other}")
+    elif number > than:
+        options.append(f"{_word(number - than)} more {noun} than {other}")
+    else:
+        options.append(f"{_word(than - number)} fewer {noun} than {other}")
+    options += [f"{how} as many {noun} as {other}" for factor, how in ((2, "twice"), (3, "three times"))
+                if number == factor * than]  # fmt: skip
+    if 2 * number == than:
+        options.append(f"half as many {noun} as {other}")
+    return choose(rng, options)
+
+
+def place_riddle(rng: np.random.Generator, cell: tuple[int, int], world: World) -> str:
+    """'in the row below row 1 and the column left of column 3', 'in the corner opposite of the top left'."""
+    named = corners(world)
+    if cell in named and rng.random() < 0.5:
+        last = world.lattice - 1
+        return f"in the corner opposite of the {named[last - cell[0], last - cell[1]]}"
+    return f"in {_neighbour(rng, cell[0], 'row', ('below', 'above'), world)} and " + _neighbour(
+        rng, cell[1], "column", ("right of", "left of"), world
+    )
+
+
+def _neighbour(rng, index: int, line: str, sides: tuple[str, str], world: World) -> str:
+    after = index > 0 and (index == world.lattice - 1 or rng.random() < 0.5)
+    side, other = (sides[0], index - 1) if after else (sides[1], index + 1)
+    return f"the {line} {side} {line} {other + 1}"
+
+
+def _word(number: int) -> str:
+    return "one" if number == 1 else NUMBERS[number][0] if number in NUMBERS else str(number)
+
+
+# --- Kinds of prompts: each is (text, items, objects) ----------------------------------------------------------------
+
+
+def _riddle(rng, world: World, allow_held_out: bool):
+    """One or two objects whose shapes and colours are paraphrased."""
+    cells = random_cells(rng, world, int(rng.integers(1, 3)))
+    objects = [random_object(rng, world, cell, allow_held_out=allow_held_out) for cell in cells]
+    while len(objects) == 2 and (objects[0].shape, objects[0].color) == (objects[1].shape, objects[1].color):
+        objects[1] = random_object(rng, world, cells[1], allow_held_out=allow_held_out)
+    phrases = [f"the {shape_phrase(rng, item.shape)} {color_phrase(rng, item.color)}" for item in objects]
+    return " and ".join(phrases), group_items(objects, color=True, size=False), objects
+
+
+def _comparison(rng, world: World, allow_held_out: bool):
+    """Two shapes, the number of one by that of the other, whose own number is said or paraphrased."""
+    total = int(rng.integers(2, world.max_objects + 1))
+    first = int(rng.integers(1, total))
+    objects, items = _groups(rng, world, (first, total - first), allow_held_out)
+    noun, other = (plural(item.shape) for item in items)
+    if rng.random() < 0.5 or first > 4:
+        base = item_phrase(rng, replace(items[0], color=None), world)
+    else:
+        base = f"as many {noun} as {choose(rng, COUNTED_LIKE[first])}"
+    if items[0].color:
+        base += f" {color_phrase(rng, items[0].color)}"
+    more = total - first - first == 1
+    compared = comparison_phrase(rng, total - first, first, items[1].shape if more else other, noun)
+    if items[1].color:
+        compared += f" {color_phrase(rng, items[1].color)}"
+    return f"{base} and {compared}", items, objects
+
+
+def _sum(rng, world: World, allow_held_out: bool):
+    """Several of one kind: their number, shape and colour are paraphrased."""
+    count = int(rng.integers(2, world.max_objects + 1))
+    objects, (item,) = _groups(rng, world, (count,), allow_held_out)
+    noun = shape_phrase(rng, item.shape, 2) if rng.random() < 0.5 or not item.color else plural(item.shape)
+    text = number_phrase(rng, count).format(noun)
+    return text + (f", all {color_phrase(rng, item.color)}" if item.color else ""), (item,), objects
+
+
+def _place(rng, world: World, allow_held_out: bool):
+    """One object at a paraphrased place, its shape or its colour paraphrased too."""
+    item = random_object(rng, world, choose(rng, world.cells), allow_held_out=allow_held_out)
+    if rng.random() < 0.5:
+        noun = f"the {shape_phrase(rng, item.shape)} {color_phrase(rng, item.color)}"
+    else:
+        noun = f"{item_phrase(rng, Item(item.shape), world)} {color_phrase(rng, item.color)}"
+    items = (Item(item.shape, item.color, cell=item.cell),)
+    return f"{noun} {place_riddle(rng, item.cell, world)}", items, [item]
+
+
+def _groups(rng, world: World, counts: tuple[int, ...], allow_held_out: bool) -> tuple[list[Object], tuple[Item, ...]]:
+    """Groups of equal shapes, each of another shape, some of one colour; their items in the order of `counts`."""
+    cells = random_cells(rng, world, sum(counts))
+    objects: list[Object] = []
+    items: list[Item] = []
+    for count in counts:
+        first = random_object(rng, world, cells[len(objects)], allow_held_out=allow_held_out)
+        while first.shape in [item.shape for item in items]:
+            first = random_object(rng, world, first.cell, allow_held_out=allow_held_out)
+        color = first.color if rng.random() < COLORED else None
+        objects.append(first)
+        for _ in range(count - 1):
+            cell = cells[len(objects)]
+            objects.append(random_object(rng, world, cell, first.shape, color, allow_held_out=allow_held_out))
+        items.append(Item(first.shape, color, count=count))
+    return objects, tuple(items)
+
+
+RIDDLES = {"riddle": _riddle, "comparison": _comparison, "sum": _sum, "place": _place}
+
+
+def implicit_prompt(rng: np.random.Generator, world: World, kind: str, *, allow_held_out: bool = False):
+    """A prompt of one kind of `RIDDLES`, what it requires, and a scene that is all of that."""
+    text, items, objects = RIDDLES[kind](rng, world, allow_held_out)
+    scene = Scene(tuple(objects), random_background(rng, world))
+    ground = scene.background if rng.random() < ON_BACKGROUND else None
+    if ground:
+        text += f", on a background like {choose(rng, GROUND_LIKE[ground])}"
+    return choose(rng, OPENINGS) + text, Requirement(items, background=ground), scene
+
+
+def thinking_case(rng: np.random.Generator, world: World, *, allow_held_out: bool = False) -> DrawingCase:
+    """An implicit prompt, most often with its thought before the picture."""
+    kind = choose(rng, list(RIDDLES))
+    text, requirement, scene = implicit_prompt(rng, world, kind, allow_held_out=allow_held_out)
+    thought = write_caption(None, requirement, world)
+    aloud = rng.random() < THOUGHT_SHARE
+    exchange = thinking(text, thought, scene) if aloud else drawing(text, scene)
+    return DrawingCase(kind, *exchange, drawn_from=(thought,), requirement=requirement)

@@ -1,0 +1,430 @@
+"""The abilities of the shapes world: every example passes its own check, and what is wrong fails it."""
+
+import importlib.util
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from transformers_nextflow.evaluation.shapes import (
+    ABILITIES,
+    Object,
+    Scene,
+    World,
+    changed_region,
+    check,
+    held_out_cases,
+    is_reserved,
+    metric_table,
+    parse_caption,
+    pictures_of,
+    read_pictures,
+    render,
+    sequence,
+    subjects,
+    texts_of,
+    thinking,
+    to_messages,
+    training_case,
+)
+from transformers_nextflow.evaluation.shapes.analogies import CHANGES
+from transformers_nextflow.evaluation.shapes.edits import edit_kinds, follow_up_edit
+from transformers_nextflow.evaluation.shapes.events import happen
+from transformers_nextflow.evaluation.shapes.films import film_example
+from transformers_nextflow.evaluation.shapes.text_tasks import TASKS
+from transformers_nextflow.evaluation.shapes.thoughts import (
+    COLORED_LIKE,
+    COUNTED_LIKE,
+    GROUND_LIKE,
+    MIXED_OF,
+    RIDDLES,
+    SHAPED_LIKE,
+    comparison_phrase,
+    implicit_prompt,
+)
+
+
+WORLD = World()
+TWO_SIZES = World(sizes=(("large", 0.8), ("small", 0.5)), held_out_pairs=())
+LARGE = World(canvas=96, lattice=6, max_objects=9, shapes=("circle", "cross", "ring"))
+EVERY_ABILITY = pytest.mark.parametrize("ability", ABILITIES)
+WORLDS = pytest.mark.parametrize("world", [WORLD, TWO_SIZES, LARGE], ids=["narrow", "two sizes", "large"])
+DRAWN = ("drawing", "editing", "subject", "thinking", "in_context", "story", "film")
+
+
+def cases(ability, count=60, world=WORLD, seed=0):
+    generator = np.random.default_rng(seed)
+    return [training_case(generator, world, ability) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def script():
+    path = Path(__file__).parents[1] / "examples/shapes/make_data.py"
+    spec = importlib.util.spec_from_file_location("make_data", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- All abilities -------------------------------------------------------------------------------------------------
+
+
+@WORLDS
+@EVERY_ABILITY
+def test_every_example_passes_its_own_check_from_pixels(ability, world):
+    for case in cases(ability, 30, world):
+        shown = [part if isinstance(part, str) else render(part, world) for part in case.answer]
+        score = case.score(read_pictures(shown, world), world)
+        assert set(score.values()) == {1.0} and next(iter(score)) == "right", (case, score)
+
+
+@pytest.mark.parametrize("ability", DRAWN)
+def test_a_picture_with_one_object_more_or_one_less_is_not_wholly_right(ability):
+    for case in cases(ability):
+        spoilt = next(part for part in reversed(case.answer) if isinstance(part, Scene))
+        free = next(cell for cell in WORLD.cells if cell not in {item.cell for item in spoilt.objects})
+        more = Scene((*spoilt.objects, Object("ring", "blue", *free)), spoilt.background)
+        for wrong in (more, Scene(spoilt.objects[1:], spoilt.background)):
+            score = case.score([wrong if part is spoilt else part for part in case.answer], WORLD)
+            assert min(score.values()) < 1, case
+
+
+@pytest.mark.parametrize("ability", ("text", "question", "caption", "film_question"))
+def test_another_text_is_wrong(ability):
+    for case in cases(ability):
+        for text in ("", "a purple answer", f"{case.answer[0]} and a ring"):
+            assert case.score([text], WORLD)["right"] == 0
+
+
+@pytest.mark.parametrize("ability", DRAWN)
+def test_an_answer_without_pictures_scores_nothing(ability):
+    assert all(case.score(["no"], WORLD)["right"] == 0 for case in cases(ability, 20))
+
+
+@EVERY_ABILITY
+def test_the_same_seed_gives_the_same_examples(ability):
+    assert cases(ability, 10, seed=3) == cases(ability, 10, seed=3) != cases(ability, 10, seed=4)
+    assert held_out_cases(ability, WORLD, 5, seed=1) == held_out_cases(ability, WORLD, 5, seed=1)
+
+
+@EVERY_ABILITY
+def test_there_are_200_held_out_cases_and_none_of_them_is_trained_on(ability):
+    held_out = {case.key(WORLD) for case in held_out_cases(ability, WORLD, 200)}
+    assert len(held_out) == 200 and all(map(is_reserved, held_out))
+    assert not held_out & {case.key(WORLD) for case in cases(ability, 300)}
+
+
+@EVERY_ABILITY
+def test_training_never_shows_a_held_out_pair_and_such_cases_do(ability):
+    def pairs(case):
+        scenes = pictures_of((*case.asked, *case.answer))
+        return {(item.shape, item.color) for scene in scenes for item in scene.objects}
+
+    assert not any(pairs(case) & set(WORLD.held_out_pairs) for case in cases(ability))
+    if ability != "text":  # shows nothing
+        found = held_out_cases(ability, WORLD, 10, held_out_pairs=True)
+        assert all(pairs(case) & set(WORLD.held_out_pairs) for case in found)
+
+
+def test_asking_for_more_cases_than_there_are_is_an_error():
+    with pytest.raises(ValueError, match="ask for fewer"):
+        held_out_cases("caption", World(shapes=("circle",), colors=WORLD.colors[:1], lattice=2, canvas=32), 500)
+
+
+def test_the_table_has_every_metric_of_every_category():
+    results = [("a", {"right": 1, "done": 1}), ("a", {"right": 0, "done": 1}), ("b", {"right": 0})]
+    assert metric_table(results) == {"a": 0.5, "b": 0, "overall": 0.25, "a_done": 1, "overall_done": 1}
+
+
+# --- Layouts -------------------------------------------------------------------------------------------------------
+
+
+def test_conversations_have_the_layouts_of_the_abilities():
+    def turns(ability):
+        return {
+            tuple("".join("t" if isinstance(part, str) else "i" for part in parts) for parts in case.exchange)
+            for case in cases(ability, 100)
+        }
+
+    assert turns("drawing") == {("t", "i")} and turns("text") == {("t", "t")}
+    assert turns("caption") == turns("question") == {("it", "t")}
+    assert turns("editing") == {("it", "i")} and turns("in_context") == {("iiit", "i")}
+    assert turns("subject") == {("it", "i"), ("iit", "i")} and turns("thinking") == {("t", "ti"), ("t", "i")}
+    assert turns("story") == {("t", "iti"), ("t", "ititi"), ("t", "itititi")}
+    given = {("it", "ti"), ("it", "titi"), ("it", "tititi")}
+    assert turns("film") == turns("story") | given
+    assert turns("film_question") == {("iit", "t"), ("iiit", "t"), ("iiiit", "t")}
+
+
+def test_thoughts_begin_with_the_prefix_and_stand_before_their_picture():
+    messages = to_messages([thinking("a riddle", "a star", object())])
+    assert messages[1] == {
+        "role": "assistant",
+        "content": [{"type": "text", "text": "think: a star"}, {"type": "image"}],
+    }
+
+
+def test_texts_that_do_not_fit_between_the_frames_are_refused():
+    with pytest.raises(ValueError, match="2 frames take 1"):
+        sequence("a film", [1, 2], [])
+
+
+# --- Edits, subjects, analogies ------------------------------------------------------------------------------------
+
+
+@WORLDS
+def test_the_changed_region_is_where_the_pictures_differ(world):
+    for case in cases("editing", 60, world):
+        region = changed_region(case.before, case.after, world)
+        differs = (render(case.before, world) != render(case.after, world)).any(axis=2)
+        assert region.shape == differs.shape and not (differs & ~region).any()
+        if case.before.background == case.after.background:
+            blocks = region.reshape(world.lattice, world.cell_size, world.lattice, world.cell_size)
+            cells = blocks.all(axis=(1, 3))
+            assert (cells == blocks.any(axis=(1, 3))).all() and 1 <= cells.sum() <= 2
+
+
+def test_an_edit_that_spoils_another_object_is_done_and_not_preserved():
+    (case,) = [c for c in cases("editing", 200) if c.kind == "recolor" and len(c.before.objects) == 2][:1]
+    kept = next(item for item in case.after.objects if item in case.before.objects)
+    spoilt = Scene(tuple(item for item in case.after.objects if item is not kept), case.after.background)
+    assert case.score([spoilt], WORLD) == {"right": 0, "done": 1, "preserved": 0}
+    assert case.score([case.before], WORLD) == {"right": 0, "done": 0, "preserved": 1}
+
+
+def test_all_kinds_of_edits_and_of_changes_occur():
+    assert {case.kind for case in cases("editing", 150)} == set(edit_kinds(WORLD))
+    assert {case.kind for case in cases("editing", 150, TWO_SIZES)} == {*edit_kinds(WORLD), "resize"}
+    assert {case.kind for case in cases("in_context", 100)} == set(CHANGES)
+
+
+def test_a_second_edit_starts_from_the_picture_that_the_first_made():
+    generator, scene = np.random.default_rng(0), cases("editing", 1)[0].after
+    found = [edit for _ in range(30) if (edit := follow_up_edit(generator, WORLD, scene)) is not None]
+    assert found and all(edit.before is scene and len(edit.asked) == 1 for edit in found)
+    assert all(edit.score(edit.answer, WORLD)["right"] for edit in found)
+
+
+def test_the_subject_is_shown_and_not_named():
+    for case in cases("subject", 150):
+        shown, text = pictures_of(case.asked), case.asked[-1]
+        assert all(len(scene.objects) == 1 for scene in shown) and len(shown) == (2 if case.kind == "two" else 1)
+        # Said in words, the prompt is a caption of what is required.
+        names = ("the first object", "the second object") if case.kind == "two" else subjects.ONE
+        looks = [(item.shape, item.color) for scene in shown for item in scene.objects]
+        for (shape, color), name in zip(looks, [name for name in names if name in text]):
+            assert text.count(name) == 1
+            text = text.replace(name, f"a {color} {shape}")
+        assert parse_caption(text, WORLD) == case.requirement
+
+
+def test_the_fourth_picture_differs_from_the_third_as_the_second_from_the_first():
+    def change(before, after):
+        gone, come = set(before.objects) - set(after.objects), set(after.objects) - set(before.objects)
+        return before.background != after.background, gone, come
+
+    for case in cases("in_context", 200):
+        a, b, c = pictures_of(case.asked)
+        (ground, gone, come), (ground_d, gone_d, come_d) = change(a, b), change(c, case.answer[0])
+        assert ground == ground_d == (case.kind == "background") and a.background == c.background or not ground
+        if case.kind == "recolor":
+            assert len({item.color for item in come | come_d}) == 1 and set(gone) == set(a.objects)
+        if case.kind == "replace":
+            assert len({item.shape for item in come | come_d}) == 1 and len(come) == len(come_d) == 1
+        if case.kind == "add":
+            assert come == come_d and not gone | gone_d
+        if case.kind == "remove":
+            assert not come | come_d and len({(item.shape, item.color) for item in gone | gone_d}) == 1
+
+
+# --- Thoughts ------------------------------------------------------------------------------------------------------
+
+
+@WORLDS
+@pytest.mark.parametrize("kind", RIDDLES)
+def test_thoughts_ask_for_what_the_picture_holds(kind, world):
+    generator = np.random.default_rng(1)
+    for case in [c for c in cases("thinking", 150, world) if c.kind == kind]:
+        text, requirement, scene = implicit_prompt(generator, world, kind)
+        assert check(scene, requirement).strict, text
+        if texts_of(case.answer):
+            thought = case.answer[0].removeprefix("think: ")
+            assert check(case.answer[1], parse_caption(thought, world)).strict
+            assert not is_reserved(thought)
+
+
+def test_riddles_do_not_name_the_colors_and_shapes_that_they_paraphrase():
+    for case in cases("thinking", 300):
+        words = set(re.findall(r"\w+", case.asked[0]))
+        colors = {item.color for item in case.requirement.items if item.color}
+        mixed = {color for pair in MIXED_OF.values() for color in pair}
+        assert not words & (colors - mixed), case.asked
+        assert not words & {"background"} or "like" in words
+        if case.kind == "riddle":
+            assert not words & ({item.shape for item in case.requirement.items} - {"star"})
+
+
+def test_every_thing_stands_for_one_color_or_shape_or_number():
+    for table in (COLORED_LIKE, GROUND_LIKE, SHAPED_LIKE, COUNTED_LIKE):
+        things = Counter(thing for group in table.values() for thing in group)
+        assert max(things.values()) == 1
+    assert set(COLORED_LIKE) == set(WORLD.palette) and set(SHAPED_LIKE) == set(WORLD.shapes)
+
+
+@pytest.mark.parametrize("number", range(1, 5))
+@pytest.mark.parametrize("than", range(1, 5))
+def test_comparisons_lead_to_their_numbers(number, than):
+    generator, worth = np.random.default_rng(0), {"one": 1, "two": 2, "three": 3}
+    for _ in range(20):
+        words = comparison_phrase(generator, number, than, "stars", "rings").split()
+        if words[1] in ("more", "fewer"):
+            found = than + worth[words[0]] * (1 if words[1] == "more" else -1)
+        else:
+            found = than * {"as": 1, "twice": 2, "three": 3, "half": 0.5}[words[0]]
+        assert found == number
+
+
+def test_thinking_scores_the_thought_beside_the_picture():
+    case = next(case for case in cases("thinking") if texts_of(case.answer))
+    score = case.score(["think: nothing", case.answer[1]], WORLD)
+    assert score["right"] == 1 and score["thought"] == 0
+
+
+# --- Stories and films ---------------------------------------------------------------------------------------------
+
+
+def test_what_happens_is_read_from_its_sentence():
+    scene = Scene((Object("circle", "red", 0, 0), Object("star", "blue", 2, 2)))
+    star = scene.objects[1]
+    for sentence, expected in (
+        ("nothing changes", scene),
+        ("the background turns black", replace(scene, background="black")),
+        ("the red circle goes away", Scene((star,))),
+        ("the red circle turns green", Scene((Object("circle", "green", 0, 0), star))),
+        ("the red circle moves down", Scene((Object("circle", "red", 1, 0), star))),
+        ("the red circle goes to row 4 column 2", Scene((Object("circle", "red", 3, 1), star))),
+        ("a green ring comes in row 1 column 2", Scene((*scene.objects, Object("ring", "green", 0, 1)))),
+    ):
+        assert happen(sentence, scene, WORLD) == expected, sentence
+    for sentence in (
+        "the green circle goes away", "the red circle moves up", "a ring of gold comes", "the red circle dances",
+        "the red circle goes to row 3 column 3", "the red circle turns pink", "the background turns pink", "",
+    ):  # fmt: skip
+        with pytest.raises(ValueError):
+            happen(sentence, scene, WORLD)
+
+
+def test_stories_count_what_is_true_of_their_pictures():
+    case = next(case for case in cases("story", 100) if case.kind == "free" and case.num_frames == 3)
+    first, told, second, *rest = case.answer
+    score = case.score([first, "the background turns pink", second, *rest], WORLD)
+    assert score == {"right": 0, "first": 1, "sentences": 0.5, "told": 1}
+    assert case.score(case.answer[:-2], WORLD)["right"] == 0
+    told_case = next(case for case in cases("story", 100) if case.kind == "told" and case.num_frames == 2)
+    assert told_case.score([told_case.answer[0], "nothing changes", told_case.answer[0]], WORLD)["told"] == 0
+
+
+def test_films_score_the_place_within_one_cell_and_the_rest():
+    case = next(c for c in cases("film", 200) if c.kind == "moves" and len(c.frames) == 3 and not c.first_given)
+    (others,) = {tuple(o for o in frame.objects if o not in case.path) for frame in case.frames}
+    still = [part if isinstance(part, str) else case.frames[0] for part in case.answer]
+    score = case.score(still, WORLD)
+    assert score["position"] == pytest.approx(2 / 3) and score["rest"] == 1 and score["right"] == score["texts"] == 0
+    empty = [part if isinstance(part, str) else Scene(others, part.background) for part in case.answer]
+    assert case.score(empty, WORLD)["position"] == 0
+    assert case.score([], WORLD) == {"right": 0, "position": 0, "rest": 0, "texts": 0}
+
+
+def test_a_film_may_change_its_color_at_any_time_but_must_change_it():
+    case = next(c for c in cases("film", 300) if c.kind == "turns" and len(c.frames) == 3 and not c.first_given)
+    start, end = case.frames[0], case.frames[-1]
+    for frames, right in (((start, end, end), 1), ((start, start, end), 1), ((start, start, start), 0),
+                          ((end, end, end), 0), ((start, end, start), 0)):  # fmt: skip
+        assert case.score(frames, WORLD)["right"] == right
+
+
+def test_a_given_first_frame_is_not_scored():
+    case = next(c for c in cases("film", 100) if c.first_given and len(c.frames) == 2 and c.kind == "moves")
+    assert case.asked[0] == case.frames[0] and case.score(["", Scene(())], WORLD)["position"] == 0
+
+
+def test_objects_grow_through_the_sizes_of_their_world():
+    world = World(sizes=(("large", 0.8), ("small", 0.4), ("middle", 0.6)), held_out_pairs=())
+    generator = np.random.default_rng(0)
+    for _ in range(30):
+        _, scenes, transitions = film_example(generator, world, 4, kind="grows")
+        (name,) = set(transitions) - {"nothing changes"}
+        color, shape = name.split()[1:3]
+        sizes = [next(o.size for o in scene.objects if (o.color, o.shape) == (color, shape)) for scene in scenes]
+        assert sizes in (["small", "middle", "large", "large"], ["middle", "large", "large", "large"])
+
+
+# --- Texts ---------------------------------------------------------------------------------------------------------
+
+
+def test_all_tasks_occur_and_sums_are_right():
+    found = cases("text", 300)
+    assert {case.kind for case in found} == set(TASKS)
+    for case in (case for case in found if case.kind == "arithmetic"):
+        first, verb, second = re.search(r"(\d) (plus|minus) (\d)", case.asked[0]).groups()
+        assert int(case.answer[0]) == int(first) + int(second) * (1 if verb == "plus" else -1)
+
+
+@pytest.mark.parametrize("kind", ["left", "comparison"])
+def test_counts_of_described_scenes_are_right(kind):
+    for case in (case for case in cases("text", 300) if case.kind == kind):
+        description, *_, question = re.split(r"\. ", case.asked[0])
+        items = parse_caption(description, WORLD).items
+
+        def count(noun, items=items):
+            words = set(noun.split())
+            return sum(i.count for i in items if words & {i.color, f"{i.shape}s", f"{i.shape}es"})
+
+        if kind == "left":
+            removed = re.search("remove all ([a-z ]+)", case.asked[0])[1]
+            assert int(case.answer[0]) == sum(item.count for item in items) - count(removed)
+        else:
+            first, second = re.search("more ([a-z ]+) than ([a-z ]+)", question).groups()
+            assert case.answer[0] == ("yes" if count(first) > count(second) else "no")
+
+
+# --- The script ----------------------------------------------------------------------------------------------------
+
+
+def test_the_mixture_is_of_all_abilities_and_a_quarter_is_text(script):
+    assert set(script.MIXTURE) == set(ABILITIES) and sum(script.MIXTURE.values()) == pytest.approx(1)
+    assert script.MIXTURE["text"] == 0.25 and script.MIXTURE["drawing"] >= 0.25
+    assert script.MIXTURE["caption"] == pytest.approx(0.1 * (script.MIXTURE["caption"] + script.MIXTURE["drawing"]))
+
+
+def test_no_reserved_text_is_in_the_conversations(script):
+    generator = np.random.default_rng(0)
+    held_out = {case.key(WORLD) for ability in ABILITIES for case in held_out_cases(ability, WORLD, 100)}
+    prompts = {key for key in held_out if " | " not in key}
+    lengths = set()
+    for _ in range(600):
+        exchanges = script.sample(generator)
+        lengths.add(len(exchanges))
+        said = texts_of(part for exchange in exchanges for part in exchange.asked)
+        assert not prompts & set(said)
+    assert lengths >= {1, 2, 3, 4, 5}
+
+
+def test_rows_carry_the_codes_of_all_their_pictures(script):
+    generator = np.random.default_rng(1)
+    for _ in range(100):
+        exchanges = script.sample(generator)
+        pictures = script.pictures_in(exchanges)
+        codes = iter([([i], [100 + i]) for i in range(len(pictures) + 1)])
+        row = script.row(exchanges, codes, [4, 4], slots=10)
+        assert next(codes) == ([len(pictures)], [100 + len(pictures)])
+        parts = [(turn["role"], part) for turn in row["messages"] for part in turn["content"]]
+        drawn = [role == "assistant" for role, part in parts if part["type"] == "image"]
+        assert drawn == [is_drawn for _, is_drawn in pictures]
+        # What is given is read with the true codes; what is drawn may be read with others (self-correction).
+        assert row["image_tokens"] == [[i] if is_drawn else [100 + i] for i, is_drawn in enumerate(drawn)]
+        assert row["image_labels"] == [[100 + i] for i in range(len(drawn))]
+        assert row["image_grids"] == [[4, 4]] * len(drawn) and row["length"] >= 10 * len(drawn)
