@@ -20,8 +20,11 @@ from transformers_nextflow.cli import app
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
+    model, processor = tiny_model(), tiny_processor()
+    model.generation_config.eos_token_id = -1
+    processor.think_prefix = "think:"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return str(folder)
 
 
@@ -41,7 +44,7 @@ def assert_refused(result, message):
 
 
 def test_without_a_subcommand_it_shows_its_help():
-    assert all(name in run().output for name in ("generate", "describe", "evaluate"))
+    assert all(name in run().output for name in ("generate", "edit", "vary", "film", "describe", "score", "evaluate"))
 
 
 def test_generate_writes_the_picture_that_the_pipeline_draws(checkpoint, tmp_path):
@@ -116,6 +119,49 @@ def test_the_script_draws_what_the_command_draws(checkpoint, tmp_path, monkeypat
     run("generate", *options[:-1], "command.png")
     np.testing.assert_array_equal(np.asarray(Image.open("script.png")), np.asarray(Image.open("command.png")))
     assert len(list(tmp_path.glob("script-scale-*.png"))) == 4
+
+
+def test_generate_shows_the_thought_and_keeps_the_best_candidate(checkpoint):
+    options = ["--model", checkpoint, "--think", "--num-candidates", 2]
+    result = run("generate", "a red circle", *options)
+    assert result.exit_code == 0, result.output
+    assert "Thought: " in result.stdout and Path("nextflow.png").is_file()
+
+
+def test_edit_film_vary_and_score_do_what_the_pipeline_does(checkpoint):
+    pipe = NextFlowPipeline.from_pretrained(checkpoint)
+    colors = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(colors).save("own.png")
+    Image.new("L", (16, 16), 255).save("mask.png")
+    model = ["--model", checkpoint]
+
+    def equal(path, picture):
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), np.asarray(picture))
+
+    def seed():
+        return torch.Generator().manual_seed(0)
+
+    options = ["--image", "own.png", "--mask", "mask.png", "--paste-back", "--guidance-scale", 2]
+    assert run("edit", "make it red", *options, *model).exit_code == 0
+    settings = {"image": "own.png", "mask_image": "mask.png", "guidance_scale": 2.0, "generator": seed()}
+    equal("edited.png", pipe("make it red", paste_back=True, **settings).images[0])
+
+    result = run("vary", "a star", "--image", "own.png", "--keep-scales", 2, "--num-images", 2, *model)
+    assert result.exit_code == 0, result.output
+    equal("varied-0.png", pipe("a star", image="own.png", num_kept_scales=2, generator=seed()).images[0])
+
+    result = run("film", "a star", "it moves", "--first-frame", "own.png", *model)
+    assert result.exit_code == 0 and "Frame 2: it moves" in result.stdout, result.output
+    assert Image.open("film.gif").n_frames == 2
+    assert_refused(run("film", "a star", *model), "num_frames, or a text for each frame")
+
+    result = run("score", "a star", "--image", "own.png", "--image", "varied-1.png", *model)
+    assert result.exit_code == 0, result.output
+    expected = pipe.score(["own.png"], ["a star"])
+    row = result.stdout.splitlines()[1].split("\t")
+    assert row[0] == f"{float(expected.text_given_image[0]):.2f}" and row[2] == "own.png"
+    described = run("describe", "film.gif", "own.png", *model, "--max-new-tokens", 3)
+    assert described.exit_code == 0, described.output
 
 
 def test_describe_gives_the_answer_of_the_model(checkpoint):

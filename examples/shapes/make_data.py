@@ -20,6 +20,7 @@ from datasets import Dataset, Features, List, Value
 
 from transformers_nextflow import NextFlowImageProcessorPil, NextFlowProcessor, NextFlowVQModel, SelfCorrection
 from transformers_nextflow.evaluation.shapes import (
+    CAPTION_REQUEST,
     DESCRIPTIONS,
     Exchange,
     Scene,
@@ -34,7 +35,7 @@ from transformers_nextflow.evaluation.shapes import (
     to_messages,
     training_case,
 )
-from transformers_nextflow.tokenization_nextflow import train_tokenizer
+from transformers_nextflow.tokenization_nextflow import THINK_PREFIX, train_tokenizer
 
 
 WORLD = World()
@@ -133,7 +134,13 @@ def make_processor(
         tokenizer = NextFlowProcessor.from_pretrained(tokenizer_of).tokenizer
     else:
         tokenizer = train_tokenizer(texts(20_000, seed=0), TEXT_VOCABULARY, lowercase=True)
-    return NextFlowProcessor(image_processor, tokenizer, read_last_scale=read_last_scale)
+    return NextFlowProcessor(
+        image_processor,
+        tokenizer,
+        read_last_scale=read_last_scale,
+        think_prefix=THINK_PREFIX,
+        caption_request=CAPTION_REQUEST,
+    )
 
 
 def encode_scenes(

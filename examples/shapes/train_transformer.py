@@ -45,6 +45,21 @@ def model_config(vq_model: NextFlowVQModel, processor) -> NextFlowConfig:
     )
 
 
+@torch.no_grad()
+def take_over(model: NextFlowForConditionalGeneration, processor, folder: str):
+    """Start from the weights of another run; its words are matched by their spelling, since vocabularies differ."""
+    source = NextFlowForConditionalGeneration.from_pretrained(folder)
+    rows = AutoProcessor.from_pretrained(folder).tokenizer.get_vocab()
+    state, own = source.state_dict(), model.state_dict()
+    for name in {name for name in own if name.endswith(("embed_tokens.weight", "lm_head.weight"))}:
+        words = own[name].clone()
+        for word, row in processor.tokenizer.get_vocab().items():
+            if word in rows:
+                words[row] = state[name][rows[word]]
+        state[name] = words
+    model.load_state_dict(state)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True)
@@ -56,7 +71,7 @@ def main():
     parser.add_argument(
         "--decay_share", type=float, default=0.4, help="share of the steps in which the rate falls to 0"
     )
-    parser.add_argument("--model", help="continue from this model")
+    parser.add_argument("--model", help="start from the weights of this run")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output_dir")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
@@ -65,14 +80,13 @@ def main():
 
     torch.manual_seed(arguments.seed)
     processor = AutoProcessor.from_pretrained(Path(arguments.data) / "processor")
+    vq_model = NextFlowVQModel.from_pretrained(arguments.tokenizer)
+    model = NextFlowForConditionalGeneration._from_config(
+        model_config(vq_model, processor), attn_implementation="eager"
+    )
+    model.load_vision_tokenizer(vq_model)
     if arguments.model:
-        model = NextFlowForConditionalGeneration.from_pretrained(arguments.model, attn_implementation="eager")
-    else:
-        vq_model = NextFlowVQModel.from_pretrained(arguments.tokenizer)
-        model = NextFlowForConditionalGeneration._from_config(
-            model_config(vq_model, processor), attn_implementation="eager"
-        )
-        model.load_vision_tokenizer(vq_model)
+        take_over(model, processor, arguments.model)
     dataset = load_from_disk(arguments.data)
     args = NextFlowTrainingArguments(
         output_dir=arguments.output_dir,

@@ -1,4 +1,4 @@
-"""`transformers-nextflow`: draw, describe and evaluate from the command line."""
+"""`transformers-nextflow`: draw, edit, film, describe, score and evaluate from the command line."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from PIL import Image
 
 
 if TYPE_CHECKING:
+    import torch
+
     from .pipeline_nextflow import NextFlowPipeline
 
 
@@ -33,80 +35,220 @@ Device = Annotated[str | None, typer.Option(help="Device, as cpu or cuda:0; defa
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored.")]
 
 
+Output = Annotated[Path, typer.Option(help="Where the picture goes; several are numbered.")]
+GuidanceScale = Annotated[float | None, typer.Option(help="1 is none; default: the checkpoint's own.")]
+NumImages = Annotated[int, typer.Option(help="Pictures for each prompt.")]
+NumCandidates = Annotated[int, typer.Option(help="Drawn for each picture that is kept, the best one.")]
+Seed = Annotated[int, typer.Option(help="Of the first picture; the next ones count on from it.")]
+Scale = Annotated[int, typer.Option(min=1, help="Enlarge each pixel so many times, for viewing.")]
+Pixels = Annotated[
+    int | None, typer.Option(help="Pixels; default: the input picture's, or the model's largest square.")
+]
+
+
 @app.command()
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="One picture is drawn for each prompt.")],
     model: Model,
-    output: Annotated[Path, typer.Option(help="Where the picture goes; several are numbered.")] = Path("nextflow.png"),
+    output: Output = Path("nextflow.png"),
     negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; default: the model's largest square.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels; default: the model's largest square.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="1 is none; default: the checkpoint's own.")] = None,
-    num_images: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count on from it.")] = 0,
+    height: Pixels = None,
+    width: Pixels = None,
+    guidance_scale: GuidanceScale = None,
+    think: Annotated[bool, typer.Option(help="Write a reasoning first, and draw from it.")] = False,
+    num_images: NumImages = 1,
+    num_candidates: NumCandidates = 1,
+    seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = "auto",
     previews: Annotated[Path | None, typer.Option(help="Folder for the pictures after each scale.")] = None,
-    scale: Annotated[int, typer.Option(min=1, help="Enlarge each pixel so many times, for viewing.")] = 1,
+    scale: Scale = 1,
 ):
     """Draw a picture for each prompt, all of them in one batch."""
     with _errors_in_one_line():
         _check_extension(output)
         pipeline = _load_pipeline(model, device, dtype)
-        import torch
-
         stages: list[list[Image.Image]] = []
 
         def keep_preview(pipeline, step, scale, callback_kwargs):
             stages.append(callback_kwargs["preview"])
 
         start = time.perf_counter()
-        images = pipeline(
+        drawn = pipeline(
             prompts,
             negative_prompt=negative_prompt,
             height=height,
             width=width,
             guidance_scale=guidance_scale,
+            think=think,
             num_images_per_prompt=num_images,
-            generator=[torch.Generator().manual_seed(seed + i) for i in range(len(prompts) * num_images)],
+            num_candidates=num_candidates,
+            generator=_generators(seed, len(prompts) * num_images * num_candidates),
             callback_on_step_end=keep_preview if previews else None,
             callback_on_step_end_tensor_inputs=["preview"] if previews else [],
-        ).images
+        )
         seconds = time.perf_counter() - start
 
-        paths = _save(images, output, scale)
+        paths = _save(drawn.images, output, scale)
         for number, stage in enumerate(stages, start=1):
             paths += _save(stage, previews / f"{output.stem}-scale-{number}{output.suffix}", scale)
-    typer.echo(f"Drawn in {seconds:.2f} s:")
-    typer.echo("\n".join(map(str, paths)))
+    for thought in drawn.thoughts or []:
+        typer.echo(f"Thought: {thought}")
+    _tell(seconds, paths)
+
+
+@app.command()
+def edit(
+    instruction: Annotated[str, typer.Argument(help="What is to be done; with several pictures, with them.")],
+    images: Annotated[list[Path], typer.Option("--image", help="The picture; several may be given, in order.")],
+    model: Model,
+    output: Output = Path("edited.png"),
+    mask: Annotated[Path | None, typer.Option(help="A picture that is light where is to be drawn.")] = None,
+    paste_back: Annotated[bool, typer.Option(help="Put the picture's own pixels back outside of the mask.")] = False,
+    guidance_scale: GuidanceScale = None,
+    image_guidance_scale: Annotated[float | None, typer.Option(help="Towards the pictures; 1 is none.")] = None,
+    height: Pixels = None,
+    width: Pixels = None,
+    num_images: NumImages = 1,
+    num_candidates: NumCandidates = 1,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    scale: Scale = 1,
+):
+    """Edit a picture, inside a mask or as a whole; or draw from several pictures."""
+    with _errors_in_one_line():
+        _check_extension(output)
+        _check_files(images + ([mask] if mask else []))
+        pipeline = _load_pipeline(model, device, dtype)
+        start = time.perf_counter()
+        drawn = pipeline(
+            instruction,
+            image=[str(path) for path in images],
+            mask_image=str(mask) if mask else None,
+            paste_back=paste_back,
+            guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale,
+            height=height,
+            width=width,
+            num_images_per_prompt=num_images,
+            num_candidates=num_candidates,
+            generator=_generators(seed, num_images * num_candidates),
+        )
+        seconds = time.perf_counter() - start
+        paths = _save(drawn.images, output, scale)
+    _tell(seconds, paths)
+
+
+@app.command()
+def vary(
+    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    image: Annotated[Path, typer.Option(help="A picture file.")],
+    model: Model,
+    keep_scales: Annotated[int, typer.Option(min=1, help="The first so many scales are kept, the rest drawn anew.")],
+    output: Output = Path("varied.png"),
+    guidance_scale: GuidanceScale = None,
+    num_images: NumImages = 4,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    scale: Scale = 1,
+):
+    """Draw variations of a picture."""
+    with _errors_in_one_line():
+        _check_extension(output)
+        _check_files([image])
+        pipeline = _load_pipeline(model, device, dtype)
+        start = time.perf_counter()
+        drawn = pipeline(
+            prompt,
+            image=str(image),
+            num_kept_scales=keep_scales,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images,
+            generator=_generators(seed, num_images),
+        )
+        seconds = time.perf_counter() - start
+        paths = _save(drawn.images, output, scale)
+    _tell(seconds, paths)
+
+
+@app.command()
+def film(
+    texts: Annotated[list[str], typer.Argument(help="What the film shows; or one text for each of its frames.")],
+    model: Model,
+    output: Annotated[Path, typer.Option(help="A .gif, or an .mp4 with the extra `video`.")] = Path("film.gif"),
+    num_frames: Annotated[int | None, typer.Option(help="Needed with a single text.")] = None,
+    first_frame: Annotated[Path | None, typer.Option(help="A picture file from which the film goes on.")] = None,
+    guidance_scale: GuidanceScale = None,
+    height: Pixels = None,
+    width: Pixels = None,
+    frames_per_second: Annotated[float, typer.Option(min=0.1)] = 2.0,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    scale: Scale = 1,
+):
+    """Draw a film frame by frame."""
+    with _errors_in_one_line():
+        from .films import write_frames
+
+        _check_files([first_frame] if first_frame else [])
+        pipeline = _load_pipeline(model, device, dtype)
+        start = time.perf_counter()
+        drawn = pipeline.film(
+            texts[0] if len(texts) == 1 else [texts],
+            image=str(first_frame) if first_frame else None,
+            num_frames=num_frames,
+            guidance_scale=guidance_scale,
+            height=height,
+            width=width,
+            generator=_generators(seed, 1),
+        )
+        seconds = time.perf_counter() - start
+        write_frames([_enlarge(frame, scale) for frame in drawn.frames[0]], output, frames_per_second)
+    for number, text in enumerate(drawn.transitions[0], start=2):
+        typer.echo(f"Frame {number}: {text}")
+    _tell(seconds, [output])
 
 
 @app.command()
 def describe(
-    image: Annotated[Path, typer.Argument(help="A picture file.")],
+    images: Annotated[list[Path], typer.Argument(help="Picture files, or films (.gif, .mp4), in order.")],
     model: Model,
-    question: Annotated[str, typer.Option(help="What is asked about the picture.")] = "describe the picture.",
+    question: Annotated[str | None, typer.Option(help="What is asked; default: a description.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 128,
     device: Device = None,
     dtype: Dtype = "auto",
 ):
-    """Describe a picture, or answer a question about it."""
+    """Describe pictures or films, or answer a question about them."""
     with _errors_in_one_line():
-        if not image.is_file():
-            raise FileNotFoundError(f"There is no picture file {image}.")
+        _check_files(images)
         pipeline = _load_pipeline(model, device, dtype)
-        processor = pipeline.processor
-        content = [{"type": "image", "image": str(image)}, {"type": "text", "text": question}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        ).to(pipeline.device)
-        output = pipeline.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    typer.echo(answer.strip())
+        kinds = ["video" if path.suffix.lower() in (".gif", ".mp4") else "image" for path in images]
+        content = [{"type": kind, kind: str(path)} for kind, path in zip(kinds, images)]
+        content.append({"type": "text", "text": question or pipeline.processor.caption_request})
+        message = {"role": "user", "content": content}
+        answer = pipeline.chat([message], max_images=0, max_new_tokens=max_new_tokens, do_sample=False)
+    typer.echo("".join(part["text"] for part in answer["content"]).strip())
+
+
+@app.command()
+def score(
+    prompt: Annotated[str, typer.Argument(help="What the pictures should show.")],
+    images: Annotated[list[Path], typer.Option("--image", help="A picture file; several may be given.")],
+    model: Model,
+    device: Device = None,
+    dtype: Dtype = "auto",
+):
+    """Say how well pictures fit a prompt, as the model sees it: log-likelihoods in nats."""
+    with _errors_in_one_line():
+        _check_files(images)
+        pipeline = _load_pipeline(model, device, dtype)
+        scores = pipeline.score([str(path) for path in images], [prompt] * len(images))
+    typer.echo("text given image\timage given text\tfile")
+    for text, picture, path in zip(scores.text_given_image.tolist(), scores.image_given_text.tolist(), images):
+        typer.echo(f"{text:.2f}\t{picture:.2f}\t{path}")
 
 
 @app.command()
@@ -170,6 +312,23 @@ def _load_pipeline(model: str, device: str | None, dtype: str) -> NextFlowPipeli
         raise ValueError(f"Device {device!r} cannot be used: {error}") from error
 
 
+def _generators(seed: int, count: int) -> list[torch.Generator]:
+    import torch
+
+    return [torch.Generator().manual_seed(seed + index) for index in range(count)]
+
+
+def _check_files(paths: list[Path]):
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no picture file {path}.")
+
+
+def _tell(seconds: float, paths: list[Path]):
+    typer.echo(f"Drawn in {seconds:.2f} s:")
+    typer.echo("\n".join(map(str, paths)))
+
+
 def _check_extension(output: Path):
     # Asked before the drawing: it would be lost.
     if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
@@ -181,9 +340,13 @@ def _save(images: list[Image.Image], path: Path, scale: int) -> list[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     paths = [path] if len(images) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(images))]
     for image, target in zip(images, paths):
-        # Enlarged by repeating pixels, so that none is invented.
-        image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(target)
+        _enlarge(image, scale).save(target)
     return paths
+
+
+def _enlarge(image: Image.Image, scale: int) -> Image.Image:
+    # By repeating pixels, so that none is invented.
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
 if __name__ == "__main__":
