@@ -164,6 +164,28 @@ def test_edit_film_vary_and_score_do_what_the_pipeline_does(checkpoint):
     assert described.exit_code == 0, described.output
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "written"),
+    [
+        ("edit_image.py", ["make it red", "own.png", "--mask", "mask.png"], "edited.png"),
+        ("draw_from_images.py", ["do the same", "own.png", "own.png"], "drawn.png"),
+        ("vary_image.py", ["a star", "own.png", "--keep-scales", "2"], "variation-3.png"),
+        ("think_and_draw.py", ["a star"], "picture.png"),
+        ("draw_the_best.py", ["a star", "--candidates", "2"], "picture.png"),
+        ("film.py", ["a star", "--frames", "2"], "film.gif"),
+        ("story.py", ["a star", "--pictures", "1"], None),
+        ("describe_images.py", ["what is it?", "own.png"], None),
+    ],
+)
+def test_each_script_runs_and_writes_its_pictures(checkpoint, monkeypatch, script, arguments, written):
+    Image.new("RGB", (16, 16), "red").save("own.png")
+    Image.new("L", (16, 16), 255).save("mask.png")
+    path = Path(__file__).parents[1] / "pipelines" / script
+    monkeypatch.setattr(sys, "argv", [str(path), *arguments, "--model", checkpoint])
+    runpy.run_path(str(path), run_name="__main__")
+    assert written is None or Path(written).is_file()
+
+
 def test_describe_gives_the_answer_of_the_model(checkpoint):
     Image.new("RGB", (16, 16), "red").save("red.png")
     answers = [run("describe", "red.png", "--model", checkpoint, "--max-new-tokens", 6) for _ in range(2)]

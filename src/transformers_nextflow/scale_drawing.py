@@ -26,6 +26,11 @@ class ScaleState:
     image_tokens: list[torch.Tensor]
     logits: torch.Tensor
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether these are all scales of every picture."""
+        return all(len(tokens) == s.num_tokens for tokens, s in zip(self.image_tokens, self.schedules))
+
     def preview(self) -> list[torch.Tensor]:
         """Pictures, each (3, H, W) in [-1, 1], from the scales drawn so far."""
         vq_model = self.model.vq_model

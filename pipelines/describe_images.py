@@ -1,0 +1,36 @@
+"""Ask something about pictures and films.
+
+    python pipelines/describe_images.py "how many circles are there?" picture.png
+    python pipelines/describe_images.py "what happens?" film.gif
+
+`transformers-nextflow describe` does the same with more options.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from transformers_nextflow import NextFlowPipeline
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question")
+    parser.add_argument("files", nargs="+", help="pictures, or films (.gif, .mp4)")
+    parser.add_argument("--model", default="checkpoints/nextflow-shapes")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    pipe = NextFlowPipeline.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    content = []
+    for file in args.files:
+        kind = "video" if Path(file).suffix.lower() in (".gif", ".mp4") else "image"
+        content.append({"type": kind, kind: file})
+    content.append({"type": "text", "text": args.question})
+    answer = pipe.chat([{"role": "user", "content": content}], max_images=0, do_sample=False)
+    print("".join(part["text"] for part in answer["content"]))
+
+
+if __name__ == "__main__":
+    main()
