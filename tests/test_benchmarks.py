@@ -13,6 +13,7 @@ from transformers_nextflow.evaluation import results
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import backbone  # noqa: E402
+import continue_after_image  # noqa: E402
 import loop_overhead  # noqa: E402
 import raster_vs_scale  # noqa: E402
 
@@ -51,6 +52,11 @@ def test_operations_are_those_that_torch_counts(model):
     # One code more is brought through the connector than is read by the backbone.
     connector = 2 * (model.config.vq_config.code_dim + 192) * 192
     assert (cost.passes, cost.operations + connector) == (16, raster.get_total_flops())
+
+
+def test_going_on_after_a_picture_is_compared_with_reading_it_anew(model):
+    seconds = continue_after_image.measure(model, 4)
+    assert set(seconds) == {"drawing", "on the cache", "decoding and encoding", "reading anew"}
 
 
 def test_a_checkpoint_keeps_its_weights_on_another_schedule(model, tmp_path):
