@@ -1,6 +1,6 @@
 """The shapes world: scenes, their language, an exact checker and the scores made of it."""
 
-from .abilities import ABILITIES, held_out_cases, training_case
+from .abilities import ABILITIES, CAPTION_REQUEST, held_out_cases, training_case
 from .cases import Case, may_be_trained_on, metric_table, read_pictures
 from .checker import read
 from .conversations import Exchange, answering, drawing, message, pictures_of, sequence, texts_of, thinking, to_messages
@@ -33,6 +33,7 @@ from .suites import (
 
 
 __all__ = [
+    "CAPTION_REQUEST",
     "ABILITIES", "CATEGORIES", "Case", "CellLabels", "CheckResult", "DESCRIPTIONS", "Exchange", "HELD_OUT_PAIRS",
     "Item", "Object", "Prompt", "Requirement", "Scene", "UNKNOWN", "UnderstandingCase", "World", "answering",
     "caption", "cell_labels", "changed_region", "check", "drawing", "drawing_example", "drawing_score_table",
