@@ -162,12 +162,13 @@ def evaluate_shapes(
 
     Args:
         checkpoint: folder or name for `from_pretrained`.
-        limit: prompts of each category and questions of each kind; default 100.
+        limit: prompts of each category and questions of each kind, default 100; cases of each ability, default 200.
         seeds: pictures for each prompt.
         sheets: folder for contact sheets.
     """
     model = NextFlowForConditionalGeneration.from_pretrained(checkpoint)
-    evaluation = ShapesEvaluation(model, AutoProcessor.from_pretrained(checkpoint), limit or 100, seeds)
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    evaluation = ShapesEvaluation(model, processor, limit or 100, seeds)
     suites: dict[str, Callable[[], dict]] = {
         "text_to_image": lambda: evaluation.text_to_image(sheets and Path(sheets) / "text_to_image.png"),
         "held_out_combinations": lambda: evaluation.held_out_combinations(
@@ -177,4 +178,13 @@ def evaluate_shapes(
         "tokenizer": evaluation.tokenizer,
         "oracle": evaluation.oracle,
     }
-    return {name: suite() for name, suite in suites.items()}
+    scores = {name: suite() for name, suite in suites.items()}
+    if processor.think_prefix is not None:  # trained on all abilities
+        from ..pipeline_nextflow import NextFlowPipeline  # needs the extra `pipelines`
+        from .abilities_evaluation import AbilitiesEvaluation
+
+        abilities = AbilitiesEvaluation(NextFlowPipeline(model, processor), limit or 200, min(seeds, 2))
+        scores |= abilities.scores()
+        if sheets is not None:
+            abilities.save_sheets(Path(sheets))
+    return scores

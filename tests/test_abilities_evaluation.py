@@ -1,0 +1,137 @@
+"""The evaluation of the abilities: what is asked of the pipeline, and what its answers score."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_model, tiny_processor
+
+from transformers_nextflow import NextFlowPipeline
+from transformers_nextflow.evaluation import abilities_evaluation
+from transformers_nextflow.evaluation.abilities_evaluation import WORLD, AbilitiesEvaluation
+from transformers_nextflow.evaluation.shapes import held_out_cases, pictures_of, render, texts_of
+
+
+LIMIT = 12
+DRAWN = ("editing", "subject", "in_context", "thinking")
+SEMANTIC_ENCODER = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 64,
+    "patch_size": 16,
+}
+
+
+def picture(scene):
+    return Image.fromarray(render(scene, WORLD))
+
+
+class KnowingPipeline:
+    """Answers every held-out case as it should be answered; keeps the names of its calls."""
+
+    def __init__(self):
+        self.model, self.calls = torch.nn.Module(), []
+        abilities = (*DRAWN, "story", "film", "film_question", "caption", "text")
+        cases = [case for ability in abilities for case in held_out_cases(ability, WORLD, LIMIT)]
+        self.known = {self.key(case.asked): case for case in cases}
+
+    def set_progress_bar_config(self, disable):
+        pass
+
+    @staticmethod
+    def key(parts):
+        return tuple(p if isinstance(p, str) else np.asarray(p if isinstance(p, Image.Image) else picture(p)).tobytes()
+                     for p in parts)  # fmt: skip
+
+    def find(self, prompts, images):
+        return [self.known[self.key((*row, text))] for text, row in zip(prompts, images or [()] * len(prompts))]
+
+    def __call__(self, prompt, image=None, generator=None, think=False, mask_image=None, paste_back=False):
+        self.calls.append("draw")
+        assert len(generator) == len(prompt) and len({g.initial_seed() for g in generator}) == len(prompt)
+        cases = self.find(prompt, image)
+        images = [picture(pictures_of(case.answer)[0]) for case in cases]
+        thoughts = [(texts_of(case.answer) or case.drawn_from)[0] for case in cases] if think else None
+        return SimpleNamespace(images=images, thoughts=thoughts)
+
+    def film(self, prompt, image, num_frames, generator):
+        self.calls.append("film")
+        cases = self.find(prompt, image and [[own] for own in image])
+        assert {len(case.frames) for case in cases} == {num_frames}
+        return SimpleNamespace(
+            frames=[[picture(frame) for frame in case.frames] for case in cases],
+            transitions=[texts_of(case.answer) for case in cases],
+        )
+
+    def chat(self, messages, max_images, **options):
+        self.calls.append("chat")
+        asked = [[part.get("image") or part["text"] for part in turn[0]["content"]] for turn in messages]
+        return [
+            {"role": "assistant", "content": [
+                {"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": picture(p)}
+                for p in self.known[self.key(parts)].answer
+            ]}
+            for parts in asked
+        ]  # fmt: skip
+
+
+@pytest.fixture
+def evaluation():
+    return AbilitiesEvaluation(KnowingPipeline(), limit=LIMIT, seeds=2)
+
+
+@pytest.mark.parametrize("suite", DRAWN)
+def test_right_pictures_score_one(suite, evaluation, monkeypatch):
+    monkeypatch.setattr(abilities_evaluation, "BATCH_SIZE", 5)
+    assert set(evaluation._score(suite, evaluation.draw).values()) == {1.0}
+    assert evaluation.pipe.calls == ["draw"] * 6  # two seeds, batches of 5, 5 and 2
+
+
+def test_thoughts_are_scored_beside_the_pictures(evaluation):
+    table = evaluation._score("thinking", lambda *batch: evaluation.draw(*batch, think=True))
+    assert table["overall"] == table["overall_thought"] == 1
+
+
+def test_right_stories_films_and_answers_score_one(evaluation):
+    for ability, answer in (("story", evaluation.tell), ("film_question", evaluation.answer),
+                            ("caption", evaluation.answer), ("text", evaluation.answer)):  # fmt: skip
+        assert set(evaluation._score(ability, answer).values()) == {1.0}
+    table = evaluation._score("film", evaluation.film, lambda case: (len(case.frames), case.first_given))
+    assert set(table.values()) == {1.0}
+
+
+def test_masked_edits_are_compared_outside_of_their_masks(evaluation, monkeypatch):
+    monkeypatch.setattr(evaluation, "reconstruct", lambda scenes: np.stack([render(s, WORLD) // 2 for s in scenes]))
+    table = evaluation.masked_editing()
+    assert table["overall"] == table["pasted_equal"] == 1 and table["psnr_outside"] == pytest.approx(100)
+    assert 0 < table["psnr_outside_bound"] < 20
+
+
+def test_the_sheets_show_what_was_given_and_what_was_drawn(evaluation, tmp_path):
+    evaluation._score("in_context", evaluation.draw)
+    evaluation.save_sheets(tmp_path)
+    with Image.open(tmp_path / "in_context.png") as sheet:
+        assert sheet.size == (4 * (128 + 4) + 4, 4 * (128 + 4) + 4)
+
+
+def test_all_suites_run_on_a_real_pipeline(tmp_path, monkeypatch):
+    monkeypatch.setattr(abilities_evaluation, "MAX_NEW_TOKENS", 4)
+    processor = tiny_processor(patch_size=16)
+    processor.think_prefix = "think:"
+    pipe = NextFlowPipeline(
+        tiny_model(vq_config={"patch_size": 16, "semantic_config": SEMANTIC_ENCODER}), processor
+    )  # fmt: skip
+    evaluation = AbilitiesEvaluation(pipe, limit=3, seeds=1)
+    scores = evaluation.scores()
+    assert set(scores) == {
+        "editing", "masked_editing", "subject", "in_context", "thinking", "thinking_without", "interleaved", "video",
+        "ranking", "captions", "film_questions", "text",
+    }  # fmt: skip
+    assert all(0 <= value <= 1 for suite in scores.values() for key, value in suite.items() if "psnr" not in key)
+    evaluation.save_sheets(tmp_path)
+    assert {path.stem for path in tmp_path.iterdir()} >= {*DRAWN, "thinking_without", "film", "masked_editing"}
