@@ -21,6 +21,7 @@ from .thoughts import thinking_case
 
 
 CAPTION_REQUEST = "caption the picture."
+ATTEMPTS = 300  # for each case asked for; one in ten is kept for evaluation
 
 
 def drawing_case(rng: np.random.Generator, world: World, *, allow_held_out: bool = False) -> DrawingCase:
@@ -78,7 +79,7 @@ def held_out_cases(
     """
     rng = np.random.default_rng((seed, list(ABILITIES).index(ability)))
     found: dict[str, Case] = {}
-    for _ in range(300 * n):
+    for _ in range(ATTEMPTS * n):
         case = ABILITIES[ability](rng, world, allow_held_out=held_out_pairs)
         key = case.key(world)
         if _holds_held_out_pair(case, world) if held_out_pairs else is_reserved(key):
