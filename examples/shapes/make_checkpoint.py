@@ -34,8 +34,8 @@ RECIPE = Path(__file__).with_name("README.md")
 INTRODUCTION = """\
 # NextFlow on the shapes world
 
-A small NextFlow ([arXiv 2601.02204](https://arxiv.org/abs/2601.02204)): one transformer that draws scale by scale and
-answers questions about pictures. It has {total:.1f} million parameters, {vision:.1f} million of them in the vision
+A small NextFlow ([arXiv 2601.02204](https://arxiv.org/abs/2601.02204)): one transformer that draws scale by scale,
+edits, thinks before it draws, tells stories and films, and answers questions. It has {total:.1f} million parameters, {vision:.1f} million of them in the vision
 tokenizer. It was trained from scratch on two CPU cores and knows the shapes world alone. It is there to run, test and
 study the code, not to draw photographs.
 
@@ -48,8 +48,11 @@ import torch
 from transformers_nextflow import NextFlowPipeline
 
 pipe = NextFlowPipeline.from_pretrained("checkpoints/nextflow-shapes")
-pipe("{prompt}", generator=torch.Generator().manual_seed(0)).images[0].save("picture.png")
+picture = pipe("{prompt}", generator=torch.Generator().manual_seed(0)).images[0]
+pipe("make the red circle green", image=picture).images[0].save("picture.png")
 ```
+
+`docs/abilities.md` shows the rest.
 
 Its own sampling settings are {sampling}.
 """
@@ -72,6 +75,11 @@ above. `linear_probe` reads the codes of all scales but the last, `with_last_sca
 """
 ORACLE_RULES = """\
 Share of pictures with exactly the right objects, wherever they lie, if the true codes of the first scales are given.
+"""
+ABILITY_RULES = """\
+The other abilities, on held-out cases, each with its exact check (see `The abilities` below): the mean over the
+categories, then each of them. `thinking_without` are the same prompts drawn without a thought. `psnr_outside` is that
+of an edit outside of its mask, `psnr_outside_bound` that of the tokenizer's own reconstruction there.
 """
 
 
@@ -157,8 +165,9 @@ def model_card(model: NextFlowForConditionalGeneration, results: dict) -> str:
     )
     machine = results["machine"]
     origin = ORIGIN.format(device=machine["gpu"] or machine["cpu"], **results)
-    tables = [table(results) for table in (drawing_table, understanding_table, tokenizer_table, oracle_table)]
-    sections = [f"## {title}\n\n{recipe_section(title)}\n" for title in ("Limits", "The world", "Commands")]
+    tables = [table(results) for table in (drawing_table, understanding_table, ability_table, tokenizer_table, oracle_table)]
+    titles = ("Limits", "The world", "The abilities", "Commands")
+    sections = [f"## {title}\n\n{recipe_section(title)}\n" for title in titles]
     return "\n".join([f"---\n{data.to_yaml()}\n---\n", introduction, origin, *tables, *sections])
 
 
@@ -193,6 +202,17 @@ def drawing_table(results: dict) -> str:
 def understanding_table(results: dict) -> str:
     rows = [[name, f"{score:.3f}"] for name, score in results["understanding"].items()]
     return f"{UNDERSTANDING_RULES}\n{_table(['understanding', 'right'], rows)}"
+
+
+def ability_table(results: dict) -> str:
+    """A row for each further suite; empty for a checkpoint that was not trained on them."""
+    suites = {name: scores for name, scores in results.items() if isinstance(scores, dict) and name not in SUITES}
+    rows = [
+        [name, _score(scores, "overall"), ", ".join(f"{k} {v:.3f}" for k, v in scores.items() if k != "overall")]
+        for name, scores in suites.items()
+        if name != "machine"
+    ]
+    return f"{ABILITY_RULES}\n{_table(['ability', 'overall', 'in detail'], rows)}" if rows else ""
 
 
 def tokenizer_table(results: dict) -> str:
