@@ -21,6 +21,7 @@ SCORES = {
     "understanding": {"color": 0.977, "caption": 0.888, "overall": 0.933, "questions": 0.955},
     "tokenizer": {"psnr": 36.123, "usage": 0.866, "usage_scale_1": 0.001, "perplexity_scale_1": 1.999},
     "oracle": {"first_0_scales_true": 0.701, "first_3_scales_true": 0.902},
+    "editing": {"add": 0.753, "overall": 0.764},
 }
 
 
