@@ -68,6 +68,8 @@ COMMON = {
 # CLIP's tokenizer at 256 pixels has one scale more, and its positions interpolated.
 INTERPOLATED_SIDE = 16
 
+_CLIP_LAYERS, _TOWER_LAYERS = "encoder_vqkd.transformer.resblocks.*", "semantic_encoder.encoder.layers.*"
+
 # Released → NextFlow, for what both kinds share; `key_map` adds the rest. The first row that fits counts.
 KEYS = {
     "quant_conv.*": "pixel_encoder.output_projection.*",
@@ -93,11 +95,11 @@ TOWER_KEYS = {
         "encoder_vqkd.conv1.*": "semantic_encoder.embeddings.patch_embedding.*",
         "encoder_vqkd.ln_pre.*": "semantic_encoder.pre_layrnorm.*",
         "encoder_vqkd.ln_post.*": "semantic_encoder.post_layernorm.*",
-        "encoder_vqkd.transformer.resblocks.*.ln_*.*": "semantic_encoder.encoder.layers.*.layer_norm*.*",
-        "encoder_vqkd.transformer.resblocks.*.mlp.c_fc.*": "semantic_encoder.encoder.layers.*.mlp.fc1.*",
-        "encoder_vqkd.transformer.resblocks.*.mlp.c_proj.*": "semantic_encoder.encoder.layers.*.mlp.fc2.*",
-        "encoder_vqkd.transformer.resblocks.*.attn.out_proj.*": "semantic_encoder.encoder.layers.*.self_attn.out_proj.*",
-        "encoder_vqkd.transformer.resblocks.*.attn.*.*": "semantic_encoder.encoder.layers.*.self_attn.*_proj.*",
+        f"{_CLIP_LAYERS}.ln_*.*": f"{_TOWER_LAYERS}.layer_norm*.*",
+        f"{_CLIP_LAYERS}.mlp.c_fc.*": f"{_TOWER_LAYERS}.mlp.fc1.*",
+        f"{_CLIP_LAYERS}.mlp.c_proj.*": f"{_TOWER_LAYERS}.mlp.fc2.*",
+        f"{_CLIP_LAYERS}.attn.out_proj.*": f"{_TOWER_LAYERS}.self_attn.out_proj.*",
+        f"{_CLIP_LAYERS}.attn.*.*": f"{_TOWER_LAYERS}.self_attn.*_proj.*",
     },
 }
 ATTENTION_KEYS = {
@@ -310,7 +312,7 @@ def split_attention(released: Mapping[str, torch.Tensor]) -> State:
 
 
 def join_attention(state: Mapping[str, torch.Tensor]) -> State:
-    """The inverse of `split_attention`. A bias of the decoder's keys is left out: it moves all scores of a query alike."""
+    """The inverse of `split_attention`; without a bias of the decoder's keys, which moves all scores of a query alike."""
     released: State = {}
     for name, tensor in state.items():
         match = _SPLIT.fullmatch(name)
@@ -420,7 +422,8 @@ def convert_tokenflow(source: Path | str, target: Path | str, base_model: str | 
         check_equal(NextFlowVQModel.from_pretrained(folder).state_dict(), model.state_dict())
 
 
-CARD = """Converted from TokenFlow (arXiv 2412.03069). Pictures of {size} x {size} pixels in [-1, 1] become {codes} codes.
+CARD = """Converted from TokenFlow (arXiv 2412.03069). Pictures of {size} x {size} pixels, values in [-1, 1], become {codes}
+codes.
 
 ```python
 from transformers_nextflow import NextFlowVQModel
