@@ -4,12 +4,12 @@
     python conversion/convert_tokenflow.py tokenflow_clipb_32k_enhanced.pt FOLDER --interpolate
     python conversion/convert_tokenflow.py FOLDER FILE.pt --back
 
-The key table and the checks are in `transformers_nextflow.tokenflow_conversion`.
+The key table and the checks are in `transformers_nextflow.conversion_tokenflow`.
 """
 
 import argparse
 
-from transformers_nextflow.tokenflow_conversion import convert_tokenflow, export_tokenflow
+from transformers_nextflow.conversion_tokenflow import convert_tokenflow, export_tokenflow
 
 
 def main():

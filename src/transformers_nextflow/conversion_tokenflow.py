@@ -312,7 +312,7 @@ def split_attention(released: Mapping[str, torch.Tensor]) -> State:
 
 
 def join_attention(state: Mapping[str, torch.Tensor]) -> State:
-    """The inverse of `split_attention`; without a bias of the decoder's keys, which moves all scores of a query alike."""
+    """The inverse of `split_attention`. The bias of the decoder's keys goes; it moves all scores of a query alike."""
     released: State = {}
     for name, tensor in state.items():
         match = _SPLIT.fullmatch(name)
@@ -422,14 +422,13 @@ def convert_tokenflow(source: Path | str, target: Path | str, base_model: str | 
         check_equal(NextFlowVQModel.from_pretrained(folder).state_dict(), model.state_dict())
 
 
-CARD = """Converted from TokenFlow (arXiv 2412.03069). Pictures of {size} x {size} pixels, values in [-1, 1], become {codes}
-codes.
+CARD = """Converted from TokenFlow (arXiv 2412.03069). Pictures of {size} x {size} pixels become {codes} codes.
 
 ```python
 from transformers_nextflow import NextFlowVQModel
 
 model = NextFlowVQModel.from_pretrained("this folder").eval()
-codes = model.encode(pixel_values).image_tokens
+codes = model.encode(pixel_values).image_tokens  # pixel_values (B, 3, {size}, {size}) in [-1, 1]
 pixels = model.decode(codes, model.schedule_of(pixel_values))
 ```
 """
