@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -80,8 +81,7 @@ def _expression(pattern: str) -> re.Pattern:
 def _renamed(key: str, rows: list[tuple[re.Pattern, str]]) -> str:
     for expression, pattern in rows:
         if match := expression.fullmatch(key):
-            texts = iter(match.groups())
-            return re.sub(r"\*", lambda _: next(texts), pattern)
+            return "".join(map("".join, zip_longest(pattern.split("*"), match.groups(), fillvalue="")))
     raise ValueError(f"The key table has no row for {key!r}; does the file come from another model?")
 
 
