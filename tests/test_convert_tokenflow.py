@@ -40,7 +40,7 @@ from transformers_nextflow.multiscale_quantizer import NextFlowVQQuantizer
 
 
 DATA = Path(__file__).parent / "data" / "tokenflow"
-SCRIPT = Path(__file__).parents[1] / "conversion" / "convert_tokenflow.py"
+CONVERSION = Path(__file__).parents[1] / "conversion"
 POSITIONS = {"clipb": 196, "siglip": 729}
 HEADS = {"semantic_heads": 2, "semantic_decoder_heads": 2}
 # Attention heads of the small checkpoints that the originals' outputs are of.
@@ -201,12 +201,14 @@ def test_what_the_model_cannot_take_is_refused():
 @pytest.mark.parametrize("kind", POSITIONS)
 def test_there_and_back_gives_the_same_file(kind, files, tmp_path, monkeypatch):
     heads = ["--semantic-heads", "2", "--semantic-decoder-heads", "2"]
-    for arguments in (
-        [files[kind], tmp_path / "model", "--base-model", "someone/tokenizer", *heads],
-        [tmp_path / "model", tmp_path / "back.pt", "--back"],
+    for script, *arguments in (
+        ["convert_tokenflow.py", files[kind], tmp_path / "model", "--base-model", "someone/tokenizer", *heads],
+        ["export_tokenflow.py", tmp_path / "model", tmp_path / "back.pt"],
     ):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(CONVERSION / script), run_name="__main__")
+        assert end.value.code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back.pt", "model"]
     before, after = read_tokenflow(files[kind]), read_tokenflow(tmp_path / "back.pt")
     assert before.keys() == after.keys()
