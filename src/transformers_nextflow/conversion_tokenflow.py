@@ -280,9 +280,10 @@ def from_tokenflow(released: Mapping[str, torch.Tensor], config: NextFlowVQConfi
     Raises:
         ValueError: naming the tensors that are missing, not expected, misshapen or not finite.
     """
-    released = {name: tensor for name, tensor in released.items() if name not in _restored(config)}
+    restored = _restored(config)
+    released = {name: tensor for name, tensor in released.items() if name not in restored}
     expected = to_tokenflow(empty_model(config).state_dict(), config)
-    check_state(released, {name: expected[name] for name in expected if name not in _restored(config)})
+    check_state(released, {name: expected[name] for name in expected if name not in restored})
     return {name: tensor.float() for name, tensor in key_map(config).forward(split_attention(released)).items()}
 
 
