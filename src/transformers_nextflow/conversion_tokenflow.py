@@ -448,8 +448,8 @@ def export_tokenflow(source: Path | str, target: Path | str):
     released = to_tokenflow(model.state_dict(), model.config)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
-    torch.save({"model": {name: tensor.contiguous() for name, tensor in released.items()}}, partial)
     try:
+        torch.save({"model": {name: tensor.contiguous() for name, tensor in released.items()}}, partial)
         check_equal(read_tokenflow(partial), released)
         partial.replace(target)
     finally:
