@@ -220,12 +220,21 @@ def read_layout(path: Path | str) -> State:
     """Names, shapes and dtypes of one file as meta tensors. Raises `ValueError` as `read_state_dict` does."""
     path = Path(path)
     if path.suffix != ".safetensors":
-        return {key: tensor.to("meta") for key, tensor in read_state_dict(path).items()}
+        return {key: tensor.to("meta") for key, tensor in _tensors(read_state_dict(path))}
     with _safetensors_errors(path), safe_open(path, framework="pt") as file:
         slices = {key: file.get_slice(key) for key in file.keys()}
         # An empty slice tells the type and reads nothing; a scalar has none.
         samples = {key: part[:0] if part.get_shape() else part[...] for key, part in slices.items()}
         return {key: samples[key].new_empty(part.get_shape(), device="meta") for key, part in slices.items()}
+
+
+def _tensors(value: object, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    # A training checkpoint holds its models as dicts inside of a dict, beside steps and settings.
+    if isinstance(value, torch.Tensor):
+        yield prefix, value
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            yield from _tensors(part, f"{prefix}.{name}" if prefix else str(name))
 
 
 @contextmanager

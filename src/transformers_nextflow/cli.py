@@ -132,6 +132,17 @@ def evaluate(
     typer.echo(json.dumps(scores, indent=2))
 
 
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A file of weights (safetensors, or a pickle of tensors), or a folder.")],
+):
+    """List the tensors of a file, and how far they are those of a NextFlow."""
+    with errors_in_one_line():
+        from .checkpoint_report import report
+
+        typer.echo(report(file))
+
+
 def main():
     """Entry point of the console script."""
     app(prog_name="transformers-nextflow")

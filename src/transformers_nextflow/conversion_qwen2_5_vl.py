@@ -211,19 +211,15 @@ class NextFlowStart(Mapping):
         self._keys = {QWEN_KEYS.forward_key(key): key for key in source}
         self._keys.pop(None, None)
         given = QWEN_KEYS.forward(source.layout)
-        rows = min(config.text_config.vocab_size, read_rows(given))
+        rows = min(config.text_config.vocab_size, _rows(given))
         backbone = {key: value for key, value in expected.items() if key.startswith(BACKBONE)}
         check_state(given, {key: _first_rows(key, value, rows) for key, value in backbone.items()})
         dtype = given[EMBEDDING].dtype
         self.layout: State = {
-            key: value.to(given[key].dtype if key in given else self._dtype_of(key, value, dtype))
+            # The tokenizer keeps float32: its codes must not change.
+            key: value if key.startswith("model.vq_model.") else value.to(given[key].dtype if key in given else dtype)
             for key, value in expected.items()
         }
-
-    @staticmethod
-    def _dtype_of(key: str, value: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
-        # The tokenizer keeps its own type: its codes must not change.
-        return value.dtype if key.startswith("model.vq_model.") else dtype
 
     def __getitem__(self, key: str) -> torch.Tensor:
         wanted = self.layout[key]
@@ -261,7 +257,7 @@ class NextFlowStart(Mapping):
         return len(self.layout)
 
 
-def read_rows(backbone: Mapping[str, torch.Tensor]) -> int:
+def _rows(backbone: Mapping[str, torch.Tensor]) -> int:
     """Rows of the input embeddings. Raises `ValueError` if there are none."""
     if EMBEDDING not in backbone:
         raise ValueError("The input embeddings (model.embed_tokens.weight) are missing; are all shards there?")
@@ -303,7 +299,7 @@ def export_qwen2_5_vl(
     read_qwen_config(original)
     trained, qwen = ShardedCheckpoint(source), ShardedCheckpoint(original)
     backbone = {key: value for key, value in trained.layout.items() if key.startswith(BACKBONE)}
-    rows = read_rows(QWEN_KEYS.forward(qwen.layout))
+    rows = _rows(QWEN_KEYS.forward(qwen.layout))
     given = {key: _first_rows(key, value, rows) for key, value in backbone.items()}
     check_state(given, QWEN_KEYS.forward(qwen.layout))
     layout = {
