@@ -301,6 +301,9 @@ def test_parallel_plans_name_modules_that_exist():
         ({"vq_config": {"upsample": "sinc"}}, "upsample must be one of"),
         ({"vq_config": {"pixel_encoder_type": "convolutional"}}, "bring an image down by 16, but patch_size is 4"),
         ({"vq_config": {"pixel_encoder_type": "magic"}}, "pixel_encoder_type must be"),
+        ({"vq_config": {"semantic_layer": 1}}, "semantic_layer counts from the last of 1 layers, -1, .* got 1"),
+        ({"vq_config": {"semantic_decoder_positions": "random"}}, "semantic_decoder_positions must be one of"),
+        ({"vq_config": {"image_size": 0}}, "image_size must be at least 1 pixel, got 0"),
         ({"vq_config": {"semantic_decoder_heads": 3}}, "not a multiple of semantic_decoder_heads 3"),
     ],
 )

@@ -65,7 +65,7 @@ def generate(
     scale: Scale = 1,
 ):
     """Draw a picture for each prompt, all of them in one batch."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         _check_extension(output)
         pipeline = _load_pipeline(model, device, dtype)
         stages: list[list[Image.Image]] = []
@@ -117,7 +117,7 @@ def edit(
     scale: Scale = 1,
 ):
     """Edit a picture, inside a mask or as a whole; or draw from several pictures."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         _check_extension(output)
         _check_files(images + ([mask] if mask else []))
         pipeline = _load_pipeline(model, device, dtype)
@@ -155,7 +155,7 @@ def vary(
     scale: Scale = 1,
 ):
     """Draw variations of a picture."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         _check_extension(output)
         _check_files([image])
         pipeline = _load_pipeline(model, device, dtype)
@@ -190,7 +190,7 @@ def film(
     scale: Scale = 1,
 ):
     """Draw a film frame by frame."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from .films import write_frames
 
         _check_files([first_frame] if first_frame else [])
@@ -222,7 +222,7 @@ def describe(
     dtype: Dtype = "auto",
 ):
     """Describe pictures or films, or answer a question about them."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         _check_files(images)
         pipeline = _load_pipeline(model, device, dtype)
         kinds = ["video" if path.suffix.lower() in (".gif", ".mp4") else "image" for path in images]
@@ -242,7 +242,7 @@ def score(
     dtype: Dtype = "auto",
 ):
     """Say how well pictures fit a prompt, as the model sees it: log-likelihoods in nats."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         _check_files(images)
         pipeline = _load_pipeline(model, device, dtype)
         scores = pipeline.score([str(path) for path in images], [prompt] * len(images))
@@ -261,7 +261,7 @@ def evaluate(
     sheets: Annotated[Path | None, typer.Option(help="Folder for contact sheets.")] = None,
 ):
     """Score a checkpoint: suite, category, score."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         if suite != "shapes":
             raise ValueError(f"There is no suite {suite!r}; there is: shapes.")
         from .evaluation.shapes_evaluation import evaluate_shapes
@@ -274,13 +274,24 @@ def evaluate(
     typer.echo(json.dumps(scores, indent=2))
 
 
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A file of weights (safetensors, or a pickle of tensors), or a folder.")],
+):
+    """List the tensors of a file, and how far they are those of a NextFlow."""
+    with errors_in_one_line():
+        from .checkpoint_report import report
+
+        typer.echo(report(file))
+
+
 def main():
     """Entry point of the console script."""
     app(prog_name="transformers-nextflow")
 
 
 @contextmanager
-def _errors_in_one_line() -> Iterator[None]:
+def errors_in_one_line() -> Iterator[None]:
     """What the user can mend is told in a line on stderr, with exit code 2; a defect keeps its traceback."""
     try:
         yield

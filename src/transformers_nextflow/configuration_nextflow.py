@@ -12,6 +12,12 @@ from .scale_schedule import SQUARE_SIDES, ScaleSchedules
 
 
 RESAMPLINGS = ("area", "bicubic", "bilinear", "nearest", "rotary")
+CHOICES = {
+    "downsample": RESAMPLINGS,
+    "upsample": RESAMPLINGS,
+    "pixel_encoder_type": ("convolutional", "patch"),
+    "semantic_decoder_positions": ("sinusoidal", "learned"),
+}
 
 
 # Kept, since every picture asks for its schedule, and a config may change.
@@ -25,8 +31,12 @@ class NextFlowVQConfig(PreTrainedConfig):
     The defaults are the large model's: SigLIP2 NaFlex as semantic encoder, a convolutional pixel branch, 32,768 codes.
 
     Args:
-        semantic_config: any vision tower of transformers (SigLIP2 NaFlex, SigLIP, …) as config or dict.
+        semantic_config: any vision tower of transformers (SigLIP2 NaFlex, SigLIP, CLIP, …) as config or dict.
+        semantic_layer: which hidden states of the tower are its features: -1 the last, through the tower's closing
+            norm, or an earlier one as it is, such as -2.
         patch_size: pixels per side of a cell of the finest grid.
+        image_size: side of the only pictures that are read and written, square ones, where it is not that of the finest
+            grid. The semantic encoder reads them as they are, the pixel branch resized to the grid and back.
         scales: sides of the square grids, coarse to fine.
         levels: `[resolution, number of scales]` pairs; default one level with all scales.
         codebook_size: number of codes; semantic and pixel codebook share the index.
@@ -40,7 +50,9 @@ class NextFlowVQConfig(PreTrainedConfig):
             kind has width `pixel_channels` and `pixel_num_res_blocks` blocks.
         pixel_decoder_channels, pixel_decoder_num_res_blocks: the pixel decoder; doubling the first gives the paper's
             decoder of double capacity.
-        semantic_decoder_depth, semantic_decoder_heads, semantic_decoder_hidden_size: the semantic decoder, a ViT.
+        semantic_decoder_depth, semantic_decoder_heads, semantic_decoder_hidden_size, semantic_decoder_hidden_act: the
+            semantic decoder, a ViT.
+        semantic_decoder_positions: "sinusoidal", for any grid, or "learned", with a class token, for the square one.
         semantic_target_dim: width of the features that the semantic decoder reproduces.
         commitment_weight: weight of the encoder's share of the codebook loss.
     """
@@ -50,7 +62,9 @@ class NextFlowVQConfig(PreTrainedConfig):
     sub_configs = {"semantic_config": AutoConfig}
 
     semantic_config: Any = None
+    semantic_layer: int = -1
     patch_size: int = 16
+    image_size: int | None = None
     scales: list[int] | tuple[int, ...] = SQUARE_SIDES
     levels: list[Any] | tuple[Any, ...] | None = None
     codebook_size: int = 32768
@@ -71,6 +85,8 @@ class NextFlowVQConfig(PreTrainedConfig):
     semantic_decoder_depth: int = 3
     semantic_decoder_heads: int = 12
     semantic_decoder_hidden_size: int = 768
+    semantic_decoder_hidden_act: str = "gelu_pytorch_tanh"
+    semantic_decoder_positions: str = "sinusoidal"
     semantic_target_dim: int = 1152
     commitment_weight: float = 0.25
     initializer_range: float = 0.02
@@ -96,11 +112,17 @@ class NextFlowVQConfig(PreTrainedConfig):
         for name in ("codebook_size", "semantic_code_dim", "pixel_code_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("downsample", "upsample"):
-            if getattr(self, name) not in RESAMPLINGS:
-                raise ValueError(f"{name} must be one of {RESAMPLINGS}, got {getattr(self, name)!r}.")
-        if self.pixel_encoder_type not in ("convolutional", "patch"):
-            raise ValueError(f"pixel_encoder_type must be 'convolutional' or 'patch', got {self.pixel_encoder_type!r}.")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
+        layers = getattr(self.semantic_config, "num_hidden_layers", None)
+        if layers is not None and not -layers - 1 <= self.semantic_layer <= -1:
+            raise ValueError(
+                f"semantic_layer counts from the last of {layers} layers, -1, to the embeddings, {-layers - 1}; "
+                f"got {self.semantic_layer}."
+            )
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1 pixel, got {self.image_size}.")
         if (
             self.pixel_encoder_type == "convolutional"
             and 2 ** (len(self.pixel_channel_multipliers) - 1) != self.patch_size

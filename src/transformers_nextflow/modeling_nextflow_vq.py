@@ -11,7 +11,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder
 from transformers.utils import ModelOutput
 
 from .configuration_nextflow import NextFlowVQConfig
-from .multiscale_quantizer import NextFlowVQQuantizer, SelfCorrection
+from .multiscale_quantizer import NextFlowVQQuantizer, SelfCorrection, resample
 from .scale_schedule import Grid, ScaleSchedule
 
 
@@ -72,7 +72,13 @@ class NextFlowVQPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["SiglipEncoderLayer", "Siglip2EncoderLayer", "ResidualConvolution", "ResidualMLP"]
+    _no_split_modules = [
+        "CLIPEncoderLayer",
+        "SiglipEncoderLayer",
+        "Siglip2EncoderLayer",
+        "ResidualConvolution",
+        "ResidualMLP",
+    ]
     # The paper quantises in float32 whatever the rest runs in.
     _keep_in_fp32_modules_strict = ["quantizer"]
 
@@ -81,6 +87,9 @@ class NextFlowVQPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
         if isinstance(module, NextFlowVQQuantizer):
             for codebook in (module.semantic_codebook, module.pixel_codebook):
                 init.normal_(codebook.weight)
+        elif isinstance(module, LearnedPositions):
+            init.normal_(module.class_token, std=self.config.initializer_range)
+            init.normal_(module.positions, std=self.config.initializer_range)
         elif isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, nonlinearity="linear")
             if module.bias is not None:
@@ -117,14 +126,21 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
 
     def schedule_of(self, pixel_values: torch.Tensor) -> ScaleSchedule:
         """The schedule of pictures (B, 3, H, W). Raises `ValueError` for a size that no schedule draws."""
-        return self.config.scale_schedules.for_size(*pixel_values.shape[-2:])
+        size, only = tuple(pixel_values.shape[-2:]), self.config.image_size
+        if only is None:
+            return self.config.scale_schedules.for_size(*size)
+        if size != (only, only):
+            raise ValueError(f"This tokenizer reads pictures of {only}x{only} pixels alone, got {size[0]}x{size[1]}.")
+        return self.config.scale_schedules.build()
 
     def encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Continuous latents (B, C, h, w) in float32, the semantic channels first."""
         _check_pixels(pixel_values)
-        grid = self.schedule_of(pixel_values).final_grid
+        schedule = self.schedule_of(pixel_values)
         pixel_values = pixel_values.to(self.dtype)
-        semantic = self.semantic_projection(self.encode_semantics(pixel_values, grid)).permute(0, 3, 1, 2)
+        semantic = self.encode_semantics(pixel_values, schedule.final_grid)
+        semantic = self.semantic_projection(semantic).permute(0, 3, 1, 2)
+        pixel_values = resample(pixel_values, schedule.image_size(self.config.patch_size), "bicubic")
         halves = [semantic.float(), self.pixel_encoder(pixel_values).float()]
         if not self.config.normalize_codes:
             # Euclidean codes need latents of a fixed size, or the encoder escapes the codebook by growing.
@@ -134,20 +150,25 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
     def encode_semantics(self, pixel_values: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Features (B, h, w, D) of the semantic encoder on the grid, whatever that encoder's own patch size."""
         patch_size = self.config.semantic_config.patch_size
-        height, width = grid[0] * patch_size, grid[1] * patch_size
-        if pixel_values.shape[-2:] != (height, width):
-            pixel_values = F.interpolate(pixel_values, (height, width), mode="bicubic", align_corners=False)
+        if self.config.image_size is None:
+            pixel_values = resample(pixel_values, (grid[0] * patch_size, grid[1] * patch_size), "bicubic")
+        layer = self.config.semantic_layer
         if self.config.semantic_config.model_type.startswith("siglip2"):
             # NaFlex reads a list of patches, each with its channels last, and the shape of the grid beside it.
             patches = pixel_values.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)
             patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
             shapes = torch.tensor([grid] * len(patches), device=patches.device)
             mask = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
-            features = self.semantic_encoder(patches, pixel_attention_mask=mask, spatial_shapes=shapes)
+            inputs = {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
         else:
-            features = self.semantic_encoder(pixel_values, interpolate_pos_encoding=True)
+            inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": True}
+        outputs = self.semantic_encoder(**inputs, output_hidden_states=layer != -1)
+        features = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
+        if layer == -1 and self.config.semantic_config.model_type == "clip_vision_model":
+            # transformers gives CLIP's closing norm to the class token alone.
+            features = self.semantic_encoder.post_layernorm(features)
         # Encoders with a class token put it first.
-        return features.last_hidden_state[:, -grid[0] * grid[1] :].unflatten(1, grid)
+        return features[:, -grid[0] * grid[1] :].unflatten(1, grid)
 
     def encode(
         self,
@@ -176,7 +197,9 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
 
     def decode_features(self, features: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W), not clamped, from a sum of code vectors (B, C, h, w)."""
-        return self.pixel_decoder(features[:, self.config.semantic_code_dim :].to(self.dtype)).float()
+        pixels = self.pixel_decoder(features[:, self.config.semantic_code_dim :].to(self.dtype)).float()
+        size = self.config.image_size
+        return pixels if size is None else resample(pixels, (size, size), "bicubic")
 
     def decode_semantics(self, features: torch.Tensor) -> torch.Tensor:
         """The teacher's features (B, h, w, D) from a sum of code vectors (B, C, h, w)."""
@@ -237,7 +260,7 @@ def codebook_statistics(image_tokens: torch.Tensor, schedule: ScaleSchedule, cod
 
 
 class SemanticDecoder(nn.Module):
-    """A ViT that reproduces the teacher's features; its positions are sinusoids, so that any grid will do."""
+    """A ViT that reproduces the teacher's features."""
 
     def __init__(self, config: NextFlowVQConfig):
         super().__init__()
@@ -247,9 +270,12 @@ class SemanticDecoder(nn.Module):
             intermediate_size=4 * hidden,
             num_hidden_layers=config.semantic_decoder_depth,
             num_attention_heads=config.semantic_decoder_heads,
+            hidden_act=config.semantic_decoder_hidden_act,
             attn_implementation="sdpa",
         )
         self.input_projection = nn.Linear(config.semantic_code_dim, hidden)
+        learned = config.semantic_decoder_positions == "learned"
+        self.positions = LearnedPositions(config) if learned else SinusoidalPositions()
         self.encoder = SiglipEncoder(encoder_config)
         self.norm = nn.LayerNorm(hidden)
         self.output_projection = nn.Sequential(
@@ -260,9 +286,37 @@ class SemanticDecoder(nn.Module):
         """(B, semantic_code_dim, h, w) → (B, h, w, semantic_target_dim)."""
         grid = features.shape[-2:]
         hidden_states = self.input_projection(features.flatten(2).transpose(1, 2))
-        hidden_states = hidden_states + _grid_sinusoids(grid, hidden_states)
-        hidden_states = self.encoder(hidden_states).last_hidden_state
+        hidden_states = self.encoder(self.positions(hidden_states, grid)).last_hidden_state
+        hidden_states = hidden_states[:, -grid[0] * grid[1] :]
         return self.output_projection(self.norm(hidden_states)).unflatten(1, grid)
+
+
+class SinusoidalPositions(nn.Module):
+    """Positions of any grid."""
+
+    def forward(self, hidden_states: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """(B, h*w, D) → the same with positions."""
+        return hidden_states + _grid_sinusoids(grid, hidden_states)
+
+
+class LearnedPositions(nn.Module):
+    """A class token and learned positions of the square finest grid: TokenFlow's semantic decoder."""
+
+    def __init__(self, config: NextFlowVQConfig):
+        super().__init__()
+        self.grid = config.scale_schedules.build().final_grid
+        hidden = config.semantic_decoder_hidden_size
+        self.class_token = nn.Parameter(torch.empty(1, 1, hidden))
+        self.positions = nn.Parameter(torch.empty(1, 1 + self.grid[0] * self.grid[1], hidden))
+
+    def forward(self, hidden_states: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """(B, h*w, D) → (B, 1 + h*w, D), the class token first. Raises `ValueError` for another grid."""
+        if tuple(grid) != self.grid:
+            raise ValueError(
+                f"The semantic decoder learned positions of the grid {self.grid} alone, got {tuple(grid)}."
+            )
+        class_token = self.class_token.expand(len(hidden_states), -1, -1)
+        return torch.cat([class_token, hidden_states], dim=1) + self.positions
 
 
 def _grid_sinusoids(grid: Grid, like: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,31 @@
+"""NextFlow's own release → this package; a slot that waits for it, since no weights have been published.
+
+    python conversion/convert_nextflow.py FILE
+
+It lists what the file holds and how far that matches (`transformers-nextflow inspect FILE` does the same). To fill it:
+write the release's key patterns into `NEXTFLOW_KEYS`, then read, map, check and write as `convert_siglip2.py` does.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from transformers_nextflow.checkpoint_conversion import KeyMap, read_layout
+from transformers_nextflow.checkpoint_report import report
+from transformers_nextflow.cli import errors_in_one_line
+
+
+# The release's key → ours, each `*` for any text.
+NEXTFLOW_KEYS: dict[str, str] = {}
+
+
+def main(file: Annotated[Path, typer.Argument(help="A file of weights.")]):
+    """Say what the key table still lacks for a file of the release."""
+    with errors_in_one_line():
+        typer.echo(report(file))
+        KeyMap(NEXTFLOW_KEYS).forward(read_layout(file))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,33 @@
+"""SigLIP2 NaFlex or SigLIP → a fresh vision tokenizer with that semantic encoder.
+
+    python conversion/convert_siglip2.py siglip2-so400m-patch16-naflex tokenizer-start
+
+The key table is `SIGLIP_KEYS` in `transformers_nextflow.conversion_siglip2`.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from transformers_nextflow import NextFlowVQConfig
+from transformers_nextflow.cli import errors_in_one_line
+from transformers_nextflow.conversion_siglip2 import convert_siglip2
+
+
+def main(
+    source: Annotated[Path, typer.Argument(help="Folder of a SigLIP2 NaFlex or a SigLIP, as on the Hub.")],
+    output: Annotated[Path, typer.Argument(help="Folder that is made.")],
+    vision_config: Annotated[Path | None, typer.Option(help="Config of the tokenizer; default: the large one.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Repository of the source, for the model card.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the parts that are new.")] = 0,
+):
+    """Start a vision tokenizer from a vision tower."""
+    with errors_in_one_line():
+        vq_config = NextFlowVQConfig.from_pretrained(vision_config) if vision_config else None
+        convert_siglip2(source, output, vq_config, base_model, seed)
+    typer.echo(f"Written and checked: {output}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,70 @@
+"""What a file of weights holds, and how far that is what NextFlow expects."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from .checkpoint_conversion import ShardedCheckpoint, State, read_layout
+from .configuration_nextflow import NextFlowConfig, NextFlowVQConfig
+from .modeling_nextflow import NextFlowForConditionalGeneration
+from .modeling_nextflow_vq import NextFlowVQModel
+
+
+MATCHES, OTHER_SHAPE, UNKNOWN, MISSING = "matches", "other shape", "not NextFlow's", "missing"
+
+
+def report(path: Path | str, config: NextFlowConfig | NextFlowVQConfig | None = None) -> str:
+    """A line for each tensor: whether it matches, key, shape, dtype; then NextFlow's keys that are missing, and counts.
+
+    Args:
+        path: a file of weights, or the folder of a model.
+        config: of the NextFlow to compare with; default: the config beside the file if it is one of ours, else the 7B
+            preset's.
+
+    Raises:
+        ValueError: if the file is damaged, or a pickle with code in it.
+    """
+    path = Path(path)
+    found = ShardedCheckpoint(path).layout if path.is_dir() else read_layout(path)
+    config = config or _config_beside(path)
+    expected, tied = expected_layout(config)
+    rows = [(_verdict(key, tensor, expected), key, _described(tensor)) for key, tensor in found.items()]
+    rows += [
+        (MISSING, key, _described(tensor)) for key, tensor in expected.items() if key not in found and key not in tied
+    ]
+    width = max((len(key) for _, key, _ in rows), default=0)
+    lines = [f"{verdict:<15} {key:<{width}} {described}" for verdict, key, described in rows]
+    counts = Counter(verdict for verdict, *_ in rows)
+    summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in (MATCHES, OTHER_SHAPE, UNKNOWN, MISSING))
+    return "\n".join([*lines, f"{len(found)} tensors against {type(config).__name__}: {summary}"])
+
+
+def expected_layout(config: NextFlowConfig | NextFlowVQConfig) -> tuple[State, set[str]]:
+    """Meta tensors of a NextFlow, or of its tokenizer, and the names that may be left out since they are tied."""
+    model_class = NextFlowVQModel if isinstance(config, NextFlowVQConfig) else NextFlowForConditionalGeneration
+    with torch.device("meta"):
+        model = model_class(config)
+    return model.state_dict(), set(model.all_tied_weights_keys)
+
+
+def _config_beside(path: Path) -> NextFlowConfig | NextFlowVQConfig:
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    model_type = json.loads(file.read_text()).get("model_type") if file.is_file() else None
+    for config_class in (NextFlowConfig, NextFlowVQConfig):
+        if model_type == config_class.model_type:
+            return config_class.from_pretrained(file.parent)
+    return NextFlowConfig.nextflow_7b()
+
+
+def _verdict(key: str, tensor: torch.Tensor, expected: State) -> str:
+    if key not in expected:
+        return UNKNOWN
+    return MATCHES if tensor.shape == expected[key].shape else OTHER_SHAPE
+
+
+def _described(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

@@ -1,0 +1,279 @@
+"""Qwen2.5-VL to NextFlow and back: the same logits, texts and tensors; damaged files leave nothing behind."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from qwen import CHAT_TEMPLATE, qwen_tokenizer, save_qwen
+from safetensors.torch import load_file, save_file
+from tiny import tiny_vq_config
+from transformers import AutoProcessor, AutoTokenizer
+
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowVQModel, conversion_qwen2_5_vl
+from transformers_nextflow.checkpoint_conversion import INDEX, SINGLE, ShardedCheckpoint
+from transformers_nextflow.conversion_qwen2_5_vl import convert_qwen2_5_vl, export_qwen2_5_vl, nextflow_chat_template
+
+
+TEXTS = ["how many circles are there? one", "a red"]
+# tied, spare rows of the vocabulary, bytes of a shard
+SOURCES = {
+    "untied, one file": (False, 8, "5GB"),
+    "tied, one file": (True, 8, "5GB"),
+    "untied, sharded": (False, 8, "20KB"),
+    "tied, sharded": (True, 8, "20KB"),
+    "untied, no spare rows": (False, 0, "5GB"),
+    "tied, no spare rows": (True, 0, "20KB"),
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Folders of a Qwen2.5-VL and of what it is converted to, and the Qwen2.5-VL itself, by name."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("qwen")
+            tied, spare_rows, max_shard_size = SOURCES[name]
+            qwen = save_qwen(folder / "qwen", tied, spare_rows, max_shard_size)
+            convert_qwen2_5_vl(
+                folder / "qwen", folder / "nextflow", vq_config=tiny_vq_config(), max_shard_size=max_shard_size
+            )
+            made[name] = folder / "qwen", folder / "nextflow", qwen
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def damaged(sources, tmp_path):
+    """A copy of a sharded source, to be damaged."""
+    return shutil.copytree(sources("untied, sharded")[0], tmp_path / "qwen")
+
+
+def tensors_of(folder):
+    return dict(ShardedCheckpoint(folder))
+
+
+def assert_equal_tensors(first, second):
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        assert tensor.dtype == second[key].dtype and torch.equal(tensor, second[key]), key
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@torch.no_grad()
+def test_text_logits_and_generated_text_are_those_of_qwen(sources, name):
+    _, folder, qwen = sources(name)
+    model = NextFlowForConditionalGeneration.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    for text in TEXTS:
+        inputs = tokenizer(text, return_tensors="pt")
+        expected = qwen(**inputs).logits
+        assert torch.equal(model(**inputs).logits[..., : expected.shape[-1]], expected)
+    inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    expected = qwen.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_way_back_gives_the_tensors_and_the_config_of_the_source(sources, name, tmp_path):
+    source, folder, _ = sources(name)
+    export_qwen2_5_vl(folder, source, tmp_path / "back", max_shard_size="30KB")
+    assert_equal_tensors(tensors_of(tmp_path / "back"), tensors_of(source))
+    for file in ("config.json", "tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "back" / file).read_text() == (source / file).read_text()
+
+
+def test_new_tokens_take_spare_rows_and_what_the_source_has_is_not_changed(sources):
+    source, folder, _ = sources("untied, sharded")
+    config = NextFlowForConditionalGeneration.from_pretrained(folder).config
+    count = len(qwen_tokenizer())
+    assert (config.boi_token_id, config.eoi_token_id, config.text_config.vocab_size) == (count, count + 1, count + 8)
+    head = tensors_of(source)["lm_head.weight"]
+    assert torch.equal(tensors_of(folder)["lm_head.weight"], head)
+
+
+def test_rows_that_are_new_start_from_the_mean_row(sources):
+    source, folder, _ = sources("untied, no spare rows")
+    before, after = tensors_of(source), tensors_of(folder)
+    embeddings, mean = after["model.language_model.embed_tokens.weight"], before["model.embed_tokens.weight"].mean(0)
+    assert len(embeddings) == len(before["model.embed_tokens.weight"]) + 2
+    torch.testing.assert_close(embeddings[-2:], mean.expand(2, -1))
+    mean = before["lm_head.weight"].mean(0)
+    torch.testing.assert_close(after["visual_head.weight"], mean.expand(32, -1))
+
+
+def test_code_rows_start_from_the_codebook_of_a_given_vision_tokenizer(sources, tmp_path):
+    source, _, _ = sources("tied, one file")
+    torch.manual_seed(1)
+    vq_model = NextFlowVQModel(tiny_vq_config(codebook_size=16))
+    vq_model.save_pretrained(tmp_path / "tokenizer")
+    convert_qwen2_5_vl(source, tmp_path / "nextflow", vision_tokenizer=tmp_path / "tokenizer")
+    model = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "nextflow")
+    assert torch.equal(model.model.visual_embedding.codes.weight, vq_model.quantizer.codebook)
+    assert_equal_tensors(model.vq_model.state_dict(), vq_model.state_dict())
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_a_bfloat16_source_stays_bfloat16_and_its_tokenizer_float32(tmp_path):
+    qwen = save_qwen(tmp_path / "qwen")
+    qwen.bfloat16().save_pretrained(tmp_path / "qwen")
+    convert_qwen2_5_vl(tmp_path / "qwen", tmp_path / "nextflow", vq_config=tiny_vq_config())
+    for key, tensor in ShardedCheckpoint(tmp_path / "nextflow").layout.items():
+        assert tensor.dtype == (torch.float32 if key.startswith("model.vq_model.") else torch.bfloat16), key
+
+
+def test_the_chat_template_renders_text_as_before_and_marks_the_answers(sources):
+    source, folder, _ = sources("untied, one file")
+    processor = AutoProcessor.from_pretrained(folder)
+    turns = [{"role": "user", "content": "a red circle"}, {"role": "assistant", "content": "one"}]
+    for chat, prompt in ((turns[:1], True), (turns, False)):
+        expected = qwen_tokenizer().apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+        assert processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt) == expected
+    encoded = processor.tokenizer.apply_chat_template(
+        turns,
+        chat_template=processor.chat_template,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    answer = [token for token, marked in zip(encoded["input_ids"], encoded["assistant_masks"]) if marked]
+    assert processor.tokenizer.decode(answer) == "one<|im_end|>"
+    picture = [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}]
+    assert "vision" not in processor.apply_chat_template(picture, tokenize=False)
+
+
+def test_a_chat_template_of_another_form_is_kept():
+    assert nextflow_chat_template("{{ messages[0].content }}") == "{{ messages[0].content }}"
+    assert nextflow_chat_template(None) is None
+    assert nextflow_chat_template(CHAT_TEMPLATE) != CHAT_TEMPLATE
+
+
+def test_the_model_card_has_the_licence_and_the_name_of_the_source(sources):
+    head = (sources("untied, one file")[1] / "README.md").read_text().split("---\n")[1]
+    for line in ("license: other", "license_name: research", "base_model: qwen", "pipeline_tag: any-to-any", "widget:"):
+        assert line in head
+
+
+# --- Damaged files ------------------------------------------------------------------------------------------------
+
+
+def change_tensors(folder, change):
+    """Rewrite the shard that holds the final norm, and the index with it."""
+    index = json.loads((folder / INDEX).read_text())
+    name = index["weight_map"]["model.norm.weight"]
+    state = load_file(folder / name)
+    change(state)
+    save_file(state, folder / name)
+    kept = {key: file for key, file in index["weight_map"].items() if file != name}
+    (folder / INDEX).write_text(json.dumps({"weight_map": kept | dict.fromkeys(state, name)}))
+
+
+def change_index(folder, change):
+    index = json.loads((folder / INDEX).read_text())
+    change(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def truncate(folder):
+    path = folder / json.loads((folder / INDEX).read_text())["weight_map"]["model.norm.weight"]
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+NORM = "model.norm.weight"
+DAMAGE = {
+    "missing tensor": (lambda folder: change_tensors(folder, lambda state: state.pop(NORM)), "missing: .*norm.weight"),
+    "extra tensor": (
+        lambda folder: change_tensors(folder, lambda state: state.update({"model.layers.7.x": torch.ones(1)})),
+        r"not expected: .*layers.7.x",
+    ),
+    "unknown tensor": (
+        lambda folder: change_tensors(folder, lambda state: state.update(adapter=torch.ones(1))),
+        "no rows? for 'adapter'|no rows for adapter",
+    ),
+    "misshapen tensor": (
+        lambda folder: change_tensors(folder, lambda state: state.update({NORM: torch.ones(31)})),
+        r"norm.weight \(31,\) instead of \(32,\)",
+    ),
+    "nan": (
+        lambda folder: change_tensors(folder, lambda state: state[NORM].fill_(float("nan"))),
+        "'model.norm.weight' holds NaN",
+    ),
+    "infinity": (
+        lambda folder: change_tensors(folder, lambda state: state[NORM][3:4].fill_(float("-inf"))),
+        "'model.norm.weight' holds NaN or infinite",
+    ),
+    "truncated shard": (truncate, "cannot be read; is it whole"),
+    "index without a tensor": (
+        lambda folder: change_index(folder, lambda files: files.pop(NORM)),
+        "disagree on .*norm",
+    ),
+    "index with a tensor that is not there": (
+        lambda folder: change_index(folder, lambda files: files.update(more=files[NORM])),
+        "disagree on more",
+    ),
+    "index with a file that is not there": (
+        lambda folder: change_index(folder, lambda files: files.update({NORM: "other.safetensors"})),
+        "names 'other.safetensors', but there is no such file",
+    ),
+    "index that is no JSON": (lambda folder: (folder / INDEX).write_text("{"), "no index of shards"),
+    "no weights": (lambda folder: (folder / INDEX).unlink(), f"neither {SINGLE} nor {INDEX}"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    "another model": (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "'llama'"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "holds no tokenizer"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_source_is_refused_and_nothing_is_written(damaged, tmp_path, name):
+    damage, message = DAMAGE[name]
+    damage(damaged)
+    with pytest.raises(ValueError, match=message):
+        convert_qwen2_5_vl(damaged, tmp_path / "out", vq_config=tiny_vq_config())
+    assert [path.name for path in tmp_path.iterdir()] == ["qwen"]
+
+
+def test_a_folder_that_is_there_is_not_overwritten(sources, tmp_path):
+    with pytest.raises(ValueError, match="is there already"):
+        convert_qwen2_5_vl(sources("tied, one file")[0], tmp_path, vq_config=tiny_vq_config())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_nextflow_of_another_size_is_not_exported(sources, tmp_path):
+    save_qwen(tmp_path / "larger", intermediate_size=96)
+    with pytest.raises(ValueError, match="of another shape: .*mlp"):
+        export_qwen2_5_vl(sources("untied, one file")[1], tmp_path / "larger", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+# --- Interruptions ------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_conversion_goes_on_with_the_shards_that_are_finished(sources, tmp_path, monkeypatch):
+    source, whole, _ = sources("untied, sharded")
+    settings = {"vq_config": tiny_vq_config(), "max_shard_size": "20KB"}
+    write = conversion_qwen2_5_vl.write_shards
+
+    def killed(folder, layout, make, max_shard_size):
+        def make_some(key):
+            if "layers.1.mlp.up" in key:
+                raise KeyboardInterrupt
+            return make(key)
+
+        write(folder, layout, make_some, max_shard_size)
+
+    monkeypatch.setattr(conversion_qwen2_5_vl, "write_shards", killed)
+    with pytest.raises(KeyboardInterrupt):
+        convert_qwen2_5_vl(source, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+    finished = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("*.safetensors")}
+    assert finished
+
+    monkeypatch.setattr(conversion_qwen2_5_vl, "write_shards", write)
+    with pytest.raises(ValueError, match="begun from other files or with other settings"):
+        convert_qwen2_5_vl(source, tmp_path / "out", **settings, seed=1)
+    convert_qwen2_5_vl(source, tmp_path / "out", **settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert all((tmp_path / "out" / name).stat().st_mtime_ns == time for name, time in finished.items())
+    assert_equal_tensors(tensors_of(tmp_path / "out"), tensors_of(whole))
