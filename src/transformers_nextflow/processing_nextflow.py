@@ -86,29 +86,14 @@ class NextFlowProcessor(ProcessorMixin):
         Raises:
             ValueError: for no prompts, a prompt that is no string, and an empty one (white space alone included).
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        if not isinstance(prompts, list | tuple) or not prompts:
-            raise ValueError(f"prompts must be a string or a list of strings, got {prompts!r}.")
-        for index, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise ValueError(f"Prompt {index} must be a string, got {prompt!r} of type {type(prompt).__name__}.")
-            if not prompt.strip() and not allow_empty:
-                raise ValueError(f"Prompt {index} is empty ({prompt!r}); say what is to be drawn.")
         rows = self.apply_chat_template(
-            [[{"role": "user", "content": prompt}] for prompt in prompts],
+            [[{"role": "user", "content": prompt}] for prompt in check_prompts(prompts, allow_empty)],
             add_generation_prompt=True,
             tokenize=True,
             sanitize_control_tokens=True,
             return_tensors=None,
         )
-        rows = [[*row, self.boi_token_id] for row in rows]
-        length = max(map(len, rows))
-        padding = [length - len(row) for row in rows]
-        data = {
-            "input_ids": [[self.tokenizer.pad_token_id] * pad + row for pad, row in zip(padding, rows)],
-            "attention_mask": [[0] * pad + [1] * len(row) for pad, row in zip(padding, rows)],
-        }
-        return BatchFeature(data, tensor_type=return_tensors)
+        return pad_left([[*row, self.boi_token_id] for row in rows], self.tokenizer.pad_token_id, return_tensors)
 
     def post_process_images(self, images, output_type: str = "pil") -> list:
         """Decoded pictures, (3, height, width) in [-1, 1] each, as "pil", "np" or "pt"; see the image processor."""
@@ -117,3 +102,27 @@ class NextFlowProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", *self.image_processor.model_input_names]
+
+
+def check_prompts(prompts: str | Sequence[str], allow_empty: bool) -> Sequence[str]:
+    """Prompts as a list. Raises `ValueError` for none, for one that is no string, and for an empty one."""
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(prompts, list | tuple) or not prompts:
+        raise ValueError(f"prompts must be a string or a list of strings, got {prompts!r}.")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(f"Prompt {index} must be a string, got {prompt!r} of type {type(prompt).__name__}.")
+        if not prompt.strip() and not allow_empty:
+            raise ValueError(f"Prompt {index} is empty ({prompt!r}); say what is to be drawn.")
+    return prompts
+
+
+def pad_left(rows: Sequence[list[int]], pad_token_id: int, return_tensors: str | None) -> BatchFeature:
+    """Rows of token ids as `input_ids` and `attention_mask` (rows, length), padded on the left."""
+    length = max(map(len, rows))
+    padding = [length - len(row) for row in rows]
+    data = {
+        "input_ids": [[pad_token_id] * pad + row for pad, row in zip(padding, rows)],
+        "attention_mask": [[0] * pad + [1] * len(row) for pad, row in zip(padding, rows)],
+    }
+    return BatchFeature(data, tensor_type=return_tensors)
