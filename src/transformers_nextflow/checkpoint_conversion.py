@@ -1,0 +1,344 @@
+"""What all converters share: key tables, strict checks, sharded safetensors in and out, model cards.
+
+A state dict of meta tensors tells names, shapes and dtypes without data: what a file holds, and what is to be written.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData, split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PLAN = "conversion.json"
+
+State = dict[str, torch.Tensor]
+
+
+# --- Keys ---------------------------------------------------------------------------------------------------------
+
+
+class KeyMap:
+    """A table of key patterns that is read in both directions.
+
+    >>> keys = KeyMap({"model.layers.*": "model.language_model.layers.*"}, dropped=["visual.*"])
+    >>> keys.forward_key("model.layers.0.mlp.up_proj.weight")
+    'model.language_model.layers.0.mlp.up_proj.weight'
+
+    Args:
+        table: source pattern → target pattern. Each `*` stands for any text, the same on both sides, in order. The
+            first row that fits a whole key counts.
+        dropped: patterns of source keys that have no place in the target.
+
+    Raises:
+        ValueError: for a row whose sides hold different numbers of `*`.
+    """
+
+    def __init__(self, table: Mapping[str, str], dropped: Iterable[str] = ()):
+        uneven = [f"{source} → {target}" for source, target in table.items() if source.count("*") != target.count("*")]
+        if uneven:
+            raise ValueError(f"Both sides of a row must hold as many *; these do not: {uneven}.")
+        self._forward = [(_expression(source), target) for source, target in table.items()]
+        self._inverse = [(_expression(target), source) for source, target in table.items()]
+        self._dropped = [_expression(pattern) for pattern in dropped]
+
+    def forward_key(self, key: str) -> str | None:
+        """The target's key of a source key; `None` if it is dropped. Raises `ValueError` for an unknown key."""
+        if any(expression.fullmatch(key) for expression in self._dropped):
+            return None
+        return _renamed(key, self._forward)
+
+    def inverse_key(self, key: str) -> str:
+        """The source's key of a target key. Raises `ValueError` for an unknown key."""
+        return _renamed(key, self._inverse)
+
+    def forward(self, state: Mapping[str, torch.Tensor]) -> State:
+        """Source state → target state. Raises `ValueError` naming all keys that the table does not know."""
+        return _renamed_state(state, self.forward_key)
+
+    def inverse(self, state: Mapping[str, torch.Tensor]) -> State:
+        """Target state → source state. Raises `ValueError` naming all keys that the table does not know."""
+        return _renamed_state(state, self.inverse_key)
+
+
+def _expression(pattern: str) -> re.Pattern:
+    return re.compile("(.+)".join(map(re.escape, pattern.split("*"))))
+
+
+def _renamed(key: str, rows: list[tuple[re.Pattern, str]]) -> str:
+    for expression, pattern in rows:
+        if match := expression.fullmatch(key):
+            return "".join(map("".join, zip_longest(pattern.split("*"), match.groups(), fillvalue="")))
+    raise ValueError(f"The key table has no row for {key!r}; does the file come from another model?")
+
+
+def _renamed_state(state: Mapping[str, torch.Tensor], rename: Callable[[str], str | None]) -> State:
+    renamed, unknown = {}, []
+    for key, tensor in state.items():
+        try:
+            name = rename(key)
+        except ValueError:
+            unknown.append(key)
+            continue
+        if name in renamed:
+            raise ValueError(f"Two keys of the file stand for {name!r}, {key!r} is one of them; remove one.")
+        if name is not None:
+            renamed[name] = tensor
+    if unknown:
+        raise ValueError(f"The key table has no rows for {_some(unknown)}; does the file come from another model?")
+    return renamed
+
+
+# --- Checks -------------------------------------------------------------------------------------------------------
+
+
+def check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor | torch.Size]):
+    """Raises `ValueError` naming keys that are missing, surplus or misshapen, and tensors with NaN or infinity.
+
+    Args:
+        state: tensors, meta tensors included.
+        expected: name → shape, or tensors of that shape such as a model's `state_dict()` on the meta device.
+    """
+    shapes = {name: getattr(value, "shape", value) for name, value in expected.items()}
+    missing, extra = sorted(shapes.keys() - state.keys()), sorted(state.keys() - shapes.keys())
+    misshapen = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name in state and state[name].shape != shape
+    ]
+    faults = {"missing": missing, "not expected": extra, "of another shape": misshapen}
+    told = [f"{kind}: {_some(names)}" for kind, names in faults.items() if names]
+    if told:
+        raise ValueError(f"The tensors do not fit the model. {'; '.join(told)}. Do file and config belong together?")
+    for name, tensor in state.items():
+        check_finite(name, tensor)
+
+
+def check_finite(name: str, tensor: torch.Tensor):
+    """Raises `ValueError` if a tensor holds NaN or infinity."""
+    if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+        # The sum costs one pass and no memory; it may overflow where no value is infinite.
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"Tensor {name!r} holds NaN or infinite values; the file is damaged, fetch it again.")
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# --- Reading ------------------------------------------------------------------------------------------------------
+
+
+def read_state_dict(path: Path | str, allowed: Iterable[type] = ()) -> State:
+    """All tensors of one file: .safetensors, or a pickle (.pt, .pth, .bin, …) that holds tensors and plain values.
+
+    Args:
+        path: the file.
+        allowed: classes beyond torch's own that a pickle may hold.
+
+    Raises:
+        ValueError: if the file is not there, damaged, or a pickle with other code in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}.")
+    if path.suffix == ".safetensors":
+        with _safetensors_errors(path):
+            return load_file(path)
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} is no pickle of tensors alone and was not opened: {error}") from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read; is it whole? {error}") from error
+
+
+class ShardedCheckpoint(Mapping):
+    """The tensors of a folder with `model.safetensors`, or with shards and their index; one is read when asked for.
+
+    Raises:
+        ValueError: if files are missing or truncated, or the index and the files disagree.
+    """
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        if (self.folder / INDEX).is_file():
+            try:
+                self.files: dict[str, str] = json.loads((self.folder / INDEX).read_text())["weight_map"]
+            except (json.JSONDecodeError, KeyError) as error:
+                raise ValueError(f"{self.folder / INDEX} is no index of shards: {error!r}.") from error
+        elif (self.folder / SINGLE).is_file():
+            self.files = dict.fromkeys(read_layout(self.folder / SINGLE), SINGLE)
+        else:
+            raise ValueError(f"{self.folder} holds neither {SINGLE} nor {INDEX}; is it a folder of a model?")
+        self.layout = self._checked_layout()
+
+    def _checked_layout(self) -> State:
+        found: State = {}
+        for name in sorted(set(self.files.values())):
+            if Path(name).name != name or not (self.folder / name).is_file():
+                raise ValueError(f"The index of {self.folder} names {name!r}, but there is no such file; fetch it.")
+            layout = read_layout(self.folder / name)
+            indexed = {key for key, file in self.files.items() if file == name}
+            if layout.keys() != indexed:
+                wrong = sorted(layout.keys() ^ indexed)
+                raise ValueError(f"The index of {self.folder} and {name} disagree on {_some(wrong)}; fetch both again.")
+            found |= layout
+        return {key: found[key] for key in self.files}
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        """Raises `ValueError` for NaN and infinite values."""
+        path = self.folder / self.files[key]
+        with _safetensors_errors(path), safe_open(path, framework="pt") as file:
+            # Copied, since the mapped file would count as memory as long as it is open.
+            tensor = file.get_tensor(key).clone()
+        check_finite(key, tensor)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def read_layout(path: Path | str) -> State:
+    """Names, shapes and dtypes of one file as meta tensors. Raises `ValueError` as `read_state_dict` does."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        return {key: tensor.to("meta") for key, tensor in read_state_dict(path).items()}
+    with _safetensors_errors(path), safe_open(path, framework="pt") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}
+        # An empty slice tells the type and reads nothing; a scalar has none.
+        samples = {key: part[:0] if part.get_shape() else part[...] for key, part in slices.items()}
+        return {key: samples[key].new_empty(part.get_shape(), device="meta") for key, part in slices.items()}
+
+
+@contextmanager
+def _safetensors_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read; is it whole? {error}") from error
+
+
+# --- Writing ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_folder(target: Path | str, plan: dict | None = None) -> Iterator[Path]:
+    """A folder to write into, `TARGET.partial`, that becomes `target` when the block ends without an error.
+
+    A `ValueError` in the block removes it. A killed run, or a full disk, leaves it; a later run with the same `plan`
+    goes on in it, one without a plan begins anew.
+
+    Args:
+        target: where the files are once all are written.
+        plan: what they depend on, as JSON: sources, settings, layout.
+
+    Raises:
+        ValueError: if `target` is there already, or was begun with another plan.
+    """
+    target = Path(target)
+    if target.exists():
+        raise ValueError(f"{target} is there already; remove it or choose another folder.")
+    partial = target.with_name(target.name + ".partial")
+    described = json.dumps(plan)
+    if partial.exists() and plan is None:
+        shutil.rmtree(partial)
+    elif (partial / PLAN).exists() and (partial / PLAN).read_text() != described:
+        raise ValueError(f"{partial} was begun from other files or with other settings; remove it to begin anew.")
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / f"{PLAN}.unfinished").write_text(described)
+    (partial / f"{PLAN}.unfinished").replace(partial / PLAN)
+    try:
+        yield partial
+    except ValueError:
+        shutil.rmtree(partial)
+        raise
+    (partial / PLAN).unlink()
+    partial.replace(target)
+
+
+def write_shards(
+    folder: Path,
+    layout: Mapping[str, torch.Tensor],
+    make: Callable[[str], torch.Tensor],
+    max_shard_size: str = "2GB",
+):
+    """Write tensors as safetensors, one shard in memory at a time; shards that are there already are kept.
+
+    Args:
+        folder: of `new_folder`, where the shards go, and their index if there are several.
+        layout: meta tensors of all that is written.
+        make: name → tensor; called once for each name, shard by shard.
+        max_shard_size: bytes of a shard, as "2GB"; a tensor that is larger has a shard of its own.
+
+    Raises:
+        ValueError: if a tensor differs from its layout, or holds NaN or infinity.
+    """
+    shards = split_torch_state_dict_into_shards(dict(layout), max_shard_size=max_shard_size)
+    for name, keys in tqdm(shards.filename_to_tensors.items(), desc=f"writing {folder.stem}", unit="shard"):
+        if (folder / name).exists():
+            continue
+        state = {key: make(key).contiguous() for key in keys}
+        check_state(state, {key: layout[key] for key in keys})
+        # Under another name until it is whole.
+        save_file(state, folder / f"{name}.unfinished", metadata={"format": "pt"})
+        (folder / f"{name}.unfinished").replace(folder / name)
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_model_card(
+    folder: Path,
+    source: Path | str,
+    title: str,
+    text: str,
+    base_model: str | None = None,
+    pipeline_tag: str = "any-to-any",
+    library_name: str = "transformers",
+    tags: Iterable[str] = (),
+    prompts: Iterable[str] = (),
+):
+    """Write `README.md`: what a model was converted from, its licence, and prompts for the Hub's widget.
+
+    Args:
+        folder: where the card goes.
+        source: folder, or file in a folder, whose `README.md` tells the licence; without one it is "unknown".
+        title, text: heading and body, Markdown.
+        base_model: repository of the source on the Hub; default: that of a folder of the Hub's cache, or its name.
+        tags: beyond `nextflow`.
+        prompts: texts of the widget.
+    """
+    source = Path(source).resolve()
+    folder_of_source = source.parent if source.is_file() else source
+    data = {"license": "unknown"}
+    if (folder_of_source / "README.md").is_file():
+        told = ModelCard.load(folder_of_source / "README.md", ignore_metadata_errors=True).data.to_dict()
+        data |= {name: told[name] for name in ("license", "license_name", "license_link", "language") if name in told}
+    cached = [part.removeprefix("models--").replace("--", "/") for part in source.parts if part.startswith("models--")]
+    card = ModelCardData(
+        **data,
+        base_model=base_model or (cached or [source.stem if source.is_file() else source.name])[-1],
+        pipeline_tag=pipeline_tag,
+        library_name=library_name,
+        tags=["nextflow", *tags],
+        widget=[{"text": prompt} for prompt in prompts],
+    )
+    (folder / "README.md").write_text(f"---\n{card.to_yaml()}\n---\n\n# {title}\n\n{text.strip()}\n", encoding="utf-8")
