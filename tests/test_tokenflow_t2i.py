@@ -17,7 +17,6 @@ from transformers_nextflow import (
     TokenFlowT2IForConditionalGeneration,
     TokenFlowT2IProcessor,
 )
-from transformers_nextflow.modeling_nextflow_vq import NextFlowVQModel
 
 
 PROMPTS = ["a red circle", "two blue squares and a green star"]

@@ -66,7 +66,7 @@ class TokenFlowT2IConfig(PreTrainedConfig):
         stop, size = self.image_token_start + self.vq_config.codebook_size, self.text_config.vocab_size
         if self.image_token_start < 1 or stop > size:
             raise ValueError(
-                f"The tokens of the codes, {self.image_token_start} to {stop - 1}, lie outside the vocabulary of {size}; "
+                f"The codes' tokens, {self.image_token_start} to {stop - 1}, lie outside the vocabulary of {size}; "
                 "text_config.vocab_size counts text, padding and codes."
             )
         if self.qk_norm_eps <= 0:

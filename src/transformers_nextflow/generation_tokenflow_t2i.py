@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from .cached_sequences import CachedSequences
 from .generation_nextflow import ImageGenerationOutput, ScaleCallback, _join_left_padded

@@ -95,7 +95,6 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
     config: TokenFlowT2IConfig
     input_modalities = ("text",)
     _no_split_modules = ["TokenFlowT2IDecoderLayer", "NextFlowVQModel"]
-    _tied_weights_keys = {"lm_head.weight": "language_model.embed_tokens.weight"}
 
     def __init__(self, config: TokenFlowT2IConfig):
         super().__init__(config)

@@ -1,0 +1,254 @@
+"""TokenFlow-t2i as it was released, to a folder that `NextFlowPipeline.from_pretrained` draws with; and back.
+
+    python conversion/convert_tokenflow_t2i.py TokenFlow-t2i tokenflow-t2i --vq_model tokenflow-clipb-32k-enhanced
+    python conversion/convert_tokenflow_t2i.py tokenflow-t2i TokenFlow-t2i-again --back
+
+`--vq_model` is the vision tokenizer that goes with it, converted to a `NextFlowVQModel` folder before.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from transformers_nextflow import (
+    NextFlowImageProcessorPil,
+    NextFlowVQConfig,
+    TokenFlowT2IConfig,
+    TokenFlowT2IForConditionalGeneration,
+    TokenFlowT2IProcessor,
+)
+from transformers_nextflow.checkpoint_conversion import (
+    KeyMap,
+    ShardedCheckpoint,
+    check_state,
+    new_folder,
+    read_state_dict,
+    write_model_card,
+    write_shards,
+)
+
+
+KEYS = KeyMap(
+    {
+        "model.embed_tokens.weight": "language_model.embed_tokens.weight",
+        "model.layers.*.self_attn.qknorm.query_norm.weight": "language_model.layers.*.self_attn.q_norm.weight",
+        "model.layers.*.self_attn.qknorm.key_norm.weight": "language_model.layers.*.self_attn.k_norm.weight",
+        "model.layers.*": "language_model.layers.*",
+        "model.norm.weight": "language_model.norm.weight",
+        "model.mm_projector.*": "connector.*",
+        "model.lvl_embed.weight": "scale_embedding.weight",
+        "model.pos_1LC": "position_embedding",
+        "lm_head.weight": "lm_head.weight",
+    },
+    # The first two are buffers that follow from the vocabulary, the last one follows from the config.
+    dropped=["image_token_start", "image_token_end", "*.rotary_emb.inv_freq"],
+)
+TEXT_FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "bos_token_id", "eos_token_id",
+)  # fmt: skip
+# What the released config says of the architecture; with other values this would be another model.
+FIXED_FIELDS = {
+    "model_type": "llava_llama",
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_use_vq_token": True,
+    "attention_bias": False,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+}
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+CARD = """
+Text to picture, scale by scale: TokenFlow-t2i (arXiv 2412.03069) in the form of transformers-nextflow.
+
+```python
+from transformers_nextflow import NextFlowPipeline
+
+pipe = NextFlowPipeline.from_pretrained("THIS FOLDER", dtype="bfloat16").to("cuda")
+pipe("An elephant walking under the sea.").images[0].save("picture.png")
+```
+
+Weights are those of the source, bit for bit; only their names changed. The vision tokenizer is part of the model.
+"""
+
+
+class PickledShards(Mapping):
+    """The tensors of a folder with `pytorch_model.bin`, or with shards and their index; one file in memory at a time.
+
+    Raises:
+        ValueError: if files are missing or hold more than tensors, or the index and the files disagree.
+    """
+
+    def __init__(self, folder: Path):
+        names, index = [PICKLE], None
+        if (folder / PICKLE_INDEX).is_file():
+            index = json.loads((folder / PICKLE_INDEX).read_text()).get("weight_map", {})
+            names = sorted(set(index.values()))
+        self.folder, self.files, self.layout = folder, {}, {}
+        self._loaded: tuple[str, dict] = ("", {})
+        for name in names:
+            state = self._load(name)
+            if not all(isinstance(value, torch.Tensor) for value in state.values()):
+                raise ValueError(f"{folder / name} holds more than tensors; is it a shard of the released model?")
+            self.files |= dict.fromkeys(state, name)
+            self.layout |= {key: tensor.to("meta") for key, tensor in state.items()}
+        if index is not None and index != self.files:
+            wrong = sorted(set(index.items()) ^ set(self.files.items()))
+            raise ValueError(f"{PICKLE_INDEX} and the files of {folder} disagree on {wrong[0][0]!r}; fetch both again.")
+
+    def _load(self, name: str) -> dict[str, torch.Tensor]:
+        if self._loaded[0] != name:
+            self._loaded = ("", {})
+            self._loaded = (name, read_state_dict(self.folder / name))
+        return self._loaded[1]
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self._load(self.files[key])[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def read_config(path: Path, vq_config: NextFlowVQConfig) -> TokenFlowT2IConfig:
+    """The released `config.json` and the vision tokenizer's config → ours. Raises `ValueError` if they do not fit."""
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}; the released folder has one.")
+    released = json.loads(path.read_text())
+    for name, expected in FIXED_FIELDS.items():
+        if released.get(name, expected) != expected:
+            raise ValueError(f"{path} says {name}={released[name]!r}; TokenFlow-t2i has {expected!r}.")
+    size = released.get("vq_codebook_size", vq_config.codebook_size)
+    if size != vq_config.codebook_size:
+        raise ValueError(f"The model draws with {size} codes, but the vision tokenizer has {vq_config.codebook_size}.")
+    missing = [name for name in TEXT_FIELDS if name not in released]
+    if missing:
+        raise ValueError(f"{path} lacks {missing}; is it the released config?")
+    text = {name: released[name] for name in TEXT_FIELDS}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": released.get("rope_theta", 10000.0)}
+    # The codes were added to the vocabulary last.
+    return TokenFlowT2IConfig(text_config=text, vq_config=vq_config, image_token_start=text["vocab_size"] - size)
+
+
+def released_config(config: TokenFlowT2IConfig) -> dict:
+    """The inverse of `read_config`: the fields of the released `config.json`."""
+    text = {name: getattr(config.text_config, name) for name in TEXT_FIELDS}
+    theta = config.text_config.rope_parameters["rope_theta"]
+    return FIXED_FIELDS | text | {"rope_theta": theta, "vq_codebook_size": config.vq_config.codebook_size}
+
+
+def open_released(folder: Path) -> ShardedCheckpoint | PickledShards:
+    """The tensors of the released folder, in either form."""
+    is_pickled = (folder / PICKLE).is_file() or (folder / PICKLE_INDEX).is_file()
+    return PickledShards(folder) if is_pickled else ShardedCheckpoint(folder)
+
+
+def expected_layout(config: TokenFlowT2IConfig) -> dict[str, torch.Tensor]:
+    """Names and shapes of the model's tensors, as meta tensors."""
+    with torch.device("meta"):
+        return TokenFlowT2IForConditionalGeneration(config).state_dict()
+
+
+def convert(source: Path, vq_folder: Path, target: Path, max_shard_size: str = "2GB", base_model: str | None = None):
+    """Write the converted model, its processor and its card to `target`.
+
+    Raises:
+        ValueError: if source, vision tokenizer and config do not fit together, tensors are missing, surplus, misshapen
+            or not finite, or files are damaged. Nothing is left then.
+    """
+    released, vq_model = open_released(source), ShardedCheckpoint(vq_folder)
+    config = read_config(source / "config.json", NextFlowVQConfig.from_pretrained(vq_folder))
+    for name, start in (("image_token_start", 0), ("image_token_end", config.vq_config.codebook_size - 1)):
+        if name in released and int(released[name]) != config.image_token_start + start:
+            raise ValueError(
+                f"The file says {name}={int(released[name])}, but the codes begin at {config.image_token_start} by "
+                "the config; do they belong together?"
+            )
+    sources = {ours: (released, key) for key in released if (ours := KEYS.forward_key(key)) is not None}
+    sources |= {f"vq_model.{key}": (vq_model, key) for key in vq_model}
+    layout = {name: checkpoint.layout[key] for name, (checkpoint, key) in sources.items()}
+    check_state(layout, expected_layout(config))
+    config.dtype = layout["lm_head.weight"].dtype
+    processor = make_processor(source, config)
+
+    def make(name: str) -> torch.Tensor:
+        checkpoint, key = sources[name]
+        return checkpoint[key]
+
+    plan = {"source": str(source.resolve()), "vq_model": str(vq_folder.resolve()), "max_shard_size": max_shard_size}
+    with new_folder(target, plan) as folder:
+        write_shards(folder, layout, make, max_shard_size)
+        config.architectures = [TokenFlowT2IForConditionalGeneration.__name__]
+        config.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        write_model_card(
+            folder, source, "TokenFlow-t2i", CARD, base_model, "text-to-image", tags=["tokenflow"],
+            prompts=["An elephant walking under the sea.", "A portrait of a woman."],
+        )  # fmt: skip
+        check_written(folder, make)
+
+
+def convert_back(source: Path, target: Path, max_shard_size: str = "2GB"):
+    """Write a converted model to `target` in the released layout, as safetensors, with the text tokenizer's files.
+
+    Raises:
+        ValueError: if tensors are missing, surplus, misshapen or not finite, or files are damaged; nothing is left.
+    """
+    config, ours = TokenFlowT2IConfig.from_pretrained(source), ShardedCheckpoint(source)
+    check_state(ours.layout, expected_layout(config))
+    sources = {KEYS.inverse_key(key): key for key in ours if not key.startswith("vq_model.")}
+    layout = {name: ours.layout[key] for name, key in sources.items()}
+
+    def make(name: str) -> torch.Tensor:
+        return ours[sources[name]]
+
+    plan = {"source": str(source.resolve()), "max_shard_size": max_shard_size}
+    with new_folder(target, plan) as folder:
+        write_shards(folder, layout, make, max_shard_size)
+        (folder / "config.json").write_text(json.dumps(released_config(config), indent=2) + "\n")
+        TokenFlowT2IProcessor.from_pretrained(source).tokenizer.save_pretrained(folder)
+        check_written(folder, make)
+
+
+def make_processor(source: Path, config: TokenFlowT2IConfig) -> TokenFlowT2IProcessor:
+    """The processor of the released text tokenizer, whose padding token is added when it is loaded."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    vq = config.vq_config
+    image_processor = NextFlowImageProcessorPil(scales=vq.scales, patch_size=vq.patch_size, levels=vq.levels)
+    return TokenFlowT2IProcessor(image_processor, tokenizer)
+
+
+def check_written(folder: Path, make):
+    """Raises `ValueError` if a tensor on the disk is not the one it was made of."""
+    written = ShardedCheckpoint(folder)
+    wrong = [name for name in written if not torch.equal(written[name], make(name))]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} was not written as it was read; is the disk in order?")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="the released folder, or with --back a converted one")
+    parser.add_argument("target", type=Path, help="a new folder")
+    parser.add_argument("--vq_model", type=Path, help="folder of the converted vision tokenizer")
+    parser.add_argument("--base_model", help="repository of the source on the Hub, for the card")
+    parser.add_argument("--max_shard_size", default="2GB")
+    parser.add_argument("--back", action="store_true", help="write the released layout")
+    options = parser.parse_args()
+    if options.back:
+        convert_back(options.source, options.target, options.max_shard_size)
+    elif options.vq_model is None:
+        parser.error("--vq_model is needed: the folder of the converted vision tokenizer")
+    else:
+        convert(options.source, options.vq_model, options.target, options.max_shard_size, options.base_model)
+
+
+if __name__ == "__main__":
+    main()
