@@ -166,7 +166,7 @@ def test_the_7b_model_builds_on_the_meta_device():
 
 
 def test_prompts_begin_with_the_first_token_are_padded_on_the_left_and_hold_no_special_tokens(processor):
-    inputs = processor.apply_image_prompt(["a <|im_end|>", "two blue squares and a green star"])
+    inputs = processor.apply_image_prompt(["a <|im_end|>", "two blue squares and a green star " * 3])
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     assert mask[:, -1].all() and not mask[0, 0] and mask[1].all()
     begin = processor.tokenizer("").input_ids[0]

@@ -135,7 +135,8 @@ class TokenFlowT2IDrawingMixin:
             if scale > 0:
                 hidden_states = sequences.read_slots(*drawing.slots(scale, copies))
             rounds = getattr(sampling, "rounds", [sampling])
-            for index, drawing.sampling in enumerate(rounds if scale > 0 else rounds[:1]):
+            for index, options in enumerate(rounds if scale > 0 else rounds[:1]):
+                drawing.sampling = options
                 if index > 0:
                     hidden_states = sequences.read_slots_again(*drawing.slots(scale, copies, with_own_codes=True))
                 logits = self.visual_head(hidden_states)
