@@ -1,17 +1,19 @@
 """TokenFlow-t2i as it was released, to a folder that `NextFlowPipeline.from_pretrained` draws with; and back.
 
-    python conversion/convert_tokenflow_t2i.py TokenFlow-t2i tokenflow-t2i --vq_model tokenflow-clipb-32k-enhanced
+    python conversion/convert_tokenflow_t2i.py TokenFlow-t2i tokenflow-t2i --vision-tokenizer tokenflow-clipb-32k
     python conversion/convert_tokenflow_t2i.py tokenflow-t2i TokenFlow-t2i-again --back
 
-`--vq_model` is the vision tokenizer that goes with it, converted to a `NextFlowVQModel` folder before.
+`--vision-tokenizer` is a `NextFlowVQModel` folder: `tokenflow_clipb_32k_enhanced.pt` at 256 pixels, converted before.
 """
 
-import argparse
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer
 
 from transformers_nextflow import (
@@ -131,8 +133,11 @@ def read_config(path: Path, vq_config: NextFlowVQConfig) -> TokenFlowT2IConfig:
         raise ValueError(f"{path} lacks {missing}; is it the released config?")
     text = {name: released[name] for name in TEXT_FIELDS}
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": released.get("rope_theta", 10000.0)}
-    # The codes were added to the vocabulary last.
-    return TokenFlowT2IConfig(text_config=text, vq_config=vq_config, image_token_start=text["vocab_size"] - size)
+    try:
+        # The codes were added to the vocabulary last.
+        return TokenFlowT2IConfig(text_config=text, vq_config=vq_config, image_token_start=text["vocab_size"] - size)
+    except StrictDataclassError as error:
+        raise ValueError(f"{path} does not describe a TokenFlow-t2i: {error}") from error
 
 
 def released_config(config: TokenFlowT2IConfig) -> dict:
@@ -180,7 +185,11 @@ def convert(source: Path, vq_folder: Path, target: Path, max_shard_size: str = "
         checkpoint, key = sources[name]
         return checkpoint[key]
 
-    plan = {"source": str(source.resolve()), "vq_model": str(vq_folder.resolve()), "max_shard_size": max_shard_size}
+    plan = {
+        "source": str(source.resolve()),
+        "vision_tokenizer": str(vq_folder.resolve()),
+        "max_shard_size": max_shard_size,
+    }
     with new_folder(target, plan) as folder:
         write_shards(folder, layout, make, max_shard_size)
         config.architectures = [TokenFlowT2IForConditionalGeneration.__name__]
@@ -233,22 +242,26 @@ def check_written(folder: Path, make):
         raise ValueError(f"{wrong[0]!r} was not written as it was read; is the disk in order?")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="the released folder, or with --back a converted one")
-    parser.add_argument("target", type=Path, help="a new folder")
-    parser.add_argument("--vq_model", type=Path, help="folder of the converted vision tokenizer")
-    parser.add_argument("--base_model", help="repository of the source on the Hub, for the card")
-    parser.add_argument("--max_shard_size", default="2GB")
-    parser.add_argument("--back", action="store_true", help="write the released layout")
-    options = parser.parse_args()
-    if options.back:
-        convert_back(options.source, options.target, options.max_shard_size)
-    elif options.vq_model is None:
-        parser.error("--vq_model is needed: the folder of the converted vision tokenizer")
-    else:
-        convert(options.source, options.vq_model, options.target, options.max_shard_size, options.base_model)
+def main(
+    source: Annotated[Path, typer.Argument(help="The released folder; with --back a converted one.")],
+    output: Annotated[Path, typer.Argument(help="Folder that is made.")],
+    vision_tokenizer: Annotated[Path | None, typer.Option(help="Folder of the converted vision tokenizer.")] = None,
+    back: Annotated[bool, typer.Option("--back", help="Write the released layout again.")] = False,
+    base_model: Annotated[str | None, typer.Option(help="Repository of the source, for the model card.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "2GB",
+):
+    """Convert TokenFlow-t2i. Run it again to go on after an interruption."""
+    try:
+        if back:
+            convert_back(source, output, max_shard_size)
+        elif vision_tokenizer is None:
+            raise ValueError("Give --vision-tokenizer, the folder of the converted vision tokenizer.")
+        else:
+            convert(source, vision_tokenizer, output, max_shard_size, base_model)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"Error: {error}") from error
+    typer.echo(f"Written and checked: {output}")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

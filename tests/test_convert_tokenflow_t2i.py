@@ -14,7 +14,7 @@ from transformers_nextflow import NextFlowPipeline, TokenFlowT2IForConditionalGe
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "conversion"))
-from convert_tokenflow_t2i import KEYS, TEXT_FIELDS, convert, convert_back, expected_layout, read_config  # noqa: E402
+from convert_tokenflow_t2i import KEYS, TEXT_FIELDS, convert, convert_back, expected_layout, main, read_config  # noqa: E402
 
 
 PREFIXES = {"connector.": "model.mm_projector.", "scale_embedding.": "model.lvl_embed.", "lm_head.": "lm_head."}
@@ -209,6 +209,7 @@ def test_a_pickle_with_code_in_it_is_not_opened(model, vq_folder, tmp_path, caps
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling"),
         ({"vq_codebook_size": 64}, "draws with 64 codes, but the vision tokenizer has 32"),
         ({"hidden_size": None}, "lacks .'hidden_size'"),
+        ({"vocab_size": 20}, "does not describe a TokenFlow-t2i"),
         ({"num_hidden_layers": 3}, "missing: language_model.layers.2"),
     ],
 )
@@ -217,6 +218,19 @@ def test_a_config_of_another_model_is_refused(model, vq_folder, tmp_path, values
     config = {name: value for name, value in (released_config(model) | values).items() if value is not None}
     (tmp_path / "released" / "config.json").write_text(json.dumps(config))
     check_refused(tmp_path, vq_folder, message)
+
+
+def test_the_script_converts_and_says_in_one_line_what_is_wrong(model, vq_folder, tmp_path, capsys):
+    write_released(tmp_path / "released", model, "safe")
+    main(tmp_path / "released", tmp_path / "ours", vq_folder)
+    main(tmp_path / "ours", tmp_path / "again", back=True)
+    assert capsys.readouterr().out.splitlines() == [f"Written and checked: {tmp_path / n}" for n in ("ours", "again")]
+    for arguments, message in (
+        ((tmp_path / "released", tmp_path / "other"), "Error: Give --vision-tokenizer"),
+        ((tmp_path / "none", tmp_path / "other", vq_folder), "Error: .* holds neither"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(*arguments)
 
 
 def test_a_target_that_is_there_is_left_alone(model, vq_folder, tmp_path):
