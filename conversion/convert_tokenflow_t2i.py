@@ -1,9 +1,9 @@
 """TokenFlow-t2i as it was released, to a folder that `NextFlowPipeline.from_pretrained` draws with; and back.
 
-    python conversion/convert_tokenflow_t2i.py TokenFlow-t2i tokenflow-t2i --vision-tokenizer tokenflow-clipb-32k
+    python conversion/convert_tokenflow_t2i.py TokenFlow-t2i tokenflow-t2i --vision-tokenizer tokenflow-clipb-256
     python conversion/convert_tokenflow_t2i.py tokenflow-t2i TokenFlow-t2i-again --back
 
-`--vision-tokenizer` is a `NextFlowVQModel` folder: `tokenflow_clipb_32k_enhanced.pt` at 256 pixels, converted before.
+`--vision-tokenizer` is what `convert_tokenflow.py … --interpolate` made of `tokenflow_clipb_32k_enhanced.pt`.
 """
 
 import json
@@ -93,7 +93,7 @@ class PickledShards(Mapping):
         self._loaded: tuple[str, dict] = ("", {})
         for name in names:
             state = self._load(name)
-            if not all(isinstance(value, torch.Tensor) for value in state.values()):
+            if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
                 raise ValueError(f"{folder / name} holds more than tensors; is it a shard of the released model?")
             self.files |= dict.fromkeys(state, name)
             self.layout |= {key: tensor.to("meta") for key, tensor in state.items()}

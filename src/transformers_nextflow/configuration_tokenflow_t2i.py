@@ -13,7 +13,9 @@ from .scale_schedule import ScaleSchedule
 
 @strict
 class TokenFlowT2IConfig(PreTrainedConfig):
-    r"""Configuration of [`TokenFlowT2IForConditionalGeneration`]. The defaults are the 7B model's.
+    r"""Configuration of [`TokenFlowT2IForConditionalGeneration`].
+
+    The defaults are the 7B model's, but of its vision tokenizer, which has a config of its own, only the scales.
 
     Args:
         text_config: a `LlamaConfig` or dict; the backbone. Its vocabulary holds the codes too.
@@ -38,21 +40,7 @@ class TokenFlowT2IConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         # Llama-2-7B with a padding token and the codes.
         text = {"vocab_size": 32001 + 32768, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
-        vq = {
-            "semantic_config": {
-                "model_type": "clip_vision_model",
-                "hidden_size": 768,
-                "intermediate_size": 3072,
-                "num_hidden_layers": 12,
-                "num_attention_heads": 12,
-                "image_size": 256,
-                "patch_size": 16,
-            },
-            "scales": (1, 2, 4, 6, 8, 10, 12, 14, 16),
-            "pixel_decoder_channels": 256,
-            "pixel_decoder_num_res_blocks": 5,
-            "semantic_target_dim": 512,
-        }
+        vq = {"scales": (1, 2, 4, 6, 8, 10, 12, 14, 16)}
         for name, default in (("text_config", text), ("vq_config", vq)):
             value = default if getattr(self, name) is None else getattr(self, name)
             setattr(self, name, self.sub_configs[name](**value) if isinstance(value, dict) else value)
