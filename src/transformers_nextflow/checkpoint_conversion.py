@@ -128,10 +128,10 @@ def check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.
 
 
 def check_finite(name: str, tensor: torch.Tensor):
-    """Raises `ValueError` if a tensor holds NaN or infinity."""
-    if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
-        # The sum costs one pass and no memory; it may overflow where no value is infinite.
-        if not bool(torch.isfinite(tensor).all()):
+    """Raises `ValueError` if a tensor holds NaN or infinity; meta tensors hold nothing."""
+    if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
+        # Both extremes take one pass and no memory, and NaN spreads to them.
+        if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):
             raise ValueError(f"Tensor {name!r} holds NaN or infinite values; the file is damaged, fetch it again.")
 
 
@@ -292,17 +292,34 @@ def write_shards(
         ValueError: if a tensor differs from its layout, or holds NaN or infinity.
     """
     shards = split_torch_state_dict_into_shards(dict(layout), max_shard_size=max_shard_size)
-    for name, keys in tqdm(shards.filename_to_tensors.items(), desc=f"writing {folder.stem}", unit="shard"):
-        if (folder / name).exists():
-            continue
-        state = {key: make(key).contiguous() for key in keys}
-        check_state(state, {key: layout[key] for key in keys})
-        # Under another name until it is whole.
-        save_file(state, folder / f"{name}.unfinished", metadata={"format": "pt"})
-        (folder / f"{name}.unfinished").replace(folder / name)
+    with tqdm(total=len(layout), desc=f"writing {folder.stem}", unit="tensor") as progress:
+        for name, keys in shards.filename_to_tensors.items():
+            if not (folder / name).exists():
+                state = {key: make(key).contiguous() for key in keys}
+                check_state(state, {key: layout[key] for key in keys})
+                # Under another name until it is whole.
+                save_file(state, folder / f"{name}.unfinished", metadata={"format": "pt"})
+                (folder / f"{name}.unfinished").replace(folder / name)
+            progress.update(len(keys))
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def check_written(folder: Path, layout: Mapping[str, torch.Tensor], make: Callable[[str], torch.Tensor]):
+    """Read all back, one tensor at a time. Raises `ValueError` for one that is not what `write_shards` was given."""
+    written = ShardedCheckpoint(folder)
+    check_state(written.layout, layout)
+    for key in tqdm(layout, desc=f"checking {folder.stem}", unit="tensor"):
+        expected, found = make(key), written[key]
+        if expected.dtype != found.dtype or not torch.equal(expected, found):
+            raise ValueError(f"{key} was not written as it was converted; is the disk sound? Convert again.")
+
+
+def fingerprint(folder: Path | str) -> list:
+    """Names, sizes and times of the weights and the config in a folder, for the plan of `new_folder`."""
+    paths = [path for path in sorted(Path(folder).iterdir()) if path.suffix in (".safetensors", ".json")]
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
 def write_model_card(

@@ -50,7 +50,7 @@ def generate(
     scale: Annotated[int, typer.Option(min=1, help="Enlarge each pixel so many times, for viewing.")] = 1,
 ):
     """Draw a picture for each prompt, all of them in one batch."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         _check_extension(output)
         pipeline = _load_pipeline(model, device, dtype)
         import torch
@@ -91,7 +91,7 @@ def describe(
     dtype: Dtype = "auto",
 ):
     """Describe a picture, or answer a question about it."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         if not image.is_file():
             raise FileNotFoundError(f"There is no picture file {image}.")
         pipeline = _load_pipeline(model, device, dtype)
@@ -119,7 +119,7 @@ def evaluate(
     sheets: Annotated[Path | None, typer.Option(help="Folder for contact sheets.")] = None,
 ):
     """Score a checkpoint: suite, category, score."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         if suite != "shapes":
             raise ValueError(f"There is no suite {suite!r}; there is: shapes.")
         from .evaluation.shapes_evaluation import evaluate_shapes
@@ -138,7 +138,7 @@ def main():
 
 
 @contextmanager
-def _errors_in_one_line() -> Iterator[None]:
+def errors_in_one_line() -> Iterator[None]:
     """What the user can mend is told in a line on stderr, with exit code 2; a defect keeps its traceback."""
     try:
         yield

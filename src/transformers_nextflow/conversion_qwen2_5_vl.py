@@ -1,0 +1,333 @@
+"""Qwen2.5-VL → the start of a NextFlow, and the text backbone back again (paper, section 3.1)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, Qwen2_5_VLConfig
+
+from .checkpoint_conversion import (
+    KeyMap,
+    ShardedCheckpoint,
+    State,
+    check_state,
+    check_written,
+    fingerprint,
+    new_folder,
+    write_model_card,
+    write_shards,
+)
+from .configuration_nextflow import NextFlowConfig, NextFlowVQConfig
+from .image_processing_nextflow import NextFlowImageProcessorPil
+from .modeling_nextflow import NextFlowForConditionalGeneration
+from .modeling_nextflow_vq import NextFlowVQModel
+from .processing_nextflow import NextFlowProcessor
+from .tokenization_nextflow import add_image_tokens
+
+
+EMBEDDING, HEAD, CODE_HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight", "visual_head.weight"
+BACKBONE = ("model.language_model.", HEAD)
+# The first three rows are the published layout, the last one what transformers 5 calls the same tensors.
+QWEN_KEYS = KeyMap(
+    {
+        "model.embed_tokens.*": "model.language_model.embed_tokens.*",
+        "model.layers.*": "model.language_model.layers.*",
+        "model.norm.*": "model.language_model.norm.*",
+        "lm_head.*": "lm_head.*",
+        "model.language_model.*": "model.language_model.*",
+    },
+    dropped=["visual.*", "model.visual.*"],
+)
+ROWS_AT_ONCE = 4096
+
+CARD = """\
+The start of a NextFlow ([arXiv 2601.02204](https://arxiv.org/abs/2601.02204)), converted from `{source}` with
+transformers-nextflow. It writes text as its source does. It cannot draw yet: the connector of the visual codes and the
+rows of the output head that predict them are new, and are to be trained.
+
+```python
+from transformers import AutoProcessor
+from transformers_nextflow import NextFlowForConditionalGeneration
+
+model = NextFlowForConditionalGeneration.from_pretrained("{name}")
+processor = AutoProcessor.from_pretrained("{name}")
+```
+"""
+
+
+def convert_qwen2_5_vl(
+    source: Path | str,
+    output: Path | str,
+    vision_tokenizer: Path | str | None = None,
+    vq_config: NextFlowVQConfig | None = None,
+    base_model: str | None = None,
+    max_shard_size: str = "2GB",
+    seed: int = 0,
+) -> Path:
+    """Write a NextFlow whose backbone, text head, tokenizer and chat template are those of a Qwen2.5-VL.
+
+    Numbers of the source are not changed; its vision tower is left out. One shard is in memory at a time. A run that
+    was killed goes on where it was when it is started again.
+
+    Args:
+        source: folder of a Qwen2.5-VL with its tokenizer, as on the Hub.
+        output: folder that is made.
+        vision_tokenizer: folder of a trained [`NextFlowVQModel`].
+        vq_config: of a fresh vision tokenizer, if there is no trained one; default: the 7B preset's.
+        base_model: repository of the source on the Hub, for the model card.
+        max_shard_size: bytes of a shard, as "2GB".
+        seed: of what is new.
+
+    Raises:
+        ValueError: if the source is no Qwen2.5-VL, or its files are damaged, incomplete or of another layout; then
+            there is no `output`.
+    """
+    source, output = Path(source), Path(output)
+    if vision_tokenizer is not None and vq_config is not None:
+        raise ValueError("vision_tokenizer and vq_config were given; a trained tokenizer brings its own config.")
+    qwen_config = read_qwen_config(source)
+    tokenizer = _read_tokenizer(source)
+    template = nextflow_chat_template(tokenizer.chat_template)
+    add_image_tokens(tokenizer)
+    vq_model = None
+    if vision_tokenizer is not None:
+        if not (Path(vision_tokenizer) / "config.json").is_file():
+            raise ValueError(f"{vision_tokenizer} is no folder of a vision tokenizer: it has no config.json.")
+        vq_model = NextFlowVQModel.from_pretrained(vision_tokenizer)
+        vq_config = vq_model.config
+    config = nextflow_config(qwen_config, tokenizer, vq_config or NextFlowConfig.nextflow_7b().vq_config)
+    start = NextFlowStart(ShardedCheckpoint(source), config, vq_model, seed)
+    config.dtype = start.layout[EMBEDDING].dtype
+
+    plan = {
+        "source": [str(source.resolve()), fingerprint(source)],
+        "vision_tokenizer": vision_tokenizer and [str(Path(vision_tokenizer).resolve()), fingerprint(vision_tokenizer)],
+        "config": config.to_json_string(),
+        "max_shard_size": max_shard_size,
+        "seed": seed,
+    }
+    with new_folder(output, plan) as folder:
+        config.save_pretrained(folder)
+        if (source / "generation_config.json").is_file():
+            GenerationConfig.from_pretrained(source).save_pretrained(folder)
+        vq_config = config.vq_config
+        schedules = {"scales": vq_config.scales, "patch_size": vq_config.patch_size, "levels": vq_config.levels}
+        NextFlowProcessor(NextFlowImageProcessorPil(**schedules), tokenizer, template).save_pretrained(folder)
+        text = CARD.format(source=base_model or source.name, name=output.name)
+        tags = ["text-to-image", "image-text-to-text", "next-scale-prediction"]
+        write_model_card(folder, source, output.name, text, base_model, tags=tags, prompts=["a red circle"])
+        write_shards(folder, start.layout, start.__getitem__, max_shard_size)
+        check_written(folder, start.layout, start.__getitem__)
+    return output
+
+
+def read_qwen_config(folder: Path | str) -> Qwen2_5_VLConfig:
+    """The config of a Qwen2.5-VL. Raises `ValueError` for a folder that holds none."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is no folder of a Qwen2.5-VL: it has no config.json.")
+    try:
+        model_type = json.loads(path.read_text()).get("model_type")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if model_type != "qwen2_5_vl":
+        raise ValueError(f"{folder} holds a model of type {model_type!r}, not qwen2_5_vl.")
+    return Qwen2_5_VLConfig.from_pretrained(folder)
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise ValueError(f"{folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt); add it.")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def nextflow_config(
+    qwen_config: Qwen2_5_VLConfig, tokenizer: PreTrainedTokenizerBase, vq_config: NextFlowVQConfig
+) -> NextFlowConfig:
+    """The config around Qwen2.5-VL's own text config.
+
+    `tokenizer` has the tokens of a picture. Qwen2.5-VL has more rows than tokens, and the new tokens take spare rows;
+    the vocabulary grows where there are none.
+    """
+    text_config = qwen_config.text_config.to_dict()
+    text_config["vocab_size"] = max(text_config["vocab_size"], len(tokenizer))
+    return NextFlowConfig(
+        text_config=text_config,
+        vq_config=vq_config.to_dict(),
+        boi_token_id=tokenizer.boi_token_id,
+        eoi_token_id=tokenizer.eoi_token_id,
+        image_token_id=tokenizer.image_token_id,
+        tie_word_embeddings=qwen_config.tie_word_embeddings,
+        architectures=["NextFlowForConditionalGeneration"],
+    )
+
+
+def nextflow_chat_template(template: str | None) -> str | None:
+    """Qwen2.5-VL's chat template with pictures as NextFlow lays them out, and the answers marked for training.
+
+    `<boi>` and `<eoi>`, which the processor writes, stand in the place of Qwen's marks around a picture. Text is
+    rendered as before. A template of another form is left as it is, and marks no answers.
+    """
+    if template is None:
+        return None
+    template = template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<|image_pad|>")
+    opening, closing = "<|im_start|>{{ message['role'] }}\n", "{% endfor %}{% if add_generation_prompt %}"
+    if template.count(opening) != 1 or template.count(closing) != 1:
+        return template
+    template = template.replace(opening, opening + "{% set turn %}")
+    # The line break after a turn is no part of the answer.
+    answer = "{% generation %}{{ turn[:-1] }}{% endgeneration %}{{ '\\n' }}"
+    choice = "{% if message['role'] == 'assistant' %}" + answer + "{% else %}{{ turn }}{% endif %}"
+    return template.replace(closing, "{% endset %}" + choice + closing)
+
+
+class NextFlowStart(Mapping):
+    """The tensors of a NextFlow that starts from a Qwen2.5-VL; each is made when it is asked for.
+
+    Args:
+        source: the Qwen2.5-VL.
+        config: of the NextFlow.
+        vq_model: a trained vision tokenizer; default: a fresh one.
+        seed: of what is new.
+
+    Raises:
+        ValueError: if the source's tensors do not fit its config.
+    """
+
+    def __init__(
+        self, source: ShardedCheckpoint, config: NextFlowConfig, vq_model: NextFlowVQModel | None = None, seed: int = 0
+    ):
+        self.source, self.config, self._vq_model, self._seed = source, config, vq_model, seed
+        with torch.device("meta"):
+            expected = NextFlowForConditionalGeneration(config).state_dict()
+        if config.tie_word_embeddings:
+            del expected[HEAD]
+        self._keys = {QWEN_KEYS.forward_key(key): key for key in source}
+        self._keys.pop(None, None)
+        given = QWEN_KEYS.forward(source.layout)
+        rows = min(config.text_config.vocab_size, read_rows(given))
+        backbone = {key: value for key, value in expected.items() if key.startswith(BACKBONE)}
+        check_state(given, {key: _first_rows(key, value, rows) for key, value in backbone.items()})
+        dtype = given[EMBEDDING].dtype
+        self.layout: State = {
+            key: value.to(given[key].dtype if key in given else self._dtype_of(key, value, dtype))
+            for key, value in expected.items()
+        }
+
+    @staticmethod
+    def _dtype_of(key: str, value: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+        # The tokenizer keeps its own type: its codes must not change.
+        return value.dtype if key.startswith("model.vq_model.") else dtype
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        wanted = self.layout[key]
+        if key in self._keys:
+            tensor = self.source[self._keys[key]]
+            missing = wanted.shape[0] - tensor.shape[0] if tensor.ndim else 0
+            return torch.cat([tensor, _mean_row(tensor).expand(missing, -1)]) if missing else tensor
+        if key == CODE_HEAD:
+            return self._mean_of_head.expand(wanted.shape).to(wanted.dtype)
+        return self._new_parts[key].to(wanted.dtype)
+
+    @cached_property
+    def _mean_of_head(self) -> torch.Tensor:
+        # With equal rows all codes start as likely as each other, and by Jensen's inequality each of them no likelier
+        # than the average text token: text is left as it was.
+        return _mean_row(self.source[self._keys.get(HEAD, self._keys[EMBEDDING])])
+
+    @cached_property
+    def _new_parts(self) -> State:
+        # A model without backbone initialises them by its own rules.
+        config = copy.deepcopy(self.config)
+        config.text_config.num_hidden_layers, config.text_config.layer_types, config.text_config.vocab_size = 0, [], 3
+        config.boi_token_id, config.eoi_token_id, config.image_token_id = range(3)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            model = NextFlowForConditionalGeneration(config)
+        model.load_vision_tokenizer(self._vq_model or model.vq_model)
+        self._vq_model = None
+        return {key: value for key, value in model.state_dict().items() if not key.startswith(BACKBONE)}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout)
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+
+def read_rows(backbone: Mapping[str, torch.Tensor]) -> int:
+    """Rows of the input embeddings. Raises `ValueError` if there are none."""
+    if EMBEDDING not in backbone:
+        raise ValueError("The input embeddings (model.embed_tokens.weight) are missing; are all shards there?")
+    return backbone[EMBEDDING].shape[0]
+
+
+def _first_rows(key: str, tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    return tensor[:rows] if key in (EMBEDDING, HEAD) else tensor
+
+
+def _mean_row(tensor: torch.Tensor) -> torch.Tensor:
+    total = sum(part.float().sum(0, keepdim=True).double() for part in tensor.split(ROWS_AT_ONCE))
+    return (total / tensor.shape[0]).to(tensor.dtype)
+
+
+def export_qwen2_5_vl(
+    source: Path | str,
+    original: Path | str,
+    output: Path | str,
+    base_model: str | None = None,
+    max_shard_size: str = "2GB",
+) -> Path:
+    """Write a Qwen2.5-VL with the backbone and text head of a NextFlow, for engines that serve Qwen2.5-VL.
+
+    Vision tower, config, tokenizer and chat template are those of `original`, from which the NextFlow started. Rows
+    by which the vocabulary has grown are left out.
+
+    Args:
+        source: folder of the NextFlow.
+        original: folder of the Qwen2.5-VL.
+        output: folder that is made.
+        base_model: repository of the NextFlow on the Hub, for the model card.
+        max_shard_size: bytes of a shard, as "2GB".
+
+    Raises:
+        ValueError: if a folder is damaged, or the two are of different size; then there is no `output`.
+    """
+    source, original, output = Path(source), Path(original), Path(output)
+    read_qwen_config(original)
+    trained, qwen = ShardedCheckpoint(source), ShardedCheckpoint(original)
+    backbone = {key: value for key, value in trained.layout.items() if key.startswith(BACKBONE)}
+    rows = read_rows(QWEN_KEYS.forward(qwen.layout))
+    given = {key: _first_rows(key, value, rows) for key, value in backbone.items()}
+    check_state(given, QWEN_KEYS.forward(qwen.layout))
+    layout = {
+        key: value if (name := QWEN_KEYS.forward_key(key)) is None else given[name]
+        for key, value in qwen.layout.items()
+    }
+
+    def make(key: str) -> torch.Tensor:
+        name = QWEN_KEYS.forward_key(key)
+        return qwen[key] if name is None else _first_rows(name, trained[name], rows).clone()
+
+    plan = {
+        "source": [str(source.resolve()), fingerprint(source)],
+        "original": [str(original.resolve()), fingerprint(original)],
+        "max_shard_size": max_shard_size,
+    }
+    with new_folder(output, plan) as folder:
+        for path in original.iterdir():
+            if path.suffix in (".json", ".txt", ".jinja") and not path.name.endswith(".index.json"):
+                shutil.copy(path, folder)
+        text = (
+            f"The text backbone of a NextFlow in the layout of Qwen2.5-VL, with the vision tower of `{original.name}`."
+        )
+        write_model_card(folder, source, output.name, text, base_model, pipeline_tag="image-text-to-text")
+        write_shards(folder, layout, make, max_shard_size)
+        check_written(folder, layout, make)
+    return output
