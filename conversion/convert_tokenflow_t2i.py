@@ -27,11 +27,14 @@ from transformers_nextflow.checkpoint_conversion import (
     KeyMap,
     ShardedCheckpoint,
     check_state,
+    check_written,
+    fingerprint,
     new_folder,
     read_state_dict,
     write_model_card,
     write_shards,
 )
+from transformers_nextflow.cli import errors_in_one_line
 
 
 KEYS = KeyMap(
@@ -186,8 +189,8 @@ def convert(source: Path, vq_folder: Path, target: Path, max_shard_size: str = "
         return checkpoint[key]
 
     plan = {
-        "source": str(source.resolve()),
-        "vision_tokenizer": str(vq_folder.resolve()),
+        "source": fingerprint(source),
+        "vision_tokenizer": fingerprint(vq_folder),
         "max_shard_size": max_shard_size,
     }
     with new_folder(target, plan) as folder:
@@ -199,7 +202,7 @@ def convert(source: Path, vq_folder: Path, target: Path, max_shard_size: str = "
             folder, source, "TokenFlow-t2i", CARD, base_model, "text-to-image", tags=["tokenflow"],
             prompts=["An elephant walking under the sea.", "A portrait of a woman."],
         )  # fmt: skip
-        check_written(folder, make)
+        check_written(folder, layout, make)
 
 
 def convert_back(source: Path, target: Path, max_shard_size: str = "2GB"):
@@ -216,12 +219,12 @@ def convert_back(source: Path, target: Path, max_shard_size: str = "2GB"):
     def make(name: str) -> torch.Tensor:
         return ours[sources[name]]
 
-    plan = {"source": str(source.resolve()), "max_shard_size": max_shard_size}
+    plan = {"source": fingerprint(source), "max_shard_size": max_shard_size}
     with new_folder(target, plan) as folder:
         write_shards(folder, layout, make, max_shard_size)
         (folder / "config.json").write_text(json.dumps(released_config(config), indent=2) + "\n")
         TokenFlowT2IProcessor.from_pretrained(source).tokenizer.save_pretrained(folder)
-        check_written(folder, make)
+        check_written(folder, layout, make)
 
 
 def make_processor(source: Path, config: TokenFlowT2IConfig) -> TokenFlowT2IProcessor:
@@ -234,14 +237,6 @@ def make_processor(source: Path, config: TokenFlowT2IConfig) -> TokenFlowT2IProc
     return TokenFlowT2IProcessor(image_processor, tokenizer)
 
 
-def check_written(folder: Path, make):
-    """Raises `ValueError` if a tensor on the disk is not the one it was made of."""
-    written = ShardedCheckpoint(folder)
-    wrong = [name for name in written if not torch.equal(written[name], make(name))]
-    if wrong:
-        raise ValueError(f"{wrong[0]!r} was not written as it was read; is the disk in order?")
-
-
 def main(
     source: Annotated[Path, typer.Argument(help="The released folder; with --back a converted one.")],
     output: Annotated[Path, typer.Argument(help="Folder that is made.")],
@@ -251,15 +246,13 @@ def main(
     max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "2GB",
 ):
     """Convert TokenFlow-t2i. Run it again to go on after an interruption."""
-    try:
+    with errors_in_one_line():
         if back:
             convert_back(source, output, max_shard_size)
         elif vision_tokenizer is None:
             raise ValueError("Give --vision-tokenizer, the folder of the converted vision tokenizer.")
         else:
             convert(source, vision_tokenizer, output, max_shard_size, base_model)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"Error: {error}") from error
     typer.echo(f"Written and checked: {output}")
 
 
