@@ -12,13 +12,17 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_nextflow import NextFlowConfig, NextFlowVQConfig
+from .configuration_tokenflow_t2i import TokenFlowT2IConfig
 from .generation_nextflow import ImageGenerationOutput
+from .generation_tokenflow_t2i import RefinedImageSampling
 from .image_processing_nextflow import NextFlowImageProcessorPil
 from .interleaved_generation import InterleavedGenerationOutput, InterleavedStreamer, Segment
 from .modeling_nextflow import NextFlowForConditionalGeneration, NextFlowModel
 from .modeling_nextflow_vq import NextFlowVQModel
+from .modeling_tokenflow_t2i import TokenFlowT2IForConditionalGeneration
 from .multiscale_quantizer import SelfCorrection
 from .processing_nextflow import NextFlowProcessor
+from .processing_tokenflow_t2i import TokenFlowT2IProcessor
 from .region_editing import KeptRegion
 from .sampling_nextflow import ImageSampling
 from .scale_drawing import ScaleState
@@ -42,10 +46,14 @@ __all__ = [
     "NextFlowProcessor",
     "NextFlowVQConfig",
     "NextFlowVQModel",
+    "RefinedImageSampling",
     "ScaleSchedule",
     "ScaleSchedules",
     "ScaleState",
     "SelfCorrection",
+    "TokenFlowT2IConfig",
+    "TokenFlowT2IForConditionalGeneration",
+    "TokenFlowT2IProcessor",
 ]
 
 AutoConfig.register("nextflow", NextFlowConfig, exist_ok=True)
@@ -56,6 +64,14 @@ AutoModelForImageTextToText.register(NextFlowConfig, NextFlowForConditionalGener
 AutoModelForMultimodalLM.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(NextFlowConfig, NextFlowProcessor, exist_ok=True)
 AutoImageProcessor.register(NextFlowConfig, image_processor_classes={"pil": NextFlowImageProcessorPil}, exist_ok=True)
+
+AutoConfig.register("tokenflow_t2i", TokenFlowT2IConfig, exist_ok=True)
+AutoModel.register(TokenFlowT2IConfig, TokenFlowT2IForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(TokenFlowT2IConfig, TokenFlowT2IForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(TokenFlowT2IConfig, TokenFlowT2IProcessor, exist_ok=True)
+AutoImageProcessor.register(
+    TokenFlowT2IConfig, image_processor_classes={"pil": NextFlowImageProcessorPil}, exist_ok=True
+)
 
 
 def __getattr__(name: str):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .processing_nextflow import NextFlowProcessor
+from .processing_nextflow import NextFlowProcessor, check_prompts
 from .scale_schedule import ScaleSchedule
 
 
@@ -55,7 +55,7 @@ class DrawingRequest:
         Raises:
             ValueError: for inputs that do not fit together.
         """
-        prompts = processor.check_prompts(prompt)
+        prompts = check_prompts(prompt)
         if negative_prompt is None or isinstance(negative_prompt, str):
             negative_prompt = [negative_prompt or ""] * len(prompts)
         if len(negative_prompt) != len(prompts):

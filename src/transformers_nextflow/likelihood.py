@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .loss_nextflow import IGNORE_INDEX, loss_targets
-from .processing_nextflow import NextFlowProcessor
+from .processing_nextflow import NextFlowProcessor, pad_left
 from .sequence_layout import layout_sequence
 
 
@@ -111,7 +111,7 @@ def score_pictures(
 
 def _score(model, processor, starts, ends, image_tokens, image_grids) -> LogLikelihoods:
     """What `ends` add to `starts`, rows of token ids."""
-    padded = processor.pad_left([start + end for start, end in zip(starts, ends)])
+    padded = pad_left([start + end for start, end in zip(starts, ends)], processor.tokenizer.pad_token_id)
     input_ids, attention_mask = (torch.tensor(rows, device=image_tokens.device) for rows in padded.values())
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     for row, end in enumerate(ends):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForMultimodalLM, AutoProcessor
 from transformers.utils import cached_file
 
 from .conversation_pipeline import ConversationMixin
@@ -103,10 +104,10 @@ class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
         is_model_folder = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False, **hub_options)
         if model is None:
             subfolder = "" if is_model_folder else "model"
-            model = NextFlowForConditionalGeneration.from_pretrained(path, subfolder=subfolder, **kwargs)
+            model = AutoModelForMultimodalLM.from_pretrained(path, subfolder=subfolder, **kwargs)
         if processor is None:
             subfolder = "" if is_model_folder else "processor"
-            processor = NextFlowProcessor.from_pretrained(path, subfolder=subfolder, **hub_options)
+            processor = AutoProcessor.from_pretrained(path, subfolder=subfolder, **hub_options)
         pipeline = cls(model=model, processor=processor)
         pipeline.register_to_config(_name_or_path=str(path))
         return pipeline

@@ -127,7 +127,8 @@ class NextFlowProcessor(ProcessorMixin):
             grids = [[next(remaining) for _ in row] for row in images]
         start = [self.boi_token_id] if answer is None else self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         rows = [[*row, *start] for row in self.prompt_ids(prompts, grids, allow_empty)]
-        return BatchFeature(self.pad_left(rows) | pictures, tensor_type=return_tensors)
+        padded = pad_left(rows, self.tokenizer.pad_token_id)
+        return BatchFeature(padded | pictures, tensor_type=return_tensors)
 
     def prompt_ids(
         self,
@@ -140,7 +141,7 @@ class NextFlowProcessor(ProcessorMixin):
         `image_grids` are the final grids (height, width) of the pictures before each prompt's text; else as in
         `apply_image_prompt`.
         """
-        prompts = self.check_prompts(prompts, allow_empty)
+        prompts = check_prompts(prompts, allow_empty)
         image_grids = [[]] * len(prompts) if image_grids is None else image_grids
         if len(image_grids) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts came with {len(image_grids)} lists of images; give each its own.")
@@ -162,27 +163,6 @@ class NextFlowProcessor(ProcessorMixin):
             expanded.append([token for part in parts for token in part])
         return expanded
 
-    def pad_left(self, rows: Sequence[list[int]]) -> dict[str, list[list[int]]]:
-        """Rows of token ids as `input_ids` and `attention_mask` of one length."""
-        length = max(map(len, rows))
-        padding = [length - len(row) for row in rows]
-        return {
-            "input_ids": [[self.tokenizer.pad_token_id] * pad + row for pad, row in zip(padding, rows)],
-            "attention_mask": [[0] * pad + [1] * len(row) for pad, row in zip(padding, rows)],
-        }
-
-    def check_prompts(self, prompts: str | Sequence[str], allow_empty: bool = False) -> list[str]:
-        """One prompt or several as a list. Raises `ValueError` for none, one that is no string, and an empty one."""
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        if not isinstance(prompts, list | tuple) or not prompts:
-            raise ValueError(f"prompts must be a string or a list of strings, got {prompts!r}.")
-        for index, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise ValueError(f"Prompt {index} must be a string, got {prompt!r} of type {type(prompt).__name__}.")
-            if not prompt.strip() and not allow_empty:
-                raise ValueError(f"Prompt {index} is empty ({prompt!r}); say what is to be drawn.")
-        return list(prompts)
-
     def post_process_images(self, images, output_type: str = "pil") -> list:
         """Decoded pictures, (3, height, width) in [-1, 1] each, as "pil", "np" or "pt"; see the image processor."""
         return self.image_processor.postprocess(images, output_type=output_type)
@@ -190,3 +170,26 @@ class NextFlowProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", *self.image_processor.model_input_names]
+
+
+def check_prompts(prompts: str | Sequence[str], allow_empty: bool = False) -> list[str]:
+    """One prompt or several as a list. Raises `ValueError` for none, one that is no string, and an empty one."""
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(prompts, list | tuple) or not prompts:
+        raise ValueError(f"prompts must be a string or a list of strings, got {prompts!r}.")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(f"Prompt {index} must be a string, got {prompt!r} of type {type(prompt).__name__}.")
+        if not prompt.strip() and not allow_empty:
+            raise ValueError(f"Prompt {index} is empty ({prompt!r}); say what is to be drawn.")
+    return list(prompts)
+
+
+def pad_left(rows: Sequence[list[int]], pad_token_id: int) -> dict[str, list[list[int]]]:
+    """Rows of token ids as `input_ids` and `attention_mask` (rows, length), padded on the left."""
+    length = max(map(len, rows))
+    padding = [length - len(row) for row in rows]
+    return {
+        "input_ids": [[pad_token_id] * pad + row for pad, row in zip(padding, rows)],
+        "attention_mask": [[0] * pad + [1] * len(row) for pad, row in zip(padding, rows)],
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -83,7 +84,6 @@ class Drawing:
         self.image_tokens = torch.full(
             (len(schedules), max(schedule.num_tokens for schedule in schedules)), -1, device=model.device
         )
-        self._slots = batch_slots(self.schedules, model.config.rope_range)
         self._scale_counts = torch.tensor([[schedule.num_scales] for schedule in schedules], device=model.device)
         self.guidance = [
             tuple(self._over_pictures(part, scale) for part in ("guidance_scale", "image_guidance_scale"))
@@ -91,6 +91,10 @@ class Drawing:
         ]
         guided = [any(torch.is_tensor(part) or part != 1 for part in parts) for parts in self.guidance]
         self.last_guided_scale = max((scale for scale, is_guided in enumerate(guided) if is_guided), default=-1)
+
+    @cached_property
+    def _slots(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        return batch_slots(self.schedules, self.model.config.rope_range)
 
     def _over_pictures(self, part: str, scale: int) -> float | torch.Tensor:
         counts = [schedule.num_scales for schedule in self.schedules]
