@@ -13,8 +13,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
 from .configuration_nextflow import NextFlowConfig
+from .fused_cross_entropy import fused_cross_entropy
 from .generation_nextflow import NextFlowGenerationMixin
-from .loss_nextflow import loss_targets, nextflow_loss
+from .loss_nextflow import LossTargets, loss_targets, nextflow_loss
 from .modeling_nextflow_vq import NextFlowVQModel, StrictLoadingMixin
 from .multiscale_quantizer import resample
 from .scale_schedule import ScaleSchedule
@@ -383,7 +384,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             image_labels = image_tokens if image_labels is None else image_labels
             targets = loss_targets(input_ids, labels, image_labels, layout, schedules, self.config)
             num_scales = len(self.config.vq_config.scales)
-            losses = nextflow_loss(self._head(hidden_states[targets.mask]), targets, num_scales, num_items_in_batch)
+            total, each = self._cross_entropy(hidden_states[targets.mask], targets)
+            losses = nextflow_loss(total, each, targets, num_scales, num_items_in_batch)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self._head(hidden_states[:, kept, :])
@@ -397,6 +399,27 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
 
     def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.lm_head(hidden_states), self.visual_head(hidden_states)], dim=-1)
+
+    def _cross_entropy(self, hidden_states: torch.Tensor, targets: LossTargets) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weighted sum () of the cross-entropies at trained positions (n, D), and each one (n,), without logits."""
+        matrices = [_own_matrix(head) for head in (self.lm_head, self.visual_head)]
+        if all(matrix is not None for matrix in matrices):
+            return fused_cross_entropy(hidden_states, matrices, targets.classes, targets.weights)
+        losses = nn.functional.cross_entropy(self._head(hidden_states).float(), targets.classes, reduction="none")
+        return (losses * targets.weights).sum(), losses
+
+
+def _own_matrix(head: nn.Module) -> torch.Tensor | None:
+    """The matrix (V, D) that a head multiplies by, or `None` where only calling it does it right."""
+    if not isinstance(head, nn.Linear):  # an adapter wraps it
+        return None
+    if hasattr(head, "unshard"):
+        # FSDP2, which gathers the weight when the head is called; what follows is not a call.
+        head.unshard()
+        return head.weight
+    # Offloading and tensor parallelism (whose weights have placements) change the call.
+    changed = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook")
+    return None if changed or hasattr(head.weight, "placements") else head.weight
 
 
 def _last_columns(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor | None:
