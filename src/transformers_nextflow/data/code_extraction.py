@@ -111,7 +111,7 @@ def extract_codes(
     """
     fingerprint = tokenizer_fingerprint(load_vision_tokenizer(tokenizer))
     count = len(open_rows(source)[0])
-    extraction = Extraction(str(source), count, str(tokenizer), fingerprint, **settings)
+    extraction = Extraction(str(Path(source).resolve()), count, str(tokenizer), fingerprint, **settings)
     output = Path(output)
     _begin(extraction, output)
     missing = [shard for shard in extraction.shards if not _is_whole(output, shard)]
@@ -150,7 +150,8 @@ def _begin(extraction: Extraction, output: Path):
         _replace(path, lambda partial: partial.write_text(json.dumps(asdict(extraction), indent=2) + "\n"))
     begun = json.loads(path.read_text())
     for name, value in asdict(extraction).items():
-        if begun.get(name) != value:
+        # The tokenizer may have moved: its fingerprint says whether it is the same.
+        if begun.get(name) != value and name != "tokenizer":
             raise ValueError(
                 f"{output} was begun with {name} {begun.get(name)!r}, now it is {value!r}; take the same, or an empty "
                 "folder."
@@ -309,8 +310,10 @@ def _note(output: Path, shard: int) -> Path:
 
 
 def _is_whole(output: Path, shard: int) -> bool:
-    path, note = _shard(output, shard), _note(output, shard)
-    return path.is_file() and note.is_file() and json.loads(note.read_text())["sha256"] == _hash(path)
+    try:
+        return json.loads(_note(output, shard).read_text())["sha256"] == _hash(_shard(output, shard))
+    except (FileNotFoundError, ValueError):  # the latter: a note that is no JSON
+        return False
 
 
 def _hash(path: Path) -> str:
