@@ -5,17 +5,20 @@
 The same samples (text, drawing, captions, edits, interleaved pictures; the small and the large level, whose pictures
 differ fourfold in tokens as the paper's 256 and 512 levels do) are trained on in padded batches, in packs of a fixed
 length and in packs of fixed compute: forward and backward pass of two layers of the random model, without the
-optimiser. Seconds are those of the processor, on one thread. Useful are all tokens but padding. Two workers take the
-batches in turn; the wait is the share of a step in which the faster one waits for the slower one, on average.
+optimiser. The three run side by side on one thread each; seconds are those of the processor. Useful are all tokens but
+padding. Two workers take the batches in turn; the wait is the share of a step in which the faster one waits for the
+slower one, on average.
 Writes `results/packing.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import random
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -37,6 +40,7 @@ MOST_FRAMES = {8: 5, 16: 3}
 # All of them cost the same.
 LAYERS = 2
 TARGET_SPEEDUP = 3.0
+WAYS = ("padding", "length", "compute")
 
 
 def make_model() -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor]:
@@ -119,13 +123,16 @@ def measure(model: NextFlowForConditionalGeneration, batches: list[dict], progre
     return seconds[1:]
 
 
-def figures_of(packing: str, model, collator, rows, budgets) -> dict:
-    cost_model = CostModel.from_config(model.config)
-    batches, useful, costs = batches_of(packing, rows, collator, cost_model, budgets)
+def figures_of(packing: str, samples: int, budgets: dict) -> dict:
+    torch.set_num_threads(1)
+    model, processor = make_model()
+    collator, rows = NextFlowCollator(processor), make_rows(processor, samples)
+    batches, useful, costs = batches_of(packing, rows, collator, CostModel.from_config(model.config), budgets)
     model.set_attn_implementation("sdpa" if packing == "padding" else PACKED_SDPA)
     places = sum(batch["input_ids"].numel() for batch in batches)
-    with tqdm(total=places + batches[0]["input_ids"].numel(), unit="token", desc=packing) as progress:
-        seconds = measure(model, batches, progress)
+    position = WAYS.index(packing)
+    with tqdm(total=places + batches[0]["input_ids"].numel(), unit="token", desc=packing, position=position) as bar:
+        seconds = measure(model, batches, bar)
     return {
         "tokens_per_second": sum(useful) / sum(seconds),
         "steps": len(batches),
@@ -133,22 +140,22 @@ def figures_of(packing: str, model, collator, rows, budgets) -> dict:
         "wait": wait(seconds),
         "modelled_wait": wait(costs),
         "seconds": seconds,
+        "costs": costs,
     }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=96)
     parser.add_argument("--length_budget", type=int, default=4096, help="positions in a pack; padding has as many rows")
     parser.add_argument("--compute_budget", type=int, default=6144, help="of a pack, in positions; see CostModel")
     parser.add_argument("--results", default=RESULTS, help="folder of the result file")
     arguments = parser.parse_args()
 
-    torch.set_num_threads(1)
-    model, processor = make_model()
-    collator, rows = NextFlowCollator(processor), make_rows(processor, arguments.samples)
     budgets = {"length": arguments.length_budget, "compute": arguments.compute_budget}
-    ways = {way: figures_of(way, model, collator, rows, budgets) for way in ("padding", "length", "compute")}
+    with ProcessPoolExecutor(len(WAYS), multiprocessing.get_context("spawn")) as pool:
+        figures = pool.map(figures_of, WAYS, [arguments.samples] * len(WAYS), [budgets] * len(WAYS))
+        ways = dict(zip(WAYS, figures))
     for way, figures in ways.items():
         print(
             f"{way:<8} {figures['tokens_per_second']:>8.0f} useful tokens/s, {figures['useful_share']:>6.1%} useful, "
