@@ -8,13 +8,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from transformers_nextflow import fused_cross_entropy
 from transformers_nextflow.evaluation import results
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import backbone  # noqa: E402
 import continue_after_image  # noqa: E402
+import fused_loss  # noqa: E402
 import loop_overhead  # noqa: E402
+import packing  # noqa: E402
 import raster_vs_scale  # noqa: E402
 
 
@@ -122,3 +125,54 @@ def test_a_commit_with_changed_files_is_dirty(monkeypatch):
     assert results.commit() == "abc"
     answers["rev-parse"] = None
     assert results.commit() is None
+
+
+def test_both_ways_of_the_loss_agree_and_the_fused_one_holds_no_logits(tmp_path, monkeypatch):
+    monkeypatch.setattr(fused_loss, "TEXT", 7000)
+    monkeypatch.setattr(fused_loss, "CODES", 3000)
+    monkeypatch.setattr(fused_cross_entropy, "LOGITS_AT_ONCE", 64 * 100)
+    monkeypatch.setattr(fused_loss, "in_own_process", lambda *_: {"bytes": 1, "seconds": 1})
+    command = ["fused_loss.py", "--tokens", "64", "--measured_tokens", "64", "--width", "4", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    fused_loss.main()
+    written = json.loads((tmp_path / "fused_loss.json").read_text())
+    logits = 4 * 64 * 10_000
+    assert written["counted_bytes"]["plain"] > 2 * logits > 8 * written["counted_bytes"]["fused"]
+    assert written["vocabulary"] == 10_000 and 0 < written["relative_error"] < 1e-5
+
+
+def test_living_tensors_are_counted_while_they_live():
+    with fused_loss.LivingTensors() as tensors:
+        first = torch.ones(1000)
+        second = torch.ones(2000)
+        first.view(10, 100)
+        del first
+        third = torch.ones(500)
+    assert tensors.peak == 4 * 3000 and sum(tensors.living.values()) == second.nbytes + third.nbytes
+
+
+def test_the_memory_of_a_process_grows_with_what_it_holds():
+    before = fused_loss.memory_of("VmRSS")
+    held = torch.ones(2**23)
+    assert fused_loss.memory_of("VmRSS") - before > 0.9 * 4 * held.numel()
+
+
+def test_every_packing_has_all_samples_and_keeps_its_budget(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    model, processor = packing.make_model()
+    collator, rows = packing.NextFlowCollator(processor), packing.make_rows(processor, 40)
+    cost_model, budgets = packing.CostModel.from_config(model.config), {"length": 4096, "compute": 8192}
+    useful = sum(collator.size(row).length for row in rows)
+    for way in ("padding", "length", "compute"):
+        batches, each, costs = packing.batches_of(way, rows, collator, cost_model, budgets)
+        assert sum(each) == useful
+        places = [batch["input_ids"].numel() for batch in batches]
+        if way == "padding":
+            assert sum(places) > useful
+        else:
+            assert places == each
+            assert max(places if way == "length" else costs) <= budgets[way]
+
+
+def test_the_wait_is_that_of_the_faster_of_two_workers():
+    assert packing.wait([1, 2, 4, 4, 9, 1]) == pytest.approx((1 / 2 + 0) / 2)

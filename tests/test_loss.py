@@ -1,12 +1,14 @@
 """The loss against one cross-entropy after the other; what counts, and with which weight."""
 
+import os
+
 import pytest
 import torch
 from reference_nextflow import Picture, as_batch, losses, scale_weights
 from test_modeling import LEVELS, ragged_batch, random_picture, special_tokens
-from tiny import tiny_model
+from tiny import free_port, tiny_model
 
-from transformers_nextflow import sequence_layout
+from transformers_nextflow import fused_cross_entropy, sequence_layout
 from transformers_nextflow.scale_schedule import BASE_GRIDS
 
 
@@ -118,3 +120,162 @@ def test_weights_of_scales_equal_the_reference_and_have_mean_one(alpha, base_gri
         assert part.tolist() == pytest.approx([weight] * (height * width), rel=1e-5)
     if alpha == 0:
         assert torch.equal(weights, torch.ones(schedule.num_tokens))
+
+
+# The loss fused with the head -----------------------------------------------------------------------------------------
+
+
+def plain_and_fused(matrices, hidden_states, classes, weights):
+    """(sum, each, gradients) by torch's own cross-entropy in one matrix, and fused."""
+    for how in ("plain", "fused"):
+        inputs = [tensor.detach().clone().requires_grad_() for tensor in (hidden_states, *matrices)]
+        if how == "plain":
+            logits = inputs[0] @ torch.cat(inputs[1:]).T
+            losses = torch.nn.functional.cross_entropy(logits.float(), classes, reduction="none")
+            total = losses @ weights
+        else:
+            total, losses = fused_cross_entropy.fused_cross_entropy(inputs[0], inputs[1:], classes, weights)
+        (0.5 * total).backward()
+        yield total.detach(), losses.detach(), [tensor.grad for tensor in inputs]
+
+
+def random_targets(count=50, sizes=(40, 23), width=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    matrices = [torch.randn(size, width, generator=generator) for size in sizes]
+    hidden_states = torch.randn(count, width, generator=generator)
+    classes = torch.randint(sum(sizes), (count,), generator=generator)
+    return matrices, hidden_states, classes, torch.rand(count, generator=generator) * 3
+
+
+@pytest.mark.parametrize("held", [2**24, 50 * 7, 1], ids=["one block a matrix", "ragged blocks", "one class a block"])
+def test_the_fused_loss_equals_the_plain_one_in_value_and_gradient(held, monkeypatch):
+    monkeypatch.setattr(fused_cross_entropy, "LOGITS_AT_ONCE", held)
+    (total, each, gradients), (fused_total, fused_each, fused) = plain_and_fused(*random_targets())
+    torch.testing.assert_close(fused_total, total, rtol=1e-5, atol=0)
+    torch.testing.assert_close(fused_each, each, rtol=1e-5, atol=1e-6)
+    for gradient, expected in zip(fused, gradients):
+        assert float((gradient - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_the_fused_loss_holds_no_more_logits_at_once_than_it_says(monkeypatch):
+    monkeypatch.setattr(fused_cross_entropy, "LOGITS_AT_ONCE", 50 * 7)
+    sizes, blocks = [], fused_cross_entropy._blocks
+    monkeypatch.setattr(
+        fused_cross_entropy, "_blocks", lambda *args: (sizes.append(b[2].numel()) or b for b in blocks(*args))
+    )
+    list(plain_and_fused(*random_targets()))
+    assert max(sizes) == 50 * 7 and sum(sizes) == 2 * 50 * 63
+
+
+def test_the_fused_loss_of_extreme_logits_is_finite():
+    matrices, hidden_states, classes, weights = random_targets()
+    (total, _, gradients), (fused_total, _, fused) = plain_and_fused(matrices, 1e3 * hidden_states, classes, weights)
+    torch.testing.assert_close(fused_total, total, rtol=1e-5, atol=0)
+    assert all(torch.isfinite(gradient).all() for gradient in fused)
+    torch.testing.assert_close(fused[0], gradients[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_fused_loss_in_bfloat16_is_as_near_to_float32_as_the_plain_one():
+    exact = next(plain_and_fused(*random_targets()))[2]
+    matrices, hidden_states, classes, weights = random_targets()
+    low = ([m.bfloat16() for m in matrices], hidden_states.bfloat16(), classes, weights)
+    plain, fused = ([g.float() for g in result[2]] for result in plain_and_fused(*low))
+    for expected, a, b in zip(exact, plain, fused):
+        assert float((b - expected).norm()) <= 1.1 * float((a - expected).norm())
+
+
+def test_the_fused_loss_follows_autocast():
+    model = tiny_model()
+    _, inputs = ragged_batch(model.config)
+    grads = []
+    for wrapped in (False, True):
+        model.zero_grad()
+        if wrapped:  # a hooked head is called, so this is the plain way
+            model.lm_head.register_forward_hook(lambda *_: None)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**inputs, labels=all_labels(inputs)).loss
+        loss.backward()
+        grads.append((loss.detach(), model.lm_head.weight.grad, model.model.language_model.norm.weight.grad))
+    for fused, plain in zip(*grads):
+        torch.testing.assert_close(fused, plain, rtol=0.02, atol=0.02 * float(plain.abs().max()))
+        assert fused.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["text", "pictures", "mixed"])
+def test_gradients_of_the_model_are_those_of_the_plain_way(kind):
+    model = tiny_model(tie_word_embeddings=True)
+    _, inputs = ragged_batch(model.config)
+    labels = all_labels(inputs)
+    ends = inputs["input_ids"] == model.config.eoi_token_id
+    if kind != "mixed":
+        labels = labels.masked_fill(ends if kind == "text" else ~ends, -100)
+
+    def gradients():
+        model.zero_grad()
+        model(**inputs, labels=labels).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    fused = gradients()
+    model.lm_head.register_forward_hook(lambda *_: None)
+    plain = gradients()
+    assert fused.keys() == plain.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(fused[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max() + 1))
+
+
+def test_a_head_with_an_adapter_is_called():
+    model = tiny_model()
+    _, inputs = ragged_batch(model.config)
+    labels, linear = all_labels(inputs), model.lm_head
+    expected = model(**inputs, labels=labels).loss
+    model.lm_head = torch.nn.Sequential(linear, torch.nn.Identity())
+    torch.testing.assert_close(model(**inputs, labels=labels).loss, expected)
+    model.lm_head = torch.nn.Sequential(linear, torch.nn.Softplus())
+    assert float(model(**inputs, labels=labels).loss.detach()) != pytest.approx(float(expected.detach()))
+
+
+def test_a_frozen_head_gets_no_gradient_and_passes_it_on():
+    model = tiny_model()
+    _, inputs = ragged_batch(model.config)
+    model(**inputs, labels=all_labels(inputs)).loss.backward()
+    expected = model.model.language_model.norm.weight.grad.clone()
+    model.zero_grad()
+    model.lm_head.requires_grad_(False)
+    model(**inputs, labels=all_labels(inputs)).loss.backward()
+    assert model.lm_head.weight.grad is None and model.visual_head.weight.grad is not None
+    torch.testing.assert_close(model.model.language_model.norm.weight.grad, expected)
+
+
+def _sharded_gradients(rank: int, port: int, folder: str):
+    from torch.distributed.fsdp import fully_shard
+
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for kind in ("root", "own"):
+        model = tiny_model()
+        for module in [*model.model.language_model.layers, *([model.lm_head, model.visual_head] * (kind == "own"))]:
+            fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        _, inputs = ragged_batch(model.config)
+        loss = model(**inputs, labels=all_labels(inputs)).loss
+        loss.backward()
+        gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+        if rank == 0:
+            torch.save((loss.detach(), gradients), f"{folder}/{kind}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_heads_give_the_same_loss_and_gradients(tmp_path):
+    torch.multiprocessing.spawn(_sharded_gradients, args=(free_port(), str(tmp_path)), nprocs=2)
+    model = tiny_model()
+    _, inputs = ragged_batch(model.config)
+    expected = model(**inputs, labels=all_labels(inputs)).loss
+    expected.backward()
+    for kind in ("root", "own"):
+        loss, gradients = torch.load(tmp_path / f"{kind}.pt", weights_only=True)
+        torch.testing.assert_close(loss, expected.detach())
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-4)

@@ -126,9 +126,9 @@ def test_rows_without_pictures_make_a_batch_of_text():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"image_tokens": [], "image_grids": []}, "hold 1 pictures, but the row has 0 image_tokens and 0 image_grids"),
-        ({"image_grids": [GRID, GRID]}, "hold 1 pictures, but the row has 1 image_tokens and 2 image_grids"),
-        ({"image_tokens": [codes(0), codes(1)]}, "hold 1 pictures, but the row has 2 image_tokens and 1 image_grids"),
+        ({"image_tokens": [], "image_grids": []}, "image_tokens: the messages hold 1 pictures, but there are 0 here"),
+        ({"image_grids": [GRID, GRID]}, "image_grids: the messages hold 1 pictures, but there are 2 here"),
+        ({"image_tokens": [codes(0), codes(1)]}, "image_tokens: the messages hold 1 pictures, but there are 2 here"),
         ({"image_grids": [[4, 40]]}, "outside 1:4 to 4:1"),
     ],
 )

@@ -1,5 +1,7 @@
 """Random models so small that a test builds its own in a moment; every test that needs one shares these."""
 
+import socket
+
 import torch
 
 from transformers_nextflow import (
@@ -88,6 +90,13 @@ def tiny_config(text_config=None, vq_config=None, **kwargs) -> NextFlowConfig:
         "initializer_range": 0.2,
     }
     return NextFlowConfig(**(values | kwargs))
+
+
+def free_port() -> int:
+    """A port for processes of a test to meet at."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return free.getsockname()[1]
 
 
 def tiny_model(seed: int = 0, **kwargs) -> NextFlowForConditionalGeneration:

@@ -285,6 +285,70 @@ def inspect(
         typer.echo(report(file))
 
 
+Source = Annotated[Path, typer.Argument(help="A .jsonl or .parquet file, or a folder; see docs/data.md.")]
+OnBadPicture = Annotated[str, typer.Option(help="What a picture that cannot be read does: stop, or skip its row.")]
+
+
+@app.command()
+def validate_data(
+    source: Source,
+    model: Annotated[
+        str | None, typer.Option(help="Folder of the model or vision tokenizer that codes are for.")
+    ] = None,
+    on_bad_picture: OnBadPicture = "stop",
+):
+    """Check training data: every row, every picture, every code."""
+    with errors_in_one_line():
+        from .data.validation import validate_source
+
+        report = validate_source(source, model, on_bad_picture)
+    for problem in report.problems + report.skipped_because:
+        typer.echo(problem, err=True)
+    typer.echo(
+        f"{report.rows} rows, {report.pictures} pictures, {report.skipped} rows skipped, {report.num_problems} problems"
+    )
+    if report.num_problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def extract_codes(
+    source: Source,
+    tokenizer: Annotated[str, typer.Option(help="Folder of a model or a vision tokenizer.")],
+    output: Annotated[Path, typer.Option(help="Folder of the shards; an interrupted one is finished.")],
+    processes: Annotated[int, typer.Option(min=1, help="How many shards are made at once.")] = 1,
+    shard_size: Annotated[int, typer.Option(min=1, help="Rows in a shard.")] = 1000,
+    level: Annotated[int | None, typer.Option(help="Resolution of all pictures; default: each one's nearest.")] = None,
+    top_k: Annotated[int, typer.Option(help="Nearest codes among which self-correction draws.")] = 10,
+    token_share: Annotated[float, typer.Option(help="Share of each scale's tokens that are drawn; 0 for none.")] = 0.6,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    on_bad_picture: OnBadPicture = "stop",
+    device: Annotated[str, typer.Option(help="Of the tokenizer, as cpu or cuda:0.")] = "cpu",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures of one size that are encoded at once.")] = 16,
+):
+    """Encode the pictures of training data ahead of time: codes to read, and codes to write."""
+    with errors_in_one_line():
+        from .data.code_extraction import extract_codes
+
+        settings = {"shard_size": shard_size, "level": level, "top_k": top_k, "token_share": token_share, "seed": seed}
+        settings |= {"batch_size": batch_size, "on_bad_picture": on_bad_picture}
+        totals = extract_codes(source, tokenizer, output, processes, device, **settings)
+    typer.echo(
+        f"{totals['rows']} rows in {totals['shards']} shards ({totals['found']} were there), "
+        f"{totals['skipped']} rows skipped"
+    )
+
+
+@app.command()
+def check_codes(output: Annotated[Path, typer.Argument(help="Folder that extract-codes wrote.")]):
+    """Check that codes are complete and as they were written."""
+    with errors_in_one_line():
+        from .data.code_extraction import check_codes
+
+        totals = check_codes(output)
+    typer.echo(f"{totals['rows']} rows in {totals['shards']} shards, {totals['skipped']} rows skipped")
+
+
 def main():
     """Entry point of the console script."""
     app(prog_name="transformers-nextflow")

@@ -63,24 +63,28 @@ def loss_targets(
 
 
 def nextflow_loss(
-    logits: torch.Tensor, targets: LossTargets, num_scales: int, num_items_in_batch: torch.Tensor | int | None = None
+    total: torch.Tensor,
+    losses: torch.Tensor,
+    targets: LossTargets,
+    num_scales: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Losses from the logits (n, V) at the trained positions.
+    """Losses from the weighted sum () of the cross-entropies and from each one (n,), at the trained positions.
 
-    Returns `loss` (weighted sum over the number of trained positions, or over `num_items_in_batch`), `text_loss` and
+    Returns `loss` (the sum over the number of trained positions, or over `num_items_in_batch`), `text_loss` and
     `image_loss` (means over text tokens, weighted over codes) and `scale_losses` (num_scales,) unweighted means; NaN
-    where a batch has nothing of the kind.
+    where a batch has nothing of the kind. Only `loss` has a gradient.
     """
-    losses = F.cross_entropy(logits.float(), targets.classes, reduction="none")
+    losses = losses.detach()
     weighted = losses * targets.weights
     is_code = targets.scales > 0
     count = len(losses) if num_items_in_batch is None else num_items_in_batch
     per_scale = torch.zeros(num_scales + 1, device=losses.device)
-    sums = per_scale.index_add(0, targets.scales, losses.detach())
+    sums = per_scale.index_add(0, targets.scales, losses)
     counts = per_scale.index_add(0, targets.scales, torch.ones_like(losses))
     return {
-        "loss": weighted.sum() / max(count, 1) if isinstance(count, int) else weighted.sum() / count,
-        "text_loss": weighted[~is_code].detach().mean(),
-        "image_loss": weighted[is_code].detach().mean(),
+        "loss": total / max(count, 1) if isinstance(count, int) else total / count,
+        "text_loss": weighted[~is_code].mean(),
+        "image_loss": weighted[is_code].mean(),
         "scale_losses": (sums / counts)[1:],
     }

@@ -13,10 +13,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
 from .configuration_nextflow import NextFlowConfig
+from .fused_cross_entropy import fused_cross_entropy
 from .generation_nextflow import NextFlowGenerationMixin
-from .loss_nextflow import loss_targets, nextflow_loss
+from .loss_nextflow import IGNORE_INDEX, LossTargets, loss_targets, nextflow_loss
 from .modeling_nextflow_vq import NextFlowVQModel, StrictLoadingMixin
 from .multiscale_quantizer import resample
+from .packed_attention import packed_causal_mask, starts_of_samples
 from .scale_schedule import ScaleSchedule
 from .sequence_layout import SequenceLayout, layout_sequence
 
@@ -223,6 +225,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         image_tokens: torch.LongTensor | None = None,
         image_grids: torch.LongTensor | None = None,
+        seq_idx: torch.LongTensor | None = None,
         layout: SequenceLayout | None = None,
         use_cache: bool | None = None,
         **kwargs,
@@ -235,18 +238,22 @@ class NextFlowModel(NextFlowPreTrainedModel):
             position_ids: (3, B, L); default: the layout's.
             image_tokens: (num_images, N) codes that the slots read.
             image_grids: (num_images, 2) final grids.
+            seq_idx: (B, L) which sample of its row a position belongs to, where rows are packed.
             layout: of `input_ids`, where the caller has it already.
 
         Raises:
-            ValueError: if placeholders, grids and codes do not match.
+            ValueError: if placeholders, grids and codes do not match, or packed rows come with a cache.
         """
         block_ids = None
+        if seq_idx is not None and past_key_values is not None:
+            raise ValueError("Packed rows (seq_idx) cannot be continued: a cache does not know its samples apart.")
         if inputs_embeds is None:
             inputs_embeds = self.language_model.embed_tokens(input_ids)
             schedules = self.schedules_of(image_grids)
             holds_slots = bool(schedules) or bool((input_ids == self.config.image_token_id).any())
             if layout is None and (holds_slots or position_ids is None):
-                layout = layout_sequence(input_ids, _last_columns(attention_mask, input_ids), schedules, self.config)
+                mask = _last_columns(attention_mask, input_ids)
+                layout = layout_sequence(input_ids, mask, schedules, self.config, seq_idx)
             if schedules:
                 embeds = self.embed_pictures(image_tokens, schedules, layout.scale_ids[layout.slot_mask])
                 inputs_embeds = inputs_embeds.masked_scatter(
@@ -258,7 +265,10 @@ class NextFlowModel(NextFlowPreTrainedModel):
                     # Pictures take fewer positions than slots, so the cache's length does not tell where to go on.
                     raise ValueError("A pass on a cache needs position_ids; see layout_sequence, or call generate.")
                 position_ids = layout.position_ids
-        if block_ids is not None and not isinstance(attention_mask, dict):
+        if seq_idx is not None:
+            mask = packed_causal_mask(self.config.text_config, inputs_embeds, seq_idx, block_ids)
+            attention_mask, use_cache = {"full_attention": mask}, False
+        elif block_ids is not None and not isinstance(attention_mask, dict):
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             attention_mask = {
                 "full_attention": create_causal_mask(
@@ -333,6 +343,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         image_grids: torch.LongTensor | None = None,
         image_labels: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
+        seq_idx: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -348,6 +359,9 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             image_grids: (num_images, 2) final grids (height, width).
             image_labels: (num_images, N) codes to write; default `image_tokens`. They differ under self-correction.
             labels: (B, L), -100 where nothing is to be learned; a picture counts iff its `<eoi>` has a label.
+            seq_idx: (B, L) which sample of its row a position belongs to (0, 1, … from left to right), where rows are
+                packed. Samples do not see each other; nothing predicts the first token of one, whatever its label.
+                Padding is a sample of its own; `attention_mask` is not asked.
             logits_to_keep: compute the logits of only so many last positions, or of these positions; 0 of all.
             num_items_in_batch: trained positions over which the loss is averaged, for gradient accumulation.
 
@@ -364,7 +378,9 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         if labels is not None:
             if input_ids is None:
                 raise ValueError("The loss needs input_ids: they say where pictures lie.")
-            layout = layout_sequence(input_ids, attention_mask, schedules, self.config)
+            layout = layout_sequence(input_ids, attention_mask, schedules, self.config, seq_idx)
+            if seq_idx is not None:
+                labels = labels.masked_fill(starts_of_samples(seq_idx), IGNORE_INDEX)
             use_cache = bool(use_cache)  # a loss needs no cache unless it is asked for
         outputs = self.model(
             input_ids=input_ids,
@@ -374,6 +390,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             inputs_embeds=inputs_embeds,
             image_tokens=image_tokens,
             image_grids=image_grids,
+            seq_idx=seq_idx,
             layout=layout,
             use_cache=use_cache,
             **kwargs,
@@ -383,7 +400,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             image_labels = image_tokens if image_labels is None else image_labels
             targets = loss_targets(input_ids, labels, image_labels, layout, schedules, self.config)
             num_scales = len(self.config.vq_config.scales)
-            losses = nextflow_loss(self.head(hidden_states[targets.mask]), targets, num_scales, num_items_in_batch)
+            total, each = self._cross_entropy(hidden_states[targets.mask], targets)
+            losses = nextflow_loss(total, each, targets, num_scales, num_items_in_batch)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.head(hidden_states[:, kept, :])
@@ -398,6 +416,27 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
     def head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states (…, D) → logits (…, text vocabulary + codes)."""
         return torch.cat([self.lm_head(hidden_states), self.visual_head(hidden_states)], dim=-1)
+
+    def _cross_entropy(self, hidden_states: torch.Tensor, targets: LossTargets) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weighted sum () of the cross-entropies at trained positions (n, D), and each one (n,), without logits."""
+        matrices = [_own_matrix(head) for head in (self.lm_head, self.visual_head)]
+        if all(matrix is not None for matrix in matrices):
+            return fused_cross_entropy(hidden_states, matrices, targets.classes, targets.weights)
+        losses = nn.functional.cross_entropy(self.head(hidden_states).float(), targets.classes, reduction="none")
+        return (losses * targets.weights).sum(), losses
+
+
+def _own_matrix(head: nn.Module) -> torch.Tensor | None:
+    """The matrix (V, D) that a head multiplies by, or `None` where only calling it does it right."""
+    if not isinstance(head, nn.Linear):  # an adapter wraps it
+        return None
+    if hasattr(head, "unshard"):
+        # FSDP2, which gathers the weight when the head is called; what follows is not a call.
+        head.unshard()
+        return head.weight
+    # Offloading and tensor parallelism (whose weights have placements) change the call.
+    changed = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook")
+    return None if changed or hasattr(head.weight, "placements") else head.weight
 
 
 def _last_columns(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor | None:

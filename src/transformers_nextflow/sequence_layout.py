@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 
 from .configuration_nextflow import NextFlowConfig
+from .packed_attention import starts_of_samples
 from .scale_schedule import Grid, ScaleSchedule
 
 
@@ -107,10 +108,12 @@ def layout_sequence(
     attention_mask: torch.Tensor | None,
     schedules: Sequence[ScaleSchedule],
     config: NextFlowConfig,
+    seq_idx: torch.Tensor | None = None,
 ) -> SequenceLayout:
     """Lay out (B, L) tokens with whole pictures, whose schedules come in order of appearance, row by row.
 
-    A `<boi>` without slots and `<eoi>` behind it (a prompt for drawing) is text.
+    With `seq_idx` (B, L) a row holds several samples, and each one's positions start at 0. A `<boi>` without slots and
+    `<eoi>` behind it (a prompt for drawing) is text.
 
     Raises:
         ValueError: if the placeholders do not match the pictures.
@@ -124,7 +127,10 @@ def layout_sequence(
     advance = (valid & ~slot_mask).long()
     steps = torch.tensor([s.num_scales + read_last for s in schedules], dtype=torch.long, device=device)
     advance.view(-1)[ends] = steps
-    position = (advance.cumsum(-1) - 1).clamp_min(0)
+    position = advance.cumsum(-1)
+    if seq_idx is not None:
+        position = position - torch.where(starts_of_samples(seq_idx), position - advance, 0).cummax(-1).values
+    position = (position - 1).clamp_min(0)
 
     position_ids = position.float().expand(3, -1, -1).clone()
     scale_ids = torch.zeros_like(input_ids)

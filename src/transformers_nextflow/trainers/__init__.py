@@ -4,15 +4,19 @@ from .adversarial import PatchDiscriminator
 from .collator import NextFlowCollator
 from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
 from .optimizers import MuonWithAdamW
+from .packing import CostModel, PackedDataset, PackedStream
 from .vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
 
 
 __all__ = [
+    "CostModel",
     "MuonWithAdamW",
     "NextFlowCollator",
     "NextFlowTrainer",
     "NextFlowTrainingArguments",
     "NextFlowVQTrainer",
     "NextFlowVQTrainingArguments",
+    "PackedDataset",
+    "PackedStream",
     "PatchDiscriminator",
 ]

@@ -5,10 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainingArguments
 
+from ..configuration_nextflow import NextFlowConfig
+from ..data.vision_tokenizer import tokenizer_fingerprint
 from ..modeling_nextflow import NextFlowForConditionalGeneration
+from ..packed_attention import PACKED_SDPA
+from .collator import NextFlowCollator
 from .optimizers import MuonWithAdamW
+from .packing import PACKINGS, CostModel, PackedDataset, PackedStream
 
 
 @dataclass
@@ -18,15 +24,50 @@ class NextFlowTrainingArguments(TrainingArguments):
     Args:
         muon: step the hidden matrices with Muon and the rest with AdamW, in place of `optim`.
         compile_layers: compile each layer of the backbone by itself.
+        packing: how a process's batch is made. "padding": `per_device_train_batch_size` rows, padded to the longest.
+            "length": one row of samples with `packing_budget` positions at most. "compute": one row of samples that
+            cost `packing_budget` at most by [`CostModel`], where a position costs 1 and attention comes on top.
+        packing_budget: see `packing`. Processes all have the same, so they take about the same time.
     """
 
     muon: bool = field(default=False)
     compile_layers: bool = field(default=False)
+    packing: str = field(default="padding", metadata={"choices": PACKINGS})
+    packing_budget: int | None = field(default=None)
 
     def __post_init__(self):
         super().__post_init__()
+        if self.packing not in PACKINGS:
+            raise ValueError(f"packing must be one of {PACKINGS}, got {self.packing!r}.")
+        if self.packing == "padding" and self.packing_budget is not None:
+            raise ValueError(f"packing_budget {self.packing_budget} is for packing 'length' or 'compute'; set that.")
+        if self.packing != "padding":
+            if self.packing_budget is None or self.packing_budget < 1:
+                raise ValueError(f"packing {self.packing!r} needs a packing_budget from 1, got {self.packing_budget}.")
+            if self.per_device_train_batch_size != 1:
+                raise ValueError(
+                    f"A batch is one pack with packing {self.packing!r}: set per_device_train_batch_size to 1 (got "
+                    f"{self.per_device_train_batch_size}), and packing_budget to what a step shall hold."
+                )
+            # Streams: each process takes its own packs; they are lists of rows, which cannot be cut to pieces.
+            self.accelerator_config.dispatch_batches = False
         self.remove_unused_columns = False
         self.label_names = self.label_names or ["labels"]
+
+
+def packed(
+    rows, collator: NextFlowCollator, config: NextFlowConfig, args: NextFlowTrainingArguments
+) -> PackedDataset | PackedStream:
+    """The packs of a dataset, or of a stream, that the arguments ask for."""
+    model = CostModel.from_config(config)
+
+    def cost(row: dict) -> float:
+        size = collator.size(row)
+        return size.length if args.packing == "length" else model.cost(size, config.read_last_scale)
+
+    if hasattr(rows, "__len__"):
+        return PackedDataset(rows, cost, args.packing_budget, args.seed)
+    return PackedStream(rows, cost, args.packing_budget)
 
 
 class NextFlowTrainer(Trainer):
@@ -42,6 +83,17 @@ class NextFlowTrainer(Trainer):
         if args.compile_layers:
             for layer in model.model.language_model.layers:
                 layer.compile(dynamic=True)
+        collator = kwargs.get("data_collator")
+        if isinstance(collator, NextFlowCollator) and collator.tokenizer_fingerprint is None:
+            # The first process's: others may have no weights yet.
+            fingerprint = [tokenizer_fingerprint(model.vq_model) if args.process_index == 0 else None]
+            collator.tokenizer_fingerprint = broadcast_object_list(fingerprint)[0]
+        if args.packing != "padding":
+            if model.config._attn_implementation == "sdpa" and not args.compile_layers:
+                # The same attention, at the cost of the samples and not of the whole row. Compiled layers would be
+                # compiled anew for each number of samples.
+                model.set_attn_implementation(PACKED_SDPA)
+            kwargs["train_dataset"] = packed(kwargs["train_dataset"], collator, model.config, args)
         super().__init__(model=model, args=args, **kwargs)
         self._parts: dict[str, list[torch.Tensor]] = {}
 

@@ -1,0 +1,320 @@
+"""Codes of all pictures of a data set, ahead of training (paper, section 3.3: index sequences are extracted offline).
+
+The output is a folder of Parquet shards, which `datasets` reads and streams, each with a note of its rows and its hash
+beside it. A shard is written whole or not at all, and what is written stays: after a kill or on a full disk the same
+command goes on with the shards that lack.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..image_processing_nextflow import NextFlowImageProcessorPil
+from ..multiscale_quantizer import SelfCorrection
+from .rows import FINGERPRINT, BadRowError, Sample, import_extra, load_picture, open_rows, read_row
+from .validation import check_on_bad_picture, check_size, usable_rows
+from .vision_tokenizer import load_vision_tokenizer, tokenizer_fingerprint
+
+
+SETTINGS = "extraction.json"
+# Batches of pictures that are held at once; their sizes are many.
+MOST_WAITING = 8
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What an output folder was made from and how; the same for all of its shards.
+
+    Args:
+        source, source_rows: as in `open_rows`, and its number of rows.
+        tokenizer: folder of a `NextFlowVQModel`, or of a model that holds one.
+        fingerprint: of that tokenizer.
+        shard_size: rows of the source in a shard.
+        batch_size: pictures of one size that are encoded at once; draws depend on it.
+        level: resolution at which pictures are read; `None`: for each the nearest in area.
+        top_k, token_share: self-correction; every sample has it, and `token_share` of the tokens of each scale.
+        seed: of the draws.
+        on_bad_picture: "stop" or "skip".
+    """
+
+    source: str
+    source_rows: int
+    tokenizer: str
+    fingerprint: str
+    shard_size: int = 1000
+    batch_size: int = 16
+    level: int | None = None
+    top_k: int = 10
+    token_share: float = 0.6
+    seed: int = 0
+    on_bad_picture: str = "stop"
+
+    def __post_init__(self):
+        self.self_correction  # raises for values that make no sense
+        check_on_bad_picture(self.on_bad_picture)
+        if min(self.shard_size, self.batch_size) < 1:
+            raise ValueError(f"shard_size and batch_size start at 1, got {self.shard_size} and {self.batch_size}.")
+
+    @property
+    def self_correction(self) -> SelfCorrection:
+        return SelfCorrection(self.top_k, self.token_share)
+
+    @property
+    def shards(self) -> range:
+        return range(-(-self.source_rows // self.shard_size))
+
+    def rows_of(self, shard: int) -> range:
+        start = shard * self.shard_size
+        return range(start, min(start + self.shard_size, self.source_rows))
+
+    def generator(self, shard: int, device: torch.device) -> torch.Generator:
+        return torch.Generator(device).manual_seed(self.seed * 1_000_003 + shard)
+
+
+def extract_codes(
+    source: str | os.PathLike,
+    tokenizer: str | os.PathLike,
+    output: str | os.PathLike,
+    processes: int = 1,
+    device: str = "cpu",
+    **settings,
+) -> dict[str, int]:
+    """Encode the pictures of all rows to `image_tokens` (drawn for self-correction) and `image_labels` (nearest codes).
+
+    Goes on where an earlier call with the same settings was cut off; the result is the same as uncut.
+
+    Args:
+        source: `.jsonl` or `.parquet` file, or folder; see `open_rows`.
+        tokenizer: folder of a `NextFlowVQModel`, or of a model that holds one.
+        output: folder of the shards.
+        processes: each takes a shard at a time.
+        device: of the tokenizer.
+        settings: the other fields of [`Extraction`].
+
+    Returns:
+        `rows` written, `skipped`, `shards`, and `found`, shards that were there already.
+
+    Raises:
+        ValueError: for a row that cannot be used, or an output folder of other settings.
+        OSError: if a shard cannot be written; the finished ones stay.
+    """
+    fingerprint = tokenizer_fingerprint(load_vision_tokenizer(tokenizer))
+    count = len(open_rows(source)[0])
+    extraction = Extraction(str(Path(source).resolve()), count, str(tokenizer), fingerprint, **settings)
+    output = Path(output)
+    _begin(extraction, output)
+    missing = [shard for shard in extraction.shards if not _is_whole(output, shard)]
+    with tqdm(total=len(extraction.shards), initial=len(extraction.shards) - len(missing), unit="shard") as progress:
+        for _ in _write_shards(missing, extraction, output, device, processes):
+            progress.update()
+    return check_codes(output) | {"found": len(extraction.shards) - len(missing)}
+
+
+def check_codes(output: str | os.PathLike) -> dict[str, int]:
+    """Whether every shard of a folder is there and as it was written; returns `rows`, `skipped` and `shards`.
+
+    Raises:
+        ValueError: naming the shards that lack or are damaged.
+    """
+    output = Path(output)
+    if not (output / SETTINGS).is_file():
+        raise ValueError(f"{output} holds no {SETTINGS}; is it a folder of extract-codes?")
+    shards = Extraction(**json.loads((output / SETTINGS).read_text())).shards
+    bad = [_shard(output, shard).name for shard in shards if not _is_whole(output, shard)]
+    if bad:
+        raise ValueError(f"{output}: {', '.join(bad)} lack or are damaged; extract once more, the others stay.")
+    notes = [json.loads(_note(output, shard).read_text()) for shard in shards]
+    return {name: sum(note[name] for note in notes) for name in ("rows", "skipped")} | {"shards": len(notes)}
+
+
+def _begin(extraction: Extraction, output: Path):
+    """Write down the settings, or see that they are those that the folder was begun with."""
+    path = output / SETTINGS
+    for partial in output.glob(".codes-*"):
+        partial.unlink()  # of a call that was killed
+    if not path.exists():
+        if output.is_dir() and any(output.glob("codes-*")):
+            raise ValueError(f"{output} holds codes without {SETTINGS}; take an empty folder.")
+        output.mkdir(parents=True, exist_ok=True)
+        _replace(path, lambda partial: partial.write_text(json.dumps(asdict(extraction), indent=2) + "\n"))
+    begun = json.loads(path.read_text())
+    for name, value in asdict(extraction).items():
+        # The tokenizer may have moved: its fingerprint says whether it is the same.
+        if begun.get(name) != value and name != "tokenizer":
+            raise ValueError(
+                f"{output} was begun with {name} {begun.get(name)!r}, now it is {value!r}; take the same, or an empty "
+                "folder."
+            )
+
+
+def _write_shards(
+    shards: list[int], extraction: Extraction, output: Path, device: str, processes: int
+) -> Iterator[int]:
+    """Write the shards, and say of each when it is done; what is done stays if another one fails."""
+    if processes == 1:
+        encoder = _Encoder(extraction, device)
+        for shard in shards:
+            yield encoder.write(shard, output)
+        return
+    # Not forked: threads of torch and CUDA do not survive it.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _start_worker, (extraction, device)) as pool:
+        futures = [pool.submit(_write_in_worker, shard, output) for shard in shards]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(extraction: Extraction, device: str):
+    global _worker
+    torch.set_num_threads(1)
+    _worker = _Encoder(extraction, device)
+
+
+def _write_in_worker(shard: int, output: Path) -> int:
+    return _worker.write(shard, output)
+
+
+class _Encoder:
+    """The tokenizer of one process, and the rows."""
+
+    def __init__(self, extraction: Extraction, device: str):
+        self.extraction = extraction
+        self.model = load_vision_tokenizer(extraction.tokenizer).to(device)
+        config = self.model.config
+        self.image_processor = NextFlowImageProcessorPil(
+            scales=config.scales, patch_size=config.patch_size, levels=config.levels, level=extraction.level
+        )
+        self.rows, self.root = open_rows(extraction.source)
+
+    def write(self, shard: int, output: Path) -> int:
+        """Write a shard and then its note, without which it does not count."""
+        skipped: list[str] = []
+        rows = self.encode(shard, skipped)
+        path = _shard(output, shard)
+        _replace(path, lambda partial: _write_parquet(rows, partial))
+        note = {"rows": len(rows), "skipped": len(skipped), "skipped_because": skipped, "sha256": _hash(path)}
+        _replace(_note(output, shard), lambda partial: partial.write_text(json.dumps(note, indent=2) + "\n"))
+        return shard
+
+    def encode(self, shard: int, skipped: list[str]) -> list[dict]:
+        """The rows of a shard with their codes; the draws depend on the settings and the shard alone."""
+        extraction = self.extraction
+        numbers = extraction.rows_of(shard)
+        generator = extraction.generator(shard, self.model.device)
+        rows = _Slice(self.rows, numbers)
+        usable = usable_rows(rows, self._prepare, extraction.on_bad_picture, skipped, first=numbers.start)
+        result: list[dict] = []
+        # Pictures wait until there are enough of their size, and not too many of all sizes.
+        waiting: dict[tuple, list[tuple]] = {}
+        for number, (sample, pixels) in usable:
+            result.append(self._row(number, sample, len(pixels)))
+            for index, picture in enumerate(pixels):
+                group = waiting.setdefault(picture.shape, [])
+                group.append((result[-1], index, picture))
+                if len(group) == extraction.batch_size:
+                    self._encode_group(waiting.pop(picture.shape), generator)
+            if sum(map(len, waiting.values())) > MOST_WAITING * extraction.batch_size:
+                self._encode_group(waiting.pop(next(iter(waiting))), generator)
+        for group in waiting.values():
+            self._encode_group(group, generator)
+        return result
+
+    def _row(self, number: int, sample: Sample, count: int) -> dict:
+        codes = {name: [None] * count for name in ("image_tokens", "image_labels", "image_grids")}
+        messages = [_arrow_message(message) for message in sample.messages]
+        return {"messages": messages, **codes, FINGERPRINT: self.extraction.fingerprint, "source_row": number}
+
+    def _prepare(self, row: dict) -> tuple[Sample, list[np.ndarray]]:
+        """A row and its pictures as pixel values (3, H, W)."""
+        sample = read_row(row, self.root)
+        if len(sample.pictures) < sample.num_pictures:
+            raise BadRowError("image_tokens", "the row has codes already, and no pictures to encode")
+        pixels = []
+        for place, picture in zip(sample.fields, sample.pictures):
+            picture = load_picture(picture, place)
+            check_size(picture, place, self.image_processor.scale_schedules)
+            pixels.append(self.image_processor(picture)["pixel_values"][0])
+        return sample, pixels
+
+    @torch.no_grad()
+    def _encode_group(self, group: list[tuple], generator: torch.Generator):
+        """Write the codes of pictures of one size, (row, number in it, pixel values), into their rows."""
+        pixels = torch.from_numpy(np.stack([picture for _, _, picture in group])).to(self.model.device)
+        codes = self.model.encode(pixels, self.extraction.self_correction, generator)
+        grid = list(self.model.schedule_of(pixels).final_grid)
+        for (row, index, _), tokens, labels in zip(group, codes.image_tokens.tolist(), codes.image_labels.tolist()):
+            row["image_tokens"][index], row["image_labels"][index], row["image_grids"][index] = tokens, labels, grid
+
+
+class _Slice:
+    """Some rows of a sequence of rows."""
+
+    def __init__(self, rows: Sequence[dict], numbers: range):
+        self.rows, self.numbers = rows, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.rows[self.numbers[index]]
+
+
+def _arrow_message(message: dict) -> dict:
+    """A message whose parts all have the same fields, as Arrow wants them."""
+    parts = [
+        {"type": part["type"], "text": part.get("text"), "train": part.get("train")} for part in message["content"]
+    ]
+    return {"role": message["role"], "content": parts, "train": message.get("train")}
+
+
+def _write_parquet(rows: list[dict], path: Path):
+    pa, parquet = import_extra("pyarrow"), import_extra("pyarrow.parquet")
+    part = pa.struct([("type", pa.string()), ("text", pa.string()), ("train", pa.bool_())])
+    message = pa.struct([("role", pa.string()), ("content", pa.list_(part)), ("train", pa.bool_())])
+    codes = pa.list_(pa.list_(pa.int32()))
+    fields = [("messages", pa.list_(message)), ("image_tokens", codes), ("image_labels", codes)]
+    fields += [("image_grids", codes), (FINGERPRINT, pa.string()), ("source_row", pa.int64())]
+    parquet.write_table(pa.Table.from_pylist(rows, pa.schema(fields)), path)
+
+
+def _replace(path: Path, write: Callable[[Path], object]):
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _shard(output: Path, shard: int) -> Path:
+    return output / f"codes-{shard:06d}.parquet"
+
+
+def _note(output: Path, shard: int) -> Path:
+    return _shard(output, shard).with_suffix(".json")
+
+
+def _is_whole(output: Path, shard: int) -> bool:
+    try:
+        return json.loads(_note(output, shard).read_text())["sha256"] == _hash(_shard(output, shard))
+    except (FileNotFoundError, ValueError):  # the latter: a note that is no JSON
+        return False
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

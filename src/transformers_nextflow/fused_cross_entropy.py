@@ -1,0 +1,89 @@
+"""Cross-entropy of a linear head without its logits in memory (paper, section 3.3, fuses the two for the same reason).
+
+Classes are taken in blocks, twice: the first time for the normaliser of the soft-max, the second time for the gradient.
+Blocks of classes rather than of tokens, since then each row of the head's gradient is written once, whole and in few
+large products; the price is that logits are computed twice. The gradient is made in the forward pass, where everything
+it needs is at hand, and scaled in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+# Logits that are held at once: 64 MiB in float32, and about three times as much for what is made of them.
+LOGITS_AT_ONCE = 2**24
+
+
+def fused_cross_entropy(
+    hidden_states: torch.Tensor, matrices: Sequence[torch.Tensor], classes: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted sum () of the cross-entropies of n positions, and each one's own (n,), in float32.
+
+    Only the sum has a gradient, of first order. Under autocast the products run in autocast's type.
+
+    Args:
+        hidden_states: (n, D).
+        matrices: (V_i, D) parts of one soft-max over V_1 + V_2 + … classes, one after the other.
+        classes: (n,) int64.
+        weights: (n,) float32.
+    """
+    return _FusedCrossEntropy.apply(hidden_states, classes, weights, *matrices)
+
+
+class _FusedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states, classes, weights, *matrices):
+        device = hidden_states.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else matrices[0].dtype
+        hidden, heads = hidden_states.to(dtype), [matrix.to(dtype) for matrix in matrices]
+        normaliser = torch.full(classes.shape, -torch.inf, device=classes.device)
+        own = torch.zeros_like(normaliser)
+        for _, _, logits, index, inside in _blocks(hidden, heads, classes):
+            normaliser = torch.logaddexp(normaliser, logits.logsumexp(-1))
+            own = torch.where(inside, logits.gather(1, index[:, None])[:, 0], own)
+        losses = normaliser - own
+
+        needs_hidden, _, _, *needs_matrices = ctx.needs_input_grad
+        to_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
+        to_heads = [torch.empty_like(head) if need else None for head, need in zip(heads, needs_matrices)]
+        if needs_hidden or any(needs_matrices):
+            for head, rows, logits, index, inside in _blocks(hidden, heads, classes):
+                gradient = logits.sub_(normaliser[:, None]).exp_()
+                gradient.scatter_add_(1, index[:, None], -inside[:, None].float())
+                gradient = gradient.mul_(weights[:, None]).to(dtype)
+                if needs_hidden:
+                    to_hidden += gradient @ heads[head][rows]
+                if needs_matrices[head]:
+                    torch.mm(gradient.T, hidden, out=to_heads[head][rows])
+        # They wait for the backward pass in the types of what they are gradients of.
+        inputs, gradients = (hidden_states, *matrices), (to_hidden, *to_heads)
+        ctx.save_for_backward(*(g if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs)))
+        ctx.mark_non_differentiable(losses)
+        return (losses * weights).sum(), losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale, _):
+        to_hidden, *to_matrices = (None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
+        return to_hidden, None, None, *to_matrices
+
+
+def _blocks(
+    hidden: torch.Tensor, heads: Sequence[torch.Tensor], classes: torch.Tensor
+) -> Iterator[tuple[int, slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Block by block: which head, which of its rows, their logits (n, rows) in float32; and for each position the
+    column (n,) of its class, and whether (n,) it lies in this block."""
+    size = max(1, LOGITS_AT_ONCE // max(1, len(hidden)))
+    offset = 0
+    for number, head in enumerate(heads):
+        for start in range(0, len(head), size):
+            rows = slice(start, min(start + size, len(head)))
+            index = classes - offset - start
+            inside = (index >= 0) & (index < rows.stop - start)
+            yield number, rows, (hidden @ head[rows].T).float(), index.clamp(0, rows.stop - start - 1), inside
+        offset += len(head)

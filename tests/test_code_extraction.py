@@ -1,0 +1,248 @@
+"""Codes extracted ahead of training: what they are, and that nothing is lost by kills, full disks and bad pictures."""
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_data_format import image, row_of, write_lines
+from test_trainer import text
+from tiny import tiny_model, tiny_processor
+from typer.testing import CliRunner
+
+from transformers_nextflow import SelfCorrection
+from transformers_nextflow.cli import app
+from transformers_nextflow.data import check_codes, code_extraction, extract_codes, tokenizer_fingerprint
+from transformers_nextflow.trainers import NextFlowCollator
+
+
+SIZES = ((16, 16), (8, 32), (32, 8))
+SETTINGS = {"shard_size": 3, "top_k": 4}
+
+
+def make_source(folder, count: int = 8):
+    """A tokenizer and rows with two pictures, one, or none each."""
+    tiny_model().vq_model.save_pretrained(folder / "tokenizer")
+    generator = np.random.default_rng(0)
+    rows = []
+    for number in range(count):
+        names = [f"{number}-{index}.png" for index in range(number % 3)]
+        for index, name in enumerate(names):
+            height, width = SIZES[(number + index) % len(SIZES)]
+            Image.fromarray(generator.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / name)
+        rows.append(row_of(text("one"), *map(image, names)))
+    return write_lines(folder / "rows.jsonl", rows)
+
+
+def extract(folder, output="codes", **settings):
+    return extract_codes(folder / "rows.jsonl", folder / "tokenizer", folder / output, **(SETTINGS | settings))
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("codes-*"))}
+
+
+def rows_of(folder) -> list[dict]:
+    files = [str(path) for path in sorted(folder.glob("*.parquet"))]
+    return list(datasets.load_dataset("parquet", data_files=files, split="train", streaming=True))
+
+
+def test_codes_are_the_tokenizers_and_those_to_read_are_drawn(tmp_path):
+    make_source(tmp_path)
+    assert extract(tmp_path) == {"rows": 8, "skipped": 0, "shards": 3, "found": 0}
+    model, processor = tiny_model().vq_model, tiny_processor()
+    rows = rows_of(tmp_path / "codes")
+    assert [row["source_row"] for row in rows] == list(range(8))
+    drawn = []
+    for number, row in enumerate(rows):
+        assert row["tokenizer_fingerprint"] == tokenizer_fingerprint(model)
+        assert len(row["image_tokens"]) == len(row["image_labels"]) == len(row["image_grids"]) == number % 3
+        for index, (tokens, labels, grid) in enumerate(
+            zip(row["image_tokens"], row["image_labels"], row["image_grids"])
+        ):
+            pixels = processor.image_processor(Image.open(tmp_path / f"{number}-{index}.png"), return_tensors="pt")
+            assert grid == pixels["image_grids"][0].tolist()
+            assert tokens != labels
+            if index == 0 and number == 1:
+                assert labels[0] == int(model.encode(pixels["pixel_values"]).image_tokens[0, 0])
+            drawn += [a != b for a, b in zip(tokens, labels)]
+    # 60% are drawn, and some of the draws hit the nearest code.
+    assert 0.2 < sum(drawn) / len(drawn) < 0.6
+    batch = NextFlowCollator(processor, tokenizer_fingerprint=tokenizer_fingerprint(model))(rows)
+    with torch.no_grad():
+        assert torch.isfinite(tiny_model()(**batch).loss)
+
+
+def test_without_self_correction_codes_are_the_nearest(tmp_path):
+    make_source(tmp_path, 3)
+    extract(tmp_path, token_share=0.0)
+    model, processor = tiny_model().vq_model, tiny_processor()
+    for row in rows_of(tmp_path / "codes"):
+        assert row["image_tokens"] == row["image_labels"]
+        for index, tokens in enumerate(row["image_tokens"]):
+            picture = Image.open(tmp_path / f"{row['source_row']}-{index}.png")
+            pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+            assert model.encode(pixels).image_tokens[0].tolist() == tokens
+
+
+def test_a_shard_is_the_encoding_of_its_pictures_under_its_own_seed(tmp_path):
+    source = make_source(tmp_path, 2)
+    extract(tmp_path, seed=5)
+    pixels = tiny_processor().image_processor(Image.open(tmp_path / "1-0.png"), return_tensors="pt")["pixel_values"]
+    generator = torch.Generator().manual_seed(5 * 1_000_003)
+    expected = tiny_model().vq_model.encode(pixels, SelfCorrection(top_k=4, token_share=0.6), generator)
+    row = rows_of(tmp_path / "codes")[1]
+    assert row["image_tokens"] == expected.image_tokens.tolist()
+    assert row["image_labels"] == expected.image_labels.tolist()
+    assert source.exists()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_nearest_codes_do_not_depend_on_the_batches(batch_size, tmp_path, monkeypatch):
+    make_source(tmp_path)
+    extract(tmp_path, "expected", token_share=0.0, shard_size=100)
+    monkeypatch.setattr(code_extraction, "MOST_WAITING", 1)
+    extract(tmp_path, token_share=0.0, shard_size=100, batch_size=batch_size)
+    assert rows_of(tmp_path / "codes") == rows_of(tmp_path / "expected")
+
+
+def test_a_whole_model_serves_as_tokenizer(tmp_path):
+    make_source(tmp_path, 3)
+    tiny_model().save_pretrained(tmp_path / "model")
+    extract(tmp_path)
+    # It is the same tokenizer, so this finds all shards; and in a new folder it makes the same.
+    assert extract_codes(tmp_path / "rows.jsonl", tmp_path / "model", tmp_path / "codes", **SETTINGS)["found"] == 1
+    extract_codes(tmp_path / "rows.jsonl", tmp_path / "model", tmp_path / "other", **SETTINGS)
+    assert contents(tmp_path / "codes") == contents(tmp_path / "other")
+
+
+def test_lost_and_damaged_shards_are_found_and_made_again_alone(tmp_path):
+    make_source(tmp_path)
+    extract(tmp_path)
+    codes = tmp_path / "codes"
+    whole = contents(codes)
+    (codes / "codes-000000.parquet").write_bytes(whole["codes-000000.parquet"][:-1])
+    (codes / "codes-000002.json").write_text("{")
+    with pytest.raises(ValueError, match="codes-000000.parquet, codes-000002.parquet lack or are damaged"):
+        check_codes(codes)
+    untouched = (codes / "codes-000001.parquet").stat().st_mtime_ns
+    assert extract(tmp_path)["found"] == 1
+    assert contents(codes) == whole
+    assert (codes / "codes-000001.parquet").stat().st_mtime_ns == untouched
+    assert check_codes(codes) == {"rows": 8, "skipped": 0, "shards": 3}
+
+
+def test_a_full_disk_loses_nothing_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    make_source(tmp_path)
+    extract(tmp_path, "expected")
+    written, write = [], code_extraction._write_parquet
+
+    def full(rows, path):
+        write(rows, path)
+        written.append(path)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(code_extraction, "_write_parquet", full)
+    with pytest.raises(OSError, match="No space left"):
+        extract(tmp_path)
+    codes = tmp_path / "codes"
+    assert sorted(path.name for path in codes.iterdir()) == [
+        "codes-000000.json",
+        "codes-000000.parquet",
+        "extraction.json",
+    ]
+    assert extract(tmp_path)["found"] == 1
+    assert contents(codes) == contents(tmp_path / "expected")
+
+
+def _slow_extract(folder):
+    encode = code_extraction._Encoder.encode
+
+    def slow(self, shard, skipped):
+        time.sleep(0.2 if shard == 0 else 60)
+        return encode(self, shard, skipped)
+
+    code_extraction._Encoder.encode = slow
+    extract(folder)
+
+
+def test_a_killed_extraction_is_finished_by_the_next_one(tmp_path):
+    make_source(tmp_path)
+    extract(tmp_path, "expected")
+    process = multiprocessing.get_context("fork").Process(target=_slow_extract, args=(tmp_path,))
+    process.start()
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "codes" / "codes-000000.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert extract(tmp_path)["found"] == 1
+    assert contents(tmp_path / "codes") == contents(tmp_path / "expected")
+
+
+def test_two_processes_write_what_one_writes(tmp_path):
+    make_source(tmp_path)
+    extract(tmp_path, "one")
+    extract(tmp_path, "two", processes=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_bad_pictures_stop_it_or_are_skipped_and_counted(tmp_path):
+    make_source(tmp_path)
+    (tmp_path / "4-0.png").write_text("no picture")
+    (tmp_path / "7-0.png").unlink()
+    with pytest.raises(ValueError, match=r"row 4, messages\[0\].content\[1\].image: the picture cannot be read"):
+        extract(tmp_path)
+    # The first shard was done; other settings would mix two kinds of data.
+    with pytest.raises(ValueError, match="was begun with on_bad_picture 'stop', now it is 'skip'"):
+        extract(tmp_path, on_bad_picture="skip")
+    totals = extract(tmp_path, "skipped", on_bad_picture="skip")
+    assert totals == {"rows": 6, "skipped": 2, "shards": 3, "found": 0}
+    assert [row["source_row"] for row in rows_of(tmp_path / "skipped")] == [0, 1, 2, 3, 5, 6]
+    note = json.loads((tmp_path / "skipped" / "codes-000001.json").read_text())
+    assert note["skipped"] == 1 and note["skipped_because"][0].startswith("row 4, messages[0].content[1].image")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"shard_size": 0}, "shard_size and batch_size start at 1, got 0 and 16"),
+        ({"token_share": 2.0}, "token_share in"),
+        ({"on_bad_picture": "ignore"}, "on_bad_picture must be one of"),
+        ({"level": 17}, "17"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message, tmp_path):
+    make_source(tmp_path, 2)
+    with pytest.raises(ValueError, match=message):
+        extract(tmp_path, **settings)
+
+
+def test_a_folder_of_another_tokenizer_is_refused(tmp_path):
+    make_source(tmp_path, 2)
+    extract(tmp_path)
+    tiny_model(seed=1).vq_model.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match="was begun with fingerprint"):
+        extract(tmp_path)
+
+
+def test_the_commands_extract_and_check(tmp_path):
+    source = make_source(tmp_path)
+    folders = ["--tokenizer", str(tmp_path / "tokenizer"), "--output", str(tmp_path / "codes")]
+    done = CliRunner().invoke(app, ["extract-codes", str(source), *folders, "--shard-size", "3", "--top-k", "4"])
+    assert done.exit_code == 0 and "8 rows in 3 shards (0 were there), 0 rows skipped" in done.stdout
+    extract(tmp_path, "called")
+    assert contents(tmp_path / "codes") == contents(tmp_path / "called")
+    checked = CliRunner().invoke(app, ["check-codes", str(tmp_path / "codes")])
+    assert checked.exit_code == 0 and checked.stdout == "8 rows in 3 shards, 0 rows skipped\n"
+    (tmp_path / "codes" / "codes-000001.parquet").unlink()
+    checked = CliRunner().invoke(app, ["check-codes", str(tmp_path / "codes")])
+    assert checked.exit_code == 2 and "codes-000001.parquet lack or are damaged" in checked.stderr

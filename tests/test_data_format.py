@@ -1,0 +1,296 @@
+"""The data format: what a row may hold, what is said of what it may not, which tokens are trained on."""
+
+import json
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from test_trainer import codes, conversation, drawing, make_trainer, text
+from tiny import tiny_model, tiny_processor
+from typer.testing import CliRunner
+
+from transformers_nextflow.cli import app
+from transformers_nextflow.data import (
+    BadRowError,
+    load_picture,
+    open_rows,
+    read_row,
+    tokenizer_fingerprint,
+    validate_rows,
+)
+from transformers_nextflow.data.segments import encode_messages
+from transformers_nextflow.trainers import NextFlowCollator
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with pictures, one of them animated, and files that are none."""
+    for name, color in (("red", "red"), ("blue", "blue")):
+        Image.new("RGB", (16, 16), color).save(tmp_path / f"{name}.png")
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "broken.png").write_bytes((tmp_path / "red.png").read_bytes()[:40])
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("RGB", (160, 16)).save(tmp_path / "wide.png")
+    return tmp_path
+
+
+def image(path) -> dict:
+    return {"type": "image", "image": path}
+
+
+def row_of(*parts, answer="one") -> dict:
+    return {"messages": conversation(list(parts), [text(answer)])}
+
+
+def colors(sample) -> list[tuple]:
+    return [load_picture(picture).convert("RGB").getpixel((0, 0)) for picture in sample.pictures]
+
+
+# What a row may hold --------------------------------------------------------------------------------------------------
+
+
+def test_pictures_come_as_paths_bytes_pictures_and_in_a_list_beside_the_messages(folder):
+    red = Image.open(folder / "red.png")
+    data = (folder / "red.png").read_bytes()
+    for given in ("red.png", str(folder / "red.png"), red, data, {"bytes": data, "path": None}, {"path": "red.png"}):
+        sample = read_row(row_of(image(given), text("one")), folder)
+        assert colors(sample) == [(255, 0, 0)] and sample.fields == ["messages[0].content[0].image"]
+    beside = row_of({"type": "image"}, text("one"), {"type": "image"}) | {"images": ["red.png", "blue.png"]}
+    sample = read_row(beside, folder)
+    assert colors(sample) == [(255, 0, 0), (0, 0, 255)] and sample.fields == ["images[0]", "images[1]"]
+
+
+def test_a_film_is_a_picture_for_each_frame(folder):
+    expected = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    sample = read_row(row_of({"type": "film", "film": "film.gif"}, text("one")), folder)
+    assert colors(sample) == expected and sample.num_pictures == 3
+    sample = read_row(row_of({"type": "film", "film": ["red.png", "blue.png"]}, text("one")), folder)
+    assert colors(sample) == [expected[0], expected[2]]
+    assert [part["type"] for part in sample.messages[0]["content"]] == ["image", "image", "text"]
+
+
+def test_plain_strings_and_the_empty_fields_of_arrow_are_read(folder):
+    plain = {"messages": [{"role": "user", "content": "how many?"}, {"role": "assistant", "content": "one"}]}
+    assert read_row(plain).messages == conversation([text("how many?")], [text("one")])
+    part = {"type": "text", "text": "how many?", "image": None, "film": None, "train": None}
+    filled = {"messages": [{"role": "user", "content": [part], "train": None}], "images": None, "image_tokens": None}
+    assert read_row(filled).messages == [{"role": "user", "content": [text("how many?")]}]
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ([], "row: must be an object"),
+        ({}, "messages: must be a list of at least one message, got None"),
+        ({"messages": []}, "messages: must be a list of at least one message"),
+        ({"messages": ["red"]}, r"messages\[0\]: must be an object with role and content"),
+        ({"messages": [{"role": "human", "content": "a"}]}, r"messages\[0\].role: must be one of .* got 'human'"),
+        ({"messages": [{"role": "user"}]}, r"messages\[0\].content: must be a text or a list of parts, got None"),
+        (row_of({"type": "video"}), r"messages\[0\].content\[0\].type: must be text, image or film"),
+        (row_of({"type": "text"}), r"messages\[0\].content\[0\].text: must be a string, got None"),
+        (row_of(text("a") | {"train": 1}), r"messages\[0\].content\[0\].train: must be true or false, got 1"),
+        (row_of(image("none.png")), r"messages\[0\].content\[0\].image: there is no file .*none.png"),
+        (row_of(image(3)), r"messages\[0\].content\[0\].image: must be a path or a picture, got int"),
+        (row_of({"type": "image"}), r"messages\[0\].content\[0\].image: the picture is given neither here"),
+        (row_of({"type": "film"}), r"messages\[0\].content\[0\].film: must be a list of pictures"),
+        (row_of({"type": "film", "film": ["red.png", "x.png"]}), r"film\[1\]: there is no file"),
+        (row_of({"type": "film", "film": "text.png"}), "film: the film cannot be read"),
+        (row_of({"type": "image"}) | {"images": ["red.png"] * 2}, "images: holds 2 pictures for 1 image parts"),
+        ({"messages": conversation([image("red.png")], [image("red.png")])}, "messages: there is no text part"),
+        (drawing("a", 1) | {"image_labels": []}, "image_labels: the messages hold 1 pictures, but there are 0"),
+        (drawing("a", 1) | {"image_grids": None}, "image_grids: the messages hold 1 pictures, but there are none"),
+    ],
+)
+def test_what_is_wrong_with_a_row_is_told_by_its_field(row, message, folder):
+    with pytest.raises(BadRowError, match=message):
+        read_row(row, folder)
+
+
+# The validator --------------------------------------------------------------------------------------------------------
+
+
+def rows_with_bad_pictures(folder) -> list[dict]:
+    return [row_of(image(name), text("one")) for name in ("red.png", "broken.png", "none.png", "wide.png", "blue.png")]
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_validator_names_row_and_field_and_goes_on(folder):
+    schedules = tiny_model().config.vq_config.scale_schedules
+    rows = rows_with_bad_pictures(folder) + [{"messages": []}]
+    report = validate_rows(rows, folder, schedules)
+    assert (report.rows, report.pictures, report.skipped, report.num_problems) == (6, 4, 0, 4)
+    starts = ["row 1, messages[0].content[0].image: the picture cannot be read"]
+    starts += [
+        "row 2, messages[0].content[0].image: there is no file",
+        "row 3, messages[0].content[0].image: The aspect",
+    ]
+    for problem, start in zip(report.problems, starts):
+        assert problem.startswith(start)
+    assert report.problems[3].startswith("row 5, messages: must be a list")
+    skipping = validate_rows(rows, folder, schedules, on_bad_picture="skip")
+    assert (skipping.skipped, skipping.num_problems) == (3, 1) and skipping.problems == report.problems[3:]
+
+
+def test_the_validator_checks_codes():
+    model = tiny_model()
+    config, fingerprint = model.config.vq_config, tokenizer_fingerprint(model.vq_model)
+    good = drawing("one", 1) | {"tokenizer_fingerprint": fingerprint}
+    rows = [
+        good,
+        drawing("one", 1),
+        good | {"image_tokens": [codes(1)[:-1]]},
+        good | {"image_labels": [[32] + codes(1)[1:]]},
+        good | {"image_grids": [[4, 40]]},
+        good | {"tokenizer_fingerprint": "0" * 16},
+    ]
+    report = validate_rows(rows, ".", config.scale_schedules, config.codebook_size, fingerprint)
+    expected = [
+        "row 2, image_tokens[0]: the grid [4, 4] takes 30 codes, got 29",
+        "row 3, image_labels[0]: codes run from 0 to 31, got",
+        "row 4, image_grids[0]: [4, 40] is no final grid",
+        f"row 5, tokenizer_fingerprint: the codes come from the tokenizer {'0' * 16}, the model's is {fingerprint}",
+    ]
+    assert report.num_problems == 4
+    assert all(problem.startswith(start) for problem, start in zip(report.problems, expected))
+
+
+def test_the_command_validates_files_and_datasets(folder):
+    tiny_model().vq_model.save_pretrained(folder / "tokenizer")
+    rows = rows_with_bad_pictures(folder)
+    write_lines(folder / "rows.jsonl", rows[:1])
+    ok = CliRunner().invoke(app, ["validate-data", str(folder / "rows.jsonl"), "--model", str(folder / "tokenizer")])
+    assert ok.exit_code == 0 and ok.stdout == "1 rows, 1 pictures, 0 rows skipped, 0 problems\n"
+    (folder / "rows.jsonl").write_text((folder / "rows.jsonl").read_text() + "\n{'a'}\n" + json.dumps(rows[1]))
+    bad = CliRunner().invoke(app, ["validate-data", str(folder / "rows.jsonl"), "--on-bad-picture", "skip"])
+    assert bad.exit_code == 1 and bad.stdout == "3 rows, 2 pictures, 1 rows skipped, 1 problems\n"
+    assert "row 1, row: is no JSON" in bad.stderr
+    images = [{"bytes": (folder / name).read_bytes(), "path": None} for name in ("red.png", "broken.png")]
+    string = datasets.Value("string")
+    messages = [{"role": string, "content": [{"type": string, "text": string}]}]
+    features = datasets.Features({"messages": messages, "images": datasets.List(datasets.Image())})
+    row = row_of({"type": "image"}, text("one"))
+    data = [row | {"images": [picture]} for picture in images]
+    for one in data:
+        for message in one["messages"]:
+            message["content"] = [{"type": part["type"], "text": part.get("text")} for part in message["content"]]
+    datasets.Dataset.from_list(data, features).save_to_disk(folder / "saved")
+    saved = CliRunner().invoke(app, ["validate-data", str(folder / "saved")])
+    assert saved.exit_code == 1 and "row 1, images[0]: the picture cannot be read" in saved.stderr
+    nothing = CliRunner().invoke(app, ["validate-data", str(folder / "none.jsonl")])
+    assert nothing.exit_code == 2 and "none.jsonl is no .jsonl or .parquet file" in nothing.stderr
+
+
+# What is trained on ---------------------------------------------------------------------------------------------------
+
+
+def trained_text(messages) -> str:
+    processor = tiny_processor()
+    ids, trained = encode_messages(processor, messages)
+    return processor.tokenizer.decode([token for token, on in zip(ids, trained) if on])
+
+
+def test_a_flag_on_a_message_or_a_part_says_what_is_trained_on():
+    def messages(user=None, assistant=None, first=None, second=None):
+        def flag(value):
+            return {} if value is None else {"train": value}
+
+        parts = [text("two blue") | flag(first), {"type": "image"}, text("a star") | flag(second)]
+        turn = {"role": "user", "content": parts} | flag(user)
+        answer = {"role": "assistant", "content": [text("one")]} | flag(assistant)
+        return [turn, answer, *conversation([text("how many?")], [text("circles")])]
+
+    end = "<|im_end|>"
+    assert trained_text(messages()) == f"one{end}circles{end}"
+    assert trained_text(messages(assistant=False)) == f"circles{end}"
+    assert trained_text(messages(assistant=False, second=True)) == f"a starcircles{end}"
+    assert trained_text(messages(user=True)) == f"two blue<|image_pad|>a starone{end}circles{end}"
+    assert trained_text(messages(user=True, first=False)) == f"<|image_pad|>a starone{end}circles{end}"
+    # Flags that say what holds anyway change nothing.
+    assert trained_text(messages(user=False, assistant=True)) == trained_text(messages())
+
+
+def test_a_picture_of_the_user_can_be_trained_on():
+    row = drawing("one", 1)
+    row["messages"][0]["content"].append({"type": "image", "train": True})
+    row |= {"image_tokens": [codes(1), codes(2)], "image_grids": [[4, 4]] * 2}
+    ids, labels = NextFlowCollator(tiny_processor()).encode(row)
+    ends = [n for n, token in enumerate(ids) if token == tiny_processor().eoi_token_id]
+    assert [labels[end] != -100 for end in ends] == [True, True]
+
+
+def test_text_cannot_pretend_to_be_a_mark_or_a_picture():
+    with pytest.raises(ValueError, match="U"):
+        trained_text(conversation([text("a \ufdd0") | {"train": True}], [text("one")]))
+    with pytest.raises(BadRowError, match="spells out"):
+        NextFlowCollator(tiny_processor()).encode(row_of(text("<|image_pad|>")))
+
+
+# In training ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_without_codes_give_the_loss_of_rows_with_codes(folder):
+    model, processor = tiny_model(), tiny_processor()
+    rows = [
+        row_of(image("red.png"), text("one")),
+        row_of(image("wide4.png"), text("one"), {"type": "text", "text": "two"}),
+    ]
+    Image.new("RGB", (32, 8), "blue").save(folder / "wide4.png")
+    rows[0]["messages"][1]["content"] = [image("blue.png")]
+    collator = NextFlowCollator(processor, root=folder)
+    batch = collator(rows)
+    assert "image_tokens" not in batch and batch["pixel_values"].shape == (3, 3, 16, 32)
+    coded = []
+    for row in rows:
+        sample = read_row(row, folder)
+        pixels = [processor.image_processor(load_picture(p), return_tensors="pt") for p in sample.pictures]
+        tokens = [model.get_image_tokens(p["pixel_values"], p["image_grids"])[0].tolist() for p in pixels]
+        grids = [p["image_grids"][0].tolist() for p in pixels]
+        coded.append({"messages": sample.messages, "image_tokens": tokens, "image_grids": grids})
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).loss, model(**collator(coded)).loss)
+    assert collator.size(rows[0]) == collator.size(coded[0])
+    with pytest.raises(ValueError, match="1 of 2 rows with pictures hold codes"):
+        collator([rows[0], coded[1]])
+
+
+def test_the_trainer_refuses_codes_of_another_tokenizer(tmp_path):
+    model, other = tiny_model(), tiny_model(seed=1)
+    row = drawing("one", 1) | {"tokenizer_fingerprint": tokenizer_fingerprint(model.vq_model)}
+    make_trainer(tmp_path, model, [row], max_steps=1).train()
+    with pytest.raises(BadRowError, match="the codes come from the tokenizer .* extract them anew"):
+        make_trainer(tmp_path, other, [row], max_steps=1).train()
+
+
+def test_a_fingerprint_outlives_half_precision_and_new_decoders_but_no_other_change(tmp_path):
+    model = tiny_model().vq_model
+    before = tokenizer_fingerprint(model)
+    with torch.no_grad():
+        model.pixel_decoder.output_projection.weight.add_(1)
+    assert tokenizer_fingerprint(model) == before
+    model.save_pretrained(tmp_path)
+    assert tokenizer_fingerprint(type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)) == before
+    model.config.upsample = "nearest"
+    assert tokenizer_fingerprint(model) != before
+    model.config.upsample = "bicubic"
+    with torch.no_grad():
+        model.quantizer.pixel_codebook.weight[0, 0] += 1
+    assert tokenizer_fingerprint(model) != before
+
+
+def test_rows_stream_from_json_lines_through_datasets(folder):
+    rows = [row_of(image("red.png"), text("one")), row_of(text("how many?"))]
+    path = write_lines(folder / "rows.jsonl", rows)
+    read, root = open_rows(path)
+    assert list(read) == rows and root == folder and len(read) == 2 and read[1] == rows[1]
+    stream = datasets.load_dataset("json", data_files=str(path), split="train", streaming=True)
+    collator = NextFlowCollator(tiny_processor(), root=folder)
+    for given, streamed in zip(rows, stream):
+        assert collator.encode(streamed) == collator.encode(given)
+    batch, expected = collator(list(stream)), collator(rows)
+    assert all(torch.equal(batch[name], value) for name, value in expected.items())
