@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -99,9 +99,10 @@ def ask(rng: np.random.Generator, scene: Scene) -> Exchange:
     return answering(*question_about(rng, WORLD, scene))
 
 
-def sample(rng: np.random.Generator) -> list[Exchange]:
-    """One conversation; its pictures are scenes."""
-    ability = list(MIXTURE)[int(rng.choice(len(MIXTURE), p=list(MIXTURE.values())))]
+def sample(rng: np.random.Generator, abilities: Sequence[str] = tuple(MIXTURE)) -> list[Exchange]:
+    """One conversation that begins with one of the abilities; its pictures are scenes."""
+    shares = np.array([MIXTURE[ability] for ability in abilities])
+    ability = abilities[int(rng.choice(len(abilities), p=shares / shares.sum()))]
     case = training_case(rng, WORLD, ability)
     exchanges = [prompted(ability, case.exchange, rng)]
     if ability == "editing" and rng.random() < SECOND_EDIT_SHARE:
@@ -155,7 +156,13 @@ def encode_scenes(
 
 @torch.no_grad()
 def rows(
-    tokenizer: str, count: int, seed: int, shards: list[int], correction: SelfCorrection | None, read_last_scale: bool
+    tokenizer: str,
+    count: int,
+    seed: int,
+    shards: list[int],
+    correction: SelfCorrection | None,
+    read_last_scale: bool,
+    abilities: tuple[str, ...],
 ):
     """`count` rows for each shard; a shard is a seed."""
     torch.set_num_threads(1)
@@ -166,7 +173,7 @@ def rows(
         rng = np.random.default_rng((seed, shard))
         generator = torch.Generator().manual_seed(seed * 1000 + shard)
         for start in range(0, count, BATCH):
-            samples = [sample(rng) for _ in range(min(BATCH, count - start))]
+            samples = [sample(rng, abilities) for _ in range(min(BATCH, count - start))]
             scenes = [scene for exchanges in samples for scene, _ in pictures_in(exchanges)]
             codes = encode_scenes(model, scenes, correction, generator)
             for exchanges in samples:
@@ -205,6 +212,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--correction_share", type=float, default=0.0, help="share of tokens drawn for self-correction")
     parser.add_argument("--correction_top_k", type=int, default=4)
+    parser.add_argument("--abilities", nargs="+", choices=MIXTURE, default=list(MIXTURE), help="default: all")
     parser.add_argument("--processor", help="folder of a processor whose text tokenizer is taken: to go on training")
     parser.add_argument("--read_last_scale", action="store_true", help="for a model that reads the last scale too")
     arguments = parser.parse_args()
@@ -221,6 +229,7 @@ def main():
             "shards": list(range(shards)),
             "correction": correction,
             "read_last_scale": arguments.read_last_scale,
+            "abilities": tuple(arguments.abilities),
         },
         features=FEATURES,
         num_proc=arguments.processes,
