@@ -222,7 +222,7 @@ DAMAGE = {
     ),
     "index with a file that is not there": (
         lambda folder: change_index(folder, lambda files: files.update({NORM: "other.safetensors"})),
-        "names 'other.safetensors', but there is no such file",
+        "names other.safetensors, but there is no such file",
     ),
     "index that is no JSON": (lambda folder: (folder / INDEX).write_text("{"), "no index of shards"),
     "no weights": (lambda folder: (folder / INDEX).unlink(), f"neither {SINGLE} nor {INDEX}"),
