@@ -304,13 +304,17 @@ def write_shards(
     shards = split_torch_state_dict_into_shards(dict(layout), max_shard_size=max_shard_size)
     with tqdm(total=len(layout), desc=f"writing {folder.stem}", unit="tensor") as progress:
         for name, keys in shards.filename_to_tensors.items():
-            if not (folder / name).exists():
-                state = {key: make(key).contiguous() for key in keys}
-                check_state(state, {key: layout[key] for key in keys})
-                # Under another name until it is whole.
-                save_file(state, folder / f"{name}.unfinished", metadata={"format": "pt"})
-                (folder / f"{name}.unfinished").replace(folder / name)
-            progress.update(len(keys))
+            if (folder / name).exists():
+                progress.update(len(keys))
+                continue
+            state = {}
+            for key in keys:
+                state[key] = make(key).contiguous()
+                progress.update()
+            check_state(state, {key: layout[key] for key in keys})
+            # Under another name until it is whole.
+            save_file(state, folder / f"{name}.unfinished", metadata={"format": "pt"})
+            (folder / f"{name}.unfinished").replace(folder / name)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
