@@ -2,10 +2,11 @@
 
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from qwen import CHAT_TEMPLATE, qwen_tokenizer, save_qwen
 from safetensors.torch import load_file, save_file
 from tiny import tiny_vq_config
 from transformers import AutoProcessor, AutoTokenizer
@@ -13,6 +14,12 @@ from transformers import AutoProcessor, AutoTokenizer
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowVQModel, conversion_qwen2_5_vl
 from transformers_nextflow.checkpoint_conversion import INDEX, SINGLE, ShardedCheckpoint
 from transformers_nextflow.conversion_qwen2_5_vl import convert_qwen2_5_vl, export_qwen2_5_vl, nextflow_chat_template
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import conversion_memory  # noqa: E402
+import qwen_parity  # noqa: E402
+from random_qwen import CHAT_TEMPLATE, qwen_tokenizer, save_qwen, small_config  # noqa: E402
 
 
 TEXTS = ["how many circles are there? one", "a red"]
@@ -215,7 +222,7 @@ DAMAGE = {
     ),
     "index with a file that is not there": (
         lambda folder: change_index(folder, lambda files: files.update({NORM: "other.safetensors"})),
-        "names 'other.safetensors', but there is no such file",
+        "names other.safetensors, but there is no such file",
     ),
     "index that is no JSON": (lambda folder: (folder / INDEX).write_text("{"), "no index of shards"),
     "no weights": (lambda folder: (folder / INDEX).unlink(), f"neither {SINGLE} nor {INDEX}"),
@@ -277,3 +284,19 @@ def test_a_killed_conversion_goes_on_with_the_shards_that_are_finished(sources, 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert all((tmp_path / "out" / name).stat().st_mtime_ns == time for name, time in finished.items())
     assert_equal_tensors(tensors_of(tmp_path / "out"), tensors_of(whole))
+
+
+# --- Benchmarks ---------------------------------------------------------------------------------------------------
+
+
+def test_the_parity_that_is_stored_is_of_logits_texts_and_the_way_back(tmp_path):
+    figures = qwen_parity.figures_of(tmp_path, tied=True, spare_rows=8, max_shard_size="20KB")
+    assert figures == {"max_abs_error": 0.0, "logits_equal": True, "texts_equal": True, "round_trip_equal": True}
+
+
+def test_the_stand_in_of_the_memory_benchmark_is_a_whole_source_that_takes_no_disk(tmp_path):
+    config = small_config()
+    conversion_memory.write_stand_in(tmp_path, config, max_shard_size="20KB")
+    checkpoint = ShardedCheckpoint(tmp_path)
+    assert {"lm_head.weight", "visual.merger.ln_q.weight"} < checkpoint.keys()
+    assert all(not tensor.any() and tensor.dtype == torch.bfloat16 for tensor in checkpoint.values())

@@ -39,8 +39,8 @@ class KeyMap:
     'model.language_model.layers.0.mlp.up_proj.weight'
 
     Args:
-        table: source pattern → target pattern. Each `*` stands for any text, the same on both sides, in order. The
-            first row that fits a whole key counts.
+        table: source pattern → target pattern. Each `*` stands for any text, the same on both sides, in order; the
+            shortest that fits. The first row that fits a whole key counts.
         dropped: patterns of source keys that have no place in the target.
 
     Raises:
@@ -75,7 +75,7 @@ class KeyMap:
 
 
 def _expression(pattern: str) -> re.Pattern:
-    return re.compile("(.+)".join(map(re.escape, pattern.split("*"))))
+    return re.compile("(.+?)".join(map(re.escape, pattern.split("*"))))
 
 
 def _renamed(key: str, rows: list[tuple[re.Pattern, str]]) -> str:
@@ -188,14 +188,15 @@ class ShardedCheckpoint(Mapping):
         self.layout = self._checked_layout()
 
     def _checked_layout(self) -> State:
+        names = sorted(set(self.files.values()))
+        absent = [name for name in names if Path(name).name != name or not (self.folder / name).is_file()]
+        if absent:
+            raise ValueError(f"The index of {self.folder} names {_some(absent)}, but there is no such file; fetch it.")
         found: State = {}
-        for name in sorted(set(self.files.values())):
-            if Path(name).name != name or not (self.folder / name).is_file():
-                raise ValueError(f"The index of {self.folder} names {name!r}, but there is no such file; fetch it.")
+        for name in names:
             layout = read_layout(self.folder / name)
-            indexed = {key for key, file in self.files.items() if file == name}
-            if layout.keys() != indexed:
-                wrong = sorted(layout.keys() ^ indexed)
+            wrong = sorted(layout.keys() ^ {key for key, file in self.files.items() if file == name})
+            if wrong:
                 raise ValueError(f"The index of {self.folder} and {name} disagree on {_some(wrong)}; fetch both again.")
             found |= layout
         return {key: found[key] for key in self.files}
@@ -303,13 +304,17 @@ def write_shards(
     shards = split_torch_state_dict_into_shards(dict(layout), max_shard_size=max_shard_size)
     with tqdm(total=len(layout), desc=f"writing {folder.stem}", unit="tensor") as progress:
         for name, keys in shards.filename_to_tensors.items():
-            if not (folder / name).exists():
-                state = {key: make(key).contiguous() for key in keys}
-                check_state(state, {key: layout[key] for key in keys})
-                # Under another name until it is whole.
-                save_file(state, folder / f"{name}.unfinished", metadata={"format": "pt"})
-                (folder / f"{name}.unfinished").replace(folder / name)
-            progress.update(len(keys))
+            if (folder / name).exists():
+                progress.update(len(keys))
+                continue
+            state = {}
+            for key in keys:
+                state[key] = make(key).contiguous()
+                progress.update()
+            check_state(state, {key: layout[key] for key in keys})
+            # Under another name until it is whole.
+            save_file(state, folder / f"{name}.unfinished", metadata={"format": "pt"})
+            (folder / f"{name}.unfinished").replace(folder / name)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
