@@ -11,6 +11,8 @@ from tiny import tiny_model, tiny_processor
 
 from transformers_nextflow import ImageSampling, KeptRegion, NextFlowPipeline
 from transformers_nextflow.films import read_frames, write_frames
+from transformers_nextflow.multiscale_quantizer import resample
+from transformers_nextflow.region_editing import NOISE_SHARE
 
 
 GREEDY = {"temperature": 0}
@@ -136,6 +138,40 @@ def test_codes_outside_a_region_are_the_nearest_to_what_is_left(ratio):
     whole = KeptRegion(model.vq_model, [pixels], [torch.ones_like(region)])
     drawn, _ = draw(model, [schedule], prompts(model.config, [[20, 21]]), region=whole)
     assert torch.equal(free.image_tokens, drawn.image_tokens)
+
+
+@pytest.mark.parametrize("upsample, downsample", [("nearest", "area"), ("rotary", "rotary")])
+def test_codes_across_the_edge_weigh_what_the_picture_shows_outside(upsample, downsample):
+    """Against the squared distances cell by cell, on a picture of 4 x 4 cells of which one column is drawn."""
+    model = tiny_model(vq_config={"upsample": upsample, "downsample": downsample, "scales": [1, 2, 4]})
+    (schedule,) = schedules_of(model.config, [(16, 16)])
+    quantizer = model.vq_model.quantizer
+    pixels = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    region = torch.zeros(16, 16, dtype=torch.bool)
+    region[:, :4] = True
+    kept = KeptRegion(model.vq_model, [pixels], [region])
+    before = torch.tensor([[5]])
+    with torch.no_grad():
+        logits = torch.zeros(1, 4, len(quantizer.codebook))
+        found = kept.condition(logits, before, slice(None), schedule)
+        latents = model.vq_model.encode_latents(pixels[None])
+        own = quantizer.encode(latents, schedule).image_tokens[:, :5]
+        noise = NOISE_SHARE * (latents - quantizer.decode(own, schedule)).square().mean()
+        rest = latents - quantizer.decode(before, schedule)
+        for cell in range(4):
+            rows = slice(2 * (cell // 2), 2 * (cell // 2) + 2)
+            # Of the left cells only the second column lies outside, of the right ones all does.
+            columns = slice(1, 2) if cell % 2 == 0 else slice(2, 4)
+            squares = []
+            for vector in quantizer.codebook:
+                code = torch.zeros(1, rest.shape[1], 2, 2)
+                code[0, :, cell // 2, cell % 2] = vector
+                spread = resample(code, schedule.final_grid, upsample)
+                squares.append((rest - spread)[0, :, rows, columns].square().sum())
+            expected = -torch.stack(squares) / (2 * noise)
+            torch.testing.assert_close(
+                found[0, cell] - found[0, cell].max(), expected - expected.max(), atol=2e-3, rtol=1e-4
+            )
 
 
 def test_pasted_back_pixels_equal_the_pictures_own(pipe):

@@ -238,13 +238,16 @@ class NextFlowVQQuantizer(nn.Module):
         replaced = torch.rand(len(vectors), generator=generator, device=vectors.device) < self_correction.token_share
         return torch.where(replaced, drawn, nearest), nearest
 
+    @property
+    def distance_weights(self) -> torch.Tensor:
+        """(C,) what each channel's squared difference weighs in a distance."""
+        config = self.config
+        weights = [config.semantic_distance_weight] * config.semantic_code_dim
+        weights += [config.pixel_distance_weight] * config.pixel_code_dim
+        return self.semantic_codebook.weight.new_tensor(weights, dtype=torch.float32)
+
     @torch.no_grad()
     def distances(self, vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
         """Weighted sum (n, V) of the two squared distances; without the vectors' own norms, which no code changes."""
-        config = self.config
-        weights = codebook.new_tensor(
-            [config.semantic_distance_weight] * config.semantic_code_dim
-            + [config.pixel_distance_weight] * config.pixel_code_dim
-        )
-        weighted = codebook * weights
+        weighted = codebook * self.distance_weights
         return torch.addmm((weighted * codebook).sum(-1), vectors, weighted.T, alpha=-2)

@@ -8,14 +8,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .multiscale_quantizer import resample
 from .scale_schedule import ScaleSchedule
+
+
+# The share of what is left over that counts as noise. At 1 the pixels outside came out 2 dB worse than the tokenizer's
+# own; at 0.3 no worse, but one edit in eight more failed (34 edits of the shapes world).
+NOISE_SHARE = 0.5
 
 
 class KeptRegion:
     """What stays of pictures (B) while a region of each is drawn anew.
 
     A cell that lies outside of the region gets, on every scale, the code nearest to what the scales so far leave over
-    of the picture. Coarse cells reach over the region's edge and change with it; the finer ones outside mend that.
+    of the picture. A coarse cell that reaches over the region's edge speaks for both sides: its code is drawn from the
+    model's distribution times the likelihood of what the picture shows outside, as if the scales to come were noise:
+
+        log p(code) + constant - |outside| · |rest outside - code|² / (2 σ²)
+
+    with σ² from what the tokenizer's own codes leave over at that scale (`NOISE_SHARE`). What a drawn code spills over
+    the edge all the same, the finer cells outside mend.
 
     Args:
         vq_model: the vision tokenizer.
@@ -42,19 +54,51 @@ class KeptRegion:
         with torch.no_grad():
             self.latents = [vq_model.encode_latents(pixels[None])[0] for pixels in pixel_values]
 
-    def keep_outside(
-        self, drawn: torch.Tensor, codes_before: torch.Tensor, rows: slice | Sequence[int], schedule: ScaleSchedule
+    def condition(
+        self, logits: torch.Tensor, codes_before: torch.Tensor, rows: slice | Sequence[int], schedule: ScaleSchedule
     ) -> torch.Tensor:
-        """Codes of a scale (b, n) drawn for the pictures `rows`, with those outside of the regions replaced.
+        """Logits (b, n, V) of a scale for the pictures `rows`, with what the pictures show outside taken into account.
 
         `codes_before` (b, m) are the codes of all scales before.
         """
-        rows = range(len(self.latents))[rows] if isinstance(rows, slice) else rows
+        quantizer, scale = self.quantizer, schedule.offsets.index(codes_before.shape[1])
+        grid = schedule.grids[scale]
+        rest = self._rest(codes_before, rows, schedule)
+        fine_cells = schedule.final_grid[0] * schedule.final_grid[1] / (grid[0] * grid[1])
+        outside = (F.adaptive_max_pool2d(self._regions(rows), schedule.final_grid) == 0).float()
+        share = resample(outside, grid, "area").flatten(1)[..., None]
+        # The mean over the cells outside alone; where there are none their share, 0, takes the term away.
+        mean = resample(rest * outside, grid, quantizer.config.downsample).flatten(2).transpose(1, 2)
+        distances = quantizer.distances((mean / share.clamp_min(1e-6)).flatten(0, 1), quantizer.codebook)
+        noise = self._noise(rows, schedule, scale)[:, None, None]
+        return logits - share * fine_cells * distances.view(logits.shape) / (2 * noise)
+
+    def keep_outside(
+        self, drawn: torch.Tensor, codes_before: torch.Tensor, rows: slice | Sequence[int], schedule: ScaleSchedule
+    ) -> torch.Tensor:
+        """Codes of a scale (b, n) drawn for the pictures `rows`, with those of cells outside of the regions replaced.
+
+        `codes_before` (b, m) are the codes of all scales before.
+        """
         grid = schedule.grids[schedule.offsets.index(codes_before.shape[1])]
-        residual = torch.stack([self.latents[row] for row in rows])
-        if codes_before.shape[1] > 0:
-            residual = residual - self.quantizer.decode(codes_before, schedule)
-        regions = torch.stack([self.regions[row] for row in rows])[:, None].float()
         # A cell belongs to the region as soon as a pixel of it does.
-        inside = F.adaptive_max_pool2d(regions, grid).flatten(1) > 0
-        return torch.where(inside.to(drawn.device), drawn, self.quantizer.nearest(residual, grid))
+        inside = F.adaptive_max_pool2d(self._regions(rows), grid).flatten(1) > 0
+        return torch.where(inside, drawn, self.quantizer.nearest(self._rest(codes_before, rows, schedule), grid))
+
+    def _regions(self, rows: slice | Sequence[int]) -> torch.Tensor:
+        return torch.stack([self.regions[row] for row in self._numbers(rows)])[:, None].float()
+
+    def _numbers(self, rows: slice | Sequence[int]) -> Sequence[int]:
+        return range(len(self.latents))[rows] if isinstance(rows, slice) else rows
+
+    def _rest(self, codes_before: torch.Tensor, rows: slice | Sequence[int], schedule: ScaleSchedule) -> torch.Tensor:
+        """What the codes before leave over of the pictures, (b, C, h, w)."""
+        latents = torch.stack([self.latents[row] for row in self._numbers(rows)]).float()
+        return latents - self.quantizer.decode(codes_before, schedule) if codes_before.shape[1] else latents
+
+    def _noise(self, rows: slice | Sequence[int], schedule: ScaleSchedule, scale: int) -> torch.Tensor:
+        """σ² (b,): of what the tokenizer's own codes leave over after a scale, per channel and cell."""
+        latents = self._rest(torch.zeros(0, 0), rows, schedule)
+        own = self.quantizer.encode(latents, schedule).image_tokens[:, : schedule.offsets[scale + 1]]
+        squares = (latents - self.quantizer.decode(own, schedule)).square().movedim(1, -1)
+        return NOISE_SHARE * (squares * self.quantizer.distance_weights).mean((1, 2, 3)).clamp_min(1e-6)

@@ -132,21 +132,30 @@ class Drawing:
 
     def draw(self, scale: int, logits: torch.Tensor):
         """Draw the codes of a scale from logits (B, n, V), or take them from given ones where these reach so far."""
-        given = self.given_image_tokens
         for schedule, rows in self.groups.items():
             if scale < schedule.num_scales:
                 start, stop = schedule.offsets[scale : scale + 2]
-                if given is not None and stop <= given.shape[1] and bool((given[rows, start:stop] >= 0).all()):
-                    drawn = given[rows, start:stop]
-                else:
-                    options = self.sampling.drawing_at(scale, schedule.num_scales)
-                    sources = self.generator
-                    if isinstance(sources, Sequence) and isinstance(rows, list):
-                        sources = [sources[row] for row in rows]
-                    drawn = draw_codes(logits[rows, : stop - start], **options, generator=sources)
-                if self.region is not None:
-                    drawn = self.region.keep_outside(drawn, self.image_tokens[rows, :start], rows, schedule)
+                drawn = self._given(rows, start, stop)
+                if drawn is None:
+                    drawn = self._draw(scale, logits[rows, : stop - start], rows, schedule)
                 self.image_tokens[rows, start:stop] = drawn
+
+    def _given(self, rows: slice | list[int], start: int, stop: int) -> torch.Tensor | None:
+        if self.given_image_tokens is None or stop > self.given_image_tokens.shape[1]:
+            return None
+        given = self.given_image_tokens[rows, start:stop]
+        return given if bool((given >= 0).all()) else None
+
+    def _draw(self, scale: int, logits: torch.Tensor, rows: slice | list[int], schedule: ScaleSchedule) -> torch.Tensor:
+        codes_before, sources = self.image_tokens[rows, : schedule.offsets[scale]], self.generator
+        if self.region is not None:
+            logits = self.region.condition(logits, codes_before, rows, schedule)
+        if isinstance(sources, Sequence) and isinstance(rows, list):
+            sources = [sources[row] for row in rows]
+        drawn = draw_codes(logits, **self.sampling.drawing_at(scale, schedule.num_scales), generator=sources)
+        if self.region is not None:
+            drawn = self.region.keep_outside(drawn, codes_before, rows, schedule)
+        return drawn
 
     def counts(self, scale: int) -> list[int]:
         """How many codes of each picture are drawn once `scale` is."""
