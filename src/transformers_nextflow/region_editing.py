@@ -12,8 +12,8 @@ from .multiscale_quantizer import resample
 from .scale_schedule import ScaleSchedule
 
 
-# The share of what is left over that counts as noise: between 1, where most edits succeed, and 0, where the pixels outside
-# come out best. At 0.5 they were 1.3 dB below the tokenizer's own (348 edits of the shapes world).
+# The share of what is left over that counts as noise: between 1, where most edits succeed, and 0, where the pixels
+# outside come out best. At 0.5 they were 1.3 dB below the tokenizer's own (348 edits of the shapes world).
 NOISE_SHARE = 0.3
 
 
