@@ -79,7 +79,7 @@ OTHER_PARTS = [
     (CachedSequences, "_mask", "mask"),
     (CachedSequences, "keep", "end of guidance"),
     (cached_sequences, "layout_sequence", "prefill: layout"),
-    (sequence_writer, "_join", "join of both prompts"),
+    (sequence_writer, "join_prompts", "join of both prompts"),
     (sequence_writer, "guide_over_contexts", "guidance"),
     (scale_drawing, "draw_codes", "draw of codes"),
     (ScaleSchedules, "for_size", "schedule of the size"),

@@ -60,7 +60,7 @@ class SequenceWriter:
         self.image_tokens: list[list[torch.Tensor]] = [[] for _ in range(batch)]
         self._take_pictures(prompts)
 
-        joined = _join((prompts, *contexts))
+        joined = join_prompts((prompts, *contexts))
         self.sequences = CachedSequences(model.model)
         hidden_states = self.sequences.read(
             joined.input_ids, joined.attention_mask, joined.image_tokens, joined.image_grids
@@ -188,7 +188,7 @@ class SequenceWriter:
         )
 
 
-def _join(parts: Sequence[Prompts]) -> Prompts:
+def join_prompts(parts: Sequence[Prompts]) -> Prompts:
     """Batches of different lengths as one, padded on the left."""
     if len(parts) == 1:
         return parts[0]
