@@ -165,9 +165,7 @@ def model_card(model: NextFlowForConditionalGeneration, results: dict) -> str:
     )
     machine = results["machine"]
     origin = ORIGIN.format(device=machine["gpu"] or machine["cpu"], **results)
-    tables = [
-        table(results) for table in (drawing_table, understanding_table, ability_table, tokenizer_table, oracle_table)
-    ]
+    tables = [table(results) for table in (drawing_table, understanding_table, ability_table, tokenizer_table, oracle_table)]
     titles = ("Limits", "The world", "The abilities", "Commands")
     sections = [f"## {title}\n\n{recipe_section(title)}\n" for title in titles]
     return "\n".join([f"---\n{data.to_yaml()}\n---\n", introduction, origin, *tables, *sections])

@@ -29,10 +29,12 @@ class PrefixColumns:
     Args:
         scales: (n,) int64, 1 … m.
         occupied: (B, n) bool.
+        num_scales: m, which may be more than any of these pictures has.
     """
 
     scales: torch.Tensor
     occupied: torch.Tensor
+    num_scales: int
 
     @classmethod
     def of(cls, schedules: Sequence[ScaleSchedule], num_scales: int, device: torch.device | str) -> PrefixColumns:
@@ -43,7 +45,7 @@ class PrefixColumns:
         widths = counts.amax(0)
         scales = torch.arange(num_scales, device=device).repeat_interleave(widths)
         cells = torch.cat([torch.arange(width, device=device) for width in widths.tolist()])
-        return cls(scales + 1, cells < counts[:, scales])
+        return cls(scales + 1, cells < counts[:, scales], num_scales)
 
     def place(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         """What belongs to the codes of each picture, (N,) or at least as much as the prefix, as (B, n); else zero."""
@@ -54,7 +56,7 @@ class PrefixColumns:
 
     def sums(self, values: torch.Tensor) -> torch.Tensor:
         """Sums (B, m) of values (B, n) over the codes of each scale."""
-        totals = values.new_zeros(len(values), int(self.scales[-1]))
+        totals = values.new_zeros(len(values), self.num_scales)
         return totals.index_add(1, self.scales - 1, values * self.occupied)
 
     def counts(self) -> torch.Tensor:
@@ -94,6 +96,7 @@ def prefix_log_probabilities(
         forward: called in place of the model, where a wrapper around it has to see the pass.
     """
     columns = PrefixColumns.of(drawing.schedules, num_scales, model.device)
+    num_scales = min(num_scales, drawing.num_scales)
     logits = _prefix_logits(model, forward or model, prompts, contexts, drawing, num_scales)
     codes = columns.place(list(drawing.image_tokens))
     values = torch.zeros(codes.shape, device=codes.device)

@@ -1,4 +1,4 @@
-"""Trainers of the tokenizer and of the transformer, on transformers' `Trainer`."""
+"""Trainers of the tokenizer and of the transformer, on transformers' `Trainer`, and RL on TRL's."""
 
 from .adversarial import PatchDiscriminator
 from .collator import NextFlowCollator
@@ -10,9 +10,24 @@ from .vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
 __all__ = [
     "MuonWithAdamW",
     "NextFlowCollator",
+    "NextFlowGRPOConfig",
+    "NextFlowGRPOTrainer",
     "NextFlowTrainer",
     "NextFlowTrainingArguments",
     "NextFlowVQTrainer",
     "NextFlowVQTrainingArguments",
     "PatchDiscriminator",
 ]
+
+
+def __getattr__(name: str):
+    # RL needs trl, an extra: it is imported when it is asked for.
+    if name == "NextFlowGRPOConfig":
+        from .grpo_config import NextFlowGRPOConfig
+
+        return NextFlowGRPOConfig
+    if name == "NextFlowGRPOTrainer":
+        from .grpo_trainer import NextFlowGRPOTrainer
+
+        return NextFlowGRPOTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
