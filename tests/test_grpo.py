@@ -12,11 +12,11 @@ from PIL import Image
 from tiny import tiny_model, tiny_processor
 
 from transformers_nextflow.prefix_likelihood import PrefixColumns, prefix_log_probabilities
-from transformers_nextflow.trainers.prefix_objective import RATIO_LEVELS, drift, policy_terms, prefix_weights
+from transformers_nextflow.trainers.prefix_objective import RATIO_LEVELS, box_mask, drift, policy_terms, scale_shares
 
 
 trl = pytest.importorskip("trl")
-from transformers_nextflow.trainers import NextFlowGRPOConfig, NextFlowGRPOTrainer  # noqa: E402
+from transformers_nextflow.trainers import NextFlowGRPOConfig, NextFlowGRPOTrainer, PictureGrids  # noqa: E402
 from transformers_nextflow.trainers.grpo_config import LIKELIHOODS  # noqa: E402
 from transformers_nextflow.trainers.rollouts import as_drawn, draw_rollouts  # noqa: E402
 
@@ -30,7 +30,9 @@ def low_codes(completion_ids, **_) -> list[float]:
     return [sum(code < 8 for code in codes[:14]) / 14 for codes in completion_ids]
 
 
-def make_trainer(folder, model=None, reward=low_codes, rows=None, peft_config=None, callbacks=None, **options):
+def make_trainer(
+    folder, model=None, reward=low_codes, rows=None, peft_config=None, callbacks=None, boxes_func=None, **options
+):
     values = {
         "max_steps": 1,
         "learning_rate": 1e-2,
@@ -53,6 +55,7 @@ def make_trainer(folder, model=None, reward=low_codes, rows=None, peft_config=No
         processing_class=tiny_processor(),
         peft_config=peft_config,
         callbacks=callbacks,
+        boxes_func=boxes_func,
     )
 
 
@@ -78,7 +81,7 @@ def schedules_and_columns(num_scales=3, sizes=((16, 16), (28, 8))):
 
 def test_a_code_weighs_its_scales_weight_over_the_sum_of_all_codes():
     schedules, columns = schedules_and_columns()
-    weights = prefix_weights(schedules, columns, alpha=0.9)
+    weights = scale_shares(schedules, columns, alpha=0.9)
     for row, schedule in enumerate(schedules):
         counts = schedule.tokens_per_scale[:3]
         raw = [count**-0.9 for count in counts]
@@ -91,7 +94,7 @@ def test_a_code_weighs_its_scales_weight_over_the_sum_of_all_codes():
 @pytest.mark.parametrize("level", RATIO_LEVELS)
 def test_at_ratio_one_every_level_has_the_policy_gradient(level):
     schedules, columns = schedules_and_columns()
-    weights = prefix_weights(schedules, columns, alpha=0.9)
+    weights = scale_shares(schedules, columns, alpha=0.9)
     log_ratios = torch.zeros_like(weights, requires_grad=True)
     advantages = torch.tensor([1.5, -0.5])
     terms, ratios, is_clipped = policy_terms(log_ratios, advantages, weights, columns, level)
@@ -102,7 +105,7 @@ def test_at_ratio_one_every_level_has_the_policy_gradient(level):
 
 def test_the_product_of_a_scales_ratios_is_the_ratio_of_its_grid():
     schedules, columns = schedules_and_columns()
-    weights = prefix_weights(schedules, columns, alpha=0.9)
+    weights = scale_shares(schedules, columns, alpha=0.9)
     log_ratios = 0.01 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(0)) * columns.occupied
     terms, _, _ = policy_terms(log_ratios, torch.ones(2), weights, columns, "scale_product", (0.5, 0.5))
     for row, schedule in enumerate(schedules):
@@ -117,7 +120,7 @@ def test_the_product_of_a_scales_ratios_is_the_ratio_of_its_grid():
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_ratio_that_went_too_far_the_right_way_gets_no_gradient(level, sign):
     schedules, columns = schedules_and_columns()
-    weights = prefix_weights(schedules, columns, alpha=0.9)
+    weights = scale_shares(schedules, columns, alpha=0.9)
     log_ratios = (torch.full_like(weights, 0.5 * sign) * columns.occupied).requires_grad_()
     terms, _, is_clipped = policy_terms(log_ratios, sign * torch.ones(2), weights, columns, level)
     terms.sum().backward()
@@ -185,7 +188,7 @@ def test_the_first_gradient_is_that_of_the_weighted_log_likelihood(level, likeli
     model.zero_grad()
     log_probabilities = trainer._log_probabilities(model, inputs["rollouts"])
     schedules = [rollout.schedule for rollout in inputs["rollouts"]]
-    weights = prefix_weights(schedules, log_probabilities.columns, 0.9)
+    weights = scale_shares(schedules, log_probabilities.columns, 0.9)
     (-(weights * log_probabilities.values).sum(1) * inputs["advantages"]).mean().backward()
     for name, value in model.named_parameters():
         if value.grad is not None:
@@ -297,6 +300,87 @@ def test_the_log_has_every_part(tmp_path):
     assert 0 < logged["diversity"] <= 1
 
 
+# Options --------------------------------------------------------------------------------------------------------------
+
+
+def test_boxes_mark_the_cells_that_they_touch_at_every_scale():
+    schedule = schedules_and_columns(sizes=[(16, 16)])[0][0]
+    masks = box_mask([(0.0, 0.0, 0.25, 0.25), (0.6, 0.6, 0.7, 0.7)], schedule).split(schedule.tokens_per_scale)
+    assert masks[0].tolist() == [True] and masks[1].tolist() == [True, False, False, True]
+    assert masks[2].view(3, 3).tolist() == [[True, False, False], [False, True, True], [False, True, True]]
+    assert masks[3].nonzero().flatten().tolist() == [0, 10]
+    assert not box_mask([], schedule).any()
+    with pytest.raises(ValueError, match="in shares of the picture"):
+        box_mask([(0.0, 0.0, 16.0, 16.0)], schedule)
+
+
+def test_only_codes_in_boxes_are_trained(tmp_path):
+    def left_half(completions, **_):
+        return [[(0.0, 0.0, 0.5, 1.0)] if index else None for index in range(len(completions))]
+
+    trainer = make_trainer(tmp_path, boxes_func=left_half, beta=0.0)
+    inputs, seen = first_batch(trainer), []
+    found = trainer._log_probabilities
+    trainer._log_probabilities = lambda *args: seen.append(found(*args)) or seen[0]
+    loss = trainer._compute_loss(trainer.model, inputs)
+    gradient = torch.autograd.grad(loss, seen[0].values)[0]
+    schedule = inputs["rollouts"][0].schedule
+    inside = box_mask([(0.0, 0.0, 0.5, 1.0)], schedule)[:14]
+    for row, counted in enumerate(inputs["counted"]):
+        expected = torch.ones(14, dtype=torch.bool) if counted.all() else inside
+        if inputs["advantages"][row] != 0:
+            assert ((gradient[row] != 0) == expected).all()
+
+
+def test_a_prefix_is_worth_the_soft_maximum_of_its_continuations(tmp_path):
+    seen = []
+
+    def reward(completion_ids, **_):
+        seen.append(completion_ids)
+        return [float(sum(codes) % 7) for codes in completion_ids]
+
+    trainer = make_trainer(tmp_path, reward=reward, num_continuations=3, continuation_eta=2.0)
+    first_batch(trainer)
+    assert len(seen) == 3
+    for one, two, three in zip(*seen):
+        assert one[:14] == two[:14] == three[:14] and not one == two == three
+    values = torch.tensor([[float(sum(codes) % 7) for codes in row] for row in seen])
+    expected = 2 * (values / 2).exp().mean(0).log()
+    torch.testing.assert_close(trainer._rewards[:, 0], expected)
+
+
+def test_the_fine_scales_can_be_held_by_a_penalty_of_their_own(tmp_path):
+    trainer = make_trainer(tmp_path, fine_beta=1.0, max_steps=2)
+    trainer.train()
+    assert trainer.state.log_history[1]["scale_4/kl"] > 0
+    inputs, model = first_batch(trainer), trainer.model
+    inputs["advantages"] = torch.zeros_like(inputs["advantages"])
+    trainer.beta = 1e-12
+    model.zero_grad()
+    trainer._compute_loss(model, inputs).backward()
+    assert (model.model.visual_embedding.scale.weight.grad[4] != 0).any()
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "LoRA"])
+def test_the_drift_of_all_scales_is_logged_where_asked_for(adapted, tmp_path):
+    trainer = make_trainer(tmp_path, peft_config=lora() if adapted else None, drift_steps=2, max_steps=3)
+    trainer.train()
+    drifts = [[entry.get(f"scale_{scale}/drift") for scale in (1, 2, 3, 4)] for entry in trainer.state.log_history[:3]]
+    assert drifts[0] == pytest.approx([0] * 4, abs=1e-6) and drifts[1] == [None] * 4
+    assert all(value > 0 for value in drifts[2])
+
+
+def test_sheets_of_the_same_prompts_and_seeds_are_saved_along_the_way(tmp_path):
+    rows = [{"prompt": "a red circle"}, {"prompt": "one", "image": Image.new("RGB", (16, 16))}]
+    grids = PictureGrids(tiny_processor(), rows, every=2, num_pictures=3)
+    make_trainer(tmp_path, callbacks=[grids], max_steps=4, learning_rate=0.0, beta=0.0).train()
+    sheets = sorted((tmp_path / "picture_grids").iterdir())
+    assert [sheet.name for sheet in sheets] == ["step_00000.png", "step_00002.png", "step_00004.png"]
+    pictures = [Image.open(sheet) for sheet in sheets]
+    assert pictures[0].size == (3 * 20 + 4, 2 * 20 + 4)
+    assert pictures[0].tobytes() == pictures[1].tobytes() == pictures[2].tobytes()
+
+
 # What goes wrong ------------------------------------------------------------------------------------------------------
 
 
@@ -348,6 +432,7 @@ def test_a_broken_reward_ends_training_with_a_clear_error(is_async, answer, mess
     [
         ({"num_prefix_scales": 5}, "num_prefix_scales is 5, but the model draws in 4"),
         ({"num_prefix_scales": 0}, "num_prefix_scales must be at least 1"),
+        ({"beta": 0.0, "fine_beta": 0.1}, "compare with a reference"),
         ({"image_sampling": {"temperature": [1.0, 1.0, 0.0, 0.0]}}, "Scale 3 is drawn at temperature 0"),
         ({"image_sampling": {"top_p": 2.0}}, "top_p must be above 0"),
         ({"max_prompt_length": 3}, "tokens, and max_prompt_length is 3; shorten it"),

@@ -4,6 +4,7 @@ from .adversarial import PatchDiscriminator
 from .collator import NextFlowCollator
 from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
 from .optimizers import MuonWithAdamW
+from .picture_grids import PictureGrids
 from .vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
 
 
@@ -17,6 +18,7 @@ __all__ = [
     "NextFlowVQTrainer",
     "NextFlowVQTrainingArguments",
     "PatchDiscriminator",
+    "PictureGrids",
 ]
 
 

@@ -41,6 +41,13 @@ class NextFlowGRPOConfig(GRPOConfig):
             without top-k and top-p; "cond", without guidance too, at a half or a third of the cost.
         importance_sampling_level: the ratio that is clipped: of each "token", "scale_mean" or "scale_product".
         image_sampling: settings of the rollouts, those of [`ImageSampling`]; default the checkpoint's own.
+        num_continuations: draw so many pictures from each prefix, and reward it by what they are worth together: eta ·
+            log(mean(exp(reward / eta))), the "value as middle return" of arXiv 2601.02256.
+        continuation_eta: eta of it: small values look at the best picture, large ones at the mean.
+        fine_beta: penalty on the drift of the scales behind the prefix, which the same weights draw; above 0 all scales
+            are brought through the model.
+        drift_steps: every so many steps the drift of all scales is logged, `scale_k/drift`; it costs two passes over
+            all scales.
         max_advantage: advantages are cut at so many standard deviations.
         max_prompt_length: in tokens, the slots of pictures included; a longer prompt raises an error before training.
     """
@@ -57,6 +64,10 @@ class NextFlowGRPOConfig(GRPOConfig):
     likelihood: str = field(default="guided_truncated")
     importance_sampling_level: str = field(default="token")
     image_sampling: dict | None = field(default=None)
+    num_continuations: int = field(default=1)
+    continuation_eta: float = field(default=1.0)
+    fine_beta: float = field(default=0.0)
+    drift_steps: int | None = field(default=None)
     max_advantage: float = field(default=5.0)
     max_prompt_length: int | None = field(default=None)
 
@@ -65,10 +76,15 @@ class NextFlowGRPOConfig(GRPOConfig):
         for name, allowed in (("likelihood", LIKELIHOODS), ("importance_sampling_level", RATIO_LEVELS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
-        if self.num_prefix_scales is not None and self.num_prefix_scales < 1:
-            raise ValueError(f"num_prefix_scales must be at least 1, or None for all; got {self.num_prefix_scales}.")
-        if self.max_advantage <= 0:
-            raise ValueError(f"max_advantage must be positive, got {self.max_advantage}.")
+        for name in ("num_prefix_scales", "num_continuations", "drift_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        for name in ("max_advantage", "continuation_eta"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if self.beta == 0 and (self.fine_beta or self.drift_steps):
+            raise ValueError("fine_beta and drift_steps compare with a reference, which beta=0 leaves out; set beta.")
         defaults = {f.name: f.default for f in fields(self)}
         for name in NOT_FOR_PICTURES:
             if getattr(self, name) != defaults[name]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import combinations
 
 import torch
@@ -16,14 +19,14 @@ from ..processing_nextflow import NextFlowProcessor
 from ..sampling_nextflow import ImageSampling
 from .checked_reward import checked
 from .grpo_config import NextFlowGRPOConfig
-from .prefix_objective import drift, policy_terms, prefix_weights
-from .rollouts import Rollout, as_drawn, draw_rollouts
+from .prefix_objective import box_mask, drift, policy_terms, scale_shares
+from .rollouts import Rollout, as_drawn, continue_rollouts, draw_rollouts
 
 
 try:
     from trl import GRPOTrainer
     from trl.models import unwrap_model_for_generation
-    from trl.trainer.utils import RepeatSampler, disable_dropout_in_model
+    from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, use_adapter
 except ImportError as error:
     raise ImportError("RL needs trl: pip install transformers-nextflow[rl]") from error
 
@@ -58,6 +61,8 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         reward_funcs: one function or several, sync or async; see `args.reward_weights`.
         processing_class: the checkpoint's [`NextFlowProcessor`].
         peft_config: trains an adapter; the reference is then the model without it.
+        boxes_func: called as a reward is, tells of each picture the boxes that decided about its reward, (left, top,
+            right, bottom) in shares of its sides: only codes in them are trained. `None` for all of a picture.
         Others: as in TRL.
 
     Raises:
@@ -67,7 +72,10 @@ class NextFlowGRPOTrainer(GRPOTrainer):
     args: NextFlowGRPOConfig
     _tag_names = ["trl", "grpo", "nextflow"]
     _name = "GRPO on the first scales"
-    _paper = {"title": "NextFlow: Unified Sequential Modeling", "id": "2601.02204"}
+    _paper = {
+        "title": "NextFlow: Unified Sequential Modeling Activates Multimodal Understanding and Generation",
+        "id": "2601.02204",
+    }
 
     def __init__(
         self,
@@ -77,6 +85,7 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         train_dataset: Dataset | None = None,
         processing_class: NextFlowProcessor | None = None,
         peft_config=None,
+        boxes_func: Callable | None = None,
         **kwargs,
     ):
         args = args or NextFlowGRPOConfig(output_dir="nextflow-grpo")
@@ -87,9 +96,12 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         if args.image_sampling is not None:
             self.sampling = ImageSampling(**args.image_sampling)
         self.num_prefix_scales = _check_prefix(args.num_prefix_scales, base_model, self.sampling)
-        self._rollouts: list[Rollout] = []
+        self.boxes_func = boxes_func
+        # The batch at hand: TRL's methods, which call ours, hand on token ids alone.
         self._inputs: list[dict] = []
+        self._rollouts: list[Rollout] = []
         self._rewards: torch.Tensor | None = None
+        self._counted: list[torch.Tensor] | None = None
 
         is_adapted = peft_config is not None or is_peft_model(model)
         reference = None if is_adapted or args.beta == 0 else _frozen_copy(model)
@@ -138,32 +150,55 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         limit, advantages = self.args.max_advantage, output["advantages"].clone()
         advantages[self._in_flat_groups()] = 0
         self._log_diversity()
+        if self.args.drift_steps is not None and self.state.global_step % self.args.drift_steps == 0:
+            self._log_drift()
         kept = {name: output[name] for name in ("old_per_token_logps", "ref_per_token_logps") if name in output}
+        if self._counted is not None:
+            kept["counted"] = self._counted
         return {"advantages": advantages.clamp(-limit, limit), "rollouts": self._rollouts} | kept
 
     def _generate(self, prompts: list[str]):
+        with self._drawing_model() as model:
+            self._rollouts, pictures = draw_rollouts(
+                model, self.processing_class, self._inputs, self.sampling, self.args.max_prompt_length
+            )
+        prompt_ids = [rollout.contexts[0] for rollout in self._rollouts]
+        return prompt_ids, _codes(self._rollouts), None, pictures, None, {}, None, []
+
+    @contextmanager
+    def _drawing_model(self):
+        """The policy as it draws. Gradient checkpointing would drop the cache; it is off in evaluation mode."""
         with unwrap_model_for_generation(
             self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
-        ) as unwrapped:
-            model, was_training = _base_model(unwrapped), unwrapped.training
-            # Gradient checkpointing would drop the cache, and it is off in evaluation mode.
-            unwrapped.eval()
+        ) as model:
+            was_training = model.training
+            model.eval()
             try:
-                self._rollouts, pictures = draw_rollouts(
-                    model, self.processing_class, self._inputs, self.sampling, self.args.max_prompt_length
-                )
+                yield _base_model(model)
             finally:
-                unwrapped.train(was_training)
-        prompt_ids = [rollout.contexts[0] for rollout in self._rollouts]
-        codes = [rollout.image_tokens.tolist() for rollout in self._rollouts]
-        return prompt_ids, codes, None, pictures, None, {}, None, []
+                model.train(was_training)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
         grids = [rollout.schedule.final_grid for rollout in self._rollouts]
         rows = [row | {"image_grids": grid} for row, grid in zip(self._inputs, grids)]
-        self._rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
+        rewards = [super()._calculate_rewards(rows, prompts, completions, completion_ids_list)]
+        for _ in range(self.args.num_continuations - 1):
+            begun = [replace(rollout, image_tokens=self._prefix(rollout)) for rollout in self._rollouts]
+            with self._drawing_model() as model:
+                others, pictures = continue_rollouts(model, self.processing_class, begun, self.sampling)
+            rewards.append(super()._calculate_rewards(rows, prompts, pictures, _codes(others)))
+        self._rewards = _value_of_prefix(torch.stack(rewards), self.args.continuation_eta)
         for name, column in zip(self.reward_func_names, self._rewards.T):
             self._metrics[self._mode][f"rewards/{name}/skipped"].append(column.isnan().float().mean().item())
+        if self.boxes_func is not None:
+            columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+            boxes = self.boxes_func(
+                prompts=prompts, completions=completions, completion_ids=completion_ids_list, **columns
+            )
+            self._counted = [
+                torch.ones(r.schedule.num_tokens, dtype=torch.bool) if own is None else box_mask(own, r.schedule)
+                for own, r in zip(boxes, self._rollouts)
+            ]
         return self._rewards
 
     def _in_flat_groups(self) -> torch.Tensor:
@@ -201,7 +236,9 @@ class NextFlowGRPOTrainer(GRPOTrainer):
             rows += [values[own] for values, own in zip(found.values, found.columns.occupied)]
         return rows, None, None
 
-    def _log_probabilities(self, model: nn.Module, rollouts: Sequence[Rollout]) -> PrefixLogProbabilities:
+    def _log_probabilities(
+        self, model: nn.Module, rollouts: Sequence[Rollout], num_scales: int | None = None
+    ) -> PrefixLogProbabilities:
         base_model = _base_model(self.accelerator.unwrap_model(model))
         prompts, contexts, drawing = as_drawn(rollouts, base_model, self.processing_class, self.sampling)
         return prefix_log_probabilities(
@@ -209,10 +246,38 @@ class NextFlowGRPOTrainer(GRPOTrainer):
             prompts,
             [] if self.args.likelihood == "cond" else contexts,
             drawing,
-            self.num_prefix_scales,
+            num_scales or self._num_seen_scales,
             truncate=self.args.likelihood == "guided_truncated",
             forward=model,
         )
+
+    @property
+    def _num_seen_scales(self) -> int:
+        return self._num_scales if self.args.fine_beta else self.num_prefix_scales
+
+    @torch.no_grad()
+    def _log_drift(self):
+        """Weights are shared, so that scales drift which are not trained."""
+        size, metrics = self.args.per_device_train_batch_size, self._metrics[self._mode]
+        totals = torch.zeros(2, self._num_scales, device=self.accelerator.device)
+        for start in range(0, len(self._rollouts), size):
+            rollouts = self._rollouts[start : start + size]
+            new = self._log_probabilities(self.model, rollouts, self._num_scales)
+            with self._reference() as reference:
+                old = self._log_probabilities(reference, rollouts, self._num_scales)
+            totals += torch.stack([new.columns.sums(drift(new.values, old.values)), new.columns.counts()]).sum(1)
+        sums, counts = self.accelerator.reduce(totals, reduction="sum")
+        for scale, mean in enumerate((sums / counts).tolist(), start=1):
+            metrics[f"scale_{scale}/drift"].append(mean)
+
+    @contextmanager
+    def _reference(self):
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+            yield self.model
 
     # The loss ---------------------------------------------------------------------------------------------------------
 
@@ -222,14 +287,22 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         columns, new = found.columns, found.values
         # Without them the policy at hand is the one that drew.
         old = columns.place(inputs["old_per_token_logps"]) if "old_per_token_logps" in inputs else new.detach()
-        weights = prefix_weights([rollout.schedule for rollout in rollouts], columns, self.args.scale_alpha)
+        schedules, alpha = [rollout.schedule for rollout in rollouts], self.args.scale_alpha
+        in_prefix = columns.scales <= self.num_prefix_scales
+        weights = scale_shares(schedules, columns, alpha, in_prefix)
+        trained = weights
+        if "counted" in inputs:
+            trained = scale_shares(schedules, columns, alpha, columns.place(inputs["counted"]) & in_prefix)
         level, epsilon = self.args.importance_sampling_level, (self.epsilon_low, self.epsilon_high)
-        terms, ratios, is_clipped = policy_terms(new - old, advantages, weights, columns, level, epsilon)
+        terms, ratios, is_clipped = policy_terms(new - old, advantages, trained, columns, level, epsilon)
         loss = -terms.sum(1).mean()
         values = {"entropy": found.entropies, "ratio": ratios.detach(), "clip_ratio": is_clipped.float()}
         if self.beta != 0:
             kl = drift(new, columns.place(inputs["ref_per_token_logps"]))
-            loss = loss + self.beta * (kl * weights).sum(1).mean()
+            penalty = self.beta * weights
+            if self.args.fine_beta:
+                penalty = penalty + self.args.fine_beta * scale_shares(schedules, columns, alpha, ~in_prefix)
+            loss = loss + (kl * penalty).sum(1).mean()
             values["kl"] = kl.detach()
         self._log_scales(values, columns)
         return loss / (self.current_gradient_accumulation_steps if self._mode == "train" else 1)
@@ -252,6 +325,19 @@ class NextFlowGRPOTrainer(GRPOTrainer):
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
+
+    @property
+    def _num_scales(self) -> int:
+        return len(self.model.config.vq_config.scales)
+
+
+def _codes(rollouts: Sequence[Rollout]) -> list[list[int]]:
+    return [rollout.image_tokens.tolist() for rollout in rollouts]
+
+
+def _value_of_prefix(rewards: torch.Tensor, eta: float) -> torch.Tensor:
+    """Rewards (K, …) of pictures that go on from one prefix → what the prefix is worth; a single one is its reward."""
+    return rewards[0] if len(rewards) == 1 else eta * ((rewards / eta).logsumexp(0) - math.log(len(rewards)))
 
 
 def _base_model(model: nn.Module) -> nn.Module:

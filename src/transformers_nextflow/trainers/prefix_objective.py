@@ -12,13 +12,45 @@ from ..scale_schedule import ScaleSchedule
 from ..sequence_layout import scale_weights
 
 
+Box = tuple[float, float, float, float]
+
 RATIO_LEVELS = ("token", "scale_mean", "scale_product")
 
 
-def prefix_weights(schedules: Sequence[ScaleSchedule], columns: PrefixColumns, alpha: float) -> torch.Tensor:
-    """Weight (B, n) of each code: (h·w)^-alpha of its scale, brought to a sum of one for each picture."""
+def scale_shares(
+    schedules: Sequence[ScaleSchedule], columns: PrefixColumns, alpha: float, counted: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Weight (B, n) of each code: (h·w)^-alpha of its scale, brought to a sum of one for each picture.
+
+    `counted` (n,) or (B, n) bool says which codes count, default all; a picture of which none does weighs nothing.
+    """
     weights = columns.place([scale_weights(schedule, alpha) for schedule in schedules])
-    return weights / weights.sum(1, keepdim=True)
+    if counted is not None:
+        weights = weights * counted
+    return weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def box_mask(boxes: Sequence[Box], schedule: ScaleSchedule) -> torch.Tensor:
+    """Which codes (N,) bool of a picture lie in one of the boxes, at every scale: a cell counts if a box touches it, so
+    that what is marked at a fine scale is marked at all coarser ones (VAR RL Done Right, arXiv 2601.02256).
+
+    `boxes` are (left, top, right, bottom) in shares of the picture's sides.
+
+    Raises:
+        ValueError: for a box that is empty or lies outside of the picture.
+    """
+    for box in boxes:
+        left, top, right, bottom = box
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise ValueError(f"A box is (left, top, right, bottom) in shares of the picture, 0 to 1; got {tuple(box)}.")
+    masks = []
+    for height, width in schedule.grids:
+        rows, columns = torch.arange(height)[:, None] / height, torch.arange(width) / width
+        mask = torch.zeros(height, width, dtype=torch.bool)
+        for left, top, right, bottom in boxes:
+            mask |= (rows < bottom) & (rows + 1 / height > top) & (columns < right) & (columns + 1 / width > left)
+        masks.append(mask.flatten())
+    return torch.cat(masks)
 
 
 def policy_terms(
@@ -34,7 +66,7 @@ def policy_terms(
     Args:
         log_ratios: (B, n) of each code, new over old policy.
         advantages: (B,).
-        weights: (B, n) of `prefix_weights`.
+        weights: (B, n) of `scale_shares`.
         level: what is clipped: the ratio of each code, the mean (geometric) over a scale's codes, or the product over
             them, which is the ratio of the scale's whole grid (paper, equation 5). At ratio one all three have the same
             gradient.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -26,7 +26,7 @@ class Rollout:
         contexts: token ids of the prompt, then of what guidance leads away from, as [`SequenceWriter`] takes it.
         input_tokens, input_grids: codes (N,) and final grids of the pictures in the prompt.
         schedule: of the drawn picture.
-        image_tokens: its codes (N,).
+        image_tokens: its codes (N,), or those of the scales drawn so far.
     """
 
     contexts: tuple[list[int], ...]
@@ -68,36 +68,60 @@ def draw_rollouts(
         requested_schedule(processor, (row.get("height"), row.get("width")), found[-1] if found else None)
         for row, found in zip(rows, images)
     ]
-    guided = {
-        part: any(sampling.is_guided(schedule.num_scales, part) for schedule in schedules)
-        for part in ("guidance_scale", "image_guidance_scale")
-    }
-    asked = [(prompts, images)]
-    if any(guided.values()):
-        asked.append(([""] * len(rows), images))
-    if guided["image_guidance_scale"]:
-        asked.append(([""] * len(rows), None))
-    encoded = [processor.apply_image_prompt(texts, pictures, allow_empty=True) for texts, pictures in asked]
+    encoded = [
+        processor.apply_image_prompt(texts, pictures, allow_empty=True)
+        for texts, pictures in _asked(prompts, images, schedules, sampling)
+    ]
     contexts = list(zip(*(Prompts(e["input_ids"], e["attention_mask"]).rows() for e in encoded)))
     _check_lengths(prompts, [row[0] for row in contexts], max_prompt_length)
 
     grids = encoded[0].get("image_grids")
     codes = iter(() if grids is None else model.get_image_tokens(encoded[0]["pixel_values"].to(model.device), grids))
     grids = iter(() if grids is None else grids.tolist())
-    unfinished = [
-        Rollout(own, tuple(next(codes) for _ in found), tuple(tuple(next(grids)) for _ in found), schedule, None)
+    nothing = torch.zeros(0, dtype=torch.long, device=model.device)
+    begun = [
+        Rollout(own, tuple(next(codes) for _ in found), tuple(tuple(next(grids)) for _ in found), schedule, nothing)
         for own, found, schedule in zip(contexts, images, schedules)
     ]
-    drawing = Drawing(model, schedules, sampling, generator)
-    writer = SequenceWriter(model, *_prompts_and_contexts(unfinished, processor, model.device))
-    writer.draw(drawing, range(len(rows)), go_on=False)
-    final_grids = torch.tensor([schedule.final_grid for schedule in schedules])
-    pictures = processor.post_process_images(model.decode_image_tokens(drawing.image_tokens, final_grids))
+    return continue_rollouts(model, processor, begun, sampling, generator)
+
+
+@torch.no_grad()
+def continue_rollouts(
+    model: nn.Module,
+    processor: NextFlowProcessor,
+    begun: Sequence[Rollout],
+    sampling: ImageSampling,
+    generator: Generators = None,
+) -> tuple[list[Rollout], list[Image.Image]]:
+    """Draw what is missing of pictures whose `image_tokens` hold the first whole scales, or nothing yet."""
+    schedules = [rollout.schedule for rollout in begun]
+    given = pad_sequence([rollout.image_tokens for rollout in begun], batch_first=True, padding_value=-1)
+    drawing = Drawing(model, schedules, sampling, generator, given)
+    writer = SequenceWriter(model, *_prompts_and_contexts(begun, processor, model.device))
+    writer.draw(drawing, range(len(begun)), go_on=False)
+    grids = torch.tensor([schedule.final_grid for schedule in schedules])
+    pictures = processor.post_process_images(model.decode_image_tokens(drawing.image_tokens, grids))
     rollouts = [
-        Rollout(r.contexts, r.input_tokens, r.input_grids, r.schedule, codes[: r.schedule.num_tokens])
-        for r, codes in zip(unfinished, drawing.image_tokens)
+        replace(rollout, image_tokens=codes[: rollout.schedule.num_tokens])
+        for rollout, codes in zip(begun, drawing.image_tokens)
     ]
     return rollouts, pictures
+
+
+def _asked(prompts: list[str], images: list[list], schedules: list[ScaleSchedule], sampling: ImageSampling):
+    """Texts and pictures of the prompts, then of what guidance leads away from."""
+    guided, images_guided = (
+        any(sampling.is_guided(schedule.num_scales, part) for schedule in schedules)
+        for part in ("guidance_scale", "image_guidance_scale")
+    )
+    empty = [""] * len(prompts)
+    asked = [(prompts, images)]
+    if guided or images_guided:
+        asked.append((empty, images))
+    if images_guided:
+        asked.append((empty, None))
+    return asked
 
 
 def _check_lengths(prompts: list[str], rows: list[list[int]], limit: int | None):
