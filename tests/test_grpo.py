@@ -435,7 +435,7 @@ def test_a_broken_reward_ends_training_with_a_clear_error(is_async, answer, mess
         ({"beta": 0.0, "fine_beta": 0.1}, "compare with a reference"),
         ({"image_sampling": {"temperature": [1.0, 1.0, 0.0, 0.0]}}, "Scale 3 is drawn at temperature 0"),
         ({"image_sampling": {"top_p": 2.0}}, "top_p must be above 0"),
-        ({"max_prompt_length": 3}, "tokens, and max_prompt_length is 3; shorten it"),
+        ({"max_prompt_length": 3}, "tokens with its pictures, and max_prompt_length is 3; shorten it"),
         ({"likelihood": "plain"}, "likelihood must be one of"),
         ({"importance_sampling_level": "sequence"}, "importance_sampling_level must be one of"),
         ({"max_advantage": 0.0}, "max_advantage must be positive"),

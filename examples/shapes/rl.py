@@ -76,23 +76,17 @@ class Curve(TrainerCallback):
     def score(self, state):
         model = self.evaluation.model
         was_training = model.training
-        scores = self._scores(model)
+        model.eval()
+        scores = self.evaluation.text_to_image()
         model.train(was_training)
         self.points.append({"step": state.global_step, "seconds": round(self.seconds, 1), **scores})
         self.resumed = time.perf_counter()
-
-    def _scores(self, model) -> dict[str, float]:
-        model.eval()
-        return self.evaluation.text_to_image()
 
 
 def scores_of(model, processor, limit: int) -> dict[str, dict[str, float]]:
     """What RL is to raise, and what it must not lower."""
     evaluation = ShapesEvaluation(model, processor, limit, seeds=2)
-    was_training = model.training
-    scores = {"text_to_image": evaluation.text_to_image(), "understanding": evaluation.understanding()}
-    model.train(was_training)
-    return scores
+    return {"text_to_image": evaluation.text_to_image(), "understanding": evaluation.understanding()}
 
 
 def summary(before: dict, after: dict) -> dict[str, float]:

@@ -19,8 +19,8 @@ from ..processing_nextflow import NextFlowProcessor
 from ..sampling_nextflow import ImageSampling
 from .checked_reward import checked
 from .grpo_config import NextFlowGRPOConfig
-from .prefix_objective import box_mask, drift, policy_terms, scale_shares
-from .rollouts import Rollout, as_drawn, continue_rollouts, draw_rollouts
+from .prefix_objective import Box, box_mask, drift, policy_terms, scale_shares
+from .rollouts import Rollout, as_drawn, check_lengths, continue_rollouts, draw_rollouts
 
 
 try:
@@ -117,17 +117,10 @@ class NextFlowGRPOTrainer(GRPOTrainer):
             disable_dropout_in_model(reference)
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         if args.max_prompt_length is not None and isinstance(train_dataset, Dataset):
-            self._check_texts(train_dataset.unique("prompt"))
-
-    def _check_texts(self, prompts: list[str]):
-        """Long runs do not end at a prompt that could have been seen before they began."""
-        limit = self.args.max_prompt_length - 1
-        for prompt, row in zip(prompts, self.processing_class.prompt_ids(prompts)):
-            if len(row) > limit:
-                raise ValueError(
-                    f"The prompt {prompt[:80]!r} takes {len(row) + 1} tokens, and max_prompt_length is {limit + 1}; "
-                    "shorten it, leave it out of the dataset, or raise the limit."
-                )
+            # A long run shall not end at a prompt that could have been seen before it began.
+            prompts = train_dataset.unique("prompt")
+            rows = [[*row, processing_class.boi_token_id] for row in processing_class.prompt_ids(prompts)]
+            check_lengths(prompts, rows, args.max_prompt_length)
 
     def _get_train_sampler(self, dataset=None) -> PromptSampler:
         return PromptSampler(
@@ -192,14 +185,17 @@ class NextFlowGRPOTrainer(GRPOTrainer):
             self._metrics[self._mode][f"rewards/{name}/skipped"].append(column.isnan().float().mean().item())
         if self.boxes_func is not None:
             columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-            boxes = self.boxes_func(
-                prompts=prompts, completions=completions, completion_ids=completion_ids_list, **columns
-            )
-            self._counted = [
-                torch.ones(r.schedule.num_tokens, dtype=torch.bool) if own is None else box_mask(own, r.schedule)
-                for own, r in zip(boxes, self._rollouts)
-            ]
+            columns |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids_list}
+            self._counted = self._codes_in_boxes(self.boxes_func(**columns))
         return self._rewards
+
+    def _codes_in_boxes(self, boxes: Sequence[Sequence[Box] | None]) -> list[torch.Tensor]:
+        if len(boxes) != len(self._rollouts):
+            raise ValueError(f"boxes_func returned {len(boxes)} lists for {len(self._rollouts)} pictures.")
+        return [
+            torch.ones(r.schedule.num_tokens, dtype=torch.bool) if own is None else box_mask(own, r.schedule)
+            for own, r in zip(boxes, self._rollouts)
+        ]
 
     def _in_flat_groups(self) -> torch.Tensor:
         """Which of this process's pictures are in groups whose rewards are all the same; rounding hides it."""

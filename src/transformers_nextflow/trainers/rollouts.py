@@ -73,7 +73,7 @@ def draw_rollouts(
         for texts, pictures in _asked(prompts, images, schedules, sampling)
     ]
     contexts = list(zip(*(Prompts(e["input_ids"], e["attention_mask"]).rows() for e in encoded)))
-    _check_lengths(prompts, [row[0] for row in contexts], max_prompt_length)
+    check_lengths(prompts, [row[0] for row in contexts], max_prompt_length)
 
     grids = encoded[0].get("image_grids")
     codes = iter(() if grids is None else model.get_image_tokens(encoded[0]["pixel_values"].to(model.device), grids))
@@ -124,7 +124,8 @@ def _asked(prompts: list[str], images: list[list], schedules: list[ScaleSchedule
     return asked
 
 
-def _check_lengths(prompts: list[str], rows: list[list[int]], limit: int | None):
+def check_lengths(prompts: Sequence[str], rows: Sequence[list[int]], limit: int | None):
+    """Raises `ValueError` for a prompt whose row of token ids is longer than `limit`."""
     for prompt, row in zip(prompts, rows):
         if limit is not None and len(row) > limit:
             raise ValueError(
