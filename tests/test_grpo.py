@@ -2,7 +2,7 @@
 
 import asyncio
 import copy
-import subprocess
+import importlib
 import sys
 
 import pytest
@@ -461,10 +461,11 @@ def test_a_prompt_with_pictures_that_is_too_long_is_refused():
         draw_rollouts(tiny_model(), tiny_processor(), rows, tiny_model().default_image_sampling, max_prompt_length=20)
 
 
-def test_without_trl_the_error_says_what_to_install():
-    code = "import sys; sys.modules['trl'] = None\nfrom transformers_nextflow.trainers import NextFlowGRPOTrainer"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "pip install transformers-nextflow[rl]" in done.stderr
+def test_without_trl_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.delitem(sys.modules, "transformers_nextflow.trainers.grpo_config")
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(ImportError, match=r"pip install transformers-nextflow\[rl\]"):
+        importlib.import_module("transformers_nextflow.trainers.grpo_config")
 
 
 # Resuming -------------------------------------------------------------------------------------------------------------
