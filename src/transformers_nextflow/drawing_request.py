@@ -66,7 +66,9 @@ class DrawingRequest:
         keeps = mask_image is not None or num_kept_scales is not None
         _check_combination(processor, images, keeps, mask_image, think, paste_back)
         pictures = None if images is None else [row[-1] for row in images]
-        schedules = [_schedule(processor, size, None if pictures is None else pictures[n]) for n in range(len(prompts))]
+        schedules = [
+            requested_schedule(processor, size, None if pictures is None else pictures[n]) for n in range(len(prompts))
+        ]
         pixels, regions = None, None
         if keeps:
             pixels = _pixels(processor, pictures, schedules)
@@ -119,7 +121,7 @@ def _check_combination(processor, images, keeps: bool, mask_image, think: bool, 
         raise ValueError("think goes without mask_image and num_kept_scales; leave one of them out.")
 
 
-def _schedule(processor, size: tuple[int | None, int | None], picture: Image.Image | None) -> ScaleSchedule:
+def requested_schedule(processor, size: tuple[int | None, int | None], picture: Image.Image | None) -> ScaleSchedule:
     """Of the size asked for; else of the picture's, as the processor brings it; else the model's largest square."""
     image_processor = processor.image_processor
     schedules = image_processor.scale_schedules

@@ -208,6 +208,20 @@ class NextFlowModel(NextFlowPreTrainedModel):
         num_scales = torch.tensor([schedule.num_scales for schedule in schedules]).repeat_interleave(counts)
         return self.visual_embedding(torch.cat(features), scale_ids, num_scales.to(scale_ids.device))
 
+    def embed_sequence(
+        self,
+        input_ids: torch.Tensor,
+        image_tokens: torch.Tensor | None,
+        schedules: Sequence[ScaleSchedule],
+        layout: SequenceLayout | None,
+    ) -> torch.Tensor:
+        """Embeddings (B, L, D) of tokens and of the slots of pictures; without pictures no layout is needed."""
+        embeds = self.language_model.embed_tokens(input_ids)
+        if not schedules:
+            return embeds
+        slots = self.embed_pictures(image_tokens, schedules, layout.scale_ids[layout.slot_mask])
+        return embeds.masked_scatter(layout.slot_mask[..., None], slots.to(embeds.dtype))
+
     def _check_codes(self, tokens: torch.Tensor):
         size = self.config.vq_config.codebook_size
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
@@ -248,18 +262,13 @@ class NextFlowModel(NextFlowPreTrainedModel):
         if seq_idx is not None and past_key_values is not None:
             raise ValueError("Packed rows (seq_idx) cannot be continued: a cache does not know its samples apart.")
         if inputs_embeds is None:
-            inputs_embeds = self.language_model.embed_tokens(input_ids)
             schedules = self.schedules_of(image_grids)
             holds_slots = bool(schedules) or bool((input_ids == self.config.image_token_id).any())
             if layout is None and (holds_slots or position_ids is None):
                 mask = _last_columns(attention_mask, input_ids)
                 layout = layout_sequence(input_ids, mask, schedules, self.config, seq_idx)
-            if schedules:
-                embeds = self.embed_pictures(image_tokens, schedules, layout.scale_ids[layout.slot_mask])
-                inputs_embeds = inputs_embeds.masked_scatter(
-                    layout.slot_mask[..., None], embeds.to(inputs_embeds.dtype)
-                )
-                block_ids = layout.block_ids
+            inputs_embeds = self.embed_sequence(input_ids, image_tokens, schedules, layout)
+            block_ids = layout.block_ids if schedules else None
             if position_ids is None:
                 if past_key_values is not None and past_key_values.get_seq_length() > 0:
                     # Pictures take fewer positions than slots, so the cache's length does not tell where to go on.
@@ -346,6 +355,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         seq_idx: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        codes_only: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> NextFlowCausalLMOutputWithPast:
@@ -363,6 +373,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
                 packed. Samples do not see each other; nothing predicts the first token of one, whatever its label.
                 Padding is a sample of its own; `attention_mask` is not asked.
             logits_to_keep: compute the logits of only so many last positions, or of these positions; 0 of all.
+            codes_only: compute the logits of codes alone, as drawing does.
             num_items_in_batch: trained positions over which the loss is averaged, for gradient accumulation.
 
         Raises:
@@ -404,7 +415,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             losses = nextflow_loss(total, each, targets, num_scales, num_items_in_batch)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.head(hidden_states[:, kept, :])
+            logits = (self.visual_head if codes_only else self.head)(hidden_states[:, kept, :])
         return NextFlowCausalLMOutputWithPast(
             logits=logits,
             past_key_values=outputs.past_key_values,

@@ -1,10 +1,11 @@
-"""Trainers of the tokenizer and of the transformer, on transformers' `Trainer`."""
+"""Trainers of the tokenizer and of the transformer, on transformers' `Trainer`, and RL on TRL's."""
 
 from .adversarial import PatchDiscriminator
 from .collator import NextFlowCollator
 from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
 from .optimizers import MuonWithAdamW
 from .packing import CostModel, PackedDataset, PackedStream
+from .picture_grids import PictureGrids
 from .vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
 
 
@@ -12,6 +13,8 @@ __all__ = [
     "CostModel",
     "MuonWithAdamW",
     "NextFlowCollator",
+    "NextFlowGRPOConfig",
+    "NextFlowGRPOTrainer",
     "NextFlowTrainer",
     "NextFlowTrainingArguments",
     "NextFlowVQTrainer",
@@ -19,4 +22,18 @@ __all__ = [
     "PackedDataset",
     "PackedStream",
     "PatchDiscriminator",
+    "PictureGrids",
 ]
+
+
+def __getattr__(name: str):
+    # RL needs trl, an extra: it is imported when it is asked for.
+    if name == "NextFlowGRPOConfig":
+        from .grpo_config import NextFlowGRPOConfig
+
+        return NextFlowGRPOConfig
+    if name == "NextFlowGRPOTrainer":
+        from .grpo_trainer import NextFlowGRPOTrainer
+
+        return NextFlowGRPOTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

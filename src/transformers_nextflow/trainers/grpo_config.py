@@ -1,0 +1,102 @@
+"""Settings of RL on pictures: TRL's, and what pictures add."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from ..sampling_nextflow import ImageSampling
+from .prefix_objective import RATIO_LEVELS
+
+
+try:
+    from trl import GRPOConfig
+except ImportError as error:
+    raise ImportError("RL needs trl: pip install transformers-nextflow[rl]") from error
+
+
+# "cond": without guidance and truncation; "guided": with guidance; "guided_truncated": the sampler's own policy.
+LIKELIHOODS = ("cond", "guided", "guided_truncated")
+# What TRL has for texts, or for losses other than the one here.
+NOT_FOR_PICTURES = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs", "cache_implementation",
+    "max_completion_length", "use_vllm", "use_transformers_continuous_batching", "chat_template_kwargs",
+    "model_init_kwargs", "cast_lm_head_to_fp32", "loss_type", "delta", "top_entropy_quantile", "entropy_coef",
+    "use_adaptive_entropy", "off_policy_mask_threshold", "use_bias_correction_kl", "mask_truncated_completions",
+    "sync_ref_model", "log_completions",
+)  # fmt: skip
+
+
+@dataclass
+class NextFlowGRPOConfig(GRPOConfig):
+    """TRL's `GRPOConfig` and what pictures add. Where the paper (section 3.2.5) names no value, the default is ours.
+
+    `epsilon`, `epsilon_high`, `beta`, `num_iterations`, `scale_rewards`, `reward_weights` and all that shapes batches
+    mean what they mean in TRL. What is about texts is refused when it is set.
+
+    Args:
+        num_prefix_scales: the first so many scales are trained, and only they are brought through the model (the
+            paper's m); `None` for all.
+        scale_alpha: a code of an h x w grid weighs (h·w)^-scale_alpha.
+        likelihood: whose probabilities are compared: "guided_truncated", those that the sampler drew from; "guided",
+            without top-k and top-p; "cond", without guidance too, at a half or a third of the cost.
+        importance_sampling_level: the ratio that is clipped: of each "token", "scale_mean" or "scale_product".
+        image_sampling: settings of the rollouts, those of [`ImageSampling`]; default the checkpoint's own.
+        num_continuations: draw so many pictures from each prefix, and reward it by what they are worth together: eta ·
+            log(mean(exp(reward / eta))), the "value as middle return" of arXiv 2601.02256.
+        continuation_eta: eta of it: small values look at the best picture, large ones at the mean.
+        fine_beta: penalty on the drift of the scales behind the prefix, which the same weights draw; above 0 all scales
+            are brought through the model.
+        drift_steps: every so many steps the drift of all scales is logged, `scale_k/drift`; it costs two passes over
+            all scales.
+        max_advantage: advantages are cut at so many standard deviations.
+        max_prompt_length: in tokens, the slots of pictures included; a longer prompt raises an error before training.
+    """
+
+    num_generations: int | None = field(default=16)
+    learning_rate: float = field(default=1e-6)
+    adam_beta2: float = field(default=0.95)
+    weight_decay: float = field(default=0.05)
+    max_grad_norm: float = field(default=1.0)
+    beta: float = field(default=0.01)
+    disable_dropout: bool = field(default=True)
+    num_prefix_scales: int | None = field(default=8)
+    scale_alpha: float = field(default=0.9)
+    likelihood: str = field(default="guided_truncated")
+    importance_sampling_level: str = field(default="token")
+    image_sampling: dict | None = field(default=None)
+    num_continuations: int = field(default=1)
+    continuation_eta: float = field(default=1.0)
+    fine_beta: float = field(default=0.0)
+    drift_steps: int | None = field(default=None)
+    max_advantage: float = field(default=5.0)
+    max_prompt_length: int | None = field(default=None)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, allowed in (("likelihood", LIKELIHOODS), ("importance_sampling_level", RATIO_LEVELS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        for name in ("num_prefix_scales", "num_continuations", "drift_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        for name in ("max_advantage", "continuation_eta"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if self.beta == 0 and (self.fine_beta or self.drift_steps):
+            raise ValueError("fine_beta and drift_steps compare with a reference, which beta=0 leaves out; set beta.")
+        defaults = {f.name: f.default for f in fields(self)}
+        for name in NOT_FOR_PICTURES:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no meaning for pictures; leave it out. How they are drawn is "
+                    "set by image_sampling."
+                )
+        cycle = self.steps_per_generation * self.num_iterations
+        saved = self.save_steps * self.gradient_accumulation_steps
+        if self.save_strategy == "steps" and self.save_steps >= 1 and saved % cycle:
+            raise ValueError(
+                f"save_steps={self.save_steps} would save between the steps that share one batch of rollouts, from "
+                f"where no run can go on exactly; take a multiple of {cycle} / gradient_accumulation_steps steps."
+            )
+        ImageSampling(**(self.image_sampling or {}))  # raises for values out of range

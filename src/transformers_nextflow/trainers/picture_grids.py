@@ -1,0 +1,69 @@
+"""Sheets of pictures from the same prompts and seeds along a training: what numbers do not show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from ..evaluation.image_metrics import contact_sheet
+from ..processing_nextflow import NextFlowProcessor
+from ..sampling_nextflow import ImageSampling
+from .rollouts import draw_rollouts
+
+
+class PictureGrids(TrainerCallback):
+    """Draws a sheet before training and every so many steps, a row for each prompt: `step_00000.png`, ….
+
+    For any trainer of a [`NextFlowForConditionalGeneration`], or of a PEFT model around one.
+
+    Args:
+        processor: the checkpoint's.
+        rows: `prompt`, and what else `draw_rollouts` takes.
+        folder: default `picture_grids` in the training's output folder.
+        every: in steps.
+        num_pictures: of each prompt, from the seeds 0, 1, ….
+        sampling: default the checkpoint's own.
+    """
+
+    def __init__(
+        self,
+        processor: NextFlowProcessor,
+        rows: Sequence[dict],
+        folder: Path | str | None = None,
+        every: int = 50,
+        num_pictures: int = 4,
+        sampling: ImageSampling | None = None,
+    ):
+        self.processor, self.rows, self.folder = processor, list(rows), folder
+        self.every, self.num_pictures, self.sampling = every, num_pictures, sampling
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._save(args, state, model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every == 0:
+            self._save(args, state, model)
+
+    def _save(self, args, state, model: nn.Module):
+        if not state.is_world_process_zero:
+            return
+        base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        was_training = model.training
+        model.eval()
+        _, pictures = draw_rollouts(
+            base_model,
+            self.processor,
+            [row for row in self.rows for _ in range(self.num_pictures)],
+            self.sampling or base_model.default_image_sampling,
+            generator=[torch.Generator().manual_seed(s) for _ in self.rows for s in range(self.num_pictures)],
+        )
+        model.train(was_training)
+        folder = Path(self.folder or Path(args.output_dir) / "picture_grids")
+        folder.mkdir(parents=True, exist_ok=True)
+        starts = range(0, len(pictures), self.num_pictures)
+        sheet = contact_sheet([pictures[start : start + self.num_pictures] for start in starts])
+        sheet.save(folder / f"step_{state.global_step:05d}.png")

@@ -1,0 +1,21 @@
+"""Rewards of pictures: functions `reward(prompts, completions, **columns)`, as [`NextFlowGRPOTrainer`] calls them.
+
+Those around a model are made by a function that takes the model; none of them loads anything by itself.
+"""
+
+from .image_text import similarity_reward
+from .judge import judge_reward
+from .reading import ask_for_caption, reading_reward
+from .rendered_text import rendered_text_reward
+from .shapes import ask_about_shapes, shapes_reward
+
+
+__all__ = [
+    "ask_about_shapes",
+    "ask_for_caption",
+    "judge_reward",
+    "reading_reward",
+    "rendered_text_reward",
+    "shapes_reward",
+    "similarity_reward",
+]
