@@ -162,7 +162,10 @@ def read_state_dict(path: Path | str, allowed: Iterable[type] = ()) -> State:
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is no pickle of tensors alone and was not opened: {error}") from error
+        # torch's own words go on to advise opening it all the same.
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds {found[1]}" if found else "it holds more than that"
+        raise ValueError(f"{path} is no pickle of tensors alone and was not opened: {reason}.") from error
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"{path} cannot be read; is it whole? {error}") from error
 
@@ -217,11 +220,11 @@ class ShardedCheckpoint(Mapping):
         return len(self.files)
 
 
-def read_layout(path: Path | str) -> State:
-    """Names, shapes and dtypes of one file as meta tensors. Raises `ValueError` as `read_state_dict` does."""
+def read_layout(path: Path | str, allowed: Iterable[type] = ()) -> State:
+    """Names, shapes and dtypes of one file as meta tensors. Arguments and errors are those of `read_state_dict`."""
     path = Path(path)
     if path.suffix != ".safetensors":
-        return {key: tensor.to("meta") for key, tensor in _tensors(read_state_dict(path))}
+        return {key: tensor.to("meta") for key, tensor in _tensors(read_state_dict(path, allowed))}
     with _safetensors_errors(path), safe_open(path, framework="pt") as file:
         slices = {key: file.get_slice(key) for key in file.keys()}
         # An empty slice tells the type and reads nothing; a scalar has none.

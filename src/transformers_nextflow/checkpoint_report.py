@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,8 @@ from .modeling_nextflow import NextFlowForConditionalGeneration
 from .modeling_nextflow_vq import NextFlowVQModel
 
 
+# Training checkpoints hold their settings beside the tensors; a namespace runs nothing.
+SETTINGS = (argparse.Namespace,)
 MATCHES, OTHER_SHAPE, UNKNOWN, MISSING = "matches", "other shape", "not NextFlow's", "missing"
 
 
@@ -29,7 +32,7 @@ def report(path: Path | str, config: NextFlowConfig | NextFlowVQConfig | None = 
         ValueError: if the file is damaged, or a pickle with code in it.
     """
     path = Path(path)
-    found = ShardedCheckpoint(path).layout if path.is_dir() else read_layout(path)
+    found = ShardedCheckpoint(path).layout if path.is_dir() else read_layout(path, allowed=SETTINGS)
     config = config or _config_beside(path)
     expected, tied = expected_layout(config)
     rows = [(_verdict(key, tensor, expected), key, _described(tensor)) for key, tensor in found.items()]
