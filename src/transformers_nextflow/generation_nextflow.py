@@ -81,7 +81,11 @@ class NextFlowGenerationMixin(GenerationMixin):
             groups = torch.arange(sum(counts)).split(counts)
             order = torch.cat([group for group in groups for _ in range(expand_size)])
             pictures = {name: value if value is None else value[order] for name, value in pictures.items()}
+        # Not left to transformers: 5.17 repeats the coordinates in place of the rows.
+        position_ids = kwargs.pop("position_ids", None)
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids.repeat_interleave(expand_size, dim=-2)
         return input_ids, kwargs | {name: value for name, value in pictures.items() if value is not None}
 
     @torch.no_grad()
