@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .interleaved_generation import InterleavedGenerationOutput, InterleavedLoop, InterleavedStreamer
+from .older_transformers import SEARCHES_BEAMS_IN_TEXT_ALONE, TextAlone
 from .region_editing import KeptRegion
 from .sampling_nextflow import Generators, ImageSampling
 from .scale_drawing import Drawing
@@ -99,7 +100,10 @@ class NextFlowGenerationMixin(GenerationMixin):
         silent = [config.boi_token_id, config.eoi_token_id, config.image_token_id]
         silent += range(config.text_config.vocab_size, config.vocab_size)
         processors = LogitsProcessorList([SuppressTokensLogitsProcessor(silent, device=self.device)])
-        return super().generate(inputs, generation_config, processors + (logits_processor or []), **kwargs)
+        processors += logits_processor or []
+        if SEARCHES_BEAMS_IN_TEXT_ALONE:
+            processors.append(TextAlone(config.text_config.vocab_size))
+        return super().generate(inputs, generation_config, processors, **kwargs)
 
     @torch.no_grad()
     def generate_images(

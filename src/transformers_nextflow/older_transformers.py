@@ -1,4 +1,4 @@
-"""What the processor needs of transformers that versions before 5.23 lack; each part goes when the range is raised."""
+"""What NextFlow needs of transformers that versions before 5.23 lack; each part goes when the range is raised."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import inspect
 import re
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import GenerationMixin, LogitsProcessor, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
 from .tokenization_nextflow import CLOSE, OPEN
@@ -18,6 +19,18 @@ SANITIZES_CONTROL_TOKENS = (
 )
 # transformers 5.17 looks for the answers where they stood before pictures took their slots.
 MASKS_ANSWERS_BEHIND_PICTURES = hasattr(ProcessorMixin, "_adjust_assistant_masks_indices")
+# transformers 5.17 takes it that the output has as many classes as the text vocabulary.
+SEARCHES_BEAMS_IN_TEXT_ALONE = "vocab_size" in inspect.signature(GenerationMixin._get_top_k_continuations).parameters
+
+
+class TextAlone(LogitsProcessor):
+    """Cuts the codes off the scores (B, V): (B, `vocab_size`)."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores[:, : self.vocab_size]
 
 
 def encode_prompts(tokenizer, prompts: Sequence[str], num_pictures: Sequence[int], chat_template: str) -> list:
