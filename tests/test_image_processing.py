@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it without torchvision
 
 import transformers_nextflow  # noqa: F401  (registers the Auto classes)
 from transformers_nextflow.image_processing_nextflow import NextFlowImageProcessorPil

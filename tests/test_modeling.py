@@ -191,8 +191,11 @@ def test_saved_and_loaded_model_gives_equal_logits(tmp_path, tied):
     loaded, report = NextFlowForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
     loaded.save_pretrained(tmp_path / "again")
-    written = [(folder / "config.json").read_text() for folder in (tmp_path, tmp_path / "again")]
-    assert written[1] == written[0].replace('"dtype": null', '"dtype": "float32"')
+    # Loading tells parts of the config their dtype; one that has none is written as null or, by 5.17, not at all.
+    written = [(folder / "config.json").read_text().splitlines() for folder in (tmp_path, tmp_path / "again")]
+    first, again = ([line for line in lines if '"dtype":' not in line] for lines in written)
+    assert again == first
+    assert {line.strip() for line in written[1] if '"dtype":' in line} == {'"dtype": "float32",'}
     for name, buffer in model.named_buffers():
         assert torch.equal(loaded.get_buffer(name), buffer), name
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
@@ -281,8 +284,10 @@ def test_parallel_plans_name_modules_that_exist():
     modules = dict(model.named_modules())
     # transformers adds names to every FSDP plan that a model may have or not; these are the ones that count.
     fsdp_plan = [name for name in model._fsdp_plan if name.endswith("head") or "language_model" in name]
+    # In transformers 5.17 only tied embeddings are divided by tensor parallelism.
+    assert "model.language_model.embed_tokens" in fsdp_plan
     for plan in (model.tp_plan, fsdp_plan):
-        assert {"lm_head", "visual_head", "model.language_model.embed_tokens"} <= set(plan)
+        assert {"lm_head", "visual_head"} <= set(plan)
         for pattern in plan:
             # Patterns write a layer's number as a star.
             assert pattern.replace("*", "0") in modules, pattern

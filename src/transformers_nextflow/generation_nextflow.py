@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .interleaved_generation import InterleavedGenerationOutput, InterleavedLoop, InterleavedStreamer
+from .older_transformers import SEARCHES_BEAMS_IN_TEXT_ALONE, TextAlone
 from .region_editing import KeptRegion
 from .sampling_nextflow import Generators, ImageSampling
 from .scale_drawing import Drawing
@@ -81,7 +82,11 @@ class NextFlowGenerationMixin(GenerationMixin):
             groups = torch.arange(sum(counts)).split(counts)
             order = torch.cat([group for group in groups for _ in range(expand_size)])
             pictures = {name: value if value is None else value[order] for name, value in pictures.items()}
+        # Not left to transformers: 5.17 repeats the coordinates in place of the rows.
+        position_ids = kwargs.pop("position_ids", None)
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids.repeat_interleave(expand_size, dim=-2)
         return input_ids, kwargs | {name: value for name, value in pictures.items() if value is not None}
 
     @torch.no_grad()
@@ -95,7 +100,10 @@ class NextFlowGenerationMixin(GenerationMixin):
         silent = [config.boi_token_id, config.eoi_token_id, config.image_token_id]
         silent += range(config.text_config.vocab_size, config.vocab_size)
         processors = LogitsProcessorList([SuppressTokensLogitsProcessor(silent, device=self.device)])
-        return super().generate(inputs, generation_config, processors + (logits_processor or []), **kwargs)
+        processors += logits_processor or []
+        if SEARCHES_BEAMS_IN_TEXT_ALONE:
+            processors.append(TextAlone(config.text_config.vocab_size))
+        return super().generate(inputs, generation_config, processors, **kwargs)
 
     @torch.no_grad()
     def generate_images(

@@ -8,6 +8,7 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 
 from .films import expand_films
+from .older_transformers import MASKS_ANSWERS_BEHIND_PICTURES, answer_masks, encode_prompts
 from .tokenization_nextflow import CHAT_TEMPLATE, add_image_tokens
 
 
@@ -63,10 +64,24 @@ class NextFlowProcessor(ProcessorMixin):
         """
         return super().__call__(images=images, text=text, **kwargs)
 
-    def apply_chat_template(self, conversation, *args, **kwargs):
+    def apply_chat_template(self, conversation, *args, return_assistant_tokens_mask: bool = False, **kwargs):
         """As [`~transformers.ProcessorMixin.apply_chat_template`]; a part `{"type": "video", "video": film}` stands for
         the frames of a film, see `read_frames`."""
-        return super().apply_chat_template(expand_films(conversation), *args, **kwargs)
+        conversation = expand_films(conversation)
+        if return_assistant_tokens_mask and not MASKS_ANSWERS_BEHIND_PICTURES:
+            return self._apply_chat_template_with_masks(conversation, *args, **kwargs)
+        return super().apply_chat_template(
+            conversation, *args, return_assistant_tokens_mask=return_assistant_tokens_mask, **kwargs
+        )
+
+    def _apply_chat_template_with_masks(self, conversation, chat_template: str | None = None, **kwargs):
+        output = super().apply_chat_template(conversation, chat_template, **kwargs)
+        if not (kwargs.get("tokenize") and kwargs.get("return_dict")):
+            return output
+        chats = [conversation] if isinstance(conversation[0], dict) else conversation
+        masks = answer_masks(self, chats, output, chat_template=chat_template or self.chat_template)
+        output["assistant_masks"] = masks
+        return output.convert_to_tensors(tensor_type=kwargs.get("return_tensors"))
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         if text is not None:
@@ -145,17 +160,8 @@ class NextFlowProcessor(ProcessorMixin):
         image_grids = [[]] * len(prompts) if image_grids is None else image_grids
         if len(image_grids) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts came with {len(image_grids)} lists of images; give each its own.")
-        # The tokenizer's own method leaves one placeholder for each picture.
-        rows = self.tokenizer.apply_chat_template(
-            [
-                [{"role": "user", "content": [{"type": "image"}] * len(grids) + [{"type": "text", "text": prompt}]}]
-                for grids, prompt in zip(image_grids, prompts)
-            ],
-            chat_template=self.chat_template,
-            add_generation_prompt=True,
-            sanitize_control_tokens=True,
-            return_dict=False,
-        )
+        counts = [len(grids) for grids in image_grids]
+        rows = encode_prompts(self.tokenizer, prompts, counts, self.chat_template)
         expanded = []
         for row, grids in zip(rows, image_grids):
             pictures = iter(grids)

@@ -14,6 +14,8 @@ EOS_TOKEN = "<|im_end|>"
 IMAGE_TOKENS = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<|image_pad|>"}
 # What an answer begins with that thinks in text before it draws (paper, section 6.4).
 THINK_PREFIX = "think:"
+# They mark parts of texts. Noncharacters of Unicode, which no text for interchange holds.
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
 
 # Qwen's chat format without its default system message, and with `<|image_pad|>` alone for a picture, since the
 # processor writes `<boi>` and `<eoi>` around it. `generation` marks what a model is trained to answer.

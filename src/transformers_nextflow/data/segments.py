@@ -5,10 +5,7 @@ from __future__ import annotations
 import re
 
 from ..processing_nextflow import NextFlowProcessor
-
-
-# Noncharacters of Unicode, which no text for interchange holds.
-OPEN, CLOSE = "\ufdd0", "\ufdd1"
+from ..tokenization_nextflow import CLOSE, OPEN
 
 
 def encode_messages(processor: NextFlowProcessor, messages: list[dict]) -> tuple[list[int], list[bool]]:
