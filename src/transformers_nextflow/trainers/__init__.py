@@ -5,6 +5,7 @@ from .collator import NextFlowCollator
 from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
 from .optimizers import MuonWithAdamW
 from .packing import CostModel, PackedDataset, PackedStream
+from .picture_grid import PictureGridCallback
 from .vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
 
 
@@ -19,4 +20,5 @@ __all__ = [
     "PackedDataset",
     "PackedStream",
     "PatchDiscriminator",
+    "PictureGridCallback",
 ]
