@@ -244,14 +244,13 @@ def test_a_kill_while_a_checkpoint_is_written_costs_that_checkpoint_alone(place,
 
 
 def test_old_checkpoints_go_and_the_best_one_stays(tmp_path, monkeypatch):
-    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "eval_steps": 1}
-    options |= {"save_total_limit": 1, "metric_for_best_model": "image_loss", "greater_is_better": False}
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "eval_steps": 1}
+    options |= {"save_total_limit": 2, "metric_for_best_model": "image_loss", "greater_is_better": False}
     trainer = make_trainer(tmp_path, tiny_model(), rows(), **options)
     trainer.args.eval_strategy, trainer.eval_dataset = IntervalStrategy.STEPS, rows()
-    losses = iter([1.0, 2.0, 3.0])
-    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: {"eval_image_loss": next(losses)})
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: {"eval_image_loss": float(trainer.state.global_step)})
     trainer.train()
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-4"]
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
 
 
