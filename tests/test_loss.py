@@ -52,6 +52,16 @@ def test_loss_equals_the_reference(options):
     check_loss(model, rows, inputs, all_labels(inputs))
 
 
+def test_positions_are_correct_where_their_class_has_the_largest_logit(monkeypatch):
+    monkeypatch.setattr(fused_cross_entropy, "LOGITS_AT_ONCE", 8 * 5)
+    generator = torch.Generator().manual_seed(0)
+    hidden_states, text, visual = (torch.randn(n, 4, generator=generator) for n in (8, 11, 6))
+    classes = (hidden_states @ torch.cat([text, visual]).T).argmax(-1)
+    classes[::2] = (classes[::2] + 1) % 17
+    *_, correct = fused_cross_entropy.fused_cross_entropy(hidden_states, [text, visual], classes, torch.ones(8))
+    assert correct.tolist() == [False, True] * 4
+
+
 def test_codes_to_write_may_differ_from_the_codes_that_are_read():
     model = tiny_model()
     read, written = random_picture(model.config, seed=1), random_picture(model.config, seed=2)
@@ -134,7 +144,7 @@ def plain_and_fused(matrices, hidden_states, classes, weights):
             losses = torch.nn.functional.cross_entropy(logits.float(), classes, reduction="none")
             total = losses @ weights
         else:
-            total, losses = fused_cross_entropy.fused_cross_entropy(inputs[0], inputs[1:], classes, weights)
+            total, losses, _ = fused_cross_entropy.fused_cross_entropy(inputs[0], inputs[1:], classes, weights)
         (0.5 * total).backward()
         yield total.detach(), losses.detach(), [tensor.grad for tensor in inputs]
 

@@ -5,9 +5,15 @@ import copy
 import pytest
 import torch
 from tiny import tiny_model, tiny_processor
+from transformers import IntervalStrategy, TrainerState
 
 from transformers_nextflow import ImageSampling
-from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer, NextFlowTrainingArguments
+from transformers_nextflow.trainers import (
+    NextFlowCollator,
+    NextFlowTrainer,
+    NextFlowTrainingArguments,
+    PictureGrids,
+)
 
 
 GRID, CODES = [4, 4], 1 + 4 + 9 + 16
@@ -150,6 +156,7 @@ def test_the_parts_of_the_loss_are_logged_as_the_model_tells_them(tmp_path):
     assert first["loss"] == pytest.approx(float(expected.loss), abs=1e-3)
     assert first["text_loss"] == pytest.approx(float(expected.text_loss), abs=1e-3)
     assert first["image_loss"] == pytest.approx(float(expected.image_loss), abs=1e-3)
+    assert first["text_accuracy"] == pytest.approx(float(expected.text_accuracy), abs=1e-3)
     scales = [first[f"scale_{scale}_loss"] for scale in range(1, 5)]
     assert scales == pytest.approx(expected.scale_losses.tolist(), abs=1e-3)
     assert second["image_loss"] != first["image_loss"] and "image_loss" not in summary
@@ -167,6 +174,10 @@ def test_it_learns_two_samples_by_heart_and_leaves_the_tokenizer_alone(muon, tmp
     assert type(trainer.optimizer.optimizer).__name__ == ("MuonWithAdamW" if muon else "AdamW")
     for name, value in model.vq_model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+    metrics = trainer.evaluate(data)
+    accuracies = [metrics[f"eval_{part}_accuracy"] for part in ("text", "scale_1", "scale_2", "scale_3", "scale_4")]
+    assert accuracies == [1.0] * 5 and metrics["eval_image_loss"] == pytest.approx(0, abs=0.1)
 
     model.eval()
     processor = tiny_processor()
@@ -201,3 +212,68 @@ def test_a_resumed_training_ends_with_the_same_weights(muon, tmp_path):
     whole = train(seed=0)
     resumed = train(seed=1, checkpoint=str(tmp_path / "checkpoint-2"))
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+class Killed(BaseException):
+    """Stands for a kill: no handler of the trainer catches it."""
+
+
+@pytest.mark.parametrize("place", ["_save_optimizer_and_scheduler", "_save_rng_state"])
+def test_a_kill_while_a_checkpoint_is_written_costs_that_checkpoint_alone(place, tmp_path, monkeypatch):
+    data = rows() + [drawing("two blue squares", seed=3)]
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 1}
+
+    def kill(self, folder):
+        if self.state.global_step == 4:
+            raise Killed
+        return whole(self, folder)
+
+    expected = tiny_model()
+    make_trainer(tmp_path / "whole", expected, data, **options).train()
+    whole = getattr(NextFlowTrainer, place)
+    with monkeypatch.context() as patch:
+        patch.setattr(NextFlowTrainer, place, kill)
+        with pytest.raises(Killed):
+            make_trainer(tmp_path / "killed", tiny_model(), data, **options).train()
+    assert [path.name for path in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-2"]
+    resumed = tiny_model(seed=1)
+    make_trainer(tmp_path / "killed", resumed, data, **options).train(resume_from_checkpoint=True)
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in expected.state_dict().items())
+    names = sorted(path.name for path in (tmp_path / "killed").iterdir())
+    assert names == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_old_checkpoints_go_and_the_best_one_stays(tmp_path, monkeypatch):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "eval_steps": 1}
+    options |= {"save_total_limit": 2, "metric_for_best_model": "image_loss", "greater_is_better": False}
+    trainer = make_trainer(tmp_path, tiny_model(), rows(), **options)
+    trainer.args.eval_strategy, trainer.eval_dataset = IntervalStrategy.STEPS, rows()
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: {"eval_image_loss": float(trainer.state.global_step)})
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-4"]
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+
+
+def test_a_grid_of_pictures_is_drawn_and_changes_nothing_of_the_training(tmp_path):
+    def train(callbacks) -> dict[str, torch.Tensor]:
+        model = tiny_model(text_config={"attention_dropout": 0.5})
+        model.set_attn_implementation("eager")
+        trainer = make_trainer(tmp_path, model, rows(), max_steps=2)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        torch.manual_seed(0)
+        trainer.train()
+        return model.state_dict()
+
+    shown = [{"prompt": "a red circle"}, {"prompt": "one"}]
+    grid = PictureGrids(tiny_processor(), shown, every=1, num_pictures=3)
+    without, with_grid = train([]), train([grid])
+    assert all(torch.equal(value, with_grid[name]) for name, value in without.items())
+    names = [f"step_0000{step}.png" for step in range(3)]
+    assert sorted(path.name for path in (tmp_path / "picture_grids").iterdir()) == names
+    with pytest.raises(ValueError, match="0 rows"):
+        PictureGrids(tiny_processor(), [])
+    model = tiny_model()
+    model.lm_head.weight.placements = ()
+    with pytest.raises(ValueError, match="Weights are sharded"):
+        grid.on_step_end(None, TrainerState(global_step=1, is_world_process_zero=True), None, model=model)

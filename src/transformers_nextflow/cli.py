@@ -349,6 +349,26 @@ def check_codes(output: Annotated[Path, typer.Argument(help="Folder that extract
     typer.echo(f"{totals['rows']} rows in {totals['shards']} shards, {totals['skipped']} rows skipped")
 
 
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A file of recipes/.")],
+    model: Annotated[str, typer.Option(help="Folder that the stage starts from: `final` of the stage before.")],
+    data: Annotated[Path, typer.Option(help="A .jsonl or .parquet file, or a folder; see docs/data.md.")],
+    output: Annotated[Path, typer.Option(help="Folder for checkpoints; `final` in it is the outcome.")],
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in the folder.")] = False,
+    changes: Annotated[
+        list[str], typer.Option("--set", help="name=value of the recipe or of its arguments; may be repeated.")
+    ] = [],  # noqa: B006  (typer copies it)
+):
+    """Train a stage of the recipe; several processes by `accelerate launch -m transformers_nextflow.cli train …`."""
+    with errors_in_one_line():
+        try:
+            from .trainers.recipes import load_recipe, run_recipe
+        except ImportError as error:
+            raise ValueError("Training needs accelerate: pip install transformers-nextflow[train].") from error
+        run_recipe(load_recipe(recipe, changes), model, data, output, resume)
+
+
 def main():
     """Entry point of the console script."""
     app(prog_name="transformers-nextflow")

@@ -20,8 +20,9 @@ LOGITS_AT_ONCE = 2**24
 
 def fused_cross_entropy(
     hidden_states: torch.Tensor, matrices: Sequence[torch.Tensor], classes: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted sum () of the cross-entropies of n positions, and each one's own (n,), in float32.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weighted sum () of the cross-entropies of n positions and each one's own (n,), in float32, and whether (n,) its
+    class has the largest logit.
 
     Only the sum has a gradient, of first order. Under autocast the products run in autocast's type.
 
@@ -42,11 +43,12 @@ class _FusedCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if autocast else matrices[0].dtype
         hidden, heads = hidden_states.to(dtype), [matrix.to(dtype) for matrix in matrices]
         normaliser = torch.full(classes.shape, -torch.inf, device=classes.device)
-        own = torch.zeros_like(normaliser)
+        own, largest = torch.zeros_like(normaliser), normaliser
         for _, _, logits, index, inside in _blocks(hidden, heads, classes):
             normaliser = torch.logaddexp(normaliser, logits.logsumexp(-1))
+            largest = torch.maximum(largest, logits.amax(-1))
             own = torch.where(inside, logits.gather(1, index[:, None])[:, 0], own)
-        losses = normaliser - own
+        losses, correct = normaliser - own, own >= largest
 
         needs_hidden, _, _, *needs_matrices = ctx.needs_input_grad
         to_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
@@ -63,12 +65,12 @@ class _FusedCrossEntropy(torch.autograd.Function):
         # They wait for the backward pass in the types of what they are gradients of.
         inputs, gradients = (hidden_states, *matrices), (to_hidden, *to_heads)
         ctx.save_for_backward(*(g if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs)))
-        ctx.mark_non_differentiable(losses)
-        return (losses * weights).sum(), losses
+        ctx.mark_non_differentiable(losses, correct)
+        return (losses * weights).sum(), losses, correct
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, scale, _):
+    def backward(ctx, scale, *_):
         to_hidden, *to_matrices = (None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
         return to_hidden, None, None, *to_matrices
 

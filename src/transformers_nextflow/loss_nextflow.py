@@ -65,15 +65,19 @@ def loss_targets(
 def nextflow_loss(
     total: torch.Tensor,
     losses: torch.Tensor,
+    correct: torch.Tensor,
     targets: LossTargets,
     num_scales: int,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> dict[str, torch.Tensor]:
     """Losses from the weighted sum () of the cross-entropies and from each one (n,), at the trained positions.
 
+    `correct` (n,) tells which positions give their class the highest probability of all.
+
     Returns `loss` (the sum over the number of trained positions, or over `num_items_in_batch`), `text_loss` and
-    `image_loss` (means over text tokens, weighted over codes) and `scale_losses` (num_scales,) unweighted means; NaN
-    where a batch has nothing of the kind. Only `loss` has a gradient.
+    `image_loss` (means over text tokens, weighted over codes), `scale_losses` (num_scales,) unweighted means, and
+    `text_accuracy` and `scale_accuracies` (num_scales,), shares of correct ones; NaN where a batch has nothing of the
+    kind. Only `loss` has a gradient.
     """
     losses = losses.detach()
     weighted = losses * targets.weights
@@ -82,9 +86,12 @@ def nextflow_loss(
     per_scale = torch.zeros(num_scales + 1, device=losses.device)
     sums = per_scale.index_add(0, targets.scales, losses)
     counts = per_scale.index_add(0, targets.scales, torch.ones_like(losses))
+    accuracies = per_scale.index_add(0, targets.scales, correct.to(losses.dtype)) / counts
     return {
         "loss": total / max(count, 1) if isinstance(count, int) else total / count,
         "text_loss": weighted[~is_code].mean(),
         "image_loss": weighted[is_code].mean(),
         "scale_losses": (sums / counts)[1:],
+        "text_accuracy": accuracies[0],
+        "scale_accuracies": accuracies[1:],
     }

@@ -33,6 +33,7 @@ class NextFlowCausalLMOutputWithPast(ModelOutput):
             brought through the head.
         text_loss, image_loss: scalars; NaN if the batch trains on nothing of the kind.
         scale_losses: (K,) mean loss of each scale, unweighted.
+        text_accuracy, scale_accuracies: (), (K,) shares of trained positions whose class is the most probable of all.
     """
 
     loss: torch.FloatTensor | None = None
@@ -43,6 +44,8 @@ class NextFlowCausalLMOutputWithPast(ModelOutput):
     text_loss: torch.FloatTensor | None = None
     image_loss: torch.FloatTensor | None = None
     scale_losses: torch.FloatTensor | None = None
+    text_accuracy: torch.FloatTensor | None = None
+    scale_accuracies: torch.FloatTensor | None = None
 
 
 class NextFlowVisualEmbedding(nn.Module):
@@ -411,8 +414,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             image_labels = image_tokens if image_labels is None else image_labels
             targets = loss_targets(input_ids, labels, image_labels, layout, schedules, self.config)
             num_scales = len(self.config.vq_config.scales)
-            total, each = self._cross_entropy(hidden_states[targets.mask], targets)
-            losses = nextflow_loss(total, each, targets, num_scales, num_items_in_batch)
+            terms = self._cross_entropy(hidden_states[targets.mask], targets)
+            losses = nextflow_loss(*terms, targets, num_scales, num_items_in_batch)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = (self.visual_head if codes_only else self.head)(hidden_states[:, kept, :])
@@ -428,13 +431,15 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         """Hidden states (…, D) → logits (…, text vocabulary + codes)."""
         return torch.cat([self.lm_head(hidden_states), self.visual_head(hidden_states)], dim=-1)
 
-    def _cross_entropy(self, hidden_states: torch.Tensor, targets: LossTargets) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weighted sum () of the cross-entropies at trained positions (n, D), and each one (n,), without logits."""
+    def _cross_entropy(self, hidden_states: torch.Tensor, targets: LossTargets) -> tuple[torch.Tensor, ...]:
+        """Of trained positions (n, D): the weighted sum () of the cross-entropies, each one (n,), and which classes are
+        the most probable ones (n,); without logits where the heads allow it."""
         matrices = [_own_matrix(head) for head in (self.lm_head, self.visual_head)]
         if all(matrix is not None for matrix in matrices):
             return fused_cross_entropy(hidden_states, matrices, targets.classes, targets.weights)
-        losses = nn.functional.cross_entropy(self.head(hidden_states).float(), targets.classes, reduction="none")
-        return (losses * targets.weights).sum(), losses
+        logits = self.head(hidden_states).float()
+        losses = nn.functional.cross_entropy(logits, targets.classes, reduction="none")
+        return (losses * targets.weights).sum(), losses, logits.argmax(-1) == targets.classes
 
 
 def _own_matrix(head: nn.Module) -> torch.Tensor | None:

@@ -10,8 +10,9 @@ from transformers import Trainer, TrainingArguments
 
 from ..configuration_nextflow import NextFlowConfig
 from ..data.vision_tokenizer import tokenizer_fingerprint
-from ..modeling_nextflow import NextFlowForConditionalGeneration
+from ..modeling_nextflow import NextFlowCausalLMOutputWithPast, NextFlowForConditionalGeneration, NextFlowTextModel
 from ..packed_attention import PACKED_SDPA
+from .atomic_checkpoints import AtomicCheckpointMixin
 from .collator import NextFlowCollator
 from .optimizers import MuonWithAdamW
 from .packing import PACKINGS, CostModel, PackedDataset, PackedStream
@@ -70,18 +71,20 @@ def packed(
     return PackedStream(rows, cost, args.packing_budget)
 
 
-class NextFlowTrainer(Trainer):
+class NextFlowTrainer(AtomicCheckpointMixin, Trainer):
     """Trains a [`NextFlowForConditionalGeneration`] on the batches of a [`NextFlowCollator`].
 
-    Logs the text loss, the weighted image loss, and each scale's own loss beside the total. `compute_metrics`-like
-    scoring of drawn pictures is the business of callbacks.
+    Logs the text loss, the weighted image loss, each scale's own loss and the accuracies beside the total, in training
+    and in evaluation. [`PictureGrids`] shows what it draws.
     """
 
     args: NextFlowTrainingArguments
 
     def __init__(self, model: NextFlowForConditionalGeneration, args: NextFlowTrainingArguments, **kwargs):
         if args.compile_layers:
-            for layer in model.model.language_model.layers:
+            # An adapter may wrap the model.
+            backbone = next(module for module in model.modules() if isinstance(module, NextFlowTextModel))
+            for layer in backbone.layers:
                 layer.compile(dynamic=True)
         collator = kwargs.get("data_collator")
         if isinstance(collator, NextFlowCollator) and collator.tokenizer_fingerprint is None:
@@ -96,6 +99,7 @@ class NextFlowTrainer(Trainer):
             kwargs["train_dataset"] = packed(kwargs["train_dataset"], collator, model.config, args)
         super().__init__(model=model, args=args, **kwargs)
         self._parts: dict[str, list[torch.Tensor]] = {}
+        self._evaluated: dict[str, list[torch.Tensor]] = {}
 
     def create_optimizer(self, *args, **kwargs):
         if self.args.muon and self.optimizer is None:
@@ -115,12 +119,18 @@ class NextFlowTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
-        if self.model.training:
-            parts = {"text_loss": outputs.text_loss, "image_loss": outputs.image_loss}
-            parts |= {f"scale_{scale}_loss": loss for scale, loss in enumerate(outputs.scale_losses, start=1)}
-            for name, value in parts.items():
-                self._parts.setdefault(name, []).append(value)
+        collected = self._parts if self.model.training else self._evaluated
+        for name, value in parts_of(outputs).items():
+            collected.setdefault(name, []).append(value)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._evaluated.clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for name, values in self._evaluated.items():
+            mean = self.accelerator.gather(torch.stack(values)).nanmean()
+            output.metrics[f"{metric_key_prefix}_{name}"] = round(float(mean), 4)
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         if "loss" in logs:
@@ -128,3 +138,11 @@ class NextFlowTrainer(Trainer):
                 logs[name] = round(float(torch.stack(values).nanmean()), 4)
             self._parts.clear()
         super().log(logs, start_time)
+
+
+def parts_of(outputs: NextFlowCausalLMOutputWithPast) -> dict[str, torch.Tensor]:
+    """What a batch tells beside its loss, by the names of the log; NaN where it has nothing of the kind."""
+    parts = {name: getattr(outputs, name) for name in ("text_loss", "image_loss", "text_accuracy")}
+    for kind, values in (("loss", outputs.scale_losses), ("accuracy", outputs.scale_accuracies)):
+        parts |= {f"scale_{scale}_{kind}": value for scale, value in enumerate(values, start=1)}
+    return parts

@@ -18,7 +18,8 @@ from .rollouts import draw_rollouts
 class PictureGrids(TrainerCallback):
     """Draws a sheet before training and every so many steps, a row for each prompt: `step_00000.png`, ….
 
-    For any trainer of a [`NextFlowForConditionalGeneration`], or of a PEFT model around one.
+    For any trainer of a [`NextFlowForConditionalGeneration`], or of a PEFT model around one. The first process draws. The
+    random state of the training is left alone, so that it is the same with and without the sheets.
 
     Args:
         processor: the checkpoint's.
@@ -27,6 +28,10 @@ class PictureGrids(TrainerCallback):
         every: in steps.
         num_pictures: of each prompt, from the seeds 0, 1, ….
         sampling: default the checkpoint's own.
+
+    Raises:
+        ValueError: for no rows, or an `every` below 1; when it draws, for weights that are sharded (FSDP, ZeRO 3), of
+            which no process has a whole model.
     """
 
     def __init__(
@@ -38,6 +43,8 @@ class PictureGrids(TrainerCallback):
         num_pictures: int = 4,
         sampling: ImageSampling | None = None,
     ):
+        if every < 1 or not rows:
+            raise ValueError(f"Give rows and every ≥ 1, got {len(rows)} rows and every={every}.")
         self.processor, self.rows, self.folder = processor, list(rows), folder
         self.every, self.num_pictures, self.sampling = every, num_pictures, sampling
 
@@ -51,6 +58,8 @@ class PictureGrids(TrainerCallback):
     def _save(self, args, state, model: nn.Module):
         if not state.is_world_process_zero:
             return
+        if any(hasattr(weight, "placements") or hasattr(weight, "ds_id") for weight in model.parameters()):
+            raise ValueError("Weights are sharded (FSDP, ZeRO 3): no process can draw. Leave PictureGrids out.")
         base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
         was_training = model.training
         model.eval()

@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..evaluation.image_metrics import contact_sheet, psnr, ssim, to_uint8
 from ..modeling_nextflow_vq import NextFlowVQModel, NextFlowVQOutput, codebook_statistics
 from .adversarial import Adversary
+from .atomic_checkpoints import AtomicCheckpointMixin
 from .codebook_care import initialize_codebook, revive_dead_codes
 
 
@@ -80,7 +81,7 @@ class PictureCollator:
         return {name: torch.stack(column) for name, column in columns.items()}
 
 
-class NextFlowVQTrainer(Trainer):
+class NextFlowVQTrainer(AtomicCheckpointMixin, Trainer):
     """Trains a [`NextFlowVQModel`].
 
     Rows hold `pixel_values` (3, H, W) in [-1, 1] and whatever `semantic_loss` reads.

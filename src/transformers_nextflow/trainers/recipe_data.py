@@ -1,0 +1,118 @@
+"""The rows of a stage: some drawings turned round, pictures of the stage's level."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+
+from ..data.rows import load_picture, read_row
+from ..image_processing_nextflow import NextFlowImageProcessorPil
+from ..processing_nextflow import NextFlowProcessor
+
+
+class StageRows(Dataset):
+    """Rows of the data format (docs/data.md) as a stage of the transformer takes them.
+
+    Args:
+        rows: by number.
+        processor: of the model.
+        level: resolution that pictures with codes must have; `None` for any.
+        caption_share: share of the drawings that are turned round; which ones depends on `seed` and the number alone.
+
+    Raises:
+        ValueError: on access, for a row with codes of another level; the message names it.
+    """
+
+    def __init__(
+        self, rows, processor: NextFlowProcessor, level: int | None = None, caption_share: float = 0.0, seed: int = 0
+    ):
+        self.rows, self.processor, self.level = rows, processor, level
+        self.caption_share, self.seed = caption_share, seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        row = self.rows[index]
+        self._check_level(index, row)
+        if random.Random(f"{self.seed} {index}").random() < self.caption_share:
+            return as_caption(row, self.processor.caption_request)
+        return row
+
+    def _check_level(self, index: int, row: dict):
+        if self.level is None:
+            return
+        schedules = self.processor.image_processor.scale_schedules
+        num_scales = schedules.build(level=self.level).num_scales
+        for grid in row.get("image_grids") or ():
+            if self.processor.image_processor.schedule_for_grid(*grid).num_scales != num_scales:
+                raise ValueError(
+                    f"Row {index} has a picture of {grid[0]}x{grid[1]} cells, which is none of level {self.level}; "
+                    f"extract its codes with --level {self.level}, or set the recipe's level to null."
+                )
+
+
+def as_caption(row: dict, request: str) -> dict:
+    """A drawing turned round: the picture and `request`, answered by the prompt. Other rows are returned as they are.
+
+    The picture is read with its own codes, not with those that self-correction drew.
+    """
+    question, answer = _turns(row)
+    if question is None:
+        return row
+    text = question["content"] if isinstance(question["content"], str) else question["content"][0]["text"]
+    picture = answer["content"][0]
+    messages = [
+        {"role": "user", "content": [picture, {"type": "text", "text": request}]},
+        {"role": "assistant", "content": [{"type": "text", "text": text}]},
+    ]
+    turned = row | {"messages": messages}
+    if row.get("image_labels") is not None:
+        turned["image_tokens"] = row["image_labels"]
+    return turned
+
+
+def _turns(row: dict) -> tuple[dict | None, dict | None]:
+    """Question and answer of a row that draws one picture from one text; `None`s for others."""
+    messages = row["messages"]
+    if [message["role"] for message in messages] != ["user", "assistant"]:
+        return None, None
+    question, answer = messages
+    asked, drawn = question["content"], answer["content"]
+    is_text = isinstance(asked, str) or (len(asked) == 1 and asked[0]["type"] == "text")
+    text = asked if isinstance(asked, str) else asked[0].get("text")
+    is_picture = not isinstance(drawn, str) and len(drawn) == 1 and drawn[0]["type"] == "image"
+    if not (is_text and text and is_picture) or any("train" in part for part in (question, answer, *drawn)):
+        return None, None
+    return question, answer
+
+
+class StagePictures(Dataset):
+    """The pictures of rows as a stage of the vision tokenizer takes them: cut square, `level` pixels a side.
+
+    An item has `pixel_values` (3, level, level) in [-1, 1].
+
+    Raises:
+        ValueError: if no row gives a picture.
+    """
+
+    def __init__(self, rows, root: Path, processor: NextFlowImageProcessorPil, level: int):
+        processor.scale_schedules.for_size(level, level)  # raises for a size that is not drawn
+        self.processor, self.level = processor, level
+        samples = (read_row(row, root) for row in rows)
+        self.pictures = [named for sample in samples for named in zip(sample.fields, sample.pictures)]
+        if not self.pictures:
+            raise ValueError(f"The rows in {root} give no pictures; a tokenizer is not trained on codes.")
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        field, picture = self.pictures[index]
+        image = load_picture(picture, field).convert("RGB")
+        square = ImageOps.fit(image, (self.level, self.level), Image.Resampling.BICUBIC)
+        return {"pixel_values": self.processor(square, return_tensors="pt")["pixel_values"][0]}

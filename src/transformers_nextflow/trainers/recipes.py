@@ -1,0 +1,198 @@
+"""Stages of the paper's training as files: what is trained, at which level, with which arguments (`recipes/*.yaml`)."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import AutoProcessor, Trainer
+
+from ..data.rows import open_rows
+from ..data.vision_tokenizer import load_vision_tokenizer
+from ..image_processing_nextflow import NextFlowImageProcessorPil
+from ..modeling_nextflow import NextFlowForConditionalGeneration
+from ..modeling_nextflow_vq import NextFlowVQModel
+from .collator import NextFlowCollator
+from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
+from .recipe_data import StagePictures, StageRows
+from .vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
+
+
+KINDS = ("transformer", "tokenizer")
+PARTS = ("visual_embedding", "heads", "text_embedding", "backbone")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A stage.
+
+    Args:
+        kind: of what is trained, one of `KINDS`.
+        arguments: of `NextFlowTrainingArguments` or `NextFlowVQTrainingArguments`.
+        train: which of `PARTS` of the transformer are trained; the others rest. The vision tokenizer always rests.
+        level: resolution of all pictures; `None` leaves the transformer's rows as they are.
+        caption_share: share of the drawings that are turned round into captions (paper, section 3.2).
+        decoder_width: the tokenizer's pixel decoder starts anew, so many times as wide; 1 keeps it.
+    """
+
+    kind: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    train: tuple[str, ...] = PARTS
+    level: int | None = None
+    caption_share: float = 0.0
+    decoder_width: int = 1
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}.")
+        if unknown := sorted(set(self.train) - set(PARTS)):
+            raise ValueError(f"train names parts of {PARTS}, got {unknown}.")
+        if not 0 <= self.caption_share <= 1:
+            raise ValueError(f"caption_share must lie in [0, 1], got {self.caption_share}.")
+        if self.kind == "tokenizer" and self.level is None:
+            raise ValueError("A tokenizer's recipe needs the level (resolution) of its pictures.")
+
+
+def load_recipe(path: str | os.PathLike, changes: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """The recipe of a file, with `name=value` changes: of the recipe's own fields, else of its `arguments`.
+
+    Raises:
+        ValueError: for what is no recipe, a name that it does not know, or a change that is no `name=value`.
+    """
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is no recipe; it must hold `kind` and `arguments`.")
+    own = {f.name for f in fields(Recipe)}
+    if unknown := sorted(set(values) - own):
+        raise ValueError(f"{path} has {unknown}; a recipe has {sorted(own)}.")
+    for change in changes:
+        name, separator, value = change.partition("=")
+        if not separator:
+            raise ValueError(f"A change is written name=value, got {change!r}.")
+        target = values if name in own else values.setdefault("arguments", {})
+        target[name] = yaml.safe_load(value)
+    arguments = values.get("arguments") or {}
+    values["arguments"] = {name: _number(value) for name, value in arguments.items()}
+    if "train" in values:
+        values["train"] = tuple(values["train"])
+    return Recipe(**values)
+
+
+def _number(value: Any) -> Any:
+    # YAML takes 1e-4, without a point, for a text.
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def train_only(model: NextFlowForConditionalGeneration, parts: tuple[str, ...]):
+    """Leaves trainable the named ones of `PARTS`.
+
+    Heads that are tied to the text embeddings are the same matrix: each part that is named trains it.
+    """
+    backbone = model.model.language_model
+    modules = {
+        "visual_embedding": [model.model.visual_embedding],
+        "heads": [model.lm_head, model.visual_head],
+        "text_embedding": [backbone.embed_tokens],
+        "backbone": [backbone.layers, backbone.norm],
+    }
+    model.requires_grad_(False)
+    for part in parts:
+        for module in modules[part]:
+            module.requires_grad_(True)
+
+
+def make_trainer(
+    recipe: Recipe, model: str | os.PathLike, data: str | os.PathLike, output: str | os.PathLike
+) -> Trainer:
+    """The trainer of a stage.
+
+    Args:
+        model: folder of what the stage starts from, as the stage before it wrote it.
+        data: see `open_rows`.
+        output: folder of checkpoints and logs.
+
+    Raises:
+        ValueError: for arguments that the trainer does not know, or data that do not fit.
+    """
+    make = _transformer_trainer if recipe.kind == "transformer" else _tokenizer_trainer
+    return make(recipe, model, data, output)
+
+
+def run_recipe(recipe: Recipe, model, data, output, resume: bool = False):
+    """Train a stage and write `output/final`, from which the next one starts; `resume` from the newest checkpoint."""
+    trainer = make_trainer(recipe, model, data, output)
+    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.save_model(str(Path(output) / "final"))
+
+
+def _arguments(kind: type, recipe: Recipe, output):
+    known = {f.name for f in fields(kind)}
+    if unknown := sorted(set(recipe.arguments) - known):
+        raise ValueError(f"{kind.__name__} knows no {unknown}; is it misspelt in the recipe?")
+    return kind(output_dir=str(output), **recipe.arguments)
+
+
+def _transformer_trainer(recipe: Recipe, folder, data, output) -> NextFlowTrainer:
+    args = _arguments(NextFlowTrainingArguments, recipe, output)
+    model = NextFlowForConditionalGeneration.from_pretrained(folder)
+    train_only(model, recipe.train)
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.image_processor.level = recipe.level
+    source, root = open_rows(data)
+    rows = StageRows(source, processor, recipe.level, recipe.caption_share, args.seed)
+    collator = NextFlowCollator(processor, root=root)
+    return NextFlowTrainer(model, args, train_dataset=rows, data_collator=collator, processing_class=processor)
+
+
+def _tokenizer_trainer(recipe: Recipe, folder, data, output) -> NextFlowVQTrainer:
+    args = _arguments(NextFlowVQTrainingArguments, recipe, output)
+    model = load_vision_tokenizer(folder)
+    teacher = Teacher(model) if args.stage in ("joint", "codebook") else None
+    if recipe.decoder_width != 1:
+        model = with_wider_decoder(model, recipe.decoder_width)
+    source, root = open_rows(data)
+    config = model.config
+    processor = NextFlowImageProcessorPil(config.scales, config.patch_size, config.levels)
+    pictures = StagePictures(source, root, processor, recipe.level)
+    return NextFlowVQTrainer(model, args, train_dataset=pictures, teacher=teacher)
+
+
+class Teacher(nn.Module):
+    """The semantic encoder as a stage finds it; pixels (B, 3, H, W) → its features (B, h, w, D).
+
+    Raises:
+        ValueError: if the semantic decoder's features are of another size.
+    """
+
+    def __init__(self, model: NextFlowVQModel):
+        super().__init__()
+        own, target = model.config.semantic_config.hidden_size, model.config.semantic_target_dim
+        if own != target:
+            raise ValueError(
+                f"The teacher, the semantic encoder, has {own} features, but semantic_target_dim is {target}."
+            )
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        self.model.to(pixel_values.device)
+        return self.model.encode_semantics(pixel_values, self.model.schedule_of(pixel_values).final_grid)
+
+
+@torch.no_grad()
+def with_wider_decoder(model: NextFlowVQModel, factor: int) -> NextFlowVQModel:
+    """The same tokenizer with a new pixel decoder, `factor` times as wide (paper, section 2.1)."""
+    config = copy.deepcopy(model.config)
+    config.pixel_decoder_channels *= factor
+    wider = NextFlowVQModel(config)
+    kept = {name: weight for name, weight in model.state_dict().items() if not name.startswith("pixel_decoder.")}
+    wider.load_state_dict(kept, strict=False)
+    return wider

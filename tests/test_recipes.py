@@ -1,0 +1,207 @@
+"""Recipes: what the files say, what a stage trains, how stages follow each other, and a sharded step."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from PIL import Image
+from test_trainer import codes, drawing, question
+from tiny import free_port, tiny_model, tiny_processor, tiny_vq_config
+from typer.testing import CliRunner
+
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowVQModel
+from transformers_nextflow.cli import app
+from transformers_nextflow.trainers import NextFlowCollator
+from transformers_nextflow.trainers.recipe_data import StageRows, as_caption
+from transformers_nextflow.trainers.recipes import load_recipe, run_recipe
+from transformers_nextflow.trainers.recipes import make_trainer as trainer_of
+
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+# Paper, table 2.
+RATES = {"alignment": 1e-3, "pretrain_256": 1e-4, "pretrain_512": 1e-4, "pretrain_1024": 1e-4}
+RATES |= {"continued": 5e-5, "sft": 1e-5}
+SMALL = ["max_steps=1", "bf16=false", "use_cpu=true", "report_to=[]", "disable_tqdm=true", "warmup_steps=0"]
+SMALL += ["level=16", "per_device_train_batch_size=2", "packing=padding", "packing_budget=null"]
+SHARDING = yaml.safe_load((FOLDER / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
+SMALL_VQ = [change for change in SMALL if not change.startswith(("packing", "bf16"))]
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def start(tmp_path) -> Path:
+    """A model with its processor, as a stage finds it."""
+    tiny_model().save_pretrained(tmp_path / "start")
+    tiny_processor().save_pretrained(tmp_path / "start")
+    return tmp_path / "start"
+
+
+def changed(before: torch.nn.Module, after: torch.nn.Module) -> set[str]:
+    """Which parts of the model differ."""
+    other = after.state_dict()
+    names = [name for name, value in before.state_dict().items() if not torch.equal(value, other[name])]
+    return {name.removeprefix("model.").removeprefix("language_model.").split(".")[0] for name in names}
+
+
+def test_the_files_say_what_the_paper_does():
+    files = {path.stem for path in FOLDER.glob("*.yaml")}
+    assert files == {*RATES, "tokenizer_pixel", "tokenizer_joint", "tokenizer_decoder"}
+    for name, rate in RATES.items():
+        recipe = load_recipe(FOLDER / f"{name}.yaml")
+        assert recipe.arguments["learning_rate"] == rate
+        assert (set(recipe.train) == {"visual_embedding", "heads"}) == (name == "alignment")
+        assert recipe.level == {"alignment": 256}.get(name, int(name.rpartition("_")[2]) if "_" in name else None)
+    for stage in ("pixel", "joint", "decoder"):
+        recipe = load_recipe(FOLDER / f"tokenizer_{stage}.yaml")
+        assert (recipe.kind, recipe.arguments["stage"]) == ("tokenizer", stage)
+        assert recipe.decoder_width == (2 if stage == "decoder" else 1)
+
+
+def test_stages_follow_each_other_and_train_their_parts_alone(start, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", [drawing("a red circle", 1), question("how many?", "one", 2)])
+    runner, folders = CliRunner(), [start]
+    for name in ("alignment", "pretrain_256"):
+        command = ["train", str(FOLDER / f"{name}.yaml"), "--model", str(folders[-1]), "--data", str(data)]
+        command += ["--output", str(tmp_path / name), *(part for change in SMALL for part in ("--set", change))]
+        result = runner.invoke(app, command)
+        assert result.exit_code == 0, result.output
+        folders.append(tmp_path / name / "final")
+    models = [NextFlowForConditionalGeneration.from_pretrained(folder) for folder in folders]
+    assert changed(*models[:2]) == {"visual_embedding", "lm_head", "visual_head"}
+    everything = {"visual_embedding", "lm_head", "visual_head", "embed_tokens", "layers", "norm"}
+    assert changed(*models[1:]) == everything
+
+
+def test_the_stages_of_the_tokenizer_train_their_parts_and_the_last_widens_the_decoder(tmp_path):
+    torch.manual_seed(0)
+    NextFlowVQModel(tiny_vq_config(semantic_target_dim=16)).save_pretrained(tmp_path / "start")
+    rows = []
+    for number in range(2):
+        pixels = torch.rand(3, 40, 24, generator=torch.Generator().manual_seed(number))
+        Image.fromarray((pixels.permute(1, 2, 0) * 255).byte().numpy()).save(tmp_path / f"{number}.png")
+        row = drawing("a red circle", number) | {"image_tokens": None, "image_grids": None}
+        row["messages"][1]["content"][0]["image"] = f"{number}.png"
+        rows.append(row)
+    data, folders = write_rows(tmp_path / "rows.jsonl", rows), [tmp_path / "start"]
+    for stage in ("pixel", "joint", "decoder"):
+        changes = SMALL_VQ + (["autoencoder_share=1.0"] if stage == "joint" else [])
+        recipe = load_recipe(FOLDER / f"tokenizer_{stage}.yaml", changes)
+        run_recipe(recipe, folders[-1], data, tmp_path / stage)
+        folders.append(tmp_path / stage / "final")
+    models = [NextFlowVQModel.from_pretrained(folder) for folder in folders]
+    assert changed(*models[:2]) == {"pixel_encoder", "pixel_decoder"}
+    assert {"semantic_encoder", "semantic_decoder", "pixel_encoder"} <= changed(*models[1:3])
+    assert models[3].config.pixel_decoder_channels == 2 * models[2].config.pixel_decoder_channels
+    kept = {name: value for name, value in models[2].state_dict().items() if not name.startswith("pixel_decoder.")}
+    assert all(torch.equal(value, models[3].state_dict()[name]) for name, value in kept.items())
+
+
+def test_a_drawing_turned_round_is_a_caption_of_the_uncorrected_picture():
+    row = drawing("a red circle", 1) | {"image_labels": [codes(2)]}
+    turned = as_caption(row, "describe the picture.")
+    roles = [[part.get("text", "picture") for part in message["content"]] for message in turned["messages"]]
+    assert roles == [["picture", "describe the picture."], ["a red circle"]]
+    assert turned["image_tokens"] == [codes(2)] and row["image_tokens"] == [codes(1)]
+    for other in (question("how many?", "one", 2), drawing("", 1)):
+        assert as_caption(other, "describe the picture.") is other
+
+
+def test_the_asked_share_of_drawings_is_turned_round_always_the_same_ones():
+    rows = [drawing("a red circle", 1)] * 1000
+
+    def turned(seed: int) -> list[bool]:
+        stage = StageRows(rows, tiny_processor(), caption_share=0.1, seed=seed)
+        return [len(stage[i]["messages"][0]["content"]) == 2 for i in range(len(stage))]
+
+    assert 70 < sum(turned(0)) < 130
+    assert turned(0) == turned(0) != turned(1)
+
+
+def test_codes_of_another_level_are_refused():
+    processor = tiny_processor(levels=[[12, 3], [16, 4]])
+    rows = [drawing("a red circle", 1), drawing("a red circle", 1) | {"image_grids": [[3, 3]]}]
+    stage = StageRows(rows, processor, level=16)
+    assert stage[0] is rows[0]
+    with pytest.raises(ValueError, match="Row 1 .* 3x3 cells, which is none of level 16; extract its codes"):
+        stage[1]
+
+
+def test_changes_are_of_the_recipe_or_of_its_arguments():
+    recipe = load_recipe(FOLDER / "sft.yaml", ["learning_rate=3e-4", "level=512", "train=[heads]", "optim=sgd"])
+    assert (recipe.level, recipe.train) == (512, ("heads",))
+    assert (recipe.arguments["learning_rate"], recipe.arguments["optim"]) == (3e-4, "sgd")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["learning_rat=1"], r"NextFlowTrainingArguments knows no \['learning_rat'\]"),
+        (["max_steps"], "name=value, got 'max_steps'"),
+        (["train=[head]"], r"got \['head'\]"),
+        (["caption_share=2"], r"must lie in \[0, 1\], got 2"),
+        (["kind=decoder"], "kind must be one of"),
+    ],
+)
+def test_a_misspelt_recipe_is_refused_by_the_name(changes, message, start, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(load_recipe(FOLDER / "sft.yaml", changes), start, tmp_path / "rows.jsonl", tmp_path / "out")
+    (tmp_path / "wrong.yaml").write_text("kind: transformer\nlevle: 3\n")
+    with pytest.raises(ValueError, match=r"has \['levle'\]; a recipe has"):
+        load_recipe(tmp_path / "wrong.yaml")
+
+
+def _two_drawings() -> dict[str, torch.Tensor]:
+    # As many trained positions each, so that the mean of two processes is that of the batch.
+    return NextFlowCollator(tiny_processor())([drawing("a red circle", seed) for seed in (1, 2)])
+
+
+def _step(model: torch.nn.Module, batch: dict):
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2, eps=1e-3)
+    model(**batch).loss.backward()
+    optimizer.step()
+
+
+def _sharded_step(rank: int, port: int, folder: str):
+    from torch.distributed.fsdp import fully_shard
+
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    mesh, model = torch.distributed.init_device_mesh("cpu", (2,)), tiny_model()
+    for module in model.modules():
+        if type(module).__name__ == SHARDING["fsdp_transformer_layer_cls_to_wrap"]:
+            fully_shard(module, mesh=mesh, reshard_after_forward=SHARDING["fsdp_reshard_after_forward"])
+    fully_shard(model, mesh=mesh)
+    batch = _two_drawings()
+    # Both rows hold one picture.
+    _step(model, {name: value[rank : rank + 1] for name, value in batch.items()})
+    sharded = sum(hasattr(parameter, "placements") for parameter in model.parameters())
+    weights = {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
+    if rank == 0:
+        torch.save((sharded, weights), f"{folder}/weights.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_step_of_two_processes_is_the_step_of_one(tmp_path):
+    torch.multiprocessing.spawn(_sharded_step, args=(free_port(), str(tmp_path)), nprocs=2)
+    sharded, weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+    model = tiny_model()
+    _step(model, _two_drawings())
+    assert sharded == len(weights) == len(list(model.parameters()))
+    assert not torch.equal(weights["lm_head.weight"], tiny_model().lm_head.weight)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(weights[name], parameter.detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_the_files_for_accelerate_are_what_it_reads():
+    for path in FOLDER.glob("accelerate/*.yaml"):
+        config = load_config_from_file(str(path))
+        assert (config.num_processes, config.mixed_precision) == (8, "bf16")
