@@ -18,8 +18,8 @@ from .rollouts import draw_rollouts
 class PictureGrids(TrainerCallback):
     """Draws a sheet before training and every so many steps, a row for each prompt: `step_00000.png`, ….
 
-    For any trainer of a [`NextFlowForConditionalGeneration`], or of a PEFT model around one. The first process draws. The
-    random state of the training is left alone, so that it is the same with and without the sheets.
+    For any trainer of a [`NextFlowForConditionalGeneration`], or of a PEFT model around one. The first process draws.
+    The random state of the training is left alone, so that it is the same with and without the sheets.
 
     Args:
         processor: the checkpoint's.
