@@ -35,7 +35,9 @@ def script():
 
 @pytest.fixture
 def run(script, tmp_path, monkeypatch):
-    tiny_model().save_pretrained(tmp_path / "model")
+    model = tiny_model()
+    model.config.vq_config._name_or_path = str(tmp_path / "tokenizer")
+    model.save_pretrained(tmp_path / "model")
     tiny_processor().save_pretrained(tmp_path / "processor")
 
     def run(*arguments):
@@ -53,6 +55,7 @@ def test_the_folder_holds_model_processor_and_settings(run):
     tokenizer = AutoProcessor.from_pretrained(output).tokenizer
     expected = ImageSampling(guidance_scale=2.0, temperature=[1.0, 1.0, 0.8, 0.8], top_k=5)
     assert model.default_image_sampling == expected
+    assert str(output.parent) not in (output / "config.json").read_text()
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
     for name, tensor in tiny_model().state_dict().items():

@@ -254,6 +254,7 @@ def main():
         eos_token_id=processor.tokenizer.eos_token_id,
         pad_token_id=processor.tokenizer.pad_token_id,
     )
+    model.config.vq_config._name_or_path = ""  # a folder of this machine
     card = model_card(model, read_results(arguments.results)) if arguments.results else None
     save_checkpoint(model, processor, card, arguments.output)
     print(f"{arguments.output}: {sum(_sizes(arguments.output).values()) / 1e6:.1f} MB")
