@@ -91,14 +91,15 @@ def test_pictures_of_every_ratio_and_level_are_encoded_and_decoded(pixel_branch,
     model = tiny_vq_model(levels=[[8, 2], [16, 4]], **pixel_branch)
     schedule = model.config.scale_schedules.build(base_grid, level)
     height, width = schedule.image_size(4)
-    pixels = torch.rand(2, 3, height, width) * 2 - 1
+    pixels = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
     codes = model.encode(pixels).image_tokens
     assert codes.shape == (2, schedule.num_tokens) and codes.dtype == torch.int64
     assert 0 <= codes.min() and codes.max() < 32
     decoded = model.decode(codes, schedule)
     assert decoded.shape == pixels.shape and decoded.abs().max() <= 1
     output = model(pixels)
-    torch.testing.assert_close(output.reconstruction.clamp(-1, 1), decoded)
+    # The sum goes another way there, and the norms of a random decoder enlarge its rounding.
+    torch.testing.assert_close(output.reconstruction.clamp(-1, 1), decoded, atol=1e-4, rtol=0)
     assert output.semantic_features.shape == (2, *schedule.final_grid, 8)
 
 
