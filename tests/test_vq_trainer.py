@@ -350,9 +350,8 @@ def adversary_of_process(rank: int, count: int, store: str, results):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="starts its processes by fork")
 def test_two_processes_train_one_discriminator_on_all_their_pictures(tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     results = context.Queue()
     processes = [context.Process(target=adversary_of_process, args=(i, 2, tmp_path / "store", results)) for i in (0, 1)]
     for process in processes:

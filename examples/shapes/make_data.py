@@ -42,28 +42,28 @@ WORLD = World()
 # Shares of the conversations by the ability that they begin with. The paper has 25% text alone, and turns one drawing
 # in ten round into a caption (section 5).
 MIXTURE = {
-    "text": 0.25,
-    "drawing": 0.27,
-    "caption": 0.03,
-    "question": 0.13,
-    "editing": 0.12,
-    "thinking": 0.06,
-    "subject": 0.03,
-    "in_context": 0.03,
+    "text": 0.12,
+    "drawing": 0.18,
+    "caption": 0.06,
+    "question": 0.18,
+    "editing": 0.21,
+    "thinking": 0.04,
+    "subject": 0.04,
+    "in_context": 0.05,
     "story": 0.03,
-    "film": 0.03,
-    "film_question": 0.02,
+    "film": 0.06,
+    "film_question": 0.03,
 }
 # How many exchanges follow the first, each as likely: more texts, or questions on and descriptions of the last picture.
 FURTHER_EXCHANGES = {
     "text": (2, 3, 4),
     "drawing": (0, 1, 2),
-    "caption": (1, 2),
-    "question": (2, 3, 4),
+    "caption": (2, 3),
+    "question": (3, 4, 5),
     "editing": (0, 1),
 }
 DESCRIPTION_SHARE = 0.25
-SECOND_EDIT_SHARE = 0.2
+SECOND_EDIT_SHARE = 0.3
 # Share of the texts left out where only a picture is answered: what guidance compares with.
 EMPTY_PROMPT_SHARE = {"drawing": 0.1, "editing": 0.1, "subject": 0.1}
 BATCH = 250

@@ -56,14 +56,19 @@ class CachedSequences:
         )
         return outputs.last_hidden_state
 
+    def slot_origins(self, rows: torch.Tensor) -> torch.Tensor:
+        """Where the slots of pictures (B) count from in `rows` (C, B) that read them: (3, C, B, 1)."""
+        # Where slots lie in their grid does not depend on what was read before the picture.
+        return nn.functional.pad(self.position[rows][None], (0, 0, 0, 0, 0, 0, 0, 2))
+
     def read_slots(
-        self, embeds: torch.Tensor, coordinates: torch.Tensor, occupied: torch.Tensor | None, rows: torch.Tensor
+        self, embeds: torch.Tensor, position_ids: torch.Tensor, occupied: torch.Tensor | None, rows: torch.Tensor
     ) -> torch.Tensor:
         """Read a scale of each picture (B), whose slots see each other and all before them.
 
         Args:
             embeds: (B, n, D).
-            coordinates: (3, B, n) behind `<boi>`: scale, row, column.
+            position_ids: (3, C, B, n), scale, row, column: the slots' coordinates behind `<boi>`, from `slot_origins`.
             occupied: (B, n) int64, which slots are a picture's own; `None` for all.
             rows: (C, B) int64, ascending: the rows that read each picture, as many as guidance compares. The others
                 sit out.
@@ -72,9 +77,7 @@ class CachedSequences:
             Hidden states (C, B, n, D).
         """
         contexts, pictures, count = *rows.shape, embeds.shape[1]
-        # Where slots lie in their grid does not depend on what was read before the picture.
-        origin = nn.functional.pad(self.position[rows][None], (0, 0, 0, 0, 0, 0, 0, 2))
-        position_ids = (coordinates[:, None] + origin).flatten(1, 2)
+        position_ids = position_ids.flatten(1, 2)
         embeds = embeds.expand(contexts, -1, -1, -1).flatten(0, 1)
         if occupied is not None:
             occupied = occupied.expand(contexts, -1, -1).flatten(0, 1)

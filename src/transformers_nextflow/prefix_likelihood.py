@@ -148,7 +148,7 @@ def _prefix_logits(model, forward, prompts, contexts, drawing, num_scales) -> to
         slots, coordinates, occupied = drawing.slots(scale)
         occupied = mask.new_ones(slots.shape[:2]) if occupied is None else occupied
         embeds.append(slots.repeat(num_contexts, 1, 1))
-        positions.append(coordinates.repeat(1, num_contexts, 1) + origin)
+        positions.append(coordinates.repeat(1, num_contexts, 1, 1).flatten(1, 2) + origin)
         masks.append(occupied.repeat(num_contexts, 1))
         blocks.append(torch.zeros_like(masks[-1]) + first_block + scale)
     embeds = torch.cat(embeds, 1)

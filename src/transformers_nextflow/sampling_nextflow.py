@@ -138,12 +138,12 @@ def draw_codes(
     logits = logits.float() if temperature == 1 else logits.float() / temperature
     # One random number a code on the cumulated probabilities; `torch.multinomial` takes one for each of the V classes.
     cumulated = truncate_logits(logits, top_k, top_p).softmax(-1).cumsum_(-1)
-    threshold = _random_numbers(logits.shape[:-1], generator, logits.device)[..., None] * cumulated[..., -1:]
+    threshold = _random_numbers((*logits.shape[:-1], 1), generator, logits.device) * cumulated[..., -1:]
     # Random numbers stay below one, hence thresholds below the sum: the first code above one always exists.
     return torch.searchsorted(cumulated, threshold, right=True).squeeze(-1)
 
 
-def _random_numbers(shape: torch.Size, generator: Generators, device: torch.device) -> torch.Tensor:
+def _random_numbers(shape: Sequence[int], generator: Generators, device: torch.device) -> torch.Tensor:
     if isinstance(generator, Sequence):
         return torch.stack([_random_numbers(shape[1:], source, device) for source in generator])
     source_device = device if generator is None else generator.device

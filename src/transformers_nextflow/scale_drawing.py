@@ -85,6 +85,7 @@ class Drawing:
             (len(schedules), max(schedule.num_tokens for schedule in schedules)), -1, device=model.device
         )
         self._scale_counts = torch.tensor([[schedule.num_scales] for schedule in schedules], device=model.device)
+        self._scale_numbers = torch.arange(self.num_scales + 2, device=model.device).unbind()
         self.guidance = [
             tuple(self._over_pictures(part, scale) for part in ("guidance_scale", "image_guidance_scale"))
             for scale in range(self.num_scales)
@@ -114,16 +115,19 @@ class Drawing:
 
     def _embed(self, groups, scale_numbers, slots):
         embedding, device = self.model.model.visual_embedding, self.image_tokens.device
-        features = [
-            embedding.slot_features(self.image_tokens[rows], schedule, scale_numbers[schedule])
-            for schedule, rows in groups.items()
-        ]
         coordinates, occupied = (None if part is None else part.to(device) for part in slots)
         if len(self.groups) == 1:
-            joined = features[0]
-            scale_ids = torch.tensor(next(iter(scale_numbers.values())), device=device)
+            ((schedule, number),) = scale_numbers.items()
+            joined, scale_ids = (
+                embedding.slot_features(self.image_tokens, schedule, number),
+                self._scale_numbers[number],
+            )
         else:
-            joined = features[0].new_zeros(*coordinates.shape[1:], features[0].shape[-1])
+            features = [
+                embedding.slot_features(self.image_tokens[rows], schedule, scale_numbers[schedule])
+                for schedule, rows in groups.items()
+            ]
+            joined = features[0].new_zeros(*coordinates.shape[2:], features[0].shape[-1])
             scale_ids = torch.zeros_like(self._scale_counts)
             for (schedule, rows), part in zip(groups.items(), features):
                 joined[rows, : part.shape[1]] = part
@@ -137,7 +141,8 @@ class Drawing:
                 start, stop = schedule.offsets[scale : scale + 2]
                 drawn = self._given(rows, start, stop)
                 if drawn is None:
-                    drawn = self._draw(scale, logits[rows, : stop - start], rows, schedule)
+                    own = logits if len(self.groups) == 1 else logits[rows, : stop - start]
+                    drawn = self._draw(scale, own, rows, schedule)
                 self.image_tokens[rows, start:stop] = drawn
 
     def _given(self, rows: slice | list[int], start: int, stop: int) -> torch.Tensor | None:
@@ -147,9 +152,10 @@ class Drawing:
         return given if bool((given >= 0).all()) else None
 
     def _draw(self, scale: int, logits: torch.Tensor, rows: slice | list[int], schedule: ScaleSchedule) -> torch.Tensor:
-        codes_before, sources = self.image_tokens[rows, : schedule.offsets[scale]], self.generator
         if self.region is not None:
+            codes_before = self.image_tokens[rows, : schedule.offsets[scale]]
             logits = self.region.condition(logits, codes_before, rows, schedule)
+        sources = self.generator
         if isinstance(sources, Sequence) and isinstance(rows, list):
             sources = [sources[row] for row in rows]
         drawn = draw_codes(logits, **self.sampling.drawing_at(scale, schedule.num_scales), generator=sources)

@@ -79,8 +79,9 @@ def batch_slots(
     """The slots of a batch of pictures scale by scale, on the CPU, and at last those that read every picture's last
     scale; those of the first scale are never read.
 
-    Each entry has their coordinates (3, B, n) behind `<boi>`: scale, row, column; and which slots are a picture's own
-    (B, n) int64: pictures with smaller grids, or with fewer scales, have empty ones at the end; `None` where none is.
+    Each entry has their coordinates (3, 1, B, n) behind `<boi>`: scale, row, column, the same in all contexts of
+    guidance; and which slots are a picture's own (B, n) int64: pictures with smaller grids, or with fewer scales, have
+    empty ones at the end; `None` where none is.
     """
     longest = max(schedule.num_scales for schedule in schedules)
     scales = [[min(scale, s.num_scales) for s in schedules] for scale in range(longest)]
@@ -100,7 +101,7 @@ def _slots_side_by_side(
             coordinates[0, row] = scale
             coordinates[1:, row, :own] = torch.stack(grid_coordinates((height, width), rope_range))
             occupied[row, :own] = 1
-    return coordinates, None if bool(occupied.all()) else occupied
+    return coordinates[:, None], None if bool(occupied.all()) else occupied
 
 
 def layout_sequence(

@@ -126,18 +126,19 @@ class SequenceWriter:
         readers = self._rows[:, pictures]
         if len(readers) > 1:
             self._refresh_contexts(pictures)
-        hidden_states = self._last[readers]
+        hidden_states, origins = self._last[readers], self.sequences.slot_origins(readers)
         for scale in range(drawing.num_scales):
             if scale > 0:
-                hidden_states = self.sequences.read_slots(*drawing.slots(scale), readers)
+                embeds, coordinates, occupied = drawing.slots(scale)
+                hidden_states = self.sequences.read_slots(embeds, origins + coordinates, occupied, readers)
             logits = guide_over_contexts(self.model.visual_head(hidden_states), drawing.guidance[scale])
             drawing.draw(scale, logits)
             if callback is not None and callback(self.model, scale, drawing.state(scale, logits)) is False:
                 self._take(drawing, rows)
                 return scale + 1
-            if not go_on and scale == drawing.last_guided_scale:
+            if not go_on and scale == drawing.last_guided_scale < drawing.num_scales - 1:
                 self.sequences.keep(self._rows[0])
-                self._rows, readers = self._rows[:1], readers[:1]
+                self._rows, readers, origins = self._rows[:1], readers[:1], origins[:, :1]
         self._take(drawing, rows)
         if go_on:
             self._close(drawing, rows)
@@ -154,10 +155,11 @@ class SequenceWriter:
     def _refresh_contexts(self, pictures: torch.Tensor):
         """Take the rows that guidance compares back to their prompts: they know nothing of earlier pictures."""
         columns, position, last = self._start
+        if self.sequences.cache.get_seq_length() == columns:
+            return
         stale = torch.zeros(self._rows.numel(), dtype=torch.bool, device=self._rows.device)
         stale[self._rows[1:, pictures]] = True
-        if self.sequences.cache.get_seq_length() > columns:
-            self.sequences.forget(stale, columns, position)
+        self.sequences.forget(stale, columns, position)
         self._last = torch.where(stale[:, None, None], last, self._last)
 
     def _close(self, drawing: Drawing, rows: Sequence[int]):
@@ -165,7 +167,9 @@ class SequenceWriter:
         read_last = self.config.read_last_scale
         places = torch.tensor(rows, device=self._rows.device)
         if read_last:
-            self.sequences.read_slots(*drawing.last_slots(), self._rows[:1, places])
+            readers, (embeds, coordinates, occupied) = self._rows[:1, places], drawing.last_slots()
+            origins = self.sequences.slot_origins(readers)
+            self.sequences.read_slots(embeds, origins + coordinates, occupied, readers)
         input_ids = torch.zeros(self._rows.numel(), 1, dtype=torch.long, device=self._rows.device)
         occupied, steps = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
         input_ids[places], occupied[places] = self.config.eoi_token_id, 1
