@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from tiny import tiny_model, tiny_processor
 from transformers import (
+    BatchFeature,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -16,6 +17,9 @@ from transformers import (
     VisionEncoderDecoderModel,
     ViTConfig,
     ViTModel,
+    YolosConfig,
+    YolosForObjectDetection,
+    YolosImageProcessorPil,
 )
 
 from transformers_nextflow.evaluation.shapes import (
@@ -32,12 +36,15 @@ from transformers_nextflow.trainers.checked_reward import checked
 from transformers_nextflow.trainers.rewards import (
     ask_about_shapes,
     ask_for_caption,
+    color_classifier,
+    geneval_reward,
     judge_reward,
     reading_reward,
     rendered_text_reward,
     shapes_reward,
     similarity_reward,
 )
+from transformers_nextflow.trainers.rewards.detected_objects import COLORS, relations
 from transformers_nextflow.trainers.rewards.rendered_text import edit_distance, quoted_text
 from transformers_nextflow.trainers.rewards.shapes import WORLD
 
@@ -145,7 +152,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def test_similarity_is_the_cosine_of_both_embeddings():
+def tiny_clip() -> tuple[CLIPModel, CLIPProcessor]:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     words = tokenizer()
@@ -153,9 +160,12 @@ def test_similarity_is_the_cosine_of_both_embeddings():
     config = CLIPConfig(
         text_config=text_config, vision_config=sizes | {"image_size": 16, "patch_size": 8}, projection_dim=8
     )
-    model = CLIPModel(config)
     images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    processor = CLIPProcessor(images, words)
+    return CLIPModel(config), CLIPProcessor(images, words)
+
+
+def test_similarity_is_the_cosine_of_both_embeddings():
+    model, processor = tiny_clip()
     prompts, pictures = ["a red circle", "one"], [picture("red"), picture("blue", 32)]
     found = similarity_reward(model, processor)(prompts=prompts, completions=pictures)
     for prompt, image, value in zip(prompts, pictures, found):
@@ -229,3 +239,106 @@ def test_what_is_quoted_is_to_be_written():
 def test_a_checked_reward_keeps_its_name():
     assert checked(shapes_reward).__name__ == "shapes_reward"
     assert checked(shapes_reward)(prompts=["an elephant"], completions=[picture()]) == [None]
+
+
+# A detector -----------------------------------------------------------------------------------------------------------
+
+
+class SeenObjects(torch.nn.Module):
+    """A detector and its processor at once: it sees what it is told, as (label, score, box)."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, objects):
+        super().__init__()
+        self.config = YolosConfig(id2label={0: "cup", 1: "dog", 2: "tv"})
+        self.objects = objects
+
+    def forward(self, images=None, return_tensors=None):
+        return BatchFeature({})
+
+    def post_process_object_detection(self, outputs, threshold, target_sizes):
+        labels, scores, boxes = zip(*self.objects) if self.objects else ((), (), ())
+        names = list(self.config.id2label.values())
+        numbers = torch.tensor([names.index(label) for label in labels], dtype=torch.long)
+        return [{"labels": numbers, "scores": torch.tensor(scores), "boxes": torch.tensor(boxes).view(-1, 4)}]
+
+
+def geneval_of(objects, include, exclude=None, **settings) -> float:
+    """The reward of one red picture in which a detector sees these objects."""
+    detector = SeenObjects(objects)
+    reward = geneval_reward(detector, detector, **settings)
+    (value,) = reward(["a prompt"], [picture(size=100)], include=[include], exclude=exclude and [exclude])
+    return value
+
+
+CUP, DOG = ("cup", 0.95, (0.0, 0.0, 20.0, 20.0)), ("dog", 0.5, (60.0, 2.0, 90.0, 22.0))
+
+
+def item(label: str, count: int = 1, **more) -> dict:
+    # Arrow fills what other rows have with None.
+    return {"class": label, "count": count, "color": None, "position": None} | more
+
+
+def test_geneval_wants_every_class_as_often_as_asked():
+    assert geneval_of([CUP, DOG], [item("cup"), item("dog")]) == 1
+    assert geneval_of([CUP], [item("cup"), item("dog")]) == 0.5
+    assert geneval_of([CUP, DOG], [item("cup", 2)]) == 0
+    assert geneval_of([], [item("cup")]) == 0
+
+
+def test_geneval_counts_exactly_where_it_excludes_and_only_what_is_sure():
+    unsure = ("cup", 0.5, (50.0, 0.0, 70.0, 20.0))
+    assert geneval_of([CUP, CUP], [item("cup", 2)], [item("cup", 3)]) == 1
+    assert geneval_of([CUP, CUP, CUP], [item("cup", 2)], [item("cup", 3)]) == 0.5
+    assert geneval_of([CUP, CUP, unsure], [item("cup", 2)], [item("cup", 3)]) == 1
+    assert geneval_of([CUP, unsure], [item("cup", 2)]) == 1
+
+
+def test_geneval_wants_relations_between_the_boxes():
+    assert geneval_of([CUP, DOG], [item("cup"), item("dog", position=["right of", 0])]) == 1
+    assert geneval_of([CUP, DOG], [item("cup"), item("dog", position=["above", 0])]) == 0.5
+    assert geneval_of([DOG], [item("cup"), item("dog", position=["right of", 0])]) == 0
+
+
+def test_geneval_wants_colors_of_what_is_cut_out():
+    def color_of(crops, label):
+        return ["red" if crop.getpixel((0, 0)) == (255, 0, 0) and crop.size == (20, 20) else "blue" for crop in crops]
+
+    assert geneval_of([CUP], [item("cup", color="red")], color_of=color_of) == 1
+    assert geneval_of([CUP, DOG], [item("dog", color="red"), item("cup")], color_of=color_of) == 0.5
+
+
+def test_relations_need_a_distance_and_may_be_two():
+    box = (0, 0, 10, 10)
+    assert relations(box, (100, 0, 110, 10)) == {"left of"}
+    assert relations((0, 50, 10, 60), box) == {"below"}
+    assert relations(box, (40, 40, 50, 50)) == {"left of", "above"}
+    assert relations(box, (1, 1, 11, 11)) == set()
+
+
+def test_geneval_names_what_it_cannot_judge():
+    assert geneval_of([("tv", 0.9, (0, 0, 9, 9))], [item("screen")], label_names={"screen": "tv"}) == 1
+    with pytest.raises(ValueError, match="knows no class 'screen'; give label_names"):
+        geneval_of([], [item("screen")])
+    with pytest.raises(ValueError, match="asks for the color 'red'; give color_of"):
+        geneval_of([], [item("cup", color="red")])
+    with pytest.raises(ValueError, match="position 'near' is none of left of"):
+        geneval_of([], [item("cup"), item("dog", position=["near", 0])])
+
+
+def test_geneval_runs_on_a_detector_of_transformers():
+    config = YolosConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=[32, 32],
+        patch_size=8, num_detection_tokens=5, id2label={0: "cup", 1: "dog"},
+    )  # fmt: skip
+    processor = YolosImageProcessorPil(size={"height": 32, "width": 32})
+    reward = geneval_reward(YolosForObjectDetection(config), processor, threshold=0.0)
+    values = reward(["a cup"] * 2, [picture(), picture("blue", 24)], include=[[item("cup")]] * 2)
+    assert len(values) == 2 and all(value in (0.0, 1.0) for value in values)
+
+
+def test_colors_are_told_by_a_model_of_pictures_and_texts():
+    model, processor = tiny_clip()
+    colors = color_classifier(model, processor)([picture(), picture("blue")], "cup")
+    assert len(colors) == 2 and set(colors) <= set(COLORS)

@@ -1,6 +1,6 @@
 """Teach the bundled checkpoint a word that it has never seen, with LoRA, in minutes on two cores.
 
-    OMP_NUM_THREADS=2 python examples/shapes/lora.py
+    OMP_NUM_THREADS=2 python examples/shapes/lora.py --bf16
 
 The word is "house": a triangle right above a square, both in one colour, that stands on the ground, which is the last
 row. Shapes, colours and cells are those of the checkpoint's world, so its vision tokenizer has codes for every house;
@@ -142,6 +142,7 @@ def train(model: peft.PeftModel, processor, rows: Dataset, arguments: argparse.N
         logging_steps=20,
         save_strategy="no",
         use_cpu=not torch.cuda.is_available(),
+        bf16=arguments.bf16,
         seed=arguments.seed,
         report_to=[],
     )
@@ -159,10 +160,11 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("runs/lora"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--new_share", type=float, default=0.5, help="share of the samples that show the new concept")
+    parser.add_argument("--bf16", action="store_true", help="faster where the processor has bfloat16 units")
     parser.add_argument("--limit", type=int, default=100, help="prompts of each category when scoring")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -118,10 +118,8 @@ class Drawing:
         coordinates, occupied = (None if part is None else part.to(device) for part in slots)
         if len(self.groups) == 1:
             ((schedule, number),) = scale_numbers.items()
-            joined, scale_ids = (
-                embedding.slot_features(self.image_tokens, schedule, number),
-                self._scale_numbers[number],
-            )
+            joined = embedding.slot_features(self.image_tokens, schedule, number)
+            scale_ids = self._scale_numbers[number]
         else:
             features = [
                 embedding.slot_features(self.image_tokens[rows], schedule, scale_numbers[schedule])
