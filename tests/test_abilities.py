@@ -428,6 +428,8 @@ MASK = Image.new("L", (16, 16), 255)
         ({"paste_back": True, "image": picture()}, "give mask_image"),
         ({"num_kept_scales": 5, "image": picture()}, "from 1 to the 4 scales, got 5"),
         ({"num_kept_scales": 2}, "give image="),
+        ({"num_kept_scales": 2.0, "image": picture()}, "from 1 to the 4 scales, got 2.0"),
+        ({"prompt": ["one"], "image": [picture()], "mask_image": MASK}, "1 prompts came with 1 masks; give a list"),
         ({"num_candidates": 0}, "num_candidates must be a whole number from 1, got 0"),
         ({"image_guidance_scale": 2.0}, "give image=, or leave it at 1"),
         ({"think": True, "image": picture(), "num_kept_scales": 1}, "think goes without"),
@@ -453,11 +455,61 @@ def test_thinking_is_refused_where_it_was_not_trained():
         ({"prompt": [["one", "two"]], "num_frames": 3}, "one text for each of num_frames"),
         ({"prompt": "one", "num_frames": 1}, "at least 2 frames, got 1"),
         ({"prompt": "", "num_frames": 2}, "Prompt 0 is empty"),
+        ({"prompt": [], "num_frames": 2}, r"a film's text, .* got \[\]"),
+        ({"prompt": None, "num_frames": 2}, "a film's text, .* got None"),
+        ({"prompt": "one", "num_frames": 0}, "at least 2 frames, got 0"),
+        ({"prompt": "one", "num_frames": 2.0}, "num_frames must be a whole number from 2, got 2.0"),
+        ({"prompt": ["one"], "num_frames": 3, "image": [[picture(), picture()]]}, "one first frame, got 2"),
+        ({"prompt": "one", "num_frames": 2, "image": picture(), "height": 8, "width": 32}, "its size cannot change"),
+        ({"prompt": "one", "num_frames": 2, "image_guidance_scale": 2.0}, "give image=, or leave it at 1"),
+        ({"prompt": "one", "num_frames": 2, "negative_prompt": "a", "guidance_scale": 1.0}, "through guidance alone"),
     ],
 )
 def test_bad_films_are_refused(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipe.film(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"messages": "hello"}, "must be a list of messages, .* got 'hello'"),
+        ({"messages": []}, r"must be a list of messages, .* got \[\]"),
+        ({"sampling": ImageSampling(image_guidance_scale=2.0)}, "chat has no image_guidance_scale"),
+        ({"guidance_scale": 2.0}, r"not written with guidance_scale: .* sampling=ImageSampling"),
+        ({"num_beams": 3}, "not written with num_beams"),
+        ({"do_sample": True, "temperature": -1.0}, "temperature must be a number from 0, got -1.0"),
+    ],
+)
+def test_bad_chats_are_refused(pipe, arguments, message):
+    asked = [{"role": "user", "content": [{"type": "text", "text": "a red circle"}]}]
+    with pytest.raises(ValueError, match=message):
+        pipe.chat(**({"messages": asked} | arguments))
+
+
+@pytest.mark.parametrize(
+    "pictures, texts, message",
+    [
+        (picture(), "one", "score takes lists"),
+        ([picture()], ["one", "two"], "1 images came with 2 prompts"),
+        ([picture()], [""], "Prompt 0 is empty"),
+    ],
+)
+def test_bad_pairs_are_not_scored(pipe, pictures, texts, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.score(pictures, texts)
+
+
+def test_a_first_frame_is_brought_to_the_films_size(pipe, tmp_path):
+    first = Image.new("RGB", (100, 25), "red")
+    film = pipe.film("a star", image=first, num_frames=3, **GREEDY)
+    assert {frame.size for frame in film.frames[0]} == {(32, 8)}
+    assert np.array_equal(np.asarray(film.frames[0][0]), np.asarray(Image.new("RGB", (32, 8), "red")))
+    write_frames(film.frames[0], tmp_path / "film.gif")
+
+
+def test_the_side_that_is_left_open_is_the_pictures(pipe):
+    assert pipe("a star", image=picture(size=(32, 8)), height=8, **GREEDY).images[0].size == (32, 8)
 
 
 def test_films_that_cannot_be_read_or_written_are_refused(tmp_path):

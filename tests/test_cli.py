@@ -154,6 +154,9 @@ def test_edit_film_vary_and_score_do_what_the_pipeline_does(checkpoint):
     assert result.exit_code == 0 and "Frame 2: it moves" in result.stdout, result.output
     assert Image.open("film.gif").n_frames == 2
     assert_refused(run("film", "a star", *model), "num_frames, or a text for each frame")
+    assert_refused(run("film", "a", "b", "--output", "film.avi", "--model", "no/folder"), "written as .gif or .mp4")
+    result = run("film", "a", "b", "--output", "new/folder/film.gif", *model)
+    assert result.exit_code == 0 and Path("new/folder/film.gif").is_file(), result.output
 
     result = run("score", "a star", "--image", "own.png", "--image", "varied-1.png", *model)
     assert result.exit_code == 0, result.output

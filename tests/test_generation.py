@@ -293,7 +293,7 @@ def test_sampling_out_of_range_is_refused(settings, message):
         ({"image_sizes": [(16, 16)]}, "2 prompts came with 1 image_sizes"),
         ({"image_sizes": [(16, 16), (16, 18)]}, "16x18 is not a multiple of 4; the nearest"),
         ({"image_sizes": [(16, 16), (8, 72)]}, "outside 1:4 to 4:1"),
-        ({"generator": [torch.Generator()]}, "1 generators came with 2 pictures"),
+        ({"generator": [torch.Generator()]}, "1 generators came with a batch of 2"),
         ({"input_ids": torch.tensor([[20, 21], [20, 3]])}, "must end with <boi>"),
         ({"sampling": ImageSampling(guidance_scale=2.0)}, "Guidance needs negative_input_ids"),
         ({"sampling": ImageSampling(top_k=(5, 5))}, "top_k gives 2 values, but the picture is drawn in 4 scales"),
@@ -307,6 +307,8 @@ def test_sampling_out_of_range_is_refused(settings, message):
         ),
         ({"image_grids": torch.tensor([[4, 4]]), "image_tokens": torch.zeros(1, 30).long()}, "0 whole pictures"),
         ({"image_sizes": []}, "2 prompts came with 0 image_sizes"),
+        ({"given_image_tokens": torch.zeros(1, 1).long()}, "2 prompts came with 1 rows of given_image_tokens"),
+        ({"given_image_tokens": torch.full((2, 1), 999)}, "given_image_tokens go from 999 to 999; codes are below"),
     ],
 )
 def test_drawing_with_inputs_that_do_not_fit_is_refused(change, message):
@@ -395,6 +397,24 @@ def test_text_after_pixels_equals_text_after_their_codes():
     from_codes = model.generate(**inputs, **options)
     inputs.pop("image_tokens")
     assert torch.equal(model.generate(**inputs, pixel_values=pixels, **options), from_codes)
+
+
+def test_text_without_a_cache_is_that_with_one():
+    model = tiny_model()
+    _, inputs = as_batch(text_rows(model.config), *special_tokens(model.config))
+    options = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None}
+    assert torch.equal(model.generate(**inputs, **options, use_cache=False), model.generate(**inputs, **options))
+
+
+def test_a_pass_gives_a_tuple_where_it_is_asked_for_one_and_wants_one_kind_of_input():
+    model = tiny_model()
+    with torch.no_grad():
+        (logits, *_) = model(input_ids=torch.tensor([[20, 21]]), return_dict=False)
+    assert torch.equal(logits, model(input_ids=torch.tensor([[20, 21]])).logits)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model(input_ids=torch.tensor([[20]]), inputs_embeds=torch.zeros(1, 1, 8))
 
 
 def test_beams_and_several_answers_keep_each_rows_own_pictures():

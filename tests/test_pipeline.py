@@ -1,7 +1,6 @@
 """The pipeline: what it takes and gives, its equalities, saving and loading, errors."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from tiny import tiny_model, tiny_processor
 
 import transformers_nextflow
 from transformers_nextflow import NextFlowPipeline
+from transformers_nextflow.adapters import lora_config
 
 
 ROOT = Path(__file__).parents[1]
@@ -176,6 +176,29 @@ def test_a_plain_model_folder_draws_the_same_picture(pipe, tmp_path):
     assert set(loaded.components) == {"model", "processor"}
 
 
+def test_an_adapters_folder_is_loaded_with_its_base(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = tmp_path / "base"
+    tiny_model().save_pretrained(base)
+    tiny_processor().save_pretrained(base)
+    adapted = NextFlowPipeline.from_pretrained(base).model
+    adapted = peft.get_peft_model(adapted, lora_config(adapted, 2, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = quiet(NextFlowPipeline(adapted.merge_and_unload(), tiny_processor()))
+    loaded = quiet(NextFlowPipeline.from_pretrained(tmp_path / "adapter"))
+    torch.testing.assert_close(draw(loaded), draw(expected), atol=1e-4, rtol=0)
+    assert not torch.allclose(draw(loaded), draw(quiet(NextFlowPipeline.from_pretrained(base))), atol=1e-4)
+
+
+def test_a_subfolder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a whole folder, got subfolder='model'"):
+        NextFlowPipeline.from_pretrained(tmp_path, subfolder="model")
+
+
+def test_temperatures_near_zero_draw_as_zero_does(pipe):
+    assert torch.equal(draw(pipe, temperature=1e-40), draw(pipe, temperature=0))
+
+
 def test_components_that_are_given_are_not_loaded(pipe, tmp_path):
     pipe.processor.save_pretrained(tmp_path / "processor")
     loaded = quiet(NextFlowPipeline.from_pretrained(tmp_path, model=pipe.model))
@@ -201,7 +224,6 @@ def test_bfloat16_draws_and_keeps_the_codebooks_in_float32(pipe, tmp_path, argum
 def test_diffusion_pipeline_loads_it_in_a_fresh_process_through_its_pipeline_file(pipe, tmp_path):
     folder = tmp_path / "saved"
     pipe.save_pretrained(folder)
-    shutil.copy(ROOT / "pipelines" / "pipeline.py", folder)
     code = f"""
 import torch
 from diffusers import DiffusionPipeline
@@ -266,13 +288,25 @@ def test_an_offloaded_pipeline_draws_and_goes_back_to_the_cpu(pipe):
         ({"top_k": 0}, "top_k must be a whole number from 1"),
         ({"top_p": 0.0}, "top_p must be above 0"),
         ({"temperature": -0.1}, "temperature must be at least 0"),
-        ({"generator": [seeded(), seeded()]}, "2 generators came with 1 pictures"),
-        ({"generator": [seeded()], "num_images_per_prompt": 2}, "1 generators came with 2 pictures"),
+        ({"generator": [seeded(), seeded()]}, "2 generators came with a batch of 1"),
+        ({"generator": [seeded()], "num_images_per_prompt": 2}, "1 generators came with a batch of 2"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number from 1"),
         ({"negative_prompt": ["a", "b"]}, "1 prompts came with 2 negative ones"),
         ({"negative_prompt": "a", "guidance_scale": 1.0}, "works through guidance"),
         ({"output_type": "latent"}, "output_type must be one of"),
         ({"callback_on_step_end_tensor_inputs": ["latents"]}, r"got \['latents'\]"),
+        ({"callback_on_step_end_tensor_inputs": "preview"}, "is a list of .* got 'preview'"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be at least 0 .* got inf"),
+        ({"guidance_scale": "2"}, "guidance_scale must be at least 0 .* got '2'"),
+        ({"guidance_scale": np.ones(4)}, "guidance_scale must be at least 0"),
+        ({"temperature": [1.0, None, 1.0, 1.0]}, "temperature must be at least 0 .* got None"),
+        ({"num_unguided_scales": [1]}, r"num_unguided_scales must be a whole number from 0, got \[1\]"),
+        ({"negative_prompt": 5}, "must be a string or a list of strings, got 5"),
+        ({"generator": 0}, "must hold torch.Generators, got 0"),
+        ({"generator": [0]}, "must hold torch.Generators, got 0"),
+        ({"num_candidates": 2, "candidate_scorer": lambda *_: None}, "a number for each candidate, got None"),
+        ({"num_candidates": 2, "candidate_scorer": lambda *_: [1.0]}, r"2 finite numbers, got \[1.0\]"),
+        ({"num_candidates": 2, "candidate_scorer": lambda *_: [1.0, np.nan]}, "2 finite numbers, got"),
     ],
 )
 def test_bad_input_is_refused_with_its_value_and_the_remedy(pipe, arguments, message):

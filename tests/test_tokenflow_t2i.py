@@ -253,7 +253,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(model, tmp_path):
         ({"prompt": "a " * 200}, "more than the 128"),
         ({"height": 8, "width": 32}, "16x16 pixels alone, got 8x32"),
         ({"guidance_scale": -1.0}, "at least 0"),
-        ({"generator": [seeded()] * 2}, "2 generators came with 1 pictures"),
+        ({"generator": [seeded()] * 2}, "2 generators came with a batch of 1"),
     ],
 )
 def test_bad_arguments_of_the_pipeline_are_refused(pipe, arguments, message):

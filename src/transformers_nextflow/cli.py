@@ -191,8 +191,9 @@ def film(
 ):
     """Draw a film frame by frame."""
     with errors_in_one_line():
-        from .films import write_frames
+        from .films import check_film_path, write_frames
 
+        check_film_path(output)
         _check_files([first_frame] if first_frame else [])
         pipeline = _load_pipeline(model, device, dtype)
         start = time.perf_counter()
@@ -206,6 +207,7 @@ def film(
             generator=_generators(seed, 1),
         )
         seconds = time.perf_counter() - start
+        output.parent.mkdir(parents=True, exist_ok=True)
         write_frames([_enlarge(frame, scale) for frame in drawn.frames[0]], output, frames_per_second)
     for number, text in enumerate(drawn.transitions[0], start=2):
         typer.echo(f"Frame {number}: {text}")
@@ -376,10 +378,13 @@ def main():
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """What the user can mend is told in a line on stderr, with exit code 2; a defect keeps its traceback."""
+    """What the user can mend is told in a line on stderr, with exit code 2; a defect keeps its traceback.
+
+    An extra that is not installed is an ImportError that says what to install.
+    """
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
         raise typer.Exit(2) from error
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
 
-from .drawing_request import DrawingRequest, ImageInput
+from .drawing_request import DrawingRequest, ImageInput, pixels_of_size, requested_schedule
 from .generation_nextflow import InterleavedGenerationOutput
 from .interleaved_generation import InterleavedStreamer
 from .likelihood import score_answers, score_pictures
+from .processing_nextflow import check_prompts
 from .sampling_nextflow import ImageSampling, PerScale
 from .scale_drawing import Drawing
 from .sequence_writer import Prompts
@@ -22,7 +23,7 @@ class NextFlowFilmOutput:
     """Films.
 
     Args:
-        frames: of each film its pictures, a given first one included.
+        frames: of each film its pictures, all of one size; a given first one is among them as the model read it.
         transitions: of each film the texts between its frames.
     """
 
@@ -64,10 +65,11 @@ class ConversationMixin:
         Args:
             prompt: of a film, or a list of them. The model writes the texts between the frames then. Or of each film a
                 list: its prompt, then what changes before the second frame, the third, and so on.
-            image: the first frame, or a list with one for each prompt of a list; default: drawn too.
+            image: the first frame, which keeps its size; or a list with one for each prompt of a list. Default: drawn
+                too.
             num_frames: frames of a film, a given first one included; default: as many as a list of texts has.
             negative_prompt: what guidance leads away from at every frame.
-            height, width: pixels; default: the first frame's size, or the square of the model's largest level.
+            height, width: pixels where no first frame is given; default: the square of the model's largest level.
             max_transition_tokens: length of the text between two frames at most.
             generator: one for all films, or one for each.
             sampling: values of [`ImageSampling`] that differ from the checkpoint's own.
@@ -83,9 +85,11 @@ class ConversationMixin:
             image = [image]
         sampling, size = self._sampling(**sampling), (height, width)
         request = DrawingRequest.build(self.processor, prompts, negative_prompt, image, None, size, None, False, False)
+        self.check_inputs(request, sampling, 1, 1, generator, "pil", ())
         inputs = self._drawing_inputs(request, sampling)
         given = 0 if image is None else 1
         if given:
+            firsts = _first_frames(self.processor, request)
             # The answer begins with what changes after the first frame.
             inputs |= self.processor.apply_image_prompt(prompts, request.images, answer="").to(self._execution_device)
         self._onload()
@@ -101,7 +105,7 @@ class ConversationMixin:
         pictures = iter(self.processor.post_process_images(drawn))
         films = [[next(pictures) for _ in range(num_frames or len(script))] for script in scripts]
         if given:
-            films = [[*own, *film[1:]] for own, film in zip(request.images, films)]
+            films = [[first, *film[1:]] for first, film in zip(firsts, films)]
         transitions = [script[1:] for script in scripts] if is_scripted else self._texts_between(finished, given)
         self.maybe_free_model_hooks()
         return NextFlowFilmOutput(films, transitions)
@@ -156,8 +160,10 @@ class ConversationMixin:
         Args:
             messages: in chat format; the parts of a message are of type "text", "image" or "video" (a film, read frame
                 by frame). What this method returns can be appended.
-            max_new_tokens, min_images, max_images, generator, streamer, sampling, kwargs: as in `generate_interleaved`.
-            height, width: pixels of what is drawn; default: as `generate_interleaved` has it.
+            max_new_tokens, min_images, max_images, generator, streamer, kwargs: as in `generate_interleaved`.
+            height, width: pixels of what is drawn; default: as `generate_interleaved` has it, and of one side alone the
+                square's.
+            sampling: of pictures, without an `image_guidance_scale`; default: the checkpoint's own.
 
         Returns:
             The assistant's message, or a list of them.
@@ -165,6 +171,13 @@ class ConversationMixin:
         Raises:
             ValueError: for messages that the chat template refuses, and what `generate_interleaved` refuses.
         """
+        if not isinstance(messages, list | tuple) or not messages:
+            raise ValueError(f"messages must be a list of messages, or a list of such lists, got {messages!r}.")
+        # Guidance compares with nothing said and shown at once.
+        if sampling is None:
+            sampling = replace(self.model.default_image_sampling, image_guidance_scale=1.0)
+        elif sampling.image_guidance_scale != 1:
+            raise ValueError("chat has no image_guidance_scale; leave it at 1, or edit by calling the pipeline.")
         is_batch = isinstance(messages[0], list | tuple)
         conversations = messages if is_batch else [messages]
         inputs = self.processor.apply_chat_template(
@@ -176,8 +189,9 @@ class ConversationMixin:
             negative = self.processor.apply_image_prompt([""] * len(conversations), allow_empty=True)
             inputs |= {f"negative_{name}": value.to(self._execution_device) for name, value in negative.items()}
         if height is not None or width is not None:
-            side = self.processor.image_processor.scale_schedules.resolutions[-1]
-            inputs["image_sizes"] = [(height or side, width or side)] * len(conversations)
+            schedule = requested_schedule(self.processor, (height, width), None)
+            size = schedule.image_size(self.processor.image_processor.patch_size)
+            inputs["image_sizes"] = [size] * len(conversations)
         self._onload()
         output = self.model.generate_interleaved(
             **inputs, max_new_tokens=max_new_tokens, min_images=min_images, max_images=max_images, sampling=sampling,
@@ -212,8 +226,11 @@ class ConversationMixin:
         Raises:
             ValueError: if they differ in number, and for what the processor refuses.
         """
+        if not isinstance(images, list | tuple) or not isinstance(prompts, list | tuple):
+            raise ValueError("score takes lists: pictures, and a prompt for each.")
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images came with {len(prompts)} prompts; give one for each.")
+        prompts = check_prompts(prompts)
         inputs = self.processor.image_processor(list(images), return_tensors="pt").to(self._execution_device)
         self._onload()
         codes = self.model.get_image_tokens(inputs["pixel_values"], inputs["image_grids"])
@@ -229,6 +246,10 @@ class ConversationMixin:
 
 def _scripts(prompt, num_frames: int | None) -> list[list[str]]:
     """Of each film its prompt, and the texts between its frames where they are given."""
+    if num_frames is not None and not isinstance(num_frames, int):
+        raise ValueError(f"num_frames must be a whole number from 2, got {num_frames!r}.")
+    if not isinstance(prompt, str) and not (isinstance(prompt, list | tuple) and prompt):
+        raise ValueError(f"prompt must be a film's text, its frames' texts, or a list of either, got {prompt!r}.")
     films = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
     given = [isinstance(film, list | tuple) for film in films]
     if any(given) and not all(given):
@@ -242,8 +263,16 @@ def _scripts(prompt, num_frames: int | None) -> list[list[str]]:
             )
     elif num_frames is None:
         raise ValueError("Say how long the film is: num_frames, or a text for each frame.")
-    if (num_frames or len(scripts[0])) < 2:
-        raise ValueError(
-            f"A film has at least 2 frames, got {num_frames or len(scripts[0])}; call the pipeline for one."
-        )
+    length = len(scripts[0]) if num_frames is None else num_frames
+    if length < 2:
+        raise ValueError(f"A film has at least 2 frames, got {length}; call the pipeline for one.")
     return scripts
+
+
+def _first_frames(processor, request: DrawingRequest) -> list[Image.Image]:
+    """The given first frames as the model reads them."""
+    for row in request.images:
+        if len(row) != 1:
+            raise ValueError(f"A film goes on from one first frame, got {len(row)}; call the pipeline for several.")
+    pixels = pixels_of_size(processor, [row[0] for row in request.images], request.schedules)
+    return processor.post_process_images(pixels)

@@ -58,6 +58,7 @@ class DrawingRequest:
         prompts = check_prompts(prompt)
         if negative_prompt is None or isinstance(negative_prompt, str):
             negative_prompt = [negative_prompt or ""] * len(prompts)
+        negative_prompt = check_prompts(negative_prompt, allow_empty=True)
         if len(negative_prompt) != len(prompts):
             raise ValueError(
                 f"{len(prompts)} prompts came with {len(negative_prompt)} negative ones; give one for each."
@@ -71,12 +72,12 @@ class DrawingRequest:
         ]
         pixels, regions = None, None
         if keeps:
-            pixels = _pixels(processor, pictures, schedules)
+            pixels = pixels_of_size(processor, pictures, schedules)
         if mask_image is not None:
             regions = _regions(processor, mask_image, pictures, prompt)
         if num_kept_scales is not None:
             least = min(schedule.num_scales for schedule in schedules)
-            if not 0 < num_kept_scales <= least:
+            if not isinstance(num_kept_scales, int) or not 0 < num_kept_scales <= least:
                 raise ValueError(f"num_kept_scales must be from 1 to the {least} scales, got {num_kept_scales}.")
             # What is kept stands in the picture that is drawn; the prompt is one for the picture as a whole.
             images = None
@@ -122,30 +123,43 @@ def _check_combination(processor, images, keeps: bool, mask_image, think: bool, 
 
 
 def requested_schedule(processor, size: tuple[int | None, int | None], picture: Image.Image | None) -> ScaleSchedule:
-    """Of the size asked for; else of the picture's, as the processor brings it; else the model's largest square."""
+    """Of the size asked for; what is left open is the picture's, as the processor brings it, or the side of the model's
+    largest square.
+
+    Raises:
+        ValueError: for a size that is not drawn.
+    """
     image_processor = processor.image_processor
     schedules = image_processor.scale_schedules
-    height, width = size
-    if height is None and width is None and picture is not None:
-        return image_processor.schedule_of(picture.height, picture.width)
-    side = schedules.resolutions[-1]
-    return schedules.for_size(side if height is None else height, side if width is None else width)
+    if picture is not None:
+        default = image_processor.schedule_of(picture.height, picture.width).image_size(image_processor.patch_size)
+    else:
+        default = (schedules.resolutions[-1],) * 2
+    height, width = (own if asked is None else asked for asked, own in zip(size, default))
+    return schedules.for_size(height, width)
 
 
-def _pixels(processor, pictures: list[Image.Image], schedules: list[ScaleSchedule]) -> list[torch.Tensor]:
+def pixels_of_size(processor, pictures: list[Image.Image], schedules: list[ScaleSchedule]) -> list[torch.Tensor]:
+    """Pictures as the model reads them, each (3, H, W) in [-1, 1].
+
+    Raises:
+        ValueError: where a schedule is not the picture's own.
+    """
     inputs = processor.image_processor(pictures, return_tensors="pt")
     pixels = []
     for index, (values, grid, schedule) in enumerate(zip(inputs["pixel_values"], inputs["image_grids"], schedules)):
         if tuple(grid.tolist()) != schedule.final_grid:
-            raise ValueError(f"Picture {index} is partly kept, so its size cannot change; leave height and width out.")
+            raise ValueError(f"Picture {index} is kept, so its size cannot change; leave height and width out.")
         height, width = schedule.image_size(processor.image_processor.patch_size)
         pixels.append(values[:, :height, :width])
     return pixels
 
 
 def _regions(processor, mask_image, pictures: list[Image.Image], prompt) -> list[torch.Tensor]:
-    masks = list(mask_image) if isinstance(prompt, list | tuple) else [mask_image]
-    if len(masks) != len(pictures):
-        raise ValueError(f"{len(pictures)} prompts came with {len(masks)} masks; give one for each.")
+    several = isinstance(prompt, list | tuple)
+    if several and (not isinstance(mask_image, list | tuple) or len(mask_image) != len(pictures)):
+        count = len(mask_image) if isinstance(mask_image, list | tuple) else 1
+        raise ValueError(f"{len(pictures)} prompts came with {count} masks; give a list with one for each.")
+    masks = list(mask_image) if several else [mask_image]
     preprocess = processor.image_processor.preprocess_mask
     return [torch.from_numpy(preprocess(mask, picture)) for mask, picture in zip(masks, pictures)]

@@ -43,15 +43,23 @@ def write_frames(frames: Sequence[Image.Image], path: str | os.PathLike, frames_
         ImportError: for an MP4 without the extra.
     """
     path, frames = Path(path), read_frames(frames)
+    check_film_path(path)
     if path.suffix.lower() == ".gif":
         duration = round(1000 / frames_per_second)
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, loop=0)
-    elif path.suffix.lower() == ".mp4":
+    else:
         # Blocks of 16 pixels would have the encoder resize small pictures.
         arrays = [np.asarray(frame.convert("RGB")) for frame in frames]
         _imageio().mimwrite(path, arrays, fps=frames_per_second, macro_block_size=1)
-    else:
-        raise ValueError(f"Films are written as .gif or .mp4, got {path.name}.")
+
+
+def check_film_path(path: str | os.PathLike):
+    """Raises what `write_frames` raises for a path, before there are frames."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".gif", ".mp4"):
+        raise ValueError(f"Films are written as .gif or .mp4, got {Path(path).name}.")
+    if suffix == ".mp4":
+        _imageio()
 
 
 def expand_films(conversation: Sequence) -> list:

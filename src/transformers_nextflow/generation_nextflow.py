@@ -28,6 +28,8 @@ from .sequence_writer import Prompts, ScaleCallback, SequenceWriter
 
 DEFAULT_MAX_NEW_TOKENS = 256
 PICTURE_INPUTS = ("pixel_values", "image_tokens", "image_grids")
+# What `generate_interleaved` takes of a generation config.
+TEXT_SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "stop_strings", "eos_token_id")
 
 
 @dataclass
@@ -66,8 +68,8 @@ class NextFlowGenerationMixin(GenerationMixin):
         inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
         # Pictures that are in the cache already are not read again; an earlier answer's cache may hold some of them.
         pictures = {name: inputs.pop(name, None) for name in PICTURE_INPUTS}
-        if is_first_iteration and pictures["image_grids"] is not None:
-            cache = inputs.get("past_key_values")
+        cache = inputs.get("past_key_values")
+        if (is_first_iteration or cache is None) and pictures["image_grids"] is not None:
             cached = cache.get_seq_length() if cache is not None else 0
             fresh = (input_ids == self.config.eoi_token_id).nonzero()[:, 1] >= cached
             if bool(fresh.any()):
@@ -143,12 +145,14 @@ class NextFlowGenerationMixin(GenerationMixin):
             region: what is kept of other pictures outside of a region, see [`KeptRegion`].
 
         Raises:
-            ValueError: if the prompts do not end with `<boi>`, sizes or generators do not match them, or guidance has
-                nothing to lead away from.
+            ValueError: if the prompts do not end with `<boi>`, sizes, generators or given codes do not match them, or
+                guidance has nothing to lead away from.
         """
         sampling = sampling or self.default_image_sampling
         schedules = self._schedules(image_sizes, len(input_ids))
         self._check_at_boi("input_ids", input_ids)
+        if given_image_tokens is not None:
+            self._check_given(given_image_tokens, len(input_ids))
         drawing = Drawing(self, schedules, sampling, generator, given_image_tokens, region)
         writer = self.sequence_writer(
             input_ids, attention_mask, negative_input_ids=negative_input_ids,
@@ -214,14 +218,17 @@ class NextFlowGenerationMixin(GenerationMixin):
             streamer: is given text and scales as they come; for one row.
 
         Raises:
-            ValueError: for settings that generation_config does not know, limits out of range, generators or sizes that
-                do not match the rows, stop strings without a tokenizer, a streamer with several rows, guidance without
-                negative prompts.
+            ValueError: for other settings of text, limits out of range, generators or sizes that do not match the rows,
+                stop strings without a tokenizer, a streamer with several rows, guidance without negative prompts.
         """
-        text = copy.deepcopy(generation_config or self.generation_config)
-        unknown = text.update(**kwargs)
+        unknown = sorted(set(kwargs) - set(TEXT_SETTINGS))
         if unknown:
-            raise ValueError(f"generate_interleaved does not know {sorted(unknown)}.")
+            raise ValueError(
+                f"Text is not written with {', '.join(unknown)}: its settings are {', '.join(TEXT_SETTINGS)}. How "
+                "pictures are drawn is sampling=ImageSampling(…)."
+            )
+        text = copy.deepcopy(generation_config or self.generation_config)
+        text.update(**kwargs)
         if max_new_tokens is None:
             max_new_tokens = text.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
         sampling = sampling or self.default_image_sampling
@@ -294,6 +301,16 @@ class NextFlowGenerationMixin(GenerationMixin):
         if len(image_sizes) != batch:
             raise ValueError(f"{batch} prompts came with {len(image_sizes)} image_sizes; give one for each.")
         return [self.config.vq_config.scale_schedules.for_size(height, width) for height, width in image_sizes]
+
+    def _check_given(self, image_tokens: torch.Tensor, batch: int):
+        if len(image_tokens) != batch:
+            raise ValueError(f"{batch} prompts came with {len(image_tokens)} rows of given_image_tokens.")
+        size = self.config.vq_config.codebook_size
+        if not bool(((image_tokens >= -1) & (image_tokens < size)).all()):
+            raise ValueError(
+                f"given_image_tokens go from {int(image_tokens.min())} to {int(image_tokens.max())}; codes are below "
+                f"{size}, and -1 is padding."
+            )
 
     def _check_at_boi(self, name: str, input_ids: torch.Tensor):
         if not bool((input_ids[:, -1] == self.config.boi_token_id).all()):

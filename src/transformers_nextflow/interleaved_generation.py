@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StopStringCriteria, TextIteratorStreamer
 from transformers.utils import ModelOutput
 
-from .sampling_nextflow import Generators, ImageSampling, draw_codes
+from .sampling_nextflow import Generators, ImageSampling, check_generators, draw_codes
 from .scale_drawing import Drawing, ScaleState
 from .scale_schedule import ScaleSchedule
 from .sequence_writer import ScaleCallback, SequenceWriter
@@ -107,8 +107,9 @@ class InterleavedLoop:
             raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}.")
         if not 0 <= min_images <= max_images:
             raise ValueError(f"0 <= min_images <= max_images must hold, got {min_images} and {max_images}.")
-        if isinstance(generator, Sequence) and len(generator) != self.batch:
-            raise ValueError(f"{len(generator)} generators came with {self.batch} rows; give one for all or each.")
+        check_generators(generator, self.batch)
+        if text.temperature is not None and not 0 <= text.temperature < float("inf"):
+            raise ValueError(f"temperature must be a number from 0, got {text.temperature}.")
         if text.stop_strings is not None and tokenizer is None:
             raise ValueError("stop_strings need the tokenizer: pass tokenizer=processor.tokenizer.")
         if streamer is not None and self.batch > 1:

@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowConfig
 from .fused_cross_entropy import fused_cross_entropy
@@ -262,6 +262,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
             ValueError: if placeholders, grids and codes do not match, or packed rows come with a cache.
         """
         block_ids = None
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds.")
         if seq_idx is not None and past_key_values is not None:
             raise ValueError("Packed rows (seq_idx) cannot be continued: a cache does not know its samples apart.")
         if inputs_embeds is None:
@@ -343,6 +345,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
     def decode_image_tokens(self, image_tokens: torch.Tensor, image_grids: torch.Tensor) -> list[torch.Tensor]:
         return self.model.decode_image_tokens(image_tokens, image_grids)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

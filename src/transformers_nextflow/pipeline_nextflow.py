@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from .likelihood import score_answers
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .processing_nextflow import NextFlowProcessor
 from .region_editing import KeptRegion
-from .sampling_nextflow import ImageSampling, PerScale
+from .sampling_nextflow import ImageSampling, PerScale, check_generators
 from .scale_drawing import ScaleState
 
 
@@ -35,6 +36,11 @@ except ImportError as error:
 Images = list[Image.Image] | np.ndarray | torch.Tensor
 CandidateScorer = Callable[["NextFlowPipeline", torch.Tensor, torch.Tensor, list[str]], Sequence[float] | torch.Tensor]
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+# What `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` runs of a saved folder.
+PIPELINE_FILE = """\
+# The package must be installed: pip install transformers-nextflow[pipelines]
+from transformers_nextflow.pipeline_nextflow import NextFlowPipeline  # noqa: F401
+"""
 
 
 def caption_scorer(pipe: NextFlowPipeline, image_tokens, image_grids, prompts: list[str]) -> torch.Tensor:
@@ -44,14 +50,25 @@ def caption_scorer(pipe: NextFlowPipeline, image_tokens, image_grids, prompts: l
     return scores.text / scores.num_text_tokens
 
 
+def _checked_scores(scores: Sequence[float] | torch.Tensor, count: int) -> torch.Tensor:
+    """Raises `ValueError` for anything but a finite number for each candidate."""
+    try:
+        checked = torch.as_tensor(scores, dtype=torch.float32).flatten()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"candidate_scorer must give a number for each candidate, got {scores!r}.") from error
+    if len(checked) != count or not bool(checked.isfinite().all()):
+        raise ValueError(f"candidate_scorer must give {count} finite numbers, got {scores!r}.")
+    return checked
+
+
 @dataclass
 class NextFlowPipelineOutput(BaseOutput):
     """Pictures and their codes.
 
     Args:
         images: a list of PIL pictures, or (B, H, W, 3) numpy, or a (B, 3, H, W) tensor; floats lie in [0, 1].
-        image_tokens: (B, N) codes; fewer scales than all where the drawing was interrupted; padded with -1 where
-            pictures differ in size.
+        image_tokens: (B, N) codes, padded with -1 where pictures differ in size. Where the drawing was interrupted
+            there are fewer columns, or -1 in them.
         thoughts: with `think=True` what was written before each picture.
         candidate_scores: with `num_candidates` above 1 the (B, num_candidates) scores among which each picture won.
     """
@@ -86,7 +103,8 @@ class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> NextFlowPipeline:
-        """Load what `save_pretrained` of this pipeline wrote, or a plain model folder (model and processor together).
+        """Load what `save_pretrained` of this pipeline wrote, or a model folder (model and processor together), or the
+        folder of an adapter, whose base model is loaded with it.
 
         No code of the folder is run, so there is nothing to trust; `DiffusionPipeline.from_pretrained` is the way that
         runs a folder's `pipeline.py`.
@@ -98,19 +116,38 @@ class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
 
         Raises:
             OSError: if there is no such folder, or files are missing in it.
+            ValueError: for a `subfolder`.
         """
+        if "subfolder" in kwargs:
+            raise ValueError(f"A pipeline is a whole folder, got subfolder={kwargs['subfolder']!r}; load its parts.")
         path, hub_options = pretrained_model_name_or_path, {k: v for k, v in kwargs.items() if k in HUB_OPTIONS}
         model, processor = kwargs.pop("model", None), kwargs.pop("processor", None)
-        is_model_folder = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False, **hub_options)
+
+        def holds(name: str) -> bool:
+            return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_options) is not None
+
+        is_pipeline = not (holds("config.json") or holds("adapter_config.json"))
         if model is None:
-            subfolder = "" if is_model_folder else "model"
+            subfolder = "model" if is_pipeline else ""
             model = AutoModelForMultimodalLM.from_pretrained(path, subfolder=subfolder, **kwargs)
         if processor is None:
-            subfolder = "" if is_model_folder else "processor"
-            processor = AutoProcessor.from_pretrained(path, subfolder=subfolder, **hub_options)
+            # An adapter's folder need not hold one.
+            source = path if is_pipeline or holds("processor_config.json") else model.name_or_path
+            subfolder = "processor" if is_pipeline else ""
+            processor = AutoProcessor.from_pretrained(source, subfolder=subfolder, **hub_options)
         pipeline = cls(model=model, processor=processor)
         pipeline.register_to_config(_name_or_path=str(path))
         return pipeline
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Write model and processor, and the `pipeline.py` by which `DiffusionPipeline` finds this class.
+
+        Args:
+            save_directory: a folder.
+            kwargs: options of `DiffusionPipeline.save_pretrained`; with `push_to_hub=True` upload `pipeline.py` too.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        (Path(save_directory) / "pipeline.py").write_text(PIPELINE_FILE)
 
     def to_json_string(self) -> str:
         # Where a `pipeline.py` lies beside the index, `DiffusionPipeline` takes the class from it.
@@ -145,21 +182,17 @@ class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number from 1, got {value}.")
         count = len(request.prompts) * num_images_per_prompt * num_candidates
-        if isinstance(generator, Sequence) and len(generator) != count:
-            raise ValueError(
-                f"{len(generator)} generators came with {count} pictures ({len(request.prompts)} prompts, "
-                f"{num_images_per_prompt * num_candidates} each); give one for all, or one for each picture."
-            )
+        check_generators(generator, count)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}.")
         if output_type != "pil" and len(set(request.schedules)) > 1:
             raise ValueError(
                 f"Pictures of different sizes cannot be one array; take output_type='pil', not {output_type!r}."
             )
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
+        wanted = callback_on_step_end_tensor_inputs
+        if isinstance(wanted, str) or not set(wanted) <= set(self._callback_tensor_inputs):
             raise ValueError(
-                f"callback_on_step_end_tensor_inputs takes {self._callback_tensor_inputs}, got {sorted(unknown)}."
+                f"callback_on_step_end_tensor_inputs is a list of {self._callback_tensor_inputs}, got {wanted!r}."
             )
 
     @torch.no_grad()
@@ -188,7 +221,7 @@ class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[NextFlowPipeline, int, int, dict], dict | None] | None = None,
+        callback_on_step_end: Callable[[NextFlowPipeline, int, int, dict], None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("image_tokens",),
     ) -> NextFlowPipelineOutput | tuple:
         """Draw.
@@ -220,8 +253,7 @@ class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
             output_type: "pil", "np" or "pt".
             return_dict: whether to return a [`NextFlowPipelineOutput`] or a tuple of the same.
             callback_on_step_end: called as `callback(pipe, step, scale, callback_kwargs)` after each scale; step and
-                scale are one number here, from 0. `pipe._interrupt = True` ends the drawing with what is there. What
-                the callback returns is not looked at.
+                scale are one number here, from 0. `pipe._interrupt = True` ends the drawing with what is there.
             callback_on_step_end_tensor_inputs: names of what `callback_kwargs` holds: "image_tokens", the codes (B, n)
                 so far; "preview", the pictures that they decode to, in the form of the output. A preview costs a
                 decoding and is made only where it is asked for.
@@ -269,7 +301,8 @@ class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
             best = torch.arange(0, len(image_tokens), num_candidates, device=image_tokens.device)
             if not self._interrupt:
                 scorer = candidate_scorer or caption_scorer
-                scores = torch.as_tensor(scorer(self, image_tokens, grids, request.prompts)).view(-1, num_candidates)
+                scores = _checked_scores(scorer(self, image_tokens, grids, request.prompts), len(image_tokens))
+                scores = scores.view(-1, num_candidates)
                 best = best + scores.argmax(1).to(best.device)
             image_tokens, grids, request = image_tokens[best], grids[best], request.select(best.tolist())
             thoughts = None if thoughts is None else [thoughts[index] for index in best.tolist()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from numbers import Real
@@ -30,7 +31,7 @@ class ImageSampling:
         top_p: the likeliest codes whose probabilities sum up to it.
 
     Raises:
-        ValueError: for a value out of range.
+        ValueError: for a value that is no number or out of range.
     """
 
     guidance_scale: PerScale = 1.0
@@ -46,15 +47,18 @@ class ImageSampling:
             ("guidance_scale", lambda v: v >= 0, "at least 0 (1 is no guidance)"),
             ("image_guidance_scale", lambda v: v >= 0, "at least 0 (1 is no guidance)"),
             ("temperature", lambda v: v >= 0, "at least 0 (0 takes the likeliest code)"),
-            ("top_k", lambda v: v is None or (v >= 1 and v == int(v)), "a whole number from 1, or None for all codes"),
+            ("top_k", lambda v: v >= 1 and v == int(v), "a whole number from 1, or None for all codes"),
             ("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
             ("num_unguided_scales", lambda v: v >= 0 and v == int(v), "a whole number from 0"),
         )
         for name, is_valid, remedy in checks:
             values = getattr(self, name)
-            for value in values if _is_sequence(values) else [values]:
-                if not is_valid(value):
-                    raise ValueError(f"{name} must be {remedy}, got {value}.")
+            per_scale = _is_sequence(values) and name != "num_unguided_scales"
+            for value in values if per_scale else [values]:
+                if name == "top_k" and value is None:
+                    continue
+                if not isinstance(value, Real) or not math.isfinite(value) or not is_valid(value):
+                    raise ValueError(f"{name} must be {remedy}, got {value!r}.")
         if self.guidance_ramp and _is_sequence(self.guidance_scale):
             raise ValueError("guidance_ramp goes with a single guidance_scale; a sequence already says each scale's.")
 
@@ -135,12 +139,27 @@ def draw_codes(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    logits = logits.float()
+    if temperature != 1:
+        # From the largest one on, so that no quotient overflows.
+        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     # One random number a code on the cumulated probabilities; `torch.multinomial` takes one for each of the V classes.
     cumulated = truncate_logits(logits, top_k, top_p).softmax(-1).cumsum_(-1)
     threshold = _random_numbers((*logits.shape[:-1], 1), generator, logits.device) * cumulated[..., -1:]
     # Random numbers stay below one, hence thresholds below the sum: the first code above one always exists.
     return torch.searchsorted(cumulated, threshold, right=True).squeeze(-1)
+
+
+def check_generators(generator: Generators, count: int):
+    """Raises `ValueError` for what is neither one generator for all nor one for each of `count`."""
+    several = isinstance(generator, Sequence)
+    for source in generator if several else [generator]:
+        if not isinstance(source, torch.Generator) and (several or source is not None):
+            raise ValueError(f"generator must hold torch.Generators, got {source!r}; see torch.Generator.manual_seed.")
+    if several and len(generator) != count:
+        raise ValueError(
+            f"{len(generator)} generators came with a batch of {count}; give one for all, or one for each."
+        )
 
 
 def _random_numbers(shape: Sequence[int], generator: Generators, device: torch.device) -> torch.Tensor:
@@ -151,4 +170,4 @@ def _random_numbers(shape: Sequence[int], generator: Generators, device: torch.d
 
 
 def _is_sequence(value) -> bool:
-    return isinstance(value, Sequence)
+    return isinstance(value, Sequence) and not isinstance(value, str)

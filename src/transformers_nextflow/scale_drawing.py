@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .region_editing import KeptRegion
-from .sampling_nextflow import Generators, ImageSampling, draw_codes
+from .sampling_nextflow import Generators, ImageSampling, check_generators, draw_codes
 from .scale_schedule import ScaleSchedule
 from .sequence_layout import batch_slots
 
@@ -56,7 +56,7 @@ class Drawing:
         last_guided_scale: counted from 0; -1 without guidance.
 
     Raises:
-        ValueError: for generators that are not as many as the pictures.
+        ValueError: for generators that are none, or not as many as the pictures.
     """
 
     def __init__(
@@ -68,10 +68,7 @@ class Drawing:
         given_image_tokens: torch.Tensor | None = None,
         region: KeptRegion | None = None,
     ):
-        if isinstance(generator, Sequence) and len(generator) != len(schedules):
-            raise ValueError(
-                f"{len(generator)} generators came with {len(schedules)} pictures; give one for all, or one for each."
-            )
+        check_generators(generator, len(schedules))
         self.model, self.schedules, self.sampling, self.generator = model, tuple(schedules), sampling, generator
         self.given_image_tokens, self.region = given_image_tokens, region
         # Pictures of one size are handled at once; an index of all rows is a slice, which copies nothing.
