@@ -117,6 +117,17 @@ def test_settings_that_are_not_given_are_the_checkpoints():
     assert not torch.equal(explicit, draw(pipe, guidance_scale=None, top_k=32))
 
 
+def test_edits_have_settings_of_their_own():
+    pipe = quiet(NextFlowPipeline(tiny_model(), tiny_processor()))
+    first = Image.new("RGB", (16, 16), "red")
+    drawn, edited = draw(pipe), draw(pipe, image=first, temperature=0.0, guidance_scale=3.0)
+    varied = draw(pipe, image=first, num_kept_scales=1)
+    pipe.model.generation_config.editing_sampling = {"temperature": 0.0, "guidance_scale": 3.0}
+    assert torch.equal(draw(pipe, image=first, guidance_scale=None), edited)
+    # What is drawn from text alone is no edit.
+    assert torch.equal(draw(pipe), drawn) and torch.equal(draw(pipe, image=first, num_kept_scales=1), varied)
+
+
 # --- callbacks ---
 
 

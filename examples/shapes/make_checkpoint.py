@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,6 +27,7 @@ from transformers_nextflow import ImageSampling, NextFlowForConditionalGeneratio
 MAX_BYTES = 25_000_000
 DECODER = "pixel_decoder."
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
+EDITING_SAMPLING = ("guidance_scale", "image_guidance_scale", "temperature")
 SHEET = "text_to_image.png"
 WIDGET_PROMPT = "a red circle and a blue square"
 SUITES = ("text_to_image", "held_out_combinations", "understanding", "tokenizer", "oracle")
@@ -54,7 +56,7 @@ pipe("make the red circle green", image=picture).images[0].save("picture.png")
 
 `docs/abilities.md` shows the rest.
 
-Its own sampling settings are {sampling}.
+Its own sampling settings are {sampling}; of edits and films {editing}.
 """
 ORIGIN = """\
 ## Scores
@@ -104,11 +106,13 @@ def load_model(folder: str, tokenizer: str | None = None) -> NextFlowForConditio
     return model
 
 
-def image_sampling(values: dict[str, list[float] | None], num_scales: int) -> ImageSampling:
+def image_sampling(
+    values: dict[str, list[float] | None], num_scales: int, default: ImageSampling | None = None
+) -> ImageSampling:
     """Settings from lists: one number for all scales, or one for each. Raises `ValueError` for another length."""
     given = {name: value[0] if len(value) == 1 else value for name, value in values.items() if value is not None}
-    sampling = ImageSampling(**given)
-    for name in SAMPLING:
+    sampling = replace(default or ImageSampling(), **given)
+    for name in given:
         sampling.value_at(name, 0, num_scales)  # raises for a sequence of another length
     return sampling
 
@@ -155,13 +159,14 @@ def model_card(model: NextFlowForConditionalGeneration, results: dict) -> str:
         tags=["nextflow", "text-to-image", "image-text-to-text", "next-scale-prediction"],
         widget=[{"text": WIDGET_PROMPT, "output": {"url": SHEET}}],
     )
-    sampling = model.default_image_sampling.to_dict()
+    sampling, editing = model.default_image_sampling.to_dict(), model.default_editing_sampling.to_dict()
     introduction = INTRODUCTION.format(
         total=model.num_parameters() / 1e6,
         vision=model.vq_model.num_parameters() / 1e6,
         sheet=SHEET,
         prompt=WIDGET_PROMPT,
         sampling=", ".join(f"`{name}={sampling[name]}`" for name in SAMPLING),
+        editing=", ".join(f"`{name}={editing[name]}`" for name in EDITING_SAMPLING),
     )
     machine = results["machine"]
     origin = ORIGIN.format(device=machine["gpu"] or machine["cpu"], **results)
@@ -243,14 +248,19 @@ def main():
     parser.add_argument("--temperature", type=float, **per_scale)
     parser.add_argument("--top_k", type=int, **per_scale)
     parser.add_argument("--top_p", type=float, **per_scale)
+    for name in EDITING_SAMPLING:
+        parser.add_argument(f"--editing_{name}", type=float, nargs="+", metavar="VALUE", help="of edits and films")
     arguments = parser.parse_args()
 
     model = load_model(arguments.model, arguments.tokenizer)
     processor = AutoProcessor.from_pretrained(arguments.processor)
     settings = {name: getattr(arguments, name) for name in SAMPLING}
-    sampling = image_sampling(settings, num_scales=len(model.config.vq_config.scales))
+    num_scales = len(model.config.vq_config.scales)
+    sampling = image_sampling(settings, num_scales)
+    settings = {name: getattr(arguments, f"editing_{name}") for name in EDITING_SAMPLING}
     model.generation_config = GenerationConfig(
         image_sampling=sampling.to_dict(),
+        editing_sampling=image_sampling(settings, num_scales, default=sampling).to_dict(),
         eos_token_id=processor.tokenizer.eos_token_id,
         pad_token_id=processor.tokenizer.pad_token_id,
     )

@@ -72,7 +72,7 @@ class ConversationMixin:
             height, width: pixels where no first frame is given; default: the square of the model's largest level.
             max_transition_tokens: length of the text between two frames at most.
             generator: one for all films, or one for each.
-            sampling: values of [`ImageSampling`] that differ from the checkpoint's own.
+            sampling: values of [`ImageSampling`] that differ from the checkpoint's own for edits.
 
         Raises:
             ValueError: for texts that are not as many as the frames, films mixed with lists of texts, and what
@@ -83,7 +83,8 @@ class ConversationMixin:
         prompts = [script[0] for script in scripts]
         if image is not None and len(prompts) == 1 and not isinstance(image, list | tuple):
             image = [image]
-        sampling, size = self._sampling(**sampling), (height, width)
+        # All frames but the first are drawn after others.
+        sampling, size = self._sampling(True, **sampling), (height, width)
         request = DrawingRequest.build(self.processor, prompts, negative_prompt, image, None, size, None, False, False)
         self.check_inputs(request, sampling, 1, 1, generator, "pil", ())
         inputs = self._drawing_inputs(request, sampling)

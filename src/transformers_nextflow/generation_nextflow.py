@@ -252,6 +252,14 @@ class NextFlowGenerationMixin(GenerationMixin):
         """The settings a checkpoint was tuned with: `image_sampling` of its generation config."""
         return ImageSampling(**(getattr(self.generation_config, "image_sampling", None) or {}))
 
+    @property
+    def default_editing_sampling(self) -> ImageSampling:
+        """The same for pictures drawn after others, of which less is open: `editing_sampling` of its generation config,
+        or what holds for all pictures.
+        """
+        settings = getattr(self.generation_config, "editing_sampling", None)
+        return self.default_image_sampling if settings is None else ImageSampling(**settings)
+
     def sequence_writer(
         self,
         input_ids: torch.LongTensor,

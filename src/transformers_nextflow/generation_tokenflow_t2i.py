@@ -161,6 +161,9 @@ class TokenFlowT2IDrawingMixin:
         """The settings a checkpoint was tuned with: `image_sampling` of its config."""
         return RefinedImageSampling(**self.config.image_sampling)
 
+    # It reads no pictures, which `generate_images` says where some come.
+    default_editing_sampling = default_image_sampling
+
     def _check_prompts(self, prompts, image_sizes):
         count, size = len(prompts[0][0]), self.config.image_size
         if count < 1:

@@ -236,8 +236,8 @@ class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
             height, width: pixels; default: the size of the prompt's last picture, or the square of the model's largest
                 level.
             guidance_scale, image_guidance_scale, guidance_ramp, num_unguided_scales, temperature, top_k, top_p: as in
-                [`ImageSampling`]; default: the checkpoint's own. Its `top_k` is switched off by the size of the
-                codebook.
+                [`ImageSampling`]; default: the checkpoint's own, which differ where there is an `image`. A `top_k` of
+                its own is switched off by the size of the codebook.
             num_kept_scales: draw a variation of `image`: its first so many scales are kept and the rest is drawn anew.
                 The picture is not read as a part of the prompt then.
             paste_back: with `mask_image`, put the picture's own pixels back outside of the mask.
@@ -263,13 +263,14 @@ class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
                 of range, `think` with a model that was not trained to, and inputs that do not fit together.
         """
         # 1. Settings and checks
-        sampling = self._sampling(
-            guidance_scale=guidance_scale, image_guidance_scale=image_guidance_scale, guidance_ramp=guidance_ramp,
-            num_unguided_scales=num_unguided_scales, temperature=temperature, top_k=top_k, top_p=top_p,
-        )  # fmt: skip
         request = DrawingRequest.build(
             self.processor, prompt, negative_prompt, image, mask_image, (height, width), num_kept_scales, think,
             paste_back,
+        )  # fmt: skip
+        sampling = self._sampling(
+            request.images is not None,
+            guidance_scale=guidance_scale, image_guidance_scale=image_guidance_scale, guidance_ramp=guidance_ramp,
+            num_unguided_scales=num_unguided_scales, temperature=temperature, top_k=top_k, top_p=top_p,
         )  # fmt: skip
         self.check_inputs(
             request, sampling, num_images_per_prompt, num_candidates, generator, output_type,
@@ -368,9 +369,10 @@ class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
             pictures.append(pieces[number].image)
         return ImageGenerationOutput(output.image_tokens[pictures], output.image_grids[pictures]), thoughts
 
-    def _sampling(self, **given) -> ImageSampling:
+    def _sampling(self, after_pictures: bool, **given) -> ImageSampling:
         given = {name: value for name, value in given.items() if value is not None}
-        return replace(self.model.default_image_sampling, **given)
+        own = self.model.default_editing_sampling if after_pictures else self.model.default_image_sampling
+        return replace(own, **given)
 
     def _onload(self):
         # Offloading moves a model to its device when `forward` is called, which drawing never does.
