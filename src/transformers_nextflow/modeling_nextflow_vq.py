@@ -142,8 +142,8 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
             model_type = cls.config_class.get_config_dict(pretrained_model_name_or_path, **kwargs)[0].get("model_type")
             if model_type not in (None, cls.config_class.model_type):
                 raise ValueError(
-                    f"{pretrained_model_name_or_path} holds a {model_type} model, not a vision tokenizer alone; take the "
-                    "tokenizer out of a NextFlow with transformers_nextflow.data.load_vision_tokenizer(folder)."
+                    f"{pretrained_model_name_or_path} holds a {model_type} model, not a vision tokenizer alone; the "
+                    "tokenizer of a NextFlow is taken out by transformers_nextflow.data.load_vision_tokenizer(folder)."
                 )
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
