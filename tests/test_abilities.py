@@ -1,5 +1,7 @@
 """Editing, regions, variations, thinking, films, conversations, candidates: each against what it is made of."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -376,6 +378,21 @@ def test_films_are_written_and_read_frame_by_frame(tmp_path, suffix):
     for found, wanted in zip(read, frames):
         assert found.size == (32, 32)
         assert np.abs(np.asarray(found).astype(int) - np.asarray(wanted)).max() < 30
+
+
+def test_a_film_that_cannot_be_written_to_its_end_leaves_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "film.gif"
+    write_frames([picture(0), picture(1)], path)
+    before = path.read_bytes()
+
+    def full(self, path, **kwargs):
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_frames([picture(2)], path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 # --- conversations ---

@@ -220,3 +220,15 @@ def test_evaluate_prints_and_writes_the_scores(monkeypatch):
 
 def test_evaluate_knows_its_suites():
     assert_refused(run("evaluate", "folder", "--suite", "photos"), "There is no suite 'photos'")
+
+
+def test_a_picture_that_cannot_be_written_to_its_end_leaves_the_one_before(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "out.png").write_bytes(b"before")
+
+    def full(self, path, **kwargs):
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert run("generate", "a star", "--output", "out.png", "--model", checkpoint).exit_code != 0
+    assert (tmp_path / "out.png").read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 1

@@ -17,6 +17,7 @@ from tiny import tiny_model, tiny_processor
 from typer.testing import CliRunner
 
 from transformers_nextflow import SelfCorrection
+from transformers_nextflow.atomic_files import write_whole
 from transformers_nextflow.cli import app
 from transformers_nextflow.data import check_codes, code_extraction, extract_codes, tokenizer_fingerprint
 from transformers_nextflow.trainers import NextFlowCollator
@@ -160,6 +161,33 @@ def test_a_full_disk_loses_nothing_and_the_same_command_goes_on(tmp_path, monkey
     ]
     assert extract(tmp_path)["found"] == 1
     assert contents(codes) == contents(tmp_path / "expected")
+
+
+def test_what_is_written_whole_takes_its_place_at_the_end_alone(tmp_path):
+    file, folder = tmp_path / "new" / "sheet.png", tmp_path / "final"
+    for content in ("old", "new"):
+        with write_whole(file) as partial:
+            partial.write_text(content)
+            # Writers read the format from the name.
+            assert partial.name == file.name and partial != file
+        with write_whole(folder) as partial:
+            partial.mkdir()
+            (partial / content).touch()
+    for path in (file, folder):
+        with pytest.raises(OSError, match="No space left"), write_whole(path) as partial:
+            partial.write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert file.read_text() == "new" and [path.name for path in folder.iterdir()] == ["new"]
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "final"}
+
+
+def test_what_a_killed_extraction_left_half_written_goes(tmp_path):
+    make_source(tmp_path, 2)
+    extract(tmp_path)
+    half = tmp_path / "codes" / ".codes-000000.parquet.abc" / "codes-000000.parquet"
+    half.parent.mkdir()
+    half.touch()
+    assert extract(tmp_path)["found"] == 1 and not half.parent.exists()
 
 
 def _slow_extract(folder):

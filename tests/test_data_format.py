@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from test_trainer import codes, conversation, drawing, make_trainer, text
-from tiny import tiny_model, tiny_processor
+from tiny import tiny_model, tiny_processor, tiny_vq_config
 from typer.testing import CliRunner
 
 from transformers_nextflow.cli import app
@@ -20,6 +20,7 @@ from transformers_nextflow.data import (
     validate_rows,
 )
 from transformers_nextflow.data.segments import encode_messages
+from transformers_nextflow.films import write_frames
 from transformers_nextflow.trainers import NextFlowCollator
 
 
@@ -66,6 +67,9 @@ def test_a_film_is_a_picture_for_each_frame(folder):
     expected = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
     sample = read_row(row_of({"type": "film", "film": "film.gif"}, text("one")), folder)
     assert colors(sample) == expected and sample.num_pictures == 3
+    assert read_row(row_of({"type": "video", "video": "film.gif"}, text("one")), folder).num_pictures == 3
+    sample = read_row(row_of({"type": "video", "video": ["red.png", "blue.png"]}, text("one")), folder)
+    assert sample.fields[1] == "messages[0].content[0].video[1]"
     sample = read_row(row_of({"type": "film", "film": ["red.png", "blue.png"]}, text("one")), folder)
     assert colors(sample) == [expected[0], expected[2]]
     assert [part["type"] for part in sample.messages[0]["content"]] == ["image", "image", "text"]
@@ -88,7 +92,8 @@ def test_plain_strings_and_the_empty_fields_of_arrow_are_read(folder):
         ({"messages": ["red"]}, r"messages\[0\]: must be an object with role and content"),
         ({"messages": [{"role": "human", "content": "a"}]}, r"messages\[0\].role: must be one of .* got 'human'"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\].content: must be a text or a list of parts, got None"),
-        (row_of({"type": "video"}), r"messages\[0\].content\[0\].type: must be text, image or film"),
+        (row_of({"type": "sound"}), r"messages\[0\].content\[0\].type: must be text, image or video"),
+        (row_of({"type": "video", "video": b"GIF"}), r"content\[0\].video: must be .* the path of a film, got bytes"),
         (row_of({"type": "text"}), r"messages\[0\].content\[0\].text: must be a string, got None"),
         (row_of(text("a") | {"train": 1}), r"messages\[0\].content\[0\].train: must be true or false, got 1"),
         (row_of(image("none.png")), r"messages\[0\].content\[0\].image: there is no file .*none.png"),
@@ -283,6 +288,30 @@ def test_a_fingerprint_outlives_half_precision_and_new_decoders_but_no_other_cha
     assert tokenizer_fingerprint(model) != before
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"semantic_layer": -2},
+        {"levels": [[12, 3], [16, 4]]},
+        {"image_size": 20},
+        {"semantic_config": tiny_vq_config().semantic_config.to_dict() | {"num_attention_heads": 4}},
+        {"semantic_config": tiny_vq_config().semantic_config.to_dict() | {"hidden_act": "relu"}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_fingerprint_tells_settings_that_change_codes(change):
+    same, other = tiny_model().vq_model, tiny_model(vq_config=change).vq_model
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(same)
+
+
+def test_a_fingerprint_does_not_ask_for_decoders_and_training():
+    model = tiny_model().vq_model
+    before = tokenizer_fingerprint(model)
+    model.config.commitment_weight, model.config.semantic_decoder_heads = 1.0, 1
+    model.config.semantic_config.attention_dropout = 0.5
+    assert tokenizer_fingerprint(model) == before
+
+
 def test_rows_stream_from_json_lines_through_datasets(folder):
     rows = [row_of(image("red.png"), text("one")), row_of(text("how many?"))]
     path = write_lines(folder / "rows.jsonl", rows)
@@ -294,3 +323,9 @@ def test_rows_stream_from_json_lines_through_datasets(folder):
         assert collator.encode(streamed) == collator.encode(given)
     batch, expected = collator(list(stream)), collator(rows)
     assert all(torch.equal(batch[name], value) for name, value in expected.items())
+
+
+def test_a_film_may_be_an_mp4(folder):
+    pytest.importorskip("imageio_ffmpeg")
+    write_frames([Image.new("RGB", (16, 16), color) for color in ("red", "blue")], folder / "film.mp4")
+    assert read_row(row_of({"type": "video", "video": "film.mp4"}, text("one")), folder).num_pictures == 2

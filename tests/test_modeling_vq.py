@@ -3,9 +3,10 @@
 import pytest
 import torch
 from reference_nextflow import quantize
-from tiny import tiny_vq_config
+from tiny import tiny_model, tiny_vq_config
 
 from transformers_nextflow import NextFlowVQModel, SelfCorrection
+from transformers_nextflow.data import load_vision_tokenizer
 from transformers_nextflow.modeling_nextflow_vq import codebook_statistics
 
 
@@ -117,6 +118,25 @@ def test_any_vision_tower_serves_as_semantic_encoder(name, tmp_path):
     codes = model.encode(pixels).image_tokens
     model.save_pretrained(tmp_path)
     assert torch.equal(NextFlowVQModel.from_pretrained(tmp_path).encode(pixels).image_tokens, codes)
+
+
+def test_the_folder_of_a_whole_model_is_refused_with_the_way_to_its_tokenizer(tmp_path, capfd):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a nextflow model, .*\.load_vision_tokenizer\(folder\)"):
+        NextFlowVQModel.from_pretrained(tmp_path)
+    assert "MISSING" not in "".join(capfd.readouterr())
+    loaded = load_vision_tokenizer(tmp_path).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.vq_model.state_dict().items())
+
+
+def test_an_incomplete_checkpoint_is_refused_by_a_few_of_its_tensors(tmp_path):
+    model = NextFlowVQModel(tiny_vq_config())
+    state = model.state_dict()
+    model.save_pretrained(tmp_path, state_dict={name: state[name] for name in sorted(state)[7:]})
+    first = ", ".join(sorted(state)[:5])
+    with pytest.raises(ValueError, match=f"lacks {first} and 2 more tensors; is it complete"):
+        NextFlowVQModel.from_pretrained(tmp_path)
 
 
 def test_a_batch_gives_the_codes_of_single_pictures():

@@ -4,19 +4,21 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
-from test_trainer import codes, drawing, question
+from test_trainer import Killed, codes, conversation, drawing, question, text
 from tiny import free_port, tiny_model, tiny_processor, tiny_vq_config
 from typer.testing import CliRunner
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowVQModel
 from transformers_nextflow.cli import app
-from transformers_nextflow.trainers import NextFlowCollator
-from transformers_nextflow.trainers.recipe_data import StageRows, as_caption
+from transformers_nextflow.data import extract_codes, open_rows
+from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer
+from transformers_nextflow.trainers.recipe_data import StagePictures, StageRows, as_caption, without_prompt
 from transformers_nextflow.trainers.recipes import load_recipe, run_recipe
 from transformers_nextflow.trainers.recipes import make_trainer as trainer_of
 
@@ -56,7 +58,7 @@ def test_the_files_say_what_the_paper_does():
     assert files == {*RATES, "tokenizer_pixel", "tokenizer_joint", "tokenizer_decoder"}
     for name, rate in RATES.items():
         recipe = load_recipe(FOLDER / f"{name}.yaml")
-        assert recipe.arguments["learning_rate"] == rate
+        assert recipe.arguments["learning_rate"] == rate and recipe.empty_share == 0.1
         assert (set(recipe.train) == {"visual_embedding", "heads"}) == (name == "alignment")
         assert recipe.level == {"alignment": 256}.get(name, int(name.rpartition("_")[2]) if "_" in name else None)
     for stage in ("pixel", "joint", "decoder"):
@@ -125,6 +127,72 @@ def test_the_asked_share_of_drawings_is_turned_round_always_the_same_ones():
     assert turned(0) == turned(0) != turned(1)
 
 
+def test_drawings_whose_codes_were_extracted_are_turned_round_and_emptied_too(start, tmp_path):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    row = {"messages": conversation([text("a red circle")], [{"type": "image", "image": "red.png"}])}
+    extract_codes(write_rows(tmp_path / "rows.jsonl", [row]), start, tmp_path / "codes")
+    rows, _ = open_rows(tmp_path / "codes")
+    turned = StageRows(rows, tiny_processor(), caption_share=1.0)[0]
+    assert [part["type"] for part in turned["messages"][0]["content"]] == ["image", "text"]
+    assert turned["messages"][1]["content"][0]["text"] == "a red circle"
+    emptied = StageRows(rows, tiny_processor(), empty_share=1.0)[0]
+    assert [part["text"] for part in emptied["messages"][0]["content"]] == [""]
+    NextFlowCollator(tiny_processor())([turned, emptied])
+
+
+def test_prompts_that_are_answered_by_a_picture_alone_are_left_empty():
+    assert without_prompt(drawing("a red circle", 1)) == drawing("", 1)
+    edit = {"messages": conversation([{"type": "image"}, text("make it blue")], [{"type": "image"}])}
+    assert without_prompt(edit)["messages"] == conversation([{"type": "image"}, text("")], [{"type": "image"}])
+    story = {"messages": conversation([text("one")], [{"type": "image"}, text("two")])}
+    flagged = {"messages": conversation([text("one") | {"train": True}], [{"type": "image"}])}
+    for other in (question("how many?", "one", 2), story, flagged):
+        assert without_prompt(other) is other
+
+
+def test_the_two_shares_take_different_rows():
+    rows = [drawing("a red circle", 1)] * 1000
+    stage = StageRows(rows, tiny_processor(), caption_share=0.1, empty_share=0.2)
+    first = [stage[i]["messages"][0]["content"][0] for i in range(len(stage))]
+    captions, empty = (first.count(part) for part in ({"type": "image"}, text("")))
+    assert 70 < captions < 130 and 160 < empty < 240
+
+
+def test_pictures_of_the_tokenizer_are_read_as_the_image_processor_reads_them(tmp_path):
+    ramp = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(ramp * 257).save(tmp_path / "grey.png")
+    Image.new("RGBA", (16, 16), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    exif = Image.Exif()
+    exif[274] = 3  # turned by half a circle
+    Image.fromarray(ramp.astype(np.uint8)).convert("RGB").save(tmp_path / "turned.png", exif=exif)
+    names = ["grey.png", "clear.png", "turned.png"]
+    rows = [{"messages": conversation([text("")], [{"type": "image", "image": name}])} for name in names]
+    processor = tiny_processor().image_processor
+    pictures = StagePictures(rows, tmp_path, processor, level=16)
+    for index, name in enumerate(names):
+        expected = processor(str(tmp_path / name), return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(pictures[index]["pixel_values"], expected)
+
+
+def test_a_kill_while_the_outcome_is_written_leaves_the_one_before(start, tmp_path, monkeypatch):
+    data = write_rows(tmp_path / "rows.jsonl", [drawing("a red circle", 1)])
+    recipe = load_recipe(FOLDER / "sft.yaml", [*SMALL, "save_strategy='no'"])
+    run_recipe(recipe, start, data, tmp_path / "out")
+    before = (tmp_path / "out" / "final" / "model.safetensors").read_bytes()
+
+    def kill(self, folder):
+        (Path(folder) / "model.safetensors").parent.mkdir(exist_ok=True)
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(NextFlowTrainer, "save_model", kill)
+        run_recipe(recipe, start, data, tmp_path / "out")
+    assert (tmp_path / "out" / "final" / "model.safetensors").read_bytes() == before
+    run_recipe(recipe, start, data, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"final"}
+
+
 def test_codes_of_another_level_are_refused():
     processor = tiny_processor(levels=[[12, 3], [16, 4]])
     rows = [drawing("a red circle", 1), drawing("a red circle", 1) | {"image_grids": [[3, 3]]}]
@@ -146,7 +214,8 @@ def test_changes_are_of_the_recipe_or_of_its_arguments():
         (["learning_rat=1"], r"NextFlowTrainingArguments knows no \['learning_rat'\]"),
         (["max_steps"], "name=value, got 'max_steps'"),
         (["train=[head]"], r"got \['head'\]"),
-        (["caption_share=2"], r"must lie in \[0, 1\], got 2"),
+        (["caption_share=2"], r"must lie in \[0, 1\], with their sum, got 2 and 0.1"),
+        (["empty_share=-1"], "got 0.0 and -1"),
         (["kind=decoder"], "kind must be one of"),
     ],
 )

@@ -1,13 +1,16 @@
 """Training of the transformer: its collator, its losses, what it leaves alone, and resuming."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny import tiny_model, tiny_processor
-from transformers import IntervalStrategy, TrainerState
+from transformers import IntervalStrategy, TrainerState, TrainingArguments
 
 from transformers_nextflow import ImageSampling
+from transformers_nextflow.data import BadRowError
 from transformers_nextflow.trainers import (
     NextFlowCollator,
     NextFlowTrainer,
@@ -46,7 +49,7 @@ def rows() -> list[dict]:
     return [drawing("a red circle", seed=1), question("how many circles are there?", "one", seed=2)]
 
 
-def make_trainer(folder, model, data, **options) -> NextFlowTrainer:
+def training_arguments(folder, data, **options) -> NextFlowTrainingArguments:
     values = {
         "max_steps": 2,
         "learning_rate": 1e-2,
@@ -58,7 +61,11 @@ def make_trainer(folder, model, data, **options) -> NextFlowTrainer:
         "disable_tqdm": True,
         "report_to": [],
     }
-    args = NextFlowTrainingArguments(output_dir=str(folder), **(values | options))
+    return NextFlowTrainingArguments(output_dir=str(folder), **(values | options))
+
+
+def make_trainer(folder, model, data, **options) -> NextFlowTrainer:
+    args = training_arguments(folder, data, **options)
     return NextFlowTrainer(model, args, train_dataset=data, data_collator=NextFlowCollator(tiny_processor()))
 
 
@@ -143,6 +150,16 @@ def test_rows_whose_pictures_do_not_fit_are_refused(change, message):
         NextFlowCollator(tiny_processor())([drawing("one", 0) | change])
 
 
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_row_of_which_nothing_is_learned_is_refused(pack):
+    silent = {"messages": conversation([text("how many?")], [text("one") | {"train": False}])}
+    silent["messages"][1]["train"] = False
+    for row in (silent, {"messages": silent["messages"][:1]}):
+        data = [drawing("one", 1), row | {"image_tokens": [], "image_grids": []}]
+        with pytest.raises(ValueError, match="messages: nothing is learned from them"):
+            NextFlowCollator(tiny_processor())([data] if pack else data)
+
+
 # The trainer ----------------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +177,38 @@ def test_the_parts_of_the_loss_are_logged_as_the_model_tells_them(tmp_path):
     scales = [first[f"scale_{scale}_loss"] for scale in range(1, 5)]
     assert scales == pytest.approx(expected.scale_losses.tolist(), abs=1e-3)
     assert second["image_loss"] != first["image_loss"] and "image_loss" not in summary
+
+
+def test_without_a_collator_one_is_made_from_the_processor(tmp_path):
+    losses = []
+    for packing in ("padding", "length"):
+        options = {"packing": packing, "packing_budget": None if packing == "padding" else 200}
+        args = training_arguments(tmp_path, rows(), max_steps=1, per_device_train_batch_size=1, **options)
+        trainer = NextFlowTrainer(tiny_model(), args, train_dataset=rows()[:1], processing_class=tiny_processor())
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] > 0 and losses[0] == pytest.approx(losses[1], abs=1e-3)
+    with pytest.raises(ValueError, match="Give processing_class, .* or data_collator"):
+        NextFlowTrainer(tiny_model(), args, train_dataset=rows())
+
+
+def test_the_trainer_asks_for_its_own_arguments_and_packing_for_rows(tmp_path):
+    plain = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(ValueError, match="args must be NextFlowTrainingArguments, .* got TrainingArguments"):
+        NextFlowTrainer(tiny_model(), plain, train_dataset=rows(), processing_class=tiny_processor())
+    args = training_arguments(tmp_path, rows(), per_device_train_batch_size=1, packing="length", packing_budget=200)
+    trainer = NextFlowTrainer(tiny_model(), args, processing_class=tiny_processor())
+    assert trainer.evaluate(rows())["eval_loss"] > 0
+    with pytest.raises(ValueError, match="requires a train_dataset"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("packing", ["padding", "length"])
+def test_a_bad_row_is_named_by_its_number(packing, tmp_path):
+    data = rows() + [drawing("one", 3) | {"image_grids": None}]
+    options = {"packing": packing, "packing_budget": None if packing == "padding" else 200}
+    with pytest.raises(BadRowError, match="^row 2, image_grids: the messages hold 1 pictures"):
+        make_trainer(tmp_path, tiny_model(), data, **options, per_device_train_batch_size=1, max_steps=3).train()
 
 
 @pytest.mark.parametrize("muon", [False, True], ids=["AdamW", "Muon"])
@@ -254,7 +303,7 @@ def test_old_checkpoints_go_and_the_best_one_stays(tmp_path, monkeypatch):
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
 
 
-def test_a_grid_of_pictures_is_drawn_and_changes_nothing_of_the_training(tmp_path):
+def test_a_grid_of_pictures_is_drawn_and_changes_nothing_of_the_training(tmp_path, monkeypatch):
     def train(callbacks) -> dict[str, torch.Tensor]:
         model = tiny_model(text_config={"attention_dropout": 0.5})
         model.set_attn_implementation("eager")
@@ -271,6 +320,16 @@ def test_a_grid_of_pictures_is_drawn_and_changes_nothing_of_the_training(tmp_pat
     assert all(torch.equal(value, with_grid[name]) for name, value in without.items())
     names = [f"step_0000{step}.png" for step in range(3)]
     assert sorted(path.name for path in (tmp_path / "picture_grids").iterdir()) == names
+    before = [path.read_bytes() for path in sorted((tmp_path / "picture_grids").iterdir())]
+
+    def full(self, path, **kwargs):
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(Image.Image, "save", full)
+        train([grid])
+    assert [path.read_bytes() for path in sorted((tmp_path / "picture_grids").iterdir())] == before
     with pytest.raises(ValueError, match="0 rows"):
         PictureGrids(tiny_processor(), [])
     model = tiny_model()

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from PIL import Image
 
+from .atomic_files import write_whole
+
 
 if TYPE_CHECKING:
     import torch
@@ -437,10 +439,10 @@ def _check_extension(output: Path):
 
 def _save(images: list[Image.Image], path: Path, scale: int) -> list[Path]:
     """Save one picture as `path`, several with their number before the extension."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     paths = [path] if len(images) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(images))]
     for image, target in zip(images, paths):
-        _enlarge(image, scale).save(target)
+        with write_whole(target) as partial:
+            _enlarge(image, scale).save(partial)
     return paths
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 
+from .atomic_files import write_whole
 from .checkpoint_conversion import KeyMap, State, check_state, new_folder, read_state_dict, write_model_card
 from .configuration_nextflow import NextFlowVQConfig
 from .modeling_nextflow_vq import NextFlowVQModel
@@ -446,14 +447,9 @@ def export_tokenflow(source: Path | str, target: Path | str):
         raise ValueError(f"{target} is there already; remove it or choose another file.")
     model = NextFlowVQModel.from_pretrained(source)
     released = to_tokenflow(model.state_dict(), model.config)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    try:
+    with write_whole(target) as partial:
         torch.save({"model": {name: tensor.contiguous() for name, tensor in released.items()}}, partial)
         check_equal(read_tokenflow(partial), released)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_equal(written: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]):

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageSequence
 
+from .atomic_files import write_whole
+
 
 Film = Sequence[Image.Image] | str | os.PathLike
 
@@ -46,11 +48,13 @@ def write_frames(frames: Sequence[Image.Image], path: str | os.PathLike, frames_
     check_film_path(path)
     if path.suffix.lower() == ".gif":
         duration = round(1000 / frames_per_second)
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, loop=0)
+        with write_whole(path) as partial:
+            frames[0].save(partial, save_all=True, append_images=frames[1:], duration=duration, loop=0)
     else:
         # Blocks of 16 pixels would have the encoder resize small pictures.
         arrays = [np.asarray(frame.convert("RGB")) for frame in frames]
-        _imageio().mimwrite(path, arrays, fps=frames_per_second, macro_block_size=1)
+        with write_whole(path) as partial:
+            _imageio().mimwrite(partial, arrays, fps=frames_per_second, macro_block_size=1)
 
 
 def check_film_path(path: str | os.PathLike):

@@ -49,16 +49,22 @@ class NextFlowVQOutput(ModelOutput):
     commitment_loss: torch.FloatTensor | None = None
 
 
+# Tensors that an error names.
+MOST_NAMED = 5
+
+
 class StrictLoadingMixin:
     """A checkpoint that lacks tensors is an error; transformers fills them at random and warns."""
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers. Raises `ValueError` naming the tensors that a checkpoint lacks."""
+        """As in transformers. Raises `ValueError` naming tensors that a checkpoint lacks."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        if info["missing_keys"]:
+        if missing := sorted(info["missing_keys"]):
+            more = f" and {len(missing) - MOST_NAMED} more tensors" if len(missing) > MOST_NAMED else ""
             raise ValueError(
-                f"The checkpoint lacks {sorted(info['missing_keys'])}; is it complete, and does its config fit?"
+                f"The checkpoint lacks {', '.join(missing[:MOST_NAMED])}{more}; is it complete, and does its config "
+                "fit?"
             )
         return (model, info) if output_loading_info else model
 
@@ -123,6 +129,23 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         self.pixel_decoder = (ConvolutionalDecoder if convolutional else PatchDecoder)(config)
         self.semantic_decoder = SemanticDecoder(config)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers.
+
+        Raises:
+            ValueError: naming tensors that a checkpoint lacks, or for the folder of a whole model.
+        """
+        if kwargs.get("config") is None:
+            # The config of a whole model holds one of ours, so transformers would take it and look for the weights.
+            model_type = cls.config_class.get_config_dict(pretrained_model_name_or_path, **kwargs)[0].get("model_type")
+            if model_type not in (None, cls.config_class.model_type):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} holds a {model_type} model, not a vision tokenizer alone; the "
+                    "tokenizer of a NextFlow is taken out by transformers_nextflow.data.load_vision_tokenizer(folder)."
+                )
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def schedule_of(self, pixel_values: torch.Tensor) -> ScaleSchedule:
         """The schedule of pictures (B, 3, H, W). Raises `ValueError` for a size that no schedule draws."""

@@ -11,7 +11,8 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..atomic_files import write_whole
 from ..image_processing_nextflow import NextFlowImageProcessorPil
 from ..multiscale_quantizer import SelfCorrection
 from .rows import FINGERPRINT, BadRowError, Sample, import_extra, load_picture, open_rows, read_row
@@ -142,12 +144,12 @@ def _begin(extraction: Extraction, output: Path):
     """Write down the settings, or see that they are those that the folder was begun with."""
     path = output / SETTINGS
     for partial in output.glob(".codes-*"):
-        partial.unlink()  # of a call that was killed
+        shutil.rmtree(partial)  # of a call that was killed
     if not path.exists():
         if output.is_dir() and any(output.glob("codes-*")):
             raise ValueError(f"{output} holds codes without {SETTINGS}; take an empty folder.")
-        output.mkdir(parents=True, exist_ok=True)
-        _replace(path, lambda partial: partial.write_text(json.dumps(asdict(extraction), indent=2) + "\n"))
+        with write_whole(path) as partial:
+            partial.write_text(json.dumps(asdict(extraction), indent=2) + "\n")
     begun = json.loads(path.read_text())
     for name, value in asdict(extraction).items():
         # The tokenizer may have moved: its fingerprint says whether it is the same.
@@ -205,9 +207,11 @@ class _Encoder:
         skipped: list[str] = []
         rows = self.encode(shard, skipped)
         path = _shard(output, shard)
-        _replace(path, lambda partial: _write_parquet(rows, partial))
+        with write_whole(path) as partial:
+            _write_parquet(rows, partial)
         note = {"rows": len(rows), "skipped": len(skipped), "skipped_because": skipped, "sha256": _hash(path)}
-        _replace(_note(output, shard), lambda partial: partial.write_text(json.dumps(note, indent=2) + "\n"))
+        with write_whole(_note(output, shard)) as partial:
+            partial.write_text(json.dumps(note, indent=2) + "\n")
         return shard
 
     def encode(self, shard: int, skipped: list[str]) -> list[dict]:
@@ -289,16 +293,6 @@ def _write_parquet(rows: list[dict], path: Path):
     fields = [("messages", pa.list_(message)), ("image_tokens", codes), ("image_labels", codes)]
     fields += [("image_grids", codes), (FINGERPRINT, pa.string()), ("source_row", pa.int64())]
     parquet.write_table(pa.Table.from_pylist(rows, pa.schema(fields)), path)
-
-
-def _replace(path: Path, write: Callable[[Path], object]):
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _shard(output: Path, shard: int) -> Path:

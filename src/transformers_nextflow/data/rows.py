@@ -12,11 +12,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from PIL import Image, ImageSequence
+from PIL import Image
+
+from ..films import read_frames
 
 
 ROLES = ("system", "user", "assistant")
 FINGERPRINT = "tokenizer_fingerprint"
+FILMS = ("video", "film")  # one thing; chat templates of transformers say "video"
+ROW_NUMBER = "row_number"
 ROW_FIELDS = {"messages", "images", "image_tokens", "image_labels", "image_grids", FINGERPRINT}
 
 
@@ -26,6 +30,10 @@ class BadRowError(ValueError):
     def __init__(self, field: str, problem: str):
         super().__init__(f"{field}: {problem}")
         self.field, self.problem = field, problem
+
+    def of_row(self, number: int) -> BadRowError:
+        """The same error, named with the row's number."""
+        return type(self)(f"row {number}, {self.field}", self.problem)
 
 
 class BadPictureError(BadRowError):
@@ -162,6 +170,26 @@ class JsonLines:
         return (self[index] for index in range(len(self)))
 
 
+class NumberedRows:
+    """Rows by number that hold their number as `ROW_NUMBER`, so that an error in one can name it."""
+
+    def __init__(self, rows: Sequence[dict]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        try:
+            row = self.rows[index]
+        except BadRowError as error:
+            raise error.of_row(index) from error
+        return row | {ROW_NUMBER: index} if isinstance(row, dict) else row
+
+    def __iter__(self) -> Iterator[dict]:
+        return (self[index] for index in range(len(self)))
+
+
 def _read_message(sample: Sample, message: Any, place: str, root: Path):
     if not isinstance(message, dict):
         raise BadRowError(place, f"must be an object with role and content, got {message!r}")
@@ -179,8 +207,8 @@ def _read_message(sample: Sample, message: Any, place: str, root: Path):
 
 def _read_part(sample: Sample, part: Any, place: str, root: Path) -> list[dict]:
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in ("text", "image", "film"):
-        raise BadRowError(f"{place}.type", f"must be text, image or film, got {part!r}")
+    if kind not in ("text", "image", *FILMS):
+        raise BadRowError(f"{place}.type", f"must be text, image or video, got {part!r}")
     flag = _train_flag(part, place)
     if kind == "text":
         if not isinstance(part.get("text"), str):
@@ -189,7 +217,7 @@ def _read_part(sample: Sample, part: Any, place: str, root: Path) -> list[dict]:
     if kind == "image":
         pictures, fields = [_locate(part.get("image"), f"{place}.image", root)], [f"{place}.image"]
     else:
-        pictures, fields = _frames(part.get("film"), f"{place}.film", root)
+        pictures, fields = _frames(part.get(kind), f"{place}.{kind}", root)
     sample.pictures += pictures
     sample.fields += fields
     return [{"type": "image"} | flag for _ in pictures]
@@ -203,7 +231,7 @@ def _train_flag(holder: dict, place: str) -> dict:
 
 
 def _frames(film: Any, place: str, root: Path) -> tuple[list, list[str]]:
-    """The pictures of a film: a list of them, or an animated picture file."""
+    """The pictures of a film: a list of them, or a file as `read_frames` takes it."""
     if isinstance(film, list) and film:
         places = [f"{place}[{number}]" for number in range(len(film))]
         frames = [_locate(frame, where, root) for frame, where in zip(film, places)]
@@ -211,13 +239,12 @@ def _frames(film: Any, place: str, root: Path) -> tuple[list, list[str]]:
             raise BadPictureError(places[frames.index(None)], "a frame is missing")
         return frames, places
     path = _locate(film, place, root)
-    if path is None or isinstance(path, Image.Image):
-        raise BadRowError(place, f"must be a list of pictures, or an animated picture, got {film!r}")
+    if not isinstance(path, Path):
+        raise BadRowError(place, f"must be a list of pictures, or the path of a film, got {type(film).__name__}")
     try:
-        with Image.open(io.BytesIO(path) if isinstance(path, bytes) else path) as opened:
-            frames = [frame.convert("RGBA") for frame in ImageSequence.Iterator(opened)]
-    except (OSError, SyntaxError, ValueError) as error:
-        problem = f"the film cannot be read: {error}. GIF, WebP and PNG are; give the frames of others as a list"
+        frames = read_frames(path)
+    except ValueError as error:
+        problem = f"the film cannot be read: {error} GIF, WebP, PNG and MP4 are; give the frames of others as a list"
         raise BadPictureError(place, problem) from error
     return frames, [f"{place}[{number}]" for number in range(len(frames))]
 

@@ -7,7 +7,7 @@ import json
 import os
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from ..configuration_nextflow import NextFlowVQConfig
 from ..modeling_nextflow import NextFlowForConditionalGeneration
@@ -16,10 +16,12 @@ from ..modeling_nextflow_vq import NextFlowVQModel
 
 # Decoders may be trained further on frozen codes: they do not change what a code is.
 DECODERS = ("pixel_decoder.", "semantic_decoder.")
-CODE_SETTINGS = (
-    "patch_size", "scales", "codebook_size", "semantic_distance_weight", "pixel_distance_weight", "normalize_codes",
-    "downsample", "upsample",
-)  # fmt: skip
+# Settings of decoders and of training; all others may change which code a picture gets.
+NOT_OF_CODES = {
+    "pixel_decoder_channels", "pixel_decoder_num_res_blocks", "semantic_decoder_depth", "semantic_decoder_heads",
+    "semantic_decoder_hidden_size", "semantic_decoder_hidden_act", "semantic_decoder_positions", "semantic_target_dim",
+    "commitment_weight", "initializer_range", "initializer_factor", "attention_dropout",
+}  # fmt: skip
 
 
 def load_vision_tokenizer(folder: str | os.PathLike) -> NextFlowVQModel:
@@ -36,10 +38,21 @@ def tokenizer_fingerprint(vq_model: NextFlowVQModel) -> str:
     Of everything that decides which code a picture gets. Weights count as bfloat16, so that a tokenizer keeps its
     fingerprint when a model holds it in half precision.
     """
-    settings = {name: getattr(vq_model.config, name) for name in CODE_SETTINGS}
-    digest = hashlib.sha256(json.dumps(settings).encode())
+    config, tower = vq_model.config, vq_model.config.semantic_config
+    settings = _code_settings(config) | {"semantic_config": _code_settings(tower), "tower": tower.model_type}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, weight in sorted(vq_model.state_dict().items()):
         if not name.startswith(DECODERS):
             digest.update(name.encode())
             digest.update(weight.detach().cpu().to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _code_settings(config: PreTrainedConfig) -> dict:
+    """What differs from the defaults, so that settings which a later version adds leave fingerprints as they are."""
+    # What transformers notes in every config (its version, the dtype, …) says nothing of codes.
+    left_out = NOT_OF_CODES | PreTrainedConfig().to_dict().keys() | config.sub_configs.keys()
+    defaults = type(config)().to_dict()
+    return {
+        name: value for name, value in config.to_dict().items() if name not in left_out and value != defaults.get(name)
+    }

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..atomic_files import write_whole
 from ..pipeline_nextflow import NextFlowPipeline
 from .image_metrics import contact_sheet, to_uint8
 from .shapes import (
@@ -223,12 +224,12 @@ class AbilitiesEvaluation:
 
     def save_sheets(self, folder: Path):
         """One sheet for each suite with pictures: a row holds what was given and then what was drawn."""
-        folder.mkdir(parents=True, exist_ok=True)
         size = WORLD.canvas * SHEET_ENLARGEMENT
         for name, rows in self._shown.items():
             rows = [[p.resize((size, size), Image.Resampling.NEAREST) for p in row] for row in rows if row]
             if rows:
-                contact_sheet(rows).save(folder / f"{name}.png")
+                with write_whole(folder / f"{name}.png") as partial:
+                    contact_sheet(rows).save(partial)
 
 
 def _generator(seed: int, index: int) -> torch.Generator:

@@ -13,17 +13,16 @@ from pathlib import Path
 import torch
 import transformers
 
+from ..atomic_files import write_whole
+
 
 def write_result(path: Path | str, values: dict, device: str = "cpu") -> Path:
     """Write `values` and their origin (command, commit, machine) as JSON; returns the path."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     script = ["python", sys.argv[0]] if sys.argv[0].endswith(".py") else [Path(sys.argv[0]).name]
     origin = {"command": shlex.join([*script, *sys.argv[1:]]), "commit": commit(), "machine": machine(device)}
-    # The old figures stay until the new ones are whole.
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values | origin, indent=2) + "\n")
-    partial.replace(path)
+    with write_whole(path) as partial:
+        partial.write_text(json.dumps(values | origin, indent=2) + "\n")
     return path
 
 

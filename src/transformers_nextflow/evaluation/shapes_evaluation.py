@@ -11,6 +11,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import AutoProcessor
 
+from ..atomic_files import write_whole
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..processing_nextflow import NextFlowProcessor
 from ..sampling_nextflow import ImageSampling
@@ -148,10 +149,10 @@ class ShapesEvaluation:
                 if seed == 0 and len(row) < SHEET_COLUMNS:
                     row.append(Image.fromarray(picture))
         if sheet is not None:
-            sheet.parent.mkdir(parents=True, exist_ok=True)
             size = WORLD.canvas * SHEET_ENLARGEMENT
             rows = [[p.resize((size, size), Image.Resampling.NEAREST) for p in row] for row in shown.values()]
-            contact_sheet(rows).save(sheet)
+            with write_whole(sheet) as partial:
+                contact_sheet(rows).save(partial)
         return drawing_score_table(results)
 
 

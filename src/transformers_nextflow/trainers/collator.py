@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data.rows import BadRowError, Sample, load_picture, read_row
+from ..data.rows import ROW_NUMBER, BadRowError, Sample, load_picture, read_row
 from ..data.segments import encode_messages
 from ..data.validation import check_codes_of
 from ..loss_nextflow import IGNORE_INDEX
@@ -37,6 +37,9 @@ class NextFlowCollator:
     Rows are padded to a common length. A batch that is one pack, a list of rows, becomes one row of samples with
     `seq_idx` in place of `attention_mask`.
 
+    A row that cannot be used, or of which nothing is trained on, is a `ValueError` that names the field, and the row
+    where [`NextFlowTrainer`] numbers it.
+
     Args:
         processor: its tokenizer and chat template are used, and its image processor for rows without codes.
         pad_to_multiple_of: lengths are rounded up to it, so that compiled code meets few shapes.
@@ -59,7 +62,7 @@ class NextFlowCollator:
         packed = bool(rows) and isinstance(rows[0], list)
         if packed and len(rows) > 1:
             raise ValueError(f"A batch is one pack, got {len(rows)}; set per_device_train_batch_size to 1.")
-        encoded = [self._encode(row) for row in (rows[0] if packed else rows)]
+        encoded = [self._encode_to_train(row) for row in (rows[0] if packed else rows)]
         return (self._packed if packed else self._padded)(encoded) | self._pictures(encoded)
 
     def encode(self, row: dict) -> tuple[list[int], list[int]]:
@@ -72,10 +75,22 @@ class NextFlowCollator:
         return encoded.ids, encoded.labels
 
     def size(self, row: dict) -> SampleSize:
-        """What the cost of the row depends on. Raises `ValueError` as `encode`."""
-        encoded = self._encode(row)
+        """What the cost of the row depends on. Raises `ValueError` as a call on it."""
+        encoded = self._encode_to_train(row)
         trained = len(encoded.labels) - encoded.labels.count(IGNORE_INDEX)
         return SampleSize(len(encoded.ids), trained, tuple(self._schedule(grid) for grid in encoded.grids))
+
+    def _encode_to_train(self, row: dict) -> _Encoded:
+        """A row of which something is learned; errors name its number where it holds one."""
+        try:
+            encoded = self._encode(row)
+            if all(label == IGNORE_INDEX for label in encoded.labels):
+                raise BadRowError("messages", 'nothing is learned from them; give an answer or "train": true')
+        except BadRowError as error:
+            if isinstance(row, dict) and ROW_NUMBER in row:
+                raise error.of_row(row[ROW_NUMBER]) from error
+            raise
+        return encoded
 
     def _encode(self, row: dict) -> _Encoded:
         processor, sample = self.processor, read_row(row, self.root)

@@ -9,9 +9,11 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainingArguments
 
 from ..configuration_nextflow import NextFlowConfig
+from ..data.rows import NumberedRows
 from ..data.vision_tokenizer import tokenizer_fingerprint
 from ..modeling_nextflow import NextFlowCausalLMOutputWithPast, NextFlowForConditionalGeneration, NextFlowTextModel
 from ..packed_attention import PACKED_SDPA
+from ..processing_nextflow import NextFlowProcessor
 from .atomic_checkpoints import AtomicCheckpointMixin
 from .collator import NextFlowCollator
 from .optimizers import MuonWithAdamW
@@ -71,32 +73,57 @@ def packed(
     return PackedStream(rows, cost, args.packing_budget)
 
 
+def _collator_of(processor: NextFlowProcessor | None) -> NextFlowCollator:
+    if not isinstance(processor, NextFlowProcessor):
+        raise ValueError(
+            "Give processing_class, the checkpoint's NextFlowProcessor, or data_collator, a NextFlowCollator; got "
+            f"{processor!r} and None."
+        )
+    return NextFlowCollator(processor)
+
+
 class NextFlowTrainer(AtomicCheckpointMixin, Trainer):
     """Trains a [`NextFlowForConditionalGeneration`] on the batches of a [`NextFlowCollator`].
 
     Logs the text loss, the weighted image loss, each scale's own loss and the accuracies beside the total, in training
     and in evaluation. [`PictureGrids`] shows what it draws.
+
+    Args:
+        processing_class: the [`NextFlowProcessor`], from which the collator is made where no `data_collator` is given;
+            paths of pictures are then relative to the working directory.
+
+    Raises:
+        ValueError: without both, or for other arguments than [`NextFlowTrainingArguments`]; in training, for a row that
+            cannot be used; the message has its number.
     """
 
     args: NextFlowTrainingArguments
 
     def __init__(self, model: NextFlowForConditionalGeneration, args: NextFlowTrainingArguments, **kwargs):
+        if not isinstance(args, NextFlowTrainingArguments):
+            raise ValueError(
+                f"args must be NextFlowTrainingArguments, which take what TrainingArguments take, got "
+                f"{type(args).__name__}."
+            )
+        collator = kwargs["data_collator"] = kwargs.get("data_collator") or _collator_of(kwargs.get("processing_class"))
+        rows = kwargs.get("train_dataset")
+        if hasattr(rows, "__len__"):
+            rows = kwargs["train_dataset"] = NumberedRows(rows)
         if args.compile_layers:
             # An adapter may wrap the model.
             backbone = next(module for module in model.modules() if isinstance(module, NextFlowTextModel))
             for layer in backbone.layers:
                 layer.compile(dynamic=True)
-        collator = kwargs.get("data_collator")
         if isinstance(collator, NextFlowCollator) and collator.tokenizer_fingerprint is None:
             # The first process's: others may have no weights yet.
             fingerprint = [tokenizer_fingerprint(model.vq_model) if args.process_index == 0 else None]
             collator.tokenizer_fingerprint = broadcast_object_list(fingerprint)[0]
-        if args.packing != "padding":
+        if args.packing != "padding" and rows is not None:
             if model.config._attn_implementation == "sdpa" and not args.compile_layers:
                 # The same attention, at the cost of the samples and not of the whole row. Compiled layers would be
                 # compiled anew for each number of samples.
                 model.set_attn_implementation(PACKED_SDPA)
-            kwargs["train_dataset"] = packed(kwargs["train_dataset"], collator, model.config, args)
+            kwargs["train_dataset"] = packed(rows, collator, model.config, args)
         super().__init__(model=model, args=args, **kwargs)
         self._parts: dict[str, list[torch.Tensor]] = {}
         self._evaluated: dict[str, list[torch.Tensor]] = {}

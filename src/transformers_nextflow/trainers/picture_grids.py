@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from ..atomic_files import write_whole
 from ..evaluation.image_metrics import contact_sheet
 from ..processing_nextflow import NextFlowProcessor
 from ..sampling_nextflow import ImageSampling
@@ -72,7 +73,7 @@ class PictureGrids(TrainerCallback):
         )
         model.train(was_training)
         folder = Path(self.folder or Path(args.output_dir) / "picture_grids")
-        folder.mkdir(parents=True, exist_ok=True)
         starts = range(0, len(pictures), self.num_pictures)
         sheet = contact_sheet([pictures[start : start + self.num_pictures] for start in starts])
-        sheet.save(folder / f"step_{state.global_step:05d}.png")
+        with write_whole(folder / f"step_{state.global_step:05d}.png") as partial:
+            sheet.save(partial)

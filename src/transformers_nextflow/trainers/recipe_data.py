@@ -1,4 +1,4 @@
-"""The rows of a stage: some drawings turned round, pictures of the stage's level."""
+"""The rows of a stage: some drawings turned round, some without their prompts, pictures of the stage's level."""
 
 from __future__ import annotations
 
@@ -21,17 +21,25 @@ class StageRows(Dataset):
         rows: by number.
         processor: of the model.
         level: resolution that pictures with codes must have; `None` for any.
-        caption_share: share of the drawings that are turned round; which ones depends on `seed` and the number alone.
+        caption_share: share of the drawings that are turned round.
+        empty_share: share of the rows answered by a picture alone whose prompt is left empty: the unconditional half
+            of guidance. Both shares come to 1 at most, and which rows they take depends on `seed` and the number alone.
 
     Raises:
         ValueError: on access, for a row with codes of another level; the message names it.
     """
 
     def __init__(
-        self, rows, processor: NextFlowProcessor, level: int | None = None, caption_share: float = 0.0, seed: int = 0
+        self,
+        rows,
+        processor: NextFlowProcessor,
+        level: int | None = None,
+        caption_share: float = 0.0,
+        empty_share: float = 0.0,
+        seed: int = 0,
     ):
         self.rows, self.processor, self.level = rows, processor, level
-        self.caption_share, self.seed = caption_share, seed
+        self.caption_share, self.empty_share, self.seed = caption_share, empty_share, seed
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -39,9 +47,10 @@ class StageRows(Dataset):
     def __getitem__(self, index: int) -> dict:
         row = self.rows[index]
         self._check_level(index, row)
-        if random.Random(f"{self.seed} {index}").random() < self.caption_share:
+        drawn = random.Random(f"{self.seed} {index}").random()
+        if drawn < self.caption_share:
             return as_caption(row, self.processor.caption_request)
-        return row
+        return without_prompt(row) if drawn < self.caption_share + self.empty_share else row
 
     def _check_level(self, index: int, row: dict):
         if self.level is None:
@@ -61,34 +70,41 @@ def as_caption(row: dict, request: str) -> dict:
 
     The picture is read with its own codes, not with those that self-correction drew.
     """
-    question, answer = _turns(row)
-    if question is None:
+    asked = _asked_for_a_picture(row)
+    if asked is None or [part["type"] for part in asked] != ["text"] or not asked[0].get("text"):
         return row
-    text = question["content"] if isinstance(question["content"], str) else question["content"][0]["text"]
-    picture = answer["content"][0]
-    messages = [
-        {"role": "user", "content": [picture, {"type": "text", "text": request}]},
-        {"role": "assistant", "content": [{"type": "text", "text": text}]},
-    ]
-    turned = row | {"messages": messages}
+    turned = _with_turns(row, [*row["messages"][1]["content"], {"type": "text", "text": request}], asked)
     if row.get("image_labels") is not None:
         turned["image_tokens"] = row["image_labels"]
     return turned
 
 
-def _turns(row: dict) -> tuple[dict | None, dict | None]:
-    """Question and answer of a row that draws one picture from one text; `None`s for others."""
+def without_prompt(row: dict) -> dict:
+    """A row that is answered by a picture alone with its texts left empty, pictures kept. Others as they are."""
+    asked = _asked_for_a_picture(row)
+    if asked is None:
+        return row
+    emptied = [part | {"text": ""} if part["type"] == "text" else part for part in asked]
+    return _with_turns(row, emptied, row["messages"][1]["content"])
+
+
+def _asked_for_a_picture(row: dict) -> list[dict] | None:
+    """The user's parts in a row of one turn each that is answered by one picture; `None` for other rows.
+
+    Rows that say what is trained on are left alone; a `null` of Arrow says nothing.
+    """
     messages = row["messages"]
     if [message["role"] for message in messages] != ["user", "assistant"]:
-        return None, None
-    question, answer = messages
-    asked, drawn = question["content"], answer["content"]
-    is_text = isinstance(asked, str) or (len(asked) == 1 and asked[0]["type"] == "text")
-    text = asked if isinstance(asked, str) else asked[0].get("text")
-    is_picture = not isinstance(drawn, str) and len(drawn) == 1 and drawn[0]["type"] == "image"
-    if not (is_text and text and is_picture) or any("train" in part for part in (question, answer, *drawn)):
-        return None, None
-    return question, answer
+        return None
+    asked, drawn = (message["content"] for message in messages)
+    asked = [{"type": "text", "text": asked}] if isinstance(asked, str) else asked
+    if isinstance(drawn, str) or [part["type"] for part in drawn] != ["image"]:
+        return None
+    return None if any(part.get("train") is not None for part in (*messages, *asked, *drawn)) else asked
+
+
+def _with_turns(row: dict, question: list[dict], answer: list[dict]) -> dict:
+    return row | {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 class StagePictures(Dataset):
@@ -113,6 +129,6 @@ class StagePictures(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         field, picture = self.pictures[index]
-        image = load_picture(picture, field).convert("RGB")
+        image = self.processor.to_rgb(load_picture(picture, field))[0]
         square = ImageOps.fit(image, (self.level, self.level), Image.Resampling.BICUBIC)
         return {"pixel_values": self.processor(square, return_tensors="pt")["pixel_values"][0]}

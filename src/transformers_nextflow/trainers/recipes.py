@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 from torch import nn
 from transformers import AutoProcessor, Trainer
 
+from ..atomic_files import write_whole
 from ..data.rows import open_rows
 from ..data.vision_tokenizer import load_vision_tokenizer
 from ..image_processing_nextflow import NextFlowImageProcessorPil
@@ -38,6 +40,8 @@ class Recipe:
         train: which of `PARTS` of the transformer are trained; the others rest. The vision tokenizer always rests.
         level: resolution of all pictures; `None` leaves the transformer's rows as they are.
         caption_share: share of the drawings that are turned round into captions (paper, section 3.2).
+        empty_share: share of the rows answered by a picture alone whose prompt is left empty, for guidance. The two
+            shares come to 1 at most.
         decoder_width: the tokenizer's pixel decoder starts anew, so many times as wide; 1 keeps it.
     """
 
@@ -46,6 +50,7 @@ class Recipe:
     train: tuple[str, ...] = PARTS
     level: int | None = None
     caption_share: float = 0.0
+    empty_share: float = 0.0
     decoder_width: int = 1
 
     def __post_init__(self):
@@ -53,8 +58,11 @@ class Recipe:
             raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}.")
         if unknown := sorted(set(self.train) - set(PARTS)):
             raise ValueError(f"train names parts of {PARTS}, got {unknown}.")
-        if not 0 <= self.caption_share <= 1:
-            raise ValueError(f"caption_share must lie in [0, 1], got {self.caption_share}.")
+        if min(self.caption_share, self.empty_share) < 0 or self.caption_share + self.empty_share > 1:
+            raise ValueError(
+                f"caption_share and empty_share must lie in [0, 1], with their sum, got {self.caption_share} and "
+                f"{self.empty_share}."
+            )
         if self.kind == "tokenizer" and self.level is None:
             raise ValueError("A tokenizer's recipe needs the level (resolution) of its pictures.")
 
@@ -131,7 +139,10 @@ def run_recipe(recipe: Recipe, model, data, output, resume: bool = False):
     """Train a stage and write `output/final`, from which the next one starts; `resume` from the newest checkpoint."""
     trainer = make_trainer(recipe, model, data, output)
     trainer.train(resume_from_checkpoint=resume or None)
-    trainer.save_model(str(Path(output) / "final"))
+    final = Path(output) / "final"
+    # All processes take part, but only some write.
+    with write_whole(final) if trainer.args.should_save else nullcontext(final) as folder:
+        trainer.save_model(str(folder))
 
 
 def _arguments(kind: type, recipe: Recipe, output):
@@ -148,7 +159,7 @@ def _transformer_trainer(recipe: Recipe, folder, data, output) -> NextFlowTraine
     processor = AutoProcessor.from_pretrained(folder)
     processor.image_processor.level = recipe.level
     source, root = open_rows(data)
-    rows = StageRows(source, processor, recipe.level, recipe.caption_share, args.seed)
+    rows = StageRows(source, processor, recipe.level, recipe.caption_share, recipe.empty_share, args.seed)
     collator = NextFlowCollator(processor, root=root)
     return NextFlowTrainer(model, args, train_dataset=rows, data_collator=collator, processing_class=processor)
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..atomic_files import write_whole
 from ..evaluation.image_metrics import contact_sheet, psnr, ssim, to_uint8
 from ..modeling_nextflow_vq import NextFlowVQModel, NextFlowVQOutput, codebook_statistics
 from .adversarial import Adversary
@@ -266,8 +267,8 @@ class NextFlowVQTrainer(AtomicCheckpointMixin, Trainer):
             metrics |= codebook_statistics(torch.cat(tokens), model.schedule_of(pixels), model.config.codebook_size)
         if self.is_world_process_zero():
             path = Path(self.args.output_dir) / "contact_sheets" / f"step_{self.state.global_step}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            contact_sheet([[Image.fromarray(picture) for picture in row] for row in sheet]).save(path)
+            with write_whole(path) as partial:
+                contact_sheet([[Image.fromarray(picture) for picture in row] for row in sheet]).save(partial)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
 
