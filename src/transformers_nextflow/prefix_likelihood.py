@@ -145,8 +145,9 @@ def _prefix_logits(model, forward, prompts, contexts, drawing, num_scales) -> to
     mask = torch.ones_like(joined.input_ids) if joined.attention_mask is None else joined.attention_mask
     embeds = [model.model.embed_sequence(joined.input_ids, joined.image_tokens, schedules, layout)]
     positions, logits, cache = [layout.position_ids], [], None
-    if model.training and model.is_gradient_checkpointing:
-        # It drops a cache: all is read in one pass, prompts with their repetitions.
+    layer = model.model.language_model.layers[0]
+    if layer.training and layer.gradient_checkpointing:
+        # Such layers drop the cache: all is read in one pass, prompts with their repetitions.
         embeds, positions = [embeds[0][places]], [layout.position_ids[:, places]]
     else:
         cache = DynamicCache(config=model.config.text_config)
