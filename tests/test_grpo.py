@@ -219,8 +219,9 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
         torch.manual_seed(0)
         trainer._compute_loss(trainer.model, first_batch(trainer)).backward()
         gradients.append({name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None})
+    # Without it prompts are read once for all of their pictures: the same sums in another order.
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-7, rtol=1e-4)
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
 # Training -------------------------------------------------------------------------------------------------------------

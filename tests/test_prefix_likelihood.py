@@ -99,6 +99,35 @@ def test_the_prefix_alone_gives_the_log_probabilities_of_the_whole_pass(read_las
             torch.testing.assert_close(found.values, expected[:, :count], atol=2e-5, rtol=1e-4)
 
 
+def test_a_prompt_that_pictures_share_is_read_once_and_each_gets_what_it_gets_alone():
+    model, processor, sampling = tiny_model(), tiny_processor(), ImageSampling(guidance_scale=3.0, temperature=0.8)
+    schedules = [model.config.vq_config.scale_schedules.for_size(16, 16)] * 3
+    texts, seen, drawn_from = [TEXTS[1], TEXTS[0], TEXTS[1]], [], []
+    drawing = Drawing(model, schedules, sampling, [torch.Generator().manual_seed(i) for i in range(3)])
+    prompts, empty = (prompts_of(processor, model, texts=own) for own in (texts, [""] * 3))
+    with torch.no_grad():
+        writer = SequenceWriter(model, prompts, [empty])
+        writer.draw(drawing, range(3), lambda _, scale, state: drawn_from.append(state.logits), go_on=False)
+
+        def forward(inputs_embeds, **kwargs):
+            seen.append(len(inputs_embeds))
+            return model(inputs_embeds=inputs_embeds, **kwargs)
+
+        together = prefix_log_probabilities(model, prompts, [empty], drawing, 3, forward=forward)
+        assert seen == [3, 6]  # two prompts and the empty one, then the slots of three pictures under two contexts
+        for row, text in enumerate(texts):
+            alone = Drawing(model, schedules[:1], sampling, torch.Generator().manual_seed(row))
+            own = [prompts_of(processor, model, texts=[part]) for part in (text, "")]
+            logits = []
+            SequenceWriter(model, own[0], own[1:]).draw(
+                alone, range(1), lambda _, scale, state, kept=logits: kept.append(state.logits), go_on=False
+            )
+            for scale, expected in enumerate(logits):
+                torch.testing.assert_close(drawn_from[scale][row], expected[0], atol=2e-5, rtol=1e-4)
+            expected = prefix_log_probabilities(model, own[0], own[1:], alone, 3)
+            torch.testing.assert_close(together.values[row], expected.values[0], atol=2e-5, rtol=1e-4)
+
+
 def test_nothing_behind_the_prefix_counts_and_gets_no_gradient():
     model, processor = tiny_model(), tiny_processor()
     prompts, _, drawing, _ = draw(model, processor, ImageSampling())

@@ -1,18 +1,21 @@
 """RL on the shapes world: scores before, GRPO on the first scales, scores after.
 
-    python examples/shapes/rl.py --output_dir runs/rl --minutes 40
+    python examples/shapes/rl.py --output_dir runs/rl --minutes 20
     python examples/shapes/rl.py --output_dir runs/rl-reading --reward reading
     python examples/shapes/rl.py --output_dir runs/rl-all --prefix 8
 
 The prompts are captions that evaluation keeps no copy of; the scores are of reserved ones. Everything that was seen is
-in `OUTPUT_DIR/rl.json`, pictures along the way in `OUTPUT_DIR/picture_grids`.
+in `OUTPUT_DIR/rl.json`, pictures along the way in `OUTPUT_DIR/picture_grids`. `benchmarks/rl_prefix.py` and
+`benchmarks/rl_self_reward.py` compare such runs over seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,21 +31,57 @@ from transformers_nextflow.evaluation.shapes.language import draw_category
 from transformers_nextflow.evaluation.shapes_evaluation import ShapesEvaluation
 from transformers_nextflow.trainers import NextFlowGRPOConfig, NextFlowGRPOTrainer, PictureGrids
 from transformers_nextflow.trainers.rewards import ask_about_shapes, reading_reward, shapes_reward
+from transformers_nextflow.trainers.rollouts import draw_rollouts
 
 
 CHECKPOINT = "checkpoints/nextflow-shapes"
 WORLD = World()
+# Scores of understanding that RL must not lower; `questions` is a mean over seven kinds.
+KEPT = ("questions", "caption", "located_caption")
+# Prompts of each category from which it is told how much it can teach.
+PROBED = 8
 
 
-def training_prompts(count: int, seed: int) -> Dataset:
-    """Captions of GenEval's six categories in turn, none of which is kept for evaluation."""
+def training_prompts(count: int, seed: int, shares: dict[str, float] | None = None) -> Dataset:
+    """Captions of GenEval's six categories, none of which is kept for evaluation: in turn, or by `shares`."""
     rng, rows = np.random.default_rng(seed), []
     while len(rows) < count:
         category = CATEGORIES[len(rows) % len(CATEGORIES)]
+        if shares is not None:
+            category = CATEGORIES[rng.choice(len(CATEGORIES), p=[shares[name] for name in CATEGORIES])]
         text, _, _ = draw_category(rng, WORLD, category, places=False)
         if not is_reserved(text):
             rows.append({"prompt": text, "category": category})
     return Dataset.from_list(rows)
+
+
+def teaching_shares(rewards: torch.Tensor, focus: float) -> dict[str, float]:
+    """How often each category is asked for.
+
+    A group of equal rewards teaches nothing, so `focus` of the prompts go to categories by how much the rewards of one
+    prompt's pictures differ; the rest is divided evenly, so that nothing is forgotten.
+
+    Args:
+        rewards: (prompts, pictures) of prompts of the categories in turn.
+    """
+    spread = rewards.std(1).unflatten(0, (-1, len(CATEGORIES))).mean(0)
+    even = torch.full_like(spread, 1 / len(CATEGORIES))
+    shares = (1 - focus) * even + focus * (spread / spread.sum() if spread.any() else even)
+    return dict(zip(CATEGORIES, (shares.double() / shares.double().sum()).tolist()))
+
+
+def probe(model, processor, reward: Callable, sampling: ImageSampling, pictures: int, seed: int) -> torch.Tensor:
+    """Rewards (prompts, `pictures`) of some training prompts of all categories in turn."""
+    prompts = training_prompts(PROBED * len(CATEGORIES), seed)["prompt"]
+    rows = [{"prompt": prompt} for prompt in prompts for _ in range(pictures)]
+    rollouts, drawn = draw_rollouts(model, processor, rows, sampling, generator=torch.Generator().manual_seed(seed))
+    rewards = reward(
+        prompts=[row["prompt"] for row in rows],
+        completions=drawn,
+        completion_ids=[rollout.image_tokens.tolist() for rollout in rollouts],
+        image_grids=[rollout.schedule.final_grid for rollout in rollouts],
+    )
+    return torch.tensor(rewards).unflatten(0, (-1, pictures))
 
 
 def exploring(sampling: ImageSampling, num_prefix_scales: int, num_scales: int) -> ImageSampling:
@@ -67,11 +106,15 @@ class Curve(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.perf_counter() - self.resumed
-        if state.global_step % self.every == 0:
-            self.score(state)
         if self.minutes is not None and self.seconds > 60 * self.minutes:
             control.should_training_stop = True
+        if state.global_step % self.every == 0:
+            self.score(state)
         self.resumed = time.perf_counter()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.points[-1]["step"] != state.global_step:
+            self.score(state)
 
     def score(self, state):
         model = self.evaluation.model
@@ -83,44 +126,44 @@ class Curve(TrainerCallback):
         self.resumed = time.perf_counter()
 
 
-def scores_of(model, processor, limit: int) -> dict[str, dict[str, float]]:
+def scores_of(model, processor, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     """What RL is to raise, and what it must not lower."""
-    evaluation = ShapesEvaluation(model, processor, limit, seeds=2)
-    return {"text_to_image": evaluation.text_to_image(), "understanding": evaluation.understanding()}
+    return {
+        "text_to_image": ShapesEvaluation(model, processor, arguments.limit, seeds=2).text_to_image(),
+        "understanding": ShapesEvaluation(model, processor, arguments.reading_limit).understanding(),
+    }
 
 
-def summary(before: dict, after: dict) -> dict[str, float]:
+def start_of(arguments: argparse.Namespace) -> dict:
+    """What the scores before training depend on: the weights, and how many cases are scored."""
+    weights = hashlib.sha256((Path(arguments.checkpoint) / "model.safetensors").read_bytes()).hexdigest()
+    return {"weights": weights, "limit": arguments.limit, "reading_limit": arguments.reading_limit}
+
+
+def scores_before(arguments: argparse.Namespace) -> dict:
+    """Scores of the checkpoint that runs begin from, with its `start_of`."""
+    model = NextFlowForConditionalGeneration.from_pretrained(arguments.checkpoint)
+    processor = AutoProcessor.from_pretrained(arguments.checkpoint)
+    return start_of(arguments) | scores_of(model, processor, arguments)
+
+
+def summary(before: dict, after: dict) -> dict[str, float | str]:
     """Gains in drawing by the lenient rule, and the largest loss in understanding."""
     drawn, redrawn = before["text_to_image"], after["text_to_image"]
     weakest = min(CATEGORIES, key=lambda category: drawn[category])
-    kept = ("questions", "caption", "located_caption")
     return {
         "weakest_category": weakest,
         "weakest_category_gain": redrawn[weakest] - drawn[weakest],
         "overall_gain": redrawn["overall"] - drawn["overall"],
-        "understanding_drop": max(before["understanding"][k] - after["understanding"][k] for k in kept),
+        "understanding_drop": max(before["understanding"][k] - after["understanding"][k] for k in KEPT),
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=CHECKPOINT)
-    parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--reward", choices=["checker", "reading"], default="checker")
-    parser.add_argument("--prefix", type=int, default=5, help="train the first so many scales")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--minutes", type=float, help="stop after so many minutes of training")
-    parser.add_argument("--learning_rate", type=float, default=3e-5)
-    parser.add_argument("--beta", type=float, default=0.01)
-    parser.add_argument("--groups", type=int, default=8, help="prompts a step")
-    parser.add_argument("--num_generations", type=int, default=16)
-    parser.add_argument("--likelihood", default="guided_truncated")
-    parser.add_argument("--limit", type=int, default=100, help="cases of each category before and after")
-    parser.add_argument("--curve_every", type=int, default=25, help="steps between points of the curve")
-    parser.add_argument("--curve_limit", type=int, default=20, help="prompts of each category at each point")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+def run(arguments: argparse.Namespace, before: dict) -> dict:
+    """One training: writes `rl.json` and the trained checkpoint to `arguments.output_dir`, and returns what it wrote.
 
+    `before` are the `scores_before` of the checkpoint.
+    """
     model = NextFlowForConditionalGeneration.from_pretrained(arguments.checkpoint)
     processor = AutoProcessor.from_pretrained(arguments.checkpoint)
     num_scales = len(model.config.vq_config.scales)
@@ -129,12 +172,14 @@ def main():
     if arguments.reward == "reading":
         # A reader that does not learn cannot come to agree with what is drawn.
         reward = reading_reward(copy.deepcopy(model).eval(), processor, ask_about_shapes)
+    rewards = probe(model, processor, reward, sampling, arguments.num_generations, arguments.seed)
+    shares = teaching_shares(rewards, arguments.focus)
     args = NextFlowGRPOConfig(
         output_dir=arguments.output_dir,
         max_steps=arguments.steps,
         learning_rate=arguments.learning_rate,
         lr_scheduler_type="constant_with_warmup",
-        warmup_steps=10,
+        warmup_steps=min(10, arguments.steps // 2),
         beta=arguments.beta,
         per_device_train_batch_size=arguments.groups * arguments.num_generations,
         num_generations=arguments.num_generations,
@@ -143,8 +188,7 @@ def main():
         image_sampling=sampling.to_dict(),
         gradient_checkpointing=False,
         logging_steps=5,
-        save_steps=100,
-        save_total_limit=2,
+        save_strategy="no",
         seed=arguments.seed,
         use_cpu=not torch.cuda.is_available(),
         bf16=torch.cuda.is_available(),
@@ -156,21 +200,53 @@ def main():
         model,
         reward,
         args,
-        train_dataset=training_prompts(6000, arguments.seed),
+        train_dataset=training_prompts(6000, arguments.seed, shares),
         processing_class=processor,
-        callbacks=[curve, grids],
+        callbacks=[grids, curve],  # the curve last, whose clock then leaves out both
     )
-    before = scores_of(model, processor, arguments.limit)
     trainer.train()
-    after = scores_of(model, processor, arguments.limit)
+    model.eval()
+    after = scores_of(model, processor, arguments)
     trainer.save_model()
     processor.save_pretrained(arguments.output_dir)
 
-    values = summary(before, after) | {"before": before, "after": after, "curve": curve.points}
+    values = summary(before, after) | {"steps": trainer.state.global_step, "seconds": round(curve.seconds, 1)}
+    values |= {"shares": shares, "before": before, "after": after, "curve": curve.points}
     values |= {"settings": vars(arguments), "log": trainer.state.log_history}
-    for name, value in summary(before, after).items():
-        print(f"{name:<24} {value if isinstance(value, str) else round(value, 4)}")
-    print("written:", write_result(Path(arguments.output_dir) / "rl.json", values))
+    write_result(Path(arguments.output_dir) / "rl.json", values)
+    return values
+
+
+def training_parser(description: str) -> argparse.ArgumentParser:
+    """The settings that all runs of a comparison share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default=CHECKPOINT)
+    parser.add_argument("--steps", type=int, default=2000, help="at most")
+    parser.add_argument("--minutes", type=float, help="stop after so many minutes of training")
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--beta", type=float, default=0.01)
+    parser.add_argument("--groups", type=int, default=8, help="prompts a step")
+    parser.add_argument("--num_generations", type=int, default=16)
+    parser.add_argument("--likelihood", default="guided_truncated")
+    parser.add_argument("--focus", type=float, default=0.75, help="share of the prompts by how much a category teaches")
+    parser.add_argument("--limit", type=int, default=100, help="prompts of each category before and after")
+    parser.add_argument("--reading_limit", type=int, default=300, help="questions of each kind before and after")
+    parser.add_argument("--curve_every", type=int, default=20, help="steps between points of the curve")
+    parser.add_argument("--curve_limit", type=int, default=30, help="prompts of each category at each point")
+    return parser
+
+
+def main():
+    parser = training_parser(__doc__)
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--reward", choices=["checker", "reading"], default="checker")
+    parser.add_argument("--prefix", type=int, default=5, help="train the first so many scales")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    values = run(arguments, scores_before(arguments))
+    for name in ("weakest_category", "weakest_category_gain", "overall_gain", "understanding_drop", "steps", "seconds"):
+        print(f"{name:<24} {values[name] if isinstance(values[name], str) else round(values[name], 4)}")
+    print("written:", Path(arguments.output_dir) / "rl.json")
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ class CachedSequences:
         self.position = torch.where(row_mask[:, None], position, self.position)
 
     def keep(self, rows: Sequence[int]):
-        """Go on with some of the rows."""
+        """Go on with these rows, in this order; a row that is named more often goes on as often."""
         rows = torch.as_tensor(rows, device=self.position.device)
         self.cache.batch_select_indices(rows)
         self.position = self.position[rows]

@@ -1,4 +1,4 @@
-"""How likely the codes of pictures' first scales are, in one pass over the prompts and those scales alone.
+"""How likely the codes of pictures' first scales are, read from the prompts and those scales alone.
 
 A scale sees what lies before it and nothing behind, so that m scales need no more than their own slots: 204 of 10,084
 at the 1024 level for m = 8. What draws and what scores share slots, guidance and truncation, hence the distribution.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 from .sampling_nextflow import guide_over_contexts, truncate_logits
@@ -134,16 +135,28 @@ def code_log_probabilities(
 
 
 def _prefix_logits(model, forward, prompts, contexts, drawing, num_scales) -> torch.Tensor:
-    """Logits (C, B, n, codes) before guidance: one pass over prompts and the slots of scales 2 … `num_scales`."""
-    joined, num_contexts, config = join_prompts((prompts, *contexts)), 1 + len(contexts), model.config
+    """Logits (C, B, n, codes) before guidance: one pass over the distinct prompts, which groups of pictures share, and
+    one behind them over the slots of scales 2 … `num_scales`."""
+    num_contexts = 1 + len(contexts)
+    joined, places = join_prompts((prompts, *contexts)).distinct()
+    places = torch.arange(len(joined.input_ids), device=model.device) if places is None else places
     schedules = model.model.schedules_of(joined.image_grids)
-    layout = layout_sequence(joined.input_ids, joined.attention_mask, schedules, config)
-    embeds = [model.model.embed_sequence(joined.input_ids, joined.image_tokens, schedules, layout)]
+    layout = layout_sequence(joined.input_ids, joined.attention_mask, schedules, model.config)
     mask = torch.ones_like(joined.input_ids) if joined.attention_mask is None else joined.attention_mask
-    positions, blocks, masks = [layout.position_ids], [layout.block_ids], [mask]
+    embeds = [model.model.embed_sequence(joined.input_ids, joined.image_tokens, schedules, layout)]
+    positions, logits, cache = [layout.position_ids], [], None
+    layer = model.model.language_model.layers[0]
+    if layer.training and layer.gradient_checkpointing:
+        # Such layers drop the cache: all is read in one pass, prompts with their repetitions.
+        embeds, positions = [embeds[0][places]], [layout.position_ids[:, places]]
+    else:
+        cache = DynamicCache(config=model.config.text_config)
+        logits = [_read(model, forward, embeds, positions, [layout.block_ids], [mask], 1, cache)[places]]
+        cache.batch_select_indices(places)
+        embeds, positions = [], []
     # Slots lie behind `<boi>`, whose position counts on the scale axis alone.
-    origin = nn.functional.pad(layout.position_ids[0, :, -1:][None], (0, 0, 0, 0, 0, 2))
-    first_block = layout.block_ids.max() + 1
+    origin = nn.functional.pad(layout.position_ids[0, places, -1:][None], (0, 0, 0, 0, 0, 2))
+    blocks, masks, first_block = [layout.block_ids[places]], [mask[places]], layout.block_ids.max() + 1
     for scale in range(1, num_scales):
         slots, coordinates, occupied = drawing.slots(scale)
         occupied = mask.new_ones(slots.shape[:2]) if occupied is None else occupied
@@ -151,20 +164,28 @@ def _prefix_logits(model, forward, prompts, contexts, drawing, num_scales) -> to
         positions.append(coordinates.repeat(1, num_contexts, 1, 1).flatten(1, 2) + origin)
         masks.append(occupied.repeat(num_contexts, 1))
         blocks.append(torch.zeros_like(masks[-1]) + first_block + scale)
+    if embeds:
+        count = sum(part.shape[1] for part in blocks[1:]) + (cache is None)
+        logits.append(_read(model, forward, embeds, positions, blocks, masks, count, cache))
+    return torch.cat(logits, 1).unflatten(0, (num_contexts, -1))
+
+
+def _read(model, forward, embeds, positions, blocks, masks, count, cache) -> torch.Tensor:
+    """Logits of the last `count` columns; `blocks` and `masks` are of the cached columns too."""
     embeds = torch.cat(embeds, 1)
     attention_mask = create_causal_mask(
-        config=config.text_config,
+        config=model.config.text_config,
         inputs_embeds=embeds,
         attention_mask=torch.cat(masks, 1),
-        past_key_values=None,
+        past_key_values=cache,
         block_sequence_ids=torch.cat(blocks, 1),
     )
-    logits = forward(
+    return forward(
         inputs_embeds=embeds,
         attention_mask={"full_attention": attention_mask},
         position_ids=torch.cat(positions, 2),
-        use_cache=False,
-        logits_to_keep=1 + sum(part.shape[1] for part in blocks[1:]),
+        past_key_values=cache,
+        use_cache=cache is not None,
+        logits_to_keep=count,
         codes_only=True,
     ).logits
-    return logits.unflatten(0, (num_contexts, -1))

@@ -37,6 +37,20 @@ class Prompts:
         mask = torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
         return [ids[keep].tolist() for ids, keep in zip(self.input_ids, mask.bool())]
 
+    def distinct(self) -> tuple[Prompts, torch.Tensor | None]:
+        """The prompts without their repetitions, and where each row is among them (B,); `None` where all rows stay.
+
+        Pictures drawn from one prompt share it, and what guidance leads away from is one prompt for all. Rows that hold
+        pictures are not compared.
+        """
+        if self.image_grids is not None:
+            return self, None
+        mask = torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
+        rows, places = torch.cat([self.input_ids, mask], dim=1).unique(dim=0, return_inverse=True)
+        if len(rows) == len(places):
+            return self, None
+        return Prompts(*rows.chunk(2, dim=1)), places
+
 
 class SequenceWriter:
     """Writes on rows (B) of sequences; what a row has read or written is in the cache and never read again.
@@ -60,14 +74,16 @@ class SequenceWriter:
         self.image_tokens: list[list[torch.Tensor]] = [[] for _ in range(batch)]
         self._take_pictures(prompts)
 
-        joined = join_prompts((prompts, *contexts))
+        joined, places = join_prompts((prompts, *contexts)).distinct()
         self.sequences = CachedSequences(model.model)
-        hidden_states = self.sequences.read(
+        self._last = self.sequences.read(
             joined.input_ids, joined.attention_mask, joined.image_tokens, joined.image_grids
-        )
+        )[:, -1:]
+        if places is not None:
+            self.sequences.keep(places)
+            self._last = self._last[places]
         # Rows of one picture stand a batch apart, the fullest context first.
-        self._rows = torch.arange(len(joined.input_ids), device=model.device).view(-1, batch)
-        self._last = hidden_states[:, -1:]
+        self._rows = torch.arange(len(self._last), device=model.device).view(-1, batch)
         self._start = joined.input_ids.shape[1], self.sequences.position, self._last
 
     def _take_pictures(self, prompts: Prompts):

@@ -1,0 +1,75 @@
+"""GRPO on the first scales against GRPO on all scales, on the bundled checkpoint (the paper's figure 12).
+
+    OMP_NUM_THREADS=1 python benchmarks/rl_prefix.py --seeds 3 --minutes 20
+
+Every arm trains the first so many scales, from the same checkpoint, with every seed, for the same minutes; runs go side
+by side, and finished ones are kept in `--output_dir`, so that a benchmark that was killed goes on. The scores are of
+prompts and questions that are kept for evaluation. A step of fewer scales is faster, so the curves are compared by step
+and by time of training.
+Writes `results/rl_prefix.json`: of the first of `--prefixes`, means over the seeds, `weakest_category_gain`,
+`overall_gain` and `understanding_drop`; the same for every arm, with each seed's and the curves. `at_equal_steps` holds
+the scores on the curves' prompts at the last step that all runs reached, `at_equal_seconds` those at the last second.
+Draws the curves to `docs/rl/rl_prefix.png`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from rl_runs import benchmark_parser, curve_at, draw_curves, gains, job, last_common, mean_curve, run_all, scores_before
+
+from transformers_nextflow import NextFlowConfig
+from transformers_nextflow.evaluation.results import write_result
+
+
+def label(num_prefix_scales: int, num_scales: int) -> str:
+    return "all scales" if num_prefix_scales == num_scales else f"first {num_prefix_scales} scales"
+
+
+def at_equal(arms: dict[str, list[dict]], along: str, names: list[str]) -> dict:
+    """Mean scores of every arm as far along as all runs came."""
+    place = last_common([run for runs in arms.values() for run in runs], along)
+    scores = {
+        arm: {name: float(np.mean([curve_at(run, along, name, [place]) for run in runs])) for name in names}
+        for arm, runs in arms.items()
+    }
+    return {along: place} | scores
+
+
+def main():
+    parser = benchmark_parser(__doc__, "rl_prefix")
+    parser.add_argument(
+        "--prefixes", type=int, nargs="+", default=[5, 2, 8], help="scales to train, the main arm first"
+    )
+    arguments = parser.parse_args()
+    num_scales = len(NextFlowConfig.from_pretrained(arguments.checkpoint).vq_config.scales)
+    before = scores_before(arguments)
+    runs = [
+        job(arguments, f"prefix_{prefix}-seed_{seed}", reward="checker", prefix=prefix, seed=seed)
+        for seed in range(arguments.seeds)
+        for prefix in arguments.prefixes
+    ]
+    done = run_all(runs, before, arguments.processes)
+    arms = {
+        label(prefix, num_scales): [values for values in done if values["settings"]["prefix"] == prefix]
+        for prefix in arguments.prefixes
+    }
+    found = {arm: gains(before, own) for arm, own in arms.items()}
+    main_arm = found[label(arguments.prefixes[0], num_scales)]
+    scores = ["overall", main_arm["weakest_category"]]
+    for arm, own in found.items():
+        own["curves"] = {along: mean_curve(arms[arm], along, scores) for along in ("step", "seconds")}
+        steps = [run["steps"] for run in own["seeds"]]
+        gained = ("overall_gain", "weakest_category_gain", "understanding_drop")
+        print(f"{arm:<16}", *(f"{name} {own[name]:+.4f}" for name in gained), "steps", steps)
+    values = {name: main_arm[name] for name in ("weakest_category", "weakest_category_gain", "overall_gain")}
+    values |= {"understanding_drop": main_arm["understanding_drop"], "num_prefix_scales": arguments.prefixes[0]}
+    values |= {
+        f"at_equal_{unit}": at_equal(arms, along, scores) for unit, along in (("steps", "step"), ("seconds",) * 2)
+    }
+    values |= {"arms": found, "before": before, "minutes": arguments.minutes, "processes": arguments.processes}
+    print("drawn:", draw_curves(arms, scores, arguments.figures / "rl_prefix.png"))
+    print("written:", write_result(arguments.results / "rl_prefix.json", values))
+
+
+if __name__ == "__main__":
+    main()
