@@ -20,6 +20,7 @@ from experiment import Ablation, Claim
 from jobs import Budget, Cache, Point
 from shapes_recipe import KMEANS_SHARES, ShapesPictures, ShapesVQTrainer, tokenizer_config
 from training import BATCH_SIZE, TEXT_WORLD, WORLD, rows_of, train_small_model, training_exchanges
+from transformers import PrinterCallback
 
 from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.evaluation.image_metrics import psnr
@@ -90,6 +91,7 @@ def train_tokenizer(model: NextFlowVQModel, dual: bool, seed: int, budget: Budge
             trainer = (ShapesVQTrainer if dual else PixelsAlone)(
                 model, args, ShapesPictures(10_000_000, seed, single=pictures)
             )
+            trainer.remove_callback(PrinterCallback)  # the command has a bar
             trainer.train()
     model.eval()
 

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, load_from_disk
 from jobs import Budget, Cache, Point
 from shapes_recipe import FEATURES, make_processor, model_config, pictures_in, row
-from transformers import Qwen2_5_VLTextConfig, TrainerCallback
+from transformers import PrinterCallback, Qwen2_5_VLTextConfig, TrainerCallback
 
 from transformers_nextflow import (
     ImageSampling,
@@ -170,6 +170,7 @@ def train(
             processing_class=processor,
             callbacks=[curve],
         )
+        trainer.remove_callback(PrinterCallback)  # the command has a bar
         trainer.train()
         if curve.points[-1]["step"] < budget.steps:
             trainer.evaluate()
