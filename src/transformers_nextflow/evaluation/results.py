@@ -29,8 +29,10 @@ def write_result(path: Path | str, values: dict, device: str = "cpu") -> Path:
 def commit() -> str | None:
     """The commit of the checkout at hand, with `-dirty` where files differ from it; `None` outside of a repository."""
     revision = _git("rev-parse", "--verify", "HEAD")
-    # One benchmark's result, or the sheets of the pictures that are scored, must not make the code look changed.
-    results = (":(exclude,top)benchmarks/results", ":(exclude,top,glob)checkpoints/**/*.png")
+    # One benchmark's result, its picture, or the sheets of what is scored, must not make the code look changed.
+    results = [
+        f":(exclude,top,glob){files}" for files in ("benchmarks/results/**", "checkpoints/**/*.png", "docs/**/*.png")
+    ]
     changed = _git("status", "--porcelain", "--", ":/", *results)
     return revision and revision + ("-dirty" if changed else "")
 

@@ -1,0 +1,16 @@
+"""The parts of the shapes recipe that the ablations use; its scripts lie in `examples/shapes`."""
+
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "shapes"))
+from make_data import FEATURES, make_processor, pictures_in, row  # noqa: E402
+from train_tokenizer import KMEANS_SHARES, ShapesPictures, ShapesVQTrainer, tokenizer_config  # noqa: E402
+from train_transformer import model_config  # noqa: E402
+
+
+__all__ = [
+    "FEATURES", "KMEANS_SHARES", "ShapesPictures", "ShapesVQTrainer", "make_processor", "model_config", "pictures_in",
+    "row", "tokenizer_config",
+]  # fmt: skip
