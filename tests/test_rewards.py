@@ -22,6 +22,7 @@ from transformers import (
     YolosImageProcessorPil,
 )
 
+from transformers_nextflow.cached_sequences import CachedSequences
 from transformers_nextflow.evaluation.shapes import (
     Requirement,
     check,
@@ -31,7 +32,7 @@ from transformers_nextflow.evaluation.shapes import (
     text_to_image_suite,
 )
 from transformers_nextflow.evaluation.shapes.language import draw_category
-from transformers_nextflow.likelihood import score_answers
+from transformers_nextflow.likelihood import log_likelihoods, score_answers
 from transformers_nextflow.trainers.checked_reward import checked
 from transformers_nextflow.trainers.rewards import (
     ask_about_shapes,
@@ -136,6 +137,28 @@ def test_own_reading_is_the_mean_probability_of_the_right_answers():
             )
             probabilities.append(float((score.text / score.num_text_tokens).exp()))
         assert value == pytest.approx(sum(probabilities) / len(probabilities), rel=1e-3)
+
+
+def test_questions_on_one_picture_are_scored_as_in_passes_of_their_own(monkeypatch):
+    model, processor = tiny_model(), tiny_processor()
+    codes = torch.randint(32, (2, 30), generator=torch.Generator().manual_seed(0))[[0, 1, 0]]
+    grids = torch.tensor([[4, 4]] * 3)
+    questions, answers = ["how many circles are there?", "one", "two blue squares"], ["one", "a green star", "two"]
+    pictures_read, read = [], CachedSequences.read
+    monkeypatch.setattr(
+        CachedSequences, "read", lambda self, ids, *rest: pictures_read.append(len(ids)) or read(self, ids, *rest)
+    )
+    found = score_answers(model, processor, codes, grids, questions, answers)
+    assert pictures_read == [2]
+    for row, (question, answer) in enumerate(zip(questions, answers)):
+        start = processor.prompt_ids([question], [[(4, 4)]])[0]
+        end = [*processor.tokenizer(answer, add_special_tokens=False)["input_ids"], processor.tokenizer.eos_token_id]
+        input_ids = torch.tensor([start + end])
+        labels = torch.tensor([[-100] * len(start) + end])
+        with torch.no_grad():
+            expected = log_likelihoods(model, input_ids, labels, None, codes[[row]], grids[[row]])
+        assert found.text[row].item() == pytest.approx(expected.text.item(), rel=1e-4)
+        assert found.num_text_tokens[row] == expected.num_text_tokens == len(end)
 
 
 def test_a_caption_is_asked_for_as_the_model_was_trained_on_it():

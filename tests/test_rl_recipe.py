@@ -1,6 +1,7 @@
 """RL on the shapes world: its prompts, its settings, a toy run, its notebook, and the benchmarks around it."""
 
 import argparse
+import copy
 import json
 import sys
 from pathlib import Path
@@ -125,7 +126,7 @@ BEFORE = {
 
 def fake_run(run: argparse.Namespace, before: dict, gain: float, last: int, seconds: float, understood=0.0):
     """Leaves behind what a run would that gained so much up to its last step."""
-    after = json.loads(json.dumps(before))
+    after = copy.deepcopy(BEFORE)
     for name in ("position", "overall"):
         after["text_to_image"][name] += gain
     after["understanding"]["caption"] -= understood

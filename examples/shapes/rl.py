@@ -205,7 +205,6 @@ def run(arguments: argparse.Namespace, before: dict) -> dict:
         callbacks=[grids, curve],  # the curve last, whose clock then leaves out both
     )
     trainer.train()
-    model.eval()
     after = scores_of(model, processor, arguments)
     trainer.save_model()
     processor.save_pretrained(arguments.output_dir)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .cached_sequences import CachedSequences
 from .loss_nextflow import IGNORE_INDEX, loss_targets
 from .processing_nextflow import NextFlowProcessor, pad_left
 from .sequence_layout import layout_sequence
@@ -81,6 +82,8 @@ def score_answers(
 ) -> LogLikelihoods:
     """Log-likelihoods of answers (B) to questions about pictures, the end of the answer included.
 
+    A picture that comes with several questions is read once.
+
     Args:
         image_tokens: (B, N) codes, padded with -1.
         image_grids: (B, 2).
@@ -92,7 +95,35 @@ def score_answers(
     tokenizer = processor.tokenizer
     starts = processor.prompt_ids(questions, [[grid] for grid in image_grids.tolist()])
     ends = [[*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for answer in answers]
-    return _score(model, processor, starts, ends, image_tokens, image_grids)
+    sequences, asked = _read_pictures(model, processor, starts, image_tokens, image_grids)
+    input_ids, occupied = _padded([row + end for row, end in zip(asked, ends)], processor, image_tokens.device)
+    hidden_states = sequences.read_tokens(input_ids, occupied)
+    counts = torch.tensor([len(end) for end in ends], device=image_tokens.device)
+    columns = torch.arange(input_ids.shape[1] - 1, device=image_tokens.device)
+    counted = columns >= len(columns) - counts[:, None]
+    logits = model.head(hidden_states[:, :-1][counted]).float()
+    terms = -F.cross_entropy(logits, input_ids[:, 1:][counted], reduction="none")
+    text = torch.zeros(len(counts), device=terms.device).index_add(0, counted.nonzero()[:, 0], terms)
+    return LogLikelihoods(text, torch.zeros_like(text), counts.float(), torch.zeros_like(text))
+
+
+def _read_pictures(
+    model: nn.Module,
+    processor: NextFlowProcessor,
+    starts: Sequence[list[int]],
+    image_tokens: torch.Tensor,
+    image_grids: torch.Tensor,
+) -> tuple[CachedSequences, list[list[int]]]:
+    """Rows that have read `starts`, prompts that open with a picture, up to its end; and what is left of each."""
+    pictures = torch.cat([image_grids.to(image_tokens), image_tokens], dim=1)
+    distinct, places = pictures.unique(dim=0, return_inverse=True)
+    ends = [start.index(processor.eoi_token_id) + 1 for start in starts]
+    heads = {place: start[:end] for place, start, end in zip(places.tolist(), starts, ends)}
+    rows = _padded([heads[place] for place in range(len(distinct))], processor, image_tokens.device)
+    sequences = CachedSequences(model.model)
+    sequences.read(*rows, distinct[:, 2:], distinct[:, :2])
+    sequences.keep(places)
+    return sequences, [start[end:] for start, end in zip(starts, ends)]
 
 
 @torch.no_grad()
@@ -111,12 +142,18 @@ def score_pictures(
 
 def _score(model, processor, starts, ends, image_tokens, image_grids) -> LogLikelihoods:
     """What `ends` add to `starts`, rows of token ids."""
-    padded = pad_left([start + end for start, end in zip(starts, ends)], processor.tokenizer.pad_token_id)
-    input_ids, attention_mask = (torch.tensor(rows, device=image_tokens.device) for rows in padded.values())
+    rows = [start + end for start, end in zip(starts, ends)]
+    input_ids, attention_mask = _padded(rows, processor, image_tokens.device)
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     for row, end in enumerate(ends):
         labels[row, -len(end) :] = input_ids[row, -len(end) :]
     return log_likelihoods(model, input_ids, labels, attention_mask, image_tokens, image_grids)
+
+
+def _padded(rows: list[list[int]], processor: NextFlowProcessor, device: torch.device) -> list[torch.Tensor]:
+    """Rows of token ids as a batch (B, L), padded on the left, and which tokens count (B, L)."""
+    padded = pad_left(rows, processor.tokenizer.pad_token_id)
+    return [torch.tensor(values, device=device) for values in padded.values()]
 
 
 def _check_counts(image_grids: torch.Tensor, **texts: Sequence[str]):

@@ -43,7 +43,7 @@ class Prompts:
         Pictures drawn from one prompt share it, and what guidance leads away from is one prompt for all. Rows that hold
         pictures are not compared.
         """
-        if self.image_grids is not None:
+        if self.image_grids is not None or len(self.input_ids) == 1:
             return self, None
         mask = torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
         rows, places = torch.cat([self.input_ids, mask], dim=1).unique(dim=0, return_inverse=True)
