@@ -209,7 +209,6 @@ def film(
             generator=_generators(seed, 1),
         )
         seconds = time.perf_counter() - start
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_frames([_enlarge(frame, scale) for frame in drawn.frames[0]], output, frames_per_second)
     for number, text in enumerate(drawn.transitions[0], start=2):
         typer.echo(f"Frame {number}: {text}")

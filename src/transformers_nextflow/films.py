@@ -91,7 +91,11 @@ def _read_file(path: Path) -> list[Image.Image]:
         if path.suffix.lower() == ".mp4":
             return [Image.fromarray(frame) for frame in _imageio().mimread(path, memtest=False)]
         with Image.open(path) as film:
-            return [frame.convert("RGB") for frame in ImageSequence.Iterator(film)]
+            # What transparency stands for is the image processor's to say.
+            return [
+                frame.convert("RGBA" if frame.has_transparency_data else "RGB")
+                for frame in ImageSequence.Iterator(film)
+            ]
     except (OSError, RuntimeError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as a film: {error}") from error
 

@@ -43,7 +43,7 @@ class Prompts:
         Pictures drawn from one prompt share it, and what guidance leads away from is one prompt for all. Rows that hold
         pictures are not compared.
         """
-        if self.image_grids is not None or len(self.input_ids) == 1:
+        if self.image_grids is not None:
             return self, None
         mask = torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
         rows, places = torch.cat([self.input_ids, mask], dim=1).unique(dim=0, return_inverse=True)
@@ -74,7 +74,9 @@ class SequenceWriter:
         self.image_tokens: list[list[torch.Tensor]] = [[] for _ in range(batch)]
         self._take_pictures(prompts)
 
-        joined, places = join_prompts((prompts, *contexts)).distinct()
+        joined, places = join_prompts((prompts, *contexts)), None
+        if batch > 1:  # a single prompt differs from what it is compared with
+            joined, places = joined.distinct()
         self.sequences = CachedSequences(model.model)
         self._last = self.sequences.read(
             joined.input_ids, joined.attention_mask, joined.image_tokens, joined.image_grids
