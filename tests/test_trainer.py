@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -67,6 +68,14 @@ def training_arguments(folder, data, **options) -> NextFlowTrainingArguments:
 def make_trainer(folder, model, data, **options) -> NextFlowTrainer:
     args = training_arguments(folder, data, **options)
     return NextFlowTrainer(model, args, train_dataset=data, data_collator=NextFlowCollator(tiny_processor()))
+
+
+def test_batches_of_one_length_are_made_from_the_lengths_column(tmp_path):
+    data = datasets.Dataset.from_list([row | {"length": 10 + index} for index, row in enumerate(rows())])
+    trainer = make_trainer(tmp_path, tiny_model(), data, train_sampling_strategy="group_by_length")
+    sampler = trainer._get_train_sampler()
+    assert list(sampler.lengths) == [10, 11]
+    trainer.train()
 
 
 # The collator ---------------------------------------------------------------------------------------------------------

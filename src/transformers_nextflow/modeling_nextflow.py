@@ -268,8 +268,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
             raise ValueError("Packed rows (seq_idx) cannot be continued: a cache does not know its samples apart.")
         if inputs_embeds is None:
             schedules = self.schedules_of(image_grids)
-            holds_slots = bool(schedules) or bool((input_ids == self.config.image_token_id).any())
-            if layout is None and (holds_slots or position_ids is None):
+            if layout is None and (
+                position_ids is None or schedules or bool((input_ids == self.config.image_token_id).any())
+            ):
                 mask = _last_columns(attention_mask, input_ids)
                 layout = layout_sequence(input_ids, mask, schedules, self.config, seq_idx)
             inputs_embeds = self.embed_sequence(input_ids, image_tokens, schedules, layout)

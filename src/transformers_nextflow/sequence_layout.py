@@ -126,8 +126,9 @@ def layout_sequence(
     starts = _check_pictures(input_ids, valid, slot_mask, ends, schedules, config)
 
     advance = (valid & ~slot_mask).long()
-    steps = torch.tensor([s.num_scales + read_last for s in schedules], dtype=torch.long, device=device)
-    advance.view(-1)[ends] = steps
+    if schedules:
+        steps = torch.tensor([s.num_scales + read_last for s in schedules], dtype=torch.long, device=device)
+        advance.view(-1)[ends] = steps
     position = advance.cumsum(-1)
     if seq_idx is not None:
         position = position - torch.where(starts_of_samples(seq_idx), position - advance, 0).cummax(-1).values

@@ -128,6 +128,11 @@ class NextFlowTrainer(AtomicCheckpointMixin, Trainer):
         self._parts: dict[str, list[torch.Tensor]] = {}
         self._evaluated: dict[str, list[torch.Tensor]] = {}
 
+    def _get_train_sampler(self, train_dataset=None):
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        # Grouping by length reads the lengths of a `datasets.Dataset` from its column.
+        return super()._get_train_sampler(rows.rows if isinstance(rows, NumberedRows) else rows)
+
     def create_optimizer(self, *args, **kwargs):
         if self.args.muon and self.optimizer is None:
             model = self.accelerator.unwrap_model(self.model)
