@@ -396,10 +396,9 @@ def test_counts_of_described_scenes_are_right(kind):
 # --- The script ----------------------------------------------------------------------------------------------------
 
 
-def test_the_mixture_is_of_all_abilities_and_a_quarter_is_text(script):
+def test_the_mixture_is_of_all_abilities(script):
     assert set(script.MIXTURE) == set(ABILITIES) and sum(script.MIXTURE.values()) == pytest.approx(1)
-    assert script.MIXTURE["text"] == 0.25 and script.MIXTURE["drawing"] >= 0.25
-    assert script.MIXTURE["caption"] == pytest.approx(0.1 * (script.MIXTURE["caption"] + script.MIXTURE["drawing"]))
+    assert min(script.MIXTURE.values()) > 0
 
 
 def test_no_reserved_text_is_in_the_conversations(script):
