@@ -366,6 +366,14 @@ def test_a_film_writes_its_own_texts_and_has_the_frames_asked_for(pipe):
     assert np.array_equal(np.asarray(first.frames[0][0]), np.asarray(picture(1))) and len(first.transitions[0]) == 1
 
 
+def test_a_film_without_a_first_frame_has_no_guidance_towards_pictures():
+    pipe = NextFlowPipeline(tiny_model(), tiny_processor())
+    pipe.set_progress_bar_config(disable=True)
+    pipe.model.generation_config.editing_sampling = {"image_guidance_scale": 2.0, "temperature": 0.0}
+    pipe.film("a star", num_frames=2, max_transition_tokens=2)
+    pipe.film("a star", image=picture(), num_frames=2, max_transition_tokens=2)
+
+
 @pytest.mark.parametrize("suffix", [".gif", ".mp4"])
 def test_films_are_written_and_read_frame_by_frame(tmp_path, suffix):
     if suffix == ".mp4":

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from tiny import tiny_model, tiny_processor
 
@@ -248,6 +249,13 @@ torch.save(pipe({PROMPTS[0]!r}, **options).images, {str(tmp_path / "picture.pt")
     # Where the class is named, the file is not run.
     (folder / "pipeline.py").write_text("raise RuntimeError")
     assert torch.equal(draw(quiet(NextFlowPipeline.from_pretrained(folder))), draw(pipe))
+
+
+def test_the_pipeline_file_is_there_before_the_folder_is_uploaded(pipe, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(DiffusionPipeline, "save_pretrained", lambda self, folder, **_: seen.extend(os.listdir(folder)))
+    pipe.save_pretrained(tmp_path / "saved", push_to_hub=True)
+    assert seen == ["pipeline.py"]
 
 
 def test_without_diffusers_the_import_says_what_to_install(monkeypatch):

@@ -329,6 +329,9 @@ def test_geneval_wants_colors_of_what_is_cut_out():
         return ["red" if crop.getpixel((0, 0)) == (255, 0, 0) and crop.size == (20, 20) else "blue" for crop in crops]
 
     assert geneval_of([CUP], [item("cup", color="red")], color_of=color_of) == 1
+    # Boxes may be empty, or reach beyond the picture.
+    for box in ((5.0, 5.0, 5.0, 5.0), (100.0, 100.0, 101.0, 101.0), (-9.0, 90.0, 10.0, 120.0)):
+        assert geneval_of([("cup", 0.9, box)], [item("cup", color="blue")], color_of=color_of) == 1
     assert geneval_of([CUP, DOG], [item("dog", color="red"), item("cup")], color_of=color_of) == 0.5
 
 
@@ -346,6 +349,10 @@ def test_geneval_names_what_it_cannot_judge():
         geneval_of([], [item("screen")])
     with pytest.raises(ValueError, match="asks for the color 'red'; give color_of"):
         geneval_of([], [item("cup", color="red")])
+    with pytest.raises(ValueError, match=r"requires nothing: its include is \[\]"):
+        geneval_of([], [])
+    with pytest.raises(ValueError, match="refers to none of the 2 items"):
+        geneval_of([], [item("cup"), item("dog", position=["above", 2])])
     with pytest.raises(ValueError, match="position 'near' is none of left of"):
         geneval_of([], [item("cup"), item("dog", position=["near", 0])])
 

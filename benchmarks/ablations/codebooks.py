@@ -19,7 +19,7 @@ import torch
 from experiment import Ablation, Claim
 from jobs import Budget, Cache, Point
 from shapes_recipe import KMEANS_SHARES, ShapesPictures, ShapesVQTrainer, tokenizer_config
-from training import BATCH_SIZE, TEXT_WORLD, WORLD, rows_of, train_small_model, training_exchanges
+from training import BATCH_SIZE, QUIET, TEXT_WORLD, WORLD, rows_of, train_small_model, training_exchanges
 from transformers import PrinterCallback
 
 from transformers_nextflow import NextFlowVQModel
@@ -81,12 +81,8 @@ def train_tokenizer(model: NextFlowVQModel, dual: bool, seed: int, budget: Budge
                 weight_decay=0.01,
                 kmeans_pictures=pictures,
                 kmeans_shares=KMEANS_SHARES,
-                save_strategy="no",
-                logging_strategy="no",
                 seed=seed,
-                use_cpu=True,
-                disable_tqdm=True,
-                report_to=[],
+                **QUIET,
             )
             trainer = (ShapesVQTrainer if dual else PixelsAlone)(
                 model, args, ShapesPictures(10_000_000, seed, single=pictures)

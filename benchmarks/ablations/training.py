@@ -57,6 +57,8 @@ CORRECTION_TOP_K = 4
 # Held-out rows of each kind for every prompt of a category that is drawn.
 HELD_OUT_ROWS = {"drawing": 4, "text": 2}
 DATA_SEED, HELD_OUT_SEED = 0, 1
+# Arguments of every training: of a job nothing is kept but its curve, and the command has the only bar.
+QUIET = {"save_strategy": "no", "logging_strategy": "no", "use_cpu": True, "disable_tqdm": True, "report_to": []}
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------
@@ -154,12 +156,8 @@ def train(
             eval_strategy="steps",
             eval_steps=max(1, budget.steps // CURVE_POINTS),
             eval_on_start=True,
-            save_strategy="no",
-            logging_strategy="no",
             seed=seed,
-            use_cpu=True,
-            disable_tqdm=True,
-            report_to=[],
+            **QUIET,
         )
         trainer = NextFlowTrainer(
             model,

@@ -83,6 +83,8 @@ class ConversationMixin:
         prompts = [script[0] for script in scripts]
         if image is not None and len(prompts) == 1 and not isinstance(image, list | tuple):
             image = [image]
+        if image is None and sampling.get("image_guidance_scale") is None:
+            sampling["image_guidance_scale"] = 1.0  # there is no picture to be guided towards, whatever edits have
         # All frames but the first are drawn after others.
         sampling, size = self._sampling(True, **sampling), (height, width)
         request = DrawingRequest.build(self.processor, prompts, negative_prompt, image, None, size, None, False, False)

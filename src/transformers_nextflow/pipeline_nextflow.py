@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 from transformers.utils import cached_file
 
+from .atomic_files import write_whole
 from .conversation_pipeline import ConversationMixin
 from .drawing_request import DrawingRequest, ImageInput
 from .generation_nextflow import ImageGenerationOutput
@@ -144,10 +145,12 @@ class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
 
         Args:
             save_directory: a folder.
-            kwargs: options of `DiffusionPipeline.save_pretrained`; with `push_to_hub=True` upload `pipeline.py` too.
+            kwargs: options of `DiffusionPipeline.save_pretrained`, such as `push_to_hub`.
         """
+        # First, so that it is there when the folder is uploaded.
+        with write_whole(Path(save_directory) / "pipeline.py") as partial:
+            partial.write_text(PIPELINE_FILE)
         super().save_pretrained(save_directory, **kwargs)
-        (Path(save_directory) / "pipeline.py").write_text(PIPELINE_FILE)
 
     def to_json_string(self) -> str:
         # Where a `pipeline.py` lies beside the index, `DiffusionPipeline` takes the class from it.

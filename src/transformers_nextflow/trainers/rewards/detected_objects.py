@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -81,8 +82,8 @@ def geneval_reward(
         counting_threshold: the same for prompts with `exclude`, where one too many is wrong.
 
     Raises:
-        ValueError: for a class that the detector does not know, a relation that is none, or a colour without
-            `color_of`.
+        ValueError: for a prompt without requirements, a class that the detector does not know, a relation that is none
+            or refers to nothing, or a colour without `color_of`.
     """
     detector.eval().requires_grad_(False)
     names, known = dict(label_names or {}), set(detector.config.id2label.values())
@@ -90,8 +91,8 @@ def geneval_reward(
     @torch.no_grad()
     def geneval(prompts, completions, include, exclude=None, **_) -> list[float]:
         pictures, excluded = list(completions), exclude or [None] * len(completions)
-        for items in (*include, *excluded):
-            _check_items(items or (), names, known, color_of)
+        for wanted, unwanted in zip(include, excluded):
+            _check_items(wanted, unwanted or (), names, known, color_of)
         inputs = image_processor(images=pictures, return_tensors="pt").to(detector.device)
         found = image_processor.post_process_object_detection(
             detector(**inputs), threshold=threshold, target_sizes=[picture.size[::-1] for picture in pictures]
@@ -125,7 +126,7 @@ def requirements_met(
         if len(chosen) < item["count"]:
             return False
         if item.get("color"):
-            crops = [picture.crop(tuple(map(round, detection.box))) for detection in chosen]
+            crops = [_cut_out(picture, detection.box) for detection in chosen]
             if any(color != item["color"] for color in color_of(crops, item["class"])):
                 return False
         if item.get("position"):
@@ -142,8 +143,23 @@ def _detections(objects: Mapping, id2label: Mapping[int, str], threshold: float)
     return [Detection(id2label[label], score, tuple(box)) for label, score, box in zip(*columns) if score >= threshold]
 
 
-def _check_items(items: Sequence[Mapping], names: Mapping[str, str], known: set[str], color_of: Callable | None):
-    for item in items:
+def _cut_out(picture: Image.Image, box: Sequence[float]) -> Image.Image:
+    """What lies in a box, inside the picture and at least a pixel."""
+    left, top = (min(max(math.floor(low), 0), side - 1) for low, side in zip(box[:2], picture.size))
+    right, bottom = (min(math.ceil(high), side) for high, side in zip(box[2:], picture.size))
+    return picture.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+
+
+def _check_items(
+    include: Sequence[Mapping] | None,
+    exclude: Sequence[Mapping],
+    names: Mapping[str, str],
+    known: set[str],
+    color_of: Callable | None,
+):
+    if not include:
+        raise ValueError(f"A prompt requires nothing: its include is {include!r}; list what must be there.")
+    for item in (*include, *exclude):
         label = names.get(item["class"], item["class"])
         if label not in known:
             raise ValueError(
@@ -154,3 +170,5 @@ def _check_items(items: Sequence[Mapping], names: Mapping[str, str], known: set[
             raise ValueError(f"A prompt asks for the color {item['color']!r}; give color_of, see color_classifier.")
         if item.get("position") and item["position"][0] not in RELATIONS:
             raise ValueError(f"position {item['position'][0]!r} is none of {', '.join(RELATIONS)}.")
+        if item.get("position") and not 0 <= int(item["position"][1]) < len(include):
+            raise ValueError(f"position {item['position']} refers to none of the {len(include)} items.")
