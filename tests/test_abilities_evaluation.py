@@ -61,7 +61,7 @@ class KnowingPipeline:
         assert len(generator) == len(prompt) and len({g.initial_seed() for g in generator}) == len(prompt)
         cases = self.find(prompt, image)
         images = [picture(pictures_of(case.answer)[0]) for case in cases]
-        thoughts = [(texts_of(case.answer) or case.drawn_from)[0] for case in cases] if think else None
+        thoughts = [(texts_of(case.answer) or [": ".join(case.drawn_from)])[0] for case in cases] if think else None
         return SimpleNamespace(images=images, thoughts=thoughts)
 
     def film(self, prompt, image, num_frames, generator):
@@ -99,7 +99,7 @@ def test_right_pictures_score_one(suite, evaluation, monkeypatch):
 
 def test_thoughts_are_scored_beside_the_pictures(evaluation):
     table = evaluation._score("thinking", lambda *batch: evaluation.draw(*batch, think=True))
-    assert table["overall"] == table["overall_thought"] == 1
+    assert table["overall"] == table["overall_thought"] == table["overall_plan"] == 1
 
 
 def test_right_stories_films_and_answers_score_one(evaluation):

@@ -32,9 +32,11 @@ from transformers_nextflow.evaluation.shapes import (
     training_case,
 )
 from transformers_nextflow.evaluation.shapes.analogies import CHANGES
+from transformers_nextflow.evaluation.shapes.cases import same
 from transformers_nextflow.evaluation.shapes.edits import edit_kinds, follow_up_edit
 from transformers_nextflow.evaluation.shapes.events import happen
 from transformers_nextflow.evaluation.shapes.films import film_example
+from transformers_nextflow.evaluation.shapes.language import parse_located_caption
 from transformers_nextflow.evaluation.shapes.text_tasks import TASKS
 from transformers_nextflow.evaluation.shapes.thoughts import (
     COLORED_LIKE,
@@ -253,9 +255,10 @@ def test_thoughts_ask_for_what_the_picture_holds(kind, world):
         text, requirement, scene = implicit_prompt(generator, world, kind)
         assert check(scene, requirement).strict, text
         if texts_of(case.answer):
-            thought = case.answer[0].removeprefix("think: ")
-            assert check(case.answer[1], parse_caption(thought, world)).strict
-            assert not is_reserved(thought)
+            thought, plan = case.answer[0].removeprefix("think: ").split(": ")
+            assert parse_caption(thought, world) == case.requirement
+            assert same(parse_located_caption(plan, world), case.answer[1])
+            assert not is_reserved(thought) and not is_reserved(plan)
 
 
 def test_riddles_do_not_name_the_colors_and_shapes_that_they_paraphrase():
@@ -292,7 +295,25 @@ def test_comparisons_lead_to_their_numbers(number, than):
 def test_thinking_scores_the_thought_beside_the_picture():
     case = next(case for case in cases("thinking") if texts_of(case.answer))
     score = case.score(["think: nothing", case.answer[1]], WORLD)
-    assert score["right"] == 1 and score["thought"] == 0
+    assert score["right"] == 1 and score["thought"] == score["plan"] == 0
+    thought, _, plan = case.answer[0].partition("think: ")[2].partition(": ")
+    for said, planned, expected in ((thought, "a red ring", (1, 0)), ("nothing", plan, (0, 1))):
+        score = case.score([f"think: {said}: {planned}", case.answer[1]], WORLD)
+        assert (score["thought"], score["plan"]) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a red star on black",
+        "a star in row 1 column 1 on a white background",
+        "two red stars on black",
+        "a red star in row 1 column 1",
+    ],
+)
+def test_a_plan_that_leaves_something_open_is_no_scene(text):
+    with pytest.raises(ValueError, match="no full description"):
+        parse_located_caption(text, WORLD)
 
 
 # --- Stories and films ---------------------------------------------------------------------------------------------

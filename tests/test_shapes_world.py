@@ -42,7 +42,8 @@ from transformers_nextflow.evaluation.shapes import (
 )
 from transformers_nextflow.evaluation.shapes.edits import edit_kinds
 from transformers_nextflow.evaluation.shapes.language import draw_category, write_caption
-from transformers_nextflow.evaluation.shapes.questions import QUESTIONS, question_of_kind
+from transformers_nextflow.evaluation.shapes.questions import QUESTIONS, question_of_kind, verdict
+from transformers_nextflow.evaluation.shapes.suites import UnderstandingCase
 
 
 WORLD = World()
@@ -266,8 +267,25 @@ def answer(question, scene):
 def test_answers_are_right(kind):
     generator = rng(6)
     cases = [question_of_kind(generator, WORLD, kind) for _ in range(200)]
-    assert all(answer(question, scene) == given for scene, question, given in cases)
-    assert all(len(given.split()) == 1 for _, _, given in cases)
+    assert all(answer(question, scene) == verdict(given) for scene, question, given in cases)
+    assert all(len(given.split()) == 1 or kind == "relation" for _, _, given in cases)
+
+
+def test_relations_are_answered_with_the_places_first():
+    generator = rng(6)
+    for scene, question, given in (question_of_kind(generator, WORLD, "relation") for _ in range(50)):
+        shapes = [word.strip("?") for word in question.split() if word.strip("?") in WORLD.shapes]
+        a, b = (next(o for o in scene.objects if o.shape == shape) for shape in shapes)
+        columns = "left" in question or "right" in question
+        places = [f"column {o.column + 1}" if columns else f"row {o.row + 1}" for o in (a, b)]
+        assert given.partition(": ")[0] == " and ".join(places)
+
+
+def test_answers_are_judged_by_what_they_come_to():
+    case = UnderstandingCase("relation", None, None, "is the star above the ring?", "row 1 and row 2: yes")
+    for text, right in (("row 1 and row 2: yes", True), ("row 1 and row 3: Yes ", True), ("yes", True),
+                        ("row 1 and row 2: no", False), ("row 1 and row 2:", False), ("yes: no", False)):  # fmt: skip
+        assert case.is_right(text, WORLD) is right, text
 
 
 @pytest.mark.parametrize("kind", QUESTIONS)
@@ -277,7 +295,7 @@ def test_questions_about_a_given_scene_are_about_that_one(kind):
     cases = [QUESTIONS[kind](generator, WORLD, False, scene) for scene in scenes]
     asked = [(scene, case) for scene, case in zip(scenes, cases) if case is not None]
     assert len(asked) > 100
-    assert all(case[0] is scene and answer(case[1], scene) == case[2] for scene, case in asked)
+    assert all(case[0] is scene and answer(case[1], scene) == verdict(case[2]) for scene, case in asked)
 
 
 def test_every_scene_can_be_asked_about():
@@ -285,13 +303,13 @@ def test_every_scene_can_be_asked_about():
     scene = Scene((Object("circle", "red", 0, 0), Object("circle", "red", 1, 1)))
     for _ in range(100):
         question, given = question_about(generator, WORLD, scene)
-        assert answer(question, scene) == given
+        assert answer(question, scene) == verdict(given)
 
 
 @pytest.mark.parametrize("kind", ["presence", "relation"])
 def test_yes_and_no_are_balanced(kind):
     generator = rng(7)
-    answers = [question_of_kind(generator, WORLD, kind)[2] for _ in range(600)]
+    answers = [verdict(question_of_kind(generator, WORLD, kind)[2]) for _ in range(600)]
     assert set(answers) == {"yes", "no"} and 0.43 < np.mean([a == "yes" for a in answers]) < 0.57
 
 

@@ -3,8 +3,8 @@
     python examples/shapes/make_data.py --tokenizer runs/tokenizer/final --output runs/data --processes 2
 
 `MIXTURE` says how many of the conversations begin with which ability. Most go on: a picture's slots are most of a
-sequence and an answer is one word, so one conversation asks several things of its picture. Some texts are left out, for
-guidance. What is kept for evaluation, and the pairs of shape and colour that are held out, are never among them.
+sequence and an answer is a few words, so one conversation asks several things of its picture. Some texts are left out,
+for guidance. What is kept for evaluation, and the pairs of shape and colour that are held out, are never among them.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ MIXTURE = {
     "text": 0.12,
     "drawing": 0.18,
     "caption": 0.06,
-    "question": 0.18,
-    "editing": 0.21,
-    "thinking": 0.04,
+    "question": 0.17,
+    "editing": 0.18,
+    "thinking": 0.1,
     "subject": 0.04,
     "in_context": 0.05,
     "story": 0.03,
-    "film": 0.06,
-    "film_question": 0.03,
+    "film": 0.05,
+    "film_question": 0.02,
 }
 # How many exchanges follow the first, each as likely: more texts, or questions on and descriptions of the last picture.
 FURTHER_EXCHANGES = {

@@ -15,12 +15,14 @@ from ...tokenization_nextflow import THINK_PREFIX
 from .checker import read
 from .conversations import Exchange, Part, pictures_of, texts_of
 from .events import happen
-from .language import is_full_caption, is_reserved, located_caption, parse_caption
+from .language import is_full_caption, is_reserved, located_caption, parse_caption, parse_located_caption
+from .questions import verdict
 from .requirement import Requirement, check
 from .scene import Object, Scene, World
 
 
 Score = dict[str, float]
+PLAN_BEGIN = ": "  # stands in a thought between what is to be drawn and where it goes
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def same(a: Scene, b: Scene) -> bool:
 class DrawingCase(Case):
     """One picture that holds what is required: `right` by GenEval's rule, `strict`: and nothing else.
 
-    Of an answer that thinks first, `thought` tells whether it spells out what is required.
+    Of an answer that thinks first, `thought` tells whether it spells out what is required, `plan` whether the places
+    that it then lays out make a picture of that.
     """
 
     requirement: Requirement = Requirement(())
@@ -88,8 +91,10 @@ class DrawingCase(Case):
         result = check(pictures[0], self.requirement) if len(pictures) == 1 else (False, False)
         score = {"right": float(result[0]), "strict": float(result[1])}
         if texts:
-            thought = texts[0].removeprefix(THINK_PREFIX).strip()
+            thought, _, plan = texts[0].removeprefix(THINK_PREFIX).strip().partition(PLAN_BEGIN)
             score["thought"] = float(_reads(thought, lambda text: parse_caption(text, world)) == self.requirement)
+            planned = _reads(plan, lambda text: parse_located_caption(text, world))
+            score["plan"] = float(planned is not None and check(planned, self.requirement).strict)
         return score
 
 
@@ -127,11 +132,11 @@ class CaptionCase(Case):
 
 @dataclass(frozen=True)
 class AnswerCase(Case):
-    """A text: the right one, or where that is a full caption, one that says the same."""
+    """A text that comes to the right answer, or where that is a full caption, says the same."""
 
     def score(self, output: Sequence[Part], world: World) -> Score:
         said, right = _text(output), self.answer[0]
-        return {"right": float(said.lower() == right or is_full_caption(said, right, world))}
+        return {"right": float(verdict(said) == verdict(right) or is_full_caption(said, right, world))}
 
 
 @dataclass(frozen=True)

@@ -202,6 +202,17 @@ def parse_caption(text: str, world: World) -> Requirement:
     return Requirement(tuple(parse_item(part, world) for part in parts), background=background)
 
 
+def parse_located_caption(text: str, world: World) -> Scene:
+    """The inverse of `located_caption`. Raises ValueError for a text that leaves open what a scene holds."""
+    said = parse_caption(text, world)
+    if said.background is None or any(None in (i.color, i.cell) or i.count > 1 for i in said.items):
+        raise ValueError(
+            f"{text!r} is no full description: it needs a background, and of each object colour and place."
+        )
+    objects = [Object(i.shape, i.color, *i.cell, **({"size": i.size} if i.size else {})) for i in said.items]
+    return Scene(tuple(objects), said.background)
+
+
 # --- Training pairs ------------------------------------------------------------------------------------------------
 
 

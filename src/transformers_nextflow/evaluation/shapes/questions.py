@@ -1,4 +1,6 @@
-"""Questions about scenes with single-word answers.
+"""Questions about scenes with answers of one word.
+
+Relations are answered in two steps, the places and then the word: "column 1 and column 3: yes". `verdict` is the word.
 
 A kind of question is a function `(rng, world, allow_held_out, given)`: with a `given` scene it asks about that one, and
 returns None where the scene has nothing of the kind to ask; without, it makes a scene so that all answers are as
@@ -19,6 +21,12 @@ from .scene import Object, Scene, World, choose, random_background, random_cells
 Example = tuple[Scene, str, str]
 
 RELATION_PHRASES = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
+STEPS_END = ": "
+
+
+def verdict(answer: str) -> str:
+    """What an answer comes to, in small letters, whatever steps stand before it."""
+    return answer.rpartition(STEPS_END)[2].strip().lower()
 
 
 def _scene_where(rng, world: World, accept, allow_held_out: bool, given: Scene | None, least: int = 1) -> Scene | None:
@@ -117,7 +125,7 @@ def is_there(rng, world: World, allow_held_out: bool, given: Scene | None = None
 
 
 def is_related(rng, world: World, allow_held_out: bool, given: Scene | None = None) -> Example | None:
-    """Yes and no are equally frequent."""
+    """Yes and no are equally frequent. Asked for the word alone, a small model guesses, though it knows both places."""
     yes, relation = bool(rng.random() < 0.5), choose(rng, list(RELATIONS))
 
     def candidates(scene: Scene) -> list[tuple[Object, Object]]:
@@ -128,7 +136,10 @@ def is_related(rng, world: World, allow_held_out: bool, given: Scene | None = No
     if scene is None:
         return None
     a, b = choose(rng, candidates(scene))
-    return scene, f"is the {a.shape} {RELATION_PHRASES[relation]} the {b.shape}?", "yes" if yes else "no"
+    axis = "column" if relation in ("left", "right") else "row"
+    steps = " and ".join(f"{axis} {getattr(item, axis) + 1}" for item in (a, b))
+    question = f"is the {a.shape} {RELATION_PHRASES[relation]} the {b.shape}?"
+    return scene, question, steps + STEPS_END + ("yes" if yes else "no")
 
 
 def what_background(rng, world: World, allow_held_out: bool, given: Scene | None = None) -> Example:
@@ -158,7 +169,7 @@ SHARES = {
 
 
 def question_of_kind(rng: np.random.Generator, world: World, kind: str, *, allow_held_out: bool = False) -> Example:
-    """A scene, a question of one kind of `QUESTIONS` about it, and its answer: one word or a number from 0."""
+    """A scene, a question of one kind of `QUESTIONS` about it, and its answer: at its end a word or a number from 0."""
     return QUESTIONS[kind](rng, world, allow_held_out)
 
 
@@ -168,7 +179,7 @@ def _random_kind(rng: np.random.Generator) -> str:
 
 
 def question_example(rng: np.random.Generator, world: World, *, allow_held_out: bool = False) -> Example:
-    """A scene, a question about it, and its answer: one word or a number from 0."""
+    """A scene, a question about it, and its answer: at its end a word or a number from 0."""
     return question_of_kind(rng, world, _random_kind(rng), allow_held_out=allow_held_out)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from .cases import metric_table
 from .language import CATEGORIES, caption, draw_category, is_full_caption, is_reserved, located_caption
-from .questions import QUESTIONS, question_of_kind
+from .questions import QUESTIONS, question_of_kind, verdict
 from .requirement import CheckResult, Requirement
 from .scene import Scene, World, random_scene, render
 
@@ -45,10 +45,10 @@ class UnderstandingCase:
     answer: str
 
     def is_right(self, text: str, world: World) -> bool:
-        """Whether `text` answers the question; a description must say all that the right answer says."""
+        """Whether `text` comes to the right answer; a description must say all that the right one says."""
         if self.kind in DESCRIPTIONS:
             return is_full_caption(text.strip(), self.answer, world)
-        return text.strip().lower() == self.answer
+        return verdict(text) == verdict(self.answer)
 
 
 def _distinct_prompts(world: World, category: str, n: int, seed: int, allow_held_out: bool, accept) -> list[Prompt]:

@@ -1,7 +1,7 @@
 """Prompts that say what to draw in a roundabout way, and the thought that spells it out (paper, section 6.4).
 
 Every prompt takes two or more steps: shapes by what they look like, colours by things, numbers by comparison or sums,
-places by their neighbours. The thought is an ordinary caption.
+places by their neighbours. The thought says it as an ordinary caption, then lays out what goes where.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from .cases import DrawingCase
+from .cases import PLAN_BEGIN, DrawingCase
 from .conversations import drawing, thinking
-from .language import NUMBERS, corners, group_items, item_phrase, plural, write_caption
+from .language import NUMBERS, corners, group_items, item_phrase, located_caption, plural, write_caption
 from .requirement import Item, Requirement
 from .scene import Object, Scene, World, choose, random_background, random_cells, random_object
 
@@ -196,7 +196,7 @@ def thinking_case(rng: np.random.Generator, world: World, *, allow_held_out: boo
     """An implicit prompt, most often with its thought before the picture."""
     kind = choose(rng, list(RIDDLES))
     text, requirement, scene = implicit_prompt(rng, world, kind, allow_held_out=allow_held_out)
-    thought = write_caption(None, requirement, world)
+    said, plan = write_caption(None, requirement, world), located_caption(scene, world)
     aloud = rng.random() < THOUGHT_SHARE
-    exchange = thinking(text, thought, scene) if aloud else drawing(text, scene)
-    return DrawingCase(kind, *exchange, drawn_from=(thought,), requirement=requirement)
+    exchange = thinking(text, said + PLAN_BEGIN + plan, scene) if aloud else drawing(text, scene)
+    return DrawingCase(kind, *exchange, drawn_from=(said, plan), requirement=requirement)
