@@ -230,6 +230,19 @@ def test_a_variation_keeps_the_first_scales_and_draws_the_rest(pipe):
 # --- thinking ---
 
 
+def test_thoughts_differ_by_seed_above_temperature_zero(pipe):
+    def thoughts(temperature, seeds):
+        generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+        options = {"think": True, "max_thought_tokens": 6, "thought_temperature": temperature}
+        return pipe("a red circle", **options, num_images_per_prompt=len(seeds), generator=generator).thoughts
+
+    assert len(set(thoughts(0.0, range(4)))) == 1
+    assert len(set(thoughts(2.0, range(4)))) > 1
+    assert thoughts(2.0, (3, 5)) == [thoughts(2.0, (seed,))[0] for seed in (3, 5)]
+    with pytest.raises(ValueError, match="temperature must be a number from 0, got -1"):
+        thoughts(-1.0, (0,))
+
+
 def test_thinking_draws_from_what_it_wrote(pipe):
     texts = ["a red circle", "two blue squares and a star"]
     output = pipe(texts, think=True, max_thought_tokens=6, **GREEDY, guidance_scale=2.0)

@@ -58,6 +58,9 @@ def generate(
     width: Pixels = None,
     guidance_scale: GuidanceScale = None,
     think: Annotated[bool, typer.Option(help="Write a reasoning first, and draw from it.")] = False,
+    thought_temperature: Annotated[
+        float, typer.Option(min=0, help="Above 0, pictures of one prompt are thought out differently.")
+    ] = 0.0,
     num_images: NumImages = 1,
     num_candidates: NumCandidates = 1,
     seed: Seed = 0,
@@ -83,6 +86,7 @@ def generate(
             width=width,
             guidance_scale=guidance_scale,
             think=think,
+            thought_temperature=thought_temperature,
             num_images_per_prompt=num_images,
             num_candidates=num_candidates,
             generator=_generators(seed, len(prompts) * num_images * num_candidates),

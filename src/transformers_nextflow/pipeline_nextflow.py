@@ -218,6 +218,7 @@ class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
         paste_back: bool = False,
         think: bool = False,
         max_thought_tokens: int = 128,
+        thought_temperature: float = 0.0,
         num_images_per_prompt: int = 1,
         num_candidates: int = 1,
         candidate_scorer: CandidateScorer | None = None,
@@ -246,6 +247,7 @@ class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
             paste_back: with `mask_image`, put the picture's own pixels back outside of the mask.
             think: write a reasoning first, and draw from it.
             max_thought_tokens: length of the reasoning at most.
+            thought_temperature: above 0, several pictures of one prompt are thought out differently.
             num_images_per_prompt: pictures for each prompt, one after the other in the output.
             num_candidates: how many are drawn for each of them; the best one is kept (of an interrupted drawing the
                 first).
@@ -295,7 +297,7 @@ class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
 
             options = {"sampling": sampling, "generator": generator, "callback": after_scale}
             if think:
-                drawn, thoughts = self._think(request, max_thought_tokens, options)
+                drawn, thoughts = self._think(request, max_thought_tokens, thought_temperature, options)
             else:
                 drawn, thoughts = self.model.generate_images(**self._drawing_inputs(request, sampling), **options), None
 
@@ -355,15 +357,16 @@ class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
                 result[f"{name}_{part}"] = prompts[part].to(self._execution_device)
         return result
 
-    def _think(self, request: DrawingRequest, max_thought_tokens: int, options: dict):
+    def _think(self, request: DrawingRequest, max_thought_tokens: int, temperature: float, options: dict):
         """Reasoning, then a picture, on one cache; the pictures and the reasonings."""
         processor, inputs = self.processor, self._drawing_inputs(request, options["sampling"])
         inputs |= processor.apply_image_prompt(request.prompts, request.images, answer=processor.think_prefix).to(
             self._execution_device
         )
         output = self.model.generate_interleaved(
-            **inputs, **options, min_images=1, max_images=1, max_new_tokens=max_thought_tokens
-        )
+            **inputs, **options, min_images=1, max_images=1, max_new_tokens=max_thought_tokens, do_sample=True,
+            temperature=temperature,
+        )  # fmt: skip
         thoughts, pictures = [], []
         for ids, pieces in zip(output.input_ids, output.segments):
             number = next(index for index, piece in enumerate(pieces) if piece.image is not None)
