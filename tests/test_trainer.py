@@ -201,6 +201,15 @@ def test_without_a_collator_one_is_made_from_the_processor(tmp_path):
         NextFlowTrainer(tiny_model(), args, train_dataset=rows())
 
 
+@pytest.mark.parametrize("units", ["avx512_bf16", "amx_bf16", None])
+def test_bfloat16_on_a_processor_that_emulates_it_is_warned_of(units, tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {units: True, "avx2": True}, raising=False)
+    training_arguments(tmp_path, rows(), bf16=True)
+    training_arguments(tmp_path, rows())
+    warned = ["no bfloat16 units" in str(warning.message) for warning in recwarn]
+    assert sum(warned) == (units is None)
+
+
 def test_the_trainer_asks_for_its_own_arguments_and_packing_for_rows(tmp_path):
     plain = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     with pytest.raises(ValueError, match="args must be NextFlowTrainingArguments, .* got TrainingArguments"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -54,8 +55,20 @@ class NextFlowTrainingArguments(TrainingArguments):
                 )
             # Streams: each process takes its own packs; they are lists of rows, which cannot be cut to pieces.
             self.accelerator_config.dispatch_batches = False
+        if self.bf16 and self.device.type == "cpu" and not has_bfloat16_units():
+            warnings.warn(
+                "This processor has no bfloat16 units: bf16=True is many times slower than float32; leave it out.",
+                stacklevel=2,
+            )
         self.remove_unused_columns = False
         self.label_names = self.label_names or ["labels"]
+
+
+def has_bfloat16_units() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices by itself; taken to, where torch cannot tell."""
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return True
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 def packed(
