@@ -3,7 +3,8 @@
     python conversion/convert_nextflow.py FILE
 
 It lists what the file holds and how far that matches (`transformers-nextflow inspect FILE` does the same). To fill it:
-write the release's key patterns into `NEXTFLOW_KEYS`, then read, map, check and write as `convert_siglip2.py` does.
+write the release's key patterns into `NEXTFLOW_KEYS`, then read, map, check and write as
+`convert_tokenflow_t2i.py` does.
 """
 
 from pathlib import Path

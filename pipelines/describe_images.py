@@ -19,7 +19,6 @@ def main():
     parser.add_argument("question")
     parser.add_argument("files", nargs="+", help="pictures, or films (.gif, .mp4)")
     parser.add_argument("--model", default="checkpoints/nextflow-shapes")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     pipe = NextFlowPipeline.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() else "cpu")

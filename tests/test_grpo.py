@@ -79,6 +79,14 @@ def schedules_and_columns(num_scales=3, sizes=((16, 16), (28, 8))):
 # The objective --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_bfloat16_is_the_default_where_there_is_an_accelerator(accelerator, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    monkeypatch.setattr(NextFlowGRPOConfig.__mro__[1], "__post_init__", lambda self: None)
+    config = NextFlowGRPOConfig(output_dir=str(tmp_path), steps_per_generation=1)
+    assert config.bf16 is (None if accelerator else False)  # None: TRL turns it on
+
+
 def test_a_code_weighs_its_scales_weight_over_the_sum_of_all_codes():
     schedules, columns = schedules_and_columns()
     weights = scale_shares(schedules, columns, alpha=0.9)

@@ -45,7 +45,7 @@ PACKING = """\
 Paper (section 3.3, table 3): packing samples to a fixed compute budget gives 4.1 times the throughput of padding,
 packing to a fixed length 3.4 times.
 
-Here: no training, but the benchmark of the packing itself, `python benchmarks/packing.py`: useful tokens a second on a
+Here: no training, but the benchmark of the packing itself, `{command}`: useful tokens a second on a
 mix of tasks at two levels, and the share of a step in which the faster of two workers waits for the slower one.
 
 | packing | throughput over padding | wait |
@@ -94,7 +94,7 @@ def claim_line(ablation: Ablation, claim: dict) -> str:
 def packing_section(result: dict) -> str:
     speed = {"padding": 1.0} | result["speedup_over_padding"]
     rows = [f"| {way} | {speed[way]:.2f} | {wait:.0%} |" for way, wait in result["wait"].items()]
-    return PACKING + "\n".join(rows) + "\n"
+    return PACKING.format(command=result["command"]) + "\n".join(rows) + "\n"
 
 
 def main():

@@ -1,10 +1,12 @@
 """Assemble the bundled checkpoint from what the training scripts wrote, and write its model card from stored scores.
 
-    python examples/shapes/make_checkpoint.py --tokenizer runs/tokenizer-decoder/final
-    transformers-nextflow evaluate checkpoints/nextflow-shapes --json benchmarks/results/shapes.json \
-        --sheets checkpoints/nextflow-shapes
-    python examples/shapes/make_checkpoint.py --tokenizer runs/tokenizer-decoder/final \
+    python examples/shapes/make_checkpoint.py --model MODEL --processor PROCESSOR --tokenizer TOKENIZER SAMPLING
+    transformers-nextflow evaluate checkpoints/nextflow-shapes --suite shapes --seeds 2 \
+        --json benchmarks/results/shapes.json --sheets checkpoints/nextflow-shapes
+    python examples/shapes/make_checkpoint.py --model MODEL --processor PROCESSOR --tokenizer TOKENIZER SAMPLING \
         --results benchmarks/results/shapes.json
+
+`README.md` beside it has the folders and the sampling settings of the bundled one.
 """
 
 from __future__ import annotations

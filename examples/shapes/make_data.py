@@ -40,8 +40,8 @@ from transformers_nextflow.tokenization_nextflow import THINK_PREFIX, train_toke
 
 WORLD = World()
 # Shares of the conversations by the ability that they begin with. The paper has 25% text alone, and turns one drawing
-# in ten round into a caption (section 5). The bundled checkpoint saw such shares first, then the ones below, which lean
-# towards what it had learnt least.
+# in ten round into a caption (section 3.2). The bundled checkpoint saw such shares first; the ones below, of its last
+# training, lean towards what it had learnt least.
 MIXTURE = {
     "text": 0.12,
     "drawing": 0.18,

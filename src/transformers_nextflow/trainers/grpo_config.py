@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+import torch
+
 from ..sampling_nextflow import ImageSampling
 from .prefix_objective import RATIO_LEVELS
 
@@ -49,7 +51,8 @@ class NextFlowGRPOConfig(GRPOConfig):
         drift_steps: every so many steps the drift of all scales is logged, `scale_k/drift`; it costs two passes over
             all scales.
         max_advantage: advantages are cut at so many standard deviations.
-        max_prompt_length: in tokens, the slots of pictures included; a longer prompt raises an error before training.
+        max_prompt_length: in tokens, the slots of pictures included; a longer prompt raises an error, before training
+            where it is the text that is too long, else when it is drawn.
     """
 
     num_generations: int | None = field(default=16)
@@ -72,6 +75,8 @@ class NextFlowGRPOConfig(GRPOConfig):
     max_prompt_length: int | None = field(default=None)
 
     def __post_init__(self):
+        if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
+            self.bf16 = False  # TRL's default would be an error on a machine without an accelerator
         super().__post_init__()
         for name, allowed in (("likelihood", LIKELIHOODS), ("importance_sampling_level", RATIO_LEVELS)):
             if getattr(self, name) not in allowed:

@@ -32,7 +32,7 @@ def drawing_case(rng: np.random.Generator, world: World, *, allow_held_out: bool
 
 
 def caption_case(rng: np.random.Generator, world: World, *, allow_held_out: bool = False) -> CaptionCase:
-    """A drawing turned round: the picture and a caption that it could be drawn from (paper, section 5)."""
+    """A drawing turned round: the picture and a caption that it could be drawn from (paper, section 3.2)."""
     text, scene = drawing_example(rng, world, allow_held_out=allow_held_out)
     return CaptionCase("caption", *answering(CAPTION_REQUEST, text, [scene]), scene=scene)
 
