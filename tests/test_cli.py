@@ -211,7 +211,7 @@ def test_evaluate_prints_and_writes_the_scores(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers_nextflow.evaluation.shapes_evaluation", module)
     result = run("evaluate", "folder", "--suite", "shapes", "--limit", 2, "--seeds", 1, "--json", "out/scores.json")
     assert result.exit_code == 0, result.output
-    assert calls == [("folder", {"limit": 2, "seeds": 1, "sheets": None})]
+    assert calls == [("folder", {"limit": 2, "seeds": 1, "sheets": None, "device": None})]
     with open("out/scores.json") as file:
         written = json.load(file)
     assert json.loads(result.stdout) == {"overall": 0.5}

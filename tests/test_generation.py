@@ -143,6 +143,25 @@ def test_pictures_of_different_levels_in_a_batch_equal_single_ones(settings):
     check_batch_equals_single(model, "sdpa", schedules, settings)
 
 
+def test_guidance_of_different_levels_in_bfloat16():
+    model = tiny_model(vq_config=LEVELS).to(torch.bfloat16)
+    schedules = schedules_of(model.config, RATIOS, [16, 8, 16])
+    inputs = prompts(model.config, mixed_prompts(model.config)) | negative(prompts(model.config, [[], [30, 31], [32]]))
+    output, logits = draw(model, schedules, inputs, sampling=ImageSampling(guidance_scale=3.0))
+    for row, schedule in enumerate(schedules):
+        assert (output.image_tokens[row] >= 0).sum() == schedule.num_tokens
+        assert all(part.dtype == torch.float32 for part in logits[row])
+
+
+def test_a_cast_of_the_model_leaves_codebooks_in_float32():
+    model = tiny_model()
+    codebook = model.vq_model.quantizer.codebook.clone()
+    model.to(torch.bfloat16).half()
+    assert {p.dtype for p in model.vq_model.quantizer.parameters()} == {torch.float32}
+    assert model.lm_head.weight.dtype == torch.float16
+    assert torch.equal(model.vq_model.quantizer.codebook, codebook)
+
+
 def check_batch_equals_single(model, implementation, schedules, settings):
     rows, negatives = mixed_prompts(model.config), [[], [30, 31], [32]]
     sampling = ImageSampling(**settings)
@@ -266,6 +285,35 @@ def test_given_first_scales_are_kept_and_the_others_drawn_after_them():
         torch.testing.assert_close(torch.cat(logits[row]), expected[row], atol=2e-5, rtol=0)
     same = draw(model, schedules, inputs, sampling=greedy, given_image_tokens=drawn[:, :1])[0].image_tokens
     assert torch.equal(same, drawn)
+
+
+@pytest.mark.parametrize("ratios", [RATIOS, RATIOS[:1] * 3], ids=["different sizes", "one size"])
+def test_pictures_may_have_different_numbers_of_given_scales(ratios):
+    model = tiny_model()
+    rows, schedules = mixed_prompts(model.config), schedules_of(model.config, ratios)
+    given = torch.full((3, max(schedule.offsets[3] for schedule in schedules)), -1)
+    for row, count in enumerate((3, 1, 0)):
+        given[row, : schedules[row].offsets[count]] = row + 5
+
+    def run(order):
+        generator = [torch.Generator().manual_seed(n) for n in order]
+        inputs = prompts(model.config, [rows[n] for n in order])
+        own = [schedules[n] for n in order]
+        return draw(model, own, inputs, generator=generator, given_image_tokens=given[order])[0].image_tokens
+
+    together = run([0, 1, 2])
+    for row, schedule in enumerate(schedules):
+        assert torch.equal(run([row])[0], together[row, : schedule.num_tokens])
+        kept = given[row] >= 0
+        assert torch.equal(together[row, : given.shape[1]][kept], given[row][kept])
+
+
+@pytest.mark.parametrize("given", [[1, 2, 3], [-1, 2, 3, 4, 5]])
+def test_given_codes_that_fill_no_whole_scales_are_refused(given):
+    model = tiny_model()
+    inputs = prompts(model.config, [[20]])
+    with pytest.raises(ValueError, match=r"picture 0 hold \d codes, which do not fill its first scales"):
+        model.generate_images(**inputs, image_sizes=[(16, 16)], given_image_tokens=torch.tensor([given]))
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,17 @@ def test_bfloat16_is_the_default_where_there_is_an_accelerator(accelerator, tmp_
     assert config.bf16 is (None if accelerator else False)  # None: TRL turns it on
 
 
+def test_a_refused_trainer_leaves_its_arguments_as_they_were(tmp_path):
+    args = make_trainer(tmp_path, beta=0.3).args
+    assert args.beta == 0.3
+    with pytest.raises(ValueError):
+        NextFlowGRPOTrainer(
+            tiny_model(), "no function", args, train_dataset=Dataset.from_dict({"prompt": ["one"]}),
+            processing_class=tiny_processor(),
+        )  # fmt: skip
+    assert args.beta == 0.3
+
+
 def test_a_code_weighs_its_scales_weight_over_the_sum_of_all_codes():
     schedules, columns = schedules_and_columns()
     weights = scale_shares(schedules, columns, alpha=0.9)

@@ -157,10 +157,12 @@ def test_logits_on_one_cache_equal_one_teacher_forced_pass(options):
             history[row] = [*history[row], Picture(list(schedules[row].grids), codes.tolist()), 44]
 
 
-def test_a_row_depends_on_its_own_seed_and_not_on_its_batch():
+@pytest.mark.parametrize("min_images", [0, 2])
+def test_a_row_depends_on_its_own_seed_and_not_on_its_batch(min_images):
     model = talkative_model()
     rows = rows_of(model.config)
     options = {"max_new_tokens": 12, "max_images": 2, "do_sample": True, "sampling": ImageSampling()}
+    options["min_images"] = min_images
 
     def run(order):
         generator = [torch.Generator().manual_seed(n) for n in order]
@@ -268,6 +270,25 @@ def test_a_callback_can_end_all_rows():
     assert (output.image_tokens >= 0).sum(1).tolist() == [5, 5]
 
 
+@pytest.mark.parametrize("last", [True, False], ids=["after a whole picture", "within one"])
+def test_a_callback_ends_rows_that_would_go_on(last):
+    model = talkative_model()
+    inputs = batch_of(model.config, [[20, 21], [22]])
+    scales = model.config.vq_config.scale_schedules.build().num_scales
+    seen = []
+
+    def until_one_picture(_, scale, state):
+        seen.append(scale)
+        return not state.is_finished if last else scale < 1
+
+    output = model.generate_interleaved(
+        **inputs, min_images=2, max_images=3, max_new_tokens=8, sampling=GREEDY, callback=until_one_picture
+    )
+    assert seen == list(range(scales if last else 2))
+    for pieces in output.segments:
+        assert pieces[-1].image is not None and sum(piece.image is not None for piece in pieces) == 1
+
+
 def test_stop_strings_and_the_end_of_turn_end_a_row():
     model = talkative_model()
     tokenizer = tiny_tokenizer()
@@ -336,6 +357,10 @@ def test_streamer_gives_text_and_scales_in_order():
         ({"streamer": InterleavedStreamer(tiny_tokenizer())}, "A streamer follows one row, got 2"),
         ({"sampling": ImageSampling(guidance_scale=2.0)}, "Guidance needs negative_input_ids"),
         ({"max_new_token": 3}, "not written with max_new_token"),
+        ({"generation_config": GenerationConfig(num_beams=4)}, "not written with num_beams"),
+        ({"do_sample": True, "top_p": 0.0}, "top_p must be above 0"),
+        ({"do_sample": True, "top_k": -1}, "top_k must be a whole number from 1"),
+        ({"attention_mask": torch.tensor([[1, 1], [1, 0]])}, "input_ids are padded on the right"),
     ],
 )
 def test_interleaved_inputs_that_do_not_fit_are_refused(change, message):
@@ -343,3 +368,20 @@ def test_interleaved_inputs_that_do_not_fit_are_refused(change, message):
     inputs = {"input_ids": torch.tensor([[20, 21], [22, 3]])}
     with pytest.raises(ValueError, match=message):
         model.generate_interleaved(**inputs | change)
+
+
+def test_a_generation_config_sets_what_text_takes():
+    model = talkative_model()
+    inputs = batch_of(model.config, [[20, 21]])
+    options = {"do_sample": True, "temperature": 0.7, "max_new_tokens": 6, "top_k": 0}
+
+    def run(**given):
+        return model.generate_interleaved(**inputs, max_images=0, generator=torch.Generator().manual_seed(0), **given)
+
+    by_config = run(generation_config=GenerationConfig(**options))
+    assert torch.equal(by_config.input_ids, run(**options).input_ids)
+
+
+def test_a_streamer_takes_its_timeout_second_and_skips_nothing():
+    streamer = InterleavedStreamer(tiny_tokenizer(), 30)
+    assert streamer.timeout == 30 and not streamer.skip_prompt

@@ -12,6 +12,8 @@ from transformers import (
     CLIPModel,
     CLIPProcessor,
     PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipModel,
     TrOCRConfig,
     TrOCRForCausalLM,
     VisionEncoderDecoderModel,
@@ -198,6 +200,21 @@ def test_similarity_is_the_cosine_of_both_embeddings():
         assert value == pytest.approx(float(torch.cosine_similarity(output.text_embeds, output.image_embeds)), abs=1e-5)
     scaled = similarity_reward(model, processor, scaled=True)(prompts=prompts, completions=pictures)
     assert scaled == pytest.approx([value * float(model.logit_scale.exp()) for value in found], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_similarity_does_not_depend_on_the_prompts_beside(kind):
+    model, processor = tiny_clip()
+    if kind == "siglip":  # which looks at the last place, padding or not
+        config = SiglipConfig(
+            text_config=model.config.text_config.to_dict(), vision_config=model.config.vision_config.to_dict()
+        )
+        model = SiglipModel(config)
+    reward = similarity_reward(model, processor)
+    prompts = ["one", "a red circle and two blue squares and a star"]
+    together = reward(prompts=prompts, completions=[picture()] * 2)
+    alone = [reward(prompts=[prompt], completions=[picture()])[0] for prompt in prompts]
+    assert together == pytest.approx(alone, abs=1e-5)
 
 
 def test_a_judge_weighs_yes_against_no():

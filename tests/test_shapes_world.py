@@ -276,9 +276,8 @@ def test_relations_are_answered_with_the_places_first():
     for scene, question, given in (question_of_kind(generator, WORLD, "relation") for _ in range(50)):
         shapes = [word.strip("?") for word in question.split() if word.strip("?") in WORLD.shapes]
         a, b = (next(o for o in scene.objects if o.shape == shape) for shape in shapes)
-        columns = "left" in question or "right" in question
-        places = [f"column {o.column + 1}" if columns else f"row {o.row + 1}" for o in (a, b)]
-        assert given.partition(": ")[0] == " and ".join(places)
+        steps = [f"the {o.color} {o.shape} in row {o.row + 1} column {o.column + 1}" for o in (a, b)]
+        assert given.rpartition(": ")[0] == " and ".join(steps)
 
 
 def test_answers_are_judged_by_what_they_come_to():

@@ -208,6 +208,21 @@ def test_the_pipeline_takes_settings_and_keeps_the_checkpoints_refinement(proces
     assert torch.equal(output.image_tokens, drawn.image_tokens)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda pipe: pipe(PROMPTS[0], num_candidates=2),
+        lambda pipe: pipe.film(PROMPTS[0], num_frames=2),
+        lambda pipe: pipe.score([Image.new("RGB", (16, 16))], PROMPTS[:1]),
+        lambda pipe: pipe.chat([{"role": "user", "content": "a star"}]),
+    ],
+    ids=["candidates", "film", "score", "chat"],
+)
+def test_what_reads_pictures_is_refused(call, pipe):
+    with pytest.raises(ValueError, match="takes a model that reads pictures; TokenFlowT2I.* draws alone"):
+        call(pipe)
+
+
 @pytest.mark.parametrize("layout", ["pipeline", "plain folder"])
 def test_a_saved_pipeline_draws_the_same_picture(pipe, tmp_path, layout):
     if layout == "pipeline":

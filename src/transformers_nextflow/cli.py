@@ -266,6 +266,7 @@ def evaluate(
     seeds: Annotated[int, typer.Option(min=1, help="Pictures for each prompt.")] = 4,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the scores.")] = None,
     sheets: Annotated[Path | None, typer.Option(help="Folder for contact sheets.")] = None,
+    device: Device = None,
 ):
     """Score a checkpoint: suite, category, score."""
     with errors_in_one_line():
@@ -273,7 +274,7 @@ def evaluate(
             raise ValueError(f"There is no suite {suite!r}; there is: shapes.")
         from .evaluation.shapes_evaluation import evaluate_shapes
 
-        scores = evaluate_shapes(checkpoint, limit=limit, seeds=seeds, sheets=sheets)
+        scores = evaluate_shapes(checkpoint, limit=limit, seeds=seeds, sheets=sheets, device=device)
         if json_file is not None:
             from .evaluation.results import write_result
 

@@ -70,7 +70,8 @@ class ConversationMixin:
             num_frames: frames of a film, a given first one included; default: as many as a list of texts has.
             negative_prompt: what guidance leads away from at every frame.
             height, width: pixels where no first frame is given; default: the square of the model's largest level.
-            max_transition_tokens: length of the text between two frames at most.
+            max_transition_tokens: how long the texts between frames are at most: `num_frames` times so many tokens in
+                a film.
             generator: one for all films, or one for each.
             sampling: values of [`ImageSampling`] that differ from the checkpoint's own for edits.
 
@@ -78,6 +79,7 @@ class ConversationMixin:
             ValueError: for texts that are not as many as the frames, films mixed with lists of texts, and what
                 `__call__` refuses.
         """
+        self._check_reads("film")
         scripts = _scripts(prompt, num_frames)
         is_scripted = not isinstance(prompt, str) and isinstance(prompt[0], list | tuple)
         prompts = [script[0] for script in scripts]
@@ -174,6 +176,7 @@ class ConversationMixin:
         Raises:
             ValueError: for messages that the chat template refuses, and what `generate_interleaved` refuses.
         """
+        self._check_reads("chat")
         if not isinstance(messages, list | tuple) or not messages:
             raise ValueError(f"messages must be a list of messages, or a list of such lists, got {messages!r}.")
         # Guidance compares with nothing said and shown at once.
@@ -229,6 +232,7 @@ class ConversationMixin:
         Raises:
             ValueError: if they differ in number, and for what the processor refuses.
         """
+        self._check_reads("score")
         if not isinstance(images, list | tuple) or not isinstance(prompts, list | tuple):
             raise ValueError("score takes lists: pictures, and a prompt for each.")
         if len(images) != len(prompts):

@@ -30,6 +30,10 @@ DEFAULT_MAX_NEW_TOKENS = 256
 PICTURE_INPUTS = ("pixel_values", "image_tokens", "image_grids")
 # What `generate_interleaved` takes of a generation config.
 TEXT_SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "stop_strings", "eos_token_id")
+# What such a config may hold beside them.
+OTHER_SETTINGS = {
+    "max_new_tokens", "bos_token_id", "pad_token_id", "image_sampling", "editing_sampling", "transformers_version",
+}  # fmt: skip
 
 
 @dataclass
@@ -141,7 +145,8 @@ class NextFlowGenerationMixin(GenerationMixin):
             sampling: default: the checkpoint's own, from its generation config.
             generator: one for all, or one for each picture: then a picture depends on its own seed alone.
             callback: `callback(model, scale, state)` after each scale, counted from 0; `False` stops the drawing.
-            given_image_tokens: (B, n) codes of the first whole scales, which are kept and not drawn; padded with -1.
+            given_image_tokens: (B, n) codes of the first whole scales, which are kept and not drawn; padded with -1
+                where a picture has fewer of them.
             region: what is kept of other pictures outside of a region, see [`KeptRegion`].
 
         Raises:
@@ -221,7 +226,8 @@ class NextFlowGenerationMixin(GenerationMixin):
             ValueError: for other settings of text, limits out of range, generators or sizes that do not match the rows,
                 stop strings without a tokenizer, a streamer with several rows, guidance without negative prompts.
         """
-        unknown = sorted(set(kwargs) - set(TEXT_SETTINGS))
+        given = {} if generation_config is None else generation_config.to_diff_dict()
+        unknown = sorted((set(kwargs) - set(TEXT_SETTINGS)) | (set(given) - set(TEXT_SETTINGS) - OTHER_SETTINGS))
         if unknown:
             raise ValueError(
                 f"Text is not written with {', '.join(unknown)}: its settings are {', '.join(TEXT_SETTINGS)}. How "
@@ -281,6 +287,10 @@ class NextFlowGenerationMixin(GenerationMixin):
         """
         if image_tokens is None and pixel_values is not None:
             image_tokens = self.get_image_tokens(pixel_values, image_grids)
+        masks = {"": attention_mask, "negative_": negative_attention_mask, "imageless_": imageless_attention_mask}
+        for name, mask in masks.items():
+            if mask is not None and not bool(mask[:, -1].all()):
+                raise ValueError(f"{name}input_ids are padded on the right; what goes on is padded on the left.")
         prompts = Prompts(input_ids, attention_mask, image_tokens, image_grids)
         images_guided = any(sampling.is_guided(s.num_scales, "image_guidance_scale") for s in schedules)
         contexts = []

@@ -144,7 +144,7 @@ class TokenFlowT2IDrawingMixin:
                 drawing.sampling = options
                 if index > 0:
                     hidden_states = sequences.read_slots_again(*drawing.slots(scale, with_own_codes=True), rows)
-                logits = guide_over_contexts(self.visual_head(hidden_states), drawing.guidance[scale])
+                logits = guide_over_contexts(self.visual_head(hidden_states).float(), drawing.guidance[scale])
                 drawing.draw(scale, logits)
             if scale == drawing.last_guided_scale:
                 sequences.keep(rows[0])

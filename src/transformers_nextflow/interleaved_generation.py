@@ -63,6 +63,10 @@ class InterleavedStreamer(TextIteratorStreamer):
 
     text_queue: Queue
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, timeout: float | None = None, **decode_kwargs):
+        # The loop never puts the prompt, so there is none to skip.
+        super().__init__(tokenizer, skip_prompt=False, timeout=timeout, **decode_kwargs)
+
     def put_scale(self, state: ScaleState):
         """A scale was drawn; text before it is given out first."""
         self._flush()
@@ -118,7 +122,9 @@ class InterleavedLoop:
         self.schedules, self.sampling, self.generator = schedules, sampling, generator
         self.callback, self.streamer = callback, streamer
         self.temperature = (1.0 if text.temperature is None else text.temperature) if text.do_sample else 0
-        self.truncation = {"top_k": text.top_k, "top_p": 1.0 if text.top_p is None else text.top_p}
+        # In a generation config 0 is no top-k.
+        self.truncation = {"top_k": text.top_k or None, "top_p": 1.0 if text.top_p is None else text.top_p}
+        ImageSampling(**self.truncation)  # raises for values out of range
         ends = text.eos_token_id if text.eos_token_id is not None else self.config.text_config.eos_token_id
         self.end_ids = list(ends) if isinstance(ends, list | tuple) else [ends]
         self.stop = StopStringCriteria(tokenizer, text.stop_strings) if text.stop_strings is not None else None
@@ -126,6 +132,7 @@ class InterleavedLoop:
         self.written: list[list[int]] = [[] for _ in range(self.batch)]
         self.drawn = [0] * self.batch
         self.ended = [False] * self.batch
+        self.is_interrupted = False
         # Rows that may write no more, but have pictures to draw before they end.
         self.is_due = [False] * self.batch
         self.starts = [len(ids) for ids in self.writer.tokens]
@@ -184,17 +191,20 @@ class InterleavedLoop:
 
     def _next_tokens(self, rows: list[int]) -> list[int]:
         boi = self.config.boi_token_id
-        if all(self.is_due[row] for row in rows):
+        # Rows that are due draw no random number, as they would not alone.
+        free = [row for row in rows if not self.is_due[row]]
+        if not free:
             return [boi] * len(rows)
-        logits = self.writer.text_logits[rows]
+        logits = self.writer.text_logits[free]
         logits[:, [self.config.eoi_token_id, self.config.image_token_id]] = -torch.inf
-        for index, row in enumerate(rows):
+        for index, row in enumerate(free):
             if self.drawn[row] >= self.max_images:
                 logits[index, boi] = -torch.inf
             if self.drawn[row] < self.min_images:
                 logits[index, self.end_ids] = -torch.inf
-        tokens = draw_codes(logits, self.temperature, **self.truncation, generator=self._generator_of(rows)).tolist()
-        return [boi if self.is_due[row] else token for row, token in zip(rows, tokens)]
+        tokens = draw_codes(logits, self.temperature, **self.truncation, generator=self._generator_of(free)).tolist()
+        tokens = dict(zip(free, tokens))
+        return [tokens.get(row, boi) for row in rows]
 
     def _generator_of(self, rows: list[int]) -> Generators:
         return [self.generator[row] for row in rows] if isinstance(self.generator, Sequence) else self.generator
@@ -211,18 +221,21 @@ class InterleavedLoop:
     def _draw(self, rows: list[int]):
         schedules = [self.schedules[row] if self.schedules is not None else self._schedule_of(row) for row in rows]
         drawing = Drawing(self.model, schedules, self.sampling, self._generator_of(rows))
-        if self.writer.draw(drawing, rows, self._after_scale) < drawing.num_scales:
-            self.ended = [True] * self.batch
+        self.writer.draw(drawing, rows, self._after_scale)
         for row in rows:
             self.drawn[row] += 1
             # Counted from the row's first picture; `_output` knows how many lie in the rows above.
             self._cut(row, image=len(self.writer.image_tokens[row]) - 1)
             self._look_at_limits(row)
+        if self.is_interrupted:
+            self.ended = [True] * self.batch
 
-    def _after_scale(self, model: nn.Module, scale: int, state: ScaleState) -> bool | None:
+    def _after_scale(self, model: nn.Module, scale: int, state: ScaleState) -> bool:
         if self.streamer is not None:
             self.streamer.put_scale(state)
-        return self.callback(model, scale, state) if self.callback is not None else None
+        if self.callback is not None:
+            self.is_interrupted = self.callback(model, scale, state) is False
+        return not self.is_interrupted
 
     def _schedule_of(self, row: int) -> ScaleSchedule:
         if self.writer.image_grids[row]:

@@ -25,6 +25,7 @@ class LogLikelihoods:
     num_image_tokens: torch.Tensor
 
 
+@torch.no_grad()
 def log_likelihoods(
     model: nn.Module,
     input_ids: torch.Tensor,
@@ -55,8 +56,7 @@ def log_likelihoods(
         use_cache=False,
     ).last_hidden_state
     targets = loss_targets(input_ids, labels, image_tokens, layout, schedules, model.config)
-    logits = model.head(hidden_states[targets.mask])
-    log_probabilities = -F.cross_entropy(logits.float(), targets.classes, reduction="none")
+    log_probabilities = -model._cross_entropy(hidden_states[targets.mask], targets)[1]
     row = targets.mask.nonzero()[:, 0]
     is_code = targets.scales > 0
 

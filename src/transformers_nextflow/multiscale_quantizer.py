@@ -120,6 +120,14 @@ class NextFlowVQQuantizer(nn.Module):
         self.semantic_codebook = nn.Embedding(config.codebook_size, config.semantic_code_dim)
         self.pixel_codebook = nn.Embedding(config.codebook_size, config.pixel_code_dim)
 
+    def _apply(self, fn, recurse=True):
+        # A cast of the whole model, as diffusers' `pipe.to("cuda", torch.bfloat16)` makes, moves codebooks and no more.
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(moved, recurse)
+
     @property
     def codebook(self) -> torch.Tensor:
         """(V, C) vectors that codes stand for: both halves side by side, each of unit length if so configured."""

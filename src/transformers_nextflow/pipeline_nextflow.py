@@ -198,6 +198,11 @@ class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs is a list of {self._callback_tensor_inputs}, got {wanted!r}."
             )
 
+    def _check_reads(self, purpose: str):
+        """Raises `ValueError` if the model draws alone, as TokenFlow-t2i does."""
+        if not hasattr(self.processor, "caption_request"):
+            raise ValueError(f"{purpose} takes a model that reads pictures; {type(self.model).__name__} draws alone.")
+
     @torch.no_grad()
     def __call__(
         self,
@@ -281,6 +286,8 @@ class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
             request, sampling, num_images_per_prompt, num_candidates, generator, output_type,
             callback_on_step_end_tensor_inputs,
         )  # fmt: skip
+        if num_candidates > 1 and candidate_scorer is None:
+            self._check_reads("To rank candidates without a candidate_scorer")
         request = request.repeat(num_images_per_prompt * num_candidates)
 
         # 2. The scale loop

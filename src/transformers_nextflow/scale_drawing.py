@@ -47,7 +47,8 @@ class Drawing:
         sampling: its settings follow each picture's own number of scales, so that a picture does not depend on the
             sizes beside it.
         generator: one for all, or one for each picture.
-        given_image_tokens: (B, n) codes of the first whole scales, which are kept and not drawn; padded with -1.
+        given_image_tokens: (B, n) codes of the first whole scales, which are kept and not drawn; padded with -1 where
+            a picture has fewer of them.
         region: what is kept of other pictures outside of a region.
 
     Attributes:
@@ -56,7 +57,8 @@ class Drawing:
         last_guided_scale: counted from 0; -1 without guidance.
 
     Raises:
-        ValueError: for generators that are none, or not as many as the pictures.
+        ValueError: for generators that are none, or not as many as the pictures; for given codes that do not fill whole
+            scales.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class Drawing:
     ):
         check_generators(generator, len(schedules))
         self.model, self.schedules, self.sampling, self.generator = model, tuple(schedules), sampling, generator
-        self.given_image_tokens, self.region = given_image_tokens, region
+        self.region = region
         # Pictures of one size are handled at once; an index of all rows is a slice, which copies nothing.
         distinct, rows = set(schedules), range(len(schedules))
         self.groups: dict[ScaleSchedule, slice | list[int]] = {
@@ -81,6 +83,7 @@ class Drawing:
         self.image_tokens = torch.full(
             (len(schedules), max(schedule.num_tokens for schedule in schedules)), -1, device=model.device
         )
+        self._num_given = self._take_given(given_image_tokens)
         self._scale_counts = torch.tensor([[schedule.num_scales] for schedule in schedules], device=model.device)
         self._scale_numbers = torch.arange(self.num_scales + 2, device=model.device).unbind()
         self.guidance = [
@@ -93,6 +96,21 @@ class Drawing:
     @cached_property
     def _slots(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         return batch_slots(self.schedules, self.model.config.rope_range)
+
+    def _take_given(self, given: torch.Tensor | None) -> list[int]:
+        """Enter given codes; how many each picture has."""
+        if given is None:
+            return [0] * len(self.schedules)
+        counts = (given >= 0).sum(1).tolist()
+        for row, (count, schedule) in enumerate(zip(counts, self.schedules)):
+            if count not in schedule.offsets or bool((given[row, :count] < 0).any()):
+                raise ValueError(
+                    f"given_image_tokens of picture {row} hold {count} codes, which do not fill its first scales: "
+                    f"whole ones end at {', '.join(map(str, schedule.offsets[1:]))}."
+                )
+        width = max(counts)
+        self.image_tokens[:, :width] = given[:, :width].to(self.image_tokens)
+        return counts
 
     def _over_pictures(self, part: str, scale: int) -> float | torch.Tensor:
         counts = [schedule.num_scales for schedule in self.schedules]
@@ -130,21 +148,22 @@ class Drawing:
         return embedding(joined, scale_ids, self._scale_counts), coordinates, occupied
 
     def draw(self, scale: int, logits: torch.Tensor):
-        """Draw the codes of a scale from logits (B, n, V), or take them from given ones where these reach so far."""
+        """Draw the codes of a scale from logits (B, n, V) for the pictures whose given ones do not reach so far."""
         for schedule, rows in self.groups.items():
             if scale < schedule.num_scales:
                 start, stop = schedule.offsets[scale : scale + 2]
-                drawn = self._given(rows, start, stop)
-                if drawn is None:
-                    own = logits if len(self.groups) == 1 else logits[rows, : stop - start]
-                    drawn = self._draw(scale, own, rows, schedule)
-                self.image_tokens[rows, start:stop] = drawn
+                rows = self._without_given(rows, stop)
+                if rows:
+                    own = logits if rows == slice(None) else logits[rows, : stop - start]
+                    self.image_tokens[rows, start:stop] = self._draw(scale, own, rows, schedule)
 
-    def _given(self, rows: slice | list[int], start: int, stop: int) -> torch.Tensor | None:
-        if self.given_image_tokens is None or stop > self.given_image_tokens.shape[1]:
-            return None
-        given = self.given_image_tokens[rows, start:stop]
-        return given if bool((given >= 0).all()) else None
+    def _without_given(self, rows: slice | list[int], stop: int) -> slice | list[int]:
+        """Those of a group's rows whose codes up to `stop` are not all given."""
+        if not any(self._num_given):
+            return rows
+        members = range(len(self.schedules)) if isinstance(rows, slice) else rows
+        missing = [row for row in members if self._num_given[row] < stop]
+        return rows if len(missing) == len(members) else missing
 
     def _draw(self, scale: int, logits: torch.Tensor, rows: slice | list[int], schedule: ScaleSchedule) -> torch.Tensor:
         if self.region is not None:

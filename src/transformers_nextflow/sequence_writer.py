@@ -149,7 +149,7 @@ class SequenceWriter:
             if scale > 0:
                 embeds, coordinates, occupied = drawing.slots(scale)
                 hidden_states = self.sequences.read_slots(embeds, origins + coordinates, occupied, readers)
-            logits = guide_over_contexts(self.model.visual_head(hidden_states), drawing.guidance[scale])
+            logits = guide_over_contexts(self.model.visual_head(hidden_states).float(), drawing.guidance[scale])
             drawing.draw(scale, logits)
             if callback is not None and callback(self.model, scale, drawing.state(scale, logits)) is False:
                 self._take(drawing, rows)

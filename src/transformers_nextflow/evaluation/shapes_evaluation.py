@@ -72,7 +72,8 @@ class ShapesEvaluation:
         """Drawing scores with the true codes of the first k scales given: where the drawing is decided."""
         rng = np.random.default_rng(3)
         examples = [drawing_example(rng, WORLD) for _ in range(self.limit)]
-        true_codes = self.model.vq_model.encode(pixels_of([scene for _, scene in examples], WORLD)).image_tokens
+        pixels = pixels_of([scene for _, scene in examples], WORLD).to(self.model.device)
+        true_codes = self.model.vq_model.encode(pixels).image_tokens
         schedule = self.model.config.vq_config.scale_schedules.for_size(WORLD.canvas, WORLD.canvas)
         result = {}
         for given in range(schedule.num_scales):
@@ -107,8 +108,8 @@ class ShapesEvaluation:
         pictures = []
         for start in range(0, len(prompts), BATCH_SIZE):
             texts = prompts[start : start + BATCH_SIZE]
-            inputs = self.processor.apply_image_prompt(texts)
-            empty = self.processor.apply_image_prompt([""] * len(texts), allow_empty=True)
+            inputs = self.processor.apply_image_prompt(texts).to(self.model.device)
+            empty = self.processor.apply_image_prompt([""] * len(texts), allow_empty=True).to(self.model.device)
             output = self.model.generate_images(
                 **inputs,
                 negative_input_ids=empty.input_ids,
@@ -132,7 +133,7 @@ class ShapesEvaluation:
             for question in questions
         ]
         pictures = [[Image.fromarray(image)] for image in images]
-        inputs = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+        inputs = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt").to(self.model.device)
         output = self.model.generate(**inputs, max_new_tokens=64, do_sample=False)
         answers = self.processor.tokenizer.batch_decode(
             output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True
@@ -157,17 +158,23 @@ class ShapesEvaluation:
 
 
 def evaluate_shapes(
-    checkpoint: str, limit: int | None = None, seeds: int = 4, sheets: Path | None = None
+    checkpoint: str,
+    limit: int | None = None,
+    seeds: int = 4,
+    sheets: Path | None = None,
+    device: str | torch.device | None = None,
 ) -> dict[str, dict[str, float]]:
     """All suites on a checkpoint folder: suite → category → score.
 
     Args:
         checkpoint: folder or name for `from_pretrained`.
         limit: prompts of each category and questions of each kind, default 100; cases of each ability, default 200.
-        seeds: pictures for each prompt.
+        seeds: pictures for each prompt; of abilities two at most.
         sheets: folder for contact sheets.
+        device: default: a GPU if there is one.
     """
-    model = NextFlowForConditionalGeneration.from_pretrained(checkpoint)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = NextFlowForConditionalGeneration.from_pretrained(checkpoint).to(device)
     processor = AutoProcessor.from_pretrained(checkpoint)
     evaluation = ShapesEvaluation(model, processor, limit or 100, seeds)
     suites: dict[str, Callable[[], dict]] = {
@@ -179,11 +186,12 @@ def evaluate_shapes(
         "tokenizer": evaluation.tokenizer,
         "oracle": evaluation.oracle,
     }
-    scores = {name: suite() for name, suite in suites.items()}
-    if processor.think_prefix is not None:  # trained on all abilities
-        from ..pipeline_nextflow import NextFlowPipeline  # needs the extra `pipelines`
+    has_abilities = processor.think_prefix is not None
+    if has_abilities:  # before all else, since it needs the extra `pipelines`
+        from ..pipeline_nextflow import NextFlowPipeline
         from .abilities_evaluation import AbilitiesEvaluation
-
+    scores = {name: suite() for name, suite in suites.items()}
+    if has_abilities:
         abilities = AbilitiesEvaluation(NextFlowPipeline(model, processor), limit or 200, min(seeds, 2))
         scores |= abilities.scores()
         if sheets is not None:

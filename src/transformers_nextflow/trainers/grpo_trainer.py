@@ -108,11 +108,14 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         # TRL would load the reference by the name of the model, which one made in memory has none of.
         beta, args.beta = args.beta, args.beta if is_adapted else 0.0
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        super().__init__(
-            model=model, reward_funcs=[checked(function) for function in reward_funcs], args=args,
-            train_dataset=train_dataset, processing_class=processing_class, peft_config=peft_config, **kwargs,
-        )  # fmt: skip
-        self.beta = args.beta = beta
+        try:
+            super().__init__(
+                model=model, reward_funcs=[checked(function) for function in reward_funcs], args=args,
+                train_dataset=train_dataset, processing_class=processing_class, peft_config=peft_config, **kwargs,
+            )  # fmt: skip
+        finally:
+            args.beta = beta  # also for the next attempt, after an error
+        self.beta = beta
         if reference is not None:
             disable_dropout_in_model(reference)
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)

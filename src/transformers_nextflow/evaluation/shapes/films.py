@@ -120,5 +120,5 @@ def question_on_film(rng, world: World, event: str, path: list[Object], scenes: 
 
 def _opening(rng: np.random.Generator, scene: Scene, world: World) -> str:
     """The first scene with every object's place."""
-    items = located_items(scene, world)
+    items = located_items(scene.objects, world)
     return write_caption(rng, Requirement(items, background=scene.background), world)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -133,13 +134,13 @@ def located_caption(scene: Scene, world: World) -> str:
     """
     if not scene.objects:
         raise ValueError("An empty scene has no caption; describe scenes with at least one object.")
-    return write_caption(None, Requirement(located_items(scene, world), background=scene.background), world)
+    return write_caption(None, Requirement(located_items(scene.objects, world), background=scene.background), world)
 
 
-def located_items(scene: Scene, world: World) -> tuple[Item, ...]:
-    """All of a scene's objects with their places, in reading order."""
+def located_items(objects: Iterable[Object], world: World) -> tuple[Item, ...]:
+    """Objects with all that they are and their places, in the order given."""
     sized = len(world.sizes) > 1
-    return tuple(replace(group_items([o], color=True, size=sized)[0], cell=o.cell) for o in scene.objects)
+    return tuple(replace(group_items([o], color=True, size=sized)[0], cell=o.cell) for o in objects)
 
 
 # --- From texts to requirements ------------------------------------------------------------------------------------

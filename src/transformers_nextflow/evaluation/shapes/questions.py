@@ -1,6 +1,6 @@
 """Questions about scenes with answers of one word.
 
-Relations are answered in two steps, the places and then the word: "column 1 and column 3: yes". `verdict` is the word.
+Relations are answered in two steps: what is where, and then the word. `verdict` is the word.
 
 A kind of question is a function `(rng, world, allow_held_out, given)`: with a `given` scene it asks about that one, and
 returns None where the scene has nothing of the kind to ask; without, it makes a scene so that all answers are as
@@ -136,8 +136,7 @@ def is_related(rng, world: World, allow_held_out: bool, given: Scene | None = No
     if scene is None:
         return None
     a, b = choose(rng, candidates(scene))
-    axis = "column" if relation in ("left", "right") else "row"
-    steps = " and ".join(f"{axis} {getattr(item, axis) + 1}" for item in (a, b))
+    steps = " and ".join(f"the {o.color} {o.shape} in row {o.row + 1} column {o.column + 1}" for o in (a, b))
     question = f"is the {a.shape} {RELATION_PHRASES[relation]} the {b.shape}?"
     return scene, question, steps + STEPS_END + ("yes" if yes else "no")
 

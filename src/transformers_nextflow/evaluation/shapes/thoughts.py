@@ -1,7 +1,8 @@
 """Prompts that say what to draw in a roundabout way, and the thought that spells it out (paper, section 6.4).
 
 Every prompt takes two or more steps: shapes by what they look like, colours by things, numbers by comparison or sums,
-places by their neighbours. The thought says it as an ordinary caption, then lays out what goes where.
+places by their neighbours, relations of things that are paraphrased. The thought says it as an ordinary caption, then
+lays out what goes where, thing by thing in the order of the caption.
 """
 
 from __future__ import annotations
@@ -12,8 +13,17 @@ import numpy as np
 
 from .cases import PLAN_BEGIN, DrawingCase
 from .conversations import drawing, thinking
-from .language import NUMBERS, corners, group_items, item_phrase, located_caption, plural, write_caption
-from .requirement import Item, Requirement
+from .language import (
+    NUMBERS,
+    RELATION_TEMPLATES,
+    corners,
+    group_items,
+    item_phrase,
+    located_items,
+    plural,
+    write_caption,
+)
+from .requirement import RELATIONS, Item, Requirement
 from .scene import Object, Scene, World, choose, random_background, random_cells, random_object
 
 
@@ -109,7 +119,7 @@ def _word(number: int) -> str:
     return "one" if number == 1 else NUMBERS[number][0] if number in NUMBERS else str(number)
 
 
-# --- Kinds of prompts: each is (text, items, objects) ----------------------------------------------------------------
+# --- Kinds of prompts: (text, items, objects), of some with a relation ------------------------------------------------
 
 
 def _riddle(rng, world: World, allow_held_out: bool):
@@ -161,6 +171,17 @@ def _place(rng, world: World, allow_held_out: bool):
     return f"{noun} {place_riddle(rng, item.cell, world)}", items, [item]
 
 
+def _relation(rng, world: World, allow_held_out: bool):
+    """Two objects, paraphrased, of which one lies on a side of the other."""
+    objects, _ = _groups(rng, world, (1, 1), allow_held_out)
+    items = group_items(objects, color=True, size=False)
+    relation = choose(rng, list(RELATIONS))
+    while not RELATIONS[relation](*objects):
+        objects = [replace(o, row=r, column=c) for o, (r, c) in zip(objects, random_cells(rng, world, 2))]
+    first, second = (f"the {shape_phrase(rng, item.shape)} {color_phrase(rng, item.color)}" for item in items)
+    return first + choose(rng, RELATION_TEMPLATES[relation]) + second, items, objects, relation
+
+
 def _groups(rng, world: World, counts: tuple[int, ...], allow_held_out: bool) -> tuple[list[Object], tuple[Item, ...]]:
     """Groups of equal shapes, each of another shape, some of one colour; their items in the order of `counts`."""
     cells = random_cells(rng, world, sum(counts))
@@ -179,24 +200,31 @@ def _groups(rng, world: World, counts: tuple[int, ...], allow_held_out: bool) ->
     return objects, tuple(items)
 
 
-RIDDLES = {"riddle": _riddle, "comparison": _comparison, "sum": _sum, "place": _place}
+RIDDLES = {"riddle": _riddle, "comparison": _comparison, "sum": _sum, "place": _place, "relation": _relation}
 
 
 def implicit_prompt(rng: np.random.Generator, world: World, kind: str, *, allow_held_out: bool = False):
     """A prompt of one kind of `RIDDLES`, what it requires, and a scene that is all of that."""
-    text, items, objects = RIDDLES[kind](rng, world, allow_held_out)
+    text, items, objects, *relation = RIDDLES[kind](rng, world, allow_held_out)
     scene = Scene(tuple(objects), random_background(rng, world))
     ground = scene.background if rng.random() < ON_BACKGROUND else None
     if ground:
         text += f", on a background like {choose(rng, GROUND_LIKE[ground])}"
-    return choose(rng, OPENINGS) + text, Requirement(items, background=ground), scene
+    return choose(rng, OPENINGS) + text, Requirement(items, *relation, background=ground), scene
+
+
+def plan_of(requirement: Requirement, scene: Scene, world: World) -> str:
+    """A full caption of a scene that fulfils a requirement, its objects in the order in which they are asked for."""
+    order = {o: next(i for i, item in enumerate(requirement.items) if item.matches(o)) for o in scene.objects}
+    planned = Requirement(located_items(sorted(scene.objects, key=order.get), world), background=scene.background)
+    return write_caption(None, planned, world)
 
 
 def thinking_case(rng: np.random.Generator, world: World, *, allow_held_out: bool = False) -> DrawingCase:
     """An implicit prompt, most often with its thought before the picture."""
     kind = choose(rng, list(RIDDLES))
     text, requirement, scene = implicit_prompt(rng, world, kind, allow_held_out=allow_held_out)
-    said, plan = write_caption(None, requirement, world), located_caption(scene, world)
+    said, plan = write_caption(None, requirement, world), plan_of(requirement, scene, world)
     aloud = rng.random() < THOUGHT_SHARE
     exchange = thinking(text, said + PLAN_BEGIN + plan, scene) if aloud else drawing(text, scene)
     return DrawingCase(kind, *exchange, drawn_from=(said, plan), requirement=requirement)

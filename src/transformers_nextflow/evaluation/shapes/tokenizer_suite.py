@@ -34,7 +34,7 @@ def evaluate_tokenizer(model: NextFlowVQModel, world: World, count: int = 2000) 
     codes that the paper's layout reads, all scales but the last), `…_with_last_scale`, and codebook statistics.
     """
     scenes = [random_scene(np.random.default_rng((SEED, i)), world, allow_held_out=True) for i in range(count)]
-    pixels = pixels_of(scenes, world)
+    pixels = pixels_of(scenes, world).to(model.device)
     schedule = model.schedule_of(pixels)
     tokens = torch.cat([model.encode(chunk).image_tokens for chunk in pixels.split(BATCH_SIZE)])
     restored = torch.cat([model.decode(chunk, schedule) for chunk in tokens.split(BATCH_SIZE)])
@@ -48,8 +48,8 @@ def evaluate_tokenizer(model: NextFlowVQModel, world: World, count: int = 2000) 
     result |= {f"exact_scenes_{n}_objects": float(exact[sizes == n].mean()) for n in sorted(set(sizes.tolist()))}
     seeds = ((SEED + 1, i) for i in range(PROBE_SCENES))
     fitting = [random_scene(np.random.default_rng(seed), world, allow_held_out=True) for seed in seeds]
-    batches = (fitting[start : start + BATCH_SIZE] for start in range(0, PROBE_SCENES, BATCH_SIZE))
-    fitting_tokens = torch.cat([model.encode(pixels_of(batch, world)).image_tokens for batch in batches])
+    batches = (pixels_of(fitting[i : i + BATCH_SIZE], world) for i in range(0, PROBE_SCENES, BATCH_SIZE))
+    fitting_tokens = torch.cat([model.encode(batch.to(model.device)).image_tokens for batch in batches])
     for suffix, scales in (("", schedule.num_scales - 1), ("_with_last_scale", schedule.num_scales)):
         fitted_on, tested_on = (fitting, fitting_tokens), (scenes, tokens)
         for attribute, accuracy in linear_probe(model, world, scales, fitted_on, tested_on).items():
@@ -96,7 +96,7 @@ def _cells(model, world, num_scales, scenes, tokens):
     vectors = model.quantizer.lookup(tokens[:, : schedule.offsets[num_scales]], schedule)
     # A cell of the lattice may cover several of a fine grid: they stand side by side.
     features = torch.cat([_on_lattice(vector, grid, model.config.upsample) for vector in vectors], dim=1)
-    features = features.permute(0, 2, 3, 1)
+    features = features.permute(0, 2, 3, 1).cpu()
     labels = [cell_labels(scene, world) for scene in scenes]
     shapes = torch.from_numpy(np.stack([label.shapes for label in labels]))
     colors = torch.from_numpy(np.stack([label.colors for label in labels]))

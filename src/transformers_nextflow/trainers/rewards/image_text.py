@@ -22,15 +22,17 @@ def similarity_reward(model: nn.Module, processor, scaled: bool = False) -> Call
     Args:
         model: any model of transformers with `text_embeds` and `image_embeds` in its output, such as
             `CLIPModel.from_pretrained("openai/clip-vit-large-patch14")` or `yuvalkirstain/PickScore_v1`.
-        processor: the model's own.
+        processor: the model's own. Prompts are padded to the length of its training, which SigLIP needs.
         scaled: multiply by the model's temperature, as PickScore and HPSv2 are quoted.
     """
     model.eval().requires_grad_(False)
+    length = model.config.text_config.max_position_embeddings
 
     def similarity(prompts, completions, **_) -> list[float]:
         inputs = processor(
-            text=list(prompts), images=list(completions), padding=True, truncation=True, return_tensors="pt"
-        ).to(model.device)
+            text=list(prompts), images=list(completions), padding="max_length", max_length=length, truncation=True,
+            return_tensors="pt",
+        ).to(model.device)  # fmt: skip
         return _scores(model, inputs, scaled).tolist()
 
     return similarity
