@@ -13,7 +13,7 @@ from collections import Counter
 
 import numpy as np
 
-from .language import article, place_phrase, plural
+from .language import CELL_TEMPLATES, article, place_phrase, plural
 from .requirement import RELATIONS
 from .scene import Object, Scene, World, choose, random_background, random_cells, random_object, random_scene
 
@@ -136,7 +136,9 @@ def is_related(rng, world: World, allow_held_out: bool, given: Scene | None = No
     if scene is None:
         return None
     a, b = choose(rng, candidates(scene))
-    steps = " and ".join(f"the {o.color} {o.shape} in row {o.row + 1} column {o.column + 1}" for o in (a, b))
+    steps = " and ".join(
+        f"the {o.color} {o.shape} " + CELL_TEMPLATES[0].format(row=o.row + 1, column=o.column + 1) for o in (a, b)
+    )
     question = f"is the {a.shape} {RELATION_PHRASES[relation]} the {b.shape}?"
     return scene, question, steps + STEPS_END + ("yes" if yes else "no")
 
