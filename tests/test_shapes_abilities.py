@@ -259,6 +259,8 @@ def test_thoughts_ask_for_what_the_picture_holds(kind, world):
             assert parse_caption(thought, world) == case.requirement
             assert same(parse_located_caption(plan, world), case.answer[1])
             assert not is_reserved(thought) and not is_reserved(plan)
+            asked_for = [shape for item in case.requirement.items for shape in [item.shape] * item.count]
+            assert [item.shape for item in parse_caption(plan, world).items] == asked_for
 
 
 def test_riddles_do_not_name_the_colors_and_shapes_that_they_paraphrase():
@@ -297,7 +299,11 @@ def test_thinking_scores_the_thought_beside_the_picture():
     score = case.score(["think: nothing", case.answer[1]], WORLD)
     assert score["right"] == 1 and score["thought"] == score["plan"] == 0
     thought, _, plan = case.answer[0].partition("think: ")[2].partition(": ")
-    for said, planned, expected in ((thought, "a red ring", (1, 0)), ("nothing", plan, (0, 1))):
+    wrong = next(c for c in cases("thinking", seed=1) if texts_of(c.answer)).drawn_from[1]
+    assert not check(parse_located_caption(wrong, WORLD), case.requirement).strict
+    for said, planned, expected in (
+        (thought, "a red ring", (1, 0)), (thought, wrong, (1, 0)), ("nothing", plan, (0, 1))
+    ):  # fmt: skip
         score = case.score([f"think: {said}: {planned}", case.answer[1]], WORLD)
         assert (score["thought"], score["plan"]) == expected
 
