@@ -12,6 +12,7 @@ from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGenerati
 
 CHECKPOINT = "checkpoints/nextflow-shapes"
 RESULTS = Path(__file__).parent / "results"
+PRESET_7B = "nextflow-7b"
 # "random" has the size of the bundled checkpoint; a billion parameters are the least that keep a large GPU busy.
 RANDOM_BACKBONES = {
     "random": {
@@ -90,7 +91,15 @@ def load_model(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> NextFlowForConditionalGeneration:
-    """A checkpoint, or a key of `RANDOM_BACKBONES`, in evaluation mode; with `sides`, on another schedule."""
+    """A checkpoint, or a key of `RANDOM_BACKBONES`, in evaluation mode; with `sides`, on another schedule.
+
+    Or `PRESET_7B` with random weights, on its own schedule.
+    """
+    if name == PRESET_7B:
+        if sides is not None:
+            raise ValueError(f"{PRESET_7B} keeps the paper's schedule, got sides {sides}.")
+        with torch.device(device):
+            return NextFlowForConditionalGeneration._from_config(NextFlowConfig.nextflow_7b(), dtype=dtype).eval()
     if name in RANDOM_BACKBONES:
         config, weights = random_config(name), {}
     else:

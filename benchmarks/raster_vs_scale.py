@@ -8,9 +8,10 @@ Batch 1, no guidance, codes only (the decoder is the same for both). Writes `res
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,8 +48,8 @@ class Cost:
         return Cost(self.passes + other.passes, self.operations + other.operations, self.bytes + other.bytes)
 
 
-def pass_cost(config: NextFlowConfig, queries: int, past: int, itemsize: int) -> Cost:
-    """One pass over `queries` positions with `past` ones in the cache: matrix products and attention, counted.
+def pass_cost(config: NextFlowConfig, queries: int, past: int, itemsize: int, batch: int = 1) -> Cost:
+    """One pass over `queries` positions of each of `batch` rows with `past` ones in the cache: products and attention.
 
     The first pass (`past` 0) reads the prompt: no connector, and a head on its last position alone. Queries are counted
     against all keys of their pass. Norms, rotations, activations and biases are left out.
@@ -62,16 +63,16 @@ def pass_cost(config: NextFlowConfig, queries: int, past: int, itemsize: int) ->
     products = queries * backbone + (1 if is_prompt else queries) * head + (0 if is_prompt else queries) * connector
     attention = 2 * queries * keys * hidden * text.num_hidden_layers
     weights = backbone + head + (0 if is_prompt else connector)
-    return Cost(1, 2 * (products + attention), itemsize * (weights + keys * key_values * text.num_hidden_layers))
+    cached = batch * keys * key_values * text.num_hidden_layers
+    return Cost(1, 2 * batch * (products + attention), itemsize * (weights + cached))
 
 
-def drawing_cost(config: NextFlowConfig, prompt_length: int, queries: list[int], itemsize: int) -> Cost:
-    """The prompt, whose pass gives the first code, and then passes over so many positions each."""
-    cost, past = pass_cost(config, prompt_length, 0, itemsize), prompt_length
-    for count in queries:
-        cost += pass_cost(config, count, past, itemsize)
-        past += count
-    return cost
+def drawing_costs(
+    config: NextFlowConfig, prompt_length: int, queries: Sequence[int], itemsize: int, batch: int = 1
+) -> list[Cost]:
+    """Of the prompt, whose pass gives the first code, and then of passes over so many positions each."""
+    pasts = [0, *itertools.accumulate(queries, initial=prompt_length)]
+    return [pass_cost(config, *counts, itemsize, batch) for counts in zip([prompt_length, *queries], pasts)]
 
 
 @torch.no_grad()
@@ -148,8 +149,8 @@ def compare(model: NextFlowForConditionalGeneration, side: int, repeats: int, pr
         "raster": [seconds_of(raster, device) for _ in range(raster_repeats(side, repeats))],
     }
     costs = {
-        "by_scales": drawing_cost(config, PROMPT_LENGTH, counts[1:], itemsize),
-        "raster": drawing_cost(config, PROMPT_LENGTH, [1] * (side * side - 1), itemsize),
+        "by_scales": sum(drawing_costs(config, PROMPT_LENGTH, counts[1:], itemsize), Cost()),
+        "raster": sum(drawing_costs(config, PROMPT_LENGTH, [1] * (side * side - 1), itemsize), Cost()),
     }
     figures = {way: {"seconds": statistics.median(times[way])} | asdict(costs[way]) for way in costs}
     for name, quantity in (("speedup", "seconds"), ("operations_ratio", "operations"), ("bytes_ratio", "bytes")):

@@ -16,6 +16,7 @@ from transformers_nextflow.evaluation import results
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import backbone  # noqa: E402
 import continue_after_image  # noqa: E402
+import drawing_on_gpu  # noqa: E402
 import fused_loss  # noqa: E402
 import loop_overhead  # noqa: E402
 import packing  # noqa: E402
@@ -42,6 +43,9 @@ def test_the_raster_loop_gives_the_logits_of_one_causal_pass(model):
 
 
 def test_operations_are_those_that_torch_counts(model):
+    def counted(queries: list[int]) -> raster_vs_scale.Cost:
+        return sum(raster_vs_scale.drawing_costs(model.config, 5, queries, itemsize=4), raster_vs_scale.Cost())
+
     model.model.set_attn_implementation("eager")
     prompt, drawn = backbone.random_prompt(model.config, 5), []
     with FlopCounterMode(display=False) as by_scales:
@@ -50,12 +54,26 @@ def test_operations_are_those_that_torch_counts(model):
         # The loop prepares no masks, and eager attention knows no causality without; the count is the same.
         raster_vs_scale.draw_raster(model, prompt, 16)
     model.model.set_attn_implementation("sdpa")
-    cost = raster_vs_scale.drawing_cost(model.config, 5, [4, 9, 16], itemsize=4)
+    cost = counted([4, 9, 16])
     assert (cost.passes, cost.operations) == (len(drawn), by_scales.get_total_flops())
-    cost = raster_vs_scale.drawing_cost(model.config, 5, [1] * 15, itemsize=4)
+    cost = counted([1] * 15)
     # One code more is brought through the connector than is read by the backbone.
     connector = 2 * (model.config.vq_config.code_dim + 192) * 192
     assert (cost.passes, cost.operations + connector) == (16, raster.get_total_flops())
+
+
+def test_two_rows_take_twice_the_operations_and_read_the_weights_once(model):
+    one, two = (raster_vs_scale.pass_cost(model.config, 4, 5, itemsize=4, batch=batch) for batch in (1, 2))
+    keys = 4 * 9 * 2 * model.config.text_config.num_key_value_heads * 32 * model.config.text_config.num_hidden_layers
+    assert (two.passes, two.operations, two.bytes) == (1, 2 * one.operations, one.bytes + keys)
+
+
+def test_drawing_on_a_gpu_measures_a_picture_and_its_floor(tmp_path):
+    model = backbone.load_model("random")
+    model.save_pretrained(tmp_path)
+    figures = drawing_on_gpu.measure(str(tmp_path), 64, "cpu", torch.float32, repeats=1, matrix_side=64)
+    assert figures["passes"] == 7 and figures["seconds"] == figures["codes_seconds"] + figures["decoding_seconds"]
+    assert figures["share_of_floor"] > 0 and figures["peak_gib"] > figures["weights_gib"]
 
 
 def test_going_on_after_a_picture_is_compared_with_reading_it_anew(model):

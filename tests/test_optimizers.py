@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_model
 from torch import nn
 
-from transformers_nextflow.trainers import MuonWithAdamW
+from transformers_nextflow.trainers import MuonWithAdamW, optimizers
 from transformers_nextflow.trainers.optimizers import orthogonalize
 
 
@@ -89,6 +89,28 @@ def test_a_step_of_muon_is_the_orthogonalized_momentum_of_the_size_of_adamws_ste
     # Entries of AdamW's steps are about 0.2 of the learning rate, in the mean square.
     update = (matrix.detach() - before * (1 - 0.01 * 0.1)) / 0.01
     assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.25)
+
+
+def test_matrices_are_stepped_alike_by_themselves_and_many_at_a_time(monkeypatch):
+    model = tiny_model()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+    other = copy.deepcopy(model)
+    for parameter, twin in zip(model.parameters(), other.parameters()):
+        twin.grad = None if parameter.grad is None else parameter.grad.clone()
+    batches = []
+    original = optimizers.orthogonalize
+    monkeypatch.setattr(optimizers, "orthogonalize", lambda x, dtype: batches.append(len(x)) or original(x, dtype))
+    MuonWithAdamW(model, lr=0.01).step()
+    assert max(batches) > 2
+    batches.clear()
+    monkeypatch.setattr(optimizers, "ELEMENTS_AT_ONCE", 1)
+    MuonWithAdamW(other, lr=0.01).step()
+    assert set(batches) == {1}
+    for one, twin in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(one, twin)
 
 
 def test_muon_has_the_matrices_of_the_layers_and_nothing_else():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..configuration_nextflow import NextFlowConfig
 from ..data.rows import NumberedRows
@@ -144,7 +145,11 @@ class NextFlowTrainer(AtomicCheckpointMixin, Trainer):
     def _get_train_sampler(self, train_dataset=None):
         rows = self.train_dataset if train_dataset is None else train_dataset
         # Grouping by length reads the lengths of a `datasets.Dataset` from its column.
-        return super()._get_train_sampler(rows.rows if isinstance(rows, NumberedRows) else rows)
+        sampler = super()._get_train_sampler(rows.rows if isinstance(rows, NumberedRows) else rows)
+        if isinstance(sampler, LengthGroupedSampler):
+            # A `datasets` column looks into its file for each length: a minute an epoch for 200,000 rows.
+            sampler.lengths = sampler.lengths[:]
+        return sampler
 
     def create_optimizer(self, *args, **kwargs):
         if self.args.muon and self.optimizer is None:

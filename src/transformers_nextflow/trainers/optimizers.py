@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import nn
+from torch.optim.adamw import adamw
 
 
 # Quintic Newton-Schulz iteration of Jordan et al. (Muon, 2024): its coefficients, and how often it is applied.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
+# Small matrices are orthogonalised many at a time, since starting a kernel takes longer than their products.
+ELEMENTS_AT_ONCE = 2**24
 
 
-def orthogonalize(matrix: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The nearest matrix with singular values of about one; its products are computed in `dtype`.
+def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The nearest matrices (…, rows, columns) with singular values of about one; products are computed in `dtype`.
 
     `torch.optim.Muon` always takes bfloat16, which processors without bfloat16 units multiply ten times slower than
     float32, and those with them six times faster.
     """
     a, b, c = NEWTON_SCHULZ
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = (x / (x.norm() + 1e-7)).to(dtype)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if tall else x).to(matrix.dtype)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+def of_one_shape(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """The parameters in lists of equal shape, `ELEMENTS_AT_ONCE` at most in each unless one alone has more."""
+    by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        by_shape.setdefault(parameter.shape, []).append(parameter)
+    for shape, alike in by_shape.items():
+        count = max(ELEMENTS_AT_ONCE // shape.numel(), 1)
+        yield from (alike[start : start + count] for start in range(0, len(alike), count))
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -70,30 +85,45 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def step(self, closure=None):
         loss = None if closure is None else closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    update = self._muon(parameter, group) if group["muon"] else self._adamw(parameter, group)
-                    parameter.add_(update, alpha=-group["lr"])
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            (self._muon if group["muon"] else self._adamw)(parameters, group)
         return loss
 
-    def _muon(self, parameter: nn.Parameter, group: dict) -> torch.Tensor:
+    def _muon(self, parameters: list[nn.Parameter], group: dict):
+        for alike in of_one_shape(parameters):
+            # 0.2 · sqrt(longer side) is the root mean square of AdamW's updates (Moonlight, 2025).
+            rate = group["lr"] * 0.2 * max(alike[0].shape) ** 0.5
+            directions = torch.stack([self._nesterov(parameter, group["momentum"]) for parameter in alike])
+            for parameter, direction in zip(alike, orthogonalize(directions, self.orthogonalize_dtype)):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=rate)
+
+    def _nesterov(self, parameter: nn.Parameter, momentum: float) -> torch.Tensor:
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-        nesterov = parameter.grad.lerp(state["momentum"], group["momentum"])
-        # 0.2 · sqrt(longer side) is the root mean square of AdamW's updates (Moonlight, 2025).
-        return orthogonalize(nesterov, self.orthogonalize_dtype) * (0.2 * max(parameter.shape) ** 0.5)
+        state["momentum"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(state["momentum"], momentum)
 
-    def _adamw(self, parameter: nn.Parameter, group: dict) -> torch.Tensor:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros(())
-            state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        state["step"] += 1
-        step, (beta1, beta2) = float(state["step"]), group["betas"]
-        state["mean"].lerp_(parameter.grad, 1 - beta1)
-        state["square"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
-        mean, square = state["mean"] / (1 - beta1**step), state["square"] / (1 - beta2**step)
-        return mean / (square.sqrt() + 1e-8)
+    def _adamw(self, parameters: list[nn.Parameter], group: dict):
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros(())
+                state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        states = [self.state[parameter] for parameter in parameters]
+        beta1, beta2 = group["betas"]
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters],
+            [state["mean"] for state in states],
+            [state["square"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=1e-8,
+            maximize=False,
+        )

@@ -20,8 +20,8 @@ from .scene import Object, Scene, World, choose, random_background, random_cells
 
 # GenEval's six categories, and scenes of several objects, with their shares of the training captions.
 CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
-MIXTURE = {**dict(zip(CATEGORIES, (0.08, 0.12, 0.18, 0.1, 0.18, 0.14))), "mixed": 0.2}
-PLACED, PLACEABLE = 0.4, ("single_object", "two_objects", "colors", "color_attribution", "mixed")  # a quarter of all
+MIXTURE = {**dict(zip(CATEGORIES, (0.06, 0.1, 0.18, 0.06, 0.2, 0.12))), "mixed": 0.28}
+PLACED, PLACEABLE = 0.5, ("single_object", "two_objects", "colors", "color_attribution", "mixed")  # 31%
 COLORED, SIZED, ON_BACKGROUND = 0.7, 0.5, 0.3
 RESERVED = 10  # one caption in so many is kept for evaluation
 
