@@ -93,6 +93,17 @@ def test_the_model_card_tells_every_score_and_where_it_comes_from(run, tmp_path)
     assert json.loads((tmp_path / "shapes.json").read_text())["machine"]["cpu"] in text
 
 
+def test_the_scores_of_the_other_layout_stand_beside(run, tmp_path):
+    write_result(tmp_path / "shapes.json", SCORES)
+    other = SCORES | {"editing": {"overall": 0.345}, "understanding": {"overall": 0.456, "questions": 0.567}}
+    write_result(tmp_path / "other.json", other)
+    card = (
+        run("--results", tmp_path / "shapes.json", "--other_layout", tmp_path / "other.json") / "README.md"
+    ).read_text()
+    assert "| editing | 0.764 | 0.345 |" in card and "| understanding | 0.933 | 0.456 |" in card
+    assert "| questions | 0.955 | 0.567 |" in card
+
+
 def test_results_that_lack_a_suite_are_refused(run, tmp_path):
     (tmp_path / "raster.json").write_text('{"speedup": {"16x16": 7.0}}')
     with pytest.raises(ValueError, match="lacks the suites"):
