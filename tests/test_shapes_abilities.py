@@ -252,15 +252,36 @@ def test_the_fourth_picture_differs_from_the_third_as_the_second_from_the_first(
 def test_thoughts_ask_for_what_the_picture_holds(kind, world):
     generator = np.random.default_rng(1)
     for case in [c for c in cases("thinking", 150, world) if c.kind == kind]:
-        text, requirement, scene = implicit_prompt(generator, world, kind)
-        assert check(scene, requirement).strict, text
+        prompt = implicit_prompt(generator, world, kind)
+        assert check(prompt.scene, prompt.requirement).strict, prompt.text
         if texts_of(case.answer):
             thought, plan = case.answer[0].removeprefix("think: ").split(": ")
-            assert parse_caption(thought, world) == case.requirement
+            *steps, said = thought.split("; ")
+            assert parse_caption(said, world) == case.requirement and bool(steps) == (kind == "walk")
             assert same(parse_located_caption(plan, world), case.answer[1])
-            assert not is_reserved(thought) and not is_reserved(plan)
+            assert not is_reserved(said) and not is_reserved(plan)
             asked_for = [shape for item in case.requirement.items for shape in [item.shape] * item.count]
             assert [item.shape for item in parse_caption(plan, world).items] == asked_for
+
+
+@WORLDS
+def test_moves_lead_from_the_start_step_by_step_to_where_the_object_is(world):
+    generator, worth = np.random.default_rng(2), {"one": 1, "two": 2, "three": 3}
+    directions = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
+    for _ in range(50):
+        prompt = implicit_prompt(generator, world, "walk")
+        ways = re.findall(r"starts in row (\d+) column (\d+), moves (\w+ \w+), (\w+ \w+), (\w+ \w+)", prompt.text)
+        assert len(ways) == len(prompt.requirement.items)
+        expected = []
+        for (row, column, *moves), item in zip(ways, prompt.requirement.items):
+            row, column = int(row), int(column)
+            for move in moves:
+                count, direction = move.split()
+                row, column = (n + worth[count] * d for n, d in zip((row, column), directions[direction]))
+                assert 1 <= row <= world.lattice and 1 <= column <= world.lattice
+                expected.append(f"{move} to row {row} column {column}")
+            assert (row - 1, column - 1) == item.cell
+        assert list(prompt.steps) == expected
 
 
 def test_riddles_do_not_name_the_colors_and_shapes_that_they_paraphrase():

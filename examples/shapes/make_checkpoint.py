@@ -40,8 +40,9 @@ INTRODUCTION = """\
 
 A small NextFlow ([arXiv 2601.02204](https://arxiv.org/abs/2601.02204)): one transformer that draws scale by scale,
 edits, thinks before it draws, tells stories and films, and answers questions. It has {total:.1f} million parameters,
-{vision:.1f} million of them in the vision tokenizer. It was trained from scratch, five hours on two CPU cores and nine
-minutes on a GPU, and knows the shapes world alone. It is there to run, test and study the code, not to draw photographs.
+{vision:.1f} million of them in the vision tokenizer. It was trained from scratch, some hours on two CPU cores and nine
+minutes on a GPU, and knows the shapes world alone. It is there to run, test and study the code, not to draw
+photographs.
 
 ![one row of pictures for each category of prompts]({sheet})
 

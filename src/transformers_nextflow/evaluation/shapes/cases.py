@@ -22,7 +22,8 @@ from .scene import Object, Scene, World
 
 
 Score = dict[str, float]
-PLAN_BEGIN = ": "  # stands in a thought between what is to be drawn and where it goes
+# In a thought: between its steps, and between what is to be drawn and where it goes.
+STEP_END, PLAN_BEGIN = "; ", ": "
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class DrawingCase(Case):
         score = {"right": float(result[0]), "strict": float(result[1])}
         if texts:
             thought, _, plan = texts[0].removeprefix(THINK_PREFIX).strip().partition(PLAN_BEGIN)
+            thought = thought.rpartition(STEP_END)[2]  # how it came to it is not looked at
             score["thought"] = float(_reads(thought, lambda text: parse_caption(text, world)) == self.requirement)
             planned = _reads(plan, lambda text: parse_located_caption(text, world))
             score["plan"] = float(planned is not None and check(planned, self.requirement).strict)
