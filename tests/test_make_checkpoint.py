@@ -93,15 +93,15 @@ def test_the_model_card_tells_every_score_and_where_it_comes_from(run, tmp_path)
     assert json.loads((tmp_path / "shapes.json").read_text())["machine"]["cpu"] in text
 
 
-def test_the_scores_of_the_other_layout_stand_beside(run, tmp_path):
-    write_result(tmp_path / "shapes.json", SCORES)
-    other = SCORES | {"editing": {"overall": 0.345}, "understanding": {"overall": 0.456, "questions": 0.567}}
-    write_result(tmp_path / "other.json", other)
-    card = (
-        run("--results", tmp_path / "shapes.json", "--other_layout", tmp_path / "other.json") / "README.md"
-    ).read_text()
-    assert "| editing | 0.764 | 0.345 |" in card and "| understanding | 0.933 | 0.456 |" in card
+def test_the_scores_of_both_layouts_stand_beside_each_other(run, tmp_path):
+    others = ({"editing": {"overall": 0.234}}, {"editing": {"overall": 0.345}, "understanding": {"questions": 0.567}})
+    for name, scores in (("shapes", {}), *zip(("read", "unread"), others)):
+        write_result(tmp_path / f"{name}.json", SCORES | scores)
+    layouts = (tmp_path / "read.json", tmp_path / "unread.json")
+    card = (run("--results", tmp_path / "shapes.json", "--layouts", *layouts) / "README.md").read_text()
+    assert "| editing | 0.764 |" in card and "| editing | 0.234 | 0.345 |" in card
     assert "| questions | 0.955 | 0.567 |" in card
+    assert f"Scored at commit {json.loads(layouts[1].read_text())['commit']}" in card
 
 
 def test_results_that_lack_a_suite_are_refused(run, tmp_path):

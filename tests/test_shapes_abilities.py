@@ -251,7 +251,9 @@ def test_the_fourth_picture_differs_from_the_third_as_the_second_from_the_first(
 @pytest.mark.parametrize("kind", RIDDLES)
 def test_thoughts_ask_for_what_the_picture_holds(kind, world):
     generator = np.random.default_rng(1)
-    for case in [c for c in cases("thinking", 150, world) if c.kind == kind]:
+    of_kind = [case for case in cases("thinking", 150, world) if case.kind == kind]
+    assert len(of_kind) > 5
+    for case in of_kind:
         prompt = implicit_prompt(generator, world, kind)
         assert check(prompt.scene, prompt.requirement).strict, prompt.text
         if texts_of(case.answer):
@@ -320,6 +322,7 @@ def test_thinking_scores_the_thought_beside_the_picture():
     score = case.score(["think: nothing", case.answer[1]], WORLD)
     assert score["right"] == 1 and score["thought"] == score["plan"] == 0
     thought, _, plan = case.answer[0].partition("think: ")[2].partition(": ")
+    assert case.score([f"think: never mind; {thought}: {plan}", case.answer[1]], WORLD)["thought"] == 1
     wrong = next(c for c in cases("thinking", seed=1) if texts_of(c.answer)).drawn_from[1]
     assert not check(parse_located_caption(wrong, WORLD), case.requirement).strict
     for said, planned, expected in (

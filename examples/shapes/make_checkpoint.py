@@ -82,9 +82,9 @@ ORACLE_RULES = """\
 Share of pictures with exactly the right objects, wherever they lie, if the true codes of the first scales are given.
 """
 LAYOUT_RULES = """\
-This checkpoint reads the last scale of a picture as well, where something follows it. `the other layout` is the
-paper's, in which nothing reads a last scale: from the same weights, trained for the same steps on the same
-conversations ({command} at commit {commit}).
+Both layouts of a picture, trained from the same weights for the same 4,200 steps on the same conversations (the long
+round under `Commands`): this checkpoint's, which reads the last scale where something follows it, and the paper's, in
+which nothing does. Scored at commit {commit}; the scores above are of the rounds after as well.
 """
 ABILITY_RULES = """\
 The other abilities, on held-out cases, each with its exact check (see `The abilities` below): the mean over the
@@ -158,10 +158,10 @@ def read_results(path: Path) -> dict:
     return results
 
 
-def model_card(model: NextFlowForConditionalGeneration, results: dict, other_layout: dict | None = None) -> str:
+def model_card(model: NextFlowForConditionalGeneration, results: dict, layouts: tuple[dict, dict] | None = None) -> str:
     """The card: what the model is, its scores, and the recipe's own words on limits, world and commands.
 
-    `other_layout` are the scores of a model of the other layout, which stand beside.
+    `layouts` are the scores of two models, one that reads the last scale and one that does not.
     """
     data = ModelCardData(
         license="apache-2.0",
@@ -184,8 +184,8 @@ def model_card(model: NextFlowForConditionalGeneration, results: dict, other_lay
     tables = [
         table(results) for table in (drawing_table, understanding_table, ability_table, tokenizer_table, oracle_table)
     ]
-    if other_layout is not None:
-        tables.append(layout_table(results, other_layout))
+    if layouts is not None:
+        tables.append(layout_table(*layouts))
     titles = ("Limits", "The world", "The abilities", "Commands")
     sections = [f"## {title}\n\n{recipe_section(title)}\n" for title in titles]
     return "\n".join([f"---\n{data.to_yaml()}\n---\n", introduction, origin, *tables, *sections])
@@ -235,16 +235,16 @@ def ability_table(results: dict) -> str:
     return f"{ABILITY_RULES}\n{_table(['ability', 'overall', 'in detail'], rows)}" if rows else ""
 
 
-def layout_table(results: dict, other: dict) -> str:
+def layout_table(read: dict, unread: dict) -> str:
     """A row for each suite that has an overall score, and one for the questions alone."""
     rows = [
-        [name, _score(scores, "overall"), _score(other[name], "overall")]
-        for name, scores in results.items()
-        if isinstance(scores, dict) and "overall" in scores and name in other
+        [name, _score(scores, "overall"), _score(unread[name], "overall")]
+        for name, scores in read.items()
+        if isinstance(scores, dict) and "overall" in scores
     ]
-    rows.append(["questions", *(_score(part["understanding"], "questions") for part in (results, other))])
-    rules = LAYOUT_RULES.format(command=f"`{other['command']}`", commit=other["commit"])
-    return f"{rules}\n{_table(['suite', 'this checkpoint', 'the other layout'], rows)}"
+    rows.append(["questions", *(_score(part["understanding"], "questions") for part in (read, unread))])
+    header = ["suite", "last scale read", "the paper's layout"]
+    return f"{LAYOUT_RULES.format(commit=unread['commit'])}\n{_table(header, rows)}"
 
 
 def tokenizer_table(results: dict) -> str:
@@ -268,7 +268,12 @@ def main():
     parser.add_argument("--tokenizer", help="folder of the same vision tokenizer with a further trained pixel decoder")
     parser.add_argument("--output", type=Path, default=Path("checkpoints/nextflow-shapes"))
     parser.add_argument("--results", type=Path, help="scores from `evaluate --json`: write the model card")
-    parser.add_argument("--other_layout", type=Path, help="scores of a model of the other layout, for the card")
+    parser.add_argument(
+        "--layouts",
+        type=Path,
+        nargs=2,
+        help="scores with the last scale read, and with the paper's layout",
+    )
     per_scale = {"nargs": "+", "metavar": "VALUE", "help": "one for all scales, or one for each"}
     parser.add_argument("--guidance_scale", type=float, **per_scale)
     parser.add_argument("--temperature", type=float, **per_scale)
@@ -293,8 +298,8 @@ def main():
     model.config.vq_config._name_or_path = ""  # a folder of this machine
     card = None
     if arguments.results:
-        other_layout = read_results(arguments.other_layout) if arguments.other_layout else None
-        card = model_card(model, read_results(arguments.results), other_layout)
+        layouts = tuple(map(read_results, arguments.layouts)) if arguments.layouts else None
+        card = model_card(model, read_results(arguments.results), layouts)
     save_checkpoint(model, processor, card, arguments.output)
     print(f"{arguments.output}: {sum(_sizes(arguments.output).values()) / 1e6:.1f} MB")
 

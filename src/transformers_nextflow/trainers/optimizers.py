@@ -32,13 +32,13 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) ->
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def of_one_shape(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """The parameters in lists of equal shape, `ELEMENTS_AT_ONCE` at most in each unless one alone has more."""
-    by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+def of_one_kind(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Lists of parameters of one shape, type and device, `ELEMENTS_AT_ONCE` at most unless one alone has more."""
+    by_kind: dict[tuple, list[nn.Parameter]] = {}
     for parameter in parameters:
-        by_shape.setdefault(parameter.shape, []).append(parameter)
-    for shape, alike in by_shape.items():
-        count = max(ELEMENTS_AT_ONCE // shape.numel(), 1)
+        by_kind.setdefault((parameter.shape, parameter.dtype, parameter.device), []).append(parameter)
+    for alike in by_kind.values():
+        count = max(ELEMENTS_AT_ONCE // alike[0].numel(), 1)
         yield from (alike[start : start + count] for start in range(0, len(alike), count))
 
 
@@ -90,7 +90,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return loss
 
     def _muon(self, parameters: list[nn.Parameter], group: dict):
-        for alike in of_one_shape(parameters):
+        for alike in of_one_kind(parameters):
             # 0.2 · sqrt(longer side) is the root mean square of AdamW's updates (Moonlight, 2025).
             rate = group["lr"] * 0.2 * max(alike[0].shape) ** 0.5
             directions = torch.stack([self._nesterov(parameter, group["momentum"]) for parameter in alike])

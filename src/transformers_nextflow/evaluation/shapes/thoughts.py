@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .cases import PLAN_BEGIN, STEP_END, DrawingCase
+from .cases import PLAN_BEGIN, THOUGHT_STEP_END, DrawingCase
 from .conversations import drawing, thinking
 from .events import STEPS
 from .language import (
-    CELL_TEMPLATES,
     NUMBERS,
     RELATION_TEMPLATES,
+    cell_name,
     corners,
     group_items,
     item_phrase,
@@ -148,7 +148,7 @@ class ImplicitPrompt(NamedTuple):
 
     def thought(self, world: World) -> str:
         """The steps, and then the requirement as an ordinary caption."""
-        return STEP_END.join((*self.steps, write_caption(None, self.requirement, world)))
+        return THOUGHT_STEP_END.join((*self.steps, write_caption(None, self.requirement, world)))
 
 
 def _riddle(rng, world: World, allow_held_out: bool):
@@ -210,8 +210,8 @@ def _walk(rng, world: World, allow_held_out: bool):
     for item in objects:
         start, moves = _way(rng, item.cell, world)
         legs = ", ".join(move for move, _ in moves)
-        texts.append(f"{_object_phrase(rng, item, world)} that starts {_cell(start)}, moves {legs}")
-        steps += [f"{move} to {_cell(cell).removeprefix('in ')}" for move, cell in moves]
+        texts.append(f"{_object_phrase(rng, item, world)} that starts in {cell_name(start)}, moves {legs}")
+        steps += [f"{move} to {cell_name(cell)}" for move, cell in moves]
     items = tuple(Item(item.shape, item.color, cell=item.cell) for item in objects)
     return Riddle(" and ".join(texts), items, objects, steps=tuple(steps))
 
@@ -227,10 +227,6 @@ def _way(rng, end: tuple[int, int], world: World) -> tuple[tuple[int, int], list
             moves.insert(0, (f"{_word(count)} {direction}", cell))
             cell, last = before, step
     return cell, moves
-
-
-def _cell(cell: tuple[int, int]) -> str:
-    return CELL_TEMPLATES[0].format(row=cell[0] + 1, column=cell[1] + 1)
 
 
 def _relation(rng, world: World, allow_held_out: bool):
