@@ -444,6 +444,13 @@ def test_counts_of_described_scenes_are_right(kind):
             assert case.answer[0] == ("yes" if count(first) > count(second) else "no")
 
 
+def test_a_way_told_in_words_is_judged_by_where_it_leads():
+    case = next(case for case in cases("text", 300) if "; " in case.answer[0])
+    *_, said = case.answer[0].split("; ")
+    assert case.score([said], WORLD) == case.score([f"somehow; a picture of {said}"], WORLD) == {"right": 1.0}
+    assert case.score(["; ".join([said, "a red ring in row 1 column 1"])], WORLD)["right"] == 0
+
+
 # --- The script ----------------------------------------------------------------------------------------------------
 
 
