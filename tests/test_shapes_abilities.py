@@ -251,39 +251,16 @@ def test_the_fourth_picture_differs_from_the_third_as_the_second_from_the_first(
 @pytest.mark.parametrize("kind", RIDDLES)
 def test_thoughts_ask_for_what_the_picture_holds(kind, world):
     generator = np.random.default_rng(1)
-    of_kind = [case for case in cases("thinking", 150, world) if case.kind == kind]
-    assert len(of_kind) > 5
-    for case in of_kind:
-        prompt = implicit_prompt(generator, world, kind)
-        assert check(prompt.scene, prompt.requirement).strict, prompt.text
+    for case in [c for c in cases("thinking", 150, world) if c.kind == kind]:
+        text, requirement, scene = implicit_prompt(generator, world, kind)
+        assert check(scene, requirement).strict, text
         if texts_of(case.answer):
             thought, plan = case.answer[0].removeprefix("think: ").split(": ")
-            *steps, said = thought.split("; ")
-            assert parse_caption(said, world) == case.requirement and bool(steps) == (kind == "walk")
+            assert parse_caption(thought, world) == case.requirement
             assert same(parse_located_caption(plan, world), case.answer[1])
-            assert not is_reserved(said) and not is_reserved(plan)
+            assert not is_reserved(thought) and not is_reserved(plan)
             asked_for = [shape for item in case.requirement.items for shape in [item.shape] * item.count]
             assert [item.shape for item in parse_caption(plan, world).items] == asked_for
-
-
-@WORLDS
-def test_moves_lead_from_the_start_step_by_step_to_where_the_object_is(world):
-    generator, worth = np.random.default_rng(2), {"one": 1, "two": 2, "three": 3}
-    directions = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
-    for _ in range(50):
-        prompt = implicit_prompt(generator, world, "walk")
-        ways = re.findall(r"starts in row (\d+) column (\d+), moves (\w+ \w+), (\w+ \w+), (\w+ \w+)", prompt.text)
-        assert len(ways) == len(prompt.requirement.items)
-        expected = []
-        for (row, column, *moves), item in zip(ways, prompt.requirement.items):
-            row, column = int(row), int(column)
-            for move in moves:
-                count, direction = move.split()
-                row, column = (n + worth[count] * d for n, d in zip((row, column), directions[direction]))
-                assert 1 <= row <= world.lattice and 1 <= column <= world.lattice
-                expected.append(f"{move} to row {row} column {column}")
-            assert (row - 1, column - 1) == item.cell
-        assert list(prompt.steps) == expected
 
 
 def test_riddles_do_not_name_the_colors_and_shapes_that_they_paraphrase():
@@ -322,7 +299,6 @@ def test_thinking_scores_the_thought_beside_the_picture():
     score = case.score(["think: nothing", case.answer[1]], WORLD)
     assert score["right"] == 1 and score["thought"] == score["plan"] == 0
     thought, _, plan = case.answer[0].partition("think: ")[2].partition(": ")
-    assert case.score([f"think: never mind; {thought}: {plan}", case.answer[1]], WORLD)["thought"] == 1
     wrong = next(c for c in cases("thinking", seed=1) if texts_of(c.answer)).drawn_from[1]
     assert not check(parse_located_caption(wrong, WORLD), case.requirement).strict
     for said, planned, expected in (
@@ -442,13 +418,6 @@ def test_counts_of_described_scenes_are_right(kind):
         else:
             first, second = re.search("more ([a-z ]+) than ([a-z ]+)", question).groups()
             assert case.answer[0] == ("yes" if count(first) > count(second) else "no")
-
-
-def test_a_way_told_in_words_is_judged_by_where_it_leads():
-    case = next(case for case in cases("text", 300) if "; " in case.answer[0])
-    *_, said = case.answer[0].split("; ")
-    assert case.score([said], WORLD) == case.score([f"somehow; a picture of {said}"], WORLD) == {"right": 1.0}
-    assert case.score(["; ".join([said, "a red ring in row 1 column 1"])], WORLD)["right"] == 0
 
 
 # --- The script ----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from .language import CELL_TEMPLATES, cell_name, group_items, item_phrase, parse_item
+from .language import CELL_TEMPLATES, group_items, item_phrase, parse_item
 from .scene import Object, Scene, World
 
 
@@ -38,7 +38,7 @@ def leaves(item: Object) -> str:
 
 
 def goes_to(item: Object, cell: tuple[int, int]) -> str:
-    return f"{name_of(item)} goes to {cell_name(cell)}"
+    return f"{name_of(item)} goes to row {cell[0] + 1} column {cell[1] + 1}"
 
 
 def comes(item: Object, world: World) -> str:

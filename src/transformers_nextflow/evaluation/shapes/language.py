@@ -73,10 +73,6 @@ def corners(world: World) -> dict[tuple[int, int], str]:
     return {(0, 0): "top left", (0, last): "top right", (last, 0): "bottom left", (last, last): "bottom right"}
 
 
-def cell_name(cell: tuple[int, int]) -> str:
-    return f"row {cell[0] + 1} column {cell[1] + 1}"
-
-
 def place_phrase(rng: np.random.Generator | None, cell: tuple[int, int], world: World) -> str:
     """'in the top left corner' or 'in row 2 column 3'."""
     named = cell in corners(world) and (rng is None or rng.random() < 0.5)

@@ -1,26 +1,21 @@
 """Prompts that say what to draw in a roundabout way, and the thought that spells it out (paper, section 6.4).
 
 Every prompt takes two or more steps: shapes by what they look like, colours by things, numbers by comparison or sums,
-places by their neighbours or by the way there, relations of things that are paraphrased. The thought goes the way step
-by step, where there is one, says what is asked for as an ordinary caption, then lays out what goes where, thing by
-thing in the order of the caption.
+places by their neighbours, relations of things that are paraphrased. The thought says it as an ordinary caption, then
+lays out what goes where, thing by thing in the order of the caption.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 
-from .cases import PLAN_BEGIN, THOUGHT_STEP_END, DrawingCase
+from .cases import PLAN_BEGIN, DrawingCase
 from .conversations import drawing, thinking
-from .events import STEPS
 from .language import (
     NUMBERS,
     RELATION_TEMPLATES,
-    cell_name,
     corners,
     group_items,
     item_phrase,
@@ -59,7 +54,6 @@ COUNTED_LIKE = {
 OPENINGS = ("", "draw ", "show ", "paint ")
 THOUGHT_SHARE = 0.75  # of the prompts that are answered with a thought and a picture; the rest with a picture alone
 COLORED, ON_BACKGROUND = 0.6, 0.3
-LEGS, LONGEST_LEG = 3, 3  # of a way: moves, and cells of each
 
 
 def color_phrase(rng: np.random.Generator, color: str) -> str:
@@ -125,30 +119,7 @@ def _word(number: int) -> str:
     return "one" if number == 1 else NUMBERS[number][0] if number in NUMBERS else str(number)
 
 
-# --- Kinds of prompts ------------------------------------------------------------------------------------------------
-
-
-class Riddle(NamedTuple):
-    """A text, what it asks for, objects that are all of that, and the steps of the way from one to the other."""
-
-    text: str
-    items: tuple[Item, ...]
-    objects: Sequence[Object]
-    relation: str | None = None
-    steps: tuple[str, ...] = ()
-
-
-class ImplicitPrompt(NamedTuple):
-    """A prompt, what it requires, a scene that is all of that, and the steps of a thought."""
-
-    text: str
-    requirement: Requirement
-    scene: Scene
-    steps: tuple[str, ...]
-
-    def thought(self, world: World) -> str:
-        """The steps, and then the requirement as an ordinary caption."""
-        return THOUGHT_STEP_END.join((*self.steps, write_caption(None, self.requirement, world)))
+# --- Kinds of prompts: (text, items, objects), of some with a relation ------------------------------------------------
 
 
 def _riddle(rng, world: World, allow_held_out: bool):
@@ -158,7 +129,7 @@ def _riddle(rng, world: World, allow_held_out: bool):
     while len(objects) == 2 and (objects[0].shape, objects[0].color) == (objects[1].shape, objects[1].color):
         objects[1] = random_object(rng, world, cells[1], allow_held_out=allow_held_out)
     phrases = [f"the {shape_phrase(rng, item.shape)} {color_phrase(rng, item.color)}" for item in objects]
-    return Riddle(" and ".join(phrases), group_items(objects, color=True, size=False), objects)
+    return " and ".join(phrases), group_items(objects, color=True, size=False), objects
 
 
 def _comparison(rng, world: World, allow_held_out: bool):
@@ -177,7 +148,7 @@ def _comparison(rng, world: World, allow_held_out: bool):
     compared = comparison_phrase(rng, total - first, first, items[1].shape if more else other, noun)
     if items[1].color:
         compared += f" {color_phrase(rng, items[1].color)}"
-    return Riddle(f"{base} and {compared}", items, objects)
+    return f"{base} and {compared}", items, objects
 
 
 def _sum(rng, world: World, allow_held_out: bool):
@@ -186,47 +157,18 @@ def _sum(rng, world: World, allow_held_out: bool):
     objects, (item,) = _groups(rng, world, (count,), allow_held_out)
     noun = shape_phrase(rng, item.shape, 2) if rng.random() < 0.5 or not item.color else plural(item.shape)
     text = number_phrase(rng, count).format(noun)
-    return Riddle(text + (f", all {color_phrase(rng, item.color)}" if item.color else ""), (item,), objects)
+    return text + (f", all {color_phrase(rng, item.color)}" if item.color else ""), (item,), objects
 
 
 def _place(rng, world: World, allow_held_out: bool):
     """One object at a paraphrased place, its shape or its colour paraphrased too."""
     item = random_object(rng, world, choose(rng, world.cells), allow_held_out=allow_held_out)
-    items = (Item(item.shape, item.color, cell=item.cell),)
-    return Riddle(f"{_object_phrase(rng, item, world)} {place_riddle(rng, item.cell, world)}", items, [item])
-
-
-def _object_phrase(rng, item: Object, world: World) -> str:
-    """An object with its colour paraphrased, and half of the time its shape."""
     if rng.random() < 0.5:
-        return f"the {shape_phrase(rng, item.shape)} {color_phrase(rng, item.color)}"
-    return f"{item_phrase(rng, Item(item.shape), world)} {color_phrase(rng, item.color)}"
-
-
-def _walk(rng, world: World, allow_held_out: bool):
-    """One or two objects that are where several moves lead."""
-    objects, _ = _groups(rng, world, (1,) * int(rng.integers(1, 3)), allow_held_out)
-    texts, steps = [], []
-    for item in objects:
-        start, moves = _way(rng, item.cell, world)
-        legs = ", ".join(move for move, _ in moves)
-        texts.append(f"{_object_phrase(rng, item, world)} that starts in {cell_name(start)}, moves {legs}")
-        steps += [f"{move} to {cell_name(cell)}" for move, cell in moves]
-    items = tuple(Item(item.shape, item.color, cell=item.cell) for item in objects)
-    return Riddle(" and ".join(texts), items, objects, steps=tuple(steps))
-
-
-def _way(rng, end: tuple[int, int], world: World) -> tuple[tuple[int, int], list[tuple[str, tuple[int, int]]]]:
-    """A start, and moves from there to `end`, by turns along rows and columns, each with the cell that it ends in."""
-    cell, moves, last = end, [], (0, 0)
-    while len(moves) < LEGS:
-        direction, count = choose(rng, list(STEPS)), int(rng.integers(1, LONGEST_LEG + 1))
-        step = STEPS[direction]
-        before = (cell[0] - count * step[0], cell[1] - count * step[1])
-        if before in world.cells and step[0] * last[0] == step[1] * last[1] == 0:
-            moves.insert(0, (f"{_word(count)} {direction}", cell))
-            cell, last = before, step
-    return cell, moves
+        noun = f"the {shape_phrase(rng, item.shape)} {color_phrase(rng, item.color)}"
+    else:
+        noun = f"{item_phrase(rng, Item(item.shape), world)} {color_phrase(rng, item.color)}"
+    items = (Item(item.shape, item.color, cell=item.cell),)
+    return f"{noun} {place_riddle(rng, item.cell, world)}", items, [item]
 
 
 def _relation(rng, world: World, allow_held_out: bool):
@@ -237,7 +179,7 @@ def _relation(rng, world: World, allow_held_out: bool):
     while not RELATIONS[relation](*objects):
         objects = [replace(o, row=r, column=c) for o, (r, c) in zip(objects, random_cells(rng, world, 2))]
     first, second = (f"the {shape_phrase(rng, item.shape)} {color_phrase(rng, item.color)}" for item in items)
-    return Riddle(first + choose(rng, RELATION_TEMPLATES[relation]) + second, items, objects, relation)
+    return first + choose(rng, RELATION_TEMPLATES[relation]) + second, items, objects, relation
 
 
 def _groups(rng, world: World, counts: tuple[int, ...], allow_held_out: bool) -> tuple[list[Object], tuple[Item, ...]]:
@@ -258,33 +200,17 @@ def _groups(rng, world: World, counts: tuple[int, ...], allow_held_out: bool) ->
     return objects, tuple(items)
 
 
-RIDDLES = {
-    "riddle": _riddle,
-    "comparison": _comparison,
-    "sum": _sum,
-    "place": _place,
-    "relation": _relation,
-    "walk": _walk,
-}
-# How often each is asked for: what takes the most steps is the hardest to learn.
-SHARES = {"riddle": 0.12, "comparison": 0.18, "sum": 0.16, "place": 0.12, "relation": 0.14, "walk": 0.28}
+RIDDLES = {"riddle": _riddle, "comparison": _comparison, "sum": _sum, "place": _place, "relation": _relation}
 
 
-def implicit_prompt(
-    rng: np.random.Generator, world: World, kind: str, *, allow_held_out: bool = False
-) -> ImplicitPrompt:
-    """A prompt of one kind of `RIDDLES`."""
-    text, items, objects, relation, steps = RIDDLES[kind](rng, world, allow_held_out)
+def implicit_prompt(rng: np.random.Generator, world: World, kind: str, *, allow_held_out: bool = False):
+    """A prompt of one kind of `RIDDLES`, what it requires, and a scene that is all of that."""
+    text, items, objects, *relation = RIDDLES[kind](rng, world, allow_held_out)
     scene = Scene(tuple(objects), random_background(rng, world))
     ground = scene.background if rng.random() < ON_BACKGROUND else None
     if ground:
         text += f", on a background like {choose(rng, GROUND_LIKE[ground])}"
-    return ImplicitPrompt(choose(rng, OPENINGS) + text, Requirement(items, relation, ground), scene, steps)
-
-
-def random_kind(rng: np.random.Generator) -> str:
-    """One of `RIDDLES` by its share."""
-    return str(rng.choice(list(SHARES), p=list(SHARES.values())))
+    return choose(rng, OPENINGS) + text, Requirement(items, *relation, background=ground), scene
 
 
 def plan_of(requirement: Requirement, scene: Scene, world: World) -> str:
@@ -296,12 +222,9 @@ def plan_of(requirement: Requirement, scene: Scene, world: World) -> str:
 
 def thinking_case(rng: np.random.Generator, world: World, *, allow_held_out: bool = False) -> DrawingCase:
     """An implicit prompt, most often with its thought before the picture."""
-    kind = random_kind(rng)
-    prompt = implicit_prompt(rng, world, kind, allow_held_out=allow_held_out)
-    plan = plan_of(prompt.requirement, prompt.scene, world)
-    if rng.random() < THOUGHT_SHARE:
-        exchange = thinking(prompt.text, prompt.thought(world) + PLAN_BEGIN + plan, prompt.scene)
-    else:
-        exchange = drawing(prompt.text, prompt.scene)
-    said = write_caption(None, prompt.requirement, world)
-    return DrawingCase(kind, *exchange, drawn_from=(said, plan), requirement=prompt.requirement)
+    kind = choose(rng, list(RIDDLES))
+    text, requirement, scene = implicit_prompt(rng, world, kind, allow_held_out=allow_held_out)
+    said, plan = write_caption(None, requirement, world), plan_of(requirement, scene, world)
+    aloud = rng.random() < THOUGHT_SHARE
+    exchange = thinking(text, said + PLAN_BEGIN + plan, scene) if aloud else drawing(text, scene)
+    return DrawingCase(kind, *exchange, drawn_from=(said, plan), requirement=requirement)
