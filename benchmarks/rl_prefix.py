@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/rl_prefix.py --seeds 3 --minutes 20
 
-Every arm trains the first so many scales, from the same checkpoint, with every seed, for the same minutes; runs go side
-by side, and finished ones are kept in `--output_dir`, so that a benchmark that was killed goes on. The scores are of
-prompts and questions that are kept for evaluation. A step of fewer scales is faster, so the curves are compared by step
-and by time of training.
+Every arm trains the first so many scales, from the same checkpoint, with every seed, for the same minutes, or for
+`--compared_minutes` those that the first is held against; runs go side by side, and finished ones are kept in
+`--output_dir`, so that a benchmark that was killed goes on. The scores are of prompts and questions that are kept for
+evaluation. A step of fewer scales is faster, so the curves are compared by step and by time of training.
 Writes `results/rl_prefix.json`: of the first of `--prefixes`, means over the seeds, `weakest_category_gain`,
 `overall_gain` and `understanding_drop`; the same for every arm, with each seed's and the curves. `at_equal_steps` holds
 the scores on the curves' prompts at the last step that all runs reached, `at_equal_seconds` those at the last second.
@@ -40,11 +40,21 @@ def main():
     parser.add_argument(
         "--prefixes", type=int, nargs="+", default=[5, 2, 8], help="scales to train, the main arm first"
     )
+    parser.add_argument("--compared_minutes", type=float, help="of the other arms; default: as many")
     arguments = parser.parse_args()
+    compared_minutes = arguments.compared_minutes or arguments.minutes
+    minutes = dict.fromkeys(arguments.prefixes, compared_minutes) | {arguments.prefixes[0]: arguments.minutes}
     num_scales = len(NextFlowConfig.from_pretrained(arguments.checkpoint).vq_config.scales)
     before = scores_before(arguments)
     runs = [
-        job(arguments, f"prefix_{prefix}-seed_{seed}", reward="checker", prefix=prefix, seed=seed)
+        job(
+            arguments,
+            f"prefix_{prefix}-seed_{seed}",
+            reward="checker",
+            prefix=prefix,
+            seed=seed,
+            minutes=minutes[prefix],
+        )
         for seed in range(arguments.seeds)
         for prefix in arguments.prefixes
     ]
@@ -66,7 +76,8 @@ def main():
     values |= {
         f"at_equal_{unit}": at_equal(arms, along, scores) for unit, along in (("steps", "step"), ("seconds",) * 2)
     }
-    values |= {"arms": found, "before": before, "minutes": arguments.minutes, "processes": arguments.processes}
+    values |= {"arms": found, "before": before, "processes": arguments.processes}
+    values |= {"minutes": arguments.minutes, "compared_minutes": compared_minutes}
     print("drawn:", draw_curves(arms, scores, arguments.figures / "rl_prefix.png"))
     print("written:", write_result(arguments.results / "rl_prefix.json", values))
 

@@ -37,7 +37,7 @@ def benchmark_parser(description: str, name: str) -> argparse.ArgumentParser:
 
 def job(arguments: argparse.Namespace, name: str, **settings) -> argparse.Namespace:
     """The arguments of one run, `name` in the folder of the benchmark."""
-    own = ("seeds", "prefixes", "processes", "results", "figures")
+    own = ("seeds", "prefixes", "compared_minutes", "processes", "results", "figures")
     shared = {key: value for key, value in vars(arguments).items() if key not in own}
     return argparse.Namespace(**shared | {"output_dir": str(arguments.output_dir / name)} | settings)
 

@@ -251,20 +251,42 @@ def test_the_fourth_picture_differs_from_the_third_as_the_second_from_the_first(
 @pytest.mark.parametrize("kind", RIDDLES)
 def test_thoughts_ask_for_what_the_picture_holds(kind, world):
     generator = np.random.default_rng(1)
-    for case in [c for c in cases("thinking", 150, world) if c.kind == kind]:
-        text, requirement, scene = implicit_prompt(generator, world, kind)
-        assert check(scene, requirement).strict, text
+    of_kind = [case for case in cases("thinking", 150, world) if case.kind == kind]
+    assert len(of_kind) > 5
+    for case in of_kind:
+        prompt = implicit_prompt(generator, world, kind)
+        assert check(prompt.scene, prompt.requirement).strict, prompt.text
         if texts_of(case.answer):
             thought, plan = case.answer[0].removeprefix("think: ").split(": ")
-            assert parse_caption(thought, world) == case.requirement
+            *steps, said = thought.split("; ")
+            assert parse_caption(said, world) == case.requirement and bool(steps) == (kind == "changes")
             assert same(parse_located_caption(plan, world), case.answer[1])
-            assert not is_reserved(thought) and not is_reserved(plan)
+            assert not is_reserved(said) and not is_reserved(plan)
             asked_for = [shape for item in case.requirement.items for shape in [item.shape] * item.count]
             assert [item.shape for item in parse_caption(plan, world).items] == asked_for
 
 
+@WORLDS
+def test_changes_make_one_by_one_what_is_asked_for(world):
+    generator, missed = np.random.default_rng(2), 0
+    for _ in range(50):
+        prompt = implicit_prompt(generator, world, "changes")
+        color, shape = re.search(r"an? (\w+) (\w+) after", prompt.text).groups()
+        expected = []
+        for number, before, after in re.findall(r"(\d)\) (\w+) turns (\w+)", prompt.text):
+            missed += before not in (color, shape)
+            color, shape = (after if value == before else value for value in (color, shape))
+            assert (shape, color) in world.training_pairs
+            article = "an" if color == "orange" else "a"
+            expected.append(f"{number}) {before} turns {after}, now {article} {color} {shape}")
+        assert list(prompt.steps) == expected and len(expected) == 6
+        (item,) = prompt.requirement.items
+        assert (item.shape, item.color, item.count) == (shape, color, 1)
+    assert 50 < missed < 250
+
+
 def test_riddles_do_not_name_the_colors_and_shapes_that_they_paraphrase():
-    for case in cases("thinking", 300):
+    for case in (case for case in cases("thinking", 300) if case.kind != "changes"):
         words = set(re.findall(r"\w+", case.asked[0]))
         colors = {item.color for item in case.requirement.items if item.color}
         mixed = {color for pair in MIXED_OF.values() for color in pair}
@@ -299,6 +321,7 @@ def test_thinking_scores_the_thought_beside_the_picture():
     score = case.score(["think: nothing", case.answer[1]], WORLD)
     assert score["right"] == 1 and score["thought"] == score["plan"] == 0
     thought, _, plan = case.answer[0].partition("think: ")[2].partition(": ")
+    assert case.score([f"think: never mind; {thought}: {plan}", case.answer[1]], WORLD)["thought"] == 1
     wrong = next(c for c in cases("thinking", seed=1) if texts_of(c.answer)).drawn_from[1]
     assert not check(parse_located_caption(wrong, WORLD), case.requirement).strict
     for said, planned, expected in (
@@ -418,6 +441,13 @@ def test_counts_of_described_scenes_are_right(kind):
         else:
             first, second = re.search("more ([a-z ]+) than ([a-z ]+)", question).groups()
             assert case.answer[0] == ("yes" if count(first) > count(second) else "no")
+
+
+def test_an_answer_in_steps_is_judged_by_where_they_lead():
+    case = next(case for case in cases("text", 300) if "; " in case.answer[0])
+    *_, said = case.answer[0].split("; ")
+    assert case.score([said], WORLD) == case.score([f"somehow; a picture of {said}"], WORLD) == {"right": 1.0}
+    assert case.score(["; ".join([said, "a red ring in row 1 column 1"])], WORLD)["right"] == 0
 
 
 # --- The script ----------------------------------------------------------------------------------------------------

@@ -83,8 +83,9 @@ Share of pictures with exactly the right objects, wherever they lie, if the true
 """
 LAYOUT_RULES = """\
 Both layouts of a picture, trained from the same weights for the same 4,200 steps on the same conversations (the long
-round under `Commands`): this checkpoint's, which reads the last scale where something follows it, and the paper's, in
-which nothing does. Scored at commit {commit}.
+round under `Commands`): the one which reads the last scale where something follows it, from which the training of this
+checkpoint went on, and the paper's, in which nothing does. Scored at commit {commit}; implicit prompts were of the five
+kinds then that one pass solves.
 """
 ABILITY_RULES = """\
 The other abilities, on held-out cases, each with its exact check (see `The abilities` below): the mean over the

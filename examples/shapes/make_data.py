@@ -43,16 +43,16 @@ WORLD = World()
 # in ten round into a caption (section 3.2). The bundled checkpoint saw such shares first; the ones below, of its last
 # training, lean towards what it had learnt least.
 MIXTURE = {
-    "text": 0.08,
-    "drawing": 0.25,
-    "caption": 0.04,
-    "question": 0.22,
-    "editing": 0.13,
-    "thinking": 0.11,
-    "subject": 0.03,
-    "in_context": 0.04,
+    "text": 0.14,
+    "drawing": 0.2,
+    "caption": 0.03,
+    "question": 0.12,
+    "editing": 0.1,
+    "thinking": 0.27,
+    "subject": 0.02,
+    "in_context": 0.03,
     "story": 0.03,
-    "film": 0.04,
+    "film": 0.03,
     "film_question": 0.03,
 }
 # How many exchanges follow the first, each as likely: more texts, or questions on and descriptions of the last picture.

@@ -72,7 +72,7 @@ class Drawing:
     ):
         check_generators(generator, len(schedules))
         self.model, self.schedules, self.sampling, self.generator = model, tuple(schedules), sampling, generator
-        self.region = region
+        self.region, device = region, model.device
         # Pictures of one size are handled at once; an index of all rows is a slice, which copies nothing.
         distinct, rows = set(schedules), range(len(schedules))
         self.groups: dict[ScaleSchedule, slice | list[int]] = {
@@ -84,8 +84,8 @@ class Drawing:
             (len(schedules), max(schedule.num_tokens for schedule in schedules)), -1, device=model.device
         )
         self._num_given = self._take_given(given_image_tokens)
-        self._scale_counts = torch.tensor([[schedule.num_scales] for schedule in schedules], device=model.device)
-        self._scale_numbers = torch.arange(self.num_scales + 2, device=model.device).unbind()
+        self._scale_counts = torch.tensor([[schedule.num_scales] for schedule in schedules], device=device)
+        self._scale_numbers = torch.arange(self.num_scales + 2, device=device).unbind()
         self.guidance = [
             tuple(self._over_pictures(part, scale) for part in ("guidance_scale", "image_guidance_scale"))
             for scale in range(self.num_scales)

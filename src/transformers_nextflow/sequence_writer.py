@@ -34,8 +34,9 @@ class Prompts:
 
     def rows(self) -> list[list[int]]:
         """The tokens of each row, without padding."""
-        mask = torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
-        return [ids[keep].tolist() for ids, keep in zip(self.input_ids, mask.bool())]
+        if self.attention_mask is None:
+            return self.input_ids.tolist()
+        return [ids[keep].tolist() for ids, keep in zip(self.input_ids, self.attention_mask.bool())]
 
     def distinct(self) -> tuple[Prompts, torch.Tensor | None]:
         """The prompts without their repetitions, and where each row is among them (B,); `None` where all rows stay.

@@ -22,7 +22,8 @@ from .scene import Object, Scene, World
 
 
 Score = dict[str, float]
-PLAN_BEGIN = ": "  # stands in a thought between what is to be drawn and where it goes
+# In a thought: between its steps, and between what is to be drawn and where it goes.
+THOUGHT_STEP_END, PLAN_BEGIN = "; ", ": "
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class DrawingCase(Case):
         score = {"right": float(result[0]), "strict": float(result[1])}
         if texts:
             thought, _, plan = texts[0].removeprefix(THINK_PREFIX).strip().partition(PLAN_BEGIN)
+            thought = thought.rpartition(THOUGHT_STEP_END)[2]  # how it came to it is not looked at
             score["thought"] = float(_reads(thought, lambda text: parse_caption(text, world)) == self.requirement)
             planned = _reads(plan, lambda text: parse_located_caption(text, world))
             score["plan"] = float(planned is not None and check(planned, self.requirement).strict)
@@ -132,10 +134,10 @@ class CaptionCase(Case):
 
 @dataclass(frozen=True)
 class AnswerCase(Case):
-    """A text that comes to the right answer, or where that is a full caption, says the same."""
+    """A text that comes to the right answer, or where that is a full caption, says the same, whatever its steps."""
 
     def score(self, output: Sequence[Part], world: World) -> Score:
-        said, right = _text(output), self.answer[0]
+        said, right = (text.rpartition(THOUGHT_STEP_END)[2] for text in (_text(output), self.answer[0]))
         return {"right": float(verdict(said) == verdict(right) or is_full_caption(said, right, world))}
 
 

@@ -9,10 +9,10 @@ import numpy as np
 from .cases import AnswerCase, key_of
 from .conversations import answering
 from .edits import edit_example
-from .language import caption, located_caption, plural, write_caption
+from .language import caption, located_caption, plural
 from .questions import question_about
 from .scene import Scene, World, choose, random_scene
-from .thoughts import COLORED_LIKE, COUNTED_LIKE, RIDDLES, SHAPED_LIKE, implicit_prompt
+from .thoughts import COLORED_LIKE, COUNTED_LIKE, SHAPED_LIKE, implicit_prompt, random_kind
 
 
 SUM_TEMPLATES = ("what is {}?", "how much is {}?", "{} is", "work out {}")
@@ -81,9 +81,8 @@ def _fact(rng, world: World, scene: Scene, allow_held_out: bool):
 
 def _riddle(rng, world: World, scene: Scene, allow_held_out: bool):
     """An implicit prompt in plain words."""
-    text, requirement, _ = implicit_prompt(rng, world, choose(rng, list(RIDDLES)), allow_held_out=allow_held_out)
-    thought = write_caption(None, requirement, world)
-    return f"say it plainly: {text}", thought, text
+    prompt = implicit_prompt(rng, world, random_kind(rng), allow_held_out=allow_held_out)
+    return f"say it plainly: {prompt.text}", prompt.thought(world), prompt.text
 
 
 TASKS = {
@@ -96,13 +95,13 @@ TASKS = {
     "riddle": _riddle,
 }
 SHARES = {
-    "question": 0.25,
-    "comparison": 0.15,
-    "left": 0.15,
-    "edit": 0.1,
-    "arithmetic": 0.1,
+    "question": 0.18,
+    "comparison": 0.12,
+    "left": 0.12,
+    "edit": 0.09,
+    "arithmetic": 0.09,
     "fact": 0.05,
-    "riddle": 0.2,
+    "riddle": 0.35,
 }
 
 

@@ -1,17 +1,20 @@
 """Prompts that say what to draw in a roundabout way, and the thought that spells it out (paper, section 6.4).
 
 Every prompt takes two or more steps: shapes by what they look like, colours by things, numbers by comparison or sums,
-places by their neighbours, relations of things that are paraphrased. The thought says it as an ordinary caption, then
-lays out what goes where, thing by thing in the order of the caption.
+places by their neighbours, relations of things that are paraphrased; one kind takes steps of which each needs the one
+before, an object that changes again and again. The thought goes such steps one by one, says what is asked for as an
+ordinary caption, then lays out what goes where, thing by thing in the order of the caption.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
-from .cases import PLAN_BEGIN, DrawingCase
+from .cases import PLAN_BEGIN, THOUGHT_STEP_END, DrawingCase
 from .conversations import drawing, thinking
 from .language import (
     NUMBERS,
@@ -54,6 +57,7 @@ COUNTED_LIKE = {
 OPENINGS = ("", "draw ", "show ", "paint ")
 THOUGHT_SHARE = 0.75  # of the prompts that are answered with a thought and a picture; the rest with a picture alone
 COLORED, ON_BACKGROUND = 0.6, 0.3
+NUM_CHANGES = 6  # told of one object
 
 
 def color_phrase(rng: np.random.Generator, color: str) -> str:
@@ -119,17 +123,40 @@ def _word(number: int) -> str:
     return "one" if number == 1 else NUMBERS[number][0] if number in NUMBERS else str(number)
 
 
-# --- Kinds of prompts: (text, items, objects), of some with a relation ------------------------------------------------
+# --- Kinds of prompts ------------------------------------------------------------------------------------------------
+
+
+class Riddle(NamedTuple):
+    """A text, what it asks for, objects that are all of that, and the steps of the way from one to the other."""
+
+    text: str
+    items: tuple[Item, ...]
+    objects: Sequence[Object]
+    relation: str | None = None
+    steps: tuple[str, ...] = ()
+
+
+class ImplicitPrompt(NamedTuple):
+    """A prompt, what it requires, a scene that is all of that, and the steps of a thought."""
+
+    text: str
+    requirement: Requirement
+    scene: Scene
+    steps: tuple[str, ...]
+
+    def thought(self, world: World) -> str:
+        """The steps, and then the requirement as an ordinary caption."""
+        return THOUGHT_STEP_END.join((*self.steps, write_caption(None, self.requirement, world)))
 
 
 def _riddle(rng, world: World, allow_held_out: bool):
     """One or two objects whose shapes and colours are paraphrased."""
-    cells = random_cells(rng, world, int(rng.integers(1, 3)))
+    cells = sorted(random_cells(rng, world, int(rng.integers(1, 3))))
     objects = [random_object(rng, world, cell, allow_held_out=allow_held_out) for cell in cells]
     while len(objects) == 2 and (objects[0].shape, objects[0].color) == (objects[1].shape, objects[1].color):
         objects[1] = random_object(rng, world, cells[1], allow_held_out=allow_held_out)
     phrases = [f"the {shape_phrase(rng, item.shape)} {color_phrase(rng, item.color)}" for item in objects]
-    return " and ".join(phrases), group_items(objects, color=True, size=False), objects
+    return Riddle(" and ".join(phrases), group_items(objects, color=True, size=False), objects)
 
 
 def _comparison(rng, world: World, allow_held_out: bool):
@@ -148,7 +175,7 @@ def _comparison(rng, world: World, allow_held_out: bool):
     compared = comparison_phrase(rng, total - first, first, items[1].shape if more else other, noun)
     if items[1].color:
         compared += f" {color_phrase(rng, items[1].color)}"
-    return f"{base} and {compared}", items, objects
+    return Riddle(f"{base} and {compared}", items, objects)
 
 
 def _sum(rng, world: World, allow_held_out: bool):
@@ -157,7 +184,33 @@ def _sum(rng, world: World, allow_held_out: bool):
     objects, (item,) = _groups(rng, world, (count,), allow_held_out)
     noun = shape_phrase(rng, item.shape, 2) if rng.random() < 0.5 or not item.color else plural(item.shape)
     text = number_phrase(rng, count).format(noun)
-    return text + (f", all {color_phrase(rng, item.color)}" if item.color else ""), (item,), objects
+    return Riddle(text + (f", all {color_phrase(rng, item.color)}" if item.color else ""), (item,), objects)
+
+
+def _changes(rng, world: World, allow_held_out: bool):
+    """One object that is what several changes make of another; some of them are of what it is not (any more)."""
+    allowed = world.pairs(allow_held_out)
+    values = {"shape": world.shapes, "color": tuple(world.palette)}
+    look = dict(zip(values, choose(rng, allowed)))
+    first, told, steps = item_phrase(None, Item(**look), world), [], []
+    were: dict[str, list[str]] = {"shape": [], "color": []}
+    for number in range(1, NUM_CHANGES + 1):
+        attribute = choose(rng, list(values))
+        now, others = look[attribute], [value for value in values[attribute] if value != look[attribute]]
+        if rng.random() < 0.5:
+            before = now
+            after = choose(rng, [o for o in others if tuple((look | {attribute: o}).values()) in allowed])
+            look[attribute] = after
+            were[attribute].append(now)
+        else:
+            # What it has been misleads more than what it never was.
+            before = choose(rng, [o for o in were[attribute] if o != now] or others)
+            after = choose(rng, [value for value in values[attribute] if value != before])
+        told.append(f"{before} turns {after}")
+        steps.append(f"{number}) {told[-1]}, now {item_phrase(None, Item(**look), world)}")
+    item = random_object(rng, world, choose(rng, world.cells), **look, allow_held_out=allow_held_out)
+    listed = ", ".join(f"{number}) {change}" for number, change in enumerate(told, start=1))
+    return Riddle(f"{first} after {listed}", (Item(**look),), [item], steps=tuple(steps))
 
 
 def _place(rng, world: World, allow_held_out: bool):
@@ -168,7 +221,7 @@ def _place(rng, world: World, allow_held_out: bool):
     else:
         noun = f"{item_phrase(rng, Item(item.shape), world)} {color_phrase(rng, item.color)}"
     items = (Item(item.shape, item.color, cell=item.cell),)
-    return f"{noun} {place_riddle(rng, item.cell, world)}", items, [item]
+    return Riddle(f"{noun} {place_riddle(rng, item.cell, world)}", items, [item])
 
 
 def _relation(rng, world: World, allow_held_out: bool):
@@ -179,12 +232,15 @@ def _relation(rng, world: World, allow_held_out: bool):
     while not RELATIONS[relation](*objects):
         objects = [replace(o, row=r, column=c) for o, (r, c) in zip(objects, random_cells(rng, world, 2))]
     first, second = (f"the {shape_phrase(rng, item.shape)} {color_phrase(rng, item.color)}" for item in items)
-    return first + choose(rng, RELATION_TEMPLATES[relation]) + second, items, objects, relation
+    return Riddle(first + choose(rng, RELATION_TEMPLATES[relation]) + second, items, objects, relation)
 
 
 def _groups(rng, world: World, counts: tuple[int, ...], allow_held_out: bool) -> tuple[list[Object], tuple[Item, ...]]:
-    """Groups of equal shapes, each of another shape, some of one colour; their items in the order of `counts`."""
-    cells = random_cells(rng, world, sum(counts))
+    """Groups of equal shapes, each of another shape, some of one colour; their items in the order of `counts`.
+
+    They follow each other in reading order, so that a plan that names them in turn never comes back to a cell.
+    """
+    cells = sorted(random_cells(rng, world, sum(counts)))
     objects: list[Object] = []
     items: list[Item] = []
     for count in counts:
@@ -200,17 +256,33 @@ def _groups(rng, world: World, counts: tuple[int, ...], allow_held_out: bool) ->
     return objects, tuple(items)
 
 
-RIDDLES = {"riddle": _riddle, "comparison": _comparison, "sum": _sum, "place": _place, "relation": _relation}
+RIDDLES = {
+    "riddle": _riddle,
+    "comparison": _comparison,
+    "sum": _sum,
+    "changes": _changes,
+    "place": _place,
+    "relation": _relation,
+}
+# How often each is asked for: what takes the most steps is the hardest to learn.
+SHARES = dict(zip(RIDDLES, (0.14, 0.22, 0.12, 0.26, 0.13, 0.13)))
 
 
-def implicit_prompt(rng: np.random.Generator, world: World, kind: str, *, allow_held_out: bool = False):
-    """A prompt of one kind of `RIDDLES`, what it requires, and a scene that is all of that."""
-    text, items, objects, *relation = RIDDLES[kind](rng, world, allow_held_out)
+def implicit_prompt(
+    rng: np.random.Generator, world: World, kind: str, *, allow_held_out: bool = False
+) -> ImplicitPrompt:
+    """A prompt of one kind of `RIDDLES`."""
+    text, items, objects, relation, steps = RIDDLES[kind](rng, world, allow_held_out)
     scene = Scene(tuple(objects), random_background(rng, world))
     ground = scene.background if rng.random() < ON_BACKGROUND else None
     if ground:
         text += f", on a background like {choose(rng, GROUND_LIKE[ground])}"
-    return choose(rng, OPENINGS) + text, Requirement(items, *relation, background=ground), scene
+    return ImplicitPrompt(choose(rng, OPENINGS) + text, Requirement(items, relation, ground), scene, steps)
+
+
+def random_kind(rng: np.random.Generator) -> str:
+    """One of `RIDDLES` by its share."""
+    return str(rng.choice(list(SHARES), p=list(SHARES.values())))
 
 
 def plan_of(requirement: Requirement, scene: Scene, world: World) -> str:
@@ -222,9 +294,12 @@ def plan_of(requirement: Requirement, scene: Scene, world: World) -> str:
 
 def thinking_case(rng: np.random.Generator, world: World, *, allow_held_out: bool = False) -> DrawingCase:
     """An implicit prompt, most often with its thought before the picture."""
-    kind = choose(rng, list(RIDDLES))
-    text, requirement, scene = implicit_prompt(rng, world, kind, allow_held_out=allow_held_out)
-    said, plan = write_caption(None, requirement, world), plan_of(requirement, scene, world)
-    aloud = rng.random() < THOUGHT_SHARE
-    exchange = thinking(text, said + PLAN_BEGIN + plan, scene) if aloud else drawing(text, scene)
-    return DrawingCase(kind, *exchange, drawn_from=(said, plan), requirement=requirement)
+    kind = random_kind(rng)
+    prompt = implicit_prompt(rng, world, kind, allow_held_out=allow_held_out)
+    plan = plan_of(prompt.requirement, prompt.scene, world)
+    if rng.random() < THOUGHT_SHARE:
+        exchange = thinking(prompt.text, prompt.thought(world) + PLAN_BEGIN + plan, prompt.scene)
+    else:
+        exchange = drawing(prompt.text, prompt.scene)
+    said = write_caption(None, prompt.requirement, world)
+    return DrawingCase(kind, *exchange, drawn_from=(said, plan), requirement=prompt.requirement)
