@@ -78,9 +78,9 @@ class CachedSequences:
         """
         contexts, pictures, count = *rows.shape, embeds.shape[1]
         position_ids = position_ids.flatten(1, 2)
-        embeds = embeds.expand(contexts, -1, -1, -1).flatten(0, 1)
-        if occupied is not None:
-            occupied = occupied.expand(contexts, -1, -1).flatten(0, 1)
+        if contexts > 1:
+            embeds = embeds.repeat(contexts, 1, 1)
+            occupied = None if occupied is None else occupied.repeat(contexts, 1)
         if rows.numel() == len(self.position):
             return self._read(embeds, position_ids, occupied).unflatten(0, (contexts, pictures))
         readers = rows.flatten()
@@ -142,8 +142,9 @@ class CachedSequences:
     ) -> torch.Tensor:
         if self.valid is None and occupied is not None:
             self.valid = occupied.new_ones(len(occupied), self.cache.get_seq_length())
-        if self.valid is not None:
-            occupied = self.valid.new_ones(embeds.shape[:2]) if occupied is None else occupied
+        if self.valid is not None and occupied is None:
+            self.valid = nn.functional.pad(self.valid, (0, embeds.shape[1]), value=1)
+        elif self.valid is not None:
             self.valid = torch.cat([self.valid, occupied], dim=1)
         outputs = self.model.language_model(
             inputs_embeds=embeds,

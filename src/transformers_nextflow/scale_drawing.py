@@ -81,7 +81,7 @@ class Drawing:
         }
         self.num_scales = max(schedule.num_scales for schedule in schedules)
         self.image_tokens = torch.full(
-            (len(schedules), max(schedule.num_tokens for schedule in schedules)), -1, device=model.device
+            (len(schedules), max(schedule.num_tokens for schedule in schedules)), -1, device=device
         )
         self._num_given = self._take_given(given_image_tokens)
         self._scale_counts = torch.tensor([[schedule.num_scales] for schedule in schedules], device=device)
@@ -95,7 +95,8 @@ class Drawing:
 
     @cached_property
     def _slots(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        return batch_slots(self.schedules, self.model.config.rope_range)
+        slots, device = batch_slots(self.schedules, self.model.config.rope_range), self.image_tokens.device
+        return [tuple(None if part is None else part.to(device) for part in scale) for scale in slots]
 
     def _take_given(self, given: torch.Tensor | None) -> list[int]:
         """Enter given codes; how many each picture has."""
@@ -113,9 +114,16 @@ class Drawing:
         return counts
 
     def _over_pictures(self, part: str, scale: int) -> float | torch.Tensor:
-        counts = [schedule.num_scales for schedule in self.schedules]
-        values = [self.sampling.guidance_at(scale, count, part) if scale < count else 1.0 for count in counts]
-        return values[0] if len(set(values)) == 1 else torch.tensor(values, device=self.model.device)[:, None, None]
+        values = {
+            schedule: self.sampling.guidance_at(scale, schedule.num_scales, part)
+            if scale < schedule.num_scales
+            else 1.0
+            for schedule in self.groups
+        }
+        if len(set(values.values())) == 1:
+            return values[self.schedules[0]]
+        values = [values[schedule] for schedule in self.schedules]
+        return torch.tensor(values, device=self.model.device)[:, None, None]
 
     def slots(self, scale: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The slots of a scale, counted from 0, as [`CachedSequences.read_slots`] takes them: embeddings, coordinates,
@@ -129,8 +137,7 @@ class Drawing:
         return self._embed(self.groups, {s: s.num_scales + 1 for s in self.groups}, self._slots[self.num_scales])
 
     def _embed(self, groups, scale_numbers, slots):
-        embedding, device = self.model.model.visual_embedding, self.image_tokens.device
-        coordinates, occupied = (None if part is None else part.to(device) for part in slots)
+        embedding, (coordinates, occupied) = self.model.model.visual_embedding, slots
         if len(self.groups) == 1:
             ((schedule, number),) = scale_numbers.items()
             joined = embedding.slot_features(self.image_tokens, schedule, number)
