@@ -6,8 +6,8 @@ Paper (section 3.1, figure 11): a token of an h x w grid weighs (h·w)^-alpha in
 Here: a model is trained on pictures of 64 pixels (41 codes in 8 scales), with alpha = 0.9; then it goes on with
 pictures of 128 pixels, where objects of the same size lie on 8 x 8 cells (169 codes in 10 scales), with either alpha
 from the same weights. The tokenizer is the bundled one with codes for the larger pictures added by k-means; no other
-part of it is changed. Step 0 of the curves is the model of the small pictures, drawing large ones. "Drawn right" (GenEval's
-rule) does not look at what else a picture holds, and starts high; "drawn exactly" starts at 0.
+part of it is changed. Step 0 of the curves is the model of the small pictures, drawing large ones. "Drawn right"
+(GenEval's rule) does not look at what else a picture holds, and starts high; "drawn exactly" starts at 0.
 """
 
 import copy
