@@ -129,7 +129,32 @@ def seconds_of(draw: Callable[[], object], device: str) -> float:
     return now() - start
 
 
-def compare(model: NextFlowForConditionalGeneration, side: int, repeats: int, progress: tqdm) -> dict:
+def raster_seconds(
+    model: NextFlowForConditionalGeneration,
+    input_ids: torch.Tensor,
+    num_tokens: int,
+    passes: int,
+    callback: Callable[[torch.Tensor], None],
+) -> float:
+    """Seconds of a raster drawing of `num_tokens`, from `passes` of its passes, half of them its first ones, half its
+    last. Each pass attends to one key more than the one before, so the mean of both halves is the mean of all.
+    """
+    half, device = passes // 2, str(model.device)
+    late = random_prompt(model.config, input_ids.shape[1] + num_tokens - half - 1, device)
+
+    def seconds_to_draw(count: int, prompt: torch.Tensor) -> float:
+        return seconds_of(lambda: draw_raster(model, prompt, count, callback=callback), device)
+
+    def seconds_a_pass(prompt: torch.Tensor) -> float:
+        # The pass over the prompt, which gives the first code, is left out.
+        return (seconds_to_draw(half + 1, prompt) - seconds_to_draw(1, prompt)) / half
+
+    return num_tokens * (seconds_a_pass(input_ids) + seconds_a_pass(late)) / 2
+
+
+def compare(
+    model: NextFlowForConditionalGeneration, side: int, repeats: int, raster_passes: int | None, progress: tqdm
+) -> dict:
     """Measured and counted figures of one grid."""
     config, device, itemsize = model.config, str(model.device), model.dtype.itemsize
     input_ids = random_prompt(config, PROMPT_LENGTH, device)
@@ -138,15 +163,20 @@ def compare(model: NextFlowForConditionalGeneration, side: int, repeats: int, pr
     def by_scales():
         draw_scales(model, input_ids, side, callback=lambda *_: progress.update())
 
-    def raster():
-        draw_raster(model, input_ids, side * side, callback=lambda _: progress.update())
+    def count_pass(logits):
+        progress.update()
+
+    def raster() -> float:
+        if raster_passes is not None:
+            return raster_seconds(model, input_ids, side * side, raster_passes, count_pass)
+        return seconds_of(lambda: draw_raster(model, input_ids, side * side, callback=count_pass), device)
 
     by_scales()
     draw_raster(model, input_ids, 8)
     # The longest raster drawing takes minutes, and its thousands of passes are average enough.
     times = {
         "by_scales": [seconds_of(by_scales, device) for _ in range(repeats)],
-        "raster": [seconds_of(raster, device) for _ in range(raster_repeats(side, repeats))],
+        "raster": [raster() for _ in range(raster_repeats(side, repeats))],
     }
     costs = {
         "by_scales": sum(drawing_costs(config, PROMPT_LENGTH, counts[1:], itemsize), Cost()),
@@ -160,6 +190,11 @@ def compare(model: NextFlowForConditionalGeneration, side: int, repeats: int, pr
 
 def raster_repeats(side: int, repeats: int) -> int:
     return repeats if side < 64 else 1
+
+
+def passes_of_raster(side: int, timed: int | None) -> int:
+    """How many passes a raster drawing is timed on: those over the prompt are added where a part is timed."""
+    return side * side if timed is None else 2 * (timed // 2 + 2)
 
 
 def print_table(figures: dict[int, dict]):
@@ -182,25 +217,32 @@ def main():
     parser.add_argument("--model", default=CHECKPOINT, help=f"a checkpoint, or one of {list(RANDOM_BACKBONES)}")
     parser.add_argument("--grids", type=int, nargs="+", default=GRIDS, choices=SQUARE_SIDES[1:], metavar="SIDE")
     parser.add_argument("--repeats", type=int, default=5, help="drawings of which the median counts (64x64 raster: 1)")
+    parser.add_argument(
+        "--raster_passes", type=int, help="time so many passes of raster instead of all, half of them its last ones"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--results", default=RESULTS, help="folder of the result file")
     arguments = parser.parse_args()
+    if arguments.raster_passes is not None and not 2 <= arguments.raster_passes <= min(arguments.grids) ** 2:
+        parser.error(f"--raster_passes {arguments.raster_passes}: from 2 to all {min(arguments.grids) ** 2} passes")
 
     dtype = getattr(torch, arguments.dtype)
     grids = tuple(sorted(arguments.grids))
     model = load_model(arguments.model, SQUARE_SIDES, grids, arguments.device, dtype)
     passes = sum(
-        (arguments.repeats + 1) * (SQUARE_SIDES.index(side) + 1) + raster_repeats(side, arguments.repeats) * side * side
+        (arguments.repeats + 1) * (SQUARE_SIDES.index(side) + 1)
+        + raster_repeats(side, arguments.repeats) * passes_of_raster(side, arguments.raster_passes)
         for side in grids
     )
     with tqdm(total=passes, unit="pass", desc="drawing") as progress:
-        figures = {side: compare(model, side, arguments.repeats, progress) for side in grids}
+        figures = {side: compare(model, side, arguments.repeats, arguments.raster_passes, progress) for side in grids}
     print_table(figures)
     values = {
         "speedup": {f"{side}x{side}": round(grid["speedup"], 2) for side, grid in figures.items()},
         "model": arguments.model,
         "dtype": arguments.dtype,
+        "raster_passes": arguments.raster_passes,
         "grids": {f"{side}x{side}": grid for side, grid in figures.items()},
     }
     print("written:", write_result(Path(arguments.results) / "raster_vs_scale.json", values, arguments.device))

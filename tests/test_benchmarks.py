@@ -42,6 +42,27 @@ def test_the_raster_loop_gives_the_logits_of_one_causal_pass(model):
     torch.testing.assert_close(torch.cat(seen), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_part_of_the_raster_passes_tells_the_time_of_all(model, monkeypatch):
+    clock = [0.0]
+
+    def draw_raster(model, prompt, count, callback):
+        clock[0] += 100 * prompt.shape[1]  # the pass over the prompt, which is left out
+        clock[0] += sum(3 + 0.5 * (prompt.shape[1] + code) for code in range(1, count))
+
+    def seconds_of(draw, device):
+        start = clock[0]
+        draw()
+        return clock[0] - start
+
+    monkeypatch.setattr(raster_vs_scale, "draw_raster", draw_raster)
+    monkeypatch.setattr(raster_vs_scale, "seconds_of", seconds_of)
+    prompt = backbone.random_prompt(model.config, 5)
+    of_all = sum(3 + 0.5 * (5 + code) for code in range(1, 64)) / 63
+    for passes in (2, 9, 64):
+        seconds = raster_vs_scale.raster_seconds(model, prompt, 64, passes, print)
+        assert seconds == pytest.approx(64 * of_all)
+
+
 def test_operations_are_those_that_torch_counts(model):
     def counted(queries: list[int]) -> raster_vs_scale.Cost:
         return sum(raster_vs_scale.drawing_costs(model.config, 5, queries, itemsize=4), raster_vs_scale.Cost())
@@ -118,7 +139,8 @@ def test_the_parts_of_the_loop_that_are_timed_include_its_forward_passes(model):
     assert 0 < figures["overhead"] < 1
 
 
-def test_the_benchmark_writes_speedup_cost_and_origin(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("raster_passes", [None, 6])
+def test_the_benchmark_writes_speedup_cost_and_origin(tmp_path, monkeypatch, capsys, raster_passes):
     arguments = [
         "raster_vs_scale.py",
         "--model",
@@ -130,6 +152,8 @@ def test_the_benchmark_writes_speedup_cost_and_origin(tmp_path, monkeypatch, cap
         "--results",
         str(tmp_path),
     ]
+    if raster_passes is not None:
+        arguments += ["--raster_passes", str(raster_passes)]
     monkeypatch.setattr(sys, "argv", arguments)
     raster_vs_scale.main()
     written = json.loads((tmp_path / "raster_vs_scale.json").read_text())
@@ -138,6 +162,7 @@ def test_the_benchmark_writes_speedup_cost_and_origin(tmp_path, monkeypatch, cap
         grid["raster"]["seconds"] / grid["by_scales"]["seconds"], abs=0.01
     )
     assert (grid["by_scales"]["passes"], grid["raster"]["passes"]) == (4, 16)
+    assert written["raster_passes"] == raster_passes and grid["raster"]["seconds"] > 0
     assert grid["bytes_ratio"] > 1 > grid["operations_ratio"]
     assert written["command"].startswith("python raster_vs_scale.py --model random")
     assert "4x4" in capsys.readouterr().out

@@ -47,6 +47,7 @@ from transformers_nextflow.evaluation.shapes.thoughts import (
     SHAPED_LIKE,
     comparison_phrase,
     implicit_prompt,
+    think_first,
 )
 
 
@@ -271,7 +272,7 @@ def test_thoughts_ask_for_what_the_picture_holds(kind, world):
 
 @WORLDS
 def test_changes_make_one_by_one_what_is_asked_for(world):
-    generator, missed = np.random.default_rng(2), 0
+    generator, missed, lengths = np.random.default_rng(2), 0, set()
     for _ in range(50):
         prompt = implicit_prompt(generator, world, "changes")
         color, shape = re.search(r"an? (\w+) (\w+) after", prompt.text).groups()
@@ -282,10 +283,27 @@ def test_changes_make_one_by_one_what_is_asked_for(world):
             assert (shape, color) in world.training_pairs
             article = "an" if color == "orange" else "a"
             expected.append(f"{number}) {before} turns {after}, now {article} {color} {shape}")
-        assert list(prompt.steps) == expected and len(expected) == 6
+        assert list(prompt.steps) == expected
+        lengths.add(len(expected))
         (item,) = prompt.requirement.items
         assert (item.shape, item.color, item.count) == (shape, color, 1)
-    assert 50 < missed < 250
+    assert lengths == {2, 3, 4, 5, 6} and 50 < missed < 150
+
+
+@WORLDS
+def test_plain_captions_can_be_thought_about_too(world):
+    for case in cases("drawing", 60, world):
+        thoughtful = think_first(case, world)
+        thought, picture = thoughtful.answer
+        said, plan = thought.removeprefix("think: ").split(": ")
+        assert (thoughtful.asked, picture) == (case.asked, case.answer[0])
+        assert parse_caption(said, world) == case.requirement
+        assert same(parse_located_caption(plan, world), picture)
+        assert thoughtful.drawn_from == (said, plan)
+        assert thoughtful.score(thoughtful.answer, world) == dict.fromkeys(("right", "strict", "thought", "plan"), 1.0)
+        if len(case.requirement.items) == 1:  # things that are asked for alike are laid out in reading order
+            cells = [item.cell for item in parse_caption(plan, world).items]
+            assert cells == sorted(cells)
 
 
 def test_riddles_do_not_name_the_colors_and_shapes_that_they_paraphrase():

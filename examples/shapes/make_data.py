@@ -32,6 +32,7 @@ from transformers_nextflow.evaluation.shapes import (
     question_about,
     render,
     texts_of,
+    think_first,
     to_messages,
     training_case,
 )
@@ -43,15 +44,15 @@ WORLD = World()
 # in ten round into a caption (section 3.2). The bundled checkpoint saw such shares first; the ones below, of its last
 # training, lean towards what it had learnt least.
 MIXTURE = {
-    "text": 0.14,
-    "drawing": 0.2,
-    "caption": 0.03,
+    "text": 0.1,
+    "drawing": 0.3,
+    "caption": 0.02,
     "question": 0.12,
-    "editing": 0.1,
-    "thinking": 0.27,
-    "subject": 0.02,
-    "in_context": 0.03,
-    "story": 0.03,
+    "editing": 0.15,
+    "thinking": 0.14,
+    "subject": 0.04,
+    "in_context": 0.05,
+    "story": 0.02,
     "film": 0.03,
     "film_question": 0.03,
 }
@@ -63,6 +64,8 @@ FURTHER_EXCHANGES = {
     "question": (3, 4, 5),
     "editing": (0, 1),
 }
+# Share of the plain captions that are thought about as well, so that thinking does no harm where nothing asks for it.
+THOUGHT_SHARE = 0.15
 DESCRIPTION_SHARE = 0.25
 SECOND_EDIT_SHARE = 0.3
 # Share of the texts left out where only a picture is answered: what guidance compares with.
@@ -105,6 +108,9 @@ def sample(rng: np.random.Generator, abilities: Sequence[str] = tuple(MIXTURE)) 
     shares = np.array([MIXTURE[ability] for ability in abilities])
     ability = abilities[int(rng.choice(len(abilities), p=shares / shares.sum()))]
     case = training_case(rng, WORLD, ability)
+    if ability == "drawing" and rng.random() < THOUGHT_SHARE:
+        thoughtful = think_first(case, WORLD)
+        case = thoughtful if may_be_trained_on(thoughtful, WORLD) else case
     exchanges = [prompted(ability, case.exchange, rng)]
     if ability == "editing" and rng.random() < SECOND_EDIT_SHARE:
         edit = follow_up_edit(rng, WORLD, case.after)

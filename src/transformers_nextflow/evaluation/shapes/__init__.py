@@ -30,6 +30,7 @@ from .suites import (
     text_to_image_suite,
     understanding_cases,
 )
+from .thoughts import think_first
 
 
 __all__ = [
@@ -41,5 +42,5 @@ __all__ = [
     "held_out_prompts", "is_full_caption", "is_reserved", "located_caption", "may_be_trained_on", "message",
     "metric_table", "parse_caption", "pictures_of", "question_about", "question_example", "random_scene", "read",
     "read_pictures", "render", "score_table", "sequence", "text_to_image_prompts", "text_to_image_suite",
-    "texts_of", "thinking", "to_messages", "training_case", "understanding_cases",
+    "texts_of", "think_first", "thinking", "to_messages", "training_case", "understanding_cases",
 ]  # fmt: skip

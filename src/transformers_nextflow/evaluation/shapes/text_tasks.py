@@ -12,7 +12,7 @@ from .edits import edit_example
 from .language import caption, located_caption, plural
 from .questions import question_about
 from .scene import Scene, World, choose, random_scene
-from .thoughts import COLORED_LIKE, COUNTED_LIKE, SHAPED_LIKE, implicit_prompt, random_kind
+from .thoughts import COLORED_LIKE, COUNTED_LIKE, SHAPED_LIKE, implicit_prompt, random_kind, spell_out
 
 
 SUM_TEMPLATES = ("what is {}?", "how much is {}?", "{} is", "work out {}")
@@ -82,7 +82,7 @@ def _fact(rng, world: World, scene: Scene, allow_held_out: bool):
 def _riddle(rng, world: World, scene: Scene, allow_held_out: bool):
     """An implicit prompt in plain words."""
     prompt = implicit_prompt(rng, world, random_kind(rng), allow_held_out=allow_held_out)
-    return f"say it plainly: {prompt.text}", prompt.thought(world), prompt.text
+    return f"say it plainly: {prompt.text}", spell_out(prompt.requirement, world, prompt.steps), prompt.text
 
 
 TASKS = {

@@ -57,7 +57,7 @@ COUNTED_LIKE = {
 OPENINGS = ("", "draw ", "show ", "paint ")
 THOUGHT_SHARE = 0.75  # of the prompts that are answered with a thought and a picture; the rest with a picture alone
 COLORED, ON_BACKGROUND = 0.6, 0.3
-NUM_CHANGES = 6  # told of one object
+CHANGES = (2, 3, 4, 5, 6)  # how many are told of one object
 
 
 def color_phrase(rng: np.random.Generator, color: str) -> str:
@@ -144,10 +144,6 @@ class ImplicitPrompt(NamedTuple):
     scene: Scene
     steps: tuple[str, ...]
 
-    def thought(self, world: World) -> str:
-        """The steps, and then the requirement as an ordinary caption."""
-        return THOUGHT_STEP_END.join((*self.steps, write_caption(None, self.requirement, world)))
-
 
 def _riddle(rng, world: World, allow_held_out: bool):
     """One or two objects whose shapes and colours are paraphrased."""
@@ -194,7 +190,7 @@ def _changes(rng, world: World, allow_held_out: bool):
     look = dict(zip(values, choose(rng, allowed)))
     first, told, steps = item_phrase(None, Item(**look), world), [], []
     were: dict[str, list[str]] = {"shape": [], "color": []}
-    for number in range(1, NUM_CHANGES + 1):
+    for number in range(1, choose(rng, CHANGES) + 1):
         attribute = choose(rng, list(values))
         now, others = look[attribute], [value for value in values[attribute] if value != look[attribute]]
         if rng.random() < 0.5:
@@ -285,10 +281,17 @@ def random_kind(rng: np.random.Generator) -> str:
     return str(rng.choice(list(SHARES), p=list(SHARES.values())))
 
 
+def spell_out(requirement: Requirement, world: World, steps: Sequence[str] = ()) -> str:
+    """The steps, and then the requirement as an ordinary caption."""
+    return THOUGHT_STEP_END.join((*steps, write_caption(None, requirement, world)))
+
+
 def plan_of(requirement: Requirement, scene: Scene, world: World) -> str:
     """A full caption of a scene that fulfils a requirement, its objects in the order in which they are asked for."""
     order = {o: next(i for i, item in enumerate(requirement.items) if item.matches(o)) for o in scene.objects}
-    planned = Requirement(located_items(sorted(scene.objects, key=order.get), world), background=scene.background)
+    # Things that are asked for alike come in reading order, so that a plan does not come back to their cells.
+    objects = sorted(scene.objects, key=lambda o: (order[o], o.cell))
+    planned = Requirement(located_items(objects, world), background=scene.background)
     return write_caption(None, planned, world)
 
 
@@ -296,10 +299,15 @@ def thinking_case(rng: np.random.Generator, world: World, *, allow_held_out: boo
     """An implicit prompt, most often with its thought before the picture."""
     kind = random_kind(rng)
     prompt = implicit_prompt(rng, world, kind, allow_held_out=allow_held_out)
-    plan = plan_of(prompt.requirement, prompt.scene, world)
-    if rng.random() < THOUGHT_SHARE:
-        exchange = thinking(prompt.text, prompt.thought(world) + PLAN_BEGIN + plan, prompt.scene)
-    else:
-        exchange = drawing(prompt.text, prompt.scene)
-    said = write_caption(None, prompt.requirement, world)
-    return DrawingCase(kind, *exchange, drawn_from=(said, plan), requirement=prompt.requirement)
+    case = DrawingCase(kind, *drawing(prompt.text, prompt.scene), requirement=prompt.requirement)
+    thoughtful = think_first(case, world, prompt.steps)
+    return thoughtful if rng.random() < THOUGHT_SHARE else replace(thoughtful, answer=case.answer)
+
+
+def think_first(case: DrawingCase, world: World, steps: Sequence[str] = ()) -> DrawingCase:
+    """The same case with a thought before the picture: what is asked for, spelled out, and where it goes."""
+    (prompt,), (scene,) = case.exchange
+    plan = plan_of(case.requirement, scene, world)
+    exchange = thinking(prompt, spell_out(case.requirement, world, steps) + PLAN_BEGIN + plan, scene)
+    drawn_from = (spell_out(case.requirement, world), plan)
+    return replace(case, asked=exchange.asked, answer=exchange.answer, drawn_from=drawn_from)
