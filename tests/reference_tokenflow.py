@@ -331,6 +331,6 @@ def random_released(kind: str, seed: int = 0, **widths) -> State:
         elif "embedding" not in name and "embed" not in name:
             value = value / (value[0].numel() ** 0.5)
         state[name] = value
-    state["quantize.codebook_used"] = torch.zeros(131072)
+    state["quantize.codebook_used"] = torch.rand(131072, generator=torch.Generator().manual_seed(7))
     state |= {name: torch.full_like(state[name], 0.5) for name in state if name.startswith("scaling_layer.")}
     return state

@@ -98,7 +98,7 @@ def test_right_pictures_score_one(suite, evaluation, monkeypatch):
 
 
 def test_thoughts_are_scored_beside_the_pictures(evaluation):
-    table = evaluation._score("thinking", lambda *batch: evaluation.draw(*batch, think=True))
+    table = evaluation._score("thinking", evaluation.think)
     assert table["overall"] == table["overall_thought"] == table["overall_plan"] == 1
 
 
@@ -134,8 +134,8 @@ def test_all_suites_run_on_a_real_pipeline(tmp_path, monkeypatch):
     evaluation = AbilitiesEvaluation(pipe, limit=3, seeds=1)
     scores = evaluation.scores()
     assert set(scores) == {
-        "editing", "masked_editing", "subject", "in_context", "thinking", "thinking_without", "interleaved", "video",
-        "ranking", "captions", "film_questions", "text",
+        "editing", "masked_editing", "subject", "in_context", "thinking", "thinking_without", "thinking_plainly",
+        "interleaved", "video", "ranking", "captions", "film_questions", "text",
     }  # fmt: skip
     assert all(0 <= value <= 1 for suite in scores.values() for key, value in suite.items() if "psnr" not in key)
     evaluation.save_sheets(tmp_path)

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from tiny import tiny_config, tiny_model, tiny_vq_config
 from typer.testing import CliRunner
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from transformers_nextflow.checkpoint_conversion import (
     INDEX,
     KeyMap,
+    PickledCheckpoint,
     ShardedCheckpoint,
     check_state,
     new_folder,
@@ -51,6 +53,8 @@ def test_a_key_table_names_what_it_does_not_know():
 def test_all_faults_of_a_state_are_told_at_once():
     expected = {"a": torch.Size([2]), "b": torch.Size([3]), "c": torch.zeros(1, device="meta")}
     check_state({"a": torch.ones(2), "b": torch.zeros(3), "c": torch.ones(1)}, expected)
+    with pytest.raises(ValueError, match="integers: a"):
+        check_state({"a": torch.ones(2, dtype=torch.long)}, {"a": torch.ones(2)})
     with pytest.raises(ValueError, match=r"missing: b; not expected: d; of another shape: a \(3,\) instead of \(2,\)"):
         check_state({"a": torch.ones(3), "c": torch.ones(1), "d": torch.ones(1)}, expected)
 
@@ -75,16 +79,33 @@ def test_a_pickle_is_read_if_it_holds_tensors_alone(tmp_path):
             read_state_dict(tmp_path / name)
 
 
+@pytest.mark.parametrize("content", ["version https://git-lfs.github.com/spec/v1", "<!DOCTYPE html>", "x", ""])
+def test_what_came_in_place_of_a_file_is_not_called_unsafe(tmp_path, content):
+    for name in ("a.pt", "a.safetensors"):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=f"{name} cannot be read; is it whole"):
+            read_state_dict(tmp_path / name)
+
+
 def test_a_file_that_is_not_whole_is_refused(tmp_path):
     torch.save({"a": torch.arange(300)}, tmp_path / "a.pt")
     save_file({"a": torch.arange(300)}, tmp_path / "a.safetensors")
     for name in ("a.pt", "a.safetensors"):
         whole = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(whole[:-100])
-        with pytest.raises(ValueError, match=f"{name} cannot be read; is it whole"):
-            read_state_dict(tmp_path / name)
+        for length in (10, 1000, len(whole) - 100, len(whole) - 1):
+            (tmp_path / name).write_bytes(whole[:length])
+            with pytest.raises(ValueError, match=f"{name} cannot be read; is it whole"):
+                read_state_dict(tmp_path / name)
     with pytest.raises(ValueError, match="There is no file"):
         read_state_dict(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize("content", ["{oops", "[]", "{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
+@pytest.mark.parametrize("kind", [ShardedCheckpoint, PickledCheckpoint])
+def test_an_index_that_is_none_is_refused(tmp_path, content, kind):
+    (tmp_path / kind.index).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / kind.index))):
+        kind(tmp_path)
 
 
 def test_what_is_written_in_shards_is_read_back(tmp_path):
@@ -118,7 +139,7 @@ def test_a_folder_appears_when_it_is_whole(tmp_path):
 
 @pytest.mark.parametrize(
     ("folder", "name"),
-    [("models--Qwen--Small/snapshots/0a1b", "Qwen/Small"), ("Small", "Small")],
+    [("models--Qwen--Small/snapshots/0a1b", "Qwen/Small"), ("Small", None)],
 )
 def test_the_card_names_the_source_and_its_licence(tmp_path, folder, name):
     source = tmp_path / folder
@@ -127,9 +148,24 @@ def test_the_card_names_the_source_and_its_licence(tmp_path, folder, name):
     assert "license: unknown" in (tmp_path / "README.md").read_text()
     (source / "README.md").write_text("---\nlicense: mit\n---\n")
     write_model_card(tmp_path, source, "Title", "Text.", prompts=["a dog"])
-    card = (tmp_path / "README.md").read_text()
-    assert "license: mit" in card and f"base_model: {name}" in card and "text: a dog" in card
-    assert card.endswith("# Title\n\nText.\n")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.license, card.data.base_model, card.data.widget) == ("mit", name, [{"text": "a dog"}])
+    assert card.content.endswith("# Title\n\nText.\n")
+    write_model_card(tmp_path, source, "Title", "Text.")
+    assert "widget" not in ModelCard.load(tmp_path / "README.md").data.to_dict()
+
+
+def test_the_licence_of_a_file_in_the_hubs_cache_is_found(tmp_path):
+    # Files of a snapshot are links to blobs, which lie in a folder without a card.
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0a1b"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for name, text in (("README.md", "---\nlicense: mit\n---\n"), ("x.pt", "weights")):
+        (blobs / name[0]).write_text(text)
+        (snapshot / name).symlink_to(blobs / name[0])
+    write_model_card(tmp_path, snapshot / "x.pt", "Title", "Text.")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.license, card.data.base_model) == ("mit", "a/b")
 
 
 def test_inspect_tells_what_matches_what_has_another_shape_and_what_is_missing(tmp_path):

@@ -68,6 +68,7 @@ def write(path: Path, state, **content) -> Path:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("released")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     return {kind: write(folder / f"{kind}.pt", released(kind)) for kind in POSITIONS}
 
 
@@ -212,8 +213,11 @@ def test_there_and_back_gives_the_same_file(kind, files, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back.pt", "model"]
     before, after = read_tokenflow(files[kind]), read_tokenflow(tmp_path / "back.pt")
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    # How often codes were used in the training is not kept.
+    assert before["quantize.codebook_used"].any() and not after.pop("quantize.codebook_used").any()
+    assert all(torch.equal(before[name], after[name]) for name in after)
     card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert card.data.license == "mit"
     assert card.data.base_model == "someone/tokenizer" and "tokenflow" in card.data.tags
 
 
@@ -223,11 +227,41 @@ def test_a_tokenizer_with_interpolated_positions_goes_there_and_back(files, tmp_
     back = read_tokenflow(tmp_path / "back.pt")
     expected = interpolate_positions(read_tokenflow(files["clipb"]))
     assert math.isqrt(len(back["encoder_vqkd.positional_embedding"]) - 1) == 16
-    assert back.keys() == expected.keys() and all(torch.equal(back[name], expected[name]) for name in back)
+    assert back.keys() == expected.keys()
+    assert all(torch.equal(back[name], expected[name]) for name in back if name != "quantize.codebook_used")
     again = load_tokenflow(tmp_path / "back.pt", **HEADS)
     assert again.config.scale_schedules.sides[-1] == 16
     with pytest.raises(ValueError, match="Only positions of the clipb tokenizer"):
         load_tokenflow(files["siglip"], interpolate=True, **HEADS)
+
+
+def test_positions_are_interpolated_once(files, tmp_path):
+    convert_tokenflow(files["clipb"], tmp_path / "model", interpolate=True, **HEADS)
+    export_tokenflow(tmp_path / "model", tmp_path / "back.pt")
+    with pytest.raises(ValueError, match="16 x 16 cells already"):
+        load_tokenflow(tmp_path / "back.pt", interpolate=True, **HEADS)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"downsample": "nearest"}, {"upsample": "rotary"}, {"pixel_distance_weight": 3.0}, {"semantic_layer": -2},
+     {"scales": [1, 2, 3, 14]}, {"semantic_decoder_hidden_act": "relu"}],
+)  # fmt: skip
+def test_a_tokenizer_that_the_layout_cannot_tell_is_not_exported(files, tmp_path, setting):
+    convert_tokenflow(files["clipb"], tmp_path / "model", **HEADS)
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}"):
+        export_tokenflow(tmp_path / "model", tmp_path / "back.pt")
+    assert not (tmp_path / "back.pt").exists()
+
+
+def test_what_is_no_tokenizer_is_not_exported(tmp_path):
+    with pytest.raises(ValueError, match="There is no file"):
+        export_tokenflow(tmp_path / "none", tmp_path / "back.pt")
+    (tmp_path / "config.json").write_text('{"model_type": "nextflow"}')
+    with pytest.raises(ValueError, match="of type 'nextflow', not a nextflow_vq"):
+        export_tokenflow(tmp_path, tmp_path / "back.pt")
 
 
 def test_averaged_weights_come_first(tmp_path):
@@ -253,6 +287,8 @@ def damaged(state: dict[str, torch.Tensor], fault: str) -> dict:
         state["encoder.more.weight"] = torch.zeros(2)
     elif fault == "misshapen":
         state[name] = state[name][:-1]
+    elif fault == "integers":
+        state["quant_conv.bias"] = state["quant_conv.bias"].long()
     elif fault == "NaN":
         state[name][0, 0, 0, 0] = math.nan
     return state
@@ -266,10 +302,12 @@ def damaged(state: dict[str, torch.Tensor], fault: str) -> dict:
         ("extra", "not expected: encoder.more.weight"),
         ("misshapen", "of another shape: encoder.conv_blocks.2.res.0.conv1.weight"),
         ("NaN", "'encoder.conv_blocks.2.res.0.conv1.weight' holds NaN"),
+        ("integers", "integers: quant_conv.bias"),
         ("truncated", "is it whole"),
         ("code", "no pickle of tensors alone"),
         ("no tokenizer", "no tensors under 'ema' or 'model'"),
         ("heads", "do not fit together"),
+        ("no heads", "semantic_decoder_heads must be at least 1, got 0"),
     ],
 )
 def test_a_faulty_file_is_refused_and_nothing_is_written(fault, message, tmp_path, capsys):
@@ -280,7 +318,7 @@ def test_a_faulty_file_is_refused_and_nothing_is_written(fault, message, tmp_pat
         write(path, released("clipb"), args=Code())
     elif fault == "no tokenizer":
         torch.save({"weights": released("clipb")}, path)
-    heads = HEADS | ({"semantic_decoder_heads": 3} if fault == "heads" else {})
+    heads = HEADS | {"semantic_decoder_heads": {"heads": 3, "no heads": 0}.get(fault, 2)}
     with pytest.raises(ValueError, match=message):
         convert_tokenflow(path, tmp_path / "model", **heads)
     assert [file.name for file in tmp_path.iterdir()] == ["file.pt"]

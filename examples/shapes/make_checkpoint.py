@@ -89,8 +89,9 @@ kinds then that one pass solves.
 """
 ABILITY_RULES = """\
 The other abilities, on held-out cases, each with its exact check (see `The abilities` below): the mean over the
-categories, then each of them. `thinking_without` are the same prompts drawn without a thought. `psnr_outside` is that
-of an edit outside of its mask, `psnr_outside_bound` that of the tokenizer's own reconstruction there.
+categories, then each of them. `thinking_without` are the same prompts drawn without a thought, `thinking_plainly` are
+plain captions that are thought about all the same. `psnr_outside` is that of an edit outside of its mask,
+`psnr_outside_bound` that of the tokenizer's own reconstruction there.
 """
 
 

@@ -106,7 +106,7 @@ def _renamed_state(state: Mapping[str, torch.Tensor], rename: Callable[[str], st
 
 
 def check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor | torch.Size]):
-    """Raises `ValueError` naming keys that are missing, surplus or misshapen, and tensors with NaN or infinity.
+    """Raises `ValueError` naming keys that are missing, surplus, misshapen or integers, and tensors with NaN or inf.
 
     Args:
         state: tensors, meta tensors included.
@@ -119,7 +119,12 @@ def check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.
         for name, shape in shapes.items()
         if name in state and state[name].shape != shape
     ]
-    faults = {"missing": missing, "not expected": extra, "of another shape": misshapen}
+    integers = [
+        name
+        for name, value in expected.items()
+        if name in state and getattr(value, "dtype", torch.long).is_floating_point > state[name].is_floating_point()
+    ]
+    faults = {"missing": missing, "not expected": extra, "of another shape": misshapen, "integers": integers}
     told = [f"{kind}: {_some(names)}" for kind, names in faults.items() if names]
     if told:
         raise ValueError(f"The tensors do not fit the model. {'; '.join(told)}. Do file and config belong together?")
@@ -140,6 +145,20 @@ def _some(names: list[str], most: int = 8) -> str:
 
 
 # --- Reading ------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path | str) -> dict:
+    """The object in a JSON file. Raises `ValueError` if the file is not there or holds anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON; is it whole? {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__} in place of an object; fetch it again.")
+    return content
 
 
 def read_state_dict(path: Path | str, allowed: Iterable[type] = ()) -> State:
@@ -164,10 +183,19 @@ def read_state_dict(path: Path | str, allowed: Iterable[type] = ()) -> State:
     except pickle.UnpicklingError as error:
         # torch's own words go on to advise opening it all the same.
         found = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds {found[1]}" if found else "it holds more than that"
-        raise ValueError(f"{path} is no pickle of tensors alone and was not opened: {reason}.") from error
-    except (RuntimeError, EOFError) as error:
+        if found is None and not _begins_as_pickle(path):
+            raise ValueError(f"{path} cannot be read; is it whole, or a pointer of Git LFS?") from error
+        raise ValueError(
+            f"{path} is no pickle of tensors alone and was not opened: it holds {found[1] if found else 'more'}. Where "
+            "you trust it, save its tensors as safetensors."
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} cannot be read; is it whole? {error}") from error
+
+
+def _begins_as_pickle(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(1) == pickle.PROTO
 
 
 class ShardedCheckpoint(Mapping):
@@ -177,18 +205,26 @@ class ShardedCheckpoint(Mapping):
         ValueError: if files are missing or truncated, or the index and the files disagree.
     """
 
+    single, index = SINGLE, INDEX
+
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
-        if (self.folder / INDEX).is_file():
-            try:
-                self.files: dict[str, str] = json.loads((self.folder / INDEX).read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError) as error:
-                raise ValueError(f"{self.folder / INDEX} is no index of shards: {error!r}.") from error
-        elif (self.folder / SINGLE).is_file():
-            self.files = dict.fromkeys(read_layout(self.folder / SINGLE), SINGLE)
+        if (self.folder / self.index).is_file():
+            self.files = self._weight_map()
+        elif (self.folder / self.single).is_file():
+            self.files = dict.fromkeys(self._layout_of(self.single), self.single)
         else:
-            raise ValueError(f"{self.folder} holds neither {SINGLE} nor {INDEX}; is it a folder of a model?")
+            raise ValueError(f"{self.folder} holds neither {self.single} nor {self.index}; is it a folder of a model?")
         self.layout = self._checked_layout()
+
+    def _weight_map(self) -> dict[str, str]:
+        files = read_json(self.folder / self.index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+            raise ValueError(f"{self.folder / self.index} is no index of shards: it has no weight_map, name to file.")
+        return files
+
+    def _layout_of(self, name: str) -> State:
+        return read_layout(self.folder / name)
 
     def _checked_layout(self) -> State:
         names = sorted(set(self.files.values()))
@@ -197,7 +233,7 @@ class ShardedCheckpoint(Mapping):
             raise ValueError(f"The index of {self.folder} names {_some(absent)}, but there is no such file; fetch it.")
         found: State = {}
         for name in names:
-            layout = read_layout(self.folder / name)
+            layout = self._layout_of(name)
             wrong = sorted(layout.keys() ^ {key for key, file in self.files.items() if file == name})
             if wrong:
                 raise ValueError(f"The index of {self.folder} and {name} disagree on {_some(wrong)}; fetch both again.")
@@ -218,6 +254,34 @@ class ShardedCheckpoint(Mapping):
 
     def __len__(self) -> int:
         return len(self.files)
+
+
+class PickledCheckpoint(ShardedCheckpoint):
+    """The same of a folder with `pytorch_model.bin`, or with such shards and their index; one file is in memory."""
+
+    single, index = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+    def __init__(self, folder: Path | str):
+        self._open: tuple[str, State] = ("", {})
+        super().__init__(folder)
+
+    def _load(self, name: str) -> State:
+        if self._open[0] != name:
+            self._open = ("", {})
+            state = read_state_dict(self.folder / name)
+            if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+                raise ValueError(f"{self.folder / name} holds more than tensors; is it a shard of a model?")
+            self._open = (name, state)
+        return self._open[1]
+
+    def _layout_of(self, name: str) -> State:
+        return {key: tensor.to("meta") for key, tensor in self._load(name).items()}
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        """Raises `ValueError` for NaN and infinite values."""
+        tensor = self._load(self.files[key])[key]
+        check_finite(key, tensor)
+        return tensor
 
 
 def read_layout(path: Path | str, allowed: Iterable[type] = ()) -> State:
@@ -334,8 +398,8 @@ def check_written(folder: Path, layout: Mapping[str, torch.Tensor], make: Callab
 
 
 def fingerprint(folder: Path | str) -> list:
-    """Names, sizes and times of the weights and the config in a folder, for the plan of `new_folder`."""
-    paths = [path for path in sorted(Path(folder).iterdir()) if path.suffix in (".safetensors", ".json")]
+    """Names, sizes and times of the files in a folder, for the plan of `new_folder`."""
+    paths = [path for path in sorted(Path(folder).iterdir()) if path.is_file()]
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
@@ -356,11 +420,11 @@ def write_model_card(
         folder: where the card goes.
         source: folder, or file in a folder, whose `README.md` tells the licence; without one it is "unknown".
         title, text: heading and body, Markdown.
-        base_model: repository of the source on the Hub; default: that of a folder of the Hub's cache, or its name.
+        base_model: repository of the source on the Hub; default: that of a folder of the Hub's cache, if it is one.
         tags: beyond `nextflow`.
-        prompts: texts of the widget.
+        prompts: texts of the widget; without any there is none.
     """
-    source = Path(source).resolve()
+    source = Path(source).absolute()  # and not resolved: files of the Hub's cache are links into another folder
     folder_of_source = source.parent if source.is_file() else source
     data = {"license": "unknown"}
     if (folder_of_source / "README.md").is_file():
@@ -369,10 +433,10 @@ def write_model_card(
     cached = [part.removeprefix("models--").replace("--", "/") for part in source.parts if part.startswith("models--")]
     card = ModelCardData(
         **data,
-        base_model=base_model or (cached or [source.stem if source.is_file() else source.name])[-1],
+        base_model=base_model or (cached[-1] if cached else None),
         pipeline_tag=pipeline_tag,
         library_name=library_name,
         tags=["nextflow", *tags],
-        widget=[{"text": prompt} for prompt in prompts],
+        widget=[{"text": prompt} for prompt in prompts] or None,
     )
     (folder / "README.md").write_text(f"---\n{card.to_yaml()}\n---\n\n# {title}\n\n{text.strip()}\n", encoding="utf-8")

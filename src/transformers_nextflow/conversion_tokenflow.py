@@ -16,7 +16,15 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 
 from .atomic_files import write_whole
-from .checkpoint_conversion import KeyMap, State, check_state, new_folder, read_state_dict, write_model_card
+from .checkpoint_conversion import (
+    KeyMap,
+    State,
+    check_state,
+    new_folder,
+    read_json,
+    read_state_dict,
+    write_model_card,
+)
 from .configuration_nextflow import NextFlowVQConfig
 from .modeling_nextflow_vq import NextFlowVQModel
 
@@ -187,6 +195,9 @@ def config_of(
         "semantic_decoder_hidden_size": shape("decoder_vqkd.fc_norm.weight", 1)[0],
         "semantic_target_dim": shape("decode_task_layer.2.weight", 2)[0],
     }
+    for option, heads in (("semantic_heads", semantic_heads), ("semantic_decoder_heads", semantic_decoder_heads)):
+        if heads is not None and heads < 1:
+            raise ValueError(f"{option} must be at least 1, got {heads}.")
     if semantic_heads is not None:
         semantic["num_attention_heads"] = semantic_heads
     if semantic_decoder_heads is not None:
@@ -212,7 +223,7 @@ def key_map(config: NextFlowVQConfig) -> KeyMap:
     Raises:
         ValueError: if the model has parts that TokenFlow has not.
     """
-    _check_is_tokenflow(config)
+    check_is_tokenflow(config)
     table = KEYS | TOWER_KEYS[config.semantic_config.model_type]
     levels = len(config.pixel_channel_multipliers)
     branches = {
@@ -227,7 +238,8 @@ def key_map(config: NextFlowVQConfig) -> KeyMap:
     return KeyMap(table, dropped=_restored(config))
 
 
-def _check_is_tokenflow(config: NextFlowVQConfig):
+def check_is_tokenflow(config: NextFlowVQConfig):
+    """Raises `ValueError`, naming what differs, for a tokenizer that has parts which TokenFlow has not."""
     wanted = COMMON | {"pixel_encoder_type": "convolutional"}
     wrong = {name: getattr(config, name) for name, value in wanted.items() if getattr(config, name) != value}
     if config.semantic_config.model_type not in TOWER_KEYS:
@@ -259,11 +271,14 @@ def _decoder_blocks(levels: int, num_res_blocks: int) -> list[str]:
     return [*blocks, "norm_out", "", "conv_out"]
 
 
+SCALING = {"scaling_layer.shift", "scaling_layer.scale"}
+
+
 def _restored(config: NextFlowVQConfig) -> State:
     """Released tensors that a tokenizer does without: a statistic of its training, and constants."""
     restored = {"quantize.codebook_used": torch.zeros(131072)}
     if config.semantic_config.model_type == SIGLIP:
-        restored |= {f"scaling_layer.{name}": torch.full((1, 3, 1, 1), 0.5) for name in ("shift", "scale")}
+        restored |= {name: torch.full((1, 3, 1, 1), 0.5) for name in sorted(SCALING)}
     return restored
 
 
@@ -282,6 +297,9 @@ def from_tokenflow(released: Mapping[str, torch.Tensor], config: NextFlowVQConfi
         ValueError: naming the tensors that are missing, not expected, misshapen or not finite.
     """
     restored = _restored(config)
+    for name in restored.keys() & released.keys() & SCALING:
+        if not torch.equal(released[name].float(), restored[name]):
+            raise ValueError(f"{name} is {released[name].flatten().tolist()}; TokenFlow's pictures are scaled by 0.5.")
     released = {name: tensor for name, tensor in released.items() if name not in restored}
     expected = to_tokenflow(empty_model(config).state_dict(), config)
     check_state(released, {name: expected[name] for name in expected if name not in restored})
@@ -336,7 +354,7 @@ def interpolate_positions(released: Mapping[str, torch.Tensor], side: int = INTE
     """A released state of CLIP's tokenizer with positions for another grid, as TokenFlow interpolates them.
 
     Raises:
-        ValueError: if the state has no learned positions of CLIP.
+        ValueError: if the state has no learned positions of CLIP, or has them for that grid already.
     """
     tables = ("encoder_vqkd.positional_embedding", "decoder_vqkd.pos_embed")
     if any(name not in released for name in tables):
@@ -346,6 +364,8 @@ def interpolate_positions(released: Mapping[str, torch.Tensor], side: int = INTE
         # (1 + n*n, D), the class token's first; the decoder has a dimension of one before.
         table = state[name].reshape(-1, state[name].shape[-1])
         old = math.isqrt(len(table) - 1)
+        if old == side:
+            raise ValueError(f"The positions are those of {side} x {side} cells already; leave the interpolation out.")
         grid = table[1:].T.reshape(1, -1, old, old)
         # By a factor a little larger, and not to a size: the places differ by it.
         grid = F.interpolate(grid, scale_factor=(side + 0.1) / old, mode="bicubic", align_corners=False)
@@ -440,16 +460,39 @@ def export_tokenflow(source: Path | str, target: Path | str):
     """Write a folder of `NextFlowVQModel` as a file of the released layout, and read it back.
 
     Raises:
-        ValueError: if the model has parts that TokenFlow has not, or the target is there already.
+        ValueError: if the source is no folder of a tokenizer, the model differs from TokenFlow's kind, or the target is
+            there already.
     """
     target = Path(target)
     if target.exists():
         raise ValueError(f"{target} is there already; remove it or choose another file.")
+    model_type = read_json(Path(source) / "config.json").get("model_type")
+    if model_type != NextFlowVQConfig.model_type:
+        raise ValueError(f"{source} holds a model of type {model_type!r}, not a {NextFlowVQConfig.model_type}.")
     model = NextFlowVQModel.from_pretrained(source)
     released = to_tokenflow(model.state_dict(), model.config)
+    _check_layout_tells(model.config, released)
     with write_whole(target) as partial:
         torch.save({"model": {name: tensor.contiguous() for name, tensor in released.items()}}, partial)
         check_equal(read_tokenflow(partial), released)
+
+
+def _check_layout_tells(config: NextFlowVQConfig, released: State):
+    """Raises `ValueError` naming settings of a tokenizer with which its released state would not be read back."""
+    own = _settings(config)
+    read = _settings(config_of(released, config.semantic_config.num_attention_heads, config.semantic_decoder_heads))
+    lost = {name: value for name, value in own.items() if read[name] != value}
+    if lost:
+        raise ValueError(f"TokenFlow's layout cannot tell {lost}: read back this would be another tokenizer.")
+
+
+def _settings(config: NextFlowVQConfig) -> dict:
+    """What a tokenizer computes follows from these and its weights."""
+    own = NextFlowVQConfig.__annotations__.keys() - {"semantic_config", "commitment_weight", "initializer_range"}
+    tower = TOKENIZERS["clipb_224"]["semantic_config"]
+    values = {name: getattr(config, name) for name in sorted(own)}
+    values |= {f"semantic_config.{name}": getattr(config.semantic_config, name) for name in tower}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def check_equal(written: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]):

@@ -72,8 +72,9 @@ class AbilitiesEvaluation:
             "masked_editing": self.masked_editing,
             "subject": lambda: self._score("subject", self.draw),
             "in_context": lambda: self._score("in_context", self.draw),
-            "thinking": lambda: self._score("thinking", lambda *batch: self.draw(*batch, think=True)),
+            "thinking": lambda: self._score("thinking", self.think),
             "thinking_without": lambda: self._score("thinking", self.draw, sheet="thinking_without"),
+            "thinking_plainly": lambda: self._score("drawing", self.think, sheet="thinking_plainly"),
             "interleaved": lambda: self._score("story", self.tell),
             "video": lambda: self._score("film", self.film, lambda case: (len(case.frames), case.first_given)),
             "ranking": self.ranking,
@@ -84,6 +85,10 @@ class AbilitiesEvaluation:
         return {name: suite() for name, suite in suites.items()}
 
     # --- Answers to cases, with the pipeline's calls ---------------------------------------------------------------
+
+    def think(self, cases: Sequence[Case], generators: list[torch.Generator]) -> Answers:
+        """A thought and a picture each."""
+        return self.draw(cases, generators, think=True)
 
     def draw(self, cases: Sequence[Case], generators: list[torch.Generator], **options) -> Answers:
         """A picture each; with `think=True` after a thought."""
