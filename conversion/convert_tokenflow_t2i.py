@@ -7,7 +7,7 @@
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -25,16 +25,18 @@ from transformers_nextflow import (
 )
 from transformers_nextflow.checkpoint_conversion import (
     KeyMap,
+    PickledCheckpoint,
     ShardedCheckpoint,
     check_state,
     check_written,
     fingerprint,
     new_folder,
-    read_state_dict,
+    read_config,
     write_model_card,
     write_shards,
 )
 from transformers_nextflow.cli import errors_in_one_line
+from transformers_nextflow.conversion_tokenflow import check_is_tokenflow
 
 
 KEYS = KeyMap(
@@ -65,7 +67,10 @@ FIXED_FIELDS = {
     "rope_scaling": None,
     "tie_word_embeddings": False,
 }
-PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+VISION_TOKENIZER = "tokenflow_clipb_32k_enhanced.pt"
+POSITIONS = "model.pos_1LC"
+# The released tokenizer may hold the codes as tokens behind its own.
+CODE_TOKEN = re.compile(r"<vq_token_\d+>")
 CARD = """
 Text to picture, scale by scale: TokenFlow-t2i (arXiv 2412.03069) in the form of transformers-nextflow.
 
@@ -73,87 +78,84 @@ Text to picture, scale by scale: TokenFlow-t2i (arXiv 2412.03069) in the form of
 from transformers_nextflow import NextFlowPipeline
 
 pipe = NextFlowPipeline.from_pretrained("THIS FOLDER", dtype="bfloat16").to("cuda")
-pipe("An elephant walking under the sea.").images[0].save("picture.png")
+flaws = "lowres, blurry, jpeg artifacts, watermark, cropped"
+pipe("An elephant walking under the sea.", negative_prompt=flaws).images[0].save("picture.png")
 ```
 
-Weights are those of the source, bit for bit; only their names changed. The vision tokenizer is part of the model.
+The released script always gives a negative prompt that lists flaws. Weights are those of the source, bit for bit; only
+their names changed. The vision tokenizer is part of the model.
 """
 
 
-class PickledShards(Mapping):
-    """The tensors of a folder with `pytorch_model.bin`, or with shards and their index; one file in memory at a time.
-
-    Raises:
-        ValueError: if files are missing or hold more than tensors, or the index and the files disagree.
-    """
-
-    def __init__(self, folder: Path):
-        names, index = [PICKLE], None
-        if (folder / PICKLE_INDEX).is_file():
-            index = json.loads((folder / PICKLE_INDEX).read_text()).get("weight_map", {})
-            names = sorted(set(index.values()))
-        self.folder, self.files, self.layout = folder, {}, {}
-        self._loaded: tuple[str, dict] = ("", {})
-        for name in names:
-            state = self._load(name)
-            if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-                raise ValueError(f"{folder / name} holds more than tensors; is it a shard of the released model?")
-            self.files |= dict.fromkeys(state, name)
-            self.layout |= {key: tensor.to("meta") for key, tensor in state.items()}
-        if index is not None and index != self.files:
-            wrong = sorted(set(index.items()) ^ set(self.files.items()))
-            raise ValueError(f"{PICKLE_INDEX} and the files of {folder} disagree on {wrong[0][0]!r}; fetch both again.")
-
-    def _load(self, name: str) -> dict[str, torch.Tensor]:
-        if self._loaded[0] != name:
-            self._loaded = ("", {})
-            self._loaded = (name, read_state_dict(self.folder / name))
-        return self._loaded[1]
-
-    def __getitem__(self, key: str) -> torch.Tensor:
-        return self._load(self.files[key])[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-
-def read_config(path: Path, vq_config: NextFlowVQConfig) -> TokenFlowT2IConfig:
-    """The released `config.json` and the vision tokenizer's config → ours. Raises `ValueError` if they do not fit."""
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}; the released folder has one.")
-    released = json.loads(path.read_text())
+def t2i_config(released: dict, vq_config: NextFlowVQConfig) -> TokenFlowT2IConfig:
+    """The released config and the vision tokenizer's → ours. Raises `ValueError` if they do not fit."""
     for name, expected in FIXED_FIELDS.items():
         if released.get(name, expected) != expected:
-            raise ValueError(f"{path} says {name}={released[name]!r}; TokenFlow-t2i has {expected!r}.")
+            raise ValueError(f"The config says {name}={released[name]!r}; TokenFlow-t2i has {expected!r}.")
+    check_is_tokenflow(vq_config)
     size = released.get("vq_codebook_size", vq_config.codebook_size)
     if size != vq_config.codebook_size:
         raise ValueError(f"The model draws with {size} codes, but the vision tokenizer has {vq_config.codebook_size}.")
     missing = [name for name in TEXT_FIELDS if name not in released]
     if missing:
-        raise ValueError(f"{path} lacks {missing}; is it the released config?")
-    text = {name: released[name] for name in TEXT_FIELDS}
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": released.get("rope_theta", 10000.0)}
+        raise ValueError(f"The config lacks {missing}; is it the released one?")
+    # transformers writes the second form since its version 5.
+    rope = {"rope_type": "default", "rope_theta": released.get("rope_theta", 10000.0)}
+    rope |= released.get("rope_parameters") or {}
+    if rope["rope_type"] != "default":
+        raise ValueError(f"The config says rope_type={rope['rope_type']!r}; TokenFlow-t2i has 'default'.")
+    text = {name: released[name] for name in TEXT_FIELDS} | {"rope_parameters": rope}
     try:
         # The codes were added to the vocabulary last.
-        return TokenFlowT2IConfig(text_config=text, vq_config=vq_config, image_token_start=text["vocab_size"] - size)
-    except StrictDataclassError as error:
-        raise ValueError(f"{path} does not describe a TokenFlow-t2i: {error}") from error
+        start = text["vocab_size"] - size
+        return TokenFlowT2IConfig(
+            text_config=text, vq_config=vq_config, image_token_start=start, released_config=released
+        )
+    except (StrictDataclassError, TypeError) as error:
+        raise ValueError(f"The config does not describe a TokenFlow-t2i: {error}") from error
 
 
 def released_config(config: TokenFlowT2IConfig) -> dict:
-    """The inverse of `read_config`: the fields of the released `config.json`."""
+    """The inverse of `t2i_config`: the config a model was converted from, or what can be told of another one."""
     text = {name: getattr(config.text_config, name) for name in TEXT_FIELDS}
     theta = config.text_config.rope_parameters["rope_theta"]
-    return FIXED_FIELDS | text | {"rope_theta": theta, "vq_codebook_size": config.vq_config.codebook_size}
+    told = FIXED_FIELDS | text | {"rope_theta": theta, "vq_codebook_size": config.vq_config.codebook_size}
+    return config.released_config or told
 
 
-def open_released(folder: Path) -> ShardedCheckpoint | PickledShards:
+def open_released(folder: Path) -> ShardedCheckpoint:
     """The tensors of the released folder, in either form."""
-    is_pickled = (folder / PICKLE).is_file() or (folder / PICKLE_INDEX).is_file()
-    return PickledShards(folder) if is_pickled else ShardedCheckpoint(folder)
+    pickles = (PickledCheckpoint.single, PickledCheckpoint.index)
+    is_pickled = any((folder / name).is_file() for name in pickles)
+    return PickledCheckpoint(folder) if is_pickled else ShardedCheckpoint(folder)
+
+
+def check_vision_tokenizer(folder: Path):
+    """Raises `ValueError` with the way to one if this is no folder of a vision tokenizer."""
+    how = f"conversion/convert_tokenflow.py {VISION_TOKENIZER} FOLDER --interpolate makes one"
+    if folder.is_file():
+        raise ValueError(f"--vision-tokenizer {folder} is a file, but has to be a folder; {how}.")
+    try:
+        read_config(folder, NextFlowVQConfig.model_type)
+    except ValueError as error:
+        raise ValueError(f"--vision-tokenizer is none: {error} {how}.") from error
+
+
+def check_codes(released: ShardedCheckpoint, config: TokenFlowT2IConfig):
+    """Raises `ValueError` if a picture of the model has other codes than one of the vision tokenizer."""
+    if POSITIONS in released and len(released.layout[POSITIONS]) != config.schedule.num_tokens:
+        height, width = config.image_size
+        raise ValueError(
+            f"The model's pictures have {len(released.layout[POSITIONS])} codes, those of the vision tokenizer "
+            f"{config.schedule.num_tokens} ({height} x {width} pixels); convert {VISION_TOKENIZER} with --interpolate."
+        )
+    stop = config.image_token_start + config.vq_config.codebook_size
+    for name, token in (("image_token_start", config.image_token_start), ("image_token_end", stop - 1)):
+        if name in released and released[name].flatten().tolist() != [token]:
+            raise ValueError(
+                f"The file says {name}={released[name].tolist()}, but by the config the codes are the tokens "
+                f"{config.image_token_start} to {stop - 1}; do they belong together?"
+            )
 
 
 def expected_layout(config: TokenFlowT2IConfig) -> dict[str, torch.Tensor]:
@@ -169,14 +171,11 @@ def convert(source: Path, vq_folder: Path, target: Path, max_shard_size: str = "
         ValueError: if source, vision tokenizer and config do not fit together, tensors are missing, surplus, misshapen
             or not finite, or files are damaged. Nothing is left then.
     """
+    check_vision_tokenizer(vq_folder)
     released, vq_model = open_released(source), ShardedCheckpoint(vq_folder)
-    config = read_config(source / "config.json", NextFlowVQConfig.from_pretrained(vq_folder))
-    for name, start in (("image_token_start", 0), ("image_token_end", config.vq_config.codebook_size - 1)):
-        if name in released and int(released[name]) != config.image_token_start + start:
-            raise ValueError(
-                f"The file says {name}={int(released[name])}, but the codes begin at {config.image_token_start} by "
-                "the config; do they belong together?"
-            )
+    released_json = read_config(source, FIXED_FIELDS["model_type"])
+    config = t2i_config(released_json, NextFlowVQConfig.from_pretrained(vq_folder))
+    check_codes(released, config)
     sources = {ours: (released, key) for key in released if (ours := KEYS.forward_key(key)) is not None}
     sources |= {f"vq_model.{key}": (vq_model, key) for key in vq_model}
     layout = {name: checkpoint.layout[key] for name, (checkpoint, key) in sources.items()}
@@ -211,6 +210,7 @@ def convert_back(source: Path, target: Path, max_shard_size: str = "2GB"):
     Raises:
         ValueError: if tensors are missing, surplus, misshapen or not finite, or files are damaged; nothing is left.
     """
+    read_config(source, TokenFlowT2IConfig.model_type)
     config, ours = TokenFlowT2IConfig.from_pretrained(source), ShardedCheckpoint(source)
     check_state(ours.layout, expected_layout(config))
     sources = {KEYS.inverse_key(key): key for key in ours if not key.startswith("vq_model.")}
@@ -228,10 +228,22 @@ def convert_back(source: Path, target: Path, max_shard_size: str = "2GB"):
 
 
 def make_processor(source: Path, config: TokenFlowT2IConfig) -> TokenFlowT2IProcessor:
-    """The processor of the released text tokenizer, whose padding token is added when it is loaded."""
+    """The processor of the released text tokenizer, whose padding token is added when it is loaded.
+
+    Raises:
+        ValueError: if a token that is no code has the number of one.
+    """
     tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    start = config.image_token_start
+    text = {token: row for token, row in tokenizer.get_vocab().items() if not CODE_TOKEN.fullmatch(token)}
+    last = max(text, key=text.get)
+    if text[last] >= start:
+        raise ValueError(
+            f"{last!r} is token {text[last]} of the tokenizer in {source}, but the codes begin at {start}; do they "
+            "belong together?"
+        )
     vq = config.vq_config
     image_processor = NextFlowImageProcessorPil(scales=vq.scales, patch_size=vq.patch_size, levels=vq.levels)
     return TokenFlowT2IProcessor(image_processor, tokenizer)
@@ -248,6 +260,8 @@ def main(
     """Convert TokenFlow-t2i. Run it again to go on after an interruption."""
     with errors_in_one_line():
         if back:
+            if vision_tokenizer is not None or base_model is not None:
+                raise ValueError("--back takes neither --vision-tokenizer nor --base-model; leave them out.")
             convert_back(source, output, max_shard_size)
         elif vision_tokenizer is None:
             raise ValueError("Give --vision-tokenizer, the folder of the converted vision tokenizer.")

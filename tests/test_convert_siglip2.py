@@ -58,12 +58,12 @@ def features_of(tower, kind, pixels):
 @torch.no_grad()
 def test_the_features_are_those_of_transformers_own_model(kind, vision_alone, tmp_path):
     tower = save_siglip(tmp_path / "siglip", kind, vision_alone)
-    convert_siglip2(tmp_path / "siglip", tmp_path / "tokenizer", tiny_vq_config())
+    convert_siglip2(tmp_path / "siglip", tmp_path / "tokenizer", tiny_vq_config(), base_model="google/siglip")
     model = NextFlowVQModel.from_pretrained(tmp_path / "tokenizer")
     pixels = torch.rand(1, 3, 12, 20) * 2 - 1
     assert torch.equal(model.encode_semantics(pixels, (3, 5)).flatten(1, 2), features_of(tower, kind, pixels))
     assert model.config.semantic_target_dim == 24
-    assert "base_model: siglip" in (tmp_path / "tokenizer" / "README.md").read_text()
+    assert "base_model: google/siglip" in (tmp_path / "tokenizer" / "README.md").read_text()
 
 
 def test_another_model_or_a_damaged_one_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
@@ -71,7 +71,7 @@ def test_another_model_or_a_damaged_one_is_refused_and_nothing_is_written(tmp_pa
     save_siglip(folder, "siglip")
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text('{"model_type": "clip"}')
-    with pytest.raises(ValueError, match="'clip', not SigLIP"):
+    with pytest.raises(ValueError, match="'clip', not siglip2 or siglip"):
         convert_siglip2(folder, tmp_path / "out", tiny_vq_config())
     (folder / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
     with pytest.raises(ValueError, match="missing: semantic_encoder.encoder.layers.2"):

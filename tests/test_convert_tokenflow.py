@@ -260,7 +260,7 @@ def test_what_is_no_tokenizer_is_not_exported(tmp_path):
     with pytest.raises(ValueError, match="There is no file"):
         export_tokenflow(tmp_path / "none", tmp_path / "back.pt")
     (tmp_path / "config.json").write_text('{"model_type": "nextflow"}')
-    with pytest.raises(ValueError, match="of type 'nextflow', not a nextflow_vq"):
+    with pytest.raises(ValueError, match="of type 'nextflow', not nextflow_vq"):
         export_tokenflow(tmp_path, tmp_path / "back.pt")
 
 

@@ -179,7 +179,7 @@ def test_prompts_begin_with_the_first_token_are_padded_on_the_left_and_hold_no_s
 def test_a_tokenizer_without_a_first_or_a_padding_token_is_refused(processor):
     from tiny import tiny_tokenizer
 
-    with pytest.raises(ValueError, match="no token for an empty text"):
+    with pytest.raises(ValueError, match="reads an empty text as"):
         TokenFlowT2IProcessor(processor.image_processor, tiny_tokenizer())
     tokenizer = tiny_t2i_processor().tokenizer
     tokenizer.pad_token = None

@@ -6,6 +6,7 @@ from tokenizers.processors import TemplateProcessing
 
 from transformers_nextflow import (
     NextFlowImageProcessorPil,
+    NextFlowVQConfig,
     TokenFlowT2IConfig,
     TokenFlowT2IForConditionalGeneration,
     TokenFlowT2IProcessor,
@@ -28,7 +29,10 @@ def tiny_t2i_processor() -> TokenFlowT2IProcessor:
 
 
 def tiny_t2i_config(text_config=None, vq_config=None, **kwargs) -> TokenFlowT2IConfig:
-    """Pictures of 16x16 pixels in four scales; 32 codes behind 330 other tokens."""
+    """Pictures of 16x16 pixels in four scales; 32 codes behind 330 other tokens.
+
+    `vq_config` is a whole config, or what differs from `tiny_vq_config`.
+    """
     text = {
         "vocab_size": 330 + 32,
         "hidden_size": 32,
@@ -41,7 +45,7 @@ def tiny_t2i_config(text_config=None, vq_config=None, **kwargs) -> TokenFlowT2IC
     }
     values = {
         "text_config": text | (text_config or {}),
-        "vq_config": tiny_vq_config(**(vq_config or {})),
+        "vq_config": vq_config if isinstance(vq_config, NextFlowVQConfig) else tiny_vq_config(**(vq_config or {})),
         "image_token_start": 330,
         "initializer_range": 0.2,
     }

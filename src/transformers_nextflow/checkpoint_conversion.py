@@ -161,6 +161,16 @@ def read_json(path: Path | str) -> dict:
     return content
 
 
+def read_config(folder: Path | str, *model_types: str) -> dict:
+    """A folder's `config.json`. Raises `ValueError` if there is none, or it is not of one of the model types."""
+    config = read_json(Path(folder) / "config.json")
+    if config.get("model_type") not in model_types:
+        raise ValueError(
+            f"{folder} holds a model of type {config.get('model_type')!r}, not {' or '.join(model_types)}."
+        )
+    return config
+
+
 def read_state_dict(path: Path | str, allowed: Iterable[type] = ()) -> State:
     """All tensors of one file: .safetensors, or a pickle (.pt, .pth, .bin, …) that holds tensors and plain values.
 

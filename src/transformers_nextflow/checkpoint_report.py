@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from pathlib import Path
 
 import torch
 
-from .checkpoint_conversion import ShardedCheckpoint, State, read_layout
+from .checkpoint_conversion import ShardedCheckpoint, State, read_json, read_layout
 from .configuration_nextflow import NextFlowConfig, NextFlowVQConfig
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .modeling_nextflow_vq import NextFlowVQModel
@@ -56,7 +55,7 @@ def expected_layout(config: NextFlowConfig | NextFlowVQConfig) -> tuple[State, s
 
 def _config_beside(path: Path) -> NextFlowConfig | NextFlowVQConfig:
     file = (path if path.is_dir() else path.parent) / "config.json"
-    model_type = json.loads(file.read_text()).get("model_type") if file.is_file() else None
+    model_type = read_json(file).get("model_type") if file.is_file() else None
     for config_class in (NextFlowConfig, NextFlowVQConfig):
         if model_type == config_class.model_type:
             return config_class.from_pretrained(file.parent)

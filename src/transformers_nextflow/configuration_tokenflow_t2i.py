@@ -23,6 +23,7 @@ class TokenFlowT2IConfig(PreTrainedConfig):
         image_token_start: token of the first code; the others follow it.
         qk_norm_eps: of the norms of queries and keys, which have their own.
         image_sampling: settings of the scale loop, as [`RefinedImageSampling`] takes them.
+        released_config: what the model was converted from says of itself, for the way back.
     """
 
     model_type = "tokenflow_t2i"
@@ -34,6 +35,7 @@ class TokenFlowT2IConfig(PreTrainedConfig):
     image_token_start: int = 32001
     qk_norm_eps: float = 1e-6
     image_sampling: dict[str, Any] | None = None
+    released_config: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 
@@ -68,4 +70,5 @@ class TokenFlowT2IConfig(PreTrainedConfig):
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the model's pictures."""
-        return self.schedule.image_size(self.vq_config.patch_size)
+        side = self.vq_config.image_size
+        return self.schedule.image_size(self.vq_config.patch_size) if side is None else (side, side)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -20,6 +19,7 @@ from .checkpoint_conversion import (
     check_written,
     fingerprint,
     new_folder,
+    read_config,
     write_model_card,
     write_shards,
 )
@@ -97,8 +97,7 @@ def convert_qwen2_5_vl(
     add_image_tokens(tokenizer)
     vq_model = None
     if vision_tokenizer is not None:
-        if not (Path(vision_tokenizer) / "config.json").is_file():
-            raise ValueError(f"{vision_tokenizer} is no folder of a vision tokenizer: it has no config.json.")
+        read_config(vision_tokenizer, NextFlowVQConfig.model_type)
         vq_model = NextFlowVQModel.from_pretrained(vision_tokenizer)
         vq_config = vq_model.config
     config = nextflow_config(qwen_config, tokenizer, vq_config or NextFlowConfig.nextflow_7b().vq_config)
@@ -129,15 +128,7 @@ def convert_qwen2_5_vl(
 
 def read_qwen_config(folder: Path | str) -> Qwen2_5_VLConfig:
     """The config of a Qwen2.5-VL. Raises `ValueError` for a folder that holds none."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} is no folder of a Qwen2.5-VL: it has no config.json.")
-    try:
-        model_type = json.loads(path.read_text()).get("model_type")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if model_type != "qwen2_5_vl":
-        raise ValueError(f"{folder} holds a model of type {model_type!r}, not qwen2_5_vl.")
+    read_config(folder, Qwen2_5_VLConfig.model_type)
     return Qwen2_5_VLConfig.from_pretrained(folder)
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModel
 
-from .checkpoint_conversion import KeyMap, ShardedCheckpoint, check_state, new_folder, write_model_card
+from .checkpoint_conversion import KeyMap, ShardedCheckpoint, check_state, new_folder, read_config, write_model_card
 from .configuration_nextflow import NextFlowVQConfig
 from .modeling_nextflow_vq import NextFlowVQModel
 
 
+TOWER_TYPES = ("siglip2", "siglip")
 VISION_TYPES = ("siglip2_vision_model", "siglip_vision_model")
 # Cells of the picture on which the written encoder is compared with its source.
 CHECKED_GRID = (4, 6)
@@ -81,15 +81,10 @@ def convert_siglip2(
 
 def read_vision_config(folder: Path) -> dict:
     """The vision tower's config, without its pooling head. Raises `ValueError` for another model."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} is no folder of a SigLIP: it has no config.json.")
-    config = json.loads(path.read_text())
-    if config.get("model_type") in ("siglip", "siglip2"):
+    config = read_config(folder, *TOWER_TYPES, *VISION_TYPES)
+    if config["model_type"] in TOWER_TYPES:
         # What a config leaves out are the defaults of its own class.
         config = AutoConfig.from_pretrained(folder).vision_config.to_dict()
-    if config.get("model_type") not in VISION_TYPES:
-        raise ValueError(f"{folder} holds a model of type {config.get('model_type')!r}, not SigLIP or SigLIP2.")
     return config | {"vision_use_head": False}
 
 

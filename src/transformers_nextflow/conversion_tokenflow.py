@@ -21,7 +21,7 @@ from .checkpoint_conversion import (
     State,
     check_state,
     new_folder,
-    read_json,
+    read_config,
     read_state_dict,
     write_model_card,
 )
@@ -70,6 +70,8 @@ TOKENIZERS = {
 }
 COMMON = {
     "patch_size": 16,
+    "downsample": "area",
+    "upsample": "bicubic",
     "normalize_codes": True,
     "semantic_decoder_hidden_act": "gelu",
     "semantic_decoder_positions": "learned",
@@ -466,9 +468,7 @@ def export_tokenflow(source: Path | str, target: Path | str):
     target = Path(target)
     if target.exists():
         raise ValueError(f"{target} is there already; remove it or choose another file.")
-    model_type = read_json(Path(source) / "config.json").get("model_type")
-    if model_type != NextFlowVQConfig.model_type:
-        raise ValueError(f"{source} holds a model of type {model_type!r}, not a {NextFlowVQConfig.model_type}.")
+    read_config(source, NextFlowVQConfig.model_type)
     model = NextFlowVQModel.from_pretrained(source)
     released = to_tokenflow(model.state_dict(), model.config)
     _check_layout_tells(model.config, released)

@@ -156,8 +156,6 @@ class NextFlowGenerationMixin(GenerationMixin):
         sampling = sampling or self.default_image_sampling
         schedules = self._schedules(image_sizes, len(input_ids))
         self._check_at_boi("input_ids", input_ids)
-        if given_image_tokens is not None:
-            self._check_given(given_image_tokens, len(input_ids))
         drawing = Drawing(self, schedules, sampling, generator, given_image_tokens, region)
         writer = self.sequence_writer(
             input_ids, attention_mask, negative_input_ids=negative_input_ids,
@@ -256,7 +254,7 @@ class NextFlowGenerationMixin(GenerationMixin):
     @property
     def default_image_sampling(self) -> ImageSampling:
         """The settings a checkpoint was tuned with: `image_sampling` of its generation config."""
-        return ImageSampling(**(getattr(self.generation_config, "image_sampling", None) or {}))
+        return ImageSampling.from_dict(getattr(self.generation_config, "image_sampling", None) or {})
 
     @property
     def default_editing_sampling(self) -> ImageSampling:
@@ -264,7 +262,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         or what holds for all pictures.
         """
         settings = getattr(self.generation_config, "editing_sampling", None)
-        return self.default_image_sampling if settings is None else ImageSampling(**settings)
+        return self.default_image_sampling if settings is None else ImageSampling.from_dict(settings)
 
     def sequence_writer(
         self,
@@ -319,16 +317,6 @@ class NextFlowGenerationMixin(GenerationMixin):
         if len(image_sizes) != batch:
             raise ValueError(f"{batch} prompts came with {len(image_sizes)} image_sizes; give one for each.")
         return [self.config.vq_config.scale_schedules.for_size(height, width) for height, width in image_sizes]
-
-    def _check_given(self, image_tokens: torch.Tensor, batch: int):
-        if len(image_tokens) != batch:
-            raise ValueError(f"{batch} prompts came with {len(image_tokens)} rows of given_image_tokens.")
-        size = self.config.vq_config.codebook_size
-        if not bool(((image_tokens >= -1) & (image_tokens < size)).all()):
-            raise ValueError(
-                f"given_image_tokens go from {int(image_tokens.min())} to {int(image_tokens.max())}; codes are below "
-                f"{size}, and -1 is padding."
-            )
 
     def _check_at_boi(self, name: str, input_ids: torch.Tensor):
         if not bool((input_ids[:, -1] == self.config.boi_token_id).all()):

@@ -30,8 +30,9 @@ class RefinedImageSampling(ImageSampling):
 
     def __post_init__(self):
         super().__post_init__()
-        if not all(isinstance(options, Sequence) and len(options) == 2 for options in self.refinements):
-            raise ValueError(f"refinements must be pairs of top_k and top_p, got {self.refinements}.")
+        rounds = self.refinements if isinstance(self.refinements, Sequence) else [self.refinements]
+        if not all(isinstance(options, Sequence) and len(options) == 2 for options in rounds):
+            raise ValueError(f"refinements must be pairs of top_k and top_p, got {self.refinements!r}.")
         self.rounds  # raises for values out of range
 
     @property
@@ -159,7 +160,7 @@ class TokenFlowT2IDrawingMixin:
     @property
     def default_image_sampling(self) -> RefinedImageSampling:
         """The settings a checkpoint was tuned with: `image_sampling` of its config."""
-        return RefinedImageSampling(**self.config.image_sampling)
+        return RefinedImageSampling.from_dict(self.config.image_sampling)
 
     # It reads no pictures, which `generate_images` says where some come.
     default_editing_sampling = default_image_sampling

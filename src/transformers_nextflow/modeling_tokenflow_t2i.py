@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaModel
+from transformers import LlamaModel, PreTrainedModel  # noqa: F401 - diffusers looks for it beside a component's class
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
@@ -247,6 +247,7 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
         outputs = self.read(input_ids, attention_mask, image_tokens, **kwargs)
         return CausalLMOutputWithPast(
             logits=self.lm_head(outputs.last_hidden_state),
+            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -23,8 +23,12 @@ class TokenFlowT2IProcessor(ProcessorMixin):
     """
 
     def __init__(self, image_processor, tokenizer, max_text_tokens: int = 128):
-        if not tokenizer("").input_ids:
-            raise ValueError("The tokenizer gives no token for an empty text; take one that begins texts with <s>.")
+        begin, text = tokenizer("").input_ids, tokenizer("a").input_ids
+        if len(begin) != 1 or text[:1] != begin:
+            raise ValueError(
+                f"The tokenizer reads an empty text as {begin} and 'a' as {text}; take one that begins texts with <s> "
+                "and adds nothing behind."
+            )
         if tokenizer.pad_token_id is None:
             raise ValueError('The tokenizer has no pad_token; add one: tokenizer.add_special_tokens({"pad_token": …}).')
         self.max_text_tokens = max_text_tokens

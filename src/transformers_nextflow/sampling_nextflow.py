@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from numbers import Real
 
 import torch
@@ -61,6 +61,15 @@ class ImageSampling:
                     raise ValueError(f"{name} must be {remedy}, got {value!r}.")
         if self.guidance_ramp and _is_sequence(self.guidance_scale):
             raise ValueError("guidance_ramp goes with a single guidance_scale; a sequence already says each scale's.")
+
+    @classmethod
+    def from_dict(cls, settings: Mapping) -> ImageSampling:
+        """The inverse of `to_dict`; what is left out has its default. Raises `ValueError` for unknown names."""
+        names = [field.name for field in fields(cls)]
+        unknown = [name for name in settings if name not in names]
+        if unknown:
+            raise ValueError(f"There are no settings {unknown} of the scale loop; there are {names}.")
+        return cls(**settings)
 
     def to_dict(self) -> dict:
         return asdict(self)

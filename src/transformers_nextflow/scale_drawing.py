@@ -57,8 +57,8 @@ class Drawing:
         last_guided_scale: counted from 0; -1 without guidance.
 
     Raises:
-        ValueError: for generators that are none, or not as many as the pictures; for given codes that do not fill whole
-            scales.
+        ValueError: for generators that are none, or not as many as the pictures; for given codes that are none, or do
+            not fill whole scales.
     """
 
     def __init__(
@@ -102,6 +102,14 @@ class Drawing:
         """Enter given codes; how many each picture has."""
         if given is None:
             return [0] * len(self.schedules)
+        if len(given) != len(self.schedules):
+            raise ValueError(f"{len(self.schedules)} prompts came with {len(given)} rows of given_image_tokens.")
+        size = self.model.config.vq_config.codebook_size
+        if not bool(((given >= -1) & (given < size)).all()):
+            raise ValueError(
+                f"given_image_tokens go from {int(given.min())} to {int(given.max())}; codes are below {size}, and -1 "
+                "is padding."
+            )
         counts = (given >= 0).sum(1).tolist()
         for row, (count, schedule) in enumerate(zip(counts, self.schedules)):
             if count not in schedule.offsets or bool((given[row, :count] < 0).any()):

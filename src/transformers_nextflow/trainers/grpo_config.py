@@ -104,4 +104,4 @@ class NextFlowGRPOConfig(GRPOConfig):
                 f"save_steps={self.save_steps} would save between the steps that share one batch of rollouts, from "
                 f"where no run can go on exactly; take a multiple of {cycle} / gradient_accumulation_steps steps."
             )
-        ImageSampling(**(self.image_sampling or {}))  # raises for values out of range
+        ImageSampling.from_dict(self.image_sampling or {})  # raises for values out of range

@@ -94,7 +94,7 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         base_model = _base_model(model)
         self.sampling = base_model.default_image_sampling
         if args.image_sampling is not None:
-            self.sampling = ImageSampling(**args.image_sampling)
+            self.sampling = ImageSampling.from_dict(args.image_sampling)
         self.num_prefix_scales = _check_prefix(args.num_prefix_scales, base_model, self.sampling)
         self.boxes_func = boxes_func
         # The batch at hand: TRL's methods, which call ours, hand on token ids alone.
