@@ -49,12 +49,7 @@ def write_stand_in(folder: Path, config: Qwen2_5_VLConfig, max_shard_size: str =
     qwen_tokenizer().save_pretrained(folder)
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
-    # The published names, without the levels that transformers has put in since.
-    names = {
-        key: key.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
-        for key in model.state_dict()
-    }
-    layout = {names[key]: tensor.bfloat16() for key, tensor in model.state_dict().items()}
+    layout = {published_name(key): tensor.bfloat16() for key, tensor in model.state_dict().items()}
     shards = split_torch_state_dict_into_shards(layout, max_shard_size=max_shard_size)
     for file, keys in shards.filename_to_tensors.items():
         header, offset = {}, 0

@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from transformers_nextflow.checkpoint_conversion import KeyMap, read_layout
-from transformers_nextflow.checkpoint_report import report
+from transformers_nextflow.checkpoint_conversion import KeyMap
+from transformers_nextflow.checkpoint_report import layout_of, report
 from transformers_nextflow.cli import errors_in_one_line
 
 
@@ -21,11 +21,13 @@ from transformers_nextflow.cli import errors_in_one_line
 NEXTFLOW_KEYS: dict[str, str] = {}
 
 
-def main(file: Annotated[Path, typer.Argument(help="A file of weights.")]):
+def main(file: Annotated[Path, typer.Argument(help="A file of weights, or the folder of a model.")]):
     """Say what the key table still lacks for a file of the release."""
     with errors_in_one_line():
         typer.echo(report(file))
-        KeyMap(NEXTFLOW_KEYS).forward(read_layout(file))
+        if not NEXTFLOW_KEYS:
+            raise ValueError("NEXTFLOW_KEYS is empty, since there is no release yet; fill it from the list above.")
+        KeyMap(NEXTFLOW_KEYS).forward(layout_of(file))
 
 
 if __name__ == "__main__":

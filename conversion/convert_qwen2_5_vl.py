@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from transformers_nextflow import NextFlowVQConfig
+from transformers_nextflow.checkpoint_conversion import read_vq_config
 from transformers_nextflow.cli import errors_in_one_line
 from transformers_nextflow.conversion_qwen2_5_vl import convert_qwen2_5_vl
 
@@ -19,14 +19,14 @@ def main(
     source: Annotated[Path, typer.Argument(help="Folder of a Qwen2.5-VL, as on the Hub.")],
     output: Annotated[Path, typer.Argument(help="Folder that is made.")],
     vision_tokenizer: Annotated[Path | None, typer.Option(help="Folder of a trained vision tokenizer.")] = None,
-    vision_config: Annotated[Path | None, typer.Option(help="Config of a fresh one; default: the 7B preset's.")] = None,
+    vision_config: Annotated[Path | None, typer.Option(help="Folder of a fresh one's config; default: 7B.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Repository of the source, for the model card.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "2GB",
     seed: Annotated[int, typer.Option(help="Of what is new.")] = 0,
 ):
     """Convert a Qwen2.5-VL into the start of a NextFlow. Run it again to go on after an interruption."""
     with errors_in_one_line():
-        vq_config = NextFlowVQConfig.from_pretrained(vision_config) if vision_config else None
+        vq_config = read_vq_config(vision_config) if vision_config else None
         convert_qwen2_5_vl(source, output, vision_tokenizer, vq_config, base_model, max_shard_size, seed)
     typer.echo(f"Written and checked: {output}")
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from transformers_nextflow import NextFlowVQConfig
+from transformers_nextflow.checkpoint_conversion import read_vq_config
 from transformers_nextflow.cli import errors_in_one_line
 from transformers_nextflow.conversion_siglip2 import convert_siglip2
 
@@ -18,13 +18,13 @@ from transformers_nextflow.conversion_siglip2 import convert_siglip2
 def main(
     source: Annotated[Path, typer.Argument(help="Folder of a SigLIP2 NaFlex or a SigLIP, as on the Hub.")],
     output: Annotated[Path, typer.Argument(help="Folder that is made.")],
-    vision_config: Annotated[Path | None, typer.Option(help="Config of the tokenizer; default: the large one.")] = None,
+    vision_config: Annotated[Path | None, typer.Option(help="Folder of its config; default: the large one's.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Repository of the source, for the model card.")] = None,
     seed: Annotated[int, typer.Option(help="Of the parts that are new.")] = 0,
 ):
     """Start a vision tokenizer from a vision tower."""
     with errors_in_one_line():
-        vq_config = NextFlowVQConfig.from_pretrained(vision_config) if vision_config else None
+        vq_config = read_vq_config(vision_config) if vision_config else None
         convert_siglip2(source, output, vq_config, base_model, seed)
     typer.echo(f"Written and checked: {output}")
 

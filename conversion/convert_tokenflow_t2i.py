@@ -25,13 +25,14 @@ from transformers_nextflow import (
 )
 from transformers_nextflow.checkpoint_conversion import (
     KeyMap,
-    PickledCheckpoint,
     ShardedCheckpoint,
     check_state,
     check_written,
     fingerprint,
     new_folder,
+    open_checkpoint,
     read_config,
+    read_vq_config,
     write_model_card,
     write_shards,
 )
@@ -123,20 +124,13 @@ def released_config(config: TokenFlowT2IConfig) -> dict:
     return config.released_config or told
 
 
-def open_released(folder: Path) -> ShardedCheckpoint:
-    """The tensors of the released folder, in either form."""
-    pickles = (PickledCheckpoint.single, PickledCheckpoint.index)
-    is_pickled = any((folder / name).is_file() for name in pickles)
-    return PickledCheckpoint(folder) if is_pickled else ShardedCheckpoint(folder)
-
-
 def check_vision_tokenizer(folder: Path):
     """Raises `ValueError` with the way to one if this is no folder of a vision tokenizer."""
     how = f"conversion/convert_tokenflow.py {VISION_TOKENIZER} FOLDER --interpolate makes one"
     if folder.is_file():
         raise ValueError(f"--vision-tokenizer {folder} is a file, but has to be a folder; {how}.")
     try:
-        read_config(folder, NextFlowVQConfig.model_type)
+        read_vq_config(folder)
     except ValueError as error:
         raise ValueError(f"--vision-tokenizer is none: {error} {how}.") from error
 
@@ -172,9 +166,8 @@ def convert(source: Path, vq_folder: Path, target: Path, max_shard_size: str = "
             or not finite, or files are damaged. Nothing is left then.
     """
     check_vision_tokenizer(vq_folder)
-    released, vq_model = open_released(source), ShardedCheckpoint(vq_folder)
-    released_json = read_config(source, FIXED_FIELDS["model_type"])
-    config = t2i_config(released_json, NextFlowVQConfig.from_pretrained(vq_folder))
+    released, vq_model = open_checkpoint(source), ShardedCheckpoint(vq_folder)
+    config = t2i_config(read_config(source, FIXED_FIELDS["model_type"]), read_vq_config(vq_folder))
     check_codes(released, config)
     sources = {ours: (released, key) for key in released if (ours := KEYS.forward_key(key)) is not None}
     sources |= {f"vq_model.{key}": (vq_model, key) for key in vq_model}

@@ -6,10 +6,12 @@ import re
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tiny import tiny_config, tiny_model, tiny_vq_config
 from typer.testing import CliRunner
 
+from transformers_nextflow import checkpoint_conversion
 from transformers_nextflow.checkpoint_conversion import (
     INDEX,
     KeyMap,
@@ -79,7 +81,7 @@ def test_a_pickle_is_read_if_it_holds_tensors_alone(tmp_path):
             read_state_dict(tmp_path / name)
 
 
-@pytest.mark.parametrize("content", ["version https://git-lfs.github.com/spec/v1", "<!DOCTYPE html>", "x", ""])
+@pytest.mark.parametrize("content", ["version https://git-lfs.github.com/spec/v1", "<!DOCTYPE html>", "hello", "x", ""])
 def test_what_came_in_place_of_a_file_is_not_called_unsafe(tmp_path, content):
     for name in ("a.pt", "a.safetensors"):
         (tmp_path / name).write_text(content)
@@ -135,6 +137,28 @@ def test_a_folder_appears_when_it_is_whole(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full.partial", "out"]
     with new_folder(tmp_path / "full", {"seed": 0}) as folder:
         assert (folder / "file").read_text() == "a"
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("plan", [None, {"seed": 0}])
+def test_a_partial_folder_of_another_origin_is_left_alone(tmp_path, plan):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not from a conversion; move it away"), new_folder(tmp_path / "out", plan):
+        pass
+    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_file_that_cannot_be_written_names_itself_and_the_remedy(tmp_path, monkeypatch):
+    def full(tensors, path, **options):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint_conversion, "save_file", full)
+    state = {"a": torch.rand(3)}
+    message = "model.safetensors could not be written: No space left.*Make room"
+    with pytest.raises(OSError, match=message), new_folder(tmp_path / "out", {"seed": 0}) as folder:
+        write_shards(folder, {"a": state["a"].to("meta")}, state.__getitem__)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
 
 
 @pytest.mark.parametrize(
@@ -191,6 +215,14 @@ def test_inspect_reads_the_tensors_of_a_training_checkpoint_and_refuses_code(tmp
     torch.save({"step": 3, "model": {"lm_head.weight": torch.ones(2, 3)}}, tmp_path / "a.pt")
     assert "model.lm_head.weight (2, 3) float32" in report(tmp_path / "a.pt", tiny_config()).replace("  ", "")
     assert "NextFlowVQConfig" in report(tmp_path / "a.pt", tiny_vq_config())
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    assert report(tmp_path / "a.pt").endswith("python conversion/convert_qwen2_5_vl.py")
+    torch.save({"step": 3}, tmp_path / "none.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    for name, message in (("none.pt", "holds no named tensors"), ("text.pt", "cannot be read"),
+                          ("config.json", "give the folder")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            report(tmp_path / name)
     torch.save(Code(), tmp_path / "b.pt")
     result = CliRunner().invoke(app, ["inspect", str(tmp_path / "b.pt")])
     assert result.exit_code == 2 and "no pickle of tensors alone" in result.stderr

@@ -1,5 +1,8 @@
 """TokenFlow-t2i: the drawing on a cache against a reference without one, the pipeline, saving, errors."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -18,6 +21,7 @@ from transformers_nextflow import (
     TokenFlowT2IForConditionalGeneration,
     TokenFlowT2IProcessor,
 )
+from transformers_nextflow.conversion_tokenflow import tokenflow_config
 
 
 PROMPTS = ["a red circle", "two blue squares and a green star"]
@@ -251,6 +255,31 @@ def test_auto_classes_load_it_and_bfloat16_keeps_the_codebooks(pipe, tmp_path):
     )
 
 
+def test_diffusion_pipeline_loads_it_in_a_fresh_process(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "saved")
+    code = f"""
+import torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained({str(tmp_path / "saved")!r}, trust_remote_code=True)
+generator = torch.Generator().manual_seed(0)
+torch.save(pipe({PROMPTS[0]!r}, generator=generator).image_tokens, {str(tmp_path / "codes.pt")!r})
+"""
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert torch.equal(torch.load(tmp_path / "codes.pt"), pipe(PROMPTS[0], generator=seeded()).image_tokens)
+
+
+def test_settings_that_a_checkpoint_may_not_have_are_named(processor):
+    model = tiny_t2i_model(image_sampling={"top_kk": 3})
+    with pytest.raises(ValueError, match="no settings .'top_kk'. of the scale loop; there are .*'refinements'"):
+        model.generate_images(**processor.apply_image_prompt(PROMPTS))
+
+
+def test_a_picture_has_the_size_that_its_tokenizer_reads():
+    config = TokenFlowT2IConfig(vq_config=tokenflow_config("siglip_384"))
+    assert config.image_size == (384, 384)
+
+
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(model, tmp_path):
     weights = {name: tensor for name, tensor in model.state_dict().items() if name != "position_embedding"}
     model.save_pretrained(tmp_path, state_dict=weights)
@@ -285,7 +314,8 @@ def test_bad_arguments_of_the_pipeline_are_refused(pipe, arguments, message):
         ({"negative_input_ids": torch.ones(1, 3).long(), "negative_attention_mask": None}, "came with 1 negative"),
         ({"attention_mask": "flipped"}, "padded on the left"),
         ({"input_ids": torch.ones(0, 3).long(), "attention_mask": None}, "no prompt"),
-        ({"given_image_tokens": torch.full((2, 5), 32)}, "Codes run from 0 to 31"),
+        ({"given_image_tokens": torch.full((2, 5), 32)}, "go from 32 to 32; codes are below 32"),
+        ({"given_image_tokens": torch.zeros(3, 5).long()}, "2 prompts came with 3 rows of given_image_tokens"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(model, processor, change, message):
@@ -322,7 +352,7 @@ def test_configurations_that_do_not_fit_together_are_refused(values, message):
         tiny_t2i_config(**values)
 
 
-@pytest.mark.parametrize("refinements", [(5,), ((0, 0.8),), ((5, 0.0),), ((5, 0.8, 1),)])
+@pytest.mark.parametrize("refinements", [5, None, (5,), ((0, 0.8),), ((5, 0.0),), ((5, 0.8, 1),)])
 def test_refinements_out_of_range_are_refused(refinements):
     with pytest.raises(ValueError):
         RefinedImageSampling(refinements=refinements)

@@ -15,16 +15,21 @@ from itertools import zip_longest
 from pathlib import Path
 
 import torch
+import yaml
 from huggingface_hub import ModelCard, ModelCardData, split_torch_state_dict_into_shards
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+
+from .configuration_nextflow import NextFlowVQConfig
 
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PLAN = "conversion.json"
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 State = dict[str, torch.Tensor]
 
 
@@ -133,7 +138,11 @@ def check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.
 
 
 def check_finite(name: str, tensor: torch.Tensor):
-    """Raises `ValueError` if a tensor holds NaN or infinity; meta tensors hold nothing."""
+    """Raises `ValueError` if a tensor holds NaN or infinity, or is of a type that is not converted; meta tensors hold
+    nothing.
+    """
+    if tensor.is_floating_point() and tensor.dtype not in FLOATS:
+        raise ValueError(f"Tensor {name!r} is of {tensor.dtype}; save it as one of {', '.join(map(str, FLOATS))}.")
     if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
         # Both extremes take one pass and no memory, and NaN spreads to them.
         if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):
@@ -171,6 +180,23 @@ def read_config(folder: Path | str, *model_types: str) -> dict:
     return config
 
 
+def read_vq_config(folder: Path | str) -> NextFlowVQConfig:
+    """The config of a vision tokenizer's folder. Raises `ValueError` if it holds none."""
+    read_config(folder, NextFlowVQConfig.model_type)
+    with config_errors(folder):
+        return NextFlowVQConfig.from_pretrained(folder)
+
+
+@contextmanager
+def config_errors(folder: Path | str) -> Iterator[None]:
+    """Whatever transformers says to the values in a folder's `config.json` becomes a `ValueError` that names it."""
+    try:
+        yield
+    except (StrictDataclassError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        told = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{Path(folder) / 'config.json'} does not describe its model; correct it. {told}") from error
+
+
 def read_state_dict(path: Path | str, allowed: Iterable[type] = ()) -> State:
     """All tensors of one file: .safetensors, or a pickle (.pt, .pth, .bin, …) that holds tensors and plain values.
 
@@ -184,6 +210,8 @@ def read_state_dict(path: Path | str, allowed: Iterable[type] = ()) -> State:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"There is no file {path}.")
+    if path.suffix == ".json":
+        raise ValueError(f"{path} holds no weights; give the folder that it is in.")
     if path.suffix == ".safetensors":
         with _safetensors_errors(path):
             return load_file(path)
@@ -199,7 +227,8 @@ def read_state_dict(path: Path | str, allowed: Iterable[type] = ()) -> State:
             f"{path} is no pickle of tensors alone and was not opened: it holds {found[1] if found else 'more'}. Where "
             "you trust it, save its tensors as safetensors."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except (RuntimeError, EOFError, OSError, LookupError, ValueError, AttributeError) as error:
+        # torch takes what is no archive for an old pickle, and stumbles over its bytes in many ways.
         raise ValueError(f"{path} cannot be read; is it whole? {error}") from error
 
 
@@ -294,6 +323,13 @@ class PickledCheckpoint(ShardedCheckpoint):
         return tensor
 
 
+def open_checkpoint(folder: Path | str) -> ShardedCheckpoint:
+    """The tensors of a folder, safetensors or pickles; errors are those of [`ShardedCheckpoint`]."""
+    names = {path.name for path in Path(folder).glob("*")}
+    pickled = names & {PickledCheckpoint.single, PickledCheckpoint.index}
+    return PickledCheckpoint(folder) if pickled and not names & {SINGLE, INDEX} else ShardedCheckpoint(folder)
+
+
 def read_layout(path: Path | str, allowed: Iterable[type] = ()) -> State:
     """Names, shapes and dtypes of one file as meta tensors. Arguments and errors are those of `read_state_dict`."""
     path = Path(path)
@@ -338,27 +374,31 @@ def new_folder(target: Path | str, plan: dict | None = None) -> Iterator[Path]:
         plan: what they depend on, as JSON: sources, settings, layout.
 
     Raises:
-        ValueError: if `target` is there already, or was begun with another plan.
+        ValueError: if `target` is there already, or its partial folder was begun with another plan or holds files of
+            another origin.
     """
     target = Path(target)
     if target.exists():
         raise ValueError(f"{target} is there already; remove it or choose another folder.")
     partial = target.with_name(target.name + ".partial")
-    described = json.dumps(plan)
-    if partial.exists() and plan is None:
-        shutil.rmtree(partial)
-    elif (partial / PLAN).exists() and (partial / PLAN).read_text() != described:
-        raise ValueError(f"{partial} was begun from other files or with other settings; remove it to begin anew.")
+    described, unfinished = json.dumps(plan), partial / f"{PLAN}.unfinished"
+    if (partial / PLAN).is_file():
+        if (partial / PLAN).read_text() != described:
+            raise ValueError(f"{partial} was begun from other files or with other settings; remove it to begin anew.")
+        if plan is None:
+            shutil.rmtree(partial)
+    elif partial.exists() and any(path != unfinished for path in partial.iterdir()):
+        raise ValueError(f"{partial} is there, but not from a conversion; move it away, files go there first.")
     partial.mkdir(parents=True, exist_ok=True)
-    (partial / f"{PLAN}.unfinished").write_text(described)
-    (partial / f"{PLAN}.unfinished").replace(partial / PLAN)
+    unfinished.write_text(described)
+    unfinished.replace(partial / PLAN)
     try:
         yield partial
     except ValueError:
         shutil.rmtree(partial)
         raise
-    (partial / PLAN).unlink()
     partial.replace(target)
+    (target / PLAN).unlink()
 
 
 def write_shards(
@@ -376,8 +416,11 @@ def write_shards(
         max_shard_size: bytes of a shard, as "2GB"; a tensor that is larger has a shard of its own.
 
     Raises:
-        ValueError: if a tensor differs from its layout, or holds NaN or infinity.
+        ValueError: if a tensor differs from its layout, or holds NaN or infinity; for a size that is none.
+        OSError: if a file cannot be written.
     """
+    if not re.fullmatch("[1-9][0-9]*[KMGT]B", max_shard_size):
+        raise ValueError(f"max_shard_size must be a size such as '2GB' or '500MB', got {max_shard_size!r}.")
     shards = split_torch_state_dict_into_shards(dict(layout), max_shard_size=max_shard_size)
     with tqdm(total=len(layout), desc=f"writing {folder.stem}", unit="tensor") as progress:
         for name, keys in shards.filename_to_tensors.items():
@@ -390,7 +433,13 @@ def write_shards(
                 progress.update()
             check_state(state, {key: layout[key] for key in keys})
             # Under another name until it is whole.
-            save_file(state, folder / f"{name}.unfinished", metadata={"format": "pt"})
+            try:
+                save_file(state, folder / f"{name}.unfinished", metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(
+                    f"{folder / name} could not be written: {error}. Make room and run it again; shards that are "
+                    "finished are kept."
+                ) from error
             (folder / f"{name}.unfinished").replace(folder / name)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
@@ -437,8 +486,11 @@ def write_model_card(
     source = Path(source).absolute()  # and not resolved: files of the Hub's cache are links into another folder
     folder_of_source = source.parent if source.is_file() else source
     data = {"license": "unknown"}
-    if (folder_of_source / "README.md").is_file():
-        told = ModelCard.load(folder_of_source / "README.md", ignore_metadata_errors=True).data.to_dict()
+    if (readme := folder_of_source / "README.md").is_file():
+        try:
+            told = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
+        except (yaml.YAMLError, ValueError) as error:
+            raise ValueError(f"The head of {readme} cannot be read; correct or remove it. {error}") from error
         data |= {name: told[name] for name in ("license", "license_name", "license_link", "language") if name in told}
     cached = [part.removeprefix("models--").replace("--", "/") for part in source.parts if part.startswith("models--")]
     card = ModelCardData(

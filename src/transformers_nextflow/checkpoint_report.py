@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint_conversion import ShardedCheckpoint, State, read_json, read_layout
+from .checkpoint_conversion import State, config_errors, open_checkpoint, read_json, read_layout
 from .configuration_nextflow import NextFlowConfig, NextFlowVQConfig
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .modeling_nextflow_vq import NextFlowVQModel
@@ -16,6 +16,13 @@ from .modeling_nextflow_vq import NextFlowVQModel
 
 # Training checkpoints hold their settings beside the tensors; a namespace runs nothing.
 SETTINGS = (argparse.Namespace,)
+# By the model type of a folder.
+CONVERTERS = {
+    "qwen2_5_vl": "convert_qwen2_5_vl.py",
+    "siglip": "convert_siglip2.py",
+    "siglip2": "convert_siglip2.py",
+    "llava_llama": "convert_tokenflow_t2i.py",
+}
 MATCHES, OTHER_SHAPE, UNKNOWN, MISSING = "matches", "other shape", "not NextFlow's", "missing"
 
 
@@ -28,10 +35,10 @@ def report(path: Path | str, config: NextFlowConfig | NextFlowVQConfig | None = 
             preset's.
 
     Raises:
-        ValueError: if the file is damaged, or a pickle with code in it.
+        ValueError: if the file is damaged, holds no tensors, or is a pickle with code in it.
     """
     path = Path(path)
-    found = ShardedCheckpoint(path).layout if path.is_dir() else read_layout(path, allowed=SETTINGS)
+    found = layout_of(path)
     config = config or _config_beside(path)
     expected, tied = expected_layout(config)
     rows = [(_verdict(key, tensor, expected), key, _described(tensor)) for key, tensor in found.items()]
@@ -42,7 +49,23 @@ def report(path: Path | str, config: NextFlowConfig | NextFlowVQConfig | None = 
     lines = [f"{verdict:<15} {key:<{width}} {described}" for verdict, key, described in rows]
     counts = Counter(verdict for verdict, *_ in rows)
     summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in (MATCHES, OTHER_SHAPE, UNKNOWN, MISSING))
-    return "\n".join([*lines, f"{len(found)} tensors against {type(config).__name__}: {summary}"])
+    lines.append(f"{len(found)} tensors against {type(config).__name__}: {summary}")
+    if converter := CONVERTERS.get(_model_type_beside(path)):
+        lines.append(f"It is the source of a conversion: python conversion/{converter}")
+    return "\n".join(lines)
+
+
+def layout_of(path: Path | str) -> State:
+    """Meta tensors of all that a file of weights, or the folder of a model, holds.
+
+    Raises:
+        ValueError: if it is damaged, holds no tensors, or is a pickle with code in it.
+    """
+    path = Path(path)
+    found = open_checkpoint(path).layout if path.is_dir() else read_layout(path, allowed=SETTINGS)
+    if not found:
+        raise ValueError(f"{path} holds no named tensors; is it a file of weights?")
+    return found
 
 
 def expected_layout(config: NextFlowConfig | NextFlowVQConfig) -> tuple[State, set[str]]:
@@ -53,12 +76,20 @@ def expected_layout(config: NextFlowConfig | NextFlowVQConfig) -> tuple[State, s
     return model.state_dict(), set(model.all_tied_weights_keys)
 
 
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _model_type_beside(path: Path) -> str | None:
+    file = _folder(path) / "config.json"
+    return read_json(file).get("model_type") if file.is_file() else None
+
+
 def _config_beside(path: Path) -> NextFlowConfig | NextFlowVQConfig:
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    model_type = read_json(file).get("model_type") if file.is_file() else None
     for config_class in (NextFlowConfig, NextFlowVQConfig):
-        if model_type == config_class.model_type:
-            return config_class.from_pretrained(file.parent)
+        if _model_type_beside(path) == config_class.model_type:
+            with config_errors(_folder(path)):
+                return config_class.from_pretrained(_folder(path))
     return NextFlowConfig.nextflow_7b()
 
 

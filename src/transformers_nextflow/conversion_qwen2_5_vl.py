@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, Qwen2_5_VLConfig
 
 from .checkpoint_conversion import (
@@ -17,9 +19,13 @@ from .checkpoint_conversion import (
     State,
     check_state,
     check_written,
+    config_errors,
     fingerprint,
     new_folder,
+    open_checkpoint,
     read_config,
+    read_json,
+    read_vq_config,
     write_model_card,
     write_shards,
 )
@@ -92,17 +98,26 @@ def convert_qwen2_5_vl(
     if vision_tokenizer is not None and vq_config is not None:
         raise ValueError("vision_tokenizer and vq_config were given; a trained tokenizer brings its own config.")
     qwen_config = read_qwen_config(source)
-    tokenizer = _read_tokenizer(source)
-    template = nextflow_chat_template(tokenizer.chat_template)
+    tokenizer, rows = _read_tokenizer(source), qwen_config.text_config.vocab_size
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"The tokenizer of {source} has {len(tokenizer)} tokens, its config a vocabulary of {rows}; do they belong "
+            "together?"
+        )
+    template = _read_chat_template(source, tokenizer)
     add_image_tokens(tokenizer)
     vq_model = None
     if vision_tokenizer is not None:
-        read_config(vision_tokenizer, NextFlowVQConfig.model_type)
+        read_vq_config(vision_tokenizer)
         vq_model = NextFlowVQModel.from_pretrained(vision_tokenizer)
         vq_config = vq_model.config
     config = nextflow_config(qwen_config, tokenizer, vq_config or NextFlowConfig.nextflow_7b().vq_config)
-    start = NextFlowStart(ShardedCheckpoint(source), config, vq_model, seed)
-    config.dtype = start.layout[EMBEDDING].dtype
+    start = NextFlowStart(open_checkpoint(source), config, rows, vq_model, seed)
+    # Loaded in the widest of its types nothing is rounded.
+    config.dtype = reduce(torch.promote_types, (start.layout[key].dtype for key in start.source_keys))
+    generation_config = None
+    if (source / "generation_config.json").is_file():
+        generation_config = GenerationConfig.from_pretrained(source)
 
     plan = {
         "source": [str(source.resolve()), fingerprint(source)],
@@ -111,13 +126,16 @@ def convert_qwen2_5_vl(
         "max_shard_size": max_shard_size,
         "seed": seed,
     }
+    vq_config = config.vq_config
+    schedules = {"scales": vq_config.scales, "patch_size": vq_config.patch_size, "levels": vq_config.levels}
+    processor = NextFlowProcessor(NextFlowImageProcessorPil(**schedules), tokenizer, template)
+    _check_chat_template(processor, source)
+
     with new_folder(output, plan) as folder:
         config.save_pretrained(folder)
-        if (source / "generation_config.json").is_file():
-            GenerationConfig.from_pretrained(source).save_pretrained(folder)
-        vq_config = config.vq_config
-        schedules = {"scales": vq_config.scales, "patch_size": vq_config.patch_size, "levels": vq_config.levels}
-        NextFlowProcessor(NextFlowImageProcessorPil(**schedules), tokenizer, template).save_pretrained(folder)
+        if generation_config is not None:
+            generation_config.save_pretrained(folder)
+        processor.save_pretrained(folder)
         text = CARD.format(source=base_model or source.name, name=output.name)
         tags = ["text-to-image", "image-text-to-text", "next-scale-prediction"]
         write_model_card(folder, source, output.name, text, base_model, tags=tags, prompts=["a red circle"])
@@ -129,13 +147,42 @@ def convert_qwen2_5_vl(
 def read_qwen_config(folder: Path | str) -> Qwen2_5_VLConfig:
     """The config of a Qwen2.5-VL. Raises `ValueError` for a folder that holds none."""
     read_config(folder, Qwen2_5_VLConfig.model_type)
-    return Qwen2_5_VLConfig.from_pretrained(folder)
+    with config_errors(folder):
+        return Qwen2_5_VLConfig.from_pretrained(folder)
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+    files = {path.name for path in folder.iterdir()}
+    if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
         raise ValueError(f"{folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt); add it.")
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        raise ValueError(f"The tokenizer in {folder} cannot be read; is it whole? {error}") from error
+
+
+def _read_chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The template that the source's processor would take, in NextFlow's form."""
+    own = folder / "chat_template.json"
+    if own.is_file() and not (folder / "chat_template.jinja").is_file():
+        return nextflow_chat_template(read_json(own).get("chat_template"))
+    return nextflow_chat_template(tokenizer.chat_template)
+
+
+def _check_chat_template(processor: NextFlowProcessor, folder: Path):
+    """Raises `ValueError` if the template cannot be rendered, and warns if it does not tell what is an answer."""
+    parts = [{"type": "text", "text": "a"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]
+    try:
+        processor.apply_chat_template(turns, tokenize=False)
+    except TemplateError as error:
+        raise ValueError(f"The chat template of {folder} cannot be rendered; correct it. {error}") from error
+    if "{% generation %}" not in processor.chat_template:
+        warnings.warn(
+            f"The chat template of {folder} is not of Qwen2.5-VL's form: it is kept as it is and marks no answers, as "
+            "training on answers alone needs it.",
+            stacklevel=3,
+        )
 
 
 def nextflow_config(
@@ -184,25 +231,33 @@ class NextFlowStart(Mapping):
     Args:
         source: the Qwen2.5-VL.
         config: of the NextFlow.
+        rows: of the source's vocabulary by its config.
         vq_model: a trained vision tokenizer; default: a fresh one.
         seed: of what is new.
 
     Raises:
         ValueError: if the source's tensors do not fit its config.
+
+    Attributes:
+        source_keys: name of a tensor that comes from the source → its name there.
     """
 
     def __init__(
-        self, source: ShardedCheckpoint, config: NextFlowConfig, vq_model: NextFlowVQModel | None = None, seed: int = 0
+        self,
+        source: ShardedCheckpoint,
+        config: NextFlowConfig,
+        rows: int,
+        vq_model: NextFlowVQModel | None = None,
+        seed: int = 0,
     ):
         self.source, self.config, self._vq_model, self._seed = source, config, vq_model, seed
-        with torch.device("meta"):
+        with torch.device("meta"), config_errors(source.folder):
             expected = NextFlowForConditionalGeneration(config).state_dict()
+        given = QWEN_KEYS.forward(source.layout)
+        self.source_keys = {name: key for key in source if (name := QWEN_KEYS.forward_key(key)) is not None}
         if config.tie_word_embeddings:
             del expected[HEAD]
-        self._keys = {QWEN_KEYS.forward_key(key): key for key in source}
-        self._keys.pop(None, None)
-        given = QWEN_KEYS.forward(source.layout)
-        rows = min(config.text_config.vocab_size, _rows(given))
+            self._leave_out_tied_head(given)
         backbone = {key: value for key, value in expected.items() if key.startswith(BACKBONE)}
         check_state(given, {key: _first_rows(key, value, rows) for key, value in backbone.items()})
         dtype = given[EMBEDDING].dtype
@@ -212,10 +267,20 @@ class NextFlowStart(Mapping):
             for key, value in expected.items()
         }
 
+    def _leave_out_tied_head(self, given: State):
+        # Some trainers save the head beside the embeddings that it is.
+        if HEAD in given and EMBEDDING in given:
+            if not torch.equal(self.source[self.source_keys[HEAD]], self.source[self.source_keys[EMBEDDING]]):
+                raise ValueError(
+                    f"lm_head.weight differs from the embeddings, but the config in {self.source.folder} ties them; "
+                    "set tie_word_embeddings to false in it."
+                )
+            del given[HEAD], self.source_keys[HEAD]
+
     def __getitem__(self, key: str) -> torch.Tensor:
         wanted = self.layout[key]
-        if key in self._keys:
-            tensor = self.source[self._keys[key]]
+        if key in self.source_keys:
+            tensor = self.source[self.source_keys[key]]
             missing = wanted.shape[0] - tensor.shape[0] if tensor.ndim else 0
             return torch.cat([tensor, _mean_row(tensor).expand(missing, -1)]) if missing else tensor
         if key == CODE_HEAD:
@@ -226,7 +291,7 @@ class NextFlowStart(Mapping):
     def _mean_of_head(self) -> torch.Tensor:
         # With equal rows all codes start as likely as each other, and by Jensen's inequality each of them no likelier
         # than the average text token: text is left as it was.
-        return _mean_row(self.source[self._keys.get(HEAD, self._keys[EMBEDDING])])
+        return _mean_row(self.source[self.source_keys.get(HEAD, self.source_keys[EMBEDDING])])
 
     @cached_property
     def _new_parts(self) -> State:
@@ -288,7 +353,7 @@ def export_qwen2_5_vl(
     """
     source, original, output = Path(source), Path(original), Path(output)
     read_qwen_config(original)
-    trained, qwen = ShardedCheckpoint(source), ShardedCheckpoint(original)
+    trained, qwen = open_checkpoint(source), open_checkpoint(original)
     backbone = {key: value for key, value in trained.layout.items() if key.startswith(BACKBONE)}
     rows = _rows(QWEN_KEYS.forward(qwen.layout))
     given = {key: _first_rows(key, value, rows) for key, value in backbone.items()}
@@ -314,7 +379,9 @@ def export_qwen2_5_vl(
         text = (
             f"The text backbone of a NextFlow in the layout of Qwen2.5-VL, with the vision tower of `{original.name}`."
         )
-        write_model_card(folder, source, output.name, text, base_model, pipeline_tag="image-text-to-text")
+        write_model_card(
+            folder, source, output.name, text, base_model, "image-text-to-text", prompts=["What is a red circle?"]
+        )
         write_shards(folder, layout, make, max_shard_size)
         check_written(folder, layout, make)
     return output

@@ -7,7 +7,15 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModel
 
-from .checkpoint_conversion import KeyMap, ShardedCheckpoint, check_state, new_folder, read_config, write_model_card
+from .checkpoint_conversion import (
+    KeyMap,
+    check_state,
+    config_errors,
+    new_folder,
+    open_checkpoint,
+    read_config,
+    write_model_card,
+)
 from .configuration_nextflow import NextFlowVQConfig
 from .modeling_nextflow_vq import NextFlowVQModel
 
@@ -64,8 +72,8 @@ def convert_siglip2(
     config = (vq_config or NextFlowVQConfig(levels=[[256, 12], [512, 16], [1024, 18]])).to_dict()
     vision_config = read_vision_config(source)
     config |= {"semantic_config": vision_config, "semantic_target_dim": vision_config["hidden_size"]}
-    state = SIGLIP_KEYS.forward(ShardedCheckpoint(source))
-    with torch.random.fork_rng(devices=[]):
+    state = SIGLIP_KEYS.forward(open_checkpoint(source))
+    with torch.random.fork_rng(devices=[]), config_errors(source):
         torch.manual_seed(seed)
         model = NextFlowVQModel(NextFlowVQConfig.from_dict(config)).eval()
     expected = {key: value for key, value in model.state_dict().items() if key.startswith("semantic_encoder.")}
@@ -84,7 +92,8 @@ def read_vision_config(folder: Path) -> dict:
     config = read_config(folder, *TOWER_TYPES, *VISION_TYPES)
     if config["model_type"] in TOWER_TYPES:
         # What a config leaves out are the defaults of its own class.
-        config = AutoConfig.from_pretrained(folder).vision_config.to_dict()
+        with config_errors(folder):
+            config = AutoConfig.from_pretrained(folder).vision_config.to_dict()
     return config | {"vision_use_head": False}
 
 

@@ -247,7 +247,6 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
         outputs = self.read(input_ids, attention_mask, image_tokens, **kwargs)
         return CausalLMOutputWithPast(
             logits=self.lm_head(outputs.last_hidden_state),
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
