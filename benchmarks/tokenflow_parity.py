@@ -23,6 +23,9 @@ from transformers_nextflow.conversion_tokenflow import convert_tokenflow
 from transformers_nextflow.evaluation.results import write_result
 
 
+TOLERANCE = 1e-4
+
+
 def load_converted(path: Path) -> tuple[NextFlowVQModel, dict]:
     """The checkpoint, converted into a folder and read from it, and its settings."""
     settings = json.loads(path.with_suffix(".json").read_text())
@@ -84,6 +87,8 @@ def main():
         "checkpoints": cases,
     }
     print("written", write_result(arguments.results / "tokenflow_parity.json", values))
+    if not values["indices_equal"] or values["max_abs_error"] > TOLERANCE:
+        raise SystemExit(f"Codes differ, or a value by more than {TOLERANCE}.")
 
 
 if __name__ == "__main__":
