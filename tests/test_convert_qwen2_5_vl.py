@@ -322,6 +322,12 @@ DAMAGE = {
     "config that is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json is no JSON"),
     "unknown activation": (lambda folder: change_config(folder, hidden_act="foo"), "does not describe its model.*foo"),
     "negative layers": (lambda folder: change_config(folder, num_hidden_layers=-1), "does not describe its model"),
+    "rotary sections that do not fit": (
+        lambda folder: change_config(
+            folder, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1]}
+        ),
+        "does not describe its model.*shares out 3 frequencies",
+    ),
     "words for numbers": (lambda folder: change_config(folder, vocab_size="many"), "does not describe its model"),
     "unknown dtype": (lambda folder: change_config(folder, dtype="float99"), "does not describe its model.*float99"),
     "vocabulary that is larger than the file's": (

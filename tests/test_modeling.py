@@ -301,6 +301,10 @@ def test_parallel_plans_name_modules_that_exist():
         ({"eoi_token_id": -1}, "eoi_token_id -1 lies outside"),
         ({"image_token_id": 3}, "must differ"),
         ({"rope_range": 0.0}, "rope_range must be positive"),
+        (
+            {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1]}}},
+            r"mrope_section \[2, 1\] shares out 3 frequencies, but heads of 8 channels have 4",
+        ),
         ({"vq_config": {"scales": (2, 3, 4)}}, "start at 1"),
         ({"vq_config": {"levels": [[12, 2]]}}, "Level 12 with 2 scales does not fit"),
         ({"vq_config": {"upsample": "sinc"}}, "upsample must be one of"),

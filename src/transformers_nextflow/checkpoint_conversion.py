@@ -193,7 +193,7 @@ def config_errors(folder: Path | str) -> Iterator[None]:
     try:
         yield
     except (StrictDataclassError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
-        told = f"{type(error).__name__}: {error}"
+        told = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{Path(folder) / 'config.json'} does not describe its model; correct it. {told}") from error
 
 

@@ -20,6 +20,9 @@ CHOICES = {
 }
 
 
+# What transformers takes where a config gives none.
+MROPE_SECTION = (16, 24, 24)
+
 # Kept, since every picture asks for its schedule, and a config may change.
 _scale_schedules = lru_cache(maxsize=64)(ScaleSchedules)
 
@@ -203,6 +206,13 @@ class NextFlowConfig(PreTrainedConfig):
             raise ValueError("boi_token_id, eoi_token_id and image_token_id must differ.")
         if self.rope_range <= 0:
             raise ValueError(f"rope_range must be positive, got {self.rope_range}.")
+        frequencies = self.text_config.hidden_size // self.text_config.num_attention_heads // 2
+        sections = self.text_config.rope_parameters.get("mrope_section", MROPE_SECTION)
+        if sum(sections) != frequencies:
+            raise ValueError(
+                f"mrope_section {list(sections)} shares out {sum(sections)} frequencies, but heads of "
+                f"{2 * frequencies} channels have {frequencies}; correct text_config.rope_parameters."
+            )
 
     @property
     def vocab_size(self) -> int:

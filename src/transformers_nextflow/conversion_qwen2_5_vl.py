@@ -111,7 +111,8 @@ def convert_qwen2_5_vl(
         read_vq_config(vision_tokenizer)
         vq_model = NextFlowVQModel.from_pretrained(vision_tokenizer)
         vq_config = vq_model.config
-    config = nextflow_config(qwen_config, tokenizer, vq_config or NextFlowConfig.nextflow_7b().vq_config)
+    with config_errors(source):
+        config = nextflow_config(qwen_config, tokenizer, vq_config or NextFlowConfig.nextflow_7b().vq_config)
     start = NextFlowStart(open_checkpoint(source), config, rows, vq_model, seed)
     # Loaded in the widest of its types nothing is rounded.
     config.dtype = reduce(torch.promote_types, (start.layout[key].dtype for key in start.source_keys))
