@@ -33,6 +33,7 @@ from transformers_nextflow.checkpoint_conversion import (
     open_checkpoint,
     read_config,
     read_vq_config,
+    widest_dtype,
     write_model_card,
     write_shards,
 )
@@ -124,13 +125,13 @@ def released_config(config: TokenFlowT2IConfig) -> dict:
     return config.released_config or told
 
 
-def check_vision_tokenizer(folder: Path):
-    """Raises `ValueError` with the way to one if this is no folder of a vision tokenizer."""
+def vision_tokenizer_config(folder: Path) -> NextFlowVQConfig:
+    """The config of a vision tokenizer's folder. Raises `ValueError` that tells how to make one if it is none."""
     how = f"conversion/convert_tokenflow.py {VISION_TOKENIZER} FOLDER --interpolate makes one"
     if folder.is_file():
         raise ValueError(f"--vision-tokenizer {folder} is a file, but has to be a folder; {how}.")
     try:
-        read_vq_config(folder)
+        return read_vq_config(folder)
     except ValueError as error:
         raise ValueError(f"--vision-tokenizer is none: {error} {how}.") from error
 
@@ -165,15 +166,15 @@ def convert(source: Path, vq_folder: Path, target: Path, max_shard_size: str = "
         ValueError: if source, vision tokenizer and config do not fit together, tensors are missing, surplus, misshapen
             or not finite, or files are damaged. Nothing is left then.
     """
-    check_vision_tokenizer(vq_folder)
+    vq_config = vision_tokenizer_config(vq_folder)
     released, vq_model = open_checkpoint(source), ShardedCheckpoint(vq_folder)
-    config = t2i_config(read_config(source, FIXED_FIELDS["model_type"]), read_vq_config(vq_folder))
+    config = t2i_config(read_config(source, FIXED_FIELDS["model_type"]), vq_config)
     check_codes(released, config)
     sources = {ours: (released, key) for key in released if (ours := KEYS.forward_key(key)) is not None}
     sources |= {f"vq_model.{key}": (vq_model, key) for key in vq_model}
     layout = {name: checkpoint.layout[key] for name, (checkpoint, key) in sources.items()}
     check_state(layout, expected_layout(config))
-    config.dtype = layout["lm_head.weight"].dtype
+    config.dtype = widest_dtype(tensor for name, tensor in layout.items() if not name.startswith("vq_model."))
     processor = make_processor(source, config)
 
     def make(name: str) -> torch.Tensor:

@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from itertools import zip_longest
 from pathlib import Path
 
@@ -147,6 +148,11 @@ def check_finite(name: str, tensor: torch.Tensor):
         # Both extremes take one pass and no memory, and NaN spreads to them.
         if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):
             raise ValueError(f"Tensor {name!r} holds NaN or infinite values; the file is damaged, fetch it again.")
+
+
+def widest_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
+    """The type in which none of the tensors is rounded: that of a model whose tensors have several."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
 def _some(names: list[str], most: int = 8) -> str:

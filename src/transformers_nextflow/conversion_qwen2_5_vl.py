@@ -6,7 +6,7 @@ import copy
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from functools import cached_property, reduce
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from .checkpoint_conversion import (
     read_config,
     read_json,
     read_vq_config,
+    widest_dtype,
     write_model_card,
     write_shards,
 )
@@ -114,8 +115,7 @@ def convert_qwen2_5_vl(
     with config_errors(source):
         config = nextflow_config(qwen_config, tokenizer, vq_config or NextFlowConfig.nextflow_7b().vq_config)
     start = NextFlowStart(open_checkpoint(source), config, rows, vq_model, seed)
-    # Loaded in the widest of its types nothing is rounded.
-    config.dtype = reduce(torch.promote_types, (start.layout[key].dtype for key in start.source_keys))
+    config.dtype = widest_dtype(start.layout[key] for key in start.source_keys)
     generation_config = None
     if (source / "generation_config.json").is_file():
         generation_config = GenerationConfig.from_pretrained(source)
