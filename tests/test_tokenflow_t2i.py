@@ -294,7 +294,8 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(model, tmp_path):
     ("arguments", "message"),
     [
         ({"prompt": " "}, "Prompt 0 is empty"),
-        ({"prompt": "a " * 200}, "more than the 128"),
+        ({"prompt": "a " * 200}, "The prompt 'a a a .*more than the 128"),
+        ({"negative_prompt": "b " * 200}, "The prompt 'b b b .*more than the 128"),
         ({"height": 8, "width": 32}, "16x16 pixels alone, got 8x32"),
         ({"guidance_scale": -1.0}, "at least 0"),
         ({"generator": [seeded()] * 2}, "2 generators came with a batch of 1"),
@@ -328,6 +329,8 @@ def test_inputs_that_do_not_fit_are_refused(model, processor, change, message):
 
 def test_codes_and_pictures_of_another_size_are_refused(model, processor):
     inputs = processor.apply_image_prompt(PROMPTS)
+    with pytest.raises(ValueError, match="padded on the left"):
+        model(inputs["input_ids"], inputs["attention_mask"].flip(-1))
     with pytest.raises(ValueError, match=r"must be \(2, 30\)"):
         model(**inputs, image_tokens=torch.zeros(2, 14).long())
     with pytest.raises(ValueError, match="Codes run from 0 to 31"):

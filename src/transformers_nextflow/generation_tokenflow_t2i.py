@@ -178,8 +178,6 @@ class TokenFlowT2IDrawingMixin:
             raise ValueError(f"{count} prompts came with {len(image_sizes)} image_sizes; give one for each.")
         if any(ids is None for ids, _ in prompts):
             raise ValueError("Guidance needs negative_input_ids; take an empty prompt, or guidance_scale=1.")
-        for ids, mask in prompts:
+        for ids, _ in prompts:
             if len(ids) != count:
                 raise ValueError(f"{count} prompts came with {len(ids)} negative ones.")
-            if mask is not None and not bool(mask[:, -1].all()):
-                raise ValueError("Prompts must be padded on the left: the picture begins at their last token.")

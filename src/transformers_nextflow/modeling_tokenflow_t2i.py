@@ -193,9 +193,15 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Hidden states (B, L, D) of prompts, or (B, L + N - 1, D) of prompts with their whole pictures."""
+        """Hidden states (B, L, D) of prompts, or (B, L + N - 1, D) of prompts with their whole pictures.
+
+        Raises:
+            ValueError: for prompts that are not padded on the left, and codes that do not fit.
+        """
         schedule = self.config.schedule
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if not bool(mask[:, -1].all()):
+            raise ValueError("Prompts must be padded on the left: the picture begins at their last token.")
         position_ids, block_ids = (mask.cumsum(-1) - 1).clamp_min(0), None
         embeds = self.embed_prompts(input_ids)
         if image_tokens is not None:
@@ -242,7 +248,7 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
             where code c is token `image_token_start + c`.
 
         Raises:
-            ValueError: for codes that do not fit.
+            ValueError: for prompts that are not padded on the left, and codes that do not fit.
         """
         outputs = self.read(input_ids, attention_mask, image_tokens, **kwargs)
         return CausalLMOutputWithPast(

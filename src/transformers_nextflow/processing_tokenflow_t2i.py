@@ -63,11 +63,11 @@ class TokenFlowT2IProcessor(ProcessorMixin):
             raise ValueError("TokenFlow-t2i draws from text alone; leave image out.")
         prompts = check_prompts(prompts, allow_empty)
         rows = self.tokenizer(prompts, split_special_tokens=True).input_ids
-        for index, row in enumerate(rows):
+        for prompt, row in zip(prompts, rows):
             if len(row) > self.max_text_tokens:
                 raise ValueError(
-                    f"Prompt {index} has {len(row)} tokens, more than the {self.max_text_tokens} that the model knows; "
-                    "shorten it."
+                    f"The prompt {prompt[:30]!r}… has {len(row)} tokens, more than the {self.max_text_tokens} that the "
+                    "model knows; shorten it."
                 )
         return BatchFeature(pad_left(rows, self.tokenizer.pad_token_id), tensor_type=return_tensors)
 
