@@ -42,6 +42,7 @@ from .shapes.tokenizer_suite import pixels_of
 WORLD = World()
 BATCH_SIZE = 50
 NUM_CANDIDATES = 4
+RANKING_PROMPTS = 4  # times the limit: the gain is one of few hundredths, and with 200 prompts chance is as large
 MAX_IMAGES = 4  # of stories
 MAX_NEW_TOKENS = 128
 SHEET_ROWS = 4  # of each suite that draws
@@ -55,7 +56,7 @@ class AbilitiesEvaluation:
 
     Args:
         pipe: of the checkpoint.
-        limit: cases of each suite.
+        limit: cases of each suite; four times as many prompts for ranking.
         seeds: answers to each case where pictures are drawn, each from a seed of its own.
     """
 
@@ -166,7 +167,7 @@ class AbilitiesEvaluation:
 
     def ranking(self) -> dict[str, float]:
         """Drawing scores of one candidate, and of the best of four by the model's own judgement, of the same seeds."""
-        prompts = text_to_image_suite(WORLD, max(1, self.limit // len(CATEGORIES)))
+        prompts = text_to_image_suite(WORLD, max(1, RANKING_PROMPTS * self.limit // len(CATEGORIES)))
         table = {}
         for name, count in (("one_candidate", 1), ("best_of_four", NUM_CANDIDATES)):
             results = []
