@@ -228,14 +228,17 @@ def test_pickled_weights_are_read_as_well(sources, tmp_path):
     assert_equal_tensors(tensors_of(tmp_path / "nextflow"), tensors_of(sources("untied, one file")[1]))
 
 
-def test_a_model_of_mixed_types_is_loaded_in_the_widest(sources, tmp_path):
+@pytest.mark.parametrize("narrow", ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"])
+def test_a_model_of_mixed_types_is_loaded_in_the_widest(sources, tmp_path, narrow):
     source = shutil.copytree(sources("untied, one file")[0], tmp_path / "qwen")
     state = load_file(source / SINGLE)
-    state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"].half()
+    state[narrow] = state[narrow].half()
     save_file(state, source / SINGLE)
     convert_qwen2_5_vl(source, tmp_path / "nextflow", vq_config=tiny_vq_config())
     model = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "nextflow")
-    assert torch.equal(model.lm_head.weight, state["lm_head.weight"])
+    assert tensors_of(tmp_path / "nextflow")[narrow.replace("model.", "model.language_model.")].dtype == torch.float16
+    for own, name in ((model.lm_head, "lm_head"), (model.model.language_model.norm, "model.norm")):
+        assert torch.equal(own.weight, state[f"{name}.weight"].float())
 
 
 # --- Damaged files ------------------------------------------------------------------------------------------------

@@ -256,6 +256,13 @@ def test_a_tokenizer_that_the_layout_cannot_tell_is_not_exported(files, tmp_path
     assert not (tmp_path / "back.pt").exists()
 
 
+def test_pictures_that_are_scaled_otherwise_are_refused(tmp_path):
+    state = released("siglip")
+    state["scaling_layer.scale"] = torch.full((1, 3, 1, 1), 0.25)
+    with pytest.raises(ValueError, match=r"scaling_layer.scale is \[0.25, 0.25, 0.25\]"):
+        load_tokenflow(write(tmp_path / "file.pt", state), **HEADS)
+
+
 def test_what_is_no_tokenizer_is_not_exported(tmp_path):
     with pytest.raises(ValueError, match="There is no file"):
         export_tokenflow(tmp_path / "none", tmp_path / "back.pt")

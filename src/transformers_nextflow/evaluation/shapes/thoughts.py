@@ -289,9 +289,7 @@ def spell_out(requirement: Requirement, world: World, steps: Sequence[str] = ())
 def plan_of(requirement: Requirement, scene: Scene, world: World) -> str:
     """A full caption of a scene that fulfils a requirement, its objects in the order in which they are asked for."""
     order = {o: next(i for i, item in enumerate(requirement.items) if item.matches(o)) for o in scene.objects}
-    # Things that are asked for alike come in reading order, so that a plan does not come back to their cells.
-    objects = sorted(scene.objects, key=lambda o: (order[o], o.cell))
-    planned = Requirement(located_items(objects, world), background=scene.background)
+    planned = Requirement(located_items(sorted(scene.objects, key=order.get), world), background=scene.background)
     return write_caption(None, planned, world)
 
 
