@@ -122,15 +122,14 @@ class Drawing:
         return counts
 
     def _over_pictures(self, part: str, scale: int) -> float | torch.Tensor:
-        values = {
-            schedule: self.sampling.guidance_at(scale, schedule.num_scales, part)
-            if scale < schedule.num_scales
-            else 1.0
+        values = [
+            self.sampling.guidance_at(scale, schedule.num_scales, part) if scale < schedule.num_scales else 1.0
             for schedule in self.groups
-        }
-        if len(set(values.values())) == 1:
-            return values[self.schedules[0]]
-        values = [values[schedule] for schedule in self.schedules]
+        ]
+        if len(set(values)) == 1:
+            return values[0]
+        of_schedule = dict(zip(self.groups, values))
+        values = [of_schedule[schedule] for schedule in self.schedules]
         return torch.tensor(values, device=self.model.device)[:, None, None]
 
     def slots(self, scale: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
