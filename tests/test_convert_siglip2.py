@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import typer
+from safetensors import SafetensorError
 from tiny import tiny_vq_config
 from transformers import Siglip2Config, Siglip2Model, SiglipConfig, SiglipModel
 
 from transformers_nextflow import NextFlowVQModel, conversion_siglip2
+from transformers_nextflow.cli import errors_in_one_line
 from transformers_nextflow.conversion_siglip2 import convert_siglip2
 
 
@@ -84,3 +87,15 @@ def test_another_model_or_a_damaged_one_is_refused_and_nothing_is_written(tmp_pa
     with pytest.raises(ValueError, match="other features"):
         convert_siglip2(folder, tmp_path / "out", tiny_vq_config())
     assert [path.name for path in tmp_path.iterdir()] == ["siglip"]
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    def full(self, folder):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    save_siglip(tmp_path / "siglip", "siglip")
+    monkeypatch.setattr(NextFlowVQModel, "save_pretrained", full)
+    with pytest.raises(typer.Exit), errors_in_one_line():
+        convert_siglip2(tmp_path / "siglip", tmp_path / "tokenizer", tiny_vq_config())
+    assert capsys.readouterr().err.splitlines()[-1].startswith("Error: No space left on device")
+    assert not (tmp_path / "tokenizer").exists()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from PIL import Image
+from safetensors import SafetensorError
 
 from .atomic_files import write_whole
 
@@ -390,7 +391,7 @@ def errors_in_one_line() -> Iterator[None]:
     """
     try:
         yield
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, SafetensorError, ValueError) as error:  # safetensors has its own for a full disk
         print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
         raise typer.Exit(2) from error
 
