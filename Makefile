@@ -15,19 +15,16 @@ demo: $(VENV)/.installed-pipelines
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -q tests
 
-lint: $(VENV)/.installed-ruff
+lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyrefly check
 
 # A stamp per set of packages: they are installed again only when their versions change.
 # torch comes first and exactly pinned, so that nothing else picks another build of it.
 $(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(VENV)/bin/pip install "$$(grep ^torch== constraints.txt)"
 	$(VENV)/bin/pip install --editable ".[$*]" --constraint constraints.txt
-	touch $@
-
-$(VENV)/.installed-ruff: constraints.txt | $(VENV)/bin/pip
-	$(VENV)/bin/pip install ruff --constraint constraints.txt
 	touch $@
 
 $(VENV)/bin/pip:
