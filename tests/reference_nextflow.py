@@ -169,13 +169,15 @@ def losses(
     """All cross-entropies, one by one, from logits (B, L, text + codes) over one softmax.
 
     Returns the losses of text tokens and, of the codes, (loss, weight, number of the scale from 0). A picture counts
-    if its `<eoi>` has a label; placeholders and `<eoi>` themselves are predicted by nobody.
+    if its `<eoi>` has a label; placeholders and `<eoi>` themselves are predicted by nobody, nor is a first token.
     """
     text, codes = [], []
     for b, positions in enumerate(rows):
         for n in range(1, len(positions)):
             if positions[n].kind in ("text", "boi") and int(labels[b, n]) != -100:
-                text.append(cross_entropy(logits[b, n - 1], int(labels[b, n])))
+                before = [m for m in range(n) if positions[m].kind != "pad"]
+                if before:
+                    text.append(cross_entropy(logits[b, before[-1]], int(labels[b, n])))
         trained = [p.picture for n, p in enumerate(positions) if p.kind == "eoi" and int(labels[b, n]) != -100]
         for n, code, grid, picture in code_targets(positions):
             if any(picture is other for other in trained):

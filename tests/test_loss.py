@@ -100,6 +100,92 @@ def test_batches_of_text_alone_and_of_pictures_alone():
     assert torch.isnan(output.text_loss)
 
 
+def padded_at(inputs: dict, columns: list[int]) -> dict:
+    """The one row with pads that stand before these columns."""
+    padded = dict(inputs)
+    for name, filling in (("input_ids", 7), ("attention_mask", 0)):
+        values = inputs[name][0].tolist()
+        for column in sorted(columns, reverse=True):
+            values.insert(column, filling)
+        padded[name] = torch.tensor([values])
+    return padded
+
+
+@pytest.mark.parametrize("columns", [[0], [0, 0, 0], [2], [0, 1, 2, 2], [-1], [0, 2, -1]])
+@pytest.mark.parametrize("read_last_scale", [False, True])
+@pytest.mark.parametrize("with_image", [False, True])
+def test_padding_changes_nothing_wherever_it_stands(with_image, read_last_scale, columns):
+    model = tiny_model(read_last_scale=read_last_scale)
+    image = random_picture(model.config, seed=1)
+    row = [20, 21, 22, image, 23, 24] if with_image else [20, 21, 22, 23, 24]
+    _, inputs = as_batch([row], *special_tokens(model.config))
+    columns = [column % (inputs["input_ids"].shape[1] + 1) for column in columns]
+    padded = padded_at(inputs, columns)
+    losses = []
+    for batch in (inputs, padded, padded | {"labels": padded["input_ids"]}):
+        model.zero_grad()
+        # Labels of pads say nothing.
+        output = model(**({"labels": all_labels(batch)} | batch))
+        output.loss.backward()
+        losses.append((output.loss.detach(), output.num_trained, model.lm_head.weight.grad.clone()))
+    for other in losses[1:]:
+        for value, expected in zip(other, losses[0]):
+            torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_an_end_of_an_image_among_the_pads_is_none():
+    model = tiny_model()
+    _, inputs = as_batch([[20, random_picture(model.config, seed=1)]], *special_tokens(model.config))
+    expected = model(**inputs, labels=all_labels(inputs)).loss
+    padded = padded_at(inputs, [0, 0])
+    padded["input_ids"][0, 0] = model.config.eoi_token_id
+    labels = padded["input_ids"].masked_fill(padded["attention_mask"] == 0, -100)
+    torch.testing.assert_close(model(**padded, labels=labels).loss, expected)
+
+
+def test_what_follows_on_a_cache_is_trained_without_its_first_token():
+    model = tiny_model()
+    rows, inputs = as_batch([[20, random_picture(model.config, seed=1), 21], [22, 23]], *special_tokens(model.config))
+    more = torch.tensor([[24, 25, 26], [27, 28, 29]])
+    with torch.no_grad():
+        whole = dict(inputs, input_ids=torch.cat([inputs["input_ids"], more], 1))
+        whole["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 3), value=1)
+        labels = torch.full_like(whole["input_ids"], -100)
+        labels[:, -2:] = more[:, 1:]
+        expected = model(**whole, labels=labels)
+        cache = model(**inputs, use_cache=True).past_key_values
+        schedules = model.model.schedules_of(inputs["image_grids"])
+        layout = sequence_layout.layout_sequence(whole["input_ids"], whole["attention_mask"], schedules, model.config)
+        output = model(
+            input_ids=more,
+            attention_mask=whole["attention_mask"],
+            position_ids=layout.position_ids[..., -3:],
+            past_key_values=cache,
+            labels=more,
+        )
+    assert output.num_trained.tolist() == expected.num_trained.tolist() == [4, 0, 0, 0, 0]
+    torch.testing.assert_close(output.loss, expected.loss)
+
+
+def test_the_loss_asks_for_a_mask_that_tells_padding():
+    model = tiny_model()
+    _, inputs = ragged_batch(model.config)
+    labels, mask = all_labels(inputs), inputs.pop("attention_mask")
+    for wrong in ({"full_attention": None}, mask[:, None, None].bool()):
+        with pytest.raises(ValueError, match=r"The loss needs attention_mask as \(B, past \+ L\)"):
+            model(**inputs, labels=labels, attention_mask=wrong)
+
+
+def test_slots_outside_of_an_image_are_refused():
+    model = tiny_model()
+    _, inputs = as_batch([[20, random_picture(model.config, seed=1)]], *special_tokens(model.config))
+    ids = inputs["input_ids"]
+    start = int((ids[0] == model.config.boi_token_id).nonzero())
+    ids[0, start - 1], ids[0, start + 1] = model.config.image_token_id, 20
+    with pytest.raises(ValueError, match="was the text prepared with another size"):
+        model(**inputs, labels=ids)
+
+
 def test_nothing_to_learn_gives_a_loss_of_zero():
     model = tiny_model()
     _, inputs = ragged_batch(model.config)
@@ -233,15 +319,105 @@ def test_gradients_of_the_model_are_those_of_the_plain_way(kind):
         torch.testing.assert_close(fused[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max() + 1))
 
 
-def test_a_head_with_an_adapter_is_called():
+class Adapted(torch.nn.Module):
+    """A head with a low-rank change, as an adapter makes it."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        self.linear, self.logits = linear, []
+        self.down = torch.nn.Linear(linear.in_features, 2, bias=False)
+        self.up = torch.nn.Linear(2, linear.out_features, bias=False)
+
+    def forward(self, hidden_states):
+        self.logits.append(hidden_states.shape[0])
+        return self.linear(hidden_states) + self.up(self.down(hidden_states))
+
+
+@pytest.mark.parametrize("held", [2**26, 352 * 10, 1], ids=["one block", "ragged blocks", "one position a block"])
+def test_a_head_with_an_adapter_is_called_on_few_positions_at_once(held, monkeypatch):
+    monkeypatch.setattr(fused_cross_entropy, "CALLED_LOGITS_AT_ONCE", held)
+    model = tiny_model()
+    _, inputs = ragged_batch(model.config)
+    labels = all_labels(inputs)
+    torch.manual_seed(0)
+    model.visual_head = Adapted(model.visual_head)
+    output = model(**inputs, labels=labels)
+    output.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    count, size = int(output.num_trained.sum()), max(1, held // 352)
+    # Each block in the forward pass, and again in the backward pass.
+    assert max(model.visual_head.logits) == min(size, count) and sum(model.visual_head.logits) == 2 * count
+
+    model.zero_grad()
+    adapted = model.visual_head
+    model.visual_head = torch.nn.Linear(32, 32, bias=False)
+    matrix = adapted.linear.weight + adapted.up.weight @ adapted.down.weight
+    model.visual_head.weight = torch.nn.Parameter(matrix.detach())
+    expected = model(**inputs, labels=labels)
+    expected.loss.backward()
+    for name in ("loss", "text_loss", "scale_losses", "text_accuracy", "scale_accuracies"):
+        torch.testing.assert_close(output[name], expected[name], atol=1e-6, rtol=1e-5)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and "visual_head" not in name:
+            torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-4)
+    dense = model.visual_head.weight.grad
+    torch.testing.assert_close(gradients["visual_head.linear.weight"], dense, atol=1e-6, rtol=1e-4)
+    by_rank = adapted.up.weight.T @ dense
+    torch.testing.assert_close(gradients["visual_head.down.weight"], by_rank, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["lm_head", "visual_head"], "lora_dropout": 0.5},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [3]}},
+    ],
+    ids=["LoRA", "a copy that is trained", "rows that are trained"],
+)
+def test_heads_that_peft_wraps_hold_few_logits_at_once(options, monkeypatch):
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr(fused_cross_entropy, "CALLED_LOGITS_AT_ONCE", 352 * 10)
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, init_lora_weights=False, **options))
+    base = model.get_base_model()
+    _, inputs = ragged_batch(base.config)
+    labels = all_labels(inputs)
+    held, head = [], base.head
+    monkeypatch.setattr(base, "head", lambda hidden_states: held.append(len(hidden_states)) or head(hidden_states))
+
+    def step():
+        model.train()
+        model.zero_grad()
+        torch.manual_seed(0)
+        output = model(**inputs, labels=labels)
+        output.loss.backward()
+        return output, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    output, gradients = step()
+    assert max(held) == 10
+    if not options.get("lora_dropout"):  # in blocks dropout drops others
+        monkeypatch.setattr(fused_cross_entropy, "CALLED_LOGITS_AT_ONCE", 2**26)
+        at_once, expected = step()
+        torch.testing.assert_close(output.loss, at_once.loss)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_a_head_that_is_more_than_its_matrix_is_called():
+    class Quantized(torch.nn.Linear):
+        def forward(self, hidden_states):
+            return 2 * super().forward(hidden_states)
+
     model = tiny_model()
     _, inputs = ragged_batch(model.config)
     labels, linear = all_labels(inputs), model.lm_head
     expected = model(**inputs, labels=labels).loss
     model.lm_head = torch.nn.Sequential(linear, torch.nn.Identity())
     torch.testing.assert_close(model(**inputs, labels=labels).loss, expected)
-    model.lm_head = torch.nn.Sequential(linear, torch.nn.Softplus())
-    assert float(model(**inputs, labels=labels).loss.detach()) != pytest.approx(float(expected.detach()))
+    model.lm_head = Quantized(*linear.weight.T.shape, bias=False)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(linear.weight / 2)
+    torch.testing.assert_close(model(**inputs, labels=labels).loss, expected)
 
 
 def test_a_frozen_head_gets_no_gradient_and_passes_it_on():
@@ -258,20 +434,29 @@ def test_a_frozen_head_gets_no_gradient_and_passes_it_on():
 
 def _sharded_gradients(rank: int, port: int, folder: str):
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
-    for kind in ("root", "own"):
+    fused_cross_entropy.CALLED_LOGITS_AT_ONCE = 352 * 20
+    for kind in ("root", "own", "tensor parallel"):
         model = tiny_model()
-        for module in [*model.model.language_model.layers, *([model.lm_head, model.visual_head] * (kind == "own"))]:
-            fully_shard(module, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        heads = [model.lm_head, model.visual_head]
+        if kind == "tensor parallel":
+            for head in heads:
+                parallelize_module(head, mesh, ColwiseParallel(output_layouts=Replicate()))
+        else:
+            for module in [*model.model.language_model.layers, *(heads if kind == "own" else [])]:
+                fully_shard(module, mesh=mesh)
+            fully_shard(model, mesh=mesh)
         _, inputs = ragged_batch(model.config)
         loss = model(**inputs, labels=all_labels(inputs)).loss
         loss.backward()
-        gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        gradients = {name: g.full_tensor() if hasattr(g, "placements") else g for name, g in gradients.items()}
         if rank == 0:
             torch.save((loss.detach(), gradients), f"{folder}/{kind}.pt")
     torch.distributed.destroy_process_group()
@@ -283,7 +468,7 @@ def test_sharded_heads_give_the_same_loss_and_gradients(tmp_path):
     _, inputs = ragged_batch(model.config)
     expected = model(**inputs, labels=all_labels(inputs)).loss
     expected.backward()
-    for kind in ("root", "own"):
+    for kind in ("root", "own", "tensor parallel"):
         loss, gradients = torch.load(tmp_path / f"{kind}.pt", weights_only=True)
         torch.testing.assert_close(loss, expected.detach())
         for name, parameter in model.named_parameters():

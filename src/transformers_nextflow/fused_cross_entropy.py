@@ -8,14 +8,18 @@ it needs is at hand, and scaled in the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 
 # Logits that are held at once: 64 MiB in float32, and about three times as much for what is made of them.
 LOGITS_AT_ONCE = 2**24
+# A head that is called reads all its weights for each block of positions, so these are larger: 256 MiB.
+CALLED_LOGITS_AT_ONCE = 2**26
 
 
 def fused_cross_entropy(
@@ -89,3 +93,23 @@ def _blocks(
             inside = (index >= 0) & (index < rows.stop - start)
             yield number, rows, (hidden @ head[rows].T).float(), index.clamp(0, rows.stop - start - 1), inside
         offset += len(head)
+
+
+def called_cross_entropy(
+    head: Callable, hidden_states: torch.Tensor, classes: torch.Tensor, weights: torch.Tensor, num_classes: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `fused_cross_entropy`, for a head that is more than its matrix: an adapter, tensor parallelism, offloading.
+
+    Blocks are of positions here, and `head` (m, D) → (m, `num_classes`) is called on each, and again in the backward
+    pass.
+    """
+
+    def block(hidden_states, classes, weights):
+        logits = head(hidden_states).float()
+        losses = nn.functional.cross_entropy(logits, classes, reduction="none")
+        return (losses * weights).sum(), losses.detach(), logits.argmax(-1) == classes
+
+    size = max(1, CALLED_LOGITS_AT_ONCE // num_classes)
+    blocks = zip(*(values.split(size) for values in (hidden_states, classes, weights)))
+    totals, losses, correct = zip(*(checkpoint(block, *values, use_reentrant=False) for values in blocks))
+    return torch.stack(totals).sum(), torch.cat(losses), torch.cat(correct)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from .configuration_nextflow import NextFlowConfig
 from .scale_schedule import ScaleSchedule
@@ -27,6 +27,32 @@ class LossTargets:
     scales: torch.Tensor
 
 
+def trained_tokens(
+    input_ids: torch.Tensor, labels: torch.Tensor, predictors: torch.Tensor, config: NextFlowConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a batch trains on: which text tokens (B, L), and which images (num_images,) in order of appearance.
+
+    Those with a label that something predicts; an image has its label at its `<eoi>`. Nothing predicts a slot or
+    `<eoi>`: they follow from the schedule.
+    """
+    predicted = predictors >= 0
+    trained = predicted & (labels != IGNORE_INDEX)
+    ends = predicted & (input_ids == config.eoi_token_id)
+    return trained & ~ends & (input_ids != config.image_token_id), trained[ends]
+
+
+def num_trained_positions(
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    predictors: torch.Tensor,
+    schedules: Sequence[ScaleSchedule],
+    config: NextFlowConfig,
+) -> torch.Tensor:
+    """How many positions () int64 the loss of a batch is averaged over: trained text tokens, and codes of images."""
+    text, images = trained_tokens(input_ids, labels, predictors, config)
+    return text.sum() + sum(schedule.num_tokens for schedule, on in zip(schedules, images.tolist()) if on)
+
+
 def loss_targets(
     input_ids: torch.Tensor,
     labels: torch.Tensor,
@@ -35,31 +61,38 @@ def loss_targets(
     schedules: Sequence[ScaleSchedule],
     config: NextFlowConfig,
 ) -> LossTargets:
-    """Targets of a batch.
+    """Targets of a batch, of what `trained_tokens` names.
 
-    A text position predicts the next label. `<boi>` and slots predict their own scale's codes, unshifted, and count if
-    the label at the picture's `<eoi>` is not -100. Nothing predicts a slot or `<eoi>`: they follow from the schedule.
+    A text token is the class of the position that predicts it. `<boi>` and slots predict their own scale's codes,
+    unshifted.
     """
-    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    next_ids = F.pad(input_ids[:, 1:], (0, 1), value=config.eoi_token_id)
-    is_text = (following != IGNORE_INDEX) & (next_ids != config.image_token_id) & (next_ids != config.eoi_token_id)
-    is_text &= ~layout.slot_mask & ~layout.predicting_mask
-    classes = torch.where(is_text, following, 0)
-    weights = is_text.float()
-    scales = torch.zeros_like(input_ids)
-    mask = is_text
+    text, images = trained_tokens(input_ids, labels, layout.predictors, config)
+    mask, classes, scales = torch.zeros_like(text), torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+    rows, columns = text.nonzero(as_tuple=True)
+    predictors = layout.predictors[rows, columns]
+    mask[rows, predictors], classes[rows, predictors] = True, labels[rows, columns]
+    weights = mask.float()
     if schedules:
+        place, device = layout.predicting_mask, labels.device
+        counts = torch.tensor([schedule.num_tokens for schedule in schedules], device=device)
         codes = torch.cat([row[: s.num_tokens] for row, s in zip(image_labels, schedules)])
-        alpha = config.scale_loss_alpha
-        ends = input_ids == config.eoi_token_id
-        trained = (labels[ends] != IGNORE_INDEX).tolist()
-        weight = torch.cat([scale_weights(s, alpha) * on for s, on in zip(schedules, trained)]).to(labels.device)
         scale = [k for s in schedules for k, count in enumerate(s.tokens_per_scale, 1) for _ in range(count)]
-        classes[layout.predicting_mask] = codes.to(labels.device) + config.text_config.vocab_size
-        weights[layout.predicting_mask] = weight
-        scales[layout.predicting_mask] = torch.tensor(scale, device=labels.device)
-        mask = weights > 0
+        mask[place] = images.repeat_interleave(counts)
+        classes[place] = codes.to(device) + config.text_config.vocab_size
+        weights[place] = torch.cat([scale_weights(s, config.scale_loss_alpha) for s in schedules]).to(device)
+        scales[place] = torch.tensor(scale, device=device)
     return LossTargets(mask, classes[mask], weights[mask], scales[mask])
+
+
+def warn_of_miscounting(labels: torch.Tensor, targets: LossTargets):
+    """Warns where (B, L) labels are other than one for each trained position, so that counting them miscounts."""
+    if int((labels[:, 1:] != IGNORE_INDEX).sum()) != len(targets.classes):
+        warnings.warn(
+            "A batch has more or fewer labels than trained positions. A num_items_in_batch that counts labels, as that "
+            "of transformers' Trainer does, then gives another loss than the undivided batch; NextFlowTrainer counts "
+            "trained positions, and NextFlowCollator gives one label to each.",
+            stacklevel=3,
+        )
 
 
 def nextflow_loss(
@@ -77,7 +110,7 @@ def nextflow_loss(
     Returns `loss` (the sum over the number of trained positions, or over `num_items_in_batch`), `text_loss` and
     `image_loss` (means over text tokens, weighted over codes), `scale_losses` (num_scales,) unweighted means, and
     `text_accuracy` and `scale_accuracies` (num_scales,), shares of correct ones; NaN where a batch has nothing of the
-    kind. Only `loss` has a gradient.
+    kind; `num_trained` (1 + num_scales,), how many positions these run over. Only `loss` has a gradient.
     """
     losses = losses.detach()
     weighted = losses * targets.weights
@@ -88,10 +121,11 @@ def nextflow_loss(
     counts = per_scale.index_add(0, targets.scales, torch.ones_like(losses))
     accuracies = per_scale.index_add(0, targets.scales, correct.to(losses.dtype)) / counts
     return {
-        "loss": total / max(count, 1) if isinstance(count, int) else total / count,
+        "loss": total / torch.as_tensor(count, device=total.device).clamp_min(1),
         "text_loss": weighted[~is_code].mean(),
         "image_loss": weighted[is_code].mean(),
         "scale_losses": (sums / counts)[1:],
         "text_accuracy": accuracies[0],
         "scale_accuracies": accuracies[1:],
+        "num_trained": counts.long(),
     }

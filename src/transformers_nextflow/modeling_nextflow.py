@@ -13,14 +13,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowConfig
-from .fused_cross_entropy import fused_cross_entropy
+from .fused_cross_entropy import called_cross_entropy, fused_cross_entropy
 from .generation_nextflow import NextFlowGenerationMixin
-from .loss_nextflow import IGNORE_INDEX, LossTargets, loss_targets, nextflow_loss
+from .loss_nextflow import LossTargets, loss_targets, nextflow_loss, num_trained_positions, warn_of_miscounting
 from .modeling_nextflow_vq import NextFlowVQModel, StrictLoadingMixin
 from .multiscale_quantizer import resample
-from .packed_attention import packed_causal_mask, starts_of_samples
+from .packed_attention import packed_causal_mask
 from .scale_schedule import ScaleSchedule
-from .sequence_layout import SequenceLayout, layout_sequence
+from .sequence_layout import SequenceLayout, layout_sequence, predictors_of
 
 
 @dataclass
@@ -34,6 +34,7 @@ class NextFlowCausalLMOutputWithPast(ModelOutput):
         text_loss, image_loss: scalars; NaN if the batch trains on nothing of the kind.
         scale_losses: (K,) mean loss of each scale, unweighted.
         text_accuracy, scale_accuracies: (), (K,) shares of trained positions whose class is the most probable of all.
+        num_trained: (1 + K,) int64, how many text tokens, and codes of each scale, these means run over.
     """
 
     loss: torch.FloatTensor | None = None
@@ -46,6 +47,7 @@ class NextFlowCausalLMOutputWithPast(ModelOutput):
     scale_losses: torch.FloatTensor | None = None
     text_accuracy: torch.FloatTensor | None = None
     scale_accuracies: torch.FloatTensor | None = None
+    num_trained: torch.LongTensor | None = None
 
 
 class NextFlowVisualEmbedding(nn.Module):
@@ -204,8 +206,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
             self._check_codes(tokens)
             scales = range(2, 2 + len(schedule.slot_grids(read_last)))
             grids = [self.visual_embedding.slot_features(tokens, schedule, scale) for scale in scales]
-            empty = self.visual_embedding.codes.weight.new_zeros(len(chosen), 0, self.config.vq_config.code_dim)
-            for index, row in zip(chosen, torch.cat([empty.float(), *grids], dim=1)):
+            # Looked up, so that the table takes part where no slot reads it.
+            nothing = self.visual_embedding.codes(tokens[:, :0]).float()
+            for index, row in zip(chosen, torch.cat([nothing, *grids], dim=1)):
                 features[index] = row
         counts = torch.tensor([schedule.num_slots(read_last) for schedule in schedules])
         num_scales = torch.tensor([schedule.num_scales for schedule in schedules]).repeat_interleave(counts)
@@ -221,7 +224,12 @@ class NextFlowModel(NextFlowPreTrainedModel):
         """Embeddings (B, L, D) of tokens and of the slots of pictures; without pictures no layout is needed."""
         embeds = self.language_model.embed_tokens(input_ids)
         if not schedules:
-            return embeds
+            if not torch.is_grad_enabled():
+                return embeds
+            # Processes wait for each other's gradients, so every parameter takes part in every batch, if with zeros.
+            none = input_ids.new_zeros(0)
+            slots = self.visual_embedding(self.visual_embedding.codes(none).float(), none, none)
+            return embeds + slots.sum().to(embeds)
         slots = self.embed_pictures(image_tokens, schedules, layout.scale_ids[layout.slot_mask])
         return embeds.masked_scatter(layout.slot_mask[..., None], slots.to(embeds.dtype))
 
@@ -335,6 +343,23 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         return self.model.vq_model
 
     @torch.no_grad()
+    def num_trained_positions(
+        self,
+        input_ids: torch.LongTensor,
+        labels: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        seq_idx: torch.LongTensor | None = None,
+        **batch,
+    ) -> torch.Tensor:
+        """Over how many positions () int64 the loss of a batch is averaged: text tokens and codes of images.
+
+        Takes a batch as `forward` does. It costs little: no layout is made.
+        """
+        predictors = predictors_of(input_ids, attention_mask, seq_idx)
+        return num_trained_positions(input_ids, labels, predictors, self.model.schedules_of(image_grids), self.config)
+
+    @torch.no_grad()
     def load_vision_tokenizer(self, vq_model: NextFlowVQModel):
         """Take over a trained tokenizer; the visual embeddings start from its codebooks (paper, section 3.1)."""
         self.model.vq_model.load_state_dict(vq_model.state_dict())
@@ -375,16 +400,18 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             image_tokens: (num_images, N) codes to read, padded with -1, in order of appearance, row by row.
             image_grids: (num_images, 2) final grids (height, width).
             image_labels: (num_images, N) codes to write; default `image_tokens`. They differ under self-correction.
-            labels: (B, L), -100 where nothing is to be learned; a picture counts iff its `<eoi>` has a label.
+            labels: (B, L), -100 where nothing is to be learned; a picture counts iff its `<eoi>` has a label. A text
+                token is predicted by the nearest position before it that is no padding.
             seq_idx: (B, L) which sample of its row a position belongs to (0, 1, … from left to right), where rows are
                 packed. Samples do not see each other; nothing predicts the first token of one, whatever its label.
                 Padding is a sample of its own; `attention_mask` is not asked.
             logits_to_keep: compute the logits of only so many last positions, or of these positions; 0 of all.
             codes_only: compute the logits of codes alone, as drawing does.
-            num_items_in_batch: trained positions over which the loss is averaged, for gradient accumulation.
+            num_items_in_batch: over how many trained positions the loss is averaged, where the batch is a part of a
+                larger one: the sum of `num_trained_positions` over its parts. Default: those of this batch.
 
         Raises:
-            ValueError: if placeholders, grids and codes do not match.
+            ValueError: if placeholders, grids and codes do not match, or `num_items_in_batch` comes without labels.
         """
         if image_tokens is None and pixel_values is not None:
             if image_grids is None:
@@ -396,10 +423,17 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         if labels is not None:
             if input_ids is None:
                 raise ValueError("The loss needs input_ids: they say where pictures lie.")
-            layout = layout_sequence(input_ids, attention_mask, schedules, self.config, seq_idx)
-            if seq_idx is not None:
-                labels = labels.masked_fill(starts_of_samples(seq_idx), IGNORE_INDEX)
+            if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.ndim != 2):
+                raise ValueError("The loss needs attention_mask as (B, past + L): it says which positions are padding.")
+            mask = _last_columns(attention_mask, input_ids)
+            layout = layout_sequence(input_ids, mask, schedules, self.config, seq_idx)
             use_cache = bool(use_cache)  # a loss needs no cache unless it is asked for
+        elif num_items_in_batch is not None:
+            # `Trainer` takes the labels away where another function than the model is to compute the loss.
+            raise ValueError(
+                "num_items_in_batch came without labels; the model computes its loss by itself, without "
+                "label_smoothing_factor or compute_loss_func."
+            )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -420,6 +454,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             num_scales = len(self.config.vq_config.scales)
             terms = self._cross_entropy(hidden_states[targets.mask], targets)
             losses = nextflow_loss(*terms, targets, num_scales, num_items_in_batch)
+            if num_items_in_batch is not None:
+                warn_of_miscounting(labels, targets)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = (self.visual_head if codes_only else self.head)(hidden_states[:, kept, :])
@@ -437,26 +473,24 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
 
     def _cross_entropy(self, hidden_states: torch.Tensor, targets: LossTargets) -> tuple[torch.Tensor, ...]:
         """Of trained positions (n, D): the weighted sum () of the cross-entropies, each one (n,), and which classes are
-        the most probable ones (n,); without logits where the heads allow it."""
+        the most probable ones (n,); without all of their logits at once."""
         matrices = [_own_matrix(head) for head in (self.lm_head, self.visual_head)]
         if all(matrix is not None for matrix in matrices):
             return fused_cross_entropy(hidden_states, matrices, targets.classes, targets.weights)
-        logits = self.head(hidden_states).float()
-        losses = nn.functional.cross_entropy(logits, targets.classes, reduction="none")
-        return (losses * targets.weights).sum(), losses, logits.argmax(-1) == targets.classes
+        return called_cross_entropy(self.head, hidden_states, targets.classes, targets.weights, self.config.vocab_size)
 
 
 def _own_matrix(head: nn.Module) -> torch.Tensor | None:
     """The matrix (V, D) that a head multiplies by, or `None` where only calling it does it right."""
-    if not isinstance(head, nn.Linear):  # an adapter wraps it
+    if type(head).forward is not nn.Linear.forward:  # an adapter wraps it, or it is quantized
         return None
     if hasattr(head, "unshard"):
         # FSDP2, which gathers the weight when the head is called; what follows is not a call.
         head.unshard()
         return head.weight
-    # Offloading and tensor parallelism (whose weights have placements) change the call.
+    # Offloading and tensor parallelism change the call; the latter's weights are no plain tensors.
     changed = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook")
-    return None if changed or hasattr(head.weight, "placements") else head.weight
+    return None if changed or type(head.weight.data) is not torch.Tensor else head.weight
 
 
 def _last_columns(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor | None:

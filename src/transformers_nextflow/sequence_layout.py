@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import nn
 
 from .configuration_nextflow import NextFlowConfig
 from .packed_attention import starts_of_samples
@@ -41,6 +42,7 @@ class SequenceLayout:
         slot_mask: (B, L) bool: slots. Read row by row they follow the pictures, their scales, their cells.
         predicting_mask: (B, L) bool: positions that predict codes: each whole picture's `<boi>` and its slots but those
             that read the last scale. Read row by row they follow `image_tokens`.
+        predictors: (B, L) int64: the column that predicts the token at each position, see `predictors_of`.
     """
 
     position_ids: torch.Tensor
@@ -48,6 +50,25 @@ class SequenceLayout:
     scale_ids: torch.Tensor
     slot_mask: torch.Tensor
     predicting_mask: torch.Tensor
+    predictors: torch.Tensor
+
+
+def predictors_of(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, seq_idx: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(B, L) int64: the column that predicts each token, the nearest one before it that is no padding.
+
+    -1 where nothing does: for padding, and for the first token of a row, and of each of its samples where `seq_idx`
+    (B, L) tells them apart.
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    valid = attention_mask.bool()
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    before = nn.functional.pad(torch.where(valid, columns, -1).cummax(-1).values[:, :-1], (1, 0), value=-1)
+    if seq_idx is not None:
+        valid = valid & (seq_idx.gather(1, before.clamp_min(0)) == seq_idx)
+    return torch.where(valid, before, -1)
 
 
 def grid_coordinates(grid: Grid, rope_range: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,7 +172,8 @@ def layout_sequence(
         last = torch.cat([slot.scale == s.num_scales + 1 for slot, s in zip(slots, schedules)]).to(device)
         predicting[slot_mask] = ~last
         predicting.view(-1)[starts] = True
-    return SequenceLayout(position_ids, block_ids, scale_ids, slot_mask, predicting)
+    predictors = predictors_of(input_ids, attention_mask, seq_idx)
+    return SequenceLayout(position_ids, block_ids, scale_ids, slot_mask, predicting, predictors)
 
 
 def scale_weights(schedule: ScaleSchedule, alpha: float) -> torch.Tensor:
@@ -176,7 +198,8 @@ def _check_pictures(input_ids, valid, slot_mask, ends, schedules, config) -> tor
     expected = [schedule.num_slots(config.read_last_scale) for schedule in schedules]
     starts = ends - counts - 1
     is_start = ((input_ids == config.boi_token_id) & valid).flatten()
-    if counts.tolist() != expected or (len(ends) and not bool(is_start[starts].all())):
+    whole = is_start[starts] & (slots_before[ends] - slots_before[starts] == counts)
+    if counts.tolist() != expected or not bool(whole.all()):
         raise ValueError(
             f"The pictures take {counts.tolist()} slots behind their <boi> in the sequences, but their schedules have "
             f"{expected}; was the text prepared with another size or read_last_scale setting?"

@@ -32,7 +32,7 @@ class NextFlowCollator:
 
     Rows that hold codes (`image_tokens`, `image_grids`, and `image_labels` where the codes to write differ) are taken
     as they are; pictures of other rows are read, and the model encodes them. A batch has rows of one kind. Loss is on
-    the assistant's turns, unless a row says otherwise.
+    the assistant's turns, unless a row says otherwise; there are as many labels as trained positions.
 
     Rows are padded to a common length. A batch that is one pack, a list of rows, becomes one row of samples with
     `seq_idx` in place of `attention_mask`.
@@ -104,14 +104,19 @@ class NextFlowCollator:
         remaining = list(grids)
         ids, labels = [], []
         for token, trained in zip(*encode_messages(processor, sample.messages)):
-            tokens = [token]
+            tokens = answer = [token]
             if token == processor.image_token_id:
                 if not remaining:
                     raise BadRowError("messages", f"a text spells out {processor.image_token}; it stands for a picture")
-                tokens = processor.picture_tokens(*remaining.pop(0))
+                grid = remaining.pop(0)
+                tokens = processor.picture_tokens(*grid)
+                # Slots that read the last scale predict nothing.
+                predicting = 1 + self._schedule(grid).num_slots()
+                answer = tokens[:predicting] + [IGNORE_INDEX] * (len(tokens) - predicting - 1) + tokens[-1:]
             ids += tokens
-            labels += tokens if trained else [IGNORE_INDEX] * len(tokens)
-        return _Encoded(ids, labels, grids, sample, pixels)
+            labels += answer if trained else [IGNORE_INDEX] * len(tokens)
+        # One label for each trained position, as trainers count them; nothing predicts the first token.
+        return _Encoded(ids, [IGNORE_INDEX, *labels[1:]], grids, sample, pixels)
 
     def _padded(self, rows: list[_Encoded]) -> dict[str, torch.Tensor]:
         batch = self._empty(len(rows), max(len(row.ids) for row in rows))

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import broadcast_object_list
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..configuration_nextflow import NextFlowConfig
 from ..data.rows import NumberedRows
 from ..data.vision_tokenizer import tokenizer_fingerprint
-from ..modeling_nextflow import NextFlowCausalLMOutputWithPast, NextFlowForConditionalGeneration, NextFlowTextModel
+from ..loss_nextflow import IGNORE_INDEX
+from ..modeling_nextflow import NextFlowForConditionalGeneration, NextFlowTextModel
 from ..packed_attention import PACKED_SDPA
 from ..processing_nextflow import NextFlowProcessor
 from .atomic_checkpoints import AtomicCheckpointMixin
 from .collator import NextFlowCollator
 from .optimizers import MuonWithAdamW
 from .packing import PACKINGS, CostModel, PackedDataset, PackedStream
+from .trained_means import TrainedMeans
+from .unsupported_arguments import check_trainer_arguments, check_training_arguments
 
 
 @dataclass
 class NextFlowTrainingArguments(TrainingArguments):
-    """`TrainingArguments` and what NextFlow adds.
+    """`TrainingArguments` and what NextFlow adds; those that are not carried out are a `ValueError` that names them
+    (`unsupported_arguments.py`).
 
     Args:
         muon: step the hidden matrices with Muon and the rest with AdamW, in place of `optim`.
@@ -39,6 +46,8 @@ class NextFlowTrainingArguments(TrainingArguments):
     compile_layers: bool = field(default=False)
     packing: str = field(default="padding", metadata={"choices": PACKINGS})
     packing_budget: int | None = field(default=None)
+    prediction_loss_only: bool = field(default=True)
+    remove_unused_columns: bool = field(default=False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -54,15 +63,15 @@ class NextFlowTrainingArguments(TrainingArguments):
                     f"A batch is one pack with packing {self.packing!r}: set per_device_train_batch_size to 1 (got "
                     f"{self.per_device_train_batch_size}), and packing_budget to what a step shall hold."
                 )
-            # Streams: each process takes its own packs; they are lists of rows, which cannot be cut to pieces.
-            self.accelerator_config.dispatch_batches = False
         if self.bf16 and self.device.type == "cpu" and not has_bfloat16_units():
             warnings.warn(
                 "This processor has no bfloat16 units: bf16=True is many times slower than float32; leave it out.",
                 stacklevel=2,
             )
-        self.remove_unused_columns = False
         self.label_names = self.label_names or ["labels"]
+        check_training_arguments(self)
+        # Of a stream each process takes its own batches, which cannot be cut into rows.
+        self.accelerator_config.dispatch_batches = False
 
 
 def has_bfloat16_units() -> bool:
@@ -119,6 +128,7 @@ class NextFlowTrainer(AtomicCheckpointMixin, Trainer):
                 f"args must be NextFlowTrainingArguments, which take what TrainingArguments take, got "
                 f"{type(args).__name__}."
             )
+        check_trainer_arguments(args, kwargs)
         collator = kwargs["data_collator"] = kwargs.get("data_collator") or _collator_of(kwargs.get("processing_class"))
         rows = kwargs.get("train_dataset")
         if hasattr(rows, "__len__"):
@@ -139,8 +149,16 @@ class NextFlowTrainer(AtomicCheckpointMixin, Trainer):
                 model.set_attn_implementation(PACKED_SDPA)
             kwargs["train_dataset"] = packed(rows, collator, model.config, args)
         super().__init__(model=model, args=args, **kwargs)
-        self._parts: dict[str, list[torch.Tensor]] = {}
-        self._evaluated: dict[str, list[torch.Tensor]] = {}
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process has {args.n_gpu} GPUs, over which batches of images cannot be divided; start one process "
+                "for each with torchrun or accelerate launch, or show it one by CUDA_VISIBLE_DEVICES."
+            )
+        self._trained, self._evaluated = TrainedMeans(), TrainedMeans()
+        self._new_rows = math.inf
+        evaluated = self.eval_dataset
+        for rows in evaluated.values() if isinstance(evaluated, dict) else [evaluated]:
+            self._check_evaluated(rows)
 
     def _get_train_sampler(self, train_dataset=None):
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -164,35 +182,67 @@ class NextFlowTrainer(AtomicCheckpointMixin, Trainer):
         return super().create_optimizer(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        # Trained positions are text tokens and codes; `labels` alone do not count the latter.
-        return None
+        # `Trainer` counts labels, over all processes; here there is one for each trained position.
+        counts = [self.model.num_trained_positions(**batch) for batch in batch_samples]
+        labels = [torch.zeros(int(count), dtype=torch.long) for count in counts]
+        return super()._get_num_items_in_batch([{"labels": one, "shift_labels": one} for one in labels], device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs)
-        collected = self._parts if self.model.training else self._evaluated
-        for name, value in parts_of(outputs).items():
-            collected.setdefault(name, []).append(value)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        self._evaluated.clear()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        for name, values in self._evaluated.items():
-            mean = self.accelerator.gather(torch.stack(values)).nanmean()
-            output.metrics[f"{metric_key_prefix}_{name}"] = round(float(mean), 4)
-        return output
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        (self._trained if self.model.training else self._evaluated).add(outputs)
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         if "loss" in logs:
-            for name, values in self._parts.items():
-                logs[name] = round(float(torch.stack(values).nanmean()), 4)
-            self._parts.clear()
+            # `Trainer`'s own loss is the mean of the steps'.
+            logs = self._trained.take(self.accelerator.gather) | logs
         super().log(logs, start_time)
 
+    # Evaluation -------------------------------------------------------------------------------------------------------
 
-def parts_of(outputs: NextFlowCausalLMOutputWithPast) -> dict[str, torch.Tensor]:
-    """What a batch tells beside its loss, by the names of the log; NaN where it has nothing of the kind."""
-    parts = {name: getattr(outputs, name) for name in ("text_loss", "image_loss", "text_accuracy")}
-    for kind, values in (("loss", outputs.scale_losses), ("accuracy", outputs.scale_accuracies)):
-        parts |= {f"scale_{scale}_{kind}": value for scale, value in enumerate(values, start=1)}
-    return parts
+    @property
+    def _num_shares(self) -> int:
+        """Among how many processes, or groups with one model in parts, a batch's rows are shared."""
+        return self.accelerator.num_processes // self.get_tp_size()
+
+    def _check_evaluated(self, rows):
+        if self._num_shares > 1 and isinstance(rows, IterableDataset):
+            raise ValueError(
+                "A stream cannot be evaluated in several processes: nobody knows which rows fill up its last batch and "
+                "would count twice. Give an eval_dataset with a length."
+            )
+
+    @contextmanager
+    def _dropping_no_rows(self):
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        with self._dropping_no_rows():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        with self._dropping_no_rows():
+            return super().get_test_dataloader(test_dataset)
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+        """The metrics are means over all trained positions of the dataset, whatever the size of its batches."""
+        self._check_evaluated(dataloader.dataset)
+        self._new_rows = len(dataloader.dataset) if self._num_shares > 1 else math.inf
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._evaluated.take(self.accelerator.gather)
+        output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
+        return output
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        # The last batches are filled up with rows of the first, which count once.
+        rows = len(inputs["input_ids"])
+        own = self._new_rows - rows * (self.accelerator.process_index // self.get_tp_size())
+        self._new_rows -= rows * self._num_shares
+        if own < rows:
+            repeated = torch.arange(rows, device=inputs["labels"].device) >= own
+            inputs = inputs | {"labels": inputs["labels"].masked_fill(repeated[:, None], IGNORE_INDEX)}
+        return super().prediction_step(model, inputs, *args, **kwargs)

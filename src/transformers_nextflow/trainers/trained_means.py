@@ -1,0 +1,52 @@
+"""Losses and accuracies of many batches as means over their trained positions, however these are divided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..modeling_nextflow import NextFlowCausalLMOutputWithPast
+
+
+class TrainedMeans:
+    """Means over trained positions of what batches told of their losses and accuracies."""
+
+    def __init__(self):
+        self.names: list[str] = []
+        self.batches: list[torch.Tensor] = []
+
+    def add(self, outputs: NextFlowCausalLMOutputWithPast):
+        """Takes in a batch; nothing is moved from its device."""
+        parts = parts_of(outputs)
+        self.names = list(parts)
+        means, counts = (torch.stack([part[index].float() for part in parts.values()]) for index in (0, 1))
+        # The mean of nothing is NaN.
+        self.batches.append(torch.stack([torch.where(counts > 0, means * counts, 0), counts]))
+
+    def take(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """The means so far, by the names of the log, NaN where nothing of the kind was trained; then begins anew.
+
+        Args:
+            gather: joins the tensors (n, …) of all processes, which took in as many batches each.
+        """
+        if not self.batches:
+            return {}
+        sums, counts = gather(torch.stack(self.batches)).cpu().double().sum(0)
+        self.batches.clear()
+        # The loss is that of text and of images, which come first.
+        loss = float(sums[:2].sum() / counts[:2].sum())
+        return {"loss": loss} | dict(zip(self.names, (sums / counts).tolist()))
+
+
+def parts_of(outputs: NextFlowCausalLMOutputWithPast) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What a batch tells beside its loss, by the names of the log: a mean () and over how many positions () it runs."""
+    text, scales = outputs.num_trained[0], outputs.num_trained[1:]
+    parts = {
+        "text_loss": (outputs.text_loss, text),
+        "image_loss": (outputs.image_loss, scales.sum()),
+        "text_accuracy": (outputs.text_accuracy, text),
+    }
+    for kind, values in (("loss", outputs.scale_losses), ("accuracy", outputs.scale_accuracies)):
+        parts |= {f"scale_{scale}_{kind}": pair for scale, pair in enumerate(zip(values, scales), start=1)}
+    return parts
