@@ -20,6 +20,7 @@ from .atomic_checkpoints import AtomicCheckpointMixin
 from .collator import NextFlowCollator
 from .optimizers import MuonWithAdamW
 from .packing import PACKINGS, CostModel, PackedDataset, PackedStream
+from .trained_weights import TrainedInFloat32Mixin, check_trained_weights, place_vision_tokenizer
 
 
 @dataclass
@@ -96,7 +97,7 @@ def _collator_of(processor: NextFlowProcessor | None) -> NextFlowCollator:
     return NextFlowCollator(processor)
 
 
-class NextFlowTrainer(AtomicCheckpointMixin, Trainer):
+class NextFlowTrainer(TrainedInFloat32Mixin, AtomicCheckpointMixin, Trainer):
     """Trains a [`NextFlowForConditionalGeneration`] on the batches of a [`NextFlowCollator`].
 
     Logs the text loss, the weighted image loss, each scale's own loss and the accuracies beside the total, in training
@@ -107,8 +108,8 @@ class NextFlowTrainer(AtomicCheckpointMixin, Trainer):
             paths of pictures are then relative to the working directory.
 
     Raises:
-        ValueError: without both, or for other arguments than [`NextFlowTrainingArguments`]; in training, for a row that
-            cannot be used; the message has its number.
+        ValueError: without both, for other arguments than [`NextFlowTrainingArguments`], or for weights to be trained
+            that are not float32; in training, for a row that cannot be used; the message has its number.
     """
 
     args: NextFlowTrainingArguments
@@ -121,6 +122,8 @@ class NextFlowTrainer(AtomicCheckpointMixin, Trainer):
             )
         collator = kwargs["data_collator"] = kwargs.get("data_collator") or _collator_of(kwargs.get("processing_class"))
         rows = kwargs.get("train_dataset")
+        if rows is not None:
+            check_trained_weights(model, args)
         if hasattr(rows, "__len__"):
             rows = kwargs["train_dataset"] = NumberedRows(rows)
         if args.compile_layers:
@@ -139,6 +142,7 @@ class NextFlowTrainer(AtomicCheckpointMixin, Trainer):
                 model.set_attn_implementation(PACKED_SDPA)
             kwargs["train_dataset"] = packed(rows, collator, model.config, args)
         super().__init__(model=model, args=args, **kwargs)
+        place_vision_tokenizer(self)
         self._parts: dict[str, list[torch.Tensor]] = {}
         self._evaluated: dict[str, list[torch.Tensor]] = {}
 
