@@ -142,7 +142,7 @@ def start_of(arguments: argparse.Namespace) -> dict:
 
 def scores_before(arguments: argparse.Namespace) -> dict:
     """Scores of the checkpoint that runs begin from, with its `start_of`."""
-    model = NextFlowForConditionalGeneration.from_pretrained(arguments.checkpoint)
+    model = NextFlowForConditionalGeneration.from_pretrained(arguments.checkpoint, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(arguments.checkpoint)
     return start_of(arguments) | scores_of(model, processor, arguments)
 
@@ -164,7 +164,7 @@ def run(arguments: argparse.Namespace, before: dict) -> dict:
 
     `before` are the `scores_before` of the checkpoint.
     """
-    model = NextFlowForConditionalGeneration.from_pretrained(arguments.checkpoint)
+    model = NextFlowForConditionalGeneration.from_pretrained(arguments.checkpoint, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(arguments.checkpoint)
     num_scales = len(model.config.vq_config.scales)
     sampling = exploring(model.default_image_sampling, arguments.prefix, num_scales)

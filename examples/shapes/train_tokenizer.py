@@ -138,7 +138,7 @@ def main():
 
     torch.manual_seed(arguments.seed)
     if arguments.model:
-        model = NextFlowVQModel.from_pretrained(arguments.model)
+        model = NextFlowVQModel.from_pretrained(arguments.model, dtype=torch.float32)
     else:
         model = NextFlowVQModel(tokenizer_config())
         # The rotary resampling says where a cell lies; what lies there need not.

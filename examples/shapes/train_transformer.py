@@ -48,7 +48,7 @@ def model_config(vq_model: NextFlowVQModel, processor) -> NextFlowConfig:
 @torch.no_grad()
 def take_over(model: NextFlowForConditionalGeneration, processor, folder: str):
     """Start from the weights of another run; its words are matched by their spelling, since vocabularies differ."""
-    source = NextFlowForConditionalGeneration.from_pretrained(folder)
+    source = NextFlowForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     rows = AutoProcessor.from_pretrained(folder).tokenizer.get_vocab()
     state, own = source.state_dict(), model.state_dict()
     for name in {name for name in own if name.endswith(("embed_tokens.weight", "lm_head.weight"))}:
@@ -83,7 +83,7 @@ def main():
 
     torch.manual_seed(arguments.seed)
     processor = AutoProcessor.from_pretrained(Path(arguments.data) / "processor")
-    vq_model = NextFlowVQModel.from_pretrained(arguments.tokenizer)
+    vq_model = NextFlowVQModel.from_pretrained(arguments.tokenizer, dtype=torch.float32)
     # On a CPU heads of 32 channels are multiplied faster as they are written.
     attention = "sdpa" if torch.cuda.is_available() else "eager"
     model = NextFlowForConditionalGeneration._from_config(

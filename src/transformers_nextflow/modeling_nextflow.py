@@ -16,7 +16,7 @@ from .configuration_nextflow import NextFlowConfig
 from .fused_cross_entropy import called_cross_entropy, fused_cross_entropy
 from .generation_nextflow import NextFlowGenerationMixin
 from .loss_nextflow import LossTargets, loss_targets, nextflow_loss, num_trained_positions, warn_of_miscounting
-from .modeling_nextflow_vq import NextFlowVQModel, StrictLoadingMixin
+from .modeling_nextflow_vq import NextFlowVQModel, StrictLoadingMixin, frozen_vision_tokenizer
 from .multiscale_quantizer import resample
 from .packed_attention import packed_causal_mask
 from .scale_schedule import ScaleSchedule
@@ -61,7 +61,8 @@ class NextFlowVisualEmbedding(nn.Module):
         self.connector = nn.Sequential(
             nn.Linear(vq_config.code_dim, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
         )
-        # Index k belongs to the slots that predict grid k; the one past the last reads the last grid.
+        # Row k belongs to the slots that predict grid k, the row behind all of them to those that read a last grid, of
+        # whatever level: at a higher one k = K+1 is a grid that is predicted.
         self.scale = nn.Embedding(len(vq_config.scales) + 2, hidden_size)
 
     def slot_features(self, image_tokens: torch.Tensor, schedule: ScaleSchedule, scale: int) -> torch.Tensor:
@@ -87,7 +88,8 @@ class NextFlowVisualEmbedding(nn.Module):
 
     def forward(self, features: torch.Tensor, scale_ids: torch.Tensor, num_scales: torch.Tensor) -> torch.Tensor:
         """Features (…, C), k (…) and K (…) of slots → embeddings (…, D)."""
-        embeds = self.connector(features.to(self.connector[0].weight.dtype)) + self.scale(scale_ids)
+        rows = torch.where(scale_ids > num_scales, self.scale.num_embeddings - 1, scale_ids)
+        embeds = self.connector(features.to(self.scale.weight.dtype)) + self.scale(rows)
         return embeds + self._scale_length(num_scales).to(embeds.dtype)
 
     def _scale_length(self, num_scales: torch.Tensor) -> torch.Tensor:
@@ -110,6 +112,8 @@ class NextFlowPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     _supports_attention_backend = True
     # FlashAttention would silently drop the block mask of the scales.
     _supports_flash_attn = False
+    # What quantisation leaves out, whatever its config says: names from the start, with a head around the model or not.
+    _keep_in_fp32_modules = ["vq_model", "model.vq_model"]
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
@@ -117,6 +121,12 @@ class NextFlowPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
         # Loading makes new parameters, which all ask for gradients.
         model.vq_model.requires_grad_(False)
         return (model, info) if output_loading_info else model
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        # At rest: dropout in a vision tower would make other codes of the same image.
+        self.vq_model.eval()
+        return self
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -140,9 +150,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         super().__init__(config)
         self.language_model = NextFlowTextModel._from_config(config.text_config)
         self.visual_embedding = NextFlowVisualEmbedding(config)
-        self.vq_model = NextFlowVQModel._from_config(config.vq_config)
-        # The paper never trains the tokenizer with the transformer: codes must keep their meaning.
-        self.vq_model.requires_grad_(False)
+        self.vq_model = frozen_vision_tokenizer(config.vq_config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -11,7 +11,13 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder
 from transformers.utils import ModelOutput
 
 from .configuration_nextflow import NextFlowVQConfig
-from .multiscale_quantizer import NextFlowVQQuantizer, SelfCorrection, resample
+from .multiscale_quantizer import (
+    NextFlowVQQuantizer,
+    SelfCorrection,
+    check_float32,
+    outside_of_autocast,
+    resample,
+)
 from .scale_schedule import Grid, ScaleSchedule
 
 
@@ -51,6 +57,8 @@ class NextFlowVQOutput(ModelOutput):
 
 # Tensors that an error names.
 MOST_NAMED = 5
+# The parts of the tokenizer that decide which code an image gets: in float32, whatever the rest of a model runs in.
+CODE_PARTS = ("semantic_encoder", "semantic_projection", "pixel_encoder", "quantizer")
 
 
 class StrictLoadingMixin:
@@ -85,8 +93,9 @@ class NextFlowVQPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
         "ResidualConvolution",
         "ResidualMLP",
     ]
-    # The paper quantises in float32 whatever the rest runs in.
-    _keep_in_fp32_modules_strict = ["quantizer"]
+    _keep_in_fp32_modules_strict = list(CODE_PARTS)
+    # What quantisation leaves out, whatever its config says.
+    _keep_in_fp32_modules = list(CODE_PARTS)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -128,7 +137,19 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         self.quantizer = NextFlowVQQuantizer(config)
         self.pixel_decoder = (ConvolutionalDecoder if convolutional else PatchDecoder)(config)
         self.semantic_decoder = SemanticDecoder(config)
+        for part in CODE_PARTS:
+            getattr(self, part).float()
         self.post_init()
+
+    def _apply(self, fn, recurse=True):
+        # A cast of the whole model, as diffusers' `pipe.to("cuda", torch.bfloat16)` makes, moves these parts only.
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device) if tensor.dtype == torch.float32 != result.dtype else result
+
+        for name, part in self.named_children() if recurse else ():
+            part._apply(moved if name in CODE_PARTS else fn)
+        return super()._apply(fn, recurse=False)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -147,6 +168,11 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
                 )
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
+    @property
+    def _trains_encoders(self) -> bool:
+        encoders = (self.semantic_encoder, self.semantic_projection, self.pixel_encoder)
+        return self.training and any(p.requires_grad for encoder in encoders for p in encoder.parameters())
+
     def schedule_of(self, pixel_values: torch.Tensor) -> ScaleSchedule:
         """The schedule of pictures (B, 3, H, W). Raises `ValueError` for a size that no schedule draws."""
         size, only = tuple(pixel_values.shape[-2:]), self.config.image_size
@@ -156,11 +182,27 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
             raise ValueError(f"This tokenizer reads pictures of {only}x{only} pixels alone, got {size[0]}x{size[1]}.")
         return self.config.scale_schedules.build()
 
+    @outside_of_autocast
     def encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Continuous latents (B, C, h, w) in float32, the semantic channels first."""
+        """Continuous latents (B, C, h, w), the semantic channels first, computed in float32 also under autocast.
+
+        Pixels in half precision, which FSDP or `BatchFeature.to(dtype)` make of them, are taken for the 8-bit values
+        that they were rounded from.
+
+        Raises:
+            ValueError: for another shape or size, values that are not finite, or weights that are not float32.
+        """
+        for part in CODE_PARTS:
+            check_float32(getattr(self, part))
+        return self._latents(pixel_values)
+
+    def _latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What `encode_latents` gives, in the precision of an autocast around it."""
         _check_pixels(pixel_values)
         schedule = self.schedule_of(pixel_values)
-        pixel_values = pixel_values.to(self.dtype)
+        if pixel_values.dtype in (torch.bfloat16, torch.float16):
+            pixel_values = ((pixel_values.float() + 1) * 127.5).round() / 127.5 - 1
+        pixel_values = pixel_values.float()
         semantic = self.encode_semantics(pixel_values, schedule.final_grid)
         semantic = self.semantic_projection(semantic).permute(0, 3, 1, 2)
         pixel_values = resample(pixel_values, schedule.image_size(self.config.patch_size), "bicubic")
@@ -220,13 +262,14 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
 
     def decode_features(self, features: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W), not clamped, from a sum of code vectors (B, C, h, w)."""
-        pixels = self.pixel_decoder(features[:, self.config.semantic_code_dim :].to(self.dtype)).float()
-        size = self.config.image_size
+        pixels = self.pixel_decoder(_as_weights_of(self.pixel_decoder, features[:, self.config.semantic_code_dim :]))
+        pixels, size = pixels.float(), self.config.image_size
         return pixels if size is None else resample(pixels, (size, size), "bicubic")
 
     def decode_semantics(self, features: torch.Tensor) -> torch.Tensor:
         """The teacher's features (B, h, w, D) from a sum of code vectors (B, C, h, w)."""
-        return self.semantic_decoder(features[:, : self.config.semantic_code_dim].to(self.dtype)).float()
+        semantic = _as_weights_of(self.semantic_decoder, features[:, : self.config.semantic_code_dim])
+        return self.semantic_decoder(semantic).float()
 
     def forward(
         self,
@@ -237,13 +280,15 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
     ) -> NextFlowVQOutput:
         """Encode and decode pictures (B, 3, H, W) in [-1, 1] with gradients.
 
+        Under autocast encoders that are being trained run in its precision; those at rest give their codes in float32.
+
         Args:
             num_scales: (B,) decode from only the first so many scales of each picture (scale dropout).
             quantize: `False` trains the branches as plain autoencoders, before there is a codebook.
             latent_noise: standard deviation of what is added to the latents where they are not quantised.
         """
         schedule = self.schedule_of(pixel_values)
-        latents = self.encode_latents(pixel_values)
+        latents = (self._latents if self._trains_encoders else self.encode_latents)(pixel_values)
         zero = latents.new_zeros(())
         if quantize:
             output = self.quantizer.encode(latents, schedule, num_scales=num_scales)
@@ -262,6 +307,26 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
             codebook_loss=codebook_loss,
             commitment_loss=commitment_loss,
         )
+
+
+def frozen_vision_tokenizer(config: NextFlowVQConfig) -> NextFlowVQModel:
+    """The tokenizer inside of a model, which the paper never trains with it: codes must keep their meaning.
+
+    It is left out of sharding: FSDP's policy would round its weights, and they would be there only while the model
+    itself is called.
+    """
+    vq_model = NextFlowVQModel._from_config(config).requires_grad_(False)
+    leave_out_of_sharding(vq_model, True)
+    return vq_model
+
+
+def leave_out_of_sharding(module: nn.Module, left_out: bool):
+    """Whether FSDP passes a module by, so that every process has all of it, where it shards what holds the module."""
+    if torch.distributed.is_available():
+        # How torch marks what other ways of data parallelism replicate; there is no public way to say so.
+        from torch.distributed._composable.contract import REGISTRY_KEY
+
+        module.__dict__[REGISTRY_KEY] = {"replicate": None} if left_out else {}
 
 
 def codebook_statistics(image_tokens: torch.Tensor, schedule: ScaleSchedule, codebook_size: int) -> dict[str, float]:
@@ -497,6 +562,10 @@ class ConvolutionalDecoder(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(B, pixel_code_dim, h, w) → (B, 3, H, W)."""
         return self.layers(self.input_projection(features))
+
+
+def _as_weights_of(decoder: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    return features.to(next(decoder.parameters()).dtype)
 
 
 def _check_pixels(pixel_values: torch.Tensor):

@@ -16,7 +16,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_tokenflow_t2i import TokenFlowT2IConfig
 from .generation_tokenflow_t2i import TokenFlowT2IDrawingMixin
 from .modeling_nextflow import NextFlowPreTrainedModel
-from .modeling_nextflow_vq import NextFlowVQModel
+from .modeling_nextflow_vq import frozen_vision_tokenizer
 from .multiscale_quantizer import resample
 
 
@@ -108,8 +108,7 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
         self.scale_embedding = nn.Embedding(schedule.num_scales + 1, hidden_size)
         self.position_embedding = nn.Parameter(torch.empty(schedule.num_tokens, hidden_size))
         self.lm_head = nn.Linear(hidden_size, text_config.vocab_size, bias=False)
-        self.vq_model = NextFlowVQModel._from_config(vq_config)
-        self.vq_model.requires_grad_(False)
+        self.vq_model = frozen_vision_tokenizer(vq_config)
         self.post_init()
 
     @torch.no_grad()
@@ -181,7 +180,7 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
         for vector, grid in zip(vectors[1:], schedule.grids[1:]):
             total = resample(total, grid, upsample) + vector
         features = resample(total, schedule.grids[scale], upsample).flatten(2).transpose(1, 2)
-        embeds = self.connector(features.to(self.connector[0].weight.dtype)) + self.scale_embedding.weight[scale + 1]
+        embeds = self.connector(features.to(self.scale_embedding.weight.dtype)) + self.scale_embedding.weight[scale + 1]
         return embeds + self.position_embedding[schedule.offsets[scale] : schedule.offsets[scale + 1]]
 
     def read(

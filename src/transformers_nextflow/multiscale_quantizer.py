@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_nextflow import NextFlowVQConfig
 from .scale_schedule import Grid, ScaleSchedule
@@ -55,6 +58,31 @@ class QuantizerOutput:
     commitment_loss: torch.Tensor
 
 
+def outside_of_autocast(method: Callable) -> Callable:
+    """A method that computes in the precision of its tensors, whatever autocast it is called under."""
+
+    @wraps(method)
+    def exact(self, *args, **kwargs):
+        tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        with maybe_autocast(tensor.device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return exact
+
+
+def check_float32(module: nn.Module):
+    """Raises `ValueError` unless the module's weights are float32 and whole: other ones give other codes."""
+    for name, weight in module.named_parameters():
+        # Sharded and quantised weights are of classes of their own.
+        is_whole = type(weight) in (nn.Parameter, torch.Tensor)
+        if weight.dtype != torch.float32 or not is_whole:
+            kind = weight.dtype if is_whole else f"a {type(weight).__name__} of {weight.dtype}"
+            raise ValueError(
+                f"{type(module).__name__}.{name} is {kind}, but codes are made in float32 from whole weights; call "
+                "vq_model.float(), and leave the vision tokenizer out of sharding and quantisation."
+            )
+
+
 def resample(features: torch.Tensor, grid: Grid, mode: str) -> torch.Tensor:
     """Bring (B, C, h, w) features to another grid; the same grid gives the same tensor.
 
@@ -99,7 +127,7 @@ def _parents(fine: int, coarse: int, device) -> tuple[torch.Tensor, torch.Tensor
     cells = torch.arange(fine, device=device)
     # In whole numbers, since a middle on the edge of two coarse cells must not fall to either by rounding.
     parents = (2 * cells + 1) * coarse // (2 * fine)
-    return parents, (cells + 0.5) / fine - (parents + 0.5) / coarse
+    return parents, (cells.float() + 0.5) / fine - (parents.float() + 0.5) / coarse
 
 
 def _rotate(features: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
@@ -120,18 +148,15 @@ class NextFlowVQQuantizer(nn.Module):
         self.semantic_codebook = nn.Embedding(config.codebook_size, config.semantic_code_dim)
         self.pixel_codebook = nn.Embedding(config.codebook_size, config.pixel_code_dim)
 
-    def _apply(self, fn, recurse=True):
-        # A cast of the whole model, as diffusers' `pipe.to("cuda", torch.bfloat16)` makes, moves codebooks and no more.
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            result = fn(tensor)
-            return result if result.dtype == tensor.dtype else tensor.to(result.device)
-
-        return super()._apply(moved, recurse)
-
     @property
     def codebook(self) -> torch.Tensor:
-        """(V, C) vectors that codes stand for: both halves side by side, each of unit length if so configured."""
-        vectors = torch.cat([self.semantic_codebook.weight, self.pixel_codebook.weight], dim=-1).float()
+        """(V, C) vectors that codes stand for: both halves side by side, each of unit length if so configured.
+
+        Raises:
+            ValueError: for codebooks that are not float32, or sharded.
+        """
+        check_float32(self)
+        vectors = torch.cat([self.semantic_codebook.weight, self.pixel_codebook.weight], dim=-1)
         return self.normalize(vectors) if self.config.normalize_codes else vectors
 
     def normalize(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -139,6 +164,7 @@ class NextFlowVQQuantizer(nn.Module):
         halves = vectors.split([self.config.semantic_code_dim, self.config.pixel_code_dim], dim=-1)
         return torch.cat([F.normalize(half, dim=-1) for half in halves], dim=-1)
 
+    @outside_of_autocast
     def encode(
         self,
         latents: torch.Tensor,
@@ -185,17 +211,20 @@ class NextFlowVQQuantizer(nn.Module):
             commitment_loss=commitment_loss / schedule.num_scales,
         )
 
+    @outside_of_autocast
     def targets(self, residual: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
         """What a scale of grid (h_k, w_k) has to say of a residual (B, C, h, w): vectors (B, h_k, w_k, C), and these as
         they are compared with the codes."""
         target = resample(residual, grid, self.config.downsample).permute(0, 2, 3, 1)
         return target, self.normalize(target) if self.config.normalize_codes else target
 
+    @outside_of_autocast
     def nearest(self, residual: torch.Tensor, grid: Grid) -> torch.Tensor:
         """The nearest codes (B, h_k * w_k) of a residual (B, C, h, w) on a grid."""
         compared = self.targets(residual.float(), grid)[1]
         return self._pick(compared.flatten(0, 2), self.codebook, None, None)[0].view(len(residual), -1)
 
+    @outside_of_autocast
     def truncate(self, latents: torch.Tensor, schedule: ScaleSchedule, num_scales: torch.Tensor) -> torch.Tensor:
         """What remains of latents (B, C, h, w) if each picture keeps its first (B,) scales, without quantisation."""
         residual, total = latents, torch.zeros_like(latents)
@@ -212,15 +241,15 @@ class NextFlowVQQuantizer(nn.Module):
         Raises:
             ValueError: if the codes do not fill whole scales or lie outside the codebook.
         """
-        grids = schedule.split(image_tokens)
-        if image_tokens.numel() and not 0 <= int(image_tokens.min()) <= int(image_tokens.max()) < len(self.codebook):
+        grids, codebook = schedule.split(image_tokens), self.codebook
+        if image_tokens.numel() and not 0 <= int(image_tokens.min()) <= int(image_tokens.max()) < len(codebook):
             raise ValueError(
-                f"Codes run from 0 to {len(self.codebook) - 1}, got {int(image_tokens.min())} to "
+                f"Codes run from 0 to {len(codebook) - 1}, got {int(image_tokens.min())} to "
                 f"{int(image_tokens.max())}; are they from another tokenizer?"
             )
-        codebook = self.codebook
         return [F.embedding(codes, codebook).permute(0, 3, 1, 2) for codes in grids]
 
+    @outside_of_autocast
     def decode(self, image_tokens: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
         """The sum (B, C, h, w) on the final grid of the codes (B, n) of all scales, or of the first ones."""
         vectors = self.lookup(image_tokens, schedule)
@@ -254,6 +283,7 @@ class NextFlowVQQuantizer(nn.Module):
         weights += [config.pixel_distance_weight] * config.pixel_code_dim
         return self.semantic_codebook.weight.new_tensor(weights, dtype=torch.float32)
 
+    @outside_of_autocast
     @torch.no_grad()
     def distances(self, vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
         """Weighted sum (n, V) of the two squared distances; without the vectors' own norms, which no code changes."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .multiscale_quantizer import resample
+from .multiscale_quantizer import outside_of_autocast, resample
 from .scale_schedule import ScaleSchedule
 
 
@@ -60,6 +60,7 @@ class KeptRegion:
                 for latents, schedule in zip(self.latents, schedules)
             ]
 
+    @outside_of_autocast
     def condition(
         self, logits: torch.Tensor, codes_before: torch.Tensor, rows: slice | Sequence[int], schedule: ScaleSchedule
     ) -> torch.Tensor:
@@ -79,6 +80,7 @@ class KeptRegion:
         noise = self._noise(rows, schedule, scale)[:, None, None]
         return logits - share * fine_cells * distances.view(logits.shape) / (2 * noise)
 
+    @outside_of_autocast
     def keep_outside(
         self, drawn: torch.Tensor, codes_before: torch.Tensor, rows: slice | Sequence[int], schedule: ScaleSchedule
     ) -> torch.Tensor:

@@ -11,11 +11,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..configuration_nextflow import NextFlowVQConfig
 from ..modeling_nextflow import NextFlowForConditionalGeneration
-from ..modeling_nextflow_vq import NextFlowVQModel
+from ..modeling_nextflow_vq import CODE_PARTS, NextFlowVQModel
 
 
-# Decoders may be trained further on frozen codes: they do not change what a code is.
-DECODERS = ("pixel_decoder.", "semantic_decoder.")
 # Settings of decoders and of training; all others may change which code a picture gets.
 NOT_OF_CODES = {
     "pixel_decoder_channels", "pixel_decoder_num_res_blocks", "semantic_decoder_depth", "semantic_decoder_heads",
@@ -25,26 +23,28 @@ NOT_OF_CODES = {
 
 
 def load_vision_tokenizer(folder: str | os.PathLike) -> NextFlowVQModel:
-    """The tokenizer in the folder (or repository) of a tokenizer or of a whole model."""
+    """The tokenizer in the folder (or repository) of a tokenizer or of a whole model, in float32."""
     if AutoConfig.from_pretrained(folder).model_type == NextFlowVQConfig.model_type:
-        return NextFlowVQModel.from_pretrained(folder).eval()
-    return NextFlowForConditionalGeneration.from_pretrained(folder).vq_model.eval()
+        return NextFlowVQModel.from_pretrained(folder, dtype=torch.float32).eval()
+    # The rest of a large model would fill the memory in float32.
+    return NextFlowForConditionalGeneration.from_pretrained(folder).vq_model.float().eval()
 
 
 @torch.no_grad()
 def tokenizer_fingerprint(vq_model: NextFlowVQModel) -> str:
     """16 hexadecimal digits that tell tokenizers with different codes apart.
 
-    Of everything that decides which code a picture gets. Weights count as bfloat16, so that a tokenizer keeps its
-    fingerprint when a model holds it in half precision.
+    Of everything that decides which code an image gets: settings, and every bit of the weights in float32. A model in
+    half precision keeps these weights in float32, hence the fingerprint; a file in which they were rounded is another
+    tokenizer. Decoders may be trained further on frozen codes: they do not count.
     """
     config, tower = vq_model.config, vq_model.config.semantic_config
     settings = _code_settings(config) | {"semantic_config": _code_settings(tower), "tower": tower.model_type}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, weight in sorted(vq_model.state_dict().items()):
-        if not name.startswith(DECODERS):
+        if name.split(".")[0] in CODE_PARTS:
             digest.update(name.encode())
-            digest.update(weight.detach().cpu().to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+            digest.update(weight.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

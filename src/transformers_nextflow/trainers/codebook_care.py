@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..modeling_nextflow_vq import NextFlowVQModel
-from ..multiscale_quantizer import resample
+from ..multiscale_quantizer import outside_of_autocast, resample
 from ..scale_schedule import ScaleSchedule
 
 
@@ -15,6 +15,7 @@ KMEANS_STEPS = 15
 MAX_VECTORS = 32768
 
 
+@outside_of_autocast
 @torch.no_grad()
 def initialize_codebook(
     model: NextFlowVQModel, pixel_values: torch.Tensor, shares: Sequence[int] | None = None, seed: int = 0
@@ -44,6 +45,7 @@ def initialize_codebook(
     _write(model, torch.arange(size, device=latents.device), torch.cat(centers))
 
 
+@outside_of_autocast
 @torch.no_grad()
 def revive_dead_codes(model: NextFlowVQModel, pixel_values: torch.Tensor, dead: torch.Tensor, seed: int = 0) -> int:
     """Moves codes marked in `dead` (V,) to vectors of the pictures (B, 3, H, W); returns how many were moved.

@@ -21,6 +21,7 @@ from .checked_reward import checked
 from .grpo_config import NextFlowGRPOConfig
 from .prefix_objective import Box, box_mask, drift, policy_terms, scale_shares
 from .rollouts import Rollout, as_drawn, check_lengths, continue_rollouts, draw_rollouts
+from .trained_weights import TrainedInFloat32Mixin, check_trained_weights, place_vision_tokenizer
 
 
 try:
@@ -47,7 +48,7 @@ class PromptSampler(RepeatSampler):
         yield from super().__iter__()
 
 
-class NextFlowGRPOTrainer(GRPOTrainer):
+class NextFlowGRPOTrainer(TrainedInFloat32Mixin, GRPOTrainer):
     """Trains a [`NextFlowForConditionalGeneration`] on rewards of the pictures that it draws.
 
     As TRL's `GRPOTrainer`, with these differences. A row of the dataset has `prompt`, a text, and where a picture is to
@@ -66,7 +67,8 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         Others: as in TRL.
 
     Raises:
-        ValueError: for settings that do not fit the model, too long a prompt, and rewards that are no numbers.
+        ValueError: for settings that do not fit the model, weights to be trained that are not float32, too long a
+            prompt, and rewards that are no numbers.
     """
 
     args: NextFlowGRPOConfig
@@ -103,6 +105,9 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         self._rewards: torch.Tensor | None = None
         self._counted: list[torch.Tensor] | None = None
 
+        if peft_config is None:
+            check_trained_weights(model, args)
+        trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
         is_adapted = peft_config is not None or is_peft_model(model)
         reference = None if is_adapted or args.beta == 0 else _frozen_copy(model)
         # TRL would load the reference by the name of the model, which one made in memory has none of.
@@ -116,6 +121,12 @@ class NextFlowGRPOTrainer(GRPOTrainer):
         finally:
             args.beta = beta  # also for the next attempt, after an error
         self.beta = beta
+        if args.deepspeed_plugin is None:
+            for parameter in self.model.parameters():
+                if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+                    # TRL rounds the adapters of a quantised model.
+                    parameter.data = trained.get(parameter, parameter.data).to(parameter.device, torch.float32)
+        place_vision_tokenizer(self)
         if reference is not None:
             disable_dropout_in_model(reference)
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)

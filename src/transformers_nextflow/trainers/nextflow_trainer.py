@@ -25,6 +25,7 @@ from .collator import NextFlowCollator
 from .optimizers import MuonWithAdamW
 from .packing import PACKINGS, CostModel, PackedDataset, PackedStream
 from .trained_means import TrainedMeans
+from .trained_weights import TrainedInFloat32Mixin, check_trained_weights, place_vision_tokenizer
 from .unsupported_arguments import check_trainer_arguments, check_training_arguments
 
 
@@ -105,7 +106,7 @@ def _collator_of(processor: NextFlowProcessor | None) -> NextFlowCollator:
     return NextFlowCollator(processor)
 
 
-class NextFlowTrainer(AtomicCheckpointMixin, Trainer):
+class NextFlowTrainer(TrainedInFloat32Mixin, AtomicCheckpointMixin, Trainer):
     """Trains a [`NextFlowForConditionalGeneration`] on the batches of a [`NextFlowCollator`].
 
     Logs the text loss, the weighted image loss, each scale's own loss and the accuracies beside the total, in training
@@ -116,8 +117,8 @@ class NextFlowTrainer(AtomicCheckpointMixin, Trainer):
             paths of pictures are then relative to the working directory.
 
     Raises:
-        ValueError: without both, or for other arguments than [`NextFlowTrainingArguments`]; in training, for a row that
-            cannot be used; the message has its number.
+        ValueError: without both, for other arguments than [`NextFlowTrainingArguments`], or for weights to be trained
+            that are not float32; in training, for a row that cannot be used; the message has its number.
     """
 
     args: NextFlowTrainingArguments
@@ -131,6 +132,8 @@ class NextFlowTrainer(AtomicCheckpointMixin, Trainer):
         check_trainer_arguments(args, kwargs)
         collator = kwargs["data_collator"] = kwargs.get("data_collator") or _collator_of(kwargs.get("processing_class"))
         rows = kwargs.get("train_dataset")
+        if rows is not None:
+            check_trained_weights(model, args)
         if hasattr(rows, "__len__"):
             rows = kwargs["train_dataset"] = NumberedRows(rows)
         if args.compile_layers:
@@ -159,6 +162,7 @@ class NextFlowTrainer(AtomicCheckpointMixin, Trainer):
         evaluated = self.eval_dataset
         for rows in evaluated.values() if isinstance(evaluated, dict) else [evaluated]:
             self._check_evaluated(rows)
+        place_vision_tokenizer(self)
 
     def _get_train_sampler(self, train_dataset=None):
         rows = self.train_dataset if train_dataset is None else train_dataset

@@ -154,7 +154,7 @@ def _arguments(kind: type, recipe: Recipe, output):
 
 def _transformer_trainer(recipe: Recipe, folder, data, output) -> NextFlowTrainer:
     args = _arguments(NextFlowTrainingArguments, recipe, output)
-    model = NextFlowForConditionalGeneration.from_pretrained(folder)
+    model = NextFlowForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     train_only(model, recipe.train)
     processor = AutoProcessor.from_pretrained(folder)
     processor.image_processor.level = recipe.level

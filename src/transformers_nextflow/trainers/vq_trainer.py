@@ -16,10 +16,11 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..atomic_files import write_whole
 from ..evaluation.image_metrics import contact_sheet, psnr, ssim, to_uint8
-from ..modeling_nextflow_vq import NextFlowVQModel, NextFlowVQOutput, codebook_statistics
+from ..modeling_nextflow_vq import NextFlowVQModel, NextFlowVQOutput, codebook_statistics, leave_out_of_sharding
 from .adversarial import Adversary
 from .atomic_checkpoints import AtomicCheckpointMixin
 from .codebook_care import initialize_codebook, revive_dead_codes
+from .trained_weights import TrainedInFloat32Mixin, check_trained_weights
 
 
 STAGES = ("pixel", "joint", "codebook", "decoder")
@@ -82,7 +83,7 @@ class PictureCollator:
         return {name: torch.stack(column) for name, column in columns.items()}
 
 
-class NextFlowVQTrainer(AtomicCheckpointMixin, Trainer):
+class NextFlowVQTrainer(TrainedInFloat32Mixin, AtomicCheckpointMixin, Trainer):
     """Trains a [`NextFlowVQModel`].
 
     Rows hold `pixel_values` (3, H, W) in [-1, 1] and whatever `semantic_loss` reads.
@@ -111,6 +112,9 @@ class NextFlowVQTrainer(AtomicCheckpointMixin, Trainer):
         if args.adversarial_weight and discriminator is None:
             raise ValueError("adversarial_weight > 0 needs `discriminator=`, for instance PatchDiscriminator().")
         freeze_for_stage(model, args.stage)
+        # It may come out of a model, where it was at rest.
+        leave_out_of_sharding(model, False)
+        check_trained_weights(model, args)
         kwargs.setdefault("data_collator", PictureCollator())
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self.teacher, self.perceptual = teacher, perceptual

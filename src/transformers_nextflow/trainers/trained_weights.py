@@ -1,0 +1,47 @@
+"""What a training asks of the weights: float32 where they are trained, and the vision tokenizer whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+
+def check_trained_weights(model: nn.Module, args: TrainingArguments):
+    """Raises `ValueError` for weights that would be trained in half precision, where small steps are rounded away.
+
+    Mixed precision (`bf16`, `fp16`) casts float32 weights by itself. DeepSpeed keeps float32 copies of its own.
+    """
+    if args.deepspeed_plugin is not None:
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"{name} is {str(parameter.dtype).removeprefix('torch.')}, and small steps would be rounded away: "
+                "weights that are trained are float32, under mixed precision too. Load the model with "
+                "from_pretrained(..., dtype=torch.float32), or freeze what rests."
+            )
+
+
+class TrainedInFloat32Mixin:
+    """Refuses to train weights in half precision, for trainers on `Trainer`."""
+
+    def create_optimizer(self, *args, **kwargs):
+        check_trained_weights(self.model, self.args)
+        return super().create_optimizer(*args, **kwargs)
+
+
+def place_vision_tokenizer(trainer):
+    """Move the tokenizer to the device of a trainer whose model FSDP shards: FSDP moves what it shards and no more.
+
+    Raises:
+        ValueError: where accelerate would load the weights on the first process only, and spread the sharded ones.
+    """
+    if not trainer.is_fsdp_enabled:
+        return
+    if trainer.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading spreads sharded weights only, and the vision tokenizer is not sharded; set "
+            "it to false."
+        )
+    trainer.model.vq_model.to(trainer.args.device)
