@@ -10,6 +10,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowConfig
@@ -19,6 +20,7 @@ from .loss_nextflow import IGNORE_INDEX, LossTargets, loss_targets, nextflow_los
 from .modeling_nextflow_vq import NextFlowVQModel, StrictLoadingMixin
 from .multiscale_quantizer import resample
 from .packed_attention import packed_causal_mask, starts_of_samples
+from .scale_attention import ScaleAttentionMixin
 from .scale_schedule import ScaleSchedule
 from .sequence_layout import SequenceLayout, layout_sequence
 
@@ -124,11 +126,21 @@ class NextFlowPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
             init.normal_(module.scale.weight, std=self.config.initializer_range)
 
 
+class NextFlowAttention(ScaleAttentionMixin, Qwen2_5_VLAttention):
+    """Qwen2.5-VL's attention, which takes `both_ways` too."""
+
+
 class NextFlowTextModel(Qwen2_5_VLTextModel):
     """The backbone; its masks and attention go through transformers' interfaces, so flex attention serves it too."""
 
     _supports_flex_attn = True
     _supports_flash_attn = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.layers:
+            # Weights and their initial values stay as they are; only the call takes one argument more.
+            layer.self_attn.__class__ = NextFlowAttention
 
 
 class NextFlowModel(NextFlowPreTrainedModel):

@@ -18,6 +18,11 @@ from .generation_tokenflow_t2i import TokenFlowT2IDrawingMixin
 from .modeling_nextflow import NextFlowPreTrainedModel
 from .modeling_nextflow_vq import NextFlowVQModel
 from .multiscale_quantizer import resample
+from .scale_attention import ScaleAttentionMixin
+
+
+class TokenFlowT2IAttention(ScaleAttentionMixin, Qwen3Attention):
+    """Llama's attention with a norm for each head of queries and keys before they are rotated."""
 
 
 class TokenFlowT2IDecoderLayer(LlamaDecoderLayer):
@@ -29,8 +34,7 @@ class TokenFlowT2IDecoderLayer(LlamaDecoderLayer):
 
     def __init__(self, config, layer_idx: int, qk_norm_eps: float):
         super().__init__(config, layer_idx)
-        # Llama's attention with a norm for each head of queries and keys before they are rotated.
-        self.self_attn = Qwen3Attention(config, layer_idx)
+        self.self_attn = TokenFlowT2IAttention(config, layer_idx)
         for norm in (self.self_attn.q_norm, self.self_attn.k_norm):
             norm.variance_epsilon = qk_norm_eps
 
