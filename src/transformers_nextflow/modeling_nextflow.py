@@ -19,6 +19,7 @@ from .generation_nextflow import NextFlowGenerationMixin
 from .loss_nextflow import IGNORE_INDEX, LossTargets, loss_targets, nextflow_loss
 from .modeling_nextflow_vq import NextFlowVQModel, StrictLoadingMixin
 from .multiscale_quantizer import resample
+from .offloading import ExecutionDeviceMixin
 from .packed_attention import packed_causal_mask, starts_of_samples
 from .scale_attention import ScaleAttentionMixin
 from .scale_schedule import ScaleSchedule
@@ -98,7 +99,7 @@ class NextFlowVisualEmbedding(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], -1) * self.config.initializer_range
 
 
-class NextFlowPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
+class NextFlowPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTrainedModel):
     config: NextFlowConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
@@ -216,8 +217,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
             self._check_codes(tokens)
             scales = range(2, 2 + len(schedule.slot_grids(read_last)))
             grids = [self.visual_embedding.slot_features(tokens, schedule, scale) for scale in scales]
-            empty = self.visual_embedding.codes.weight.new_zeros(len(chosen), 0, self.config.vq_config.code_dim)
-            for index, row in zip(chosen, torch.cat([empty.float(), *grids], dim=1)):
+            if not grids:  # a picture of one scale has no slots
+                grids = [torch.zeros(len(chosen), 0, self.config.vq_config.code_dim, device=scale_ids.device)]
+            for index, row in zip(chosen, torch.cat(grids, dim=1)):
                 features[index] = row
         counts = torch.tensor([schedule.num_slots(read_last) for schedule in schedules])
         num_scales = torch.tensor([schedule.num_scales for schedule in schedules]).repeat_interleave(counts)
@@ -235,7 +237,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         if not schedules:
             return embeds
         slots = self.embed_pictures(image_tokens, schedules, layout.scale_ids[layout.slot_mask])
-        return embeds.masked_scatter(layout.slot_mask[..., None], slots.to(embeds.dtype))
+        return embeds.masked_scatter(layout.slot_mask[..., None], slots.to(embeds))
 
     def _check_codes(self, tokens: torch.Tensor):
         size = self.config.vq_config.codebook_size

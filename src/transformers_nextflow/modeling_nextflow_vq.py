@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_nextflow import NextFlowVQConfig
 from .multiscale_quantizer import NextFlowVQQuantizer, SelfCorrection, resample
+from .offloading import ExecutionDeviceMixin, onloaded
 from .scale_schedule import Grid, ScaleSchedule
 
 
@@ -69,7 +70,7 @@ class StrictLoadingMixin:
         return (model, info) if output_loading_info else model
 
 
-class NextFlowVQPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
+class NextFlowVQPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTrainedModel):
     config: NextFlowVQConfig
     base_model_prefix = "vq_model"
     main_input_name = "pixel_values"
@@ -185,7 +186,9 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
             inputs = {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
         else:
             inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": True}
-        outputs = self.semantic_encoder(**inputs, output_hidden_states=layer != -1)
+        # transformers' vision models read some weights, such as those of positions, without calling what holds them.
+        with onloaded(self.semantic_encoder.modules()):
+            outputs = self.semantic_encoder(**inputs, output_hidden_states=layer != -1)
         features = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
         if layer == -1 and self.config.semantic_config.model_type == "clip_vision_model":
             # transformers gives CLIP's closing norm to the class token alone.

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_nextflow import NextFlowVQConfig
+from .offloading import onloaded
 from .scale_schedule import Grid, ScaleSchedule
 
 
@@ -131,7 +132,8 @@ class NextFlowVQQuantizer(nn.Module):
     @property
     def codebook(self) -> torch.Tensor:
         """(V, C) vectors that codes stand for: both halves side by side, each of unit length if so configured."""
-        vectors = torch.cat([self.semantic_codebook.weight, self.pixel_codebook.weight], dim=-1).float()
+        with onloaded(self.modules()):
+            vectors = torch.cat([self.semantic_codebook.weight, self.pixel_codebook.weight], dim=-1).float()
         return self.normalize(vectors) if self.config.normalize_codes else vectors
 
     def normalize(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -212,13 +214,13 @@ class NextFlowVQQuantizer(nn.Module):
         Raises:
             ValueError: if the codes do not fill whole scales or lie outside the codebook.
         """
-        grids = schedule.split(image_tokens)
-        if image_tokens.numel() and not 0 <= int(image_tokens.min()) <= int(image_tokens.max()) < len(self.codebook):
+        codebook = self.codebook
+        grids = schedule.split(image_tokens.to(codebook.device))
+        if image_tokens.numel() and not 0 <= int(image_tokens.min()) <= int(image_tokens.max()) < len(codebook):
             raise ValueError(
-                f"Codes run from 0 to {len(self.codebook) - 1}, got {int(image_tokens.min())} to "
+                f"Codes run from 0 to {len(codebook) - 1}, got {int(image_tokens.min())} to "
                 f"{int(image_tokens.max())}; are they from another tokenizer?"
             )
-        codebook = self.codebook
         return [F.embedding(codes, codebook).permute(0, 3, 1, 2) for codes in grids]
 
     def decode(self, image_tokens: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
@@ -248,14 +250,14 @@ class NextFlowVQQuantizer(nn.Module):
 
     @property
     def distance_weights(self) -> torch.Tensor:
-        """(C,) what each channel's squared difference weighs in a distance."""
+        """(C,) what each channel's squared difference weighs in a distance, on the CPU."""
         config = self.config
         weights = [config.semantic_distance_weight] * config.semantic_code_dim
         weights += [config.pixel_distance_weight] * config.pixel_code_dim
-        return self.semantic_codebook.weight.new_tensor(weights, dtype=torch.float32)
+        return torch.tensor(weights)
 
     @torch.no_grad()
     def distances(self, vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
         """Weighted sum (n, V) of the two squared distances; without the vectors' own norms, which no code changes."""
-        weighted = codebook * self.distance_weights
+        weighted = codebook * self.distance_weights.to(codebook.device)
         return torch.addmm((weighted * codebook).sum(-1), vectors, weighted.T, alpha=-2)
