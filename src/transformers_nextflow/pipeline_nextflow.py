@@ -297,10 +297,11 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
                     return not self.interrupt
 
                 options = {"sampling": sampling, "generator": generator, "callback": after_scale}
+                inputs, thoughts = self._drawing_inputs(request, sampling), None
                 if think:
-                    drawn, thoughts = self._think(request, max_thought_tokens, thought_temperature, options)
+                    drawn, thoughts = self._think(request, inputs, max_thought_tokens, thought_temperature, options)
                 else:
-                    drawn, thoughts = self.model.generate_images(**self._drawing_inputs(request, sampling), **options), None
+                    drawn = self.model.generate_images(**inputs, **options)
 
             # 3. The best candidates
             image_tokens, grids, scores = drawn.image_tokens, drawn.image_grids, None
@@ -317,9 +318,8 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
             # 4. Pixels
             pixels = self.model.decode_image_tokens(image_tokens, grids)
             if paste_back:
-                pixels = [
-                    torch.where(r.to(p.device), p, own.to(p)) for r, p, own in zip(request.regions, pixels, request.pixels)
-                ]
+                drawn_and_own = zip(request.regions, pixels, request.pixels)
+                pixels = [torch.where(r.to(p.device), p, own.to(p)) for r, p, own in drawn_and_own]
             output = NextFlowPipelineOutput(self._images(pixels, output_type), image_tokens, thoughts, scores)
         return output if return_dict else output.to_tuple()
 
@@ -357,9 +357,11 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
                 result[f"{name}_{part}"] = prompts[part].to(self.model.device)
         return result
 
-    def _think(self, request: DrawingRequest, max_thought_tokens: int, temperature: float, options: dict):
+    def _think(
+        self, request: DrawingRequest, inputs: dict, max_thought_tokens: int, temperature: float, options: dict
+    ) -> tuple[ImageGenerationOutput, list[str]]:
         """Reasoning, then a picture, on one cache; the pictures and the reasonings."""
-        processor, inputs = self.processor, self._drawing_inputs(request, options["sampling"])
+        processor = self.processor
         inputs |= processor.apply_image_prompt(request.prompts, request.images, answer=processor.think_prefix).to(
             self.model.device
         )
