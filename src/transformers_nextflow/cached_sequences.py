@@ -153,7 +153,7 @@ class CachedSequences:
             position_ids=position_ids,
             past_key_values=self.cache,
             use_cache=True,
-            is_causal=False,
+            both_ways=True,  # what is causal has a mask that says so
         )
         return outputs.last_hidden_state
 

@@ -91,28 +91,27 @@ class ConversationMixin:
         sampling, size = self._sampling(True, **sampling), (height, width)
         request = DrawingRequest.build(self.processor, prompts, negative_prompt, image, None, size, None, False, False)
         self.check_inputs(request, sampling, 1, 1, generator, "pil", ())
-        inputs = self._drawing_inputs(request, sampling)
-        given = 0 if image is None else 1
-        if given:
-            firsts = _first_frames(self.processor, request)
-            # The answer begins with what changes after the first frame.
-            inputs |= self.processor.apply_image_prompt(prompts, request.images, answer="").to(self._execution_device)
-        self._onload()
-        if is_scripted:
-            finished = self._draw_script(scripts, given, inputs, request, sampling, generator)
-        else:
-            count = num_frames - given
-            finished = self.model.generate_interleaved(
-                **inputs, min_images=count, max_images=count, max_new_tokens=max_transition_tokens * num_frames,
-                sampling=sampling, generator=generator,
-            )  # fmt: skip
-        drawn = self.model.decode_image_tokens(finished.image_tokens, finished.image_grids)
-        pictures = iter(self.processor.post_process_images(drawn))
-        films = [[next(pictures) for _ in range(num_frames or len(script))] for script in scripts]
-        if given:
-            films = [[first, *film[1:]] for first, film in zip(firsts, films)]
-        transitions = [script[1:] for script in scripts] if is_scripted else self._texts_between(finished, given)
-        self.maybe_free_model_hooks()
+        with self._call():
+            inputs = self._drawing_inputs(request, sampling)
+            given = 0 if image is None else 1
+            if given:
+                firsts = _first_frames(self.processor, request)
+                # The answer begins with what changes after the first frame.
+                inputs |= self.processor.apply_image_prompt(prompts, request.images, answer="").to(self.model.device)
+            if is_scripted:
+                finished = self._draw_script(scripts, given, inputs, request, sampling, generator)
+            else:
+                count = num_frames - given
+                finished = self.model.generate_interleaved(
+                    **inputs, min_images=count, max_images=count, max_new_tokens=max_transition_tokens * num_frames,
+                    sampling=sampling, generator=generator,
+                )  # fmt: skip
+            drawn = self.model.decode_image_tokens(finished.image_tokens, finished.image_grids)
+            pictures = iter(self.processor.post_process_images(drawn))
+            films = [[next(pictures) for _ in range(num_frames or len(script))] for script in scripts]
+            if given:
+                films = [[first, *film[1:]] for first, film in zip(firsts, films)]
+            transitions = [script[1:] for script in scripts] if is_scripted else self._texts_between(finished, given)
         return NextFlowFilmOutput(films, transitions)
 
     def _draw_script(self, scripts, given: int, inputs: dict, request, sampling, generator) -> Prompts:
@@ -190,21 +189,22 @@ class ConversationMixin:
             conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
             processor_kwargs={"padding": True},
         )  # fmt: skip
-        inputs = dict(inputs.to(self._execution_device))
+        inputs, sizes = dict(inputs), {}
         if max_images > 0:
             negative = self.processor.apply_image_prompt([""] * len(conversations), allow_empty=True)
-            inputs |= {f"negative_{name}": value.to(self._execution_device) for name, value in negative.items()}
+            inputs |= {f"negative_{name}": value for name, value in negative.items()}
         if height is not None or width is not None:
             schedule = requested_schedule(self.processor, (height, width), None)
             size = schedule.image_size(self.processor.image_processor.patch_size)
-            inputs["image_sizes"] = [size] * len(conversations)
-        self._onload()
-        output = self.model.generate_interleaved(
-            **inputs, max_new_tokens=max_new_tokens, min_images=min_images, max_images=max_images, sampling=sampling,
-            generator=generator, streamer=streamer, tokenizer=self.processor.tokenizer, **kwargs,
-        )  # fmt: skip
-        answers = [self._message(output, row) for row in range(len(conversations))]
-        self.maybe_free_model_hooks()
+            sizes = {"image_sizes": [size] * len(conversations)}
+        with self._call():
+            inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+            output = self.model.generate_interleaved(
+                **inputs, **sizes, max_new_tokens=max_new_tokens, min_images=min_images, max_images=max_images,
+                sampling=sampling, generator=generator, streamer=streamer, tokenizer=self.processor.tokenizer,
+                **kwargs,
+            )  # fmt: skip
+            answers = [self._message(output, row) for row in range(len(conversations))]
         return answers if is_batch else answers[0]
 
     def _message(self, output: InterleavedGenerationOutput, row: int) -> dict:
@@ -238,17 +238,16 @@ class ConversationMixin:
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images came with {len(prompts)} prompts; give one for each.")
         prompts = check_prompts(prompts)
-        inputs = self.processor.image_processor(list(images), return_tensors="pt").to(self._execution_device)
-        self._onload()
-        codes = self.model.get_image_tokens(inputs["pixel_values"], inputs["image_grids"])
-        pictures = (self.model, self.processor, codes, inputs["image_grids"])
+        inputs = self.processor.image_processor(list(images), return_tensors="pt")
         requests = [self.processor.caption_request] * len(prompts)
-        scores = NextFlowScores(
-            image_given_text=score_pictures(*pictures, prompts).image,
-            text_given_image=score_answers(*pictures, requests, prompts).text,
-        )
-        self.maybe_free_model_hooks()
-        return scores
+        with self._call():
+            inputs = inputs.to(self.model.device)
+            codes = self.model.get_image_tokens(inputs["pixel_values"], inputs["image_grids"])
+            pictures = (self.model, self.processor, codes, inputs["image_grids"])
+            return NextFlowScores(
+                image_given_text=score_pictures(*pictures, prompts).image,
+                text_given_image=score_answers(*pictures, requests, prompts).text,
+            )
 
 
 def _scripts(prompt, num_frames: int | None) -> list[list[str]]:

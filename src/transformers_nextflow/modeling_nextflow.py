@@ -10,6 +10,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowConfig
@@ -18,7 +19,9 @@ from .generation_nextflow import NextFlowGenerationMixin
 from .loss_nextflow import LossTargets, loss_targets, nextflow_loss, num_trained_positions, warn_of_miscounting
 from .modeling_nextflow_vq import NextFlowVQModel, StrictLoadingMixin, frozen_vision_tokenizer
 from .multiscale_quantizer import resample
+from .offloading import ExecutionDeviceMixin
 from .packed_attention import packed_causal_mask
+from .scale_attention import ScaleAttentionMixin
 from .scale_schedule import ScaleSchedule
 from .sequence_layout import SequenceLayout, layout_sequence, predictors_of
 
@@ -100,7 +103,7 @@ class NextFlowVisualEmbedding(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], -1) * self.config.initializer_range
 
 
-class NextFlowPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
+class NextFlowPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTrainedModel):
     config: NextFlowConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
@@ -136,11 +139,21 @@ class NextFlowPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
             init.normal_(module.scale.weight, std=self.config.initializer_range)
 
 
+class NextFlowAttention(ScaleAttentionMixin, Qwen2_5_VLAttention):
+    """Qwen2.5-VL's attention, which takes `both_ways` too."""
+
+
 class NextFlowTextModel(Qwen2_5_VLTextModel):
     """The backbone; its masks and attention go through transformers' interfaces, so flex attention serves it too."""
 
     _supports_flex_attn = True
     _supports_flash_attn = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.layers:
+            # Weights and their initial values stay as they are; only the call takes one argument more.
+            layer.self_attn.__class__ = NextFlowAttention
 
 
 class NextFlowModel(NextFlowPreTrainedModel):
@@ -239,7 +252,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             slots = self.visual_embedding(self.visual_embedding.codes(none).float(), none, none)
             return embeds + slots.sum().to(embeds)
         slots = self.embed_pictures(image_tokens, schedules, layout.scale_ids[layout.slot_mask])
-        return embeds.masked_scatter(layout.slot_mask[..., None], slots.to(embeds.dtype))
+        return embeds.masked_scatter(layout.slot_mask[..., None], slots.to(embeds))
 
     def _check_codes(self, tokens: torch.Tensor):
         size = self.config.vq_config.codebook_size

@@ -18,6 +18,7 @@ from .multiscale_quantizer import (
     outside_of_autocast,
     resample,
 )
+from .offloading import ExecutionDeviceMixin, onloaded
 from .scale_schedule import Grid, ScaleSchedule
 
 
@@ -77,7 +78,7 @@ class StrictLoadingMixin:
         return (model, info) if output_loading_info else model
 
 
-class NextFlowVQPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
+class NextFlowVQPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTrainedModel):
     config: NextFlowVQConfig
     base_model_prefix = "vq_model"
     main_input_name = "pixel_values"
@@ -227,7 +228,9 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
             inputs = {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
         else:
             inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": True}
-        outputs = self.semantic_encoder(**inputs, output_hidden_states=layer != -1)
+        # transformers' vision models read some weights, such as those of positions, without calling what holds them.
+        with onloaded(self.semantic_encoder.modules()):
+            outputs = self.semantic_encoder(**inputs, output_hidden_states=layer != -1)
         features = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
         if layer == -1 and self.config.semantic_config.model_type == "clip_vision_model":
             # transformers gives CLIP's closing norm to the class token alone.

@@ -18,6 +18,12 @@ from .generation_tokenflow_t2i import TokenFlowT2IDrawingMixin
 from .modeling_nextflow import NextFlowPreTrainedModel
 from .modeling_nextflow_vq import frozen_vision_tokenizer
 from .multiscale_quantizer import resample
+from .offloading import onloaded
+from .scale_attention import ScaleAttentionMixin
+
+
+class TokenFlowT2IAttention(ScaleAttentionMixin, Qwen3Attention):
+    """Llama's attention with a norm for each head of queries and keys before they are rotated."""
 
 
 class TokenFlowT2IDecoderLayer(LlamaDecoderLayer):
@@ -29,8 +35,7 @@ class TokenFlowT2IDecoderLayer(LlamaDecoderLayer):
 
     def __init__(self, config, layer_idx: int, qk_norm_eps: float):
         super().__init__(config, layer_idx)
-        # Llama's attention with a norm for each head of queries and keys before they are rotated.
-        self.self_attn = Qwen3Attention(config, layer_idx)
+        self.self_attn = TokenFlowT2IAttention(config, layer_idx)
         for norm in (self.self_attn.q_norm, self.self_attn.k_norm):
             norm.variance_epsilon = qk_norm_eps
 
@@ -157,12 +162,14 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
     def visual_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The codes' part of the head: hidden states (…, D) → logits (…, codes)."""
         start = self.config.image_token_start
-        return F.linear(hidden_states, self.lm_head.weight[start : start + self.config.vq_config.codebook_size])
+        with onloaded([self.lm_head]):
+            return F.linear(hidden_states, self.lm_head.weight[start : start + self.config.vq_config.codebook_size])
 
     def embed_prompts(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """Prompts (B, L), left padded → embeddings (B, L, D); the last token is the first slot as well."""
-        embeds = self.language_model.embed_tokens(input_ids) + self.scale_embedding.weight[0]
-        return torch.cat([embeds[:, :-1], embeds[:, -1:] + self.position_embedding[0]], dim=1)
+        with onloaded([self, self.scale_embedding]):
+            embeds = self.language_model.embed_tokens(input_ids) + self.scale_embedding.weight[0]
+            return torch.cat([embeds[:, :-1], embeds[:, -1:] + self.position_embedding[0]], dim=1)
 
     def embed_slots(self, image_tokens: torch.Tensor, scale: int, with_own_codes: bool = False) -> torch.Tensor:
         """Embeddings (B, h*w, D) of the slots of a scale, counted from 0, from codes (B, n) of the scales before it.
@@ -180,8 +187,10 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
         for vector, grid in zip(vectors[1:], schedule.grids[1:]):
             total = resample(total, grid, upsample) + vector
         features = resample(total, schedule.grids[scale], upsample).flatten(2).transpose(1, 2)
-        embeds = self.connector(features.to(self.scale_embedding.weight.dtype)) + self.scale_embedding.weight[scale + 1]
-        return embeds + self.position_embedding[schedule.offsets[scale] : schedule.offsets[scale + 1]]
+        embeds = self.connector(features.to(self.scale_embedding.weight.dtype))
+        with onloaded([self, self.scale_embedding]):
+            embeds = embeds + self.scale_embedding.weight[scale + 1]
+            return embeds + self.position_embedding[schedule.offsets[scale] : schedule.offsets[scale + 1]]
 
     def read(
         self,

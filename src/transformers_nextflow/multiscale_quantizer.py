@@ -12,6 +12,7 @@ from torch import nn
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_nextflow import NextFlowVQConfig
+from .offloading import onloaded
 from .scale_schedule import Grid, ScaleSchedule
 
 
@@ -156,7 +157,8 @@ class NextFlowVQQuantizer(nn.Module):
             ValueError: for codebooks that are not float32, or sharded.
         """
         check_float32(self)
-        vectors = torch.cat([self.semantic_codebook.weight, self.pixel_codebook.weight], dim=-1)
+        with onloaded(self.modules()):
+            vectors = torch.cat([self.semantic_codebook.weight, self.pixel_codebook.weight], dim=-1)
         return self.normalize(vectors) if self.config.normalize_codes else vectors
 
     def normalize(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -241,7 +243,8 @@ class NextFlowVQQuantizer(nn.Module):
         Raises:
             ValueError: if the codes do not fill whole scales or lie outside the codebook.
         """
-        grids, codebook = schedule.split(image_tokens), self.codebook
+        codebook = self.codebook
+        grids = schedule.split(image_tokens.to(codebook.device))
         if image_tokens.numel() and not 0 <= int(image_tokens.min()) <= int(image_tokens.max()) < len(codebook):
             raise ValueError(
                 f"Codes run from 0 to {len(codebook) - 1}, got {int(image_tokens.min())} to "
@@ -277,15 +280,15 @@ class NextFlowVQQuantizer(nn.Module):
 
     @property
     def distance_weights(self) -> torch.Tensor:
-        """(C,) what each channel's squared difference weighs in a distance."""
+        """(C,) what each channel's squared difference weighs in a distance, on the CPU."""
         config = self.config
         weights = [config.semantic_distance_weight] * config.semantic_code_dim
         weights += [config.pixel_distance_weight] * config.pixel_code_dim
-        return self.semantic_codebook.weight.new_tensor(weights, dtype=torch.float32)
+        return torch.tensor(weights)
 
     @outside_of_autocast
     @torch.no_grad()
     def distances(self, vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
         """Weighted sum (n, V) of the two squared distances; without the vectors' own norms, which no code changes."""
-        weighted = codebook * self.distance_weights
+        weighted = codebook * self.distance_weights.to(codebook.device)
         return torch.addmm((weighted * codebook).sum(-1), vectors, weighted.T, alpha=-2)

@@ -21,6 +21,7 @@ from .generation_nextflow import ImageGenerationOutput
 from .image_processing_nextflow import OUTPUT_TYPES
 from .likelihood import score_answers
 from .modeling_nextflow import NextFlowForConditionalGeneration
+from .pipeline_calls import PipelineCallsMixin
 from .processing_nextflow import NextFlowProcessor
 from .region_editing import KeptRegion
 from .sampling_nextflow import ImageSampling, PerScale, check_generators
@@ -80,7 +81,7 @@ class NextFlowPipelineOutput(BaseOutput):
     candidate_scores: torch.Tensor | None = None
 
 
-class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
+class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline):
     """Draws pictures from prompts and from other pictures, films, and answers in text and pictures.
 
     >>> pipe = NextFlowPipeline.from_pretrained("checkpoints/nextflow-shapes")
@@ -100,7 +101,6 @@ class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
     def __init__(self, model: NextFlowForConditionalGeneration, processor: NextFlowProcessor):
         super().__init__()
         self.register_modules(model=model, processor=processor)
-        self._interrupt = False
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> NextFlowPipeline:
@@ -156,11 +156,6 @@ class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
         # Where a `pipeline.py` lies beside the index, `DiffusionPipeline` takes the class from it.
         index = json.loads(super().to_json_string()) | {"_class_name": ["pipeline", type(self).__name__]}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether a callback has asked, by `pipe._interrupt = True`, to stop after the scale at hand."""
-        return self._interrupt
 
     def check_inputs(
         self,
@@ -290,49 +285,47 @@ class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
             self._check_reads("To rank candidates without a candidate_scorer")
         request = request.repeat(num_images_per_prompt * num_candidates)
 
-        # 2. The scale loop
-        self._interrupt = False
-        self._onload()
-        with self.progress_bar(total=max(schedule.num_scales for schedule in request.schedules)) as progress_bar:
+        with self._call():
+            # 2. The scale loop
+            with self.progress_bar(total=max(schedule.num_scales for schedule in request.schedules)) as progress_bar:
 
-            def after_scale(model, scale: int, state: ScaleState) -> bool:
-                progress_bar.update()
-                if callback_on_step_end is not None:
-                    wanted = self._callback_kwargs(state, callback_on_step_end_tensor_inputs, output_type)
-                    callback_on_step_end(self, scale, scale, wanted)
-                return not self._interrupt
+                def after_scale(model, scale: int, state: ScaleState) -> bool:
+                    progress_bar.update()
+                    if callback_on_step_end is not None:
+                        wanted = self._callback_kwargs(state, callback_on_step_end_tensor_inputs, output_type)
+                        callback_on_step_end(self, scale, scale, wanted)
+                    return not self.interrupt
 
-            options = {"sampling": sampling, "generator": generator, "callback": after_scale}
-            if think:
-                drawn, thoughts = self._think(request, max_thought_tokens, thought_temperature, options)
-            else:
-                drawn, thoughts = self.model.generate_images(**self._drawing_inputs(request, sampling), **options), None
+                options = {"sampling": sampling, "generator": generator, "callback": after_scale}
+                inputs, thoughts = self._drawing_inputs(request, sampling), None
+                if think:
+                    drawn, thoughts = self._think(request, inputs, max_thought_tokens, thought_temperature, options)
+                else:
+                    drawn = self.model.generate_images(**inputs, **options)
 
-        # 3. The best candidates
-        image_tokens, grids, scores = drawn.image_tokens, drawn.image_grids, None
-        if num_candidates > 1:
-            best = torch.arange(0, len(image_tokens), num_candidates, device=image_tokens.device)
-            if not self._interrupt:
-                scorer = candidate_scorer or caption_scorer
-                scores = _checked_scores(scorer(self, image_tokens, grids, request.prompts), len(image_tokens))
-                scores = scores.view(-1, num_candidates)
-                best = best + scores.argmax(1).to(best.device)
-            image_tokens, grids, request = image_tokens[best], grids[best], request.select(best.tolist())
-            thoughts = None if thoughts is None else [thoughts[index] for index in best.tolist()]
+            # 3. The best candidates
+            image_tokens, grids, scores = drawn.image_tokens, drawn.image_grids, None
+            if num_candidates > 1:
+                best = torch.arange(0, len(image_tokens), num_candidates, device=image_tokens.device)
+                if not self.interrupt:
+                    scorer = candidate_scorer or caption_scorer
+                    scores = _checked_scores(scorer(self, image_tokens, grids, request.prompts), len(image_tokens))
+                    scores = scores.view(-1, num_candidates)
+                    best = best + scores.argmax(1).to(best.device)
+                image_tokens, grids, request = image_tokens[best], grids[best], request.select(best.tolist())
+                thoughts = None if thoughts is None else [thoughts[index] for index in best.tolist()]
 
-        # 4. Pixels
-        pixels = self.model.decode_image_tokens(image_tokens, grids)
-        if paste_back:
-            pixels = [
-                torch.where(r.to(p.device), p, own.to(p)) for r, p, own in zip(request.regions, pixels, request.pixels)
-            ]
-        output = NextFlowPipelineOutput(self._images(pixels, output_type), image_tokens, thoughts, scores)
-        self.maybe_free_model_hooks()
+            # 4. Pixels
+            pixels = self.model.decode_image_tokens(image_tokens, grids)
+            if paste_back:
+                drawn_and_own = zip(request.regions, pixels, request.pixels)
+                pixels = [torch.where(r.to(p.device), p, own.to(p)) for r, p, own in drawn_and_own]
+            output = NextFlowPipelineOutput(self._images(pixels, output_type), image_tokens, thoughts, scores)
         return output if return_dict else output.to_tuple()
 
     def _drawing_inputs(self, request: DrawingRequest, sampling: ImageSampling) -> dict:
         """Arguments of `generate_images`."""
-        device, patch_size = self._execution_device, self.processor.image_processor.patch_size
+        device, patch_size = self.model.device, self.processor.image_processor.patch_size
         inputs = self.processor.apply_image_prompt(request.prompts, request.images).to(device)
         inputs["image_sizes"] = [schedule.image_size(patch_size) for schedule in request.schedules]
         inputs |= self._negative_inputs(request, sampling)
@@ -361,14 +354,16 @@ class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
         for name, images in inputs.items():
             prompts = self.processor.apply_image_prompt(request.negative_prompts, images, allow_empty=True)
             for part in ("input_ids", "attention_mask"):
-                result[f"{name}_{part}"] = prompts[part].to(self._execution_device)
+                result[f"{name}_{part}"] = prompts[part].to(self.model.device)
         return result
 
-    def _think(self, request: DrawingRequest, max_thought_tokens: int, temperature: float, options: dict):
+    def _think(
+        self, request: DrawingRequest, inputs: dict, max_thought_tokens: int, temperature: float, options: dict
+    ) -> tuple[ImageGenerationOutput, list[str]]:
         """Reasoning, then a picture, on one cache; the pictures and the reasonings."""
-        processor, inputs = self.processor, self._drawing_inputs(request, options["sampling"])
+        processor = self.processor
         inputs |= processor.apply_image_prompt(request.prompts, request.images, answer=processor.think_prefix).to(
-            self._execution_device
+            self.model.device
         )
         output = self.model.generate_interleaved(
             **inputs, **options, min_images=1, max_images=1, max_new_tokens=max_thought_tokens, do_sample=True,
@@ -386,12 +381,6 @@ class NextFlowPipeline(ConversationMixin, DiffusionPipeline):
         given = {name: value for name, value in given.items() if value is not None}
         own = self.model.default_editing_sampling if after_pictures else self.model.default_image_sampling
         return replace(own, **given)
-
-    def _onload(self):
-        # Offloading moves a model to its device when `forward` is called, which drawing never does.
-        hook = getattr(self.model, "_hf_hook", None)
-        if hook is not None:
-            hook.pre_forward(self.model)
 
     def _images(self, pixels: list[torch.Tensor], output_type: str) -> Images:
         images = self.processor.post_process_images(pixels, output_type)

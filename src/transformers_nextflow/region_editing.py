@@ -108,4 +108,5 @@ class KeptRegion:
         """σ² (b,): of what the tokenizer's own codes leave over after a scale, per channel and cell."""
         own = torch.stack([self.own_codes[row][: schedule.offsets[scale + 1]] for row in self._numbers(rows)])
         squares = self._rest(own, rows, schedule).square().movedim(1, -1)
-        return NOISE_SHARE * (squares * self.quantizer.distance_weights).mean((1, 2, 3)).clamp_min(1e-6)
+        weights = self.quantizer.distance_weights.to(squares.device)
+        return NOISE_SHARE * (squares * weights).mean((1, 2, 3)).clamp_min(1e-6)

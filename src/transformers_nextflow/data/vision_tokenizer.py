@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..configuration_nextflow import NextFlowVQConfig
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import CODE_PARTS, NextFlowVQModel
+from ..offloading import onloaded
 
 
 # Settings of decoders and of training; all others may change which code a picture gets.
@@ -41,7 +42,9 @@ def tokenizer_fingerprint(vq_model: NextFlowVQModel) -> str:
     config, tower = vq_model.config, vq_model.config.semantic_config
     settings = _code_settings(config) | {"semantic_config": _code_settings(tower), "tower": tower.model_type}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, weight in sorted(vq_model.state_dict().items()):
+    with onloaded(vq_model.modules()):
+        weights = vq_model.state_dict()
+    for name, weight in sorted(weights.items()):
         if name.split(".")[0] in CODE_PARTS:
             digest.update(name.encode())
             digest.update(weight.detach().cpu().float().contiguous().numpy().tobytes())
