@@ -1,6 +1,6 @@
 """Draw variations of a picture: its first scales are kept, the others drawn anew.
 
-    python pipelines/vary_image.py "a red circle" picture.png --keep-scales 4
+    python pipelines/vary_image.py "a red circle" picture.png --keep-scales 1
 
 `transformers-nextflow vary` does the same with more options.
 """
@@ -17,7 +17,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", help="what the picture shows")
     parser.add_argument("image", help="a picture file")
-    parser.add_argument("--keep-scales", type=int, default=4)
+    parser.add_argument("--keep-scales", type=int, default=1, help="fewer vary more")
+    parser.add_argument("--temperature", type=float, help="default: the checkpoint's own")
     parser.add_argument("--count", type=int, default=4)
     parser.add_argument("--output", type=Path, default=Path("variation.png"))
     parser.add_argument("--model", default="checkpoints/nextflow-shapes")
@@ -29,6 +30,7 @@ def main():
         args.prompt,
         image=args.image,
         num_kept_scales=args.keep_scales,
+        temperature=args.temperature,
         num_images_per_prompt=args.count,
         generator=[torch.Generator().manual_seed(args.seed + number) for number in range(args.count)],
     ).images

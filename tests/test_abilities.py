@@ -1,11 +1,12 @@
 """Editing, regions, variations, thinking, films, conversations, candidates: each against what it is made of."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from reference_nextflow import Picture, as_batch, code_targets, cross_entropy, quantize
 from test_generation import draw, negative, prompts, schedules_of, teacher_forced_logits
 from test_modeling import random_picture, special_tokens
@@ -227,6 +228,39 @@ def test_a_variation_keeps_the_first_scales_and_draws_the_rest(pipe):
     assert torch.equal(everything, pipe.model.get_image_tokens(**inputs))
 
 
+COLD = {"temperature": [0.7, 0.7, 0.0, 0.0], "guidance_scale": 1.0}
+
+
+def test_variations_that_cannot_differ_are_refused(pipe):
+    options = {"image": picture(1), "num_images_per_prompt": 4}
+    assert len(set(codes_of(pipe("one", num_kept_scales=1, **options, **COLD)))) > 1
+    for settings in ({"num_kept_scales": 2} | COLD, {"num_kept_scales": 3} | COLD, {"num_kept_scales": 4}):
+        with pytest.raises(ValueError, match="The 4 variations of a prompt would be one image: .* a temperature above"):
+            pipe("one", **options, **settings)
+    for settings in ({"temperature": 0.0}, {"top_k": 1}):
+        with pytest.raises(ValueError, match="would be one image"):
+            pipe("one", **options, num_kept_scales=1, **settings)
+    assert len(set(codes_of(pipe("one", num_kept_scales=2, **options, **(COLD | {"temperature": 1.0}))))) > 1
+    with pytest.raises(ValueError, match="The 2 variations"):
+        pipe("one", image=picture(1), num_candidates=2, candidate_scorer=lambda *_: [0, 1], num_kept_scales=2, **COLD)
+
+
+def codes_of(output) -> list[tuple[int, ...]]:
+    return [tuple(codes.tolist()) for codes in output.image_tokens]
+
+
+def test_variations_that_are_all_the_same_are_warned_of(pipe):
+    options = {"num_kept_scales": 1, "num_images_per_prompt": 2}
+    same = {"generator": seeds(0, 0), **options}
+    with pytest.warns(UserWarning, match="All 2 variations for prompt 0 are the same image: the first 1 scales"):
+        pipe("one", image=picture(1), **same)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe("one", image=picture(1), generator=seeds(0, 1), **options)
+    with pytest.warns(UserWarning, match="The variation for prompt 1 is the image itself"):
+        pipe(["one", "two"], image=[picture(1), picture(2, (32, 8))], num_kept_scales=4)
+
+
 # --- thinking ---
 
 
@@ -399,6 +433,45 @@ def test_films_are_written_and_read_frame_by_frame(tmp_path, suffix):
     for found, wanted in zip(read, frames):
         assert found.size == (32, 32)
         assert np.abs(np.asarray(found).astype(int) - np.asarray(wanted)).max() < 30
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".mp4"])
+@pytest.mark.parametrize("colors", ["rrgb", "rggr", "rrrr", "rr", "rrrgggr"])
+def test_films_keep_frames_that_are_equal_to_the_one_before(tmp_path, suffix, colors):
+    if suffix == ".mp4":
+        pytest.importorskip("imageio_ffmpeg")
+    named = {"r": "red", "g": "lime", "b": "blue"}
+    frames = [Image.new("RGB", (32, 32), named[color]) for color in colors]
+    write_frames(frames, tmp_path / f"film{suffix}", frames_per_second=4)
+    read = read_frames(tmp_path / f"film{suffix}")
+    assert len(read) == len(frames)
+    for found, wanted in zip(read, frames):
+        assert np.abs(np.asarray(found).astype(int) - np.asarray(wanted)).max() <= (0 if suffix == ".gif" else 4)
+    if suffix == ".gif":
+        with Image.open(tmp_path / "film.gif") as film:
+            assert [frame.info["duration"] for frame in ImageSequence.Iterator(film)] == [250] * len(frames)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_frames_of_any_mode_are_written(tmp_path, mode):
+    black, white = (Image.new("RGB", (16, 16), color).convert(mode) for color in ("black", "white"))
+    frames = [black, black, white, white, white, black]
+    write_frames(frames, tmp_path / "film.gif")
+    read = read_frames(tmp_path / "film.gif")
+    assert [frame.convert("RGB").getpixel((0, 0))[0] > 127 for frame in read] == [False, False, True, True, True, False]
+
+
+def test_noise_that_a_gif_can_only_approach_keeps_its_number_of_frames(tmp_path):
+    frames = [picture(0), picture(0), picture(1), picture(0)]
+    frames[1].putpixel((0, 0), tuple(value ^ 1 for value in frames[1].getpixel((0, 0))))
+    write_frames(frames, tmp_path / "film.gif", frames_per_second=3)
+    assert len(read_frames(tmp_path / "film.gif")) == 4
+
+
+@pytest.mark.parametrize("rate", [0, -1.0, float("nan"), 1e9])
+def test_rates_that_no_film_has_are_refused(tmp_path, rate):
+    with pytest.raises(ValueError, match="frames_per_second goes from 0.01 to 100, got"):
+        write_frames([picture(0)], tmp_path / "film.gif", frames_per_second=rate)
 
 
 def test_a_film_that_cannot_be_written_to_its_end_leaves_the_one_before(tmp_path, monkeypatch):

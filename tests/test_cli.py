@@ -167,12 +167,29 @@ def test_edit_film_vary_and_score_do_what_the_pipeline_does(checkpoint):
     assert described.exit_code == 0, described.output
 
 
+BUNDLED = Path(__file__).parents[1] / "checkpoints" / "nextflow-shapes"
+
+
+def test_variations_of_the_bundled_checkpoint_vary_or_the_message_says_why_they_cannot():
+    options = ["a red circle", "--image", "circle.png", "--model", BUNDLED]
+    assert run("generate", "a red circle", "--output", "circle.png", "--model", BUNDLED).exit_code == 0
+    result = run("vary", *options, "--output", "varied.png")
+    assert result.exit_code == 0, result.output
+    assert len({Path(f"varied-{number}.png").read_bytes() for number in range(4)}) == 4
+    assert_refused(run("vary", *options, "--keep-scales", 5), "give a temperature above 0")
+    result = run("vary", *options, "--keep-scales", 5, "--temperature", 5, "--output", "warm.png")
+    assert result.exit_code == 0 and len({Path(f"warm-{number}.png").read_bytes() for number in range(4)}) > 1
+    with pytest.warns(UserWarning, match="All 4 variations for prompt 0 are the same image"):
+        run("vary", *options, "--keep-scales", 4)
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "written"),
     [
         ("edit_image.py", ["make it red", "own.png", "--mask", "mask.png"], "edited.png"),
         ("draw_from_images.py", ["do the same", "own.png", "own.png"], "drawn.png"),
         ("vary_image.py", ["a star", "own.png", "--keep-scales", "2"], "variation-3.png"),
+        ("vary_image.py", ["a star", "own.png", "--temperature", "0.5"], "variation-3.png"),
         ("think_and_draw.py", ["a star"], "picture.png"),
         ("draw_the_best.py", ["a star", "--candidates", "2"], "picture.png"),
         ("film.py", ["a star", "--frames", "2"], "film.gif"),

@@ -5,9 +5,10 @@ import copy
 import importlib
 import sys
 
+import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from PIL import Image
 from tiny import tiny_model, tiny_processor
 
@@ -17,11 +18,14 @@ from transformers_nextflow.trainers.prefix_objective import RATIO_LEVELS, box_ma
 
 trl = pytest.importorskip("trl")
 from transformers_nextflow.trainers import NextFlowGRPOConfig, NextFlowGRPOTrainer, PictureGrids  # noqa: E402
+from transformers_nextflow.trainers.checked_reward import check_rewards  # noqa: E402
 from transformers_nextflow.trainers.grpo_config import LIKELIHOODS  # noqa: E402
+from transformers_nextflow.trainers.grpo_trainer import _value_of_prefix  # noqa: E402
 from transformers_nextflow.trainers.rollouts import as_drawn, draw_rollouts  # noqa: E402
 
 
 TEXTS = ["a red circle", "two blue squares and a green star", "how many circles are there?", "one"]
+PROMPTS = [{"prompt": text} for text in TEXTS]
 GUIDED = {"guidance_scale": 2.0, "top_k": 8, "top_p": 0.9, "temperature": 0.9}
 
 
@@ -51,7 +55,7 @@ def make_trainer(
         model or tiny_model(),
         reward,
         NextFlowGRPOConfig(output_dir=str(folder), **(values | options)),
-        train_dataset=Dataset.from_list(rows or [{"prompt": text} for text in TEXTS]),
+        train_dataset=rows if isinstance(rows, Dataset | IterableDataset) else Dataset.from_list(rows or PROMPTS),
         processing_class=tiny_processor(),
         peft_config=peft_config,
         callbacks=callbacks,
@@ -430,6 +434,8 @@ def test_a_picture_that_no_reward_scores_is_left_out_and_counted(tmp_path):
         (lambda n: [1.0] * (n - 1), "'broken' returned 7 rewards for 8 pictures"),
         (lambda n: [1.0, float("nan")] + [0.0] * (n - 2), "'broken' is nan for picture 1"),
         (lambda n: [float("inf")] * n, "'broken' is inf for picture 0"),
+        (lambda n: {index: 1.0 for index in range(n)}, "must return a list .* got dict"),
+        (lambda n: [3e38, -3e38] * (n // 2), r"'broken' is 3e\+38 for picture 0; rewards lie within ±1e\+15"),
         (lambda n: 1 / 0, "division by zero"),
     ],
 )
@@ -447,6 +453,161 @@ def test_a_broken_reward_ends_training_with_a_clear_error(is_async, answer, mess
         trainer.train()
 
 
+def test_rewards_are_lists_tensors_and_arrays_of_any_kind_of_number():
+    kinds = [
+        [1, 0.5, True, None], (np.float32(1), np.float64(0.5), np.True_, None), [torch.tensor(1), 0.5, 1, None],
+        [torch.tensor([1.0]), np.array([0.5]), 1, None], iter([1, 0.5, 1, None]),
+    ]  # fmt: skip
+    for rewards in kinds:
+        assert check_rewards("kind", rewards, 4) == [1.0, 0.5, 1.0, None]
+    for rewards in (torch.tensor([1, 0.5]), torch.tensor([[1], [0.5]], dtype=torch.bfloat16), np.array([1, 0.5])):
+        assert check_rewards("kind", rewards, 2) == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    "rewards, message",
+    [
+        ({0: 1.0, 1: 0.0}, "must return a list .* got dict"),
+        ({0.0, 1.0}, "must return a list .* got set"),
+        ("10", "must return a list .* got str"),
+        (1.0, "must return a list .* got float"),
+        (torch.tensor(1.0), "must return a list .* got Tensor"),
+        (low_codes, "must return a list .* got function"),
+        (["1", "0"], "'broken' is a str for picture 0: a text is no number"),
+        ([0.0, [1.0]], "'broken' is a list for picture 1"),
+        (torch.ones(2, 2), "'broken' is a Tensor for picture 0"),
+        (np.ones((2, 2)), "'broken' is a ndarray for picture 0"),
+        ([1j, 0], "'broken' is a complex for picture 0"),
+        ([0, 10**400], "'broken' is a int for picture 1"),
+        (torch.tensor([0.0, torch.nan]), "'broken' is nan for picture 1"),
+        ([0.0, -1e300], r"'broken' is -1e\+300 for picture 1"),
+    ],
+)
+def test_answers_that_are_no_list_of_numbers_are_refused(rewards, message):
+    with pytest.raises(ValueError, match=message):
+        check_rewards("broken", rewards, 2)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e8, 1e15])
+def test_rewards_of_any_size_teach_the_same(size, tmp_path):
+    def reward(completions, **_):
+        return [size * (index % 4) / 3 for index in range(len(completions))]
+
+    advantages = first_batch(make_trainer(tmp_path, reward=reward))["advantages"]
+    expected = torch.tensor([-1.1619, -0.3873, 0.3873, 1.1619]).repeat(2)
+    torch.testing.assert_close(advantages.sort().values, expected.sort().values, atol=0.1, rtol=0)
+
+
+def test_weights_that_bring_rewards_out_of_range_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="reward_weights must be finite numbers, got .*inf"):
+        make_trainer(tmp_path, reward_weights=[float("inf")])
+    with pytest.raises(ValueError, match="reward_weights .* bring rewards beyond .* make them smaller"):
+        first_batch(make_trainer(tmp_path, reward_weights=[1e30]))
+
+
+def test_the_soft_maximum_takes_the_smallest_eta():
+    rewards = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
+    torch.testing.assert_close(_value_of_prefix(rewards, 1e-30), torch.tensor([3.0, 5.0]))
+
+
+# First tries ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "LoRA"])
+def test_the_defaults_fit_the_model_at_hand(adapted, tmp_path):
+    # As the bundled checkpoint: the last scales take the likeliest code.
+    model = tiny_model()
+    model.generation_config.image_sampling = {"temperature": [0.7, 0.7, 0.0, 0.0]}
+    args = NextFlowGRPOConfig(output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True)
+    options = {"peft_config": lora()} if adapted else {}
+    rows = Dataset.from_dict({"prompt": TEXTS})
+    trainer = NextFlowGRPOTrainer(
+        model, low_codes, args, train_dataset=rows, processing_class=tiny_processor(), **options
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert trainer.num_prefix_scales == 2 and trainer.num_generations == trainer._train_batch_size == 16
+    assert trainer.args.learning_rate == (1e-5 if adapted else 1e-6)
+    assert args.learning_rate is None and args.num_prefix_scales is None  # the next model may ask for others
+
+
+def test_without_arguments_a_trainer_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = Dataset.from_dict({"prompt": ["one"]})
+    trainer = NextFlowGRPOTrainer(tiny_model(), low_codes, train_dataset=rows, processing_class=tiny_processor())
+    assert trainer.num_prefix_scales == 4 and len(trainer.get_train_dataloader()) == 1
+
+
+@pytest.mark.parametrize(
+    "given, batch, group, evaluated",
+    [
+        ({"per_device_train_batch_size": 8}, 8, 8, 8),
+        ({"per_device_train_batch_size": 24}, 24, 12, 12),
+        ({"num_generations": 6}, 6, 6, 6),
+        ({"num_generations": 32, "num_generations_eval": 2}, 32, 32, 2),
+        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}, 1, 8, 8),
+        ({"generation_batch_size": 64}, 16, 16, 16),
+        ({"generation_batch_size": 6}, 6, 6, 6),
+    ],
+)
+def test_what_is_not_given_of_batches_and_groups_follows_from_what_is(given, batch, group, evaluated, tmp_path):
+    config = NextFlowGRPOConfig(output_dir=str(tmp_path), use_cpu=True, **given)
+    assert (config.per_device_train_batch_size, config.num_generations) == (batch, group)
+    assert config.per_device_eval_batch_size == evaluated
+
+
+def test_evaluation_runs_with_the_defaults(tmp_path):
+    rows = Dataset.from_dict({"prompt": ["one"]})
+    args = NextFlowGRPOConfig(
+        output_dir=str(tmp_path), max_steps=1, eval_strategy="steps", eval_steps=1, num_generations=2, use_cpu=True,
+        report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    trainer = NextFlowGRPOTrainer(
+        tiny_model(), low_codes, args, train_dataset=rows, eval_dataset=rows, processing_class=tiny_processor()
+    )
+    trainer.train()
+    assert any("eval_reward" in entry for entry in trainer.state.log_history)
+
+
+def stream(rows) -> IterableDataset:
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
+@pytest.mark.parametrize("make", [Dataset.from_list, stream], ids=["table", "stream"])
+def test_fewer_prompts_than_a_batch_takes_are_refused(make, tmp_path):
+    options = {"per_device_train_batch_size": 8, "num_generations": 2}
+    rows = [{"prompt": text} for text in TEXTS]
+    assert make_trainer(tmp_path, rows=make(rows), **options)
+    for few in (rows[:3], rows[:1]):
+        with pytest.raises(ValueError, match=f"train_dataset has {len(few)} rows, but each batch takes 4 prompts"):
+            make_trainer(tmp_path, rows=make(few), **options)
+
+
+def test_rows_without_a_prompt_are_refused_by_number(tmp_path):
+    rows = [{"prompt": text, "answer": "no"} for text in TEXTS]
+    unnamed = [{"text": text} for text in TEXTS]
+    for found, message in (
+        (Dataset.from_list(unnamed), r"Row 0 of train_dataset has no 'prompt', only \['text'\]"),
+        (Dataset.from_list([*rows, {"answer": "no"}]), "rows of train_dataset: Prompt 4 must be a string, got None"),
+        (Dataset.from_list([*rows, {"prompt": " "}]), "rows of train_dataset: Prompt 4 is empty"),
+        (stream([rows[0], {"answer": "no", "prompt": None}]), "Prompt 1 must be a string, got None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, rows=found)
+    made = Dataset.from_list(rows)
+    made.set_transform(lambda batch: {"text": batch["prompt"]})
+    with pytest.raises(ValueError, match="Row 0 of train_dataset has no 'prompt'"):
+        make_trainer(tmp_path, rows=made)
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ValueError, match="Row 1 of the batch has no 'prompt'"):
+        trainer._generate_and_score_completions([{"prompt": "one"}, {"text": "two"}])
+
+
+def test_a_model_that_draws_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be a NextFlowForConditionalGeneration, .* got str"):
+        make_trainer(tmp_path, model="checkpoints/nextflow-shapes")
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -454,6 +615,9 @@ def test_a_broken_reward_ends_training_with_a_clear_error(is_async, answer, mess
         ({"num_prefix_scales": 0}, "num_prefix_scales must be at least 1"),
         ({"beta": 0.0, "fine_beta": 0.1}, "compare with a reference"),
         ({"image_sampling": {"temperature": [1.0, 1.0, 0.0, 0.0]}}, "Scale 3 is drawn at temperature 0"),
+        ({"image_sampling": {"top_k": [5, 5, 1, 1]}}, "top_k of 1: .* Set num_prefix_scales to 2, or another"),
+        ({"image_sampling": {"temperature": 0.0}, "num_prefix_scales": None}, "cannot learn. Set another temperature"),
+        ({"num_generations": None, "per_device_train_batch_size": 1}, "A batch of 1 rollouts cannot be divided"),
         ({"image_sampling": {"top_p": 2.0}}, "top_p must be above 0"),
         ({"max_prompt_length": 3}, "tokens with its pictures, and max_prompt_length is 3; shorten it"),
         ({"likelihood": "plain"}, "likelihood must be one of"),

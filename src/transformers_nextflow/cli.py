@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,9 +153,14 @@ def vary(
     prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
     image: Annotated[Path, typer.Option(help="A picture file.")],
     model: Model,
-    keep_scales: Annotated[int, typer.Option(min=1, help="The first so many scales are kept, the rest drawn anew.")],
+    keep_scales: Annotated[
+        int, typer.Option(min=1, help="The first so many scales are kept, the rest is drawn anew: fewer vary more.")
+    ] = 1,
     output: Output = Path("varied.png"),
     guidance_scale: GuidanceScale = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 takes the likeliest codes; default: the checkpoint's own.")
+    ] = None,
     num_images: NumImages = 4,
     seed: Seed = 0,
     device: Device = None,
@@ -172,6 +178,7 @@ def vary(
             image=str(image),
             num_kept_scales=keep_scales,
             guidance_scale=guidance_scale,
+            temperature=temperature,
             num_images_per_prompt=num_images,
             generator=_generators(seed, num_images),
         )
@@ -380,6 +387,7 @@ def train(
 
 def main():
     """Entry point of the console script."""
+    warnings.formatwarning = lambda message, *_, **__: f"Warning: {' '.join(str(message).split())}\n"
     app(prog_name="transformers-nextflow")
 
 

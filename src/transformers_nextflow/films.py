@@ -38,23 +38,43 @@ def read_frames(film: Film) -> list[Image.Image]:
 
 
 def write_frames(frames: Sequence[Image.Image], path: str | os.PathLike, frames_per_second: float = 2.0):
-    """Write frames as a GIF, or as an MP4, which needs the extra `video`.
+    """Write frames as a GIF, or as an MP4, which needs the extra `video`; every frame of the list is one of the file.
+
+    Args:
+        frames: images of one size.
+        frames_per_second: a GIF counts in hundredths of a second, to which a frame's time is rounded.
 
     Raises:
-        ValueError: for another extension, or no frames.
+        ValueError: for another extension, no frames, and a rate that the format does not know.
         ImportError: for an MP4 without the extra.
     """
     path, frames = Path(path), read_frames(frames)
     check_film_path(path)
+    if not 0.01 <= frames_per_second <= 100:
+        raise ValueError(f"frames_per_second goes from 0.01 to 100, got {frames_per_second}.")
     if path.suffix.lower() == ".gif":
-        duration = round(1000 / frames_per_second)
+        first, *others = _without_repetitions([_of_full_colour(frame) for frame in frames])
+        duration = 10 * round(100 / frames_per_second)
         with write_whole(path) as partial:
-            frames[0].save(partial, save_all=True, append_images=frames[1:], duration=duration, loop=0)
+            first.save(partial, save_all=True, append_images=others, duration=duration, loop=0)
     else:
         # Blocks of 16 pixels would have the encoder resize small pictures.
         arrays = [np.asarray(frame.convert("RGB")) for frame in frames]
         with write_whole(path) as partial:
             _imageio().mimwrite(partial, arrays, fps=frames_per_second, macro_block_size=1)
+
+
+def _without_repetitions(frames: Sequence[Image.Image]) -> list[Image.Image]:
+    """Frames that look the same as a GIF, none of them equal to the one before: Pillow would leave that one out.
+
+    A frame that is repeated becomes one that is transparent all over, under which the one before stays.
+    """
+    clear, written = Image.new("RGBA", frames[0].size), []
+    shown = [frame.convert("P", palette=Image.Palette.ADAPTIVE).convert("RGBA").tobytes() for frame in frames]
+    for number, frame in enumerate(frames):
+        is_repeated = number > 0 and shown[number] == shown[number - 1] and written[-1] is not clear
+        written.append(clear if is_repeated else frame)
+    return written
 
 
 def check_film_path(path: str | os.PathLike):
@@ -92,12 +112,13 @@ def _read_file(path: Path) -> list[Image.Image]:
             return [Image.fromarray(frame) for frame in _imageio().mimread(path, memtest=False)]
         with Image.open(path) as film:
             # What transparency stands for is the image processor's to say.
-            return [
-                frame.convert("RGBA" if frame.has_transparency_data else "RGB")
-                for frame in ImageSequence.Iterator(film)
-            ]
+            return [_of_full_colour(frame) for frame in ImageSequence.Iterator(film)]
     except (OSError, RuntimeError, SyntaxError) as error:
         raise ValueError(f"{path} cannot be read as a film: {error}") from error
+
+
+def _of_full_colour(frame: Image.Image) -> Image.Image:
+    return frame.convert("RGBA" if frame.has_transparency_data else "RGB")
 
 
 def _imageio():

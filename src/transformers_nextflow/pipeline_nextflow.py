@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -179,8 +180,14 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
         for name, value in (("num_images_per_prompt", num_images_per_prompt), ("num_candidates", num_candidates)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number from 1, got {value}.")
-        count = len(request.prompts) * num_images_per_prompt * num_candidates
-        check_generators(generator, count)
+        count = num_images_per_prompt * num_candidates
+        check_generators(generator, len(request.prompts) * count)
+        if (kept := request.num_kept_scales) is not None and count > 1:
+            if not all(any(sampling.is_sampled_at(scale, n) for scale in range(kept, n)) for n in counts):
+                raise ValueError(
+                    f"The {count} variations of a prompt would be one image: num_kept_scales={kept} leaves no scale "
+                    "that is drawn with chance. Keep fewer scales, or give a temperature above 0."
+                )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}.")
         if output_type != "pil" and len(set(request.schedules)) > 1:
@@ -243,7 +250,8 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
                 [`ImageSampling`]; default: the checkpoint's own, which differ where there is an `image`. A `top_k` of
                 its own is switched off by the size of the codebook.
             num_kept_scales: draw a variation of `image`: its first so many scales are kept and the rest is drawn anew.
-                The picture is not read as a part of the prompt then.
+                The picture is not read as a part of the prompt then. Fewer scales leave more to chance; several
+                variations that cannot differ are refused, and such that do not are warned of.
             paste_back: with `mask_image`, put the picture's own pixels back outside of the mask.
             think: write a reasoning first, and draw from it.
             max_thought_tokens: length of the reasoning at most.
@@ -315,6 +323,9 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
                 image_tokens, grids, request = image_tokens[best], grids[best], request.select(best.tolist())
                 thoughts = None if thoughts is None else [thoughts[index] for index in best.tolist()]
 
+            if num_kept_scales is not None and not self.interrupt:
+                self._warn_of_copies(request, image_tokens, num_images_per_prompt)
+
             # 4. Pixels
             pixels = self.model.decode_image_tokens(image_tokens, grids)
             if paste_back:
@@ -333,14 +344,32 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
             pixels = [pixels.to(device) for pixels in request.pixels]
             if request.num_kept_scales is not None:
                 codes = [
-                    self.model.vq_model.encode(own[None]).image_tokens[0, : schedule.offsets[request.num_kept_scales]]
-                    for own, schedule in zip(pixels, request.schedules)
+                    codes[: schedule.offsets[request.num_kept_scales]]
+                    for codes, schedule in zip(self._own_codes(request), request.schedules)
                 ]
                 inputs["given_image_tokens"] = pad_sequence(codes, batch_first=True, padding_value=-1)
             if request.regions is not None:
                 regions = [region.to(device) for region in request.regions]
                 inputs["region"] = KeptRegion(self.model.vq_model, pixels, regions)
         return inputs
+
+    def _own_codes(self, request: DrawingRequest) -> list[torch.Tensor]:
+        """The codes (N,) of the images that are partly kept."""
+        encode, device = self.model.vq_model.encode, self._execution_device
+        return [encode(pixels[None].to(device)).image_tokens[0] for pixels in request.pixels]
+
+    def _warn_of_copies(self, request: DrawingRequest, image_tokens: torch.Tensor, count: int):
+        """Warn of prompts whose `count` variations are all the same, or whose only one is the image itself."""
+        first = image_tokens[::count] if count > 1 else self._own_codes(request)
+        for number, (codes, other) in enumerate(zip(image_tokens.unflatten(0, (-1, count)), first)):
+            if bool((codes[:, : len(other)] == other).all()):
+                found = f"All {count} variations" if count > 1 else "The variation"
+                same = "are the same image" if count > 1 else "is the image itself"
+                warnings.warn(
+                    f"{found} for prompt {number} {same}: the first {request.num_kept_scales} scales, which are kept, "
+                    "leave little to chance. Keep fewer scales, give a higher temperature, or take another seed.",
+                    stacklevel=3,
+                )
 
     def _negative_inputs(self, request: DrawingRequest, sampling: ImageSampling) -> dict:
         """What guidance leads away from: the negative prompts with the pictures, and without them."""

@@ -87,6 +87,11 @@ class ImageSampling:
         """Temperature, top-k and top-p at a scale, as `draw_codes` takes them."""
         return {name: self.value_at(name, scale, num_scales) for name in ("temperature", "top_k", "top_p")}
 
+    def is_sampled_at(self, scale: int, num_scales: int) -> bool:
+        """Whether chance decides at a scale, counted from 0; else the likeliest codes are taken."""
+        options = self.drawing_at(scale, num_scales)
+        return options["temperature"] > 0 and options["top_k"] != 1
+
     def guidance_at(self, scale: int, num_scales: int, part: str = "guidance_scale") -> float:
         """Guidance at a scale, counted from 0; `part` is "guidance_scale" or "image_guidance_scale"."""
         guided = num_scales - self.num_unguided_scales

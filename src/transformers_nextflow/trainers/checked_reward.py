@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Set
 from functools import partial
 
 
-def check_rewards(name: str, rewards: Sequence[float | None], count: int) -> list[float | None]:
+# Beyond it, squares of rewards leave float32 when a group's standard deviation is taken, and nothing would be learned.
+LARGEST_REWARD = 1e15
+
+
+def check_rewards(name: str, rewards: Iterable[float | None], count: int) -> list[float | None]:
     """The answer of a reward function to `count` pictures as numbers; `None` leaves a picture out.
 
+    Args:
+        rewards: a list, a tensor or an array: one number, or a tensor or an array of one, for each picture in order.
+
     Raises:
-        ValueError: for an answer that is no sequence, holds another number of rewards, or one that is not finite.
+        ValueError: for another kind of answer, such as a dict, another number of rewards, and a reward that is no
+            number, not finite, or beyond 1e15.
     """
     try:
-        rewards = [None if reward is None else float(reward) for reward in rewards]
+        if isinstance(rewards, str | bytes | Set) or hasattr(rewards, "keys"):
+            raise TypeError("it has no order of pictures")
+        rewards = list(rewards)
     except TypeError as error:
         raise ValueError(
             f"The reward {name!r} must return a list with one number for each picture, or None for a picture that it "
@@ -23,13 +33,31 @@ def check_rewards(name: str, rewards: Sequence[float | None], count: int) -> lis
         ) from error
     if len(rewards) != count:
         raise ValueError(f"The reward {name!r} returned {len(rewards)} rewards for {count} pictures; return one each.")
-    for index, reward in enumerate(rewards):
-        if reward is not None and not math.isfinite(reward):
-            raise ValueError(
-                f"The reward {name!r} is {reward} for picture {index}; return finite numbers, or None for a picture "
-                "that cannot be scored."
-            )
-    return rewards
+    return [_check_reward(name, index, reward) for index, reward in enumerate(rewards)]
+
+
+def _check_reward(name: str, index: int, reward) -> float | None:
+    try:
+        # Of tensors and arrays the only element.
+        value = reward.item() if hasattr(reward, "item") else reward
+        if isinstance(value, str | bytes):
+            raise TypeError("a text is no number")
+        value = None if value is None else float(value)
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"The reward {name!r} is a {type(reward).__name__} for picture {index}: {error}; return a number, or None."
+        ) from error
+    if value is not None and not math.isfinite(value):
+        raise ValueError(
+            f"The reward {name!r} is {value} for picture {index}; return finite numbers, or None for a picture that "
+            "cannot be scored."
+        )
+    if value is not None and abs(value) > LARGEST_REWARD:
+        raise ValueError(
+            f"The reward {name!r} is {value:.3g} for picture {index}; rewards lie within ±{LARGEST_REWARD:.0e}, scale "
+            "it down."
+        )
+    return value
 
 
 def checked(function: Callable) -> Callable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -11,6 +12,7 @@ from .prefix_objective import RATIO_LEVELS
 
 
 try:
+    from accelerate.utils import get_int_from_env
     from trl import GRPOConfig
 except ImportError as error:
     raise ImportError("RL needs trl: pip install transformers-nextflow[rl]") from error
@@ -18,6 +20,8 @@ except ImportError as error:
 
 # "cond": without guidance and truncation; "guided": with guidance; "guided_truncated": the sampler's own policy.
 LIKELIHOODS = ("cond", "guided", "guided_truncated")
+# Images of a group where neither batches nor groups are given (arXiv 2601.02256); smaller batches make smaller groups.
+GROUP_SIZE = 16
 # What TRL has for texts, or for losses other than the one here.
 NOT_FOR_PICTURES = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs", "cache_implementation",
@@ -36,8 +40,12 @@ class NextFlowGRPOConfig(GRPOConfig):
     mean what they mean in TRL. What is about texts is refused when it is set.
 
     Args:
-        num_prefix_scales: the first so many scales are trained, and only they are brought through the model (the
-            paper's m); `None` for all.
+        num_generations: images of a group, which share a prompt; default: the largest number up to 16 that divides the
+            batch of rollouts.
+        per_device_train_batch_size, per_device_eval_batch_size: images of a process's batch; default: one group.
+        learning_rate: default: 1e-6, or 1e-5 where an adapter is trained.
+        num_prefix_scales: the first scales, which alone are trained and run through the model (the paper's m); default:
+            the paper's 8, or fewer where the checkpoint samples fewer before its first scale at temperature 0.
         scale_alpha: a code of an h x w grid weighs (h·w)^-scale_alpha.
         likelihood: whose probabilities are compared: "guided_truncated", those that the sampler drew from; "guided",
             without top-k and top-p; "cond", without guidance too, at a half or a third of the cost.
@@ -55,14 +63,16 @@ class NextFlowGRPOConfig(GRPOConfig):
             where it is the text that is too long, else when it is drawn.
     """
 
-    num_generations: int | None = field(default=16)
-    learning_rate: float = field(default=1e-6)
+    num_generations: int | None = field(default=None)
+    per_device_train_batch_size: int | None = field(default=None)
+    per_device_eval_batch_size: int | None = field(default=None)
+    learning_rate: float | None = field(default=None)
     adam_beta2: float = field(default=0.95)
     weight_decay: float = field(default=0.05)
     max_grad_norm: float = field(default=1.0)
     beta: float = field(default=0.01)
     disable_dropout: bool = field(default=True)
-    num_prefix_scales: int | None = field(default=8)
+    num_prefix_scales: int | None = field(default=None)
     scale_alpha: float = field(default=0.9)
     likelihood: str = field(default="guided_truncated")
     importance_sampling_level: str = field(default="token")
@@ -77,6 +87,7 @@ class NextFlowGRPOConfig(GRPOConfig):
     def __post_init__(self):
         if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
             self.bf16 = False  # TRL's default would be an error on a machine without an accelerator
+        self._fill_batches_with_groups()
         super().__post_init__()
         for name, allowed in (("likelihood", LIKELIHOODS), ("importance_sampling_level", RATIO_LEVELS)):
             if getattr(self, name) not in allowed:
@@ -88,6 +99,8 @@ class NextFlowGRPOConfig(GRPOConfig):
         for name in ("max_advantage", "continuation_eta"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if not all(map(math.isfinite, self.reward_weights or ())):
+            raise ValueError(f"reward_weights must be finite numbers, got {self.reward_weights}.")
         if self.beta == 0 and (self.fine_beta or self.drift_steps):
             raise ValueError("fine_beta and drift_steps compare with a reference, which beta=0 leaves out; set beta.")
         defaults = {f.name: f.default for f in fields(self)}
@@ -105,3 +118,26 @@ class NextFlowGRPOConfig(GRPOConfig):
                 f"where no run can go on exactly; take a multiple of {cycle} / gradient_accumulation_steps steps."
             )
         ImageSampling.from_dict(self.image_sampling or {})  # raises for values out of range
+
+    def _fill_batches_with_groups(self):
+        """Sizes of batches and groups that are not given follow from those that are: a batch holds whole groups."""
+        processes = get_int_from_env(("WORLD_SIZE",), 1)
+        if self.per_device_train_batch_size is None:
+            group = self.num_generations or GROUP_SIZE
+            share = group if self.generation_batch_size is None else self.generation_batch_size // processes
+            self.per_device_train_batch_size = _largest_divisor(share, group)
+        if self.num_generations is None:
+            steps = self.steps_per_generation or self.gradient_accumulation_steps
+            batch = self.generation_batch_size or self.per_device_train_batch_size * processes * steps
+            self.num_generations = _largest_divisor(batch, GROUP_SIZE)
+            if self.num_generations == 1:
+                raise ValueError(
+                    f"A batch of {batch} rollouts cannot be divided into groups of 2 to {GROUP_SIZE}; give another "
+                    "per_device_train_batch_size, or num_generations."
+                )
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = self.num_generations_eval or self.num_generations
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return next((divisor for divisor in range(min(number, most), 1, -1) if number % divisor == 0), 1)

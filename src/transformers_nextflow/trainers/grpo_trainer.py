@@ -14,12 +14,14 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from torch import nn
 
+from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..prefix_likelihood import PrefixColumns, PrefixLogProbabilities, prefix_log_probabilities
 from ..processing_nextflow import NextFlowProcessor
 from ..sampling_nextflow import ImageSampling
-from .checked_reward import checked
+from .checked_reward import LARGEST_REWARD, checked
 from .grpo_config import NextFlowGRPOConfig
 from .prefix_objective import Box, box_mask, drift, policy_terms, scale_shares
+from .prompt_rows import check_dataset, check_rows
 from .rollouts import Rollout, as_drawn, check_lengths, continue_rollouts, draw_rollouts
 from .trained_weights import TrainedInFloat32Mixin, check_trained_weights, place_vision_tokenizer
 
@@ -33,6 +35,8 @@ except ImportError as error:
 
 
 IMAGE_COLUMNS = ("image", "images")
+# The paper's m, of 18 scales.
+MOST_PREFIX_SCALES = 8
 
 
 class PromptSampler(RepeatSampler):
@@ -67,8 +71,9 @@ class NextFlowGRPOTrainer(TrainedInFloat32Mixin, GRPOTrainer):
         Others: as in TRL.
 
     Raises:
-        ValueError: for settings that do not fit the model, weights to be trained that are not float32, too long a
-            prompt, and rewards that are no numbers.
+        ValueError: for settings or a processor that do not fit the model, weights to be trained that are not float32,
+            fewer prompts than a batch takes, a row without a prompt, too long a prompt, and rewards that are no
+            numbers.
     """
 
     args: NextFlowGRPOConfig
@@ -90,14 +95,22 @@ class NextFlowGRPOTrainer(TrainedInFloat32Mixin, GRPOTrainer):
         boxes_func: Callable | None = None,
         **kwargs,
     ):
-        args = args or NextFlowGRPOConfig(output_dir="nextflow-grpo")
+        # A copy, in which what is not set is filled in to fit the model.
+        args = copy.copy(args or NextFlowGRPOConfig(output_dir="nextflow-grpo"))
         if not isinstance(processing_class, NextFlowProcessor):
             raise ValueError(f"processing_class must be a NextFlowProcessor, got {type(processing_class).__name__}.")
-        base_model = _base_model(model)
+        base_model = _base_model(model) if isinstance(model, nn.Module) else model
+        if not isinstance(base_model, NextFlowForConditionalGeneration):
+            raise ValueError(
+                "model must be a NextFlowForConditionalGeneration, or a PEFT model around it, got "
+                f"{type(base_model).__name__}."
+            )
         self.sampling = base_model.default_image_sampling
         if args.image_sampling is not None:
             self.sampling = ImageSampling.from_dict(args.image_sampling)
-        self.num_prefix_scales = _check_prefix(args.num_prefix_scales, base_model, self.sampling)
+        self.num_prefix_scales = args.num_prefix_scales = _prefix(args.num_prefix_scales, base_model, self.sampling)
+        if train_dataset is not None:
+            check_dataset("train_dataset", train_dataset, args.generation_batch_size // args.num_generations)
         self.boxes_func = boxes_func
         # The batch at hand: TRL's methods, which call ours, hand on token ids alone.
         self._inputs: list[dict] = []
@@ -109,18 +122,17 @@ class NextFlowGRPOTrainer(TrainedInFloat32Mixin, GRPOTrainer):
             check_trained_weights(model, args)
         trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
         is_adapted = peft_config is not None or is_peft_model(model)
+        if args.learning_rate is None:
+            args.learning_rate = 1e-5 if is_adapted else 1e-6
         reference = None if is_adapted or args.beta == 0 else _frozen_copy(model)
         # TRL would load the reference by the name of the model, which one made in memory has none of.
         beta, args.beta = args.beta, args.beta if is_adapted else 0.0
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        try:
-            super().__init__(
-                model=model, reward_funcs=[checked(function) for function in reward_funcs], args=args,
-                train_dataset=train_dataset, processing_class=processing_class, peft_config=peft_config, **kwargs,
-            )  # fmt: skip
-        finally:
-            args.beta = beta  # also for the next attempt, after an error
-        self.beta = beta
+        super().__init__(
+            model=model, reward_funcs=[checked(function) for function in reward_funcs], args=args,
+            train_dataset=train_dataset, processing_class=processing_class, peft_config=peft_config, **kwargs,
+        )  # fmt: skip
+        self.beta = args.beta = beta
         if args.deepspeed_plugin is None:
             for parameter in self.model.parameters():
                 if parameter.requires_grad and parameter.dtype == torch.bfloat16:
@@ -151,6 +163,7 @@ class NextFlowGRPOTrainer(TrainedInFloat32Mixin, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
         # TRL scores, compares and logs; it sees no pictures of prompts, which are ours to read.
+        check_rows("the batch", inputs)
         self._inputs = inputs
         hidden = [{name: value for name, value in row.items() if name not in IMAGE_COLUMNS} for row in inputs]
         output = super()._generate_and_score_completions(hidden)
@@ -195,6 +208,11 @@ class NextFlowGRPOTrainer(TrainedInFloat32Mixin, GRPOTrainer):
                 others, pictures = continue_rollouts(model, self.processing_class, begun, self.sampling)
             rewards.append(super()._calculate_rewards(rows, prompts, pictures, _codes(others)))
         self._rewards = _value_of_prefix(torch.stack(rewards), self.args.continuation_eta)
+        if bool(((self._rewards * self.reward_weights.to(self._rewards)).abs() > LARGEST_REWARD).any()):
+            raise ValueError(
+                f"reward_weights {self.reward_weights.tolist()} bring rewards beyond ±{LARGEST_REWARD:.0e}; make them "
+                "smaller."
+            )
         for name, column in zip(self.reward_func_names, self._rewards.T):
             self._metrics[self._mode][f"rewards/{name}/skipped"].append(column.isnan().float().mean().item())
         if self.boxes_func is not None:
@@ -204,8 +222,9 @@ class NextFlowGRPOTrainer(TrainedInFloat32Mixin, GRPOTrainer):
         return self._rewards
 
     def _codes_in_boxes(self, boxes: Sequence[Sequence[Box] | None]) -> list[torch.Tensor]:
-        if len(boxes) != len(self._rollouts):
-            raise ValueError(f"boxes_func returned {len(boxes)} lists for {len(self._rollouts)} pictures.")
+        if not isinstance(boxes, list | tuple) or len(boxes) != len(self._rollouts):
+            found = f"{len(boxes)} lists" if isinstance(boxes, list | tuple) else f"a {type(boxes).__name__}"
+            raise ValueError(f"boxes_func returned {found} for {len(self._rollouts)} pictures; return one each.")
         return [
             torch.ones(r.schedule.num_tokens, dtype=torch.bool) if own is None else box_mask(own, r.schedule)
             for own, r in zip(boxes, self._rollouts)
@@ -347,7 +366,8 @@ def _codes(rollouts: Sequence[Rollout]) -> list[list[int]]:
 
 def _value_of_prefix(rewards: torch.Tensor, eta: float) -> torch.Tensor:
     """Rewards (K, …) of pictures that go on from one prefix → what the prefix is worth; a single one is its reward."""
-    return rewards[0] if len(rewards) == 1 else eta * ((rewards / eta).logsumexp(0) - math.log(len(rewards)))
+    best = rewards.amax(0)  # from which the others are counted, so that no quotient overflows
+    return best + eta * (((rewards - best) / eta).logsumexp(0) - math.log(len(rewards)))
 
 
 def _base_model(model: nn.Module) -> nn.Module:
@@ -360,16 +380,19 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(model.vq_model): model.vq_model}).requires_grad_(False).eval()
 
 
-def _check_prefix(num_scales: int | None, model: nn.Module, sampling: ImageSampling) -> int:
+def _prefix(asked: int | None, model: nn.Module, sampling: ImageSampling) -> int:
+    """How many scales are trained. Raises `ValueError` for more than the model draws, and for one without chance."""
     most = len(model.config.vq_config.scales)
-    num_scales = most if num_scales is None else num_scales
-    if num_scales > most:
-        raise ValueError(f"num_prefix_scales is {num_scales}, but the model draws in {most}; take at most so many.")
-    for _, count in model.config.vq_config.scale_schedules.levels:
-        for scale in range(min(num_scales, count)):
-            if sampling.value_at("temperature", scale, count) == 0:
-                raise ValueError(
-                    f"Scale {scale + 1} is drawn at temperature 0: all pictures of a group take the same codes, and it "
-                    f"cannot learn. Set num_prefix_scales to {scale}, or another temperature in image_sampling."
-                )
-    return num_scales
+    count = min(MOST_PREFIX_SCALES, most) if asked is None else asked
+    if count > most:
+        raise ValueError(f"num_prefix_scales is {count}, but the model draws in {most}; take at most so many.")
+    for _, num_scales in model.config.vq_config.scale_schedules.levels:
+        certain = [scale for scale in range(min(count, num_scales)) if not sampling.is_sampled_at(scale, num_scales)]
+        if certain and (asked is not None or certain[0] == 0):
+            fewer = f"Set num_prefix_scales to {certain[0]}, or" if certain[0] else "Set"
+            raise ValueError(
+                f"Scale {certain[0] + 1} is drawn at temperature 0, or with a top_k of 1: all images of a group take "
+                f"the same codes, and it cannot learn. {fewer} another temperature and top_k in image_sampling."
+            )
+        count = min([count, *certain])
+    return count
