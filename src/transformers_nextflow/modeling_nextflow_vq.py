@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel, SiglipVisionConfig
 from transformers import initialization as init
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowVQConfig
 from .multiscale_quantizer import NextFlowVQQuantizer, SelfCorrection, resample
@@ -87,6 +87,11 @@ class NextFlowVQPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     ]
     # The paper quantises in float32 whatever the rest runs in.
     _keep_in_fp32_modules_strict = ["quantizer"]
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers takes a class of this file called attention (VQGAN's, which has only one kind) for a model's own.
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -228,6 +233,7 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         """The teacher's features (B, h, w, D) from a sum of code vectors (B, C, h, w)."""
         return self.semantic_decoder(features[:, : self.config.semantic_code_dim].to(self.dtype)).float()
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor,
