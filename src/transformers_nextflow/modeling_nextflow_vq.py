@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel, SiglipVisionConfig
 from transformers import initialization as init
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowVQConfig
 from .multiscale_quantizer import (
@@ -97,6 +97,11 @@ class NextFlowVQPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTra
     _keep_in_fp32_modules_strict = list(CODE_PARTS)
     # What quantisation leaves out, whatever its config says.
     _keep_in_fp32_modules = list(CODE_PARTS)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers takes a class of this file called attention (VQGAN's, which has only one kind) for a model's own.
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -274,6 +279,7 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         semantic = _as_weights_of(self.semantic_decoder, features[:, : self.config.semantic_code_dim])
         return self.semantic_decoder(semantic).float()
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor,

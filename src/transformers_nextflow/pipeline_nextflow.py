@@ -53,6 +53,15 @@ def caption_scorer(pipe: NextFlowPipeline, image_tokens, image_grids, prompts: l
     return scores.text / scores.num_text_tokens
 
 
+def _dtype_of_model(dtype):
+    """The model's part of a `dtype` that names components."""
+    if not isinstance(dtype, dict):
+        return dtype
+    if unknown := sorted(dtype.keys() - {"model", "processor", "default"}):
+        raise ValueError(f"A dict of dtype names model, processor or default, got {unknown[0]!r}.")
+    return dtype.get("model", dtype.get("default", torch.float32))
+
+
 def _checked_scores(scores: Sequence[float] | torch.Tensor, count: int) -> torch.Tensor:
     """Raises `ValueError` for anything but a finite number for each candidate."""
     try:
@@ -114,14 +123,16 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
         Args:
             pretrained_model_name_or_path: a folder or a repository of the Hub.
             model, processor: components to use in place of the folder's.
-            kwargs: options of transformers' `from_pretrained`: `dtype`, `device_map`, `revision`, `token`, …
+            kwargs: options of transformers' `from_pretrained`: `dtype`, `device_map`, `revision`, `token`, … As in
+                diffusers `dtype` may be a dict with a type for "model" or "default".
 
         Raises:
             OSError: if there is no such folder, or files are missing in it.
-            ValueError: for a `subfolder`.
+            ValueError: for a `subfolder`, or a `dtype` of a component that is not there.
         """
         if "subfolder" in kwargs:
             raise ValueError(f"A pipeline is a whole folder, got subfolder={kwargs['subfolder']!r}; load its parts.")
+        kwargs |= {name: _dtype_of_model(kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
         path, hub_options = pretrained_model_name_or_path, {k: v for k, v in kwargs.items() if k in HUB_OPTIONS}
         model, processor = kwargs.pop("model", None), kwargs.pop("processor", None)
 

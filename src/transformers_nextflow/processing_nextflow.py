@@ -27,7 +27,7 @@ class NextFlowProcessor(ProcessorMixin):
         caption_request: what a user asks to have a picture described, as the model was trained on it.
     """
 
-    text_kwargs = {"padding": False, "padding_side": "left"}
+    text_kwargs = {"padding_side": "left"}
 
     def __init__(
         self,
