@@ -37,7 +37,7 @@ from transformers_nextflow.trainers import (
 
 SIDES, LEVEL_SIDES = (1, 2, 3, 4, 6), (4, 6)
 TARGET = 1e-5
-ROWS = 4
+KINDS, ROWS = ("text", "images", "mixture"), 4
 TRAINERS = {"NextFlowTrainer": NextFlowTrainer, "Trainer": Trainer}
 
 
@@ -101,8 +101,8 @@ def in_packs(rows: list[dict], processor: NextFlowProcessor) -> list[list[dict]]
     return [packs[index] for index in range(len(packs))]
 
 
-def difference(kind: str, read_last_scale: bool, packed: bool, trainer: str, folder: str) -> float:
-    """The relative difference of a divided step to the undivided one, in as many processes as there are."""
+def difference(kind: str, read_last_scale: bool, packed: bool, trainer: str, processes: int, folder: str) -> float:
+    """The relative difference of a step that this process, one of `processes`, takes part in to the undivided one."""
     model, processor = make_model(read_last_scale)
     collator, rows = NextFlowCollator(processor), make_rows(processor, kind)
     model(**collator([rows] if packed else rows)).loss.backward()
@@ -110,6 +110,8 @@ def difference(kind: str, read_last_scale: bool, packed: bool, trainer: str, fol
     model.zero_grad()
     data, kept = in_packs(rows, processor) if packed else rows, KeepGradients()
     options = {"remove_unused_columns": False} if trainer == "Trainer" else {}
+    if processes > 1:
+        options["ddp_backend"] = "gloo"
     args = (TrainingArguments if trainer == "Trainer" else NextFlowTrainingArguments)(
         output_dir=folder,
         max_steps=1,
@@ -120,7 +122,6 @@ def difference(kind: str, read_last_scale: bool, packed: bool, trainer: str, fol
         save_strategy="no",
         logging_strategy="no",
         use_cpu=True,
-        ddp_backend="gloo",
         disable_tqdm=True,
         report_to=[],
         **options,
@@ -132,11 +133,11 @@ def difference(kind: str, read_last_scale: bool, packed: bool, trainer: str, fol
 def differences(processes: int, folder: str) -> dict[str, float]:
     """All cases, by name."""
     values = {}
-    cases = list(itertools.product(("text", "images", "mixture"), (False, True), (False, True), TRAINERS))
+    cases = list(itertools.product(KINDS, (False, True), (False, True), TRAINERS))
     for kind, read_last_scale, packed, trainer in tqdm(cases, unit="case", desc=f"{processes} processes"):
         name = f"{kind}, {'last scale read' if read_last_scale else 'last scale not read'}, "
         name += f"{'packed' if packed else 'padded'}, {processes} processes, {trainer}"
-        values[name] = difference(kind, read_last_scale, packed, trainer, folder)
+        values[name] = difference(kind, read_last_scale, packed, trainer, processes, folder)
     return values
 
 

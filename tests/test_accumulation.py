@@ -13,6 +13,7 @@ from test_trainer import codes, conversation, drawing, question, text
 from tiny import free_port, tiny_model, tiny_processor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from transformers_nextflow.adapters import lora_config
 from transformers_nextflow.trainers import (
     NextFlowCollator,
     NextFlowTrainer,
@@ -166,6 +167,17 @@ def test_micro_batches_have_the_gradient_of_the_undivided_batch(kind, read_last_
     with torch.no_grad():
         output = model(**collator(rows))
     assert log[0]["loss"] == pytest.approx(float(output.loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("trainer", [NextFlowTrainer, Trainer])
+def test_micro_batches_of_an_adapter_have_the_gradient_of_the_undivided_batch(trainer, tmp_path):
+    peft = pytest.importorskip("peft")
+    model, processor = tiny_model(), tiny_processor()
+    config = lora_config(model, rank=2, init_lora_weights=False, new_token_ids=[20])
+    model = peft.get_peft_model(model, config)
+    collator, rows = NextFlowCollator(processor), rows_of("mixture", processor)
+    (gradients,), _ = train(tmp_path, model, rows, collator, trainer)
+    assert relative_difference(gradients, undivided(model, collator(rows))) < 1e-6
 
 
 def test_the_last_micro_batches_of_an_epoch_are_a_batch_of_their_own(tmp_path):

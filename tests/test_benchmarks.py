@@ -14,6 +14,7 @@ from transformers_nextflow.evaluation import results
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import accumulation  # noqa: E402
 import backbone  # noqa: E402
 import continue_after_image  # noqa: E402
 import drawing_on_gpu  # noqa: E402
@@ -235,3 +236,19 @@ def test_every_packing_has_all_samples_and_keeps_its_budget(monkeypatch):
 
 def test_the_wait_is_that_of_the_faster_of_two_workers():
     assert packing.wait([1, 2, 4, 4, 9, 1]) == pytest.approx((1 / 2 + 0) / 2)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_step_in_parts_is_compared_with_the_undivided_one(counted, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.setattr(accumulation, "KINDS", ("mixture",))
+    monkeypatch.setattr(accumulation, "TRAINERS", {"NextFlowTrainer": accumulation.NextFlowTrainer})
+    monkeypatch.setattr(accumulation, "in_processes", lambda count: accumulation.differences(count, str(tmp_path)))
+    if not counted:
+        monkeypatch.setattr(accumulation.NextFlowTrainer, "_get_num_items_in_batch", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["accumulation.py", "--processes", "1", "--results", str(tmp_path)])
+    accumulation.main()
+    written = json.loads((tmp_path / "accumulation.json").read_text())
+    differences = written["relative_differences"]
+    assert len(differences) == 4 and max(differences.values()) == written["largest_relative_difference"]
+    assert all(value < 1e-6 if counted else value > 0.1 for value in differences.values())

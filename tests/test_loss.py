@@ -9,6 +9,7 @@ from test_modeling import LEVELS, ragged_batch, random_picture, special_tokens
 from tiny import free_port, tiny_model
 
 from transformers_nextflow import fused_cross_entropy, sequence_layout
+from transformers_nextflow.likelihood import log_likelihoods
 from transformers_nextflow.scale_schedule import BASE_GRIDS
 
 
@@ -131,6 +132,21 @@ def test_padding_changes_nothing_wherever_it_stands(with_image, read_last_scale,
     for other in losses[1:]:
         for value, expected in zip(other, losses[0]):
             torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("read_last_scale", [False, True])
+def test_likelihoods_of_padded_rows_are_those_of_single_ones(read_last_scale):
+    model = tiny_model(read_last_scale=read_last_scale)
+    _, inputs = ragged_batch(model.config)
+    found, images = log_likelihoods(model, labels=all_labels(inputs), **inputs), 0
+    for row, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"].bool())):
+        own, ids = slice(images, images + int((ids == model.config.eoi_token_id).sum())), ids[mask][None]
+        single = log_likelihoods(
+            model, ids, ids, image_tokens=inputs["image_tokens"][own], image_grids=inputs["image_grids"][own]
+        )
+        images = own.stop
+        for name in ("text", "image", "num_text_tokens", "num_image_tokens"):
+            torch.testing.assert_close(getattr(found, name)[row], getattr(single, name)[0], atol=1e-4, rtol=1e-5)
 
 
 def test_an_end_of_an_image_among_the_pads_is_none():
