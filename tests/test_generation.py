@@ -7,7 +7,7 @@ from test_modeling import ATTENTIONS, LEVELS, attention, random_picture, special
 from tiny import tiny_model
 from transformers import GenerationConfig
 
-from transformers_nextflow import ImageSampling
+from transformers_nextflow import ImageSampling, sampling_nextflow
 from transformers_nextflow.sampling_nextflow import draw_codes, truncate_logits
 
 
@@ -229,6 +229,20 @@ def test_truncated_probabilities_equal_the_reference(settings):
     many = logits[:1].expand(20000, -1)
     codes = draw_codes(many, **settings, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(torch.bincount(codes, minlength=12) / 20000, expected[0], atol=0.015)
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-24], ids=["smallest", "largest"])
+def test_every_random_number_samples_a_code_that_is_allowed(number, monkeypatch):
+    monkeypatch.setattr(sampling_nextflow, "_random_numbers", lambda shape, *_: torch.full(shape, number))
+    logits = torch.randn(200, 1000, generator=torch.Generator().manual_seed(0))
+    for settings in ({"top_k": 3}, {"top_p": 0.5}, {"top_k": 500, "top_p": 0.9}):
+        codes = draw_codes(logits, **settings)
+        assert truncate_logits(logits, **settings).gather(-1, codes[:, None]).isfinite().all()
+
+
+def test_codes_that_reach_top_p_exactly_are_enough():
+    assert truncate_logits(torch.zeros(4), top_p=0.5).isfinite().sum() == 2
+    assert truncate_logits(torch.zeros(4), top_p=0.51).isfinite().sum() == 3
 
 
 def test_callback_sees_previews_that_end_in_the_picture():

@@ -19,7 +19,7 @@ def model():
     return tiny_model()
 
 
-def with_pictures(model, rows=slice(None)) -> dict[str, torch.Tensor]:
+def with_images(model, rows=slice(None)) -> dict[str, torch.Tensor]:
     return as_batch(text_rows(model.config)[rows], *special_tokens(model.config))[1]
 
 
@@ -40,7 +40,7 @@ def works_or_is_refused(call, expected: torch.Tensor, *words: str):
 def test_all_that_is_asked_for_comes_with_its_shape(use_cache):
     model = tiny_model()
     model.set_attn_implementation("eager")
-    inputs = with_pictures(model)
+    inputs = with_images(model)
     wanted = ("scores", "logits", "attentions", "hidden_states")
     options = GREEDY | {f"output_{name}": True for name in wanted}
     output = model.generate(**inputs, **options, use_cache=use_cache, return_dict_in_generate=True)
@@ -61,7 +61,7 @@ def test_all_that_is_asked_for_comes_with_its_shape(use_cache):
 
 
 def test_a_seed_gives_its_sample_and_another_another(model):
-    inputs = with_pictures(model)
+    inputs = with_images(model)
 
     def sample(seed):
         torch.manual_seed(seed)
@@ -71,7 +71,7 @@ def test_a_seed_gives_its_sample_and_another_another(model):
 
 
 def test_beams_can_be_sampled_and_keep_their_prompts(model):
-    inputs = with_pictures(model)
+    inputs = with_images(model)
     torch.manual_seed(0)
     written = model.generate(**inputs, **GREEDY | {"do_sample": True}, num_beams=3, num_return_sequences=2)
     prompts = inputs["input_ids"].repeat_interleave(2, 0)
@@ -82,7 +82,7 @@ def test_beams_can_be_sampled_and_keep_their_prompts(model):
 
 
 def test_lengths_are_kept(model):
-    inputs = with_pictures(model)
+    inputs = with_images(model)
     length = inputs["input_ids"].shape[1]
     options = {"do_sample": False}
     assert model.generate(**inputs, **options, max_length=length + 2, eos_token_id=None).shape[1] == length + 2
@@ -92,7 +92,7 @@ def test_lengths_are_kept(model):
 
 
 def test_a_row_that_has_ended_is_padded_and_the_others_go_on(model):
-    inputs = with_pictures(model)
+    inputs = with_images(model)
     length = inputs["input_ids"].shape[1]
     free = model.generate(**inputs, **GREEDY)[:, length:]
     end = int(free[0, 1])
@@ -116,7 +116,7 @@ def test_a_criterion_and_a_streamer_are_heard(model, capsys):
 
 
 def test_settings_of_a_config_object_are_those_of_arguments(model):
-    inputs = with_pictures(model)
+    inputs = with_images(model)
     by_object = model.generate(**inputs, generation_config=GenerationConfig(**GREEDY))
     assert torch.equal(by_object, model.generate(**inputs, **GREEDY))
 
@@ -125,10 +125,10 @@ def test_settings_of_a_config_object_are_those_of_arguments(model):
 
 
 def test_padding_on_the_left_changes_no_row(model):
-    inputs = with_pictures(model)
+    inputs = with_images(model)
     together = model.generate(**inputs, **GREEDY)[:, -5:]
     for row in range(3):
-        alone = model.generate(**with_pictures(model, slice(row, row + 1)), **GREEDY)
+        alone = model.generate(**with_images(model, slice(row, row + 1)), **GREEDY)
         assert torch.equal(alone[0, -5:], together[row])
 
 
@@ -160,12 +160,12 @@ def test_text_is_the_same_on_every_cache(model):
         assert torch.equal(model.generate(**TEXT, **GREEDY, cache_implementation=cache), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="on a static cache transformers makes the mask, without the pictures' blocks")
-def test_text_after_pictures_on_a_static_cache_is_the_same_or_refused(model):
+@pytest.mark.xfail(strict=True, reason="on a static cache transformers makes the mask, without the images' blocks")
+def test_text_after_images_on_a_static_cache_is_the_same_or_refused(model):
     # One prompt may come out equal by luck.
     for seed in range(6):
         other = tiny_model(seed=seed)
-        inputs = with_pictures(other)
+        inputs = with_images(other)
         expected = other.generate(**inputs, **GREEDY)
         static = GREEDY | {"cache_implementation": "static"}
         works_or_is_refused(lambda m=other, i=inputs, o=static: m.generate(**i, **o), expected, "cache")

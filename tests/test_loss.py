@@ -63,6 +63,26 @@ def test_positions_are_correct_where_their_class_has_the_largest_logit(monkeypat
     assert correct.tolist() == [False, True] * 4
 
 
+def test_accuracies_are_told_of_text_and_of_each_scale():
+    model = tiny_model()
+    model.lm_head.weight.data.zero_()  # so that a code is the most probable class everywhere
+    image = random_picture(model.config)
+    _, inputs = as_batch([[20, image, 21]], *special_tokens(model.config))
+    schedule = model.config.vq_config.scale_schedules.build()
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, 1 : 1 + schedule.num_tokens, model.config.text_config.vocab_size :]
+        for scale in range(4):
+            codes = logits.argmin(-1)
+            own = slice(*schedule.offsets[scale : scale + 2])
+            codes[own] = logits.argmax(-1)[own]
+            codes[own.start] = logits.argmin(-1)[own.start]
+            output = model(**inputs, labels=all_labels(inputs), image_labels=codes[None])
+            expected = torch.zeros(4)
+            expected[scale] = 1 - 1 / schedule.tokens_per_scale[scale]
+            torch.testing.assert_close(output.scale_accuracies, expected)
+            assert output.text_accuracy == 0
+
+
 def test_codes_to_write_may_differ_from_the_codes_that_are_read():
     model = tiny_model()
     read, written = random_picture(model.config, seed=1), random_picture(model.config, seed=2)

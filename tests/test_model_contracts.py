@@ -70,6 +70,15 @@ def test_the_initialisation_gives_every_weight_and_buffer_its_value(make):
     assert not unset
 
 
+@ALL
+def test_a_model_holds_no_tensors_beside_weights_and_buffers(make):
+    """What else it held would stay behind where it is moved, saved or divided."""
+    model, inputs = make()
+    model(**inputs)
+    for name, module in model.named_modules():
+        assert not [key for key, value in vars(module).items() if torch.is_tensor(value)], name
+
+
 @pytest.mark.parametrize("make", [backbone, vision_tokenizer, tokenflow_t2i], ids=lambda make: make.__name__)
 def test_a_model_outlives_saving_and_loading(make, tmp_path):
     model, inputs = make()
@@ -78,6 +87,8 @@ def test_a_model_outlives_saving_and_loading(make, tmp_path):
     assert not any(report.values()), report
     assert torch.equal(first_output(loaded, inputs), first_output(model, inputs))
     assert {path.suffix for path in (tmp_path / "first").iterdir()} == {".json", ".safetensors"}
+    by_state = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    assert torch.equal(first_output(by_state.eval(), inputs), first_output(model, inputs))
     loaded.save_pretrained(tmp_path / "second")
     assert (tmp_path / "first/model.safetensors").read_bytes() == (tmp_path / "second/model.safetensors").read_bytes()
 
@@ -125,7 +136,7 @@ def test_a_model_loads_with_a_device_map(make, device_map, tmp_path):
 
 
 @pytest.mark.xfail(strict=True, reason="encode and decode run outside of forward: offloaded weights stay on meta")
-def test_a_model_with_its_vision_tokenizer_on_disk_reads_pictures(tmp_path):
+def test_a_model_with_its_vision_tokenizer_on_disk_reads_images(tmp_path):
     pytest.importorskip("accelerate")
     model, _ = whole_model()
     model.save_pretrained(tmp_path / "model")
@@ -260,7 +271,7 @@ def test_every_attention_implementation_gives_the_same(make):
     torch.testing.assert_close(outputs["flex_attention"], outputs["sdpa"], atol=1e-4, rtol=0)
 
 
-def test_flash_attention_which_drops_the_masks_of_pictures_is_refused(tmp_path):
+def test_flash_attention_which_drops_the_masks_of_images_is_refused(tmp_path):
     model, _ = whole_model()
     model.save_pretrained(tmp_path)
     with pytest.raises((ValueError, ImportError)):

@@ -108,7 +108,7 @@ def test_a_batch_of_any_size_holds_what_its_generators_say(pipe, count):
     torch.testing.assert_close(again.flip(0), batch, atol=1e-4, rtol=0)
 
 
-def test_pictures_as_inputs_may_be_of_any_kind(pipe):
+def test_images_as_inputs_may_be_of_any_kind(pipe):
     array = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     tensor = torch.from_numpy(array.transpose(2, 0, 1) / 255)
     expected = draw(pipe, image=Image.fromarray(array))

@@ -17,7 +17,7 @@ from transformers_nextflow import NextFlowImageProcessorPil, NextFlowProcessor
 
 PLACEHOLDER = "<|image_pad|>"
 NOISE = np.random.default_rng(0).integers(0, 256, (2, 16, 20, 3), dtype=np.uint8)
-PICTURES = [Image.fromarray(array) for array in NOISE]
+IMAGES = [Image.fromarray(array) for array in NOISE]
 
 
 def image_processor(**kwargs) -> NextFlowImageProcessorPil:
@@ -35,7 +35,7 @@ def processor_of(image_kwargs=(), tokenizer_kwargs=()) -> NextFlowProcessor:
 
 def test_settings_of_the_parts_hold_where_a_call_says_nothing():
     processor = processor_of({"do_normalize": False}, {"padding": "max_length", "max_length": 60})
-    output = processor(text=f"a {PLACEHOLDER}", images=PICTURES[0])
+    output = processor(text=f"a {PLACEHOLDER}", images=IMAGES[0])
     assert len(output["input_ids"][0]) == 60
     assert np.asarray(output["pixel_values"]).min() >= 0
 
@@ -47,14 +47,14 @@ def test_settings_of_a_call_win_flat_and_by_part(structured, count):
     text, image = {"padding": "max_length", "max_length": 50}, {"rescale_factor": -1 / 255}
     kwargs = {"text_kwargs": text, "images_kwargs": image} if structured else text | image
     texts = [f"a {PLACEHOLDER}", f"{PLACEHOLDER} two blue squares"][:count]
-    output = processor(text=texts, images=[[picture] for picture in PICTURES[:count]], return_tensors="pt", **kwargs)
+    output = processor(text=texts, images=[[image] for image in IMAGES[:count]], return_tensors="pt", **kwargs)
     assert output["input_ids"].shape == (count, 50)
-    plain = processor(text=PLACEHOLDER, images=PICTURES[0], return_tensors="pt")["pixel_values"]
+    plain = processor(text=PLACEHOLDER, images=IMAGES[0], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(output["pixel_values"][:1], -plain - 2)
 
 
 def test_a_setting_given_twice_is_refused_and_one_given_flat_is_not_lost():
-    processor, inputs = tiny_processor(), {"text": PLACEHOLDER, "images": PICTURES[0]}
+    processor, inputs = tiny_processor(), {"text": PLACEHOLDER, "images": IMAGES[0]}
     with pytest.raises(ValueError, match="rescale_factor"):
         processor(**inputs, images_kwargs={"rescale_factor": 1.0}, rescale_factor=2.0)
     assert all(torch.is_tensor(value) for value in processor(**inputs, text_kwargs={}, return_tensors="pt").values())
@@ -72,7 +72,7 @@ def test_settings_of_loading_win_over_those_that_were_saved(tmp_path):
 
 def test_it_gives_what_its_model_takes_and_no_more():
     processor = tiny_processor()
-    output = processor(text=PLACEHOLDER, images=PICTURES[0], return_tensors="pt")
+    output = processor(text=PLACEHOLDER, images=IMAGES[0], return_tensors="pt")
     assert list(output) == processor.model_input_names
     assert list(processor(text="one", return_tensors="pt")) == ["input_ids", "attention_mask"]
     with pytest.raises((TypeError, ValueError)):
@@ -83,8 +83,8 @@ def test_each_part_gives_by_itself_what_it_gives_within():
     processor = tiny_processor()
     output = processor(text=CAPTIONS, images=None, padding=True, return_tensors="pt")
     assert torch.equal(output["input_ids"], processor.tokenizer(CAPTIONS, padding=True, return_tensors="pt").input_ids)
-    output = processor(text=[PLACEHOLDER] * 2, images=PICTURES, return_tensors="pt")
-    expected = processor.image_processor(PICTURES, return_tensors="pt")
+    output = processor(text=[PLACEHOLDER] * 2, images=IMAGES, return_tensors="pt")
+    expected = processor.image_processor(IMAGES, return_tensors="pt")
     assert all(torch.equal(output[name], expected[name]) for name in expected)
 
 
@@ -96,10 +96,10 @@ def test_it_decodes_as_its_tokenizer_does():
 
 
 def test_texts_of_a_call_are_left_as_they_were():
-    processor, texts, rows = tiny_processor(), [f"a {PLACEHOLDER}", "one"], [[PICTURES[0]], []]
+    processor, texts, rows = tiny_processor(), [f"a {PLACEHOLDER}", "one"], [[IMAGES[0]], []]
     before = copy.deepcopy(texts)
     processor(text=texts, images=rows, padding=True)
-    assert texts == before and rows == [[PICTURES[0]], []]
+    assert texts == before and rows == [[IMAGES[0]], []]
 
 
 def test_the_arguments_of_a_call_are_optional_and_its_parts_are_named_in_its_init():
@@ -136,15 +136,15 @@ def test_a_chat_template_of_its_own_is_kept_in_a_file_and_takes_arguments(tmp_pa
 
 @pytest.mark.parametrize("batched", [False, True], ids=["one", "batch"])
 @pytest.mark.parametrize("tensors", [None, "pt", "np"])
-def test_a_chat_with_pictures_is_the_call_on_its_text_and_pictures(batched, tensors):
+def test_a_chat_with_images_is_the_call_on_its_text_and_images(batched, tensors):
     processor = tiny_processor()
-    picture = {"type": "image", "image": PICTURES[0]}
-    chat = [{"role": "user", "content": [picture, {"type": "text", "text": "how many?"}]}]
+    image = {"type": "image", "image": IMAGES[0]}
+    chat = [{"role": "user", "content": [image, {"type": "text", "text": "how many?"}]}]
     chats = [chat, chat] if batched else chat
     output = processor.apply_chat_template(chats, tokenize=True, return_dict=True, return_tensors=tensors)
     text = processor.apply_chat_template(chats, tokenize=False)
     count = 2 if batched else 1
-    expected = processor(text=text, images=[[PICTURES[0]]] * count, return_tensors=tensors)
+    expected = processor(text=text, images=[[IMAGES[0]]] * count, return_tensors=tensors)
     assert list(output) == list(expected)
     for name in output:
         assert len(output[name]) == count
@@ -177,48 +177,48 @@ def test_an_image_processor_outlives_dicts_json_and_files(tmp_path):
 def test_an_image_processor_without_arguments_is_the_papers():
     processor = NextFlowImageProcessorPil()
     assert processor.scale_schedules.resolutions == (1024,)
-    assert processor(PICTURES[0].resize((1024, 1024)))["image_grids"].tolist() == [[64, 64]]
+    assert processor(IMAGES[0].resize((1024, 1024)))["image_grids"].tolist() == [[64, 64]]
 
 
 def test_what_one_image_processor_is_told_another_does_not_hear():
     levels = [[8, 2], [16, 4]]
     first, second = image_processor(levels=levels), image_processor(levels=levels)
     before = copy.deepcopy(second.to_dict())
-    first(PICTURES[0], level=8, do_normalize=False)
+    first(IMAGES[0], level=8, do_normalize=False)
     assert first.to_dict() == before
     first.levels[0][1], first.scales[-1], first.do_resize = 9, 5, False
     assert second.to_dict() == before and levels == [[8, 2], [16, 4]]
 
 
 def test_the_values_can_be_cast_and_the_grids_stay_whole_numbers():
-    output = image_processor()(PICTURES, return_tensors="pt")
+    output = image_processor()(IMAGES, return_tensors="pt")
     for dtype in (torch.float16, torch.bfloat16):
         cast = output.to("cpu", dtype)
         assert cast["pixel_values"].dtype == dtype and cast["image_grids"].dtype == torch.int64
 
 
 @pytest.mark.parametrize("kind", ["PIL", "numpy", "torch"])
-def test_a_batch_holds_what_its_pictures_give_alone(kind):
+def test_a_batch_holds_what_its_images_give_alone(kind):
     of_kind = {"PIL": Image.fromarray, "numpy": np.asarray, "torch": lambda a: torch.from_numpy(a).permute(2, 0, 1)}
-    pictures = [of_kind[kind](array) for array in (NOISE[0], np.ascontiguousarray(NOISE[1].swapaxes(0, 1)))]
+    images = [of_kind[kind](array) for array in (NOISE[0], np.ascontiguousarray(NOISE[1].swapaxes(0, 1)))]
     processor = image_processor()
-    together = processor(pictures, return_tensors="pt")
-    for row, picture in enumerate(pictures):
-        alone = processor(picture, return_tensors="pt")
+    together = processor(images, return_tensors="pt")
+    for row, image in enumerate(images):
+        alone = processor(image, return_tensors="pt")
         assert torch.equal(alone["image_grids"][0], together["image_grids"][row])
         height, width = alone["pixel_values"].shape[-2:]
         assert torch.equal(alone["pixel_values"][0], together["pixel_values"][row, :, :height, :width])
         assert (together["pixel_values"][row, :, height:] == 0).all()
         assert (together["pixel_values"][row, :, :, width:] == 0).all()
-    nested = processor([[picture] for picture in pictures], return_tensors="pt")
+    nested = processor([[image] for image in images], return_tensors="pt")
     assert torch.equal(nested["pixel_values"], together["pixel_values"])
 
 
-def test_pictures_of_several_modes_make_one_batch():
-    pictures = [PICTURES[0].convert(mode) for mode in ("RGB", "L", "RGBA", "P", "CMYK")]
-    assert image_processor()(pictures, return_tensors="pt")["pixel_values"].shape == (5, 3, 12, 16)
+def test_images_of_several_modes_make_one_batch():
+    images = [IMAGES[0].convert(mode) for mode in ("RGB", "L", "RGBA", "P", "CMYK")]
+    assert image_processor()(images, return_tensors="pt")["pixel_values"].shape == (5, 3, 12, 16)
 
 
 def test_arguments_that_are_not_known_are_refused():
     with pytest.raises(TypeError, match="do_center_crop"):
-        image_processor()(PICTURES[0], do_center_crop=True)
+        image_processor()(IMAGES[0], do_center_crop=True)

@@ -243,6 +243,34 @@ def test_k_means_lowers_what_the_codes_cannot_say():
     assert error() < 0.5 * random_error
 
 
+def squared_distances(vectors, others):
+    return (vectors[:, None] - others).square().sum(-1)
+
+
+def left_over(model, pixels, codebook, sizes):
+    """Scale by scale the vectors (n, C) of what the nearest codes, among the first `sizes[k]`, have left of images."""
+    schedule, residual = model.schedule_of(pixels), model.encode_latents(pixels).detach()
+    for grid, size in zip(schedule.grids, sizes):
+        target = F.interpolate(residual, grid, mode="area").permute(0, 2, 3, 1)
+        yield target.flatten(0, 2)
+        nearest = codebook[:size][squared_distances(target.flatten(0, 2), codebook[:size]).argmin(1)]
+        nearest = nearest.view(target.shape).permute(0, 3, 1, 2)
+        residual = residual - F.interpolate(nearest, schedule.final_grid, mode="bicubic", align_corners=False)
+
+
+def test_k_means_of_a_scale_sees_what_the_scales_before_it_leave_over():
+    pixels, shares = pictures(8), [1, 2, 5, 24]
+    model = tiny_vq_model(normalize_codes=False)
+    initialize_codebook(model, pixels, shares)
+    codebook, stops = model.quantizer.codebook.detach(), [1, 3, 8, 32]
+    for vectors, share, stop in zip(left_over(model, pixels, codebook, stops), shares, stops):
+        own = codebook[stop - share : stop]
+        assigned = squared_distances(vectors, own).argmin(1)
+        # Where Lloyd's algorithm has come to rest, each code is the mean of the vectors that are nearest to it.
+        means = torch.stack([vectors[assigned == code].mean(0) for code in range(share)])
+        torch.testing.assert_close(own, means, atol=1e-4, rtol=0)
+
+
 def test_k_means_does_with_fewer_vectors_than_codes():
     model = tiny_vq_model()
     initialize_codebook(model, pictures(2))
@@ -275,6 +303,16 @@ def test_dead_codes_move_to_where_they_are_used():
     assert torch.equal(model.quantizer.codebook[:8], before[:8])
     assert model.quantizer.codebook.abs().max() < 10
     assert codebook_statistics(model.encode(pixels).image_tokens, model.schedule_of(pixels), 32)["usage"] > 0.8
+
+
+def test_dead_codes_move_to_what_the_codes_of_each_scale_leave_over():
+    model, pixels = model_with_dead_codes(), pictures(4)
+    before = model.quantizer.codebook.detach().clone()
+    revive_dead_codes(model, pixels, torch.arange(32) >= 8)
+    moved = model.quantizer.codebook[8:].detach()
+    distances = [squared_distances(moved, vectors).amin(1) for vectors in left_over(model, pixels, before, [32] * 4)]
+    nearest, scale = torch.stack(distances).min(0)
+    assert nearest.max() < 1e-8 and set(scale.tolist()) == {0, 1, 2, 3}
 
 
 def test_the_trainer_revives_what_was_not_used_since_the_last_time(tmp_path):
