@@ -210,6 +210,29 @@ def test_masked_batch_equals_single_calls(pipe):
         assert torch.equal(alone.image_tokens[0], codes[codes >= 0])
 
 
+def test_masks_of_every_form_mark_the_same(pipe):
+    image, mask = picture(1), np.zeros((16, 16), dtype=np.uint8)
+    mask[:8, :8] = 255
+    tensor = torch.from_numpy(mask)
+    forms = [Image.fromarray(mask), mask, mask > 0, mask / 255, tensor, tensor[None], tensor[None, None], [mask]]
+    drawn = [pipe("one", image=image, mask_image=form, generator=seeds(0)).image_tokens for form in forms]
+    assert all(torch.equal(codes, drawn[0]) for codes in drawn)
+    for form in ([mask, tensor], [[mask], [tensor]], torch.stack([tensor[None]] * 2)):
+        together = pipe(["one", "one"], image=[image, image], mask_image=form, generator=seeds(0, 0)).image_tokens
+        assert torch.equal(together, drawn[0].expand(2, -1))
+
+
+def test_images_of_every_form_are_the_same(pipe):
+    array = np.asarray(picture(1))
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    drawn = [pipe("one", image=form, **GREEDY).image_tokens for form in (picture(1), array, tensor, tensor[None])]
+    assert all(torch.equal(codes, drawn[0]) for codes in drawn)
+    together = pipe(["one", "one"], image=torch.stack([tensor, tensor]), **GREEDY).image_tokens
+    assert torch.equal(together, drawn[0].expand(2, -1))
+    both = pipe("one", image=torch.stack([tensor, tensor]), **GREEDY).image_tokens
+    assert torch.equal(both, pipe("one", image=[array, array], **GREEDY).image_tokens)
+
+
 # --- variations ---
 
 
@@ -541,6 +564,22 @@ MASK = Image.new("L", (16, 16), 255)
         ({"num_kept_scales": 2}, "give image="),
         ({"num_kept_scales": 2.0, "image": picture()}, "from 1 to the 4 scales, got 2.0"),
         ({"prompt": ["one"], "image": [picture()], "mask_image": MASK}, "1 prompts came with 1 masks; give a list"),
+        ({"mask_image": [MASK, MASK], "image": picture()}, "1 prompts came with 2 masks"),
+        ({"mask_image": torch.ones(2, 1, 16, 16), "image": picture()}, "1 prompts came with 2 masks"),
+        (
+            {"mask_image": np.ones((2, 16, 16)), "image": picture()},
+            r"A mask is one image, got <ndarray of shape \(2, 16",
+        ),
+        ({"mask_image": [[MASK, MASK]], "image": picture()}, "A mask is one image, got .* give one for each prompt"),
+        ({"mask_image": [], "image": picture()}, "1 prompts came with 0 masks"),
+        ({"prompt": ["one"] * 2, "image": [picture()] * 2, "mask_image": [MASK] * 3}, "2 prompts came with 3 masks"),
+        ({"prompt": ["one"] * 2, "image": [picture()] * 2, "mask_image": [MASK, [MASK] * 2]}, "A mask is one image"),
+        ({"image": [[picture()], [picture()]]}, "1 prompts came with lists of images in lists"),
+        ({"prompt": ["one"], "image": [[[picture()]]]}, "1 prompts came with lists of images in lists"),
+        ({"prompt": ["one"] * 2, "image": torch.ones(3, 3, 16, 16)}, "2 prompts came with 3 images"),
+        ({"image": [None]}, "Picture 0 cannot be read: it is None"),
+        ({"prompt": np.zeros((99, 99))}, r"list of strings, got <ndarray of shape \(99, 99\)>"),
+        ({"negative_prompt": [torch.zeros(99)]}, r"must be a string, got <Tensor of shape \(99,\)>"),
         ({"num_candidates": 0}, "num_candidates must be a whole number from 1, got 0"),
         ({"image_guidance_scale": 2.0}, "give image=, or leave it at 1"),
         ({"think": True, "image": picture(), "num_kept_scales": 1}, "think goes without"),
@@ -604,6 +643,7 @@ def test_bad_chats_are_refused(pipe, arguments, message):
         (picture(), "one", "score takes lists"),
         ([picture()], ["one", "two"], "1 images came with 2 prompts"),
         ([picture()], [""], "Prompt 0 is empty"),
+        ([[picture(), picture()], picture()], ["one", "two"], "2 prompts came with 3 images in lists"),
     ],
 )
 def test_bad_pairs_are_not_scored(pipe, pictures, texts, message):

@@ -170,9 +170,99 @@ def test_values_outside_their_range_are_refused(processor):
             processor(image)
 
 
-def test_arrays_that_are_no_picture_are_refused(processor):
-    with pytest.raises(ValueError, match="no axis of 1 to 4 channels"):
-        processor(np.zeros((64, 64, 7), dtype=np.uint8))
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((64, 64, 7), dtype=np.uint8), "no axis of 1 to 4 channels"),
+        (np.zeros(64), r"shape \(64,\) has not 2 or 3 axes"),
+        (np.zeros((1, 1, 3, 64, 64)), r"shape \(1, 1, 3, 64, 64\) has not 2 or 3 axes"),
+        (np.full((64, 64), np.nan), "go from nan to nan"),
+        (np.zeros((64, 64), dtype=complex), "complex128 values are no brightness"),
+        (np.full((64, 64), "a"), "<U1 values are no brightness"),
+        (np.zeros((0, 64)), "at least 1 pixel, got 0x64"),
+        ([[0.5] * 64] * 64, "it is 0.5, not a PIL image"),
+        (None, "it is None, not a PIL image"),
+        ({"image": np.zeros((64, 64))}, r"it is {'image': <ndarray of shape \(64, 64\)>}, not a PIL image"),
+    ],
+)
+def test_what_is_no_picture_is_refused_without_printing_it(processor, image, message):
+    with pytest.raises(ValueError, match=message) as error:
+        processor(image)
+    assert len(str(error.value)) < 200
+
+
+def test_greys_come_as_two_axes(processor):
+    array = noise(channels=1)
+    expected = pixels(processor, Image.fromarray(array))
+    tensor = torch.from_numpy(array)
+    for image in (array, array / 255, array.astype(np.int64), array.astype(np.uint16) * 257, tensor, tensor / 255):
+        assert np.array_equal(pixels(processor, image), expected)
+        assert np.array_equal(pixels(processor, image, input_data_format="channels_first"), expected)
+    assert np.array_equal(pixels(processor, array > 127)[0], 255 * (array > 127))
+    batch = processor([[array, tensor / 255], [np.stack([noise(), noise()])]], return_tensors="np")["pixel_values"]
+    assert batch.shape == (4, 3, 64, 64) and np.array_equal(batch[0], batch[1])
+
+
+FLOATS = {
+    "float32": lambda a: a.astype(np.float32) / 255,
+    "float64": lambda a: a / 255,
+    "tensor": lambda a: torch.from_numpy(a).permute(2, 0, 1) / 255,
+    "bfloat16": lambda a: (torch.from_numpy(a).permute(2, 0, 1) > 127).bfloat16(),
+    "grey": lambda a: a[..., 0] / 255,
+    "F": lambda a: Image.fromarray(a[..., 0].astype(np.float32) / 255),
+}
+INTEGERS = {
+    "uint8": lambda a: a,
+    "int64": lambda a: a.astype(np.int64),
+    "uint16": lambda a: a.astype(np.uint16) * 257,
+    "bool": lambda a: a > 127,
+    "tensor": lambda a: torch.from_numpy(a).permute(2, 0, 1),
+    "PIL": Image.fromarray,
+}
+
+
+@pytest.mark.parametrize("kind", FLOATS)
+def test_floats_have_their_values_with_rescaling_and_without_it(processor, kind):
+    image = FLOATS[kind](noise())
+    for do_normalize in (True, False):
+        expected = processor(image, do_normalize=do_normalize, return_tensors="np")["pixel_values"]
+        found = processor(image, do_normalize=do_normalize, do_rescale=False, return_tensors="np")["pixel_values"]
+        assert np.array_equal(found, expected) and found.max() == 1
+    for factor in (1.0, 1 / 127.5, float("nan")):
+        with pytest.raises(ValueError, match="Picture 0 cannot be used: it holds floats .* take do_rescale=False"):
+            processor(image, rescale_factor=factor)
+    with pytest.raises(ValueError, match="from 0 to 1 would be normalised to -1 to -0.99"):
+        processor(image, image_mean=[127.5] * 3, image_std=[127.5] * 3)
+
+
+def test_floats_keep_their_values_to_eight_bits(processor):
+    image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    values = processor(image, do_rescale=False, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(values, 2 * image - 1, atol=1 / 255 + 1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_integers_are_normalised_in_their_own_unit_only(processor, kind):
+    image = INTEGERS[kind](noise())
+    expected = processor(image, return_tensors="np")["pixel_values"]
+    unit = {"image_mean": [127.5] * 3, "image_std": [127.5] * 3}
+    found = processor(image, do_rescale=False, **unit, return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert processor(image, do_rescale=False, do_normalize=False)["pixel_values"].max() == 255
+    assert processor(image, rescale_factor=1 / 127.5, do_normalize=False)["pixel_values"].max() == 2
+    for settings in ({"do_rescale": False}, {"rescale_factor": 1.0}, {"image_std": [0.0] * 3}, unit):
+        with pytest.raises(ValueError, match="Picture 0 cannot be used: its values from 0 to .* would be normalised"):
+            processor(image, **settings)
+    with pytest.raises(ValueError, match="Picture 1 cannot be used"):
+        processor([noise() / 255, image], do_rescale=False)
+
+
+def test_integers_and_floats_go_together(processor):
+    integers, floats = noise(), noise() / 255
+    values = processor([integers, floats], return_tensors="np")["pixel_values"]
+    assert np.array_equal(values[0], values[1])
+    values = processor([integers, floats], do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(values[0], 255 * values[1], atol=1e-3)
 
 
 def test_the_axis_of_the_channels_can_be_told(processor):

@@ -142,6 +142,26 @@ def test_placeholders_and_pictures_must_agree_in_number(text):
         make_processor()(text=text, images=[SQUARE])
 
 
+def test_arrays_are_counted_as_the_pictures_that_they_hold():
+    processor, array = make_processor(), np.asarray(SQUARE)
+    token, grey = processor.image_token, np.zeros((64, 64), dtype=np.uint8)
+    for text, images, count in (
+        (token, grey, 1),
+        (token, torch.zeros(64, 64), 1),
+        (token + token, np.stack([array, array]), 2),
+        ([token, token], [[grey], [array]], 2),
+        ([token + token, ""], [np.stack([array, array]), []], 2),
+    ):
+        assert len(processor(text=text, images=images)["pixel_values"]) == count
+    for images, message in (
+        (np.stack([array, array]), r"hold \[1\] .* given 2 images"),
+        (np.zeros((1, 1, 64, 64, 3)), r"with 2 or 3 axes, got <ndarray of shape"),
+        ([[5]], "with 2 or 3 axes, got 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor(text=token, images=images)
+
+
 def test_placeholders_without_pictures_are_refused():
     with pytest.raises(ValueError, match=r"hold \[1\] .* given 0 images"):
         make_processor()(text="<|image_pad|>")

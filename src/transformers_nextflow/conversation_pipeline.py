@@ -16,6 +16,7 @@ from .processing_nextflow import check_prompts
 from .sampling_nextflow import ImageSampling, PerScale
 from .scale_drawing import Drawing
 from .sequence_writer import Prompts
+from .short_repr import short_repr
 
 
 @dataclass
@@ -177,7 +178,9 @@ class ConversationMixin:
         """
         self._check_reads("chat")
         if not isinstance(messages, list | tuple) or not messages:
-            raise ValueError(f"messages must be a list of messages, or a list of such lists, got {messages!r}.")
+            raise ValueError(
+                f"messages must be a list of messages, or a list of such lists, got {short_repr(messages)}."
+            )
         # Guidance compares with nothing said and shown at once.
         if sampling is None:
             sampling = replace(self.model.default_image_sampling, image_guidance_scale=1.0)
@@ -239,6 +242,12 @@ class ConversationMixin:
             raise ValueError(f"{len(images)} images came with {len(prompts)} prompts; give one for each.")
         prompts = check_prompts(prompts)
         inputs = self.processor.image_processor(list(images), return_tensors="pt")
+        inputs = self.processor.image_processor(list(images), return_tensors="pt").to(self._execution_device)
+        if (count := len(inputs["image_grids"])) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts came with {count} images in lists; give one image for each.")
+        self._onload()
+        codes = self.model.get_image_tokens(inputs["pixel_values"], inputs["image_grids"])
+        pictures = (self.model, self.processor, codes, inputs["image_grids"])
         requests = [self.processor.caption_request] * len(prompts)
         with self._call():
             inputs = inputs.to(self.model.device)
@@ -255,7 +264,9 @@ def _scripts(prompt, num_frames: int | None) -> list[list[str]]:
     if num_frames is not None and not isinstance(num_frames, int):
         raise ValueError(f"num_frames must be a whole number from 2, got {num_frames!r}.")
     if not isinstance(prompt, str) and not (isinstance(prompt, list | tuple) and prompt):
-        raise ValueError(f"prompt must be a film's text, its frames' texts, or a list of either, got {prompt!r}.")
+        raise ValueError(
+            f"prompt must be a film's text, its frames' texts, or a list of either, got {short_repr(prompt)}."
+        )
     films = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
     given = [isinstance(film, list | tuple) for film in films]
     if any(given) and not all(given):

@@ -95,18 +95,27 @@ class DrawingRequest:
 
 def _images_of_prompts(processor: NextFlowProcessor, image, prompt) -> list[list[Image.Image]]:
     if isinstance(prompt, list | tuple):
-        if not isinstance(image, list | tuple) or len(image) != len(prompt):
-            count = len(image) if isinstance(image, list | tuple) else 1
+        if not _is_several(image) or len(image) != len(prompt):
+            count = len(image) if _is_several(image) else 1
             raise ValueError(
                 f"{len(prompt)} prompts came with {count} images; give a list with one picture, or one list of "
                 "pictures, for each prompt."
             )
-        rows = [row if isinstance(row, list | tuple) else [row] for row in image]
+        rows = [list(row) if _is_several(row) else [row] for row in image]
     else:
-        rows = [image if isinstance(image, list | tuple) else [image]]
+        rows = [list(image) if _is_several(image) else [image]]
     if not all(rows):
         raise ValueError("A prompt came with an empty list of images; leave image out, or give every prompt one.")
-    return [processor.image_processor.to_rgb(list(row)) for row in rows]
+    if any(_is_several(single) for row in rows for single in row):
+        raise ValueError(
+            f"{len(rows)} prompts came with lists of images in lists; give each prompt one image, or one list of them."
+        )
+    return [processor.image_processor.to_rgb(row) for row in rows]
+
+
+def _is_several(images) -> bool:
+    """Whether it is a list of images, or an array or a tensor of them."""
+    return isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
 
 
 def _check_combination(processor, images, keeps: bool, mask_image, think: bool, paste_back: bool):
@@ -156,10 +165,8 @@ def pixels_of_size(processor, pictures: list[Image.Image], schedules: list[Scale
 
 
 def _regions(processor, mask_image, pictures: list[Image.Image], prompt) -> list[torch.Tensor]:
-    several = isinstance(prompt, list | tuple)
-    if several and (not isinstance(mask_image, list | tuple) or len(mask_image) != len(pictures)):
-        count = len(mask_image) if isinstance(mask_image, list | tuple) else 1
-        raise ValueError(f"{len(pictures)} prompts came with {count} masks; give a list with one for each.")
-    masks = list(mask_image) if several else [mask_image]
+    masks = list(mask_image) if _is_several(mask_image) else [mask_image]
+    if len(masks) != len(pictures) or (isinstance(prompt, list | tuple) and not _is_several(mask_image)):
+        raise ValueError(f"{len(pictures)} prompts came with {len(masks)} masks; give a list with one for each.")
     preprocess = processor.image_processor.preprocess_mask
     return [torch.from_numpy(preprocess(mask, picture)) for mask, picture in zip(masks, pictures)]

@@ -1,5 +1,6 @@
 """Pictures to pixel values and back, with PIL and numpy only: no torchvision is needed."""
 
+import math
 import os
 from collections.abc import Sequence
 from functools import lru_cache
@@ -13,10 +14,15 @@ from transformers.image_utils import PILImageResampling, SizeDict, is_torch_tens
 from transformers.processing_utils import Unpack
 
 from .scale_schedule import SQUARE_SIDES, ScaleSchedule, ScaleSchedules
+from .short_repr import short_repr
 
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+# What makes [0, 1] of 8-bit values.
+RESCALE_FACTOR = 1 / 255
+# What means and deviations in use do to values from 0 to 1; those for values from 0 to 255 do something else.
+LARGEST_NORMALIZED, SMALLEST_RANGE = 2.9, 0.1
 
 
 class NextFlowImageProcessorKwargs(TypedDict, total=False):
@@ -49,7 +55,11 @@ class NextFlowImageProcessorPil(PilBackend):
     white, 16-bit values are brought to 8 bits.
 
     Pictures are PIL images, paths, URLs, numpy arrays (height, width, channels; also channels first) or torch tensors
-    (channels, height, width; also channels last), of uint8, of uint16, or of floats in [0, 1].
+    (channels, height, width; also channels last), of uint8, of uint16, or of floats in [0, 1], which are rounded to 8
+    bits; greys may come as (height, width). A list may hold lists, and an array with four axes is a list of images.
+
+    Floats lie in [0, 1] with `do_rescale` and without it. Values of 8 bits need `do_rescale` to be normalised, unless
+    `image_mean` and `image_std` are in their unit.
 
     Args:
         scales, patch_size, levels: as in [`NextFlowVQConfig`].
@@ -104,20 +114,37 @@ class NextFlowImageProcessorPil(PilBackend):
             right and at the bottom; `image_grids` (num_images, 2) int64, the final grid (height, width) of each.
 
         Raises:
-            ValueError: for a picture that cannot be read, of an aspect ratio outside 1:4 to 4:1, or with values
-                outside its range; the message names it by its place in the list.
+            ValueError: for a picture that cannot be read, of an aspect ratio outside 1:4 to 4:1, with values outside
+                its range, or with settings of scale that do not fit its kind of values; the message names it by its
+                place in the list.
         """
         return super().preprocess(images, **kwargs)
 
     def fetch_images(self, images):
-        """Open the paths and URLs among `images`; everything else passes through."""
+        """Open the paths and URLs among `images`. Arrays come to three axes, with which the library's processors count:
+        those with four become lists, and greys get an axis of channels."""
+        if isinstance(images, list | tuple):
+            return [self.fetch_images(entry) for entry in images]
+        if isinstance(images, str | os.PathLike):
+            return self._open(images)
+        axes = getattr(images, "ndim", None)
+        if axes not in (2, 3, 4) and not isinstance(images, Image.Image):
+            raise ValueError(
+                f"An image is a PIL image, a path, a URL, or an array or a tensor with 2 or 3 axes, got "
+                f"{short_repr(images)}."
+            )
+        if axes == 2:
+            return images[None] if is_torch_tensor(images) else images[..., None]
+        return list(images) if axes == 4 else images
+
+    def _open(self, path) -> Image.Image:
         # The library's own loader drops transparency, so files are opened here.
-        if isinstance(images, os.PathLike) or (isinstance(images, str) and os.path.isfile(images)):
+        if isinstance(path, os.PathLike) or os.path.isfile(path):
             try:
-                return Image.open(images)
+                return Image.open(path)
             except OSError as error:
-                raise ValueError(f"{os.fspath(images)} cannot be read as a picture: {error}") from error
-        return super().fetch_images(images)
+                raise ValueError(f"{os.fspath(path)} cannot be read as a picture: {error}") from error
+        return super().fetch_images(path)
 
     def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs) -> np.ndarray:
         """One picture of any kind as (3, height, width) uint8."""
@@ -127,6 +154,8 @@ class NextFlowImageProcessorPil(PilBackend):
                 image = Image.fromarray(_as_uint8(np.asarray(image)))
             elif image.mode in SIXTEEN_BIT_MODES:
                 image = Image.fromarray(_as_uint8(_as_uint16(np.asarray(image))))
+        elif not hasattr(image, "ndim"):
+            raise ValueError(f"it is {short_repr(image)}, not a PIL image, a path, a URL, an array or a tensor.")
         else:
             channels_first = is_torch_tensor(image) if input_data_format is None else "first" in str(input_data_format)
             if is_torch_tensor(image):
@@ -143,23 +172,28 @@ class NextFlowImageProcessorPil(PilBackend):
         Raises:
             ValueError: for a picture that cannot be read; the message names it by its place in the list.
         """
-        arrays = self._prepare_image_like_inputs(self.fetch_images(images), do_convert_rgb=True)
+        arrays = self._prepare_image_like_inputs(images, do_convert_rgb=True)
         return [Image.fromarray(np.moveaxis(array, 0, -1)) for array in arrays]
 
     def preprocess_mask(self, mask, image: Image.Image) -> np.ndarray:
         """The mask of a region of a picture, brought to the picture's size in the model.
 
         Args:
-            mask: a picture of the size of `image`, light (above one half) where the region is.
+            mask: one picture of the size of `image`, light (above one half) where the region is.
             image: the picture as it was given.
 
         Returns:
             (height, width) bool.
 
         Raises:
-            ValueError: for a mask of another size, or one that marks nothing.
+            ValueError: for several masks, a mask of another size, or one that marks nothing.
         """
-        mask = ImageOps.grayscale(self.to_rgb([mask])[0])
+        masks = flatten_images(mask)
+        shape = getattr(masks[0], "shape", ()) if masks else ()
+        # Two channels would be grey and alpha, but are two masks.
+        if len(masks) != 1 or (len(shape) == 3 and 2 in (shape[0], shape[2])):
+            raise ValueError(f"A mask is one image, got {short_repr(mask)}; give one for each prompt.")
+        mask = ImageOps.grayscale(self.to_rgb(masks)[0])
         if mask.size != image.size:
             raise ValueError(
                 f"The mask has {mask.width}x{mask.height} pixels, its picture {image.width}x{image.height}; make them "
@@ -169,7 +203,7 @@ class NextFlowImageProcessorPil(PilBackend):
         marked = np.asarray(mask)[None] > 127
         region = self._cover(255 * marked.astype(np.uint8), height, width, PILImageResampling.NEAREST)[0] > 127
         if not region.any():
-            raise ValueError("The mask marks nothing; make it light where is to be drawn.")
+            raise ValueError("The mask marks nothing; make it light, above 127 of 255, where is to be drawn.")
         return region
 
     def postprocess(self, images, output_type: str = "pil") -> list:
@@ -192,6 +226,15 @@ class NextFlowImageProcessorPil(PilBackend):
             return arrays
         return [Image.fromarray((array * 255).round().astype(np.uint8)) for array in arrays]
 
+    def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
+        # The library's prints an array that it does not take, and does not take greys without an axis of channels.
+        return [self._open(i) if isinstance(i, str | os.PathLike) else i for i in flatten_images(images)]
+
+    def _preprocess_image_like_inputs(self, images, *args, **kwargs) -> BatchFeature:
+        images = self._prepare_images_structure(images)
+        holds_floats = [_holds_floats(image) for image in images]
+        return super()._preprocess_image_like_inputs(images, *args, holds_floats=holds_floats, **kwargs)
+
     def _prepare_image_like_inputs(self, images, *args, **kwargs) -> list[np.ndarray]:
         arrays = []
         for index, image in enumerate(self._prepare_images_structure(images)):
@@ -205,19 +248,25 @@ class NextFlowImageProcessorPil(PilBackend):
 
     def _preprocess(
         self, images, do_resize, level, resample, do_rescale, rescale_factor, do_normalize, image_mean, image_std,
-        return_tensors=None, **kwargs,
+        holds_floats, return_tensors=None, **kwargs,
     ) -> BatchFeature:  # fmt: skip
         if not images:
             raise ValueError("There is no picture in the list; pass images=None for text alone.")
         schedules, processed, grids = self.scale_schedules, [], []
-        for index, image in enumerate(images):
+        for index, (image, is_float) in enumerate(zip(images, holds_floats)):
+            try:
+                factor = _rescale_factor(is_float, do_rescale, rescale_factor)
+                if do_normalize:
+                    _check_units(255 * factor, image_mean, image_std)
+            except ValueError as error:
+                raise ValueError(f"Picture {index} cannot be used: {error}") from error
             try:
                 schedule = _schedule(schedules, *image.shape[-2:], do_resize, level)
             except ValueError as error:
                 raise ValueError(f"Picture {index} cannot be used: {error} Crop or pad it first.") from error
             image = self._cover(image, *schedule.image_size(self.patch_size), resample)
-            if do_rescale:
-                image = self.rescale(image, rescale_factor)
+            if factor != 1:
+                image = self.rescale(image, factor)
             if do_normalize:
                 image = self.normalize(image, image_mean, image_std)
             processed.append(image.astype(np.float32))
@@ -237,6 +286,44 @@ class NextFlowImageProcessorPil(PilBackend):
     def _validate_preprocess_kwargs(self, do_resize=None, **kwargs):
         # The library asks for a `size` with `do_resize`; here the schedules hold the sizes.
         super()._validate_preprocess_kwargs(**kwargs)
+
+
+def flatten_images(images) -> list:
+    """Single images in order, of any nesting of lists; an array or a tensor with four axes is a list of images."""
+    if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4:
+        return [image for entry in images for image in flatten_images(entry)]
+    return [images]
+
+
+def _holds_floats(image) -> bool:
+    if isinstance(image, Image.Image):
+        return image.mode == "F"
+    return image.is_floating_point() if is_torch_tensor(image) else getattr(image, "dtype", np.dtype("u1")).kind == "f"
+
+
+def _rescale_factor(is_float: bool, do_rescale: bool, rescale_factor: float) -> float:
+    """By what an image's 8-bit values are multiplied: those of floats come to the floats again."""
+    if not is_float:
+        return rescale_factor if do_rescale else 1
+    if do_rescale and not math.isclose(rescale_factor, RESCALE_FACTOR):
+        raise ValueError(
+            f"it holds floats in [0, 1], for which there is no rescale_factor of {rescale_factor}; take "
+            "do_rescale=False, or give 8-bit values."
+        )
+    return RESCALE_FACTOR
+
+
+def _check_units(highest: float, mean: Sequence[float], std: Sequence[float]):
+    """Raises `ValueError` where means and deviations are in another unit than values from 0 to `highest`."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ends = (np.array([[0.0], [highest]]) - np.asarray(mean)) / np.asarray(std)
+        fits = np.abs(ends).max() <= LARGEST_NORMALIZED and (ends[1] - ends[0]).min() >= SMALLEST_RANGE
+    if not fits:
+        raise ValueError(
+            f"its values from 0 to {highest:g} would be normalised to {ends.min():g} to {ends.max():g} by image_mean "
+            f"{mean} and image_std {std}; 8-bit values take do_rescale=True and a rescale_factor of 1/255, and "
+            "do_rescale=False is for floats in [0, 1]."
+        )
 
 
 @lru_cache(maxsize=64)
@@ -260,10 +347,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _array_to_pil(array: np.ndarray, channels_first: bool, strict: bool) -> Image.Image:
-    """An array with 1, 2, 3 or 4 channels as a picture of 8 bits.
+    """An array with 1, 2, 3 or 4 channels, or two axes of grey, as a picture of 8 bits.
 
     `channels_first` decides when both ends could be channels; if `strict` it decides always.
     """
+    if array.ndim == 2:
+        return Image.fromarray(np.ascontiguousarray(_as_uint8(array)))
+    if array.ndim != 3:
+        raise ValueError(f"an array of shape {array.shape} has not 2 or 3 axes, (height, width) and channels.")
     first, last = array.shape[0] in (1, 2, 3, 4), array.shape[-1] in (1, 2, 3, 4)
     if not strict and first != last:
         channels_first = first
@@ -277,6 +368,8 @@ def _array_to_pil(array: np.ndarray, channels_first: bool, strict: bool) -> Imag
 def _as_uint8(array: np.ndarray) -> np.ndarray:
     if array.dtype == np.uint8:
         return array
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{array.dtype} values are no brightness; give uint8, or floats in [0, 1].")
     if array.dtype == np.uint16:
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
     is_float = np.issubdtype(array.dtype, np.floating)

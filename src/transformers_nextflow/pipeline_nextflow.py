@@ -27,6 +27,7 @@ from .processing_nextflow import NextFlowProcessor
 from .region_editing import KeptRegion
 from .sampling_nextflow import ImageSampling, PerScale, check_generators
 from .scale_drawing import ScaleState
+from .short_repr import short_repr
 
 
 try:
@@ -67,9 +68,11 @@ def _checked_scores(scores: Sequence[float] | torch.Tensor, count: int) -> torch
     try:
         checked = torch.as_tensor(scores, dtype=torch.float32).flatten()
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"candidate_scorer must give a number for each candidate, got {scores!r}.") from error
+        raise ValueError(
+            f"candidate_scorer must give a number for each candidate, got {short_repr(scores)}."
+        ) from error
     if len(checked) != count or not bool(checked.isfinite().all()):
-        raise ValueError(f"candidate_scorer must give {count} finite numbers, got {scores!r}.")
+        raise ValueError(f"candidate_scorer must give {count} finite numbers, got {short_repr(scores)}.")
     return checked
 
 

@@ -8,7 +8,9 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 
 from .films import expand_films
+from .image_processing_nextflow import flatten_images
 from .older_transformers import MASKS_ANSWERS_BEHIND_PICTURES, answer_masks, encode_prompts
+from .short_repr import short_repr
 from .tokenization_nextflow import CHAT_TEMPLATE, add_image_tokens
 
 
@@ -89,7 +91,7 @@ class NextFlowProcessor(ProcessorMixin):
             placeholders = [sample.count(self.image_token) for sample in texts]
             rows = images if isinstance(images, list | tuple) else [] if images is None else [images]
             nested = bool(rows) and all(isinstance(row, list | tuple) for row in rows)
-            pictures = [len(row) for row in rows] if nested else len(rows)
+            pictures = [len(flatten_images(row)) for row in rows] if nested else len(flatten_images(rows))
             # Not left to transformers: 5.17 cuts the surplus silently.
             if placeholders != pictures if nested else sum(placeholders) != pictures:
                 raise ValueError(
@@ -182,10 +184,12 @@ def check_prompts(prompts: str | Sequence[str], allow_empty: bool = False) -> li
     """One prompt or several as a list. Raises `ValueError` for none, one that is no string, and an empty one."""
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(prompts, list | tuple) or not prompts:
-        raise ValueError(f"prompts must be a string or a list of strings, got {prompts!r}.")
+        raise ValueError(f"prompts must be a string or a list of strings, got {short_repr(prompts)}.")
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
-            raise ValueError(f"Prompt {index} must be a string, got {prompt!r} of type {type(prompt).__name__}.")
+            raise ValueError(
+                f"Prompt {index} must be a string, got {short_repr(prompt)} of type {type(prompt).__name__}."
+            )
         if not prompt.strip() and not allow_empty:
             raise ValueError(f"Prompt {index} is empty ({prompt!r}); say what is to be drawn.")
     return list(prompts)

@@ -9,6 +9,8 @@ from numbers import Real
 
 import torch
 
+from .short_repr import short_repr
+
 
 PerScale = Real | Sequence[Real]
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -58,7 +60,7 @@ class ImageSampling:
                 if name == "top_k" and value is None:
                     continue
                 if not isinstance(value, Real) or not math.isfinite(value) or not is_valid(value):
-                    raise ValueError(f"{name} must be {remedy}, got {value!r}.")
+                    raise ValueError(f"{name} must be {remedy}, got {short_repr(value)}.")
         if self.guidance_ramp and _is_sequence(self.guidance_scale):
             raise ValueError("guidance_ramp goes with a single guidance_scale; a sequence already says each scale's.")
 
@@ -169,7 +171,9 @@ def check_generators(generator: Generators, count: int):
     several = isinstance(generator, Sequence)
     for source in generator if several else [generator]:
         if not isinstance(source, torch.Generator) and (several or source is not None):
-            raise ValueError(f"generator must hold torch.Generators, got {source!r}; see torch.Generator.manual_seed.")
+            raise ValueError(
+                f"generator must hold torch.Generators, got {short_repr(source)}; see torch.Generator.manual_seed."
+            )
     if several and len(generator) != count:
         raise ValueError(
             f"{len(generator)} generators came with a batch of {count}; give one for all, or one for each."
