@@ -8,6 +8,7 @@ from tiny import tiny_model, tiny_vq_config
 from transformers_nextflow import NextFlowVQModel, SelfCorrection
 from transformers_nextflow.data import load_vision_tokenizer
 from transformers_nextflow.modeling_nextflow_vq import codebook_statistics
+from transformers_nextflow.multiscale_quantizer import resample
 
 
 CONVOLUTIONAL = {"pixel_encoder_type": "convolutional", "pixel_channels": 32, "pixel_channel_multipliers": (1, 1, 1)}
@@ -61,6 +62,55 @@ def test_quantiser_equals_the_reference(options, drawn):
         assert labels == output.image_labels[n].tolist()
         torch.testing.assert_close(output.features[n], total, atol=1e-5, rtol=0)
     torch.testing.assert_close(model.quantizer.decode(output.image_tokens, schedule), output.features)
+
+
+def latents_of(model, grid=(4, 4), seed=1):
+    """Latents of two images that ask for gradients, and their schedule."""
+    schedule = next(s for s in map(model.config.scale_schedules.build, [(16, 16), (12, 20)]) if s.final_grid == grid)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 8, *grid, generator=generator).requires_grad_(), schedule
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_gradients_of_the_first_scales_are_those_of_the_same_sum_without_codes(normalize):
+    model = tiny_vq_model(normalize_codes=normalize)
+    weights = torch.randn(2, 8, 3, 5, generator=torch.Generator().manual_seed(2))
+    for count in ([4, 4], [1, 3]):
+        latents, schedule = latents_of(model, (3, 5))
+        counts = torch.tensor(count)
+        coded = model.quantizer.encode(latents, schedule, num_scales=counts).features
+        plain = model.quantizer.truncate(latents, schedule, counts)
+        gradients = [torch.autograd.grad((weights * total).sum(), latents)[0] for total in (coded, plain)]
+        assert not torch.allclose(coded, plain, atol=0.1)
+        torch.testing.assert_close(*gradients, atol=1e-5, rtol=0)
+
+
+def test_how_many_scales_are_kept_changes_no_code_and_no_loss():
+    model = tiny_vq_model()
+    latents, schedule = latents_of(model)
+    whole = model.quantizer.encode(latents, schedule)
+    kept = model.quantizer.encode(latents, schedule, num_scales=torch.tensor([1, 3]))
+    for name in ("image_tokens", "image_labels", "codebook_loss", "commitment_loss"):
+        assert torch.equal(getattr(kept, name), getattr(whole, name)), name
+    assert not torch.equal(kept.features, whole.features)
+
+
+def test_each_loss_moves_its_own_side_and_is_a_mean_over_the_scales():
+    model = tiny_vq_model(normalize_codes=False)
+    latents, schedule = latents_of(model)
+    output = model.quantizer.encode(latents, schedule)
+    residual, codebook, differences = latents, model.quantizer.codebook, []
+    for grid, codes in zip(schedule.grids, schedule.split(output.image_tokens)):
+        vectors = codebook[codes].permute(0, 3, 1, 2)
+        differences.append((vectors - resample(residual, grid, "area")).square().mean())
+        residual = residual - resample(vectors, schedule.final_grid, "bicubic")
+    expected = sum(differences) / len(differences)
+    codebooks = [model.quantizer.semantic_codebook.weight, model.quantizer.pixel_codebook.weight]
+    for loss, moves_codes in ((output.codebook_loss, True), (output.commitment_loss, False)):
+        torch.testing.assert_close(loss, expected)
+        gradients = torch.autograd.grad(loss, [latents, *codebooks], retain_graph=True, allow_unused=True)
+        moved = [gradient is not None and bool(gradient.any()) for gradient in gradients]
+        assert moved == ([False, True, True] if moves_codes else [True, False, False])
 
 
 def test_self_correction_draws_the_asked_share_among_the_nearest_codes():
