@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data_format import image, row_of, write_lines
-from test_trainer import text
+from test_data_format import image, write_lines
+from test_trainer import conversation, text
 from tiny import tiny_model, tiny_processor
 from typer.testing import CliRunner
 
 from transformers_nextflow import SelfCorrection
 from transformers_nextflow.atomic_files import write_whole
 from transformers_nextflow.cli import app
-from transformers_nextflow.data import check_codes, code_extraction, extract_codes, tokenizer_fingerprint
+from transformers_nextflow.data import check_codes, code_extraction, extract_codes, open_rows, tokenizer_fingerprint
+from transformers_nextflow.data.validation import validate_source
 from transformers_nextflow.trainers import NextFlowCollator
 
 
@@ -28,7 +29,7 @@ SETTINGS = {"shard_size": 3, "top_k": 4}
 
 
 def make_source(folder, count: int = 8):
-    """A tokenizer and rows with two pictures, one, or none each."""
+    """A tokenizer and rows with two pictures, one, or none each; of two the second is drawn, of one every second."""
     tiny_model().vq_model.save_pretrained(folder / "tokenizer")
     generator = np.random.default_rng(0)
     rows = []
@@ -37,7 +38,9 @@ def make_source(folder, count: int = 8):
         for index, name in enumerate(names):
             height, width = SIZES[(number + index) % len(SIZES)]
             Image.fromarray(generator.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / name)
-        rows.append(row_of(text("one"), *map(image, names)))
+        asked = (number % 3 + 1 - number % 2) // 2
+        question, answer = [text("one"), *map(image, names[:asked])], [*map(image, names[asked:]), text("one")]
+        rows.append({"messages": conversation(question, answer)})
     return write_lines(folder / "rows.jsonl", rows)
 
 
@@ -54,30 +57,62 @@ def rows_of(folder) -> list[dict]:
     return list(datasets.load_dataset("parquet", data_files=files, split="train", streaming=True))
 
 
-def test_codes_are_the_tokenizers_and_those_to_read_are_drawn(tmp_path):
+def test_what_is_read_has_the_tokenizers_codes_and_what_is_drawn_has_them_beside(tmp_path):
     make_source(tmp_path)
     assert extract(tmp_path) == {"rows": 8, "skipped": 0, "shards": 3, "found": 0}
     model, processor = tiny_model().vq_model, tiny_processor()
     rows = rows_of(tmp_path / "codes")
     assert [row["source_row"] for row in rows] == list(range(8))
-    drawn = []
+    sampled, seen = [], set()
     for number, row in enumerate(rows):
         assert row["tokenizer_fingerprint"] == tokenizer_fingerprint(model)
         assert len(row["image_tokens"]) == len(row["image_labels"]) == len(row["image_grids"]) == number % 3
-        for index, (tokens, labels, grid) in enumerate(
-            zip(row["image_tokens"], row["image_labels"], row["image_grids"])
+        roles = [turn["role"] for turn in row["messages"] for part in turn["content"] if part["type"] == "image"]
+        for index, (role, tokens, labels, grid) in enumerate(
+            zip(roles, row["image_tokens"], row["image_labels"], row["image_grids"])
         ):
             pixels = processor.image_processor(Image.open(tmp_path / f"{number}-{index}.png"), return_tensors="pt")
+            own = model.encode(pixels["pixel_values"]).image_tokens[0].tolist()
             assert grid == pixels["image_grids"][0].tolist()
-            assert tokens != labels
-            if index == 0 and number == 1:
-                assert labels[0] == int(model.encode(pixels["pixel_values"]).image_tokens[0, 0])
-            drawn += [a != b for a, b in zip(tokens, labels)]
-    # 60% are drawn, and some of the draws hit the nearest code.
-    assert 0.2 < sum(drawn) / len(drawn) < 0.6
+            if role == "user":
+                assert tokens == labels == own and not (row["image_clean_tokens"] and row["image_clean_tokens"][index])
+            else:
+                assert tokens != own and labels != own and row["image_clean_tokens"][index] == own
+                assert labels[0] == own[0]
+                sampled += [a != b for a, b in zip(tokens, labels)]
+            seen.add((role, number % 3))
+    assert seen == {("user", 1), ("assistant", 1), ("user", 2), ("assistant", 2)}
+    # 60% are sampled, and some of the samples hit the nearest code.
+    assert 0.2 < sum(sampled) / len(sampled) < 0.6
     batch = NextFlowCollator(processor, tokenizer_fingerprint=tokenizer_fingerprint(model))(rows)
     with torch.no_grad():
         assert torch.isfinite(tiny_model()(**batch).loss)
+    assert validate_source(tmp_path / "codes", str(tmp_path / "tokenizer")).num_problems == 0
+
+
+def test_pictures_of_a_question_are_read_in_training_as_they_are_in_use(tmp_path):
+    source = make_source(tmp_path)
+    extract(tmp_path)
+    collator = NextFlowCollator(tiny_processor(), root=tmp_path)
+    for given, extracted in zip(open_rows(source)[0], rows_of(tmp_path / "codes")):
+        question, answer = (turn["content"] for turn in given["messages"])
+        if len(question) == 2 and len(answer) == 1:
+            batch = collator([given])
+            codes = tiny_model().get_image_tokens(batch["pixel_values"], batch["image_grids"])
+            assert torch.equal(collator([extracted])["image_tokens"], codes)
+
+
+def test_a_flag_says_which_pictures_have_sampled_codes(tmp_path):
+    make_source(tmp_path, 2)
+    (row,) = list(open_rows(tmp_path / "rows.jsonl")[0])[1:]
+    row["messages"][1]["content"][0]["train"] = False
+    shown = row["messages"][1]["content"][0] | {"train": True}
+    row["messages"][0]["content"].append(shown)
+    write_lines(tmp_path / "rows.jsonl", [row])
+    extract(tmp_path)
+    (row,) = rows_of(tmp_path / "codes")
+    (sampled, own), (clean, none) = row["image_tokens"], row["image_clean_tokens"]
+    assert sampled != own == clean and none is None and row["image_labels"][1] == own
 
 
 def test_without_self_correction_codes_are_the_nearest(tmp_path):
@@ -85,7 +120,7 @@ def test_without_self_correction_codes_are_the_nearest(tmp_path):
     extract(tmp_path, token_share=0.0)
     model, processor = tiny_model().vq_model, tiny_processor()
     for row in rows_of(tmp_path / "codes"):
-        assert row["image_tokens"] == row["image_labels"]
+        assert row["image_tokens"] == row["image_labels"] and row["image_clean_tokens"] is None
         for index, tokens in enumerate(row["image_tokens"]):
             picture = Image.open(tmp_path / f"{row['source_row']}-{index}.png")
             pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
@@ -101,6 +136,7 @@ def test_a_shard_is_the_encoding_of_its_pictures_under_its_own_seed(tmp_path):
     row = rows_of(tmp_path / "codes")[1]
     assert row["image_tokens"] == expected.image_tokens.tolist()
     assert row["image_labels"] == expected.image_labels.tolist()
+    assert row["image_clean_tokens"] == tiny_model().vq_model.encode(pixels).image_tokens.tolist()
     assert source.exists()
 
 
@@ -253,6 +289,29 @@ def test_settings_that_make_no_sense_are_refused(settings, message, tmp_path):
     make_source(tmp_path, 2)
     with pytest.raises(ValueError, match=message):
         extract(tmp_path, **settings)
+
+
+def test_a_folder_of_rows_of_another_format_is_not_continued(tmp_path):
+    make_source(tmp_path, 2)
+    extract(tmp_path)
+    settings = json.loads((tmp_path / "codes" / "extraction.json").read_text())
+    del settings["row_format"]
+    (tmp_path / "codes" / "extraction.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="was begun with row_format None, now it is 2; take .* an empty folder"):
+        extract(tmp_path)
+    assert check_codes(tmp_path / "codes")["rows"] == 2
+
+
+def test_codes_that_rows_hold_already_are_made_anew(tmp_path):
+    source = make_source(tmp_path, 2)
+    extract(tmp_path, "expected", token_share=0.0)
+    rows = [row | {"image_tokens": 3} for row in open_rows(source)[0]]
+    write_lines(source, rows)
+    extract(tmp_path, token_share=0.0)
+    assert rows_of(tmp_path / "codes") == rows_of(tmp_path / "expected")
+    write_lines(source, rows_of(tmp_path / "codes"))
+    with pytest.raises(ValueError, match="row 1, .*image: the picture is given neither .* codes that the row holds"):
+        extract(tmp_path, "again", token_share=0.0)
 
 
 def test_a_folder_of_another_tokenizer_is_refused(tmp_path):

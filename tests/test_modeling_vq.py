@@ -113,6 +113,20 @@ def test_each_loss_moves_its_own_side_and_is_a_mean_over_the_scales():
         assert moved == ([False, True, True] if moves_codes else [True, False, False])
 
 
+@torch.no_grad()
+def test_self_correction_leaves_the_codes_of_the_image_itself_beside_it():
+    model, pixels = tiny_model().vq_model, torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    clean = model.encode(pixels)
+    assert torch.equal(clean.image_tokens, clean.image_labels) and torch.equal(
+        clean.image_tokens, clean.image_clean_tokens
+    )
+    sampled = model.encode(pixels, SelfCorrection(top_k=5), torch.Generator().manual_seed(1))
+    assert torch.equal(sampled.image_clean_tokens, clean.image_tokens)
+    # The labels go on from what was sampled, so they are no codes of the image beyond the first scale.
+    assert torch.equal(sampled.image_labels[:, 0], clean.image_tokens[:, 0])
+    assert (sampled.image_labels != clean.image_tokens).any(dim=1).all()
+
+
 def test_self_correction_draws_the_asked_share_among_the_nearest_codes():
     model = tiny_vq_model()
     schedule = model.config.scale_schedules.build()

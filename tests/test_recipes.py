@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowVQModel
 from transformers_nextflow.cli import app
-from transformers_nextflow.data import extract_codes, open_rows
+from transformers_nextflow.data import BadRowError, extract_codes, open_rows
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer
 from transformers_nextflow.trainers.recipe_data import StagePictures, StageRows, as_caption, without_prompt
 from transformers_nextflow.trainers.recipes import load_recipe, run_recipe
@@ -107,11 +107,17 @@ def test_the_stages_of_the_tokenizer_train_their_parts_and_the_last_widens_the_d
 
 
 def test_a_drawing_turned_round_is_a_caption_of_the_uncorrected_picture():
-    row = drawing("a red circle", 1) | {"image_labels": [codes(2)]}
+    row = drawing("a red circle", 1) | {"image_labels": [codes(2)], "image_clean_tokens": [codes(3)]}
     turned = as_caption(row, "describe the picture.")
     roles = [[part.get("text", "picture") for part in message["content"]] for message in turned["messages"]]
     assert roles == [["picture", "describe the picture."], ["a red circle"]]
-    assert turned["image_tokens"] == [codes(2)] and row["image_tokens"] == [codes(1)]
+    assert turned["image_tokens"] == [codes(3)] and row["image_tokens"] == [codes(1)]
+    batch = NextFlowCollator(tiny_processor())([turned])
+    assert batch["image_tokens"].tolist() == batch["image_labels"].tolist() == [codes(3)]
+    assert as_caption(drawing("one", 1), "what?")["image_tokens"] == [codes(1)]
+    # Labels are nearest to what the sampled codes left over: they are no codes of the picture.
+    with pytest.raises(BadRowError, match=r"image_tokens\[0\]: differ from image_labels, .* extract the codes anew"):
+        as_caption(row | {"image_clean_tokens": None}, "describe the picture.")
     for other in (question("how many?", "one", 2), drawing("", 1)):
         assert as_caption(other, "describe the picture.") is other
 
@@ -128,7 +134,8 @@ def test_the_asked_share_of_drawings_is_turned_round_always_the_same_ones():
 
 
 def test_drawings_whose_codes_were_extracted_are_turned_round_and_emptied_too(start, tmp_path):
-    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "red.png")
     row = {"messages": conversation([text("a red circle")], [{"type": "image", "image": "red.png"}])}
     extract_codes(write_rows(tmp_path / "rows.jsonl", [row]), start, tmp_path / "codes")
     rows, _ = open_rows(tmp_path / "codes")
@@ -137,7 +144,11 @@ def test_drawings_whose_codes_were_extracted_are_turned_round_and_emptied_too(st
     assert turned["messages"][1]["content"][0]["text"] == "a red circle"
     emptied = StageRows(rows, tiny_processor(), empty_share=1.0)[0]
     assert [part["text"] for part in emptied["messages"][0]["content"]] == [""]
-    NextFlowCollator(tiny_processor())([turned, emptied])
+    batch = NextFlowCollator(tiny_processor())([turned, emptied])
+    images = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+    own = tiny_model().vq_model.encode(images).image_tokens[0].tolist()
+    assert batch["image_tokens"].tolist() == [own, *rows[0]["image_tokens"]]
+    assert rows[0]["image_tokens"] != [own] != rows[0]["image_labels"]
 
 
 def test_prompts_that_are_answered_by_a_picture_alone_are_left_empty():

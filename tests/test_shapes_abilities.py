@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from transformers_nextflow.data import EncodedImage
 from transformers_nextflow.evaluation.shapes import (
     ABILITIES,
     Object,
@@ -497,13 +498,15 @@ def test_rows_carry_the_codes_of_all_their_pictures(script):
     for _ in range(100):
         exchanges = script.sample(generator)
         pictures = script.pictures_in(exchanges)
-        codes = iter([([i], [100 + i]) for i in range(len(pictures) + 1)])
+        codes = iter([EncodedImage([i], [100 + i], [200 + i]) for i in range(len(pictures) + 1)])
         row = script.row(exchanges, codes, [4, 4], slots=10)
-        assert next(codes) == ([len(pictures)], [100 + len(pictures)])
+        assert next(codes).tokens == [len(pictures)]
         parts = [(turn["role"], part) for turn in row["messages"] for part in turn["content"]]
         drawn = [role == "assistant" for role, part in parts if part["type"] == "image"]
         assert drawn == [is_drawn for _, is_drawn in pictures]
-        # What is given is read with the true codes; what is drawn may be read with others (self-correction).
-        assert row["image_tokens"] == [[i] if is_drawn else [100 + i] for i, is_drawn in enumerate(drawn)]
-        assert row["image_labels"] == [[100 + i] for i in range(len(drawn))]
+        # What is given is read with the true codes; what is drawn is read with sampled ones (self-correction).
+        assert row["image_tokens"] == [[i] if is_drawn else [200 + i] for i, is_drawn in enumerate(drawn)]
+        assert row["image_labels"] == [[100 + i] if is_drawn else [200 + i] for i, is_drawn in enumerate(drawn)]
+        clean = [[200 + i] if is_drawn else None for i, is_drawn in enumerate(drawn)]
+        assert row["image_clean_tokens"] == (clean if any(drawn) else None)
         assert row["image_grids"] == [[4, 4]] * len(drawn) and row["length"] >= 10 * len(drawn)

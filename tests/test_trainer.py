@@ -141,6 +141,22 @@ def test_codes_to_be_written_may_differ_from_those_to_be_read():
     assert batch["image_labels"].tolist() == [codes(7), codes(2)]
 
 
+@pytest.mark.parametrize("flags", [(None, None), (True, None), (True, False), (None, False)])
+def test_a_picture_is_read_with_sampled_codes_exactly_where_it_is_trained_on(flags):
+    shown, drawn = ({"type": "image"} | ({} if flag is None else {"train": flag}) for flag in flags)
+    row = {"messages": conversation([shown, text("one")], [drawn, text("two")]), "image_grids": [GRID] * 2}
+    row |= {"image_tokens": [codes(1), codes(2)], "image_labels": [codes(3), codes(4)]}
+    row |= {"image_clean_tokens": [codes(5), codes(6)]}
+    processor = tiny_processor()
+    batch = NextFlowCollator(processor)([row])
+    trained = (batch["labels"][batch["input_ids"] == processor.eoi_token_id] != -100).tolist()
+    assert trained == [flags[0] is True, flags[1] is not False]
+    assert batch["image_tokens"].tolist() == [codes(n + 1) if on else codes(n + 5) for n, on in enumerate(trained)]
+    assert [label for label, on in zip(batch["image_labels"].tolist(), trained) if on] == [
+        codes(n + 3) for n, on in enumerate(trained) if on
+    ]
+
+
 def test_rows_without_pictures_make_a_batch_of_text():
     row = {"messages": conversation([text("how many?")], [text("one")]), "image_tokens": [], "image_grids": []}
     assert set(NextFlowCollator(tiny_processor())([row])) == {"input_ids", "attention_mask", "labels"}

@@ -20,6 +20,7 @@ from transformers_nextflow import (
     NextFlowVQModel,
     SelfCorrection,
 )
+from transformers_nextflow.data import encoded_images
 from transformers_nextflow.evaluation.image_metrics import to_uint8
 from transformers_nextflow.evaluation.shapes import (
     Exchange,
@@ -79,8 +80,7 @@ def rows_of(
     codes = []
     for start in range(0, len(scenes), ENCODING_BATCH):
         pixels = pixels_of(scenes[start : start + ENCODING_BATCH], world)
-        output = vq_model.encode(pixels, correction, generator)
-        codes += zip(output.image_tokens.tolist(), output.image_labels.tolist())
+        codes += encoded_images(vq_model.encode(pixels, correction, generator))
     schedule = vq_model.config.scale_schedules.for_size(world.canvas, world.canvas)
     grid, length, remaining = list(schedule.final_grid), schedule.sequence_length(), iter(codes)
     return Dataset.from_list([row([one], remaining, grid, length) for one in exchanges], features=FEATURES)

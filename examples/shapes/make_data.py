@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 
 from transformers_nextflow import NextFlowImageProcessorPil, NextFlowProcessor, NextFlowVQModel, SelfCorrection
+from transformers_nextflow.data import EncodedImage, code_fields, encoded_images
 from transformers_nextflow.evaluation.shapes import (
     CAPTION_REQUEST,
     DESCRIPTIONS,
@@ -79,6 +80,7 @@ FEATURES = Features(
         "messages": List({"role": Value("string"), "content": List(PART)}),
         "image_tokens": CODES,
         "image_labels": CODES,
+        "image_clean_tokens": CODES,
         "image_grids": CODES,
         "length": Value("int32"),
     }
@@ -153,12 +155,12 @@ def make_processor(
 
 def encode_scenes(
     model: NextFlowVQModel, scenes: list[Scene], correction: SelfCorrection | None, generator: torch.Generator
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Each scene's codes as they are read and as they are to be written; encoded in batches."""
+) -> Iterator[EncodedImage]:
+    """The codes of each scene; encoded in batches."""
     for start in range(0, len(scenes), BATCH):
         pixels = torch.from_numpy(np.stack([render(scene, WORLD) for scene in scenes[start : start + BATCH]]))
         codes = model.encode(pixels.permute(0, 3, 1, 2) / 127.5 - 1, correction, generator)
-        yield from zip(codes.image_tokens.tolist(), codes.image_labels.tolist())
+        yield from encoded_images(codes)
 
 
 @torch.no_grad()
@@ -193,8 +195,8 @@ def pictures_in(exchanges: list[Exchange]) -> list[tuple[Scene, bool]]:
     return [(scene, bool(is_answer)) for parts, is_answer in turns for scene in pictures_of(parts)]
 
 
-def row(exchanges: list[Exchange], codes: Iterator[tuple[list[int], list[int]]], grid: list[int], slots: int) -> dict:
-    """A row of the data; takes its pictures' codes off `codes`. Only what is drawn is read with corrected codes."""
+def row(exchanges: list[Exchange], codes: Iterator[EncodedImage], grid: list[int], slots: int) -> dict:
+    """A row of the data; takes its pictures' codes off `codes`. Only what is drawn is read with sampled codes."""
     messages = to_messages(exchanges)
     for part in (part for turn in messages for part in turn["content"]):
         part.setdefault("text", "")  # Arrow would write None
@@ -203,8 +205,7 @@ def row(exchanges: list[Exchange], codes: Iterator[tuple[list[int], list[int]]],
     own = list(itertools.islice(codes, len(drawn)))
     return {
         "messages": messages,
-        "image_tokens": [tokens if is_answer else labels for (tokens, labels), is_answer in zip(own, drawn)],
-        "image_labels": [labels for _, labels in own],
+        **code_fields(own, drawn),
         "image_grids": [grid] * len(drawn),
         "length": slots * len(drawn) + words + 5 * len(messages),
     }
@@ -217,7 +218,12 @@ def main():
     parser.add_argument("--samples", type=int, default=200_000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--correction_share", type=float, default=0.0, help="share of tokens drawn for self-correction")
+    parser.add_argument(
+        "--correction_share",
+        type=float,
+        default=0.0,
+        help="share of the tokens of what is drawn that are sampled for self-correction",
+    )
     parser.add_argument("--correction_top_k", type=int, default=4)
     parser.add_argument("--abilities", nargs="+", choices=MIXTURE, default=list(MIXTURE), help="default: all")
     parser.add_argument("--processor", help="folder of a processor whose text tokenizer is taken: to go on training")

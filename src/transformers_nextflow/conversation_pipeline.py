@@ -242,12 +242,8 @@ class ConversationMixin:
             raise ValueError(f"{len(images)} images came with {len(prompts)} prompts; give one for each.")
         prompts = check_prompts(prompts)
         inputs = self.processor.image_processor(list(images), return_tensors="pt")
-        inputs = self.processor.image_processor(list(images), return_tensors="pt").to(self._execution_device)
         if (count := len(inputs["image_grids"])) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts came with {count} images in lists; give one image for each.")
-        self._onload()
-        codes = self.model.get_image_tokens(inputs["pixel_values"], inputs["image_grids"])
-        pictures = (self.model, self.processor, codes, inputs["image_grids"])
         requests = [self.processor.caption_request] * len(prompts)
         with self._call():
             inputs = inputs.to(self.model.device)

@@ -28,12 +28,14 @@ class NextFlowVQEncoderOutput(ModelOutput):
 
     Args:
         image_tokens: (B, N) int64 codes, coarse to fine, each grid row-major: what a model reads.
-        image_labels: (B, N) int64 nearest codes: what it learns to write. Equal to `image_tokens` unless codes were
-            drawn for self-correction.
+        image_labels: (B, N) int64 nearest codes: what it learns to write.
+        image_clean_tokens: (B, N) int64 codes of the pictures themselves: what a model reads of pictures that it does
+            not learn to write. All three are equal unless codes were sampled for self-correction.
     """
 
     image_tokens: torch.LongTensor | None = None
     image_labels: torch.LongTensor | None = None
+    image_clean_tokens: torch.LongTensor | None = None
 
 
 @dataclass
@@ -253,16 +255,18 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
 
         Args:
             pixel_values: (B, 3, H, W) in [-1, 1]; H and W must be drawn by a schedule.
-            self_correction: draw part of the codes among the nearest ones; `image_labels` stay the nearest.
+            self_correction: draw part of the codes among the nearest ones; `image_labels` are the nearest to what is
+                then left over. The pictures' own codes come as `image_clean_tokens`.
             generator: source of the draws.
 
         Raises:
             ValueError: for another shape or size, or values that are not finite.
         """
-        output = self.quantizer.encode(
-            self.encode_latents(pixel_values), self.schedule_of(pixel_values), self_correction, generator=generator
-        )
-        return NextFlowVQEncoderOutput(image_tokens=output.image_tokens, image_labels=output.image_labels)
+        latents, schedule = self.encode_latents(pixel_values), self.schedule_of(pixel_values)
+        clean = output = self.quantizer.encode(latents, schedule)
+        if self_correction is not None:
+            output = self.quantizer.encode(latents, schedule, self_correction, generator=generator)
+        return NextFlowVQEncoderOutput(output.image_tokens, output.image_labels, clean.image_tokens)
 
     def decode(self, image_tokens: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] from codes (B, n) of all scales, or of the first ones (a preview)."""

@@ -24,12 +24,16 @@ from tqdm import tqdm
 from ..atomic_files import write_whole
 from ..image_processing_nextflow import NextFlowImageProcessorPil
 from ..multiscale_quantizer import SelfCorrection
-from .rows import FINGERPRINT, BadRowError, Sample, import_extra, load_picture, open_rows, read_row
-from .validation import check_on_bad_picture, check_size, usable_rows
+from .row_codes import CLEAN_TOKENS, FINGERPRINT, GRIDS, LABELS, TOKENS, code_fields, encoded_images
+from .row_encoding import read_pixels
+from .rows import Sample, import_extra, open_rows, read_row
+from .validation import check_on_bad_picture, usable_rows
 from .vision_tokenizer import load_vision_tokenizer, tokenizer_fingerprint
 
 
 SETTINGS = "extraction.json"
+# 1 had codes sampled for self-correction for images of all turns, and no clean ones.
+ROW_FORMAT = 2
 # Batches of pictures that are held at once; their sizes are many.
 MOST_WAITING = 8
 
@@ -45,9 +49,11 @@ class Extraction:
         shard_size: rows of the source in a shard.
         batch_size: pictures of one size that are encoded at once; draws depend on it.
         level: resolution at which pictures are read; `None`: for each the nearest in area.
-        top_k, token_share: self-correction; every sample has it, and `token_share` of the tokens of each scale.
+        top_k, token_share: self-correction of the images that are trained on: all of them have it, for `token_share`
+            of the tokens of each scale.
         seed: of the draws.
         on_bad_picture: "stop" or "skip".
+        row_format: of the shards; those of another one are not continued.
     """
 
     source: str
@@ -61,6 +67,7 @@ class Extraction:
     token_share: float = 0.6
     seed: int = 0
     on_bad_picture: str = "stop"
+    row_format: int = ROW_FORMAT
 
     def __post_init__(self):
         self.self_correction  # raises for values that make no sense
@@ -69,8 +76,9 @@ class Extraction:
             raise ValueError(f"shard_size and batch_size start at 1, got {self.shard_size} and {self.batch_size}.")
 
     @property
-    def self_correction(self) -> SelfCorrection:
-        return SelfCorrection(self.top_k, self.token_share)
+    def self_correction(self) -> SelfCorrection | None:
+        correction = SelfCorrection(self.top_k, self.token_share)
+        return correction if self.token_share else None
 
     @property
     def shards(self) -> range:
@@ -92,7 +100,11 @@ def extract_codes(
     device: str = "cpu",
     **settings,
 ) -> dict[str, int]:
-    """Encode the pictures of all rows to `image_tokens` (drawn for self-correction) and `image_labels` (nearest codes).
+    """Encode the pictures of all rows.
+
+    An image that is not trained on has its codes as `image_tokens`. One that is trained on has codes sampled for
+    self-correction there, which are read, the nearest codes as `image_labels`, which are written, and its own codes as
+    `image_clean_tokens`, which are read where the image is not trained on after all.
 
     Goes on where an earlier call with the same settings was cut off; the result is the same as uncut.
 
@@ -221,47 +233,44 @@ class _Encoder:
         generator = extraction.generator(shard, self.model.device)
         rows = _Slice(self.rows, numbers)
         usable = usable_rows(rows, self._prepare, extraction.on_bad_picture, skipped, first=numbers.start)
-        result: list[dict] = []
-        # Pictures wait until there are enough of their size, and not too many of all sizes.
+        result: list[tuple[dict, list[bool], list]] = []
+        # Images wait until there are enough of their size that are trained on or not, and not too many of all kinds.
         waiting: dict[tuple, list[tuple]] = {}
         for number, (sample, pixels) in usable:
-            result.append(self._row(number, sample, len(pixels)))
-            for index, picture in enumerate(pixels):
-                group = waiting.setdefault(picture.shape, [])
-                group.append((result[-1], index, picture))
-                if len(group) == extraction.batch_size:
-                    self._encode_group(waiting.pop(picture.shape), generator)
+            images: list = [None] * len(pixels)
+            result.append((self._row(number, sample), sample.trained_images, images))
+            for index, (image, trained) in enumerate(zip(pixels, sample.trained_images)):
+                kind = (trained, image.shape)
+                waiting.setdefault(kind, []).append((images, index, image))
+                if len(waiting[kind]) == extraction.batch_size:
+                    self._encode_group(trained, waiting.pop(kind), generator)
             if sum(map(len, waiting.values())) > MOST_WAITING * extraction.batch_size:
-                self._encode_group(waiting.pop(next(iter(waiting))), generator)
-        for group in waiting.values():
-            self._encode_group(group, generator)
-        return result
+                kind = next(iter(waiting))
+                self._encode_group(kind[0], waiting.pop(kind), generator)
+        for (trained, _), group in waiting.items():
+            self._encode_group(trained, group, generator)
+        return [
+            row | code_fields([codes for codes, _ in images], trained) | {GRIDS: [grid for _, grid in images]}
+            for row, trained, images in result
+        ]
 
-    def _row(self, number: int, sample: Sample, count: int) -> dict:
-        codes = {name: [None] * count for name in ("image_tokens", "image_labels", "image_grids")}
+    def _row(self, number: int, sample: Sample) -> dict:
         messages = [_arrow_message(message) for message in sample.messages]
-        return {"messages": messages, **codes, FINGERPRINT: self.extraction.fingerprint, "source_row": number}
+        return {"messages": messages, FINGERPRINT: self.extraction.fingerprint, "source_row": number}
 
     def _prepare(self, row: dict) -> tuple[Sample, list[np.ndarray]]:
         """A row and its pictures as pixel values (3, H, W)."""
-        sample = read_row(row, self.root)
-        if len(sample.pictures) < sample.num_pictures:
-            raise BadRowError("image_tokens", "the row has codes already, and no pictures to encode")
-        pixels = []
-        for place, picture in zip(sample.fields, sample.pictures):
-            picture = load_picture(picture, place)
-            check_size(picture, place, self.image_processor.scale_schedules)
-            pixels.append(self.image_processor(picture)["pixel_values"][0])
-        return sample, pixels
+        sample = read_row(row, self.root, with_codes=False)
+        return sample, read_pixels(sample, self.image_processor)[1]
 
     @torch.no_grad()
-    def _encode_group(self, group: list[tuple], generator: torch.Generator):
-        """Write the codes of pictures of one size, (row, number in it, pixel values), into their rows."""
-        pixels = torch.from_numpy(np.stack([picture for _, _, picture in group])).to(self.model.device)
-        codes = self.model.encode(pixels, self.extraction.self_correction, generator)
-        grid = list(self.model.schedule_of(pixels).final_grid)
-        for (row, index, _), tokens, labels in zip(group, codes.image_tokens.tolist(), codes.image_labels.tolist()):
-            row["image_tokens"][index], row["image_labels"][index], row["image_grids"][index] = tokens, labels, grid
+    def _encode_group(self, trained: bool, group: list[tuple], generator: torch.Generator):
+        """Put codes and final grids of images of one size, (images of a row, place among them, pixel values), there."""
+        pixels = torch.from_numpy(np.stack([image for _, _, image in group])).to(self.model.device)
+        codes = self.model.encode(pixels, self.extraction.self_correction if trained else None, generator)
+        grid = self.model.schedule_of(pixels).final_grid
+        for (images, index, _), encoded in zip(group, encoded_images(codes)):
+            images[index] = encoded, grid
 
 
 class _Slice:
@@ -290,8 +299,8 @@ def _write_parquet(rows: list[dict], path: Path):
     part = pa.struct([("type", pa.string()), ("text", pa.string()), ("train", pa.bool_())])
     message = pa.struct([("role", pa.string()), ("content", pa.list_(part)), ("train", pa.bool_())])
     codes = pa.list_(pa.list_(pa.int32()))
-    fields = [("messages", pa.list_(message)), ("image_tokens", codes), ("image_labels", codes)]
-    fields += [("image_grids", codes), (FINGERPRINT, pa.string()), ("source_row", pa.int64())]
+    fields = [("messages", pa.list_(message)), (TOKENS, codes), (LABELS, codes), (CLEAN_TOKENS, codes), (GRIDS, codes)]
+    fields += [(FINGERPRINT, pa.string()), ("source_row", pa.int64())]
     parquet.write_table(pa.Table.from_pylist(rows, pa.schema(fields)), path)
 
 

@@ -12,32 +12,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from PIL import Image
+import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from ..films import read_frames
+from ..tokenization_nextflow import CLOSE, OPEN
+from .row_codes import ImageCodes, as_list, read_codes
+from .row_errors import BadPictureError, BadRowError, shown
 
 
 ROLES = ("system", "user", "assistant")
-FINGERPRINT = "tokenizer_fingerprint"
 FILMS = ("video", "film")  # one thing; chat templates of transformers say "video"
 ROW_NUMBER = "row_number"
-ROW_FIELDS = {"messages", "images", "image_tokens", "image_labels", "image_grids", FINGERPRINT}
-
-
-class BadRowError(ValueError):
-    """A row that cannot be used; `field` says where in it, as `messages[0].content[1].image`."""
-
-    def __init__(self, field: str, problem: str):
-        super().__init__(f"{field}: {problem}")
-        self.field, self.problem = field, problem
-
-    def of_row(self, number: int) -> BadRowError:
-        """The same error, named with the row's number."""
-        return type(self)(f"row {number}, {self.field}", self.problem)
-
-
-class BadPictureError(BadRowError):
-    """A picture that is missing or does not decode."""
 
 
 @dataclass
@@ -49,48 +35,87 @@ class Sample:
             where the row has it; a film is one image part for each frame.
         pictures: what the row gives of each picture, in the order of the image parts; empty if it has codes alone.
         fields: where each picture stands in the row, for messages of errors.
-        image_tokens, image_labels, image_grids: codes to read, codes to write, final grids; `None` without codes.
-        fingerprint: of the tokenizer of the codes; `None` where the row does not say.
+        codes: of its images; `None` without codes.
     """
 
     messages: list[dict]
     pictures: list[Any] = field(default_factory=list)
     fields: list[str] = field(default_factory=list)
-    image_tokens: list[list[int]] | None = None
-    image_labels: list[list[int]] | None = None
-    image_grids: list[list[int]] | None = None
-    fingerprint: str | None = None
+    codes: ImageCodes | None = None
+
+    @property
+    def trained_images(self) -> list[bool]:
+        """For each image, in the order of the image parts, whether it is trained on."""
+        return [on for part, on in self._parts() if part["type"] == "image"]
 
     @property
     def num_pictures(self) -> int:
-        return sum(part["type"] == "image" for message in self.messages for part in message["content"])
+        return len(self.trained_images)
+
+    def check_learned(self):
+        """Raises `BadRowError` if nothing is learned from it: no part, and no end of an answer."""
+        ends = (message.get("train", True) for message in self.messages if message["role"] == "assistant")
+        if not any(ends) and not any(on and part.get("text") != "" for part, on in self._parts()):
+            raise nothing_learned()
+
+    def _parts(self) -> Iterator[tuple[dict, bool]]:
+        return ((part, is_trained(message, part)) for message in self.messages for part in message["content"])
 
 
-def read_row(row: dict, root: str | os.PathLike = ".") -> Sample:
+def nothing_learned() -> BadRowError:
+    return BadRowError("messages", 'nothing is learned from them; give an answer or "train": true')
+
+
+def is_trained(message: dict, part: dict) -> bool:
+    """Whether a part of a [`Sample`]'s message is trained on: its own flag, the message's, or that it is an answer."""
+    return part.get("train", message.get("train", message["role"] == "assistant"))
+
+
+def read_row(row: dict, root: str | os.PathLike = ".", with_codes: bool = True) -> Sample:
     """Read a row; paths of pictures are relative to `root`. Pictures are looked for, not decoded.
+
+    Args:
+        with_codes: `False` leaves codes unread, so that every image must be given.
 
     Raises:
         BadRowError: naming the field, if the row does not follow the schema.
     """
-    if not isinstance(row, dict):
-        raise BadRowError("row", f"must be an object with messages, got {type(row).__name__}")
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise BadRowError("messages", f"must be a list of at least one message, got {messages!r}")
     sample = Sample([])
-    for number, message in enumerate(messages):
-        _read_message(sample, message, f"messages[{number}]", Path(root))
+    for number, message in enumerate(read_messages(row)):
+        parts: list[dict] = []
+        for index, part in enumerate(message["content"]):
+            parts += _take_part(sample, part, f"messages[{number}].content[{index}]", Path(root))
+        sample.messages.append(message | {"content": parts})
     if not any(part["type"] == "text" for message in sample.messages for part in message["content"]):
         raise BadRowError("messages", 'there is no text part; an unconditional sample has one with "text": ""')
-    if images := row.get("images"):
-        _take_images(sample, images, Path(root))
-    _read_codes(sample, row)
+    _take_images(sample, row.get("images"), Path(root))
+    sample.codes = read_codes(row, sample.trained_images) if with_codes else None
     missing = [place for place, picture in zip(sample.fields, sample.pictures) if picture is None]
-    if sample.image_tokens is None and missing:
-        raise BadRowError(missing[0], "the picture is given neither here, nor in images, nor by image_tokens")
+    if sample.codes is None and missing:
+        nor = ", nor by image_tokens" if with_codes else "; codes that the row holds are not read here"
+        raise BadRowError(missing[0], f"the picture is given neither here, nor in images{nor}")
     if missing:
         sample.pictures, sample.fields = [], []
     return sample
+
+
+def read_messages(row: dict) -> list[dict]:
+    """The messages of a row, every content a list of parts. Images are not looked for.
+
+    Raises:
+        BadRowError: naming the field, for what is no message or part.
+    """
+    check_is_row(row)
+    messages = as_list(row.get("messages"))
+    if not messages:
+        raise BadRowError("messages", f"must be a list of at least one message, got {shown(row.get('messages'))}")
+    return [_read_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+
+
+def check_is_row(row: Any):
+    """Raises `BadRowError` for what is no row at all."""
+    if not isinstance(row, dict):
+        raise BadRowError("row", f"must be an object with messages, got {type(row).__name__}")
 
 
 def load_picture(picture: Any, field: str = "picture") -> Image.Image:
@@ -106,8 +131,10 @@ def load_picture(picture: Any, field: str = "picture") -> Image.Image:
         with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
             opened.load()
             return opened.copy() if getattr(opened, "n_frames", 1) == 1 else opened.convert("RGBA")
-    # PIL raises SyntaxError for some broken PNGs, and its own for pictures that would fill the memory.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:
+        raise BadPictureError(field, "the picture cannot be read: it is no image of a known kind") from error
+    # PIL's decoders of broken files raise what comes: SyntaxError, struct.error, IndexError and more.
+    except Exception as error:
         raise BadPictureError(field, f"the picture cannot be read: {error}") from error
 
 
@@ -163,7 +190,7 @@ class JsonLines:
             file.seek(self.offsets[index])
             try:
                 return json.loads(file.readline())
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadRowError("row", f"is no JSON: {error}") from error
 
     def __iter__(self) -> Iterator[dict]:
@@ -182,59 +209,91 @@ class NumberedRows:
     def __getitem__(self, index: int) -> dict:
         try:
             row = self.rows[index]
+            check_is_row(row)  # a list would be taken for a pack
         except BadRowError as error:
             raise error.of_row(index) from error
-        return row | {ROW_NUMBER: index} if isinstance(row, dict) else row
+        return row | {ROW_NUMBER: index}
 
     def __iter__(self) -> Iterator[dict]:
         return (self[index] for index in range(len(self)))
 
 
-def _read_message(sample: Sample, message: Any, place: str, root: Path):
+def _read_message(message: Any, place: str) -> dict:
     if not isinstance(message, dict):
-        raise BadRowError(place, f"must be an object with role and content, got {message!r}")
-    if message.get("role") not in ROLES:
-        raise BadRowError(f"{place}.role", f"must be one of {ROLES}, got {message.get('role')!r}")
-    content = message.get("content")
-    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(content, list) or not content:
-        raise BadRowError(f"{place}.content", f"must be a text or a list of parts, got {content!r}")
-    parts: list[dict] = []
-    for number, part in enumerate(content):
-        parts += _read_part(sample, part, f"{place}.content[{number}]", root)
-    sample.messages.append({"role": message["role"], "content": parts} | _train_flag(message, place))
+        raise BadRowError(place, f"must be an object with role and content, got {shown(message)}")
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or role not in ROLES:
+        raise BadRowError(f"{place}.role", f"must be one of {ROLES}, got {shown(role)}")
+    _check_names(message, ("role", "content"), place, "message")
+    if isinstance(content, str):
+        parts = [{"type": "text", "text": _text(content, f"{place}.content")}]
+    elif not (given := as_list(content)):
+        raise BadRowError(f"{place}.content", f"must be a text or a list of parts, got {shown(content)}")
+    else:
+        parts = [_read_part(part, f"{place}.content[{number}]") for number, part in enumerate(given)]
+    return {"role": role, "content": parts} | _train_flag(message, place)
 
 
-def _read_part(sample: Sample, part: Any, place: str, root: Path) -> list[dict]:
+def _read_part(part: Any, place: str) -> dict:
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in ("text", "image", *FILMS):
-        raise BadRowError(f"{place}.type", f"must be text, image or video, got {part!r}")
-    flag = _train_flag(part, place)
+    if not isinstance(kind, str) or kind not in ("text", "image", *FILMS):
+        raise BadRowError(f"{place}.type", f"must be text, image or video, got {shown(part)}")
+    _check_names(part, ("type", kind), place, f"part of type {kind}")
+    value = _text(part.get("text"), f"{place}.text") if kind == "text" else part.get(kind)
+    return {"type": kind} | ({} if value is None else {kind: value}) | _train_flag(part, place)
+
+
+def _take_part(sample: Sample, part: dict, place: str, root: Path) -> list[dict]:
+    """The part as the sample holds it, with its images put there."""
+    kind = part["type"]
     if kind == "text":
-        if not isinstance(part.get("text"), str):
-            raise BadRowError(f"{place}.text", f"must be a string, got {part.get('text')!r}")
-        return [{"type": "text", "text": part["text"]} | flag]
+        return [part]
     if kind == "image":
         pictures, fields = [_locate(part.get("image"), f"{place}.image", root)], [f"{place}.image"]
     else:
         pictures, fields = _frames(part.get(kind), f"{place}.{kind}", root)
     sample.pictures += pictures
     sample.fields += fields
+    flag = {"train": part["train"]} if "train" in part else {}
     return [{"type": "image"} | flag for _ in pictures]
+
+
+def _check_names(holder: dict, names: tuple[str, ...], place: str, kind: str):
+    """What training would pass over is refused: a misspelt flag, a second image, a thought beside the content.
+
+    Empty values are Arrow's and TRL's stand-ins for none.
+    """
+    for name, value in holder.items():
+        if name not in (*names, "train") and value is not None and not (isinstance(value, str | list) and not value):
+            allowed = ", ".join((*names, "train"))
+            raise BadRowError(f"{place}.{name}", f"a {kind} holds {allowed} and nothing else, got {shown(value)}")
+
+
+def _text(text: Any, place: str) -> str:
+    if not isinstance(text, str):
+        raise BadRowError(place, f"must be a string, got {shown(text)}")
+    if OPEN in text or CLOSE in text:
+        raise BadRowError(place, f"holds U+FDD0 or U+FDD1, which are no characters: {shown(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        problem = f"holds one half of a surrogate pair at {error.start}, which is no character: {shown(text)}"
+        raise BadRowError(place, problem) from error
+    return text
 
 
 def _train_flag(holder: dict, place: str) -> dict:
     flag = holder.get("train")
-    if flag is not None and not isinstance(flag, bool):
-        raise BadRowError(f"{place}.train", f"must be true or false, got {flag!r}")
-    return {} if flag is None else {"train": flag}
+    if flag is not None and not isinstance(flag, bool | np.bool_):
+        raise BadRowError(f"{place}.train", f"must be true or false, got {shown(flag)}")
+    return {} if flag is None else {"train": bool(flag)}
 
 
 def _frames(film: Any, place: str, root: Path) -> tuple[list, list[str]]:
     """The pictures of a film: a list of them, or a file as `read_frames` takes it."""
-    if isinstance(film, list) and film:
-        places = [f"{place}[{number}]" for number in range(len(film))]
-        frames = [_locate(frame, where, root) for frame, where in zip(film, places)]
+    if frames := as_list(film):
+        places = [f"{place}[{number}]" for number in range(len(frames))]
+        frames = [_locate(frame, where, root) for frame, where in zip(frames, places)]
         if None in frames:
             raise BadPictureError(places[frames.index(None)], "a frame is missing")
         return frames, places
@@ -243,7 +302,9 @@ def _frames(film: Any, place: str, root: Path) -> tuple[list, list[str]]:
         raise BadRowError(place, f"must be a list of pictures, or the path of a film, got {type(film).__name__}")
     try:
         frames = read_frames(path)
-    except ValueError as error:
+    except ImportError:
+        raise
+    except Exception as error:
         problem = f"the film cannot be read: {error} GIF, WebP, PNG and MP4 are; give the frames of others as a list"
         raise BadPictureError(place, problem) from error
     return frames, [f"{place}[{number}]" for number in range(len(frames))]
@@ -258,30 +319,19 @@ def _locate(picture: Any, place: str, root: Path):
     if not isinstance(picture, str | os.PathLike):
         raise BadRowError(place, f"must be a path or a picture, got {type(picture).__name__}")
     path = root / picture
-    if not path.is_file():
-        raise BadPictureError(place, f"there is no file {path}")
+    if not os.path.isfile(path):
+        raise BadPictureError(place, f"there is no file {path}" if len(str(path)) < 300 else "there is no such file")
     return path
 
 
-def _take_images(sample: Sample, images: list, root: Path):
+def _take_images(sample: Sample, given: Any, root: Path):
     """TRL's way: pictures in a list beside the messages."""
+    images = [] if given is None else as_list(given)
+    if images is None:
+        raise BadRowError("images", f"must be a list of pictures, got {shown(given)}")
     free = [number for number, picture in enumerate(sample.pictures) if picture is None]
-    if len(images) != len(free):
+    if images and len(images) != len(free):
         raise BadRowError("images", f"holds {len(images)} pictures for {len(free)} image parts without one")
     for number, (place, picture) in enumerate(zip(free, images)):
         sample.fields[place] = f"images[{number}]"
         sample.pictures[place] = _locate(picture, f"images[{number}]", root)
-
-
-def _read_codes(sample: Sample, row: dict):
-    tokens, grids = row.get("image_tokens"), row.get("image_grids")
-    if tokens is None and grids is None:
-        return
-    labels = row.get("image_labels")
-    labels = tokens if labels is None else labels
-    for name, value in (("image_tokens", tokens), ("image_grids", grids), ("image_labels", labels)):
-        if value is None or len(value) != sample.num_pictures:
-            found = "none" if value is None else len(value)
-            raise BadRowError(name, f"the messages hold {sample.num_pictures} pictures, but there are {found} here")
-    sample.image_tokens, sample.image_labels, sample.image_grids = tokens, labels, grids
-    sample.fingerprint = row.get(FINGERPRINT)

@@ -6,6 +6,7 @@ import re
 
 from ..processing_nextflow import NextFlowProcessor
 from ..tokenization_nextflow import CLOSE, OPEN
+from .rows import is_trained
 
 
 def encode_messages(processor: NextFlowProcessor, messages: list[dict]) -> tuple[list[int], list[bool]]:
@@ -33,11 +34,7 @@ def _with_flags(processor: NextFlowProcessor, messages: list[dict], trained: lis
     answers = [message for message in messages if message["role"] == "assistant"]
     for (start, stop), message in zip(turns, answers):
         trained[start:stop] = [message.get("train", True)] * (stop - start)
-    flags = [
-        part.get("train", message.get("train", message["role"] == "assistant"))
-        for message in messages
-        for part in message["content"]
-    ]
+    flags = [is_trained(message, part) for message in messages for part in message["content"]]
     starts = _starts_of_tokens(processor, messages)
     for (first, last), flag in zip(_spans_of_parts(processor, messages), flags):
         for token, start in enumerate(starts):

@@ -7,8 +7,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import AutoProcessor
+from transformers.utils import PROCESSOR_NAME, has_file
+
+from ..image_processing_nextflow import NextFlowImageProcessorPil
+from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedules
-from .rows import BadPictureError, BadRowError, Sample, load_picture, open_rows, read_row
+from .row_codes import TOKENS
+from .row_encoding import encode_sample, read_images
+from .row_errors import BadPictureError, BadRowError
+from .rows import Sample, open_rows, read_row
 from .vision_tokenizer import load_vision_tokenizer, tokenizer_fingerprint
 
 
@@ -73,16 +81,26 @@ def validate_rows(
     codebook_size: int | None = None,
     fingerprint: str | None = None,
     on_bad_picture: str = "stop",
+    processor: NextFlowProcessor | None = None,
 ) -> ValidationReport:
-    """Look at every row and decode every picture; nothing is raised for what rows hold.
+    """Read every row as training does, and decode every picture that training would; nothing is raised for what rows
+    hold.
 
     Args:
         root: what paths of pictures are relative to.
         schedules, codebook_size, fingerprint: of the tokenizer that codes must come from; `None`: not checked.
         on_bad_picture: whether rows with a picture that does not decode are problems ("stop") or left out ("skip").
+        processor: of the model that is to be trained; without one, texts are not written with its chat template.
+            `schedules` are its image processor's then.
     """
     check_on_bad_picture(on_bad_picture)
-    report = ValidationReport()
+    if processor is not None:
+        image_processor, schedules = processor.image_processor, processor.image_processor.scale_schedules
+    elif schedules is not None:
+        image_processor = NextFlowImageProcessorPil(schedules.sides, schedules.patch_size, schedules.levels)
+    else:
+        image_processor = NextFlowImageProcessorPil()
+    report, kinds = ValidationReport(), _OneKind()
     for number, row in enumerate(_rows_or_errors(rows)):
         report.rows += 1
         try:
@@ -90,9 +108,12 @@ def validate_rows(
                 raise row
             sample = read_row(row, root)
             report.pictures += sample.num_pictures
-            for place, picture in zip(sample.fields, sample.pictures):
-                check_size(load_picture(picture, place), place, schedules)
-            check_codes_of(sample, schedules, codebook_size, fingerprint)
+            if processor is not None:
+                encode_sample(sample, processor, codebook_size, fingerprint).check_learned()
+            else:
+                read_images(sample, image_processor, schedules, codebook_size, fingerprint)
+                sample.check_learned()
+            kinds.check(number, sample)
         except BadRowError as error:
             skip = isinstance(error, BadPictureError) and on_bad_picture == "skip"
             named = report.skipped_because if skip else report.problems
@@ -106,54 +127,35 @@ def validate_rows(
 def validate_source(
     source: str | os.PathLike, model: str | None = None, on_bad_picture: str = "stop"
 ) -> ValidationReport:
-    """The report of a file or folder (see `open_rows`), whose codes are for the tokenizer in the folder `model`."""
+    """The report of a file or folder (see `open_rows`), for the model or the tokenizer in the folder `model`."""
     rows, root = open_rows(source)
     if model is None:
         return validate_rows(rows, root, on_bad_picture=on_bad_picture)
     vq_model = load_vision_tokenizer(model)
     config = vq_model.config
+    # A tokenizer's folder has none.
+    processor = AutoProcessor.from_pretrained(model) if has_file(model, PROCESSOR_NAME) else None
     return validate_rows(
-        rows, root, config.scale_schedules, config.codebook_size, tokenizer_fingerprint(vq_model), on_bad_picture
-    )
+        rows, root, config.scale_schedules, config.codebook_size, tokenizer_fingerprint(vq_model), on_bad_picture,
+        processor,
+    )  # fmt: skip
 
 
-def check_size(picture, place: str, schedules: ScaleSchedules | None):
-    """Raises `BadPictureError` for a picture whose ratio no schedule draws."""
-    if schedules is None:
-        return
-    try:
-        schedules.nearest(picture.height, picture.width)
-    except ValueError as error:
-        raise BadPictureError(place, str(error)) from error
+class _OneKind:
+    """A batch takes the codes of all its images, or of none."""
 
+    def __init__(self):
+        self.first: tuple[int, bool] | None = None
 
-def check_codes_of(
-    sample: Sample, schedules: ScaleSchedules | None, codebook_size: int | None, fingerprint: str | None
-):
-    """Raises `BadRowError` for codes that do not fill their grids, or are another tokenizer's."""
-    if sample.image_tokens is None:
-        return
-    if None not in (fingerprint, sample.fingerprint) and fingerprint != sample.fingerprint:
-        raise BadRowError(
-            "tokenizer_fingerprint",
-            f"the codes come from the tokenizer {sample.fingerprint}, the model's is {fingerprint}; extract them anew",
-        )
-    for name, pictures in (("image_tokens", sample.image_tokens), ("image_labels", sample.image_labels)):
-        for number, (codes, grid) in enumerate(zip(pictures, sample.image_grids)):
-            place = f"{name}[{number}]"
-            if schedules is not None:
-                expected = _num_tokens(schedules, grid, f"image_grids[{number}]")
-                if len(codes) != expected:
-                    raise BadRowError(place, f"the grid {list(grid)} takes {expected} codes, got {len(codes)}")
-            if codebook_size is not None and len(codes) and not 0 <= min(codes) <= max(codes) < codebook_size:
-                raise BadRowError(place, f"codes run from 0 to {codebook_size - 1}, got {min(codes)} to {max(codes)}")
-
-
-def _num_tokens(schedules: ScaleSchedules, grid, place: str) -> int:
-    try:
-        return schedules.for_size(*(int(side) * schedules.patch_size for side in grid)).num_tokens
-    except (TypeError, ValueError) as error:
-        raise BadRowError(place, f"{list(grid)} is no final grid: {error}") from error
+    def check(self, number: int, sample: Sample):
+        """Raises `BadRowError` for a row with codes where the first row with images had none, and the other way."""
+        if not sample.num_pictures:
+            return
+        has_codes = sample.codes is not None
+        self.first = self.first or (number, has_codes)
+        if has_codes != self.first[1]:
+            those = "codes, this row none" if self.first[1] else "no codes, this row does"
+            raise BadRowError(TOKENS, f"row {self.first[0]} holds {those}; extract the codes of all rows, or of none")
 
 
 def _rows_or_errors(rows: Iterable[dict]) -> Iterator[dict | BadRowError]:

@@ -3,49 +3,38 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import torch
 
-from ..data.rows import ROW_NUMBER, BadRowError, Sample, load_picture, read_row
-from ..data.segments import encode_messages
-from ..data.validation import check_codes_of
+from ..data.row_encoding import EncodedRow, encode_sample
+from ..data.row_errors import BadRowError
+from ..data.rows import ROW_NUMBER, read_row
 from ..loss_nextflow import IGNORE_INDEX
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedule
 from .packing import SampleSize
 
 
-@dataclass
-class _Encoded:
-    """A row as token ids, labels, and its pictures: final grids with codes, or with pixel values (3, H, W)."""
-
-    ids: list[int]
-    labels: list[int]
-    grids: list
-    sample: Sample
-    pixels: list[torch.Tensor]
-
-
 class NextFlowCollator:
     """Batches of rows of the data format (docs/data.md).
 
-    Rows that hold codes (`image_tokens`, `image_grids`, and `image_labels` where the codes to write differ) are taken
-    as they are; pictures of other rows are read, and the model encodes them. A batch has rows of one kind. Loss is on
-    the assistant's turns, unless a row says otherwise; there are as many labels as trained positions.
+    Rows that hold codes (`image_tokens`, `image_grids`, and `image_labels` and `image_clean_tokens` where codes were
+    sampled for self-correction) are taken as they are; pictures of other rows are read, and the model encodes them. A
+    batch has rows of one kind. Loss is on the assistant's turns, unless a row says otherwise, with as many labels as
+    trained positions; an image that is not trained on is read with its clean codes.
 
     Rows are padded to a common length. A batch that is one pack, a list of rows, becomes one row of samples with
     `seq_idx` in place of `attention_mask`.
 
     A row that cannot be used, or of which nothing is trained on, is a `ValueError` that names the field, and the row
-    where [`NextFlowTrainer`] numbers it.
+    where [`NextFlowTrainer`] numbers it. `validate_rows` reports the same rows.
 
     Args:
         processor: its tokenizer and chat template are used, and its image processor for rows without codes.
         pad_to_multiple_of: lengths are rounded up to it, so that compiled code meets few shapes.
         root: what paths of pictures are relative to.
-        tokenizer_fingerprint: codes of rows that name another tokenizer are refused; `NextFlowTrainer` sets it to its
-            model's. `None`: not checked.
+        tokenizer_fingerprint, codebook_size: codes of rows that name another tokenizer or lie outside the codebook are
+            refused; `NextFlowTrainer` sets them to its model's. `None`: not checked.
     """
 
     def __init__(
@@ -54,9 +43,10 @@ class NextFlowCollator:
         pad_to_multiple_of: int = 1,
         root: str | os.PathLike = ".",
         tokenizer_fingerprint: str | None = None,
+        codebook_size: int | None = None,
     ):
-        self.processor, self.pad_to_multiple_of = processor, pad_to_multiple_of
-        self.root, self.tokenizer_fingerprint = root, tokenizer_fingerprint
+        self.processor, self.pad_to_multiple_of, self.root = processor, pad_to_multiple_of, root
+        self.tokenizer_fingerprint, self.codebook_size = tokenizer_fingerprint, codebook_size
 
     def __call__(self, rows: list[dict] | list[list[dict]]) -> dict[str, torch.Tensor]:
         packed = bool(rows) and isinstance(rows[0], list)
@@ -80,45 +70,22 @@ class NextFlowCollator:
         trained = len(encoded.labels) - encoded.labels.count(IGNORE_INDEX)
         return SampleSize(len(encoded.ids), trained, tuple(self._schedule(grid) for grid in encoded.grids))
 
-    def _encode_to_train(self, row: dict) -> _Encoded:
+    def _encode_to_train(self, row: dict) -> EncodedRow:
         """A row of which something is learned; errors name its number where it holds one."""
         try:
             encoded = self._encode(row)
-            if all(label == IGNORE_INDEX for label in encoded.labels):
-                raise BadRowError("messages", 'nothing is learned from them; give an answer or "train": true')
+            encoded.check_learned()
         except BadRowError as error:
             if isinstance(row, dict) and ROW_NUMBER in row:
                 raise error.of_row(row[ROW_NUMBER]) from error
             raise
         return encoded
 
-    def _encode(self, row: dict) -> _Encoded:
-        processor, sample = self.processor, read_row(row, self.root)
-        check_codes_of(sample, None, None, self.tokenizer_fingerprint)
-        grids, pixels = sample.image_grids, []
-        if grids is None:
-            pictures = [load_picture(picture, place) for place, picture in zip(sample.fields, sample.pictures)]
-            processed = [processor.image_processor(picture, return_tensors="pt") for picture in pictures]
-            grids = [batch["image_grids"][0].tolist() for batch in processed]
-            pixels = [batch["pixel_values"][0] for batch in processed]
-        remaining = list(grids)
-        ids, labels = [], []
-        for token, trained in zip(*encode_messages(processor, sample.messages)):
-            tokens = answer = [token]
-            if token == processor.image_token_id:
-                if not remaining:
-                    raise BadRowError("messages", f"a text spells out {processor.image_token}; it stands for a picture")
-                grid = remaining.pop(0)
-                tokens = processor.picture_tokens(*grid)
-                # Slots that read the last scale predict nothing.
-                predicting = 1 + self._schedule(grid).num_slots()
-                answer = tokens[:predicting] + [IGNORE_INDEX] * (len(tokens) - predicting - 1) + tokens[-1:]
-            ids += tokens
-            labels += answer if trained else [IGNORE_INDEX] * len(tokens)
-        # One label for each trained position, as trainers count them; nothing predicts the first token.
-        return _Encoded(ids, [IGNORE_INDEX, *labels[1:]], grids, sample, pixels)
+    def _encode(self, row: dict) -> EncodedRow:
+        sample = read_row(row, self.root)
+        return encode_sample(sample, self.processor, self.codebook_size, self.tokenizer_fingerprint)
 
-    def _padded(self, rows: list[_Encoded]) -> dict[str, torch.Tensor]:
+    def _padded(self, rows: list[EncodedRow]) -> dict[str, torch.Tensor]:
         batch = self._empty(len(rows), max(len(row.ids) for row in rows))
         batch["attention_mask"] = torch.zeros_like(batch["input_ids"])
         for index, row in enumerate(rows):
@@ -127,7 +94,7 @@ class NextFlowCollator:
             batch["labels"][index, : len(row.ids)] = torch.tensor(row.labels)
         return batch
 
-    def _packed(self, rows: list[_Encoded]) -> dict[str, torch.Tensor]:
+    def _packed(self, rows: list[EncodedRow]) -> dict[str, torch.Tensor]:
         batch = self._empty(1, sum(len(row.ids) for row in rows))
         # Padding at the end is one more sample.
         batch["seq_idx"] = torch.full_like(batch["input_ids"], len(rows))
@@ -145,25 +112,25 @@ class NextFlowCollator:
         input_ids = torch.full(shape, self.processor.tokenizer.pad_token_id)
         return {"input_ids": input_ids, "labels": torch.full(shape, IGNORE_INDEX)}
 
-    def _pictures(self, rows: list[_Encoded]) -> dict[str, torch.Tensor]:
+    def _pictures(self, rows: list[EncodedRow]) -> dict[str, torch.Tensor]:
         rows = [row for row in rows if row.grids]
         if not rows:
             return {}
         batch = {"image_grids": torch.tensor([grid for row in rows for grid in row.grids])}
-        with_codes = [row for row in rows if row.sample.image_tokens is not None]
-        if not with_codes:
-            pixels = [picture for row in rows for picture in row.pixels]
+        codes = [row.sample.codes for row in rows if row.sample.codes is not None]
+        if not codes:
+            pixels = [torch.from_numpy(picture) for row in rows for picture in row.pixels]
             height, width = (max(picture.shape[side] for picture in pixels) for side in (-2, -1))
             padding = [(0, width - picture.shape[-1], 0, height - picture.shape[-2]) for picture in pixels]
             padded = [torch.nn.functional.pad(picture, pad) for picture, pad in zip(pixels, padding)]
             return batch | {"pixel_values": torch.stack(padded)}
-        if len(with_codes) < len(rows):
+        if len(codes) < len(rows):
             raise ValueError(
-                f"{len(with_codes)} of {len(rows)} rows with pictures hold codes; extract the codes of all, or of none."
+                f"{len(codes)} of {len(rows)} rows with pictures hold codes; extract the codes of all, or of none."
             )
-        for name in ("image_tokens", "image_labels"):
-            codes = [torch.as_tensor(codes).long() for row in rows for codes in getattr(row.sample, name)]
-            batch[name] = torch.nn.utils.rnn.pad_sequence(codes, batch_first=True, padding_value=-1)
+        for name, kind in (("image_tokens", "read"), ("image_labels", "written")):
+            images = [torch.tensor(image) for own in codes for image in getattr(own, kind)]
+            batch[name] = torch.nn.utils.rnn.pad_sequence(images, batch_first=True, padding_value=-1)
         return batch
 
     def _schedule(self, grid: tuple[int, int]) -> ScaleSchedule:

@@ -145,6 +145,8 @@ class NextFlowTrainer(TrainedInFloat32Mixin, AtomicCheckpointMixin, Trainer):
             # The first process's: others may have no weights yet.
             fingerprint = [tokenizer_fingerprint(model.vq_model) if args.process_index == 0 else None]
             collator.tokenizer_fingerprint = broadcast_object_list(fingerprint)[0]
+        if isinstance(collator, NextFlowCollator) and collator.codebook_size is None:
+            collator.codebook_size = model.config.vq_config.codebook_size
         if args.packing != "padding" and rows is not None:
             if model.config._attn_implementation == "sdpa" and not args.compile_layers:
                 # The same attention, at the cost of the samples and not of the whole row. Compiled layers would be

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from ..data.rows import load_picture, read_row
+from ..data.row_codes import (
+    CLEAN_TOKENS,
+    GRIDS,
+    LABELS,
+    TOKENS,
+    read_codes,
+    read_grids,
+    schedule_of,
+)
+from ..data.row_errors import BadPictureError, BadRowError
+from ..data.rows import NumberedRows, check_is_row, load_picture, read_messages, read_row
 from ..image_processing_nextflow import NextFlowImageProcessorPil
 from ..processing_nextflow import NextFlowProcessor
 
@@ -26,7 +37,7 @@ class StageRows(Dataset):
             of guidance. Both shares come to 1 at most, and which rows they take depends on `seed` and the number alone.
 
     Raises:
-        ValueError: on access, for a row with codes of another level; the message names it.
+        ValueError: on access, for a row with codes of another level, or what is no row; the message names it.
     """
 
     def __init__(
@@ -46,6 +57,7 @@ class StageRows(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         row = self.rows[index]
+        check_is_row(row)
         self._check_level(index, row)
         drawn = random.Random(f"{self.seed} {index}").random()
         if drawn < self.caption_share:
@@ -57,8 +69,8 @@ class StageRows(Dataset):
             return
         schedules = self.processor.image_processor.scale_schedules
         num_scales = schedules.build(level=self.level).num_scales
-        for grid in row.get("image_grids") or ():
-            if self.processor.image_processor.schedule_for_grid(*grid).num_scales != num_scales:
+        for place, grid in enumerate(read_grids(row)):
+            if schedule_of(schedules, grid, f"{GRIDS}[{place}]").num_scales != num_scales:
                 raise ValueError(
                     f"Row {index} has a picture of {grid[0]}x{grid[1]} cells, which is none of level {self.level}; "
                     f"extract its codes with --level {self.level}, or set the recipe's level to null."
@@ -68,39 +80,41 @@ class StageRows(Dataset):
 def as_caption(row: dict, request: str) -> dict:
     """A drawing turned round: the picture and `request`, answered by the prompt. Other rows are returned as they are.
 
-    The picture is read with its own codes, not with those that self-correction drew.
+    The picture is read with its clean codes, since it is not trained on.
+
+    Raises:
+        BadRowError: for codes sampled for self-correction without the clean ones, and what is no row.
     """
-    asked = _asked_for_a_picture(row)
-    if asked is None or [part["type"] for part in asked] != ["text"] or not asked[0].get("text"):
+    turns = _prompt_and_picture(row)
+    if turns is None or [part["type"] for part in turns[0]] != ["text"] or not turns[0][0]["text"]:
         return row
-    turned = _with_turns(row, [*row["messages"][1]["content"], {"type": "text", "text": request}], asked)
-    if row.get("image_labels") is not None:
-        turned["image_tokens"] = row["image_labels"]
-    return turned
+    turned = _with_turns(row, [*turns[1], {"type": "text", "text": request}], turns[0])
+    codes = read_codes(turned, trained=[False])
+    if codes is None:
+        return turned
+    return turned | {TOKENS: [image.tolist() for image in codes.read], LABELS: None, CLEAN_TOKENS: None}
 
 
 def without_prompt(row: dict) -> dict:
     """A row that is answered by a picture alone with its texts left empty, pictures kept. Others as they are."""
-    asked = _asked_for_a_picture(row)
-    if asked is None:
+    turns = _prompt_and_picture(row)
+    if turns is None:
         return row
-    emptied = [part | {"text": ""} if part["type"] == "text" else part for part in asked]
-    return _with_turns(row, emptied, row["messages"][1]["content"])
+    emptied = [part | {"text": ""} if part["type"] == "text" else part for part in turns[0]]
+    return _with_turns(row, emptied, turns[1])
 
 
-def _asked_for_a_picture(row: dict) -> list[dict] | None:
-    """The user's parts in a row of one turn each that is answered by one picture; `None` for other rows.
+def _prompt_and_picture(row: dict) -> tuple[list[dict], list[dict]] | None:
+    """The user's parts, and the answer's, in a row of one turn each that is answered by one picture; `None` for others.
 
-    Rows that say what is trained on are left alone; a `null` of Arrow says nothing.
+    Rows that say what is trained on are left alone.
     """
-    messages = row["messages"]
+    messages = read_messages(row)
     if [message["role"] for message in messages] != ["user", "assistant"]:
         return None
     asked, drawn = (message["content"] for message in messages)
-    asked = [{"type": "text", "text": asked}] if isinstance(asked, str) else asked
-    if isinstance(drawn, str) or [part["type"] for part in drawn] != ["image"]:
-        return None
-    return None if any(part.get("train") is not None for part in (*messages, *asked, *drawn)) else asked
+    flagged = any("train" in holder for holder in (*messages, *asked, *drawn))
+    return None if flagged or [part["type"] for part in drawn] != ["image"] else (asked, drawn)
 
 
 def _with_turns(row: dict, question: list[dict], answer: list[dict]) -> dict:
@@ -119,8 +133,14 @@ class StagePictures(Dataset):
     def __init__(self, rows, root: Path, processor: NextFlowImageProcessorPil, level: int):
         processor.scale_schedules.for_size(level, level)  # raises for a size that is not drawn
         self.processor, self.level = processor, level
-        samples = (read_row(row, root) for row in rows)
-        self.pictures = [named for sample in samples for named in zip(sample.fields, sample.pictures)]
+        # Each with where it stands, for errors.
+        self.pictures: list[tuple[str, Any]] = []
+        for number, row in enumerate(NumberedRows(rows)):
+            try:
+                sample = read_row(row, root)
+            except BadRowError as error:
+                raise error.of_row(number) from error
+            self.pictures += [(f"row {number}, {place}", own) for place, own in zip(sample.fields, sample.pictures)]
         if not self.pictures:
             raise ValueError(f"The rows in {root} give no pictures; a tokenizer is not trained on codes.")
 
@@ -128,7 +148,11 @@ class StagePictures(Dataset):
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        field, picture = self.pictures[index]
-        image = self.processor.to_rgb(load_picture(picture, field))[0]
+        place, picture = self.pictures[index]
+        loaded = load_picture(picture, place)
+        try:
+            image = self.processor.to_rgb(loaded)[0]
+        except ValueError as error:
+            raise BadPictureError(place, str(error)) from error
         square = ImageOps.fit(image, (self.level, self.level), Image.Resampling.BICUBIC)
         return {"pixel_values": self.processor(square, return_tensors="pt")["pixel_values"][0]}

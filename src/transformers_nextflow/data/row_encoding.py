@@ -1,0 +1,121 @@
+"""Rows as training takes them: token ids, labels, and their images as codes or pixels. What it refuses is refused here.
+
+The collator and the validation both read rows by these functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jinja2 import TemplateError
+
+from ..image_processing_nextflow import NextFlowImageProcessorPil
+from ..loss_nextflow import IGNORE_INDEX
+from ..processing_nextflow import NextFlowProcessor
+from ..scale_schedule import Grid, ScaleSchedules
+from .row_errors import BadPictureError, BadRowError
+from .rows import Sample, load_picture, nothing_learned
+from .segments import encode_messages
+
+
+@dataclass
+class EncodedRow:
+    """A row as a model reads it.
+
+    Args:
+        ids, labels: (L,) token ids, every image as `<boi>`, its slots, `<eoi>`, and the ids again or -100.
+        grids: for each image its final grid (height, width) in cells.
+        sample: the row that was read; it holds the codes.
+        pixels: for each image of a row without codes its pixel values (3, H, W).
+    """
+
+    ids: list[int]
+    labels: list[int]
+    grids: list[Grid]
+    sample: Sample
+    pixels: list[np.ndarray]
+
+    def check_learned(self):
+        """Raises `BadRowError` if nothing is learned from it."""
+        if all(label == IGNORE_INDEX for label in self.labels):
+            raise nothing_learned()
+
+
+def encode_sample(
+    sample: Sample, processor: NextFlowProcessor, codebook_size: int | None = None, fingerprint: str | None = None
+) -> EncodedRow:
+    """What a model with this processor reads of a row, and what it learns.
+
+    Args:
+        codebook_size, fingerprint: of the tokenizer that codes must come from; `None`: not checked.
+
+    Raises:
+        BadRowError: naming the field, for images or texts that cannot be used.
+    """
+    image_processor = processor.image_processor
+    grids, pixels = read_images(sample, image_processor, image_processor.scale_schedules, codebook_size, fingerprint)
+    try:
+        encoded = encode_messages(processor, sample.messages)
+    except (TemplateError, ValueError) as error:
+        raise BadRowError("messages", f"they cannot be written as a conversation: {error}") from error
+    remaining = list(grids)
+    ids, labels = [], []
+    for token, trained in zip(*encoded):
+        tokens = answer = [token]
+        if token == processor.image_token_id:
+            if not remaining:
+                raise BadRowError("messages", f"a text spells out {processor.image_token}; it stands for a picture")
+            grid = remaining.pop(0)
+            tokens = processor.picture_tokens(*grid)
+            # Slots that read the last scale predict nothing.
+            predicting = 1 + image_processor.schedule_for_grid(*grid).num_slots()
+            answer = tokens[:predicting] + [IGNORE_INDEX] * (len(tokens) - predicting - 1) + tokens[-1:]
+        ids += tokens
+        labels += answer if trained else [IGNORE_INDEX] * len(tokens)
+    if remaining:
+        raise BadRowError("messages", f"the chat template leaves out {len(remaining)} of {len(grids)} pictures")
+    # One label for each trained position, as trainers count them; nothing predicts the first token.
+    return EncodedRow(ids, [IGNORE_INDEX, *labels[1:]], grids, sample, pixels)
+
+
+def read_images(
+    sample: Sample,
+    image_processor: NextFlowImageProcessorPil,
+    schedules: ScaleSchedules | None,
+    codebook_size: int | None,
+    fingerprint: str | None,
+) -> tuple[list[Grid], list[np.ndarray]]:
+    """Final grids of a row's images; and their pixel values, where it has no codes. Codes are checked."""
+    if sample.codes is None:
+        return read_pixels(sample, image_processor)
+    sample.codes.check(schedules, codebook_size, fingerprint)
+    return sample.codes.grids, []
+
+
+def read_pixels(sample: Sample, image_processor: NextFlowImageProcessorPil) -> tuple[list[Grid], list[np.ndarray]]:
+    """The final grids (height, width) of a row's images, and their pixel values (3, H, W) in [-1, 1].
+
+    Raises:
+        BadPictureError: naming the field, for an image that is missing, cannot be read, or has a ratio that is not
+            drawn.
+    """
+    grids, pixels = [], []
+    for place, picture in zip(sample.fields, sample.pictures):
+        image = load_picture(picture, place)
+        check_ratio(image.height, image.width, place, image_processor.scale_schedules)
+        try:
+            batch = image_processor(image)
+        except ValueError as error:
+            raise BadPictureError(place, str(error)) from error
+        grids.append(tuple(batch["image_grids"][0].tolist()))
+        pixels.append(batch["pixel_values"][0])
+    return grids, pixels
+
+
+def check_ratio(height: int, width: int, place: str, schedules: ScaleSchedules):
+    """Raises `BadPictureError` for an image whose ratio no schedule draws."""
+    try:
+        schedules.nearest(height, width)
+    except ValueError as error:
+        raise BadPictureError(place, str(error)) from error
