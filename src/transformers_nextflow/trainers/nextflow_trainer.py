@@ -133,10 +133,10 @@ class NextFlowTrainer(AtomicCheckpointMixin, Trainer):
             fingerprint = [tokenizer_fingerprint(model.vq_model) if args.process_index == 0 else None]
             collator.tokenizer_fingerprint = broadcast_object_list(fingerprint)[0]
         if args.packing != "padding" and rows is not None:
-            if model.config._attn_implementation == "sdpa" and not args.compile_layers:
+            if model.config.text_config._attn_implementation == "sdpa" and not args.compile_layers:
                 # The same attention, at the cost of the samples and not of the whole row. Compiled layers would be
                 # compiled anew for each number of samples.
-                model.set_attn_implementation(PACKED_SDPA)
+                model.set_attn_implementation({"": PACKED_SDPA, "text_config": PACKED_SDPA})
             kwargs["train_dataset"] = packed(rows, collator, model.config, args)
         super().__init__(model=model, args=args, **kwargs)
         self._parts: dict[str, list[torch.Tensor]] = {}
