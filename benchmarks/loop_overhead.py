@@ -24,12 +24,12 @@ from tqdm import tqdm
 from transformers_nextflow import (
     ImageSampling,
     NextFlowForConditionalGeneration,
-    cached_sequences,
     scale_drawing,
     sequence_writer,
 )
 from transformers_nextflow.cached_sequences import CachedSequences
 from transformers_nextflow.evaluation.results import write_result
+from transformers_nextflow.modeling_nextflow import NextFlowModel
 from transformers_nextflow.scale_drawing import Drawing
 from transformers_nextflow.scale_schedule import SQUARE_SIDES, ScaleSchedules
 
@@ -80,7 +80,7 @@ OTHER_PARTS = [
     (CachedSequences, "read_slots", "slots: positions"),
     (CachedSequences, "_mask", "mask"),
     (CachedSequences, "keep", "end of guidance"),
-    (cached_sequences, "layout_sequence", "prefill: layout"),
+    (NextFlowModel, "layout_batch", "prefill: layout"),
     (sequence_writer, "join_prompts", "join of both prompts"),
     (sequence_writer, "guide_over_contexts", "guidance"),
     (scale_drawing, "draw_codes", "draw of codes"),

@@ -6,10 +6,23 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import DynamicCache
-from transformers.masking_utils import create_causal_mask
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, eager_mask, sdpa_mask
 
-from .sequence_layout import layout_sequence
+from .sequence_layout import check_room
+
+
+def is_empty(cache: Cache | None) -> bool:
+    """Whether nothing can be in a cache; of one that counts on the device nothing is read, so it may hold something."""
+    length = 0 if cache is None else cache.get_seq_length()
+    return not torch.is_tensor(length) and length == 0
+
+
+def check_cache(cache: Cache | None, config: PreTrainedConfig):
+    """Raises `ValueError` for a cache that the attention of `config` (the backbone's) cannot read."""
+    if cache is not None and cache.is_compileable and config._attn_implementation == "flex_attention":
+        # Its mask is evaluated by each layer, after the first one has moved on the place from which queries count.
+        raise ValueError("flex_attention cannot read a static cache; take another, or attn_implementation='sdpa'.")
 
 
 class CachedSequences:
@@ -27,7 +40,7 @@ class CachedSequences:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.cache = DynamicCache(config=model.config.text_config)
+        self.cache = DynamicCache(config=model.language_model.config)
         self.position: torch.Tensor | None = None
         self.valid: torch.Tensor | None = None
 
@@ -37,11 +50,17 @@ class CachedSequences:
         attention_mask: torch.Tensor | None = None,
         image_tokens: torch.Tensor | None = None,
         image_grids: torch.Tensor | None = None,
+        room: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Read prompts (R, L), padded on the left, with whole pictures; returns hidden states (R, L, D)."""
-        schedules = self.model.schedules_of(image_grids)
-        layout = layout_sequence(input_ids, attention_mask, schedules, self.model.config)
+        """Read prompts (R, L), padded on the left, with whole pictures; returns hidden states (R, L, D).
+
+        Raises:
+            ValueError: if what follows, at most `room` (R,) positions in each row, goes beyond those of the model.
+        """
+        layout = self.model.layout_batch(input_ids, attention_mask, image_tokens=image_tokens, image_grids=image_grids)
         self.position = layout.position_ids[0, :, -1:]
+        if room is not None:
+            check_room(layout, room, self.model.config)
         # A mask of ones would only keep the kernels from their fast path.
         self.valid = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
         outputs = self.model(
@@ -50,7 +69,6 @@ class CachedSequences:
             position_ids=layout.position_ids,
             past_key_values=self.cache,
             image_tokens=image_tokens,
-            image_grids=image_grids,
             layout=layout,
             use_cache=True,
         )
@@ -159,15 +177,15 @@ class CachedSequences:
 
     def _mask(self, embeds: torch.Tensor, is_causal: bool) -> torch.Tensor | None:
         """What is read at once sees every valid column before it, and itself: as a whole, or up to each token."""
-        count = embeds.shape[1]
+        config, count = self.model.language_model.config, embeds.shape[1]
+        form = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation]
         is_causal = is_causal and count > 1
-        implementation = self.model.config._attn_implementation
-        if implementation == "flex_attention" or is_causal:
+        if is_causal or form not in (sdpa_mask, eager_mask):
             past = self.cache.get_seq_length()
             blocks = torch.full((len(embeds), past + count), -1, device=embeds.device)
             blocks[:, past:] = 0
             return create_causal_mask(
-                config=self.model.config.text_config,
+                config=config,
                 inputs_embeds=embeds,
                 attention_mask=torch.ones_like(blocks) if self.valid is None else self.valid,
                 past_key_values=self.cache,
@@ -176,6 +194,6 @@ class CachedSequences:
         if self.valid is None:
             return None
         keep = self.valid[:, None, None, :].bool()
-        if implementation == "sdpa":
+        if form is sdpa_mask:
             return keep.expand(-1, -1, count, -1)
         return torch.zeros_like(keep, dtype=embeds.dtype).masked_fill(~keep, torch.finfo(embeds.dtype).min)

@@ -206,6 +206,11 @@ class NextFlowConfig(PreTrainedConfig):
             raise ValueError("boi_token_id, eoi_token_id and image_token_id must differ.")
         if self.rope_range <= 0:
             raise ValueError(f"rope_range must be positive, got {self.rope_range}.")
+        if set(self.text_config.layer_types) - {"full_attention"}:
+            raise ValueError(
+                f"text_config.layer_types are {sorted(set(self.text_config.layer_types))}, but the scales of an image "
+                "need full_attention in every layer; set text_config.use_sliding_window to False."
+            )
         frequencies = self.text_config.hidden_size // self.text_config.num_attention_heads // 2
         sections = self.text_config.rope_parameters.get("mrope_section", MROPE_SECTION)
         if sum(sections) != frequencies:

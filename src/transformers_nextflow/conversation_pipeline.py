@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from .drawing_request import DrawingRequest, ImageInput, pixels_of_size, requested_schedule
+from .evaluation_mode import evaluation_mode
 from .generation_nextflow import InterleavedGenerationOutput
 from .interleaved_generation import InterleavedStreamer
 from .likelihood import score_answers, score_pictures
@@ -118,14 +119,20 @@ class ConversationMixin:
     def _draw_script(self, scripts, given: int, inputs: dict, request, sampling, generator) -> Prompts:
         """Frames with given texts between them."""
         tokenizer, boi = self.processor.tokenizer, self.processor.boi_token_id
+        read_last = self.processor.read_last_scale
         inputs.pop("image_sizes")
-        writer = self.model.sequence_writer(**inputs, schedules=request.schedules, sampling=sampling)
-        rows = range(len(scripts))
-        for frame in range(given, len(scripts[0])):
-            if frame > 0:
-                texts = [tokenizer(script[frame], add_special_tokens=False)["input_ids"] for script in scripts]
-                writer.append([[*text, boi] for text in texts])
-            writer.draw(Drawing(self.model, request.schedules, sampling, generator), rows)
+        texts = [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in script[1:]] for script in scripts]
+        # The prompts of films without a first frame end with its <boi>.
+        room = [
+            sum(len(text) for text in row) + schedule.num_positions(read_last) * (len(row) + 1 - given) - 1 + given
+            for row, schedule in zip(texts, request.schedules)
+        ]
+        with evaluation_mode(self.model):
+            writer = self.model.sequence_writer(**inputs, schedules=request.schedules, sampling=sampling, room=room)
+            for frame in range(given, len(scripts[0])):
+                if frame > 0:
+                    writer.append([[*row[frame - 1], boi] for row in texts])
+                writer.draw(Drawing(self.model, request.schedules, sampling, generator), range(len(scripts)))
         return writer.finished()
 
     def _texts_between(self, output: InterleavedGenerationOutput, given: int) -> list[list[str]]:

@@ -5,29 +5,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
-from transformers import (
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    SuppressTokensLogitsProcessor,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from .evaluation_mode import in_evaluation_mode
 from .interleaved_generation import InterleavedGenerationOutput, InterleavedLoop, InterleavedStreamer
-from .older_transformers import SEARCHES_BEAMS_IN_TEXT_ALONE, TextAlone
 from .region_editing import KeptRegion
 from .sampling_nextflow import Generators, ImageSampling
 from .scale_drawing import Drawing
 from .scale_schedule import ScaleSchedule
-from .sequence_layout import layout_sequence
+from .sequence_layout import check_room, layout_sequence
 from .sequence_writer import Prompts, ScaleCallback, SequenceWriter
+from .text_generation import TextGenerationMixin
 
 
 DEFAULT_MAX_NEW_TOKENS = 256
-PICTURE_INPUTS = ("pixel_values", "image_tokens", "image_grids")
 # What `generate_interleaved` takes of a generation config.
 TEXT_SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "stop_strings", "eos_token_id")
 # What such a config may hold beside them.
@@ -49,68 +44,13 @@ class ImageGenerationOutput(ModelOutput):
     image_grids: torch.LongTensor | None = None
 
 
-class NextFlowGenerationMixin(GenerationMixin):
-    """`generate` writes text; `generate_images` draws; `generate_interleaved` does both in turn."""
+class NextFlowGenerationMixin(TextGenerationMixin):
+    """`generate` writes text; `generate_images` draws; `generate_interleaved` does both in turn.
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        if "input_ids" in model_kwargs and model_kwargs["input_ids"].shape[1] > 0:
-            inputs_tensor = model_kwargs["input_ids"]
-        cache = model_kwargs.get("past_key_values")
-        if inputs_tensor.ndim == 2 and cache is not None and inputs_tensor.shape[1] <= cache.get_seq_length():
-            # Pictures take fewer positions than slots, and the cache does not tell how many it holds.
-            raise ValueError(
-                f"{inputs_tensor.shape[1]} tokens came with a cache of {cache.get_seq_length()}; give generate the "
-                "whole sequence, what is in the cache included."
-            )
-        if inputs_tensor.ndim != 2:
-            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs).expand(3, -1, -1)
-        schedules = self.model.schedules_of(model_kwargs.get("image_grids"))
-        mask = model_kwargs.get("attention_mask")
-        return layout_sequence(inputs_tensor, mask, schedules, self.config).position_ids
+    All of them run in evaluation mode, whatever mode the model is in.
+    """
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        # Pictures that are in the cache already are not read again; an earlier answer's cache may hold some of them.
-        pictures = {name: inputs.pop(name, None) for name in PICTURE_INPUTS}
-        cache = inputs.get("past_key_values")
-        if (is_first_iteration or cache is None) and pictures["image_grids"] is not None:
-            cached = cache.get_seq_length() if cache is not None else 0
-            fresh = (input_ids == self.config.eoi_token_id).nonzero()[:, 1] >= cached
-            if bool(fresh.any()):
-                inputs |= {name: value[fresh] for name, value in pictures.items() if value is not None}
-        return inputs
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
-        # Pictures are listed row by row of the batch: their rows repeat with the rows that hold them.
-        pictures = {name: kwargs.pop(name, None) for name in PICTURE_INPUTS}
-        if expand_size > 1 and input_ids is not None and pictures["image_grids"] is not None:
-            counts = (input_ids == self.config.eoi_token_id).sum(1).tolist()
-            groups = torch.arange(sum(counts)).split(counts)
-            order = torch.cat([group for group in groups for _ in range(expand_size)])
-            pictures = {name: value if value is None else value[order] for name, value in pictures.items()}
-        # Not left to transformers: 5.17 repeats the coordinates in place of the rows.
-        position_ids = kwargs.pop("position_ids", None)
-        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
-        if position_ids is not None:
-            kwargs["position_ids"] = position_ids.repeat_interleave(expand_size, dim=-2)
-        return input_ids, kwargs | {name: value for name, value in pictures.items() if value is not None}
-
-    @torch.no_grad()
-    def generate(self, inputs=None, generation_config=None, logits_processor=None, **kwargs):
-        """Continue sequences (B, L) with text; all else as in [`~transformers.GenerationMixin.generate`].
-
-        Pictures come as `pixel_values` and `image_grids` (the processor's output), or as `image_tokens` and
-        `image_grids`. Codes and the tokens around pictures are never written: see `generate_images`.
-        """
-        config = self.config
-        silent = [config.boi_token_id, config.eoi_token_id, config.image_token_id]
-        silent += range(config.text_config.vocab_size, config.vocab_size)
-        processors = LogitsProcessorList([SuppressTokensLogitsProcessor(silent, device=self.device)])
-        processors += logits_processor or []
-        if SEARCHES_BEAMS_IN_TEXT_ALONE:
-            processors.append(TextAlone(config.text_config.vocab_size))
-        return super().generate(inputs, generation_config, processors, **kwargs)
-
+    @in_evaluation_mode
     @torch.no_grad()
     def generate_images(
         self,
@@ -150,8 +90,8 @@ class NextFlowGenerationMixin(GenerationMixin):
             region: what is kept of other pictures outside of a region, see [`KeptRegion`].
 
         Raises:
-            ValueError: if the prompts do not end with `<boi>`, sizes, generators or given codes do not match them, or
-                guidance has nothing to lead away from.
+            ValueError: if the prompts do not end with `<boi>`, sizes, generators or given codes do not match them,
+                guidance has nothing to lead away from, or prompts and images take more positions than the model has.
         """
         sampling = sampling or self.default_image_sampling
         schedules = self._schedules(image_sizes, len(input_ids))
@@ -162,6 +102,7 @@ class NextFlowGenerationMixin(GenerationMixin):
             negative_attention_mask=negative_attention_mask, imageless_input_ids=imageless_input_ids,
             imageless_attention_mask=imageless_attention_mask, pixel_values=pixel_values, image_tokens=image_tokens,
             image_grids=image_grids, schedules=schedules, sampling=sampling,
+            room=[schedule.num_positions(self.config.read_last_scale) - 1 for schedule in schedules],
         )  # fmt: skip
         scales = writer.draw(drawing, range(len(schedules)), callback, go_on=False)
         return ImageGenerationOutput(
@@ -169,6 +110,7 @@ class NextFlowGenerationMixin(GenerationMixin):
             image_grids=torch.tensor([schedule.final_grid for schedule in schedules], device=input_ids.device),
         )
 
+    @in_evaluation_mode
     @torch.no_grad()
     def generate_interleaved(
         self,
@@ -222,7 +164,8 @@ class NextFlowGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: for other settings of text, limits out of range, generators or sizes that do not match the rows,
-                stop strings without a tokenizer, a streamer with several rows, guidance without negative prompts.
+                stop strings without a tokenizer, a streamer with several rows, guidance without negative prompts, and
+                where prompts, `max_new_tokens` and `max_images` together take more positions than the model has.
         """
         given = {} if generation_config is None else generation_config.to_diff_dict()
         unknown = sorted((set(kwargs) - set(TEXT_SETTINGS)) | (set(given) - set(TEXT_SETTINGS) - OTHER_SETTINGS))
@@ -236,14 +179,17 @@ class NextFlowGenerationMixin(GenerationMixin):
         if max_new_tokens is None:
             max_new_tokens = text.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
         sampling = sampling or self.default_image_sampling
-        schedules = None if image_sizes is None else self._schedules(image_sizes, len(input_ids))
-        # Without sizes any schedule may come; how many scales it has does not change whether guidance is asked for.
-        expected = schedules or [self.config.vq_config.scale_schedules.build()]
+        if image_sizes is not None:
+            schedules = self._schedules(image_sizes, len(input_ids))
+        else:
+            schedules = self._last_schedules(input_ids, attention_mask, image_grids)
+        read_last = self.config.read_last_scale
         writer = self.sequence_writer(
             input_ids, attention_mask, negative_input_ids=negative_input_ids,
             negative_attention_mask=negative_attention_mask, imageless_input_ids=imageless_input_ids,
             imageless_attention_mask=imageless_attention_mask, pixel_values=pixel_values, image_tokens=image_tokens,
-            image_grids=image_grids, schedules=expected if max_images > 0 else [], sampling=sampling,
+            image_grids=image_grids, schedules=schedules if max_images > 0 else [], sampling=sampling,
+            room=[max_new_tokens + max_images * schedule.num_positions(read_last) for schedule in schedules],
         )  # fmt: skip
         return InterleavedLoop(
             writer, max_new_tokens=max_new_tokens, min_images=min_images, max_images=max_images,
@@ -271,6 +217,7 @@ class NextFlowGenerationMixin(GenerationMixin):
         *,
         schedules: Sequence[ScaleSchedule],
         sampling: ImageSampling,
+        room: Sequence[int],
         negative_input_ids: torch.LongTensor | None = None,
         negative_attention_mask: torch.Tensor | None = None,
         imageless_input_ids: torch.LongTensor | None = None,
@@ -281,26 +228,38 @@ class NextFlowGenerationMixin(GenerationMixin):
     ) -> SequenceWriter:
         """Read prompts, and what the guidance of pictures with these schedules and settings leads away from.
 
-        The arguments are those of `generate_images`; `schedules` are of what will be drawn.
+        The arguments are those of `generate_images`; `schedules` are of what will be drawn, one for each row if
+        anything is, and `room` is how many positions will be taken behind each prompt at most.
         """
+        device = input_ids.device
+        room = torch.tensor(room, device=device)
         if image_tokens is None and pixel_values is not None:
+            # Looked at before the images are encoded, which is the most work.
+            layout = layout_sequence(input_ids, attention_mask, self.model.schedules_of(image_grids), self.config)
+            check_room(layout, room, self.config)
             image_tokens = self.get_image_tokens(pixel_values, image_grids)
         masks = {"": attention_mask, "negative_": negative_attention_mask, "imageless_": imageless_attention_mask}
         for name, mask in masks.items():
             if mask is not None and not bool(mask[:, -1].all()):
                 raise ValueError(f"{name}input_ids are padded on the right; what goes on is padded on the left.")
-        prompts = Prompts(input_ids, attention_mask, image_tokens, image_grids)
+        prompts = Prompts(input_ids, attention_mask, image_tokens, image_grids, room)
         images_guided = any(sampling.is_guided(s.num_scales, "image_guidance_scale") for s in schedules)
+        # One image at a time is compared with a context.
+        images = torch.tensor([s.num_positions(self.config.read_last_scale) - 1 for s in schedules], device=device)
         contexts = []
         if images_guided or any(sampling.is_guided(s.num_scales) for s in schedules):
             remedy = "an empty prompt, or guidance_scale=1"
-            contexts.append(self._context("negative", remedy, prompts, negative_input_ids, negative_attention_mask))
+            contexts.append(
+                self._context("negative", remedy, prompts, images, negative_input_ids, negative_attention_mask)
+            )
         if images_guided:
             remedy = "the negative prompt without pictures, or image_guidance_scale=1"
-            contexts.append(self._context("imageless", remedy, prompts, imageless_input_ids, imageless_attention_mask))
+            contexts.append(
+                self._context("imageless", remedy, prompts, images, imageless_input_ids, imageless_attention_mask)
+            )
         return SequenceWriter(self, prompts, contexts)
 
-    def _context(self, name: str, remedy: str, prompts: Prompts, input_ids, attention_mask) -> Prompts:
+    def _context(self, name: str, remedy: str, prompts: Prompts, room, input_ids, attention_mask) -> Prompts:
         if input_ids is None:
             raise ValueError(f"Guidance needs {name}_input_ids; take {remedy}.")
         self._check_at_boi(f"{name}_input_ids", input_ids)
@@ -308,10 +267,17 @@ class NextFlowGenerationMixin(GenerationMixin):
             raise ValueError(f"{len(prompts.input_ids)} prompts came with {len(input_ids)} {name}_input_ids.")
         found, of_prompts = (int((ids == self.config.eoi_token_id).sum()) for ids in (input_ids, prompts.input_ids))
         if found == 0:
-            return Prompts(input_ids, attention_mask)
+            return Prompts(input_ids, attention_mask, room=room)
         if found != of_prompts:
             raise ValueError(f"{name}_input_ids hold the {of_prompts} pictures of the prompts, or none; got {found}.")
-        return Prompts(input_ids, attention_mask, prompts.image_tokens, prompts.image_grids)
+        return Prompts(input_ids, attention_mask, prompts.image_tokens, prompts.image_grids, room)
+
+    def _last_schedules(self, input_ids, attention_mask, image_grids) -> list[ScaleSchedule]:
+        """Of each row that of its last image; where it has none, the model's largest square's."""
+        counts = [row.count(self.config.eoi_token_id) for row in Prompts(input_ids, attention_mask).rows()]
+        schedules, square = self.model.schedules_of(image_grids), self.config.vq_config.scale_schedules.build()
+        ends = accumulate(counts)
+        return [schedules[end - 1] if count and end <= len(schedules) else square for count, end in zip(counts, ends)]
 
     def _schedules(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> list[ScaleSchedule]:
         if len(image_sizes) != batch:

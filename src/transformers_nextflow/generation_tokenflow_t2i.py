@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from .cached_sequences import CachedSequences
+from .evaluation_mode import in_evaluation_mode
 from .generation_nextflow import ImageGenerationOutput
 from .sampling_nextflow import Generators, ImageSampling, guide_over_contexts
 from .scale_drawing import Drawing
+from .sequence_layout import check_num_positions
 from .sequence_writer import Prompts, ScaleCallback, join_prompts
 
 
@@ -89,6 +91,7 @@ class RefinedDrawing(Drawing):
 class TokenFlowT2IDrawingMixin:
     """`generate_images` draws; there is no `generate`, since the model writes no text."""
 
+    @in_evaluation_mode
     @torch.no_grad()
     def generate_images(
         self,
@@ -178,6 +181,9 @@ class TokenFlowT2IDrawingMixin:
             raise ValueError(f"{count} prompts came with {len(image_sizes)} image_sizes; give one for each.")
         if any(ids is None for ids, _ in prompts):
             raise ValueError("Guidance needs negative_input_ids; take an empty prompt, or guidance_scale=1.")
-        for ids, _ in prompts:
+        for ids, mask in prompts:
             if len(ids) != count:
                 raise ValueError(f"{count} prompts came with {len(ids)} negative ones.")
+            length = ids.shape[1] if mask is None else int(mask.sum(1).max())
+            # The first slot is the prompt's last token.
+            check_num_positions(length + self.config.schedule.num_tokens - 1, self.config)

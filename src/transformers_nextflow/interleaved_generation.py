@@ -84,6 +84,7 @@ class InterleavedLoop:
 
     Args:
         writer: has read the prompts.
+        schedules: of the images that each row draws.
         text: settings of text. The other arguments are those of `generate_interleaved`.
 
     Raises:
@@ -97,7 +98,7 @@ class InterleavedLoop:
         max_new_tokens: int,
         min_images: int,
         max_images: int,
-        schedules: Sequence[ScaleSchedule] | None,
+        schedules: Sequence[ScaleSchedule],
         sampling: ImageSampling,
         generator: Generators,
         text: GenerationConfig,
@@ -219,8 +220,7 @@ class InterleavedLoop:
         return [row for row, is_stopped in zip(rows, self.stop(torch.tensor(ids), None).tolist()) if is_stopped]
 
     def _draw(self, rows: list[int]):
-        schedules = [self.schedules[row] if self.schedules is not None else self._schedule_of(row) for row in rows]
-        drawing = Drawing(self.model, schedules, self.sampling, self._generator_of(rows))
+        drawing = Drawing(self.model, [self.schedules[row] for row in rows], self.sampling, self._generator_of(rows))
         self.writer.draw(drawing, rows, self._after_scale)
         for row in rows:
             self.drawn[row] += 1
@@ -236,11 +236,6 @@ class InterleavedLoop:
         if self.callback is not None:
             self.is_interrupted = self.callback(model, scale, state) is False
         return not self.is_interrupted
-
-    def _schedule_of(self, row: int) -> ScaleSchedule:
-        if self.writer.image_grids[row]:
-            return self.model.model.schedules_of(torch.tensor(self.writer.image_grids[row][-1:]))[0]
-        return self.config.vq_config.scale_schedules.build()
 
     def _cut(self, row: int, image: int | None = None):
         """Close the piece that the row is at; `<boi>` belongs to the picture."""

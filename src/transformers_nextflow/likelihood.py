@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .cached_sequences import CachedSequences
+from .evaluation_mode import in_evaluation_mode
 from .loss_nextflow import IGNORE_INDEX, loss_targets
 from .processing_nextflow import NextFlowProcessor, pad_left
-from .sequence_layout import layout_sequence
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class LogLikelihoods:
     num_image_tokens: torch.Tensor
 
 
+@in_evaluation_mode
 @torch.no_grad()
 def log_likelihoods(
     model: nn.Module,
@@ -45,17 +46,15 @@ def log_likelihoods(
     Raises:
         ValueError: if placeholders, grids and codes do not match.
     """
-    schedules = model.model.schedules_of(image_grids)
-    layout = layout_sequence(input_ids, attention_mask, schedules, model.config)
+    layout = model.model.layout_batch(input_ids, attention_mask, image_tokens=image_tokens, image_grids=image_grids)
     hidden_states = model.model(
         input_ids=input_ids,
         attention_mask=attention_mask,
         image_tokens=image_tokens,
-        image_grids=image_grids,
         layout=layout,
         use_cache=False,
     ).last_hidden_state
-    targets = loss_targets(input_ids, labels, image_tokens, layout, schedules, model.config)
+    targets = loss_targets(input_ids, labels, image_tokens, layout, layout.schedules, model.config)
     log_probabilities = -model._cross_entropy(hidden_states[targets.mask], targets)[1]
     row = targets.mask.nonzero()[:, 0]
     is_code = targets.scales > 0
@@ -71,6 +70,7 @@ def log_likelihoods(
     )
 
 
+@in_evaluation_mode
 @torch.no_grad()
 def score_answers(
     model: nn.Module,

@@ -1,6 +1,5 @@
 """NextFlow: one decoder-only transformer over text tokens and pictures drawn scale by scale (paper, section 2)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention
 from transformers.utils import ModelOutput, can_return_tuple
 
+from .cached_sequences import check_cache, is_empty
 from .configuration_nextflow import NextFlowConfig
 from .fused_cross_entropy import called_cross_entropy, fused_cross_entropy
 from .generation_nextflow import NextFlowGenerationMixin
@@ -22,8 +22,17 @@ from .multiscale_quantizer import resample
 from .offloading import ExecutionDeviceMixin
 from .packed_attention import packed_causal_mask
 from .scale_attention import ScaleAttentionMixin
+from .scale_masked import ScaleMaskedMixin
 from .scale_schedule import ScaleSchedule
-from .sequence_layout import SequenceLayout, layout_sequence, predictors_of
+from .sequence_layout import (
+    SequenceLayout,
+    layout_batch,
+    layout_sequence,
+    num_codes_read,
+    predictors_of,
+    schedules_of,
+    text_ids,
+)
 
 
 @dataclass
@@ -143,11 +152,8 @@ class NextFlowAttention(ScaleAttentionMixin, Qwen2_5_VLAttention):
     """Qwen2.5-VL's attention, which takes `both_ways` too."""
 
 
-class NextFlowTextModel(Qwen2_5_VLTextModel):
+class NextFlowTextModel(ScaleMaskedMixin, Qwen2_5_VLTextModel):
     """The backbone; its masks and attention go through transformers' interfaces, so flex attention serves it too."""
-
-    _supports_flex_attn = True
-    _supports_flash_attn = False
 
     def __init__(self, config):
         super().__init__(config)
@@ -172,12 +178,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding):
         self.language_model.embed_tokens = value
 
-    def schedules_of(self, image_grids: torch.Tensor | None) -> list[ScaleSchedule]:
+    def schedules_of(self, image_grids: torch.Tensor | None) -> tuple[ScaleSchedule, ...]:
         """Schedules of pictures whose final grids are (num_images, 2)."""
-        if image_grids is None:
-            return []
-        patch_size, schedules = self.config.vq_config.patch_size, self.config.vq_config.scale_schedules
-        return [schedules.for_size(h * patch_size, w * patch_size) for h, w in image_grids.tolist()]
+        return schedules_of(image_grids, self.config)
 
     @torch.no_grad()
     def get_image_tokens(self, pixel_values: torch.Tensor, image_grids: torch.Tensor) -> torch.Tensor:
@@ -202,65 +205,72 @@ class NextFlowModel(NextFlowPreTrainedModel):
             pictures.append(self.vq_model.decode(row[row >= 0][None], schedule)[0])
         return pictures
 
-    def embed_pictures(
-        self, image_tokens: torch.Tensor, schedules: Sequence[ScaleSchedule], scale_ids: torch.Tensor
-    ) -> torch.Tensor:
-        """Embeddings (S, D) of all slots of pictures with codes (num_images, N), one after the other.
-
-        `scale_ids` (S,) are the slots' scales in the same order.
-        """
-        if image_tokens is None:
-            raise ValueError(f"{len(schedules)} image_grids came without image_tokens or pixel_values; give one.")
-        if len(image_tokens) != len(schedules):
-            raise ValueError(f"{len(image_tokens)} rows of image_tokens came with {len(schedules)} image_grids.")
-        read_last = self.config.read_last_scale
+    def embed_pictures(self, image_tokens: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+        """Embeddings (S, D) of all slots of the pictures of a layout, which have the codes (num_images, N)."""
+        schedules, embedding, config = layout.schedules, self.visual_embedding, self.config
         features: list[torch.Tensor | None] = [None] * len(schedules)
         for schedule in set(schedules):
             chosen = [i for i, other in enumerate(schedules) if other == schedule]
-            count = schedule.num_tokens if read_last else schedule.offsets[-2]
-            tokens = image_tokens[chosen, :count]
-            if tokens.shape[1] < count:
-                raise ValueError(
-                    f"image_tokens hold {tokens.shape[1]} codes a picture, but the slots of a final grid "
-                    f"{schedule.final_grid} read {count}; are they a preview, or from another size?"
-                )
-            self._check_codes(tokens)
-            scales = range(2, 2 + len(schedule.slot_grids(read_last)))
-            grids = [self.visual_embedding.slot_features(tokens, schedule, scale) for scale in scales]
+            tokens = image_tokens[chosen, : num_codes_read(schedule, config)]
+            scales = range(2, 2 + len(schedule.slot_grids(config.read_last_scale)))
+            grids = [embedding.slot_features(tokens, schedule, scale) for scale in scales]
             # Looked up, so that the table takes part where no slot reads it.
-            nothing = self.visual_embedding.codes(tokens[:, :0]).float()
+            nothing = embedding.codes(tokens[:, :0]).float()
             for index, row in zip(chosen, torch.cat([nothing, *grids], dim=1)):
                 features[index] = row
-        counts = torch.tensor([schedule.num_slots(read_last) for schedule in schedules])
-        num_scales = torch.tensor([schedule.num_scales for schedule in schedules]).repeat_interleave(counts)
-        return self.visual_embedding(torch.cat(features), scale_ids, num_scales.to(scale_ids.device))
+        scale_ids = layout.scale_ids.flatten()[layout.slot_places]
+        return embedding(torch.cat(features), scale_ids, layout.num_scales)
 
     def embed_sequence(
-        self,
-        input_ids: torch.Tensor,
-        image_tokens: torch.Tensor | None,
-        schedules: Sequence[ScaleSchedule],
-        layout: SequenceLayout | None,
+        self, input_ids: torch.Tensor, image_tokens: torch.Tensor | None, layout: SequenceLayout | None
     ) -> torch.Tensor:
         """Embeddings (B, L, D) of tokens and of the slots of pictures; without pictures no layout is needed."""
         embeds = self.language_model.embed_tokens(input_ids)
-        if not schedules:
+        if layout is None or not layout.schedules:
             if not torch.is_grad_enabled():
                 return embeds
             # Processes wait for each other's gradients, so every parameter takes part in every batch, if with zeros.
             none = input_ids.new_zeros(0)
             slots = self.visual_embedding(self.visual_embedding.codes(none).float(), none, none)
             return embeds + slots.sum().to(embeds)
-        slots = self.embed_pictures(image_tokens, schedules, layout.scale_ids[layout.slot_mask])
-        return embeds.masked_scatter(layout.slot_mask[..., None], slots.to(embeds))
+        slots = self.embed_pictures(image_tokens, layout)
+        return embeds.flatten(0, 1).index_copy(0, layout.slot_places, slots.to(embeds)).view_as(embeds)
 
-    def _check_codes(self, tokens: torch.Tensor):
-        size = self.config.vq_config.codebook_size
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
-            raise ValueError(
-                f"image_tokens run from 0 to {size - 1}, got {int(tokens.min())} to {int(tokens.max())}; do they come "
-                "from another tokenizer, or from pictures of another size?"
-            )
+    def layout_batch(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_tokens: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+    ) -> SequenceLayout:
+        """The checked layout of what `forward` is given; arguments and errors are its.
+
+        Positions go on from what is in the cache, unless `position_ids` say where the sequences are.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds.")
+        if input_ids is None:
+            input_ids = text_ids(inputs_embeds, image_tokens, image_grids)
+        mask, start = _last_columns(attention_mask, input_ids), 0
+        if position_ids is None and not is_empty(past_key_values):
+            if getattr(past_key_values, "holds_images", False):
+                # Pictures take fewer positions than slots, so the cache's length does not tell where to go on.
+                raise ValueError(
+                    "A pass on a cache that holds images needs position_ids; see layout_sequence, or call generate."
+                )
+            start, length = past_key_values.get_seq_length(), input_ids.shape[1]
+            if mask is not None:
+                if not torch.is_tensor(start) and attention_mask.shape[1] != start + length:
+                    raise ValueError(
+                        f"attention_mask has {attention_mask.shape[1]} columns, but covers {start} tokens in the cache "
+                        f"and {length} behind them."
+                    )
+                start = attention_mask[:, :-length].sum(1, keepdim=True)
+        return layout_batch(self.config, input_ids, mask, image_tokens, image_grids, seq_idx, start)
 
     def forward(
         self,
@@ -281,55 +291,67 @@ class NextFlowModel(NextFlowPreTrainedModel):
         Args:
             input_ids: (B, L).
             attention_mask: (B, past + L), 1 for valid positions; or a dict of prepared masks.
-            position_ids: (3, B, L); default: the layout's.
+            position_ids: (3, B, L); default: the layout's. Where they are given without images, tokens are not looked
+                at, and no device is waited for.
+            inputs_embeds: (B, L, D) in place of `input_ids`, of text; of images too where their layout comes with them.
             image_tokens: (num_images, N) codes that the slots read.
             image_grids: (num_images, 2) final grids.
             seq_idx: (B, L) which sample of its row a position belongs to, where rows are packed.
-            layout: of `input_ids`, where the caller has it already.
+            layout: of the batch, where the caller has it already (`layout_batch`); `image_grids` are not needed then.
 
         Raises:
-            ValueError: if placeholders, grids and codes do not match, or packed rows come with a cache.
+            ValueError: if placeholders, grids and codes do not match, packed rows come with a cache, sequences take
+                more positions than the backbone has, images come with embeddings, or a pass without position_ids goes
+                on from a cache that holds images.
         """
-        block_ids = None
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either input_ids or inputs_embeds.")
         if seq_idx is not None and past_key_values is not None:
             raise ValueError("Packed rows (seq_idx) cannot be continued: a cache does not know its samples apart.")
+        check_cache(past_key_values, self.language_model.config)
+        if layout is not None:
+            _check_prepared(layout, input_ids, image_tokens)
+        elif position_ids is None or image_tokens is not None or image_grids is not None:
+            layout = self.layout_batch(
+                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, image_tokens, image_grids,
+                seq_idx,
+            )  # fmt: skip
         if inputs_embeds is None:
-            schedules = self.schedules_of(image_grids)
-            if layout is None and (
-                position_ids is None or schedules or bool((input_ids == self.config.image_token_id).any())
-            ):
-                mask = _last_columns(attention_mask, input_ids)
-                layout = layout_sequence(input_ids, mask, schedules, self.config, seq_idx)
-            inputs_embeds = self.embed_sequence(input_ids, image_tokens, schedules, layout)
-            block_ids = layout.block_ids if schedules else None
-            if position_ids is None:
-                if past_key_values is not None and past_key_values.get_seq_length() > 0:
-                    # Pictures take fewer positions than slots, so the cache's length does not tell where to go on.
-                    raise ValueError("A pass on a cache needs position_ids; see layout_sequence, or call generate.")
-                position_ids = layout.position_ids
+            inputs_embeds = self.embed_sequence(input_ids, image_tokens, layout)
+        elif input_ids is not None:
+            raise ValueError("Give either input_ids or inputs_embeds.")
+        if position_ids is None:
+            position_ids = layout.position_ids
+        holds_images = layout is not None and len(layout.schedules) > 0
+        block_ids = layout.block_ids if holds_images else None
         if seq_idx is not None:
-            mask = packed_causal_mask(self.config.text_config, inputs_embeds, seq_idx, block_ids)
+            mask = packed_causal_mask(self.language_model.config, inputs_embeds, seq_idx, block_ids)
             attention_mask, use_cache = {"full_attention": mask}, False
-        elif block_ids is not None and not isinstance(attention_mask, dict):
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            attention_mask = {
-                "full_attention": create_causal_mask(
-                    config=self.config.text_config,
-                    inputs_embeds=inputs_embeds,
-                    attention_mask=attention_mask,
-                    past_key_values=past_key_values,
-                    block_sequence_ids=nn.functional.pad(block_ids, (past, 0), value=-1),
-                )
-            }
-        return self.language_model(
+        elif not isinstance(attention_mask, dict) and (holds_images or not is_empty(past_key_values)):
+            mask = self._causal_mask(inputs_embeds, attention_mask, past_key_values, block_ids)
+            attention_mask = {"full_attention": mask}
+        outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
             **kwargs,
+        )
+        if holds_images and outputs.past_key_values is not None:
+            outputs.past_key_values.holds_images = True
+        return outputs
+
+    def _causal_mask(self, inputs_embeds, attention_mask, past_key_values, block_ids):
+        """The mask of embeddings (B, L, D) behind a cache: causal, and both ways within a block (B, L)."""
+        if block_ids is not None and past_key_values is not None:
+            block_ids = nn.functional.pad(block_ids, (int(past_key_values.get_seq_length()), 0), value=-1)
+        return create_causal_mask(
+            config=self.language_model.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            block_sequence_ids=block_ids,
+            # Whether it can be skipped depends on the values of the mask, for which a decoding step does not wait.
+            allow_is_causal_skip=attention_mask is None or is_empty(past_key_values),
         )
 
 
@@ -406,6 +428,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         image_labels: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         seq_idx: torch.LongTensor | None = None,
+        layout: SequenceLayout | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         codes_only: bool = False,
@@ -426,6 +449,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             seq_idx: (B, L) which sample of its row a position belongs to (0, 1, … from left to right), where rows are
                 packed. Samples do not see each other; nothing predicts the first token of one, whatever its label.
                 Padding is a sample of its own; `attention_mask` is not asked.
+            layout: of the batch, where it was prepared outside (`layout_batch` in `sequence_layout.py`). `image_grids`
+                are not needed then, no value is looked at, and the pass compiles in one graph (without `labels`).
             logits_to_keep: compute the logits of only so many last positions, or of these positions; 0 of all.
             codes_only: compute the logits of codes alone, as drawing does.
             num_items_in_batch: over how many trained positions the loss is averaged, where the batch is a part of a
@@ -439,15 +464,21 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
                 raise ValueError(
                     "pixel_values need image_grids, the final grid of each picture; see NextFlowProcessor."
                 )
+            if input_ids is not None:
+                # Looked at before the images are encoded, which is the most work.
+                mask, schedules = _last_columns(attention_mask, input_ids), self.model.schedules_of(image_grids)
+                layout_sequence(input_ids, mask, schedules, self.config, seq_idx)
             image_tokens = self.get_image_tokens(pixel_values, image_grids)
-        layout, schedules = None, self.model.schedules_of(image_grids)
         if labels is not None:
             if input_ids is None:
                 raise ValueError("The loss needs input_ids: they say where pictures lie.")
             if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.ndim != 2):
                 raise ValueError("The loss needs attention_mask as (B, past + L): it says which positions are padding.")
-            mask = _last_columns(attention_mask, input_ids)
-            layout = layout_sequence(input_ids, mask, schedules, self.config, seq_idx)
+            if layout is None:
+                layout = self.model.layout_batch(
+                    input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, image_tokens, image_grids,
+                    seq_idx,
+                )  # fmt: skip
             use_cache = bool(use_cache)  # a loss needs no cache unless it is asked for
         elif num_items_in_batch is not None:
             # `Trainer` takes the labels away where another function than the model is to compute the loss.
@@ -471,7 +502,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         hidden_states, losses, logits = outputs.last_hidden_state, {}, None
         if labels is not None:
             image_labels = image_tokens if image_labels is None else image_labels
-            targets = loss_targets(input_ids, labels, image_labels, layout, schedules, self.config)
+            input_ids = text_ids(inputs_embeds) if input_ids is None else input_ids
+            targets = loss_targets(input_ids, labels, image_labels, layout, layout.schedules, self.config)
             num_scales = len(self.config.vq_config.scales)
             terms = self._cross_entropy(hidden_states[targets.mask], targets)
             losses = nextflow_loss(*terms, targets, num_scales, num_items_in_batch)
@@ -514,6 +546,21 @@ def _own_matrix(head: nn.Module) -> torch.Tensor | None:
     return None if changed or type(head.weight.data) is not torch.Tensor else head.weight
 
 
-def _last_columns(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor | None:
-    """The part (B, L) of a mask (B, past + L) that belongs to the tokens at hand."""
-    return attention_mask[:, -input_ids.shape[1] :] if isinstance(attention_mask, torch.Tensor) else None
+def _last_columns(attention_mask: torch.Tensor | dict | None, input_ids: torch.Tensor) -> torch.Tensor | None:
+    """The part (B, L) of a mask (B, past + L) that belongs to the tokens at hand; `None` for finished masks."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -input_ids.shape[1] :]
+
+
+def _check_prepared(layout: SequenceLayout, input_ids: torch.Tensor | None, image_tokens: torch.Tensor | None):
+    """Raises `ValueError` for a layout of another batch; values are not looked at."""
+    if input_ids is None:  # embeddings, whose images are embedded too
+        return
+    if layout.slot_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"The layout is of a batch {tuple(layout.slot_mask.shape)}, but input_ids are {tuple(input_ids.shape)}."
+        )
+    count = 0 if image_tokens is None else len(image_tokens)
+    if len(layout.schedules) != count:
+        raise ValueError(f"The layout is of {len(layout.schedules)} images, but {count} rows of image_tokens came.")

@@ -21,6 +21,8 @@ from .modeling_nextflow_vq import frozen_vision_tokenizer
 from .multiscale_quantizer import resample
 from .offloading import onloaded
 from .scale_attention import ScaleAttentionMixin
+from .scale_masked import ScaleMaskedMixin
+from .sequence_layout import check_num_positions
 
 
 class TokenFlowT2IAttention(ScaleAttentionMixin, Qwen3Attention):
@@ -46,11 +48,9 @@ class TokenFlowT2IDecoderLayer(LlamaDecoderLayer):
         return hidden_states + self.post_attention_layernorm(self.mlp(hidden_states))
 
 
-class TokenFlowT2ITextModel(LlamaModel):
+class TokenFlowT2ITextModel(ScaleMaskedMixin, LlamaModel):
     """The backbone; takes embeddings, positions and prepared masks, as the backbone of NextFlow does."""
 
-    _supports_flex_attn = True
-    _supports_flash_attn = False
     _no_split_modules = ["TokenFlowT2IDecoderLayer"]
     _can_record_outputs = {"hidden_states": TokenFlowT2IDecoderLayer, "attentions": Qwen3Attention}
 
@@ -205,7 +205,8 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
         """Hidden states (B, L, D) of prompts, or (B, L + N - 1, D) of prompts with their whole pictures.
 
         Raises:
-            ValueError: for prompts that are not padded on the left, and codes that do not fit.
+            ValueError: for prompts that are not padded on the left, codes that do not fit, and more positions than the
+                model has.
         """
         schedule = self.config.schedule
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -222,8 +223,9 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
             block_ids = torch.full_like(mask, -1)
             for scale, (start, stop) in enumerate(zip(schedule.offsets[1:], schedule.offsets[2:])):
                 block_ids[:, input_ids.shape[1] - 1 + start : input_ids.shape[1] - 1 + stop] = scale
+        check_num_positions(int(position_ids.max()) + 1, self.config)
         prepared = create_causal_mask(
-            config=self.config.text_config,
+            config=self.language_model.config,
             inputs_embeds=embeds,
             attention_mask=mask if attention_mask is not None else None,
             past_key_values=past_key_values,

@@ -19,7 +19,7 @@ SANITIZES_CONTROL_TOKENS = (
 )
 # transformers 5.17 looks for the answers where they stood before pictures took their slots.
 MASKS_ANSWERS_BEHIND_PICTURES = hasattr(ProcessorMixin, "_adjust_assistant_masks_indices")
-# transformers 5.17 takes it that the output has as many classes as the text vocabulary.
+# transformers 5.17 takes it in beam search that the output has as many classes as the text vocabulary.
 SEARCHES_BEAMS_IN_TEXT_ALONE = "vocab_size" in inspect.signature(GenerationMixin._get_top_k_continuations).parameters
 
 

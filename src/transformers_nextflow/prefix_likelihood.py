@@ -17,7 +17,6 @@ from transformers.masking_utils import create_causal_mask
 from .sampling_nextflow import guide_over_contexts, truncate_logits
 from .scale_drawing import Drawing
 from .scale_schedule import ScaleSchedule
-from .sequence_layout import layout_sequence
 from .sequence_writer import Prompts, join_prompts
 
 
@@ -140,17 +139,18 @@ def _prefix_logits(model, forward, prompts, contexts, drawing, num_scales) -> to
     num_contexts = 1 + len(contexts)
     joined, places = join_prompts((prompts, *contexts)).distinct()
     places = torch.arange(len(joined.input_ids), device=model.device) if places is None else places
-    schedules = model.model.schedules_of(joined.image_grids)
-    layout = layout_sequence(joined.input_ids, joined.attention_mask, schedules, model.config)
+    layout = model.model.layout_batch(
+        joined.input_ids, joined.attention_mask, image_tokens=joined.image_tokens, image_grids=joined.image_grids
+    )
     mask = torch.ones_like(joined.input_ids) if joined.attention_mask is None else joined.attention_mask
-    embeds = [model.model.embed_sequence(joined.input_ids, joined.image_tokens, schedules, layout)]
+    embeds = [model.model.embed_sequence(joined.input_ids, joined.image_tokens, layout)]
     positions, logits, cache = [layout.position_ids], [], None
     layer = model.model.language_model.layers[0]
     if layer.training and layer.gradient_checkpointing:
         # Such layers drop the cache: all is read in one pass, prompts with their repetitions.
         embeds, positions = [embeds[0][places]], [layout.position_ids[:, places]]
     else:
-        cache = DynamicCache(config=model.config.text_config)
+        cache = DynamicCache(config=model.model.language_model.config)
         logits = [_read(model, forward, embeds, positions, [layout.block_ids], [mask], 1, cache)[places]]
         cache.batch_select_indices(places)
         embeds, positions = [], []
@@ -174,7 +174,7 @@ def _read(model, forward, embeds, positions, blocks, masks, count, cache) -> tor
     """Logits of the last `count` columns; `blocks` and `masks` are of the cached columns too."""
     embeds = torch.cat(embeds, 1)
     attention_mask = create_causal_mask(
-        config=model.config.text_config,
+        config=model.model.language_model.config,
         inputs_embeds=embeds,
         attention_mask=torch.cat(masks, 1),
         past_key_values=cache,

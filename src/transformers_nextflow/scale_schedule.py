@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import accumulate
 
 
 Grid = tuple[int, int]
@@ -36,12 +37,22 @@ class ScaleSchedule:
     In the sequence a picture takes `<boi>`, `num_slots` slots and `<eoi>` (paper, figure 5). `<boi>` predicts the one
     code of the first grid; the slots of grid k read the codes of grid k-1 and predict those of grid k. With
     `read_last_scale` one more grid of slots reads the codes of the last grid and predicts nothing.
+
+    Attributes:
+        tokens_per_scale: how many codes each grid has.
+        offsets: where each grid starts in `image_tokens`; one entry more than there are grids.
     """
 
     grids: tuple[Grid, ...]
+    tokens_per_scale: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    offsets: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "grids", tuple((int(height), int(width)) for height, width in self.grids))
+        grids = tuple((int(height), int(width)) for height, width in self.grids)
+        counts = tuple(height * width for height, width in grids)
+        offsets = tuple(accumulate(counts, initial=0))
+        for name, value in (("grids", grids), ("tokens_per_scale", counts), ("offsets", offsets)):
+            object.__setattr__(self, name, value)
         if not self.grids or self.grids[0] != (1, 1):
             raise ValueError(f"A scale schedule starts with the grid (1, 1), got {list(self.grids[:1])}.")
         for (h0, w0), (h1, w1) in zip(self.grids, self.grids[1:]):
@@ -56,21 +67,9 @@ class ScaleSchedule:
     def final_grid(self) -> Grid:
         return self.grids[-1]
 
-    @cached_property
-    def tokens_per_scale(self) -> tuple[int, ...]:
-        return tuple(height * width for height, width in self.grids)
-
     @property
     def num_tokens(self) -> int:
         return sum(self.tokens_per_scale)
-
-    @cached_property
-    def offsets(self) -> tuple[int, ...]:
-        """Where each grid starts in `image_tokens`; one entry more than there are grids."""
-        offsets = [0]
-        for count in self.tokens_per_scale:
-            offsets.append(offsets[-1] + count)
-        return tuple(offsets)
 
     def slot_grids(self, read_last_scale: bool = False) -> tuple[Grid, ...]:
         """The grids of the slots between `<boi>` and `<eoi>`, in order."""
@@ -79,8 +78,12 @@ class ScaleSchedule:
     def num_slots(self, read_last_scale: bool = False) -> int:
         return sum(height * width for height, width in self.slot_grids(read_last_scale))
 
+    def num_positions(self, read_last_scale: bool = False) -> int:
+        """How many positions an image takes in a sequence, those of `<boi>` and `<eoi>` included: one a scale."""
+        return self.num_scales + read_last_scale + 1
+
     def sequence_length(self, read_last_scale: bool = False) -> int:
-        """Positions that the picture takes in the sequence, `<boi>` and `<eoi>` included."""
+        """How many tokens an image takes in a sequence, `<boi>` and `<eoi>` included."""
         return self.num_slots(read_last_scale) + 2
 
     def image_size(self, patch_size: int) -> tuple[int, int]:

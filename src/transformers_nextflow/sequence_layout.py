@@ -1,4 +1,4 @@
-"""Where a picture lies in a sequence: slots, positions, blocks and weights, each in one place (paper, section 2.2).
+"""Where an image lies in a sequence: slots, positions, blocks and weights, each in one place (paper, section 2.2).
 
 Text at position t has the coordinates (t, t, t). A picture that starts there has `<boi>` at t, the slots of grid k
 (k = 2 … K) at t+k-1 on the scale axis, `<eoi>` at t+K; text goes on at t+K+1. Reading the last scale takes one more.
@@ -7,11 +7,12 @@ Text at position t has the coordinates (t, t, t). A picture that starts there ha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .configuration_nextflow import NextFlowConfig
 from .packed_attention import starts_of_samples
@@ -43,6 +44,9 @@ class SequenceLayout:
         predicting_mask: (B, L) bool: positions that predict codes: each whole picture's `<boi>` and its slots but those
             that read the last scale. Read row by row they follow `image_tokens`.
         predictors: (B, L) int64: the column that predicts the token at each position, see `predictors_of`.
+        schedules: of all images, row by row.
+        slot_places: (S,) int64: where all slots are in the flattened batch (B * L), row by row.
+        num_scales: (S,) int64: of each slot how many scales its image has.
     """
 
     position_ids: torch.Tensor
@@ -51,6 +55,14 @@ class SequenceLayout:
     slot_mask: torch.Tensor
     predicting_mask: torch.Tensor
     predictors: torch.Tensor
+    schedules: tuple[ScaleSchedule, ...] = ()
+    slot_places: torch.Tensor | None = None
+    num_scales: torch.Tensor | None = None
+
+    def to(self, *args, **kwargs) -> SequenceLayout:
+        """The layout with its tensors on another device; arguments as for a tensor."""
+        tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+        return replace(self, **{name: tensor.to(*args, **kwargs) for name, tensor in tensors.items()})
 
 
 def predictors_of(
@@ -125,55 +137,144 @@ def _slots_side_by_side(
     return coordinates[:, None], None if bool(occupied.all()) else occupied
 
 
+def schedules_of(image_grids: torch.Tensor | None, config: NextFlowConfig) -> tuple[ScaleSchedule, ...]:
+    """Schedules of images whose final grids are (num_images, 2)."""
+    if image_grids is None:
+        return ()
+    patch_size, schedules = config.vq_config.patch_size, config.vq_config.scale_schedules
+    return tuple(schedules.for_size(h * patch_size, w * patch_size) for h, w in image_grids.tolist())
+
+
+def text_ids(inputs_embeds: torch.Tensor, *images: torch.Tensor | None) -> torch.Tensor:
+    """Ids (B, L) in place of those of embeddings (B, L, D): text, of which no token is known.
+
+    Raises:
+        ValueError: if any input of images came with them.
+    """
+    if any(part is not None for part in images):
+        raise ValueError("Images come with input_ids, which say where they lie; inputs_embeds are read as text.")
+    return inputs_embeds.new_full(inputs_embeds.shape[:2], -1, dtype=torch.long)
+
+
+def layout_batch(
+    config: NextFlowConfig,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    image_tokens: torch.Tensor | None = None,
+    image_grids: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+    start: torch.Tensor | int = 0,
+) -> SequenceLayout:
+    """The layout of a batch as `forward` takes it, with its codes checked, so that the model need not look at values.
+
+    What prepares batches outside of the model, a collator for instance, can call it and give the result to `forward` as
+    `layout`: such a pass compiles in one graph.
+
+    Args:
+        input_ids: (B, L).
+        attention_mask: (B, L).
+        image_tokens: (num_images, N) codes, padded with -1.
+        image_grids: (num_images, 2) final grids.
+        seq_idx: (B, L), see `layout_sequence`.
+        start: (B, 1) or a number, the first position; more than 0 where the sequences go on.
+
+    Raises:
+        ValueError: if placeholders, grids and codes do not match, codes are out of range, or the sequences take more
+            positions than the backbone has.
+    """
+    schedules = schedules_of(image_grids, config)
+    layout = layout_sequence(input_ids, attention_mask, schedules, config, seq_idx, start)
+    if schedules or image_tokens is not None:
+        _check_codes(image_tokens, schedules, config)
+    return layout
+
+
 def layout_sequence(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     schedules: Sequence[ScaleSchedule],
     config: NextFlowConfig,
     seq_idx: torch.Tensor | None = None,
+    start: torch.Tensor | int = 0,
 ) -> SequenceLayout:
     """Lay out (B, L) tokens with whole pictures, whose schedules come in order of appearance, row by row.
 
     With `seq_idx` (B, L) a row holds several samples, and each one's positions start at 0. A `<boi>` without slots and
-    `<eoi>` behind it (a prompt for drawing) is text.
+    `<eoi>` behind it (a prompt for drawing) is text. `start` (B, 1) or a number is the first position.
+
+    Text is looked at where a sequence begins. It is not where it goes on, so that no token that is generated waits for
+    the device, nor in a graph that is being compiled.
 
     Raises:
-        ValueError: if the placeholders do not match the pictures.
+        ValueError: if the placeholders do not match the pictures, or the sequences take more positions than there are.
     """
     device, read_last = input_ids.device, config.read_last_scale
     valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     slot_mask = (input_ids == config.image_token_id) & valid
-    ends = ((input_ids == config.eoi_token_id) & valid).flatten().nonzero().squeeze(1)
-    starts = _check_pictures(input_ids, valid, slot_mask, ends, schedules, config)
+    end_mask = (input_ids == config.eoi_token_id) & valid
+    is_begun = torch.is_tensor(start) or start > 0
+    is_checked = bool(schedules) or not (is_begun or torch.compiler.is_compiling())
 
     advance = (valid & ~slot_mask).long()
-    if schedules:
-        steps = torch.tensor([s.num_scales + read_last for s in schedules], dtype=torch.long, device=device)
-        advance.view(-1)[ends] = steps
+    if is_checked:
+        ends = end_mask.flatten().nonzero().squeeze(1)
+        starts = _check_pictures(input_ids, valid, slot_mask, ends, schedules, config)
+        advance.view(-1)[ends] = torch.tensor(
+            [s.num_positions(read_last) - 1 for s in schedules], dtype=torch.long, device=device
+        )
     position = advance.cumsum(-1)
     if seq_idx is not None:
         position = position - torch.where(starts_of_samples(seq_idx), position - advance, 0).cummax(-1).values
-    position = (position - 1).clamp_min(0)
+    position = (position - 1).clamp_min(0) + start
+    if is_checked and position.numel():
+        check_num_positions(int(position.max()) + 1, config)
 
-    position_ids = position.float().expand(3, -1, -1).clone()
-    scale_ids = torch.zeros_like(input_ids)
-    block_ids = torch.full_like(input_ids, -1)
-    predicting = torch.zeros_like(slot_mask)
-    if schedules:
-        slots = [picture_slots(schedule, config.rope_range, read_last) for schedule in schedules]
-        scale = torch.cat([slot.scale for slot in slots]).to(device)
-        scale_ids[slot_mask] = scale
-        position_ids[0][slot_mask] += scale.float() - 1
-        position_ids[1][slot_mask] = torch.cat([slot.row for slot in slots]).to(device)
-        position_ids[2][slot_mask] = torch.cat([slot.column for slot in slots]).to(device)
-        # Ids are unique over the whole batch, hence within every row, however the rows are packed.
-        stride = max(s.num_scales for s in schedules) + 2
-        block_ids[slot_mask] = torch.cat([slot.scale + stride * i for i, slot in enumerate(slots)]).to(device)
-        last = torch.cat([slot.scale == s.num_scales + 1 for slot, s in zip(slots, schedules)]).to(device)
-        predicting[slot_mask] = ~last
-        predicting.view(-1)[starts] = True
-    predictors = predictors_of(input_ids, attention_mask, seq_idx)
-    return SequenceLayout(position_ids, block_ids, scale_ids, slot_mask, predicting, predictors)
+    layout = SequenceLayout(
+        position_ids=position.float().expand(3, -1, -1).clone(),
+        block_ids=torch.full_like(input_ids, -1),
+        scale_ids=torch.zeros_like(input_ids),
+        slot_mask=slot_mask,
+        predicting_mask=torch.zeros_like(slot_mask),
+        predictors=predictors_of(input_ids, attention_mask, seq_idx),
+    )
+    return _with_pictures(layout, starts, schedules, config) if schedules else layout
+
+
+def _with_pictures(
+    layout: SequenceLayout, starts: torch.Tensor, schedules: Sequence[ScaleSchedule], config: NextFlowConfig
+) -> SequenceLayout:
+    """Enter the slots of images that begin behind the `<boi>` tokens at the flat places `starts`."""
+    slot_mask, device = layout.slot_mask, layout.slot_mask.device
+    slots = [picture_slots(schedule, config.rope_range, config.read_last_scale) for schedule in schedules]
+    scale = torch.cat([slot.scale for slot in slots]).to(device)
+    layout.scale_ids[slot_mask] = scale
+    layout.position_ids[0][slot_mask] += scale.float() - 1
+    layout.position_ids[1][slot_mask] = torch.cat([slot.row for slot in slots]).to(device)
+    layout.position_ids[2][slot_mask] = torch.cat([slot.column for slot in slots]).to(device)
+    # Ids are unique over the whole batch, hence within every row, however the rows are packed.
+    stride = max(s.num_scales for s in schedules) + 2
+    layout.block_ids[slot_mask] = torch.cat([slot.scale + stride * i for i, slot in enumerate(slots)]).to(device)
+    counts = torch.cat([torch.full_like(slot.scale, s.num_scales) for slot, s in zip(slots, schedules)]).to(device)
+    layout.predicting_mask[slot_mask] = scale <= counts
+    layout.predicting_mask.view(-1)[starts] = True
+    places = slot_mask.flatten().nonzero().squeeze(1)
+    return replace(layout, schedules=tuple(schedules), slot_places=places, num_scales=counts)
+
+
+def check_num_positions(count: int, config: PreTrainedConfig):
+    """Raises `ValueError` for a sequence of more positions than the backbone of `config` has."""
+    limit = config.text_config.max_position_embeddings
+    if count > limit:
+        raise ValueError(
+            f"The sequence takes {count} positions, but the model has {limit} (max_position_embeddings); a token takes "
+            "one, an image one for each scale. Take a shorter text, fewer images or frames, or a smaller "
+            "max_new_tokens."
+        )
+
+
+def check_room(layout: SequenceLayout, room: torch.Tensor, config: PreTrainedConfig):
+    """Raises `ValueError` if rows and the positions (B,) that follow them take more than the model has."""
+    check_num_positions(int((layout.position_ids[0, :, -1] + room).max()) + 1, config)
 
 
 def scale_weights(schedule: ScaleSchedule, alpha: float) -> torch.Tensor:
@@ -207,3 +308,31 @@ def _check_pictures(input_ids, valid, slot_mask, ends, schedules, config) -> tor
     if int(slot_mask.sum()) != sum(expected):
         raise ValueError("There are picture slots outside of <boi> … <eoi>; a picture must be closed by <eoi>.")
     return starts
+
+
+def _check_codes(image_tokens: torch.Tensor | None, schedules: Sequence[ScaleSchedule], config: NextFlowConfig):
+    """Raises `ValueError` for codes that the slots of images cannot read."""
+    if image_tokens is None:
+        raise ValueError(f"{len(schedules)} image_grids came without image_tokens or pixel_values; give one.")
+    if len(image_tokens) != len(schedules):
+        raise ValueError(f"{len(image_tokens)} rows of image_tokens came with {len(schedules)} image_grids.")
+    counts = [num_codes_read(schedule, config) for schedule in schedules]
+    for schedule, count in zip(schedules, counts):
+        if image_tokens.shape[1] < count:
+            raise ValueError(
+                f"image_tokens hold {image_tokens.shape[1]} codes a picture, but the slots of a final grid "
+                f"{schedule.final_grid} read {count}; are they a preview, or from another size?"
+            )
+    columns = torch.arange(image_tokens.shape[1], device=image_tokens.device)
+    codes = image_tokens[columns < torch.tensor(counts, device=image_tokens.device)[:, None]]
+    size = config.vq_config.codebook_size
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+        raise ValueError(
+            f"image_tokens run from 0 to {size - 1}, got {int(codes.min())} to {int(codes.max())}; do they come from "
+            "another tokenizer, or from pictures of another size?"
+        )
+
+
+def num_codes_read(schedule: ScaleSchedule, config: NextFlowConfig) -> int:
+    """How many of the codes of an image its slots read: all, or those before the last grid."""
+    return schedule.num_tokens if config.read_last_scale else schedule.offsets[-2]

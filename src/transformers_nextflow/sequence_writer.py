@@ -25,12 +25,14 @@ class Prompts:
         attention_mask: (B, L); `None` for all.
         image_tokens: (num_images, N) codes.
         image_grids: (num_images, 2) final grids.
+        room: (B,) int64, how many positions may follow each row; `None` for none.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None = None
     image_tokens: torch.Tensor | None = None
     image_grids: torch.Tensor | None = None
+    room: torch.Tensor | None = None
 
     def rows(self) -> list[list[int]]:
         """The tokens of each row, without padding."""
@@ -50,7 +52,10 @@ class Prompts:
         rows, places = torch.cat([self.input_ids, mask], dim=1).unique(dim=0, return_inverse=True)
         if len(rows) == len(places):
             return self, None
-        return Prompts(*rows.chunk(2, dim=1)), places
+        room = self.room
+        if room is not None:
+            room = room.new_zeros(len(rows)).scatter_reduce(0, places, room, "amax")
+        return Prompts(*rows.chunk(2, dim=1), room=room), places
 
 
 class SequenceWriter:
@@ -61,6 +66,9 @@ class SequenceWriter:
         prompts: where the rows begin. Those that draw first end with `<boi>`.
         contexts: what guidance leads away from, the fullest first: prompts of as many rows that end with `<boi>`. Every
             picture of a row is compared with the same ones.
+
+    Raises:
+        ValueError: where prompts and what they have room for take more positions than the model has.
 
     Attributes:
         tokens: of each row all ids so far, prompts and the slots of pictures included.
@@ -80,7 +88,7 @@ class SequenceWriter:
             joined, places = joined.distinct()
         self.sequences = CachedSequences(model.model)
         self._last = self.sequences.read(
-            joined.input_ids, joined.attention_mask, joined.image_tokens, joined.image_grids
+            joined.input_ids, joined.attention_mask, joined.image_tokens, joined.image_grids, joined.room
         )[:, -1:]
         if places is not None:
             self.sequences.keep(places)
@@ -112,19 +120,18 @@ class SequenceWriter:
         longest = max(map(len, tokens))
         if longest == 0:
             return
-        input_ids = self._last.new_zeros(self._rows.numel(), longest, dtype=torch.long)
-        occupied = torch.zeros_like(input_ids)
         for row, ids in enumerate(tokens):
-            if ids:
-                input_ids[row, -len(ids) :] = torch.tensor(ids)
-                occupied[row, -len(ids) :] = 1
-                self.tokens[row] += ids
-        self._read(input_ids, occupied)
+            self.tokens[row] += ids
+        rows = [list(ids) for ids in tokens] + [[]] * (self._rows.numel() - len(tokens))  # contexts read nothing
+        input_ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in rows], device=self._rows.device)
+        occupied = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows]
+        everyone = all(len(ids) == longest for ids in rows)
+        self._read(input_ids, None if everyone else torch.tensor(occupied, device=self._rows.device))
 
-    def _read(self, input_ids: torch.Tensor, occupied: torch.Tensor, steps: torch.Tensor | None = None):
-        everyone = bool(occupied.all())
-        hidden_states = self.sequences.read_tokens(input_ids, None if everyone else occupied, steps)[:, -1:]
-        self._last = torch.where(occupied[:, -1:, None] > 0, hidden_states, self._last)
+    def _read(self, input_ids: torch.Tensor, occupied: torch.Tensor | None, steps: torch.Tensor | None = None):
+        """Read tokens (R, n), of which those that count (R, n) stand last in their row; `None` for all."""
+        last = self.sequences.read_tokens(input_ids, occupied, steps)[:, -1:]
+        self._last = last if occupied is None else torch.where(occupied[:, -1:, None] > 0, last, self._last)
 
     def draw(
         self, drawing: Drawing, rows: Sequence[int], callback: ScaleCallback | None = None, go_on: bool = True
@@ -192,9 +199,9 @@ class SequenceWriter:
         input_ids = torch.zeros(self._rows.numel(), 1, dtype=torch.long, device=self._rows.device)
         occupied, steps = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
         input_ids[places], occupied[places] = self.config.eoi_token_id, 1
-        counts = [[schedule.num_scales + read_last] for schedule in drawing.schedules]
+        counts = [[schedule.num_positions(read_last) - 1] for schedule in drawing.schedules]
         steps[places] = torch.tensor(counts, device=steps.device)
-        self._read(input_ids, occupied, steps)
+        self._read(input_ids, None if len(rows) == self._rows.numel() else occupied, steps)
 
     def finished(self) -> Prompts:
         """All that was read and written, as `forward` takes it: (B, L), padded on the left."""
@@ -224,9 +231,11 @@ def join_prompts(parts: Sequence[Prompts]) -> Prompts:
         masks.append(nn.functional.pad(mask, (missing, 0), value=0))
     pictures = [part for part in parts if part.image_grids is not None]
     codes = [row for part in pictures for row in part.image_tokens]
+    rooms = [torch.zeros_like(part.input_ids[:, 0]) if part.room is None else part.room for part in parts]
     return Prompts(
         torch.cat(joined),
         torch.cat(masks),
         nn.utils.rnn.pad_sequence(codes, batch_first=True, padding_value=-1) if codes else None,
         torch.cat([part.image_grids for part in pictures]) if codes else None,
+        torch.cat(rooms),
     )

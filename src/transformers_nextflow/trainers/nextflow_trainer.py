@@ -148,10 +148,10 @@ class NextFlowTrainer(TrainedInFloat32Mixin, AtomicCheckpointMixin, Trainer):
         if isinstance(collator, NextFlowCollator) and collator.codebook_size is None:
             collator.codebook_size = model.config.vq_config.codebook_size
         if args.packing != "padding" and rows is not None:
-            if model.config._attn_implementation == "sdpa" and not args.compile_layers:
+            if model.config.text_config._attn_implementation == "sdpa" and not args.compile_layers:
                 # The same attention, at the cost of the samples and not of the whole row. Compiled layers would be
                 # compiled anew for each number of samples.
-                model.set_attn_implementation(PACKED_SDPA)
+                model.set_attn_implementation({"": PACKED_SDPA, "text_config": PACKED_SDPA})
             kwargs["train_dataset"] = packed(rows, collator, model.config, args)
         super().__init__(model=model, args=args, **kwargs)
         if args.n_gpu > 1:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..drawing_request import requested_schedule
+from ..evaluation_mode import in_evaluation_mode
 from ..processing_nextflow import NextFlowProcessor, check_prompts, pad_left
 from ..sampling_nextflow import Generators, ImageSampling
 from ..scale_drawing import Drawing
@@ -86,6 +87,7 @@ def draw_rollouts(
     return continue_rollouts(model, processor, begun, sampling, generator)
 
 
+@in_evaluation_mode
 @torch.no_grad()
 def continue_rollouts(
     model: nn.Module,
@@ -165,8 +167,10 @@ def _padded(
     holding = [rollout for rollout, row in zip(rollouts, rows) if processor.eoi_token_id in row]
     codes = [codes.to(device) for rollout in holding for codes in rollout.input_tokens]
     grids = [grid for rollout in holding for grid in rollout.input_grids]
+    room = [rollout.schedule.num_positions(processor.read_last_scale) - 1 for rollout in rollouts]
     return Prompts(
         **padded,
         image_tokens=pad_sequence(codes, batch_first=True, padding_value=-1) if codes else None,
         image_grids=torch.tensor(grids, device=device) if grids else None,
+        room=torch.tensor(room, device=device),
     )

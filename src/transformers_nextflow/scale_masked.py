@@ -1,0 +1,26 @@
+"""A backbone whose attention takes the mask of the scales, whatever implementation computes it."""
+
+from __future__ import annotations
+
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+
+class ScaleMaskedMixin:
+    """For the backbones of transformers. Their own config's implementation decides the form of a mask; the config
+    around it may name another.
+    """
+
+    _supports_flex_attn = True
+    # It would silently drop the block mask of the scales.
+    _supports_flash_attn = False
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, *args, **kwargs) -> str:
+        """As transformers has it. Raises `ValueError` for an implementation that no mask function belongs to."""
+        implementation = super().get_correct_attn_implementation(requested_attention, *args, **kwargs)
+        # transformers gives no mask to an attention without a function for it. Continuous batching makes its own.
+        if implementation not in ALL_MASK_ATTENTION_FUNCTIONS and not implementation.startswith("paged|"):
+            raise ValueError(
+                f"attn_implementation={implementation!r} has no mask function, so it would not know the scales of "
+                "images; register one under its name with AttentionMaskInterface."
+            )
+        return implementation
