@@ -90,9 +90,7 @@ def run(seed: int, budget: Budget, cache: Cache, alpha: float) -> list[Point]:
 
     settings = {"seed": seed, "steps": budget.steps}
     start = cache.folder("small-pictures", settings, train_on_small_pictures)
-    model = NextFlowForConditionalGeneration.from_pretrained(
-        start, dtype=torch.float32, attn_implementation="eager"
-    )
+    model = NextFlowForConditionalGeneration.from_pretrained(start, dtype=torch.float32, attn_implementation="eager")
     model.config.scale_loss_alpha = alpha
     return train_at(model, processor, LARGE, seed, budget)
 
