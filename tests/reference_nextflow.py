@@ -128,6 +128,16 @@ def input_features(
     return features
 
 
+def scale_rows(rows: list[list[Position]], most_scales: int) -> list[int]:
+    """Which row of the learned table of scales each slot adds: k if it predicts grid k, and the row behind those of all
+    `most_scales` grids if it reads a last grid, of whatever level."""
+    found = []
+    for position in (position for row in rows for position in row if position.kind == "slot"):
+        reads_last = position.scale > len(position.picture.grids)
+        found.append(most_scales + 1 if reads_last else position.scale)
+    return found
+
+
 def grid_vectors(picture: Picture, k: int, codebook: torch.Tensor) -> torch.Tensor:
     """(1, D, h_k, w_k) vectors of the k-th grid's codes."""
     rows = [torch.stack([codebook[code] for code in row], dim=1) for row in picture.grid_codes(k)]

@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from reference_nextflow import Picture, as_batch, attention_mask, input_features, rope_positions
+from reference_nextflow import Picture, as_batch, attention_mask, input_features, rope_positions, scale_rows
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_model
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGeneration
+from transformers_nextflow import ImageSampling, NextFlowConfig, NextFlowForConditionalGeneration
+from transformers_nextflow.scale_drawing import Drawing
 
 
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
@@ -111,6 +112,29 @@ def test_scale_and_number_of_scales_reach_the_slots_alone():
     difference = embeds[4][2:6] - embeds[2][2:6]
     assert difference.abs().max() > 1e-3
     torch.testing.assert_close(difference, difference[:1].expand(4, -1))
+
+
+def test_slots_that_read_a_last_scale_have_a_row_of_their_own_at_every_level():
+    model = tiny_model(vq_config=LEVELS, read_last_scale=True)
+    embedding, seen = model.model.visual_embedding, []
+    rows, inputs = ragged_batch(model.config)
+    assert {len(position.picture.grids) for row in rows for position in row if position.picture} == {2, 4}
+    embedding.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    table = embedding.scale.weight.detach().clone()
+    model(**inputs)
+    embedding.scale.weight.data.zero_()
+    model(**inputs)
+    torch.testing.assert_close(seen[0] - seen[1], table[scale_rows(rows, most_scales=4)])
+    # What is drawn reads the same.
+    embedding.scale.weight.data.copy_(table)
+    low = model.config.vq_config.scale_schedules.build(level=8)
+    for schedules in ([low], [low, model.config.vq_config.scale_schedules.build((20, 12))]):
+        drawing = Drawing(model, schedules, ImageSampling())
+        drawing.image_tokens.zero_()
+        embedding.scale.weight.data.copy_(table)
+        slots = drawing.last_slots()[0]
+        embedding.scale.weight.data.zero_()
+        torch.testing.assert_close(slots - drawing.last_slots()[0], table[5].expand_as(slots))
 
 
 @pytest.mark.parametrize("implementation", ATTENTIONS)

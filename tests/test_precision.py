@@ -3,6 +3,7 @@
 import json
 import os
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -14,6 +15,7 @@ from test_vq_trainer import make_trainer as make_vq_trainer
 from test_vq_trainer import pictures, tiny_vq_model
 from tiny import free_port, tiny_config, tiny_model, tiny_processor
 from torch import nn
+from torch.distributed.fsdp._fully_shard._fsdp_common import _is_composable_with_fsdp
 from transformers import AutoConfig
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -26,6 +28,7 @@ from transformers_nextflow.data import load_vision_tokenizer, tokenizer_fingerpr
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer
 from transformers_nextflow.trainers.codebook_care import initialize_codebook, revive_dead_codes
 from transformers_nextflow.trainers.recipes import Recipe, run_recipe
+from transformers_nextflow.trainers.trained_weights import place_vision_tokenizer
 
 
 GRID = torch.tensor([[4, 4]])
@@ -65,6 +68,7 @@ def saved_in_half(folder):
     [
         partial(loaded, dtype=torch.bfloat16),
         partial(loaded, dtype=torch.float16),
+        partial(loaded, dtype=torch.float64),
         saved_in_half,
         made_in_half,
         lambda folder: loaded(folder).to(torch.bfloat16),
@@ -72,7 +76,7 @@ def saved_in_half(folder):
         lambda folder: loaded(folder).double(),
         lambda folder: NextFlowPipeline(loaded(folder), tiny_processor()).to(torch.bfloat16).model,
     ],
-    ids=["bfloat16", "float16", "saved in bfloat16", "made in bfloat16", "to", "half", "double", "pipeline"],
+    ids=["bfloat16", "float16", "float64", "saved in bfloat16", "made in bfloat16", "to", "half", "double", "pipeline"],
 )
 def test_a_model_in_another_precision_makes_the_codes_of_float32_under_the_same_fingerprint(hold, tmp_path):
     model = tiny_model()
@@ -211,12 +215,15 @@ def test_a_tokenizer_in_training_quantises_in_float32_and_encoders_at_rest_give_
 def test_a_tokenizer_that_was_rounded_all_the_same_is_refused_with_the_remedy(part):
     vq_model = tiny_model().vq_model
     getattr(vq_model, part).bfloat16()
-    with pytest.raises(ValueError, match=r"weight is torch.bfloat16, but codes are made in float32 .* vq_model.float"):
+    with pytest.raises(
+        ValueError, match=r"weight is torch.bfloat16, but codes are made in float32 .* load the .* anew"
+    ):
         vq_model.encode(images(1))
     if part == "quantizer":
         with pytest.raises(ValueError, match="semantic_codebook.weight is torch.bfloat16"):
             vq_model.decode(torch.zeros(1, 30, dtype=torch.long), vq_model.config.scale_schedules.build())
-    assert vq_model.float().encode(images(1)).image_tokens.shape == (1, 30)
+    vq_model.keep_codes_in_float32()
+    assert vq_model.encode(images(1)).image_tokens.shape == (1, 30)
 
 
 def test_a_tokenizer_whose_file_was_rounded_has_a_fingerprint_of_its_own(tmp_path):
@@ -266,6 +273,28 @@ def _sharded_codes(rank: int, port: int, folder: str):
     if rank == 0:
         torch.save(([r if isinstance(r, str) else r.image_tokens for r in read], placed), f"{folder}/codes.pt")
     torch.distributed.destroy_process_group()
+
+
+def test_a_trainer_places_a_tokenizer_that_fsdp_leaves_out_and_refuses_what_would_leave_it_empty():
+    plugin = SimpleNamespace(cpu_ram_efficient_loading=False)
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    trainer = SimpleNamespace(is_fsdp_enabled=False, accelerator=accelerator, model=tiny_model())
+    trainer.args = SimpleNamespace(device="meta")
+    for enabled in (False, True):
+        trainer.is_fsdp_enabled = enabled
+        place_vision_tokenizer(trainer)
+        assert trainer.model.vq_model.device.type == ("meta" if enabled else "cpu")
+    assert trainer.model.lm_head.weight.device.type == "cpu"
+    plugin.cpu_ram_efficient_loading = True
+    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading .* set it to false"):
+        place_vision_tokenizer(trainer)
+
+
+def test_a_tokenizer_that_is_trained_by_itself_is_sharded_again(tmp_path):
+    vq_model = tiny_model().vq_model
+    assert not _is_composable_with_fsdp(vq_model)
+    make_vq_trainer(tmp_path, vq_model)
+    assert _is_composable_with_fsdp(vq_model) and _is_composable_with_fsdp(tiny_vq_model())
 
 
 def test_sharding_in_bfloat16_leaves_the_tokenizer_whole_and_its_codes_as_they_are(tmp_path):

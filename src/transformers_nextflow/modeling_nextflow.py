@@ -132,6 +132,7 @@ class NextFlowPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTrain
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         # Loading makes new parameters, which all ask for gradients.
         model.vq_model.requires_grad_(False)
+        model.vq_model.keep_codes_in_float32()
         return (model, info) if output_loading_info else model
 
     def train(self, mode: bool = True):

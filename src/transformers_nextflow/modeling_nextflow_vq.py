@@ -145,9 +145,13 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         self.quantizer = NextFlowVQQuantizer(config)
         self.pixel_decoder = (ConvolutionalDecoder if convolutional else PatchDecoder)(config)
         self.semantic_decoder = SemanticDecoder(config)
+        self.keep_codes_in_float32()
+        self.post_init()
+
+    def keep_codes_in_float32(self):
+        """Bring what decides about codes to float32, where it was made or loaded in another type."""
         for part in CODE_PARTS:
             getattr(self, part).float()
-        self.post_init()
 
     def _apply(self, fn, recurse=True):
         # A cast of the whole model, as diffusers' `pipe.to("cuda", torch.bfloat16)` makes, moves these parts only.
@@ -174,7 +178,9 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
                     f"{pretrained_model_name_or_path} holds a {model_type} model, not a vision tokenizer alone; the "
                     "tokenizer of a NextFlow is taken out by transformers_nextflow.data.load_vision_tokenizer(folder)."
                 )
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).keep_codes_in_float32()
+        return loaded
 
     @property
     def _trains_encoders(self) -> bool:
@@ -335,11 +341,12 @@ def frozen_vision_tokenizer(config: NextFlowVQConfig) -> NextFlowVQModel:
 
 def leave_out_of_sharding(module: nn.Module, left_out: bool):
     """Whether FSDP passes a module by, so that every process has all of it, where it shards what holds the module."""
-    if torch.distributed.is_available():
-        # How torch marks what other ways of data parallelism replicate; there is no public way to say so.
+    try:
+        # How torch marks what another kind of data parallelism replicates; there is no public way to say so.
         from torch.distributed._composable.contract import REGISTRY_KEY
-
-        module.__dict__[REGISTRY_KEY] = {"replicate": None} if left_out else {}
+    except ImportError:  # a torch without it, whose sharded weights `check_float32` refuses
+        return
+    module.__dict__[REGISTRY_KEY] = {"replicate": None} if left_out else {}
 
 
 def codebook_statistics(image_tokens: torch.Tensor, schedule: ScaleSchedule, codebook_size: int) -> dict[str, float]:

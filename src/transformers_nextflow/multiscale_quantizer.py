@@ -79,8 +79,8 @@ def check_float32(module: nn.Module):
         if weight.dtype != torch.float32 or not is_whole:
             kind = weight.dtype if is_whole else f"a {type(weight).__name__} of {weight.dtype}"
             raise ValueError(
-                f"{type(module).__name__}.{name} is {kind}, but codes are made in float32 from whole weights; call "
-                "vq_model.float(), and leave the vision tokenizer out of sharding and quantisation."
+                f"{type(module).__name__}.{name} is {kind}, but codes are made in float32 from whole weights; "
+                "load the vision tokenizer anew, and leave it out of sharding, quantisation and casts of its parts."
             )
 
 

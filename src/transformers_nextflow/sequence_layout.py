@@ -39,7 +39,7 @@ class SequenceLayout:
     Args:
         position_ids: (3, B, L) float32: scale (temporal), row, column.
         block_ids: (B, L) int64: a number of its own for each scale of each picture of a row, -1 elsewhere.
-        scale_ids: (B, L) int64: k at the slots that predict grid k, 0 elsewhere.
+        scale_ids: (B, L) int64: k at the slots that predict grid k, K+1 at those that read the last one, 0 elsewhere.
         slot_mask: (B, L) bool: slots. Read row by row they follow the pictures, their scales, their cells.
         predicting_mask: (B, L) bool: positions that predict codes: each whole picture's `<boi>` and its slots but those
             that read the last scale. Read row by row they follow `image_tokens`.
