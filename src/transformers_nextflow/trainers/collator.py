@@ -58,6 +58,11 @@ class NextFlowCollator:
         self.processor, self.pad_to_multiple_of = processor, pad_to_multiple_of
         self.root, self.tokenizer_fingerprint = root, tokenizer_fingerprint
 
+    @property
+    def settings(self) -> dict:
+        """What beside the processor decides about the batches."""
+        return {"pad_to_multiple_of": self.pad_to_multiple_of}
+
     def __call__(self, rows: list[dict] | list[list[dict]]) -> dict[str, torch.Tensor]:
         packed = bool(rows) and isinstance(rows[0], list)
         if packed and len(rows) > 1:

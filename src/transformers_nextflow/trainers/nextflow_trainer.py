@@ -16,15 +16,18 @@ from ..data.vision_tokenizer import tokenizer_fingerprint
 from ..modeling_nextflow import NextFlowCausalLMOutputWithPast, NextFlowForConditionalGeneration, NextFlowTextModel
 from ..packed_attention import PACKED_SDPA
 from ..processing_nextflow import NextFlowProcessor
-from .atomic_checkpoints import AtomicCheckpointMixin
+from .checked_arguments import CheckedArguments
 from .collator import NextFlowCollator
+from .finite_training import FiniteTrainingMixin
 from .optimizers import MuonWithAdamW
 from .packing import PACKINGS, CostModel, PackedDataset, PackedStream
+from .resumable_training import ResumableTrainingMixin
+from .training_record import processor_differences
 
 
 @dataclass
-class NextFlowTrainingArguments(TrainingArguments):
-    """`TrainingArguments` and what NextFlow adds.
+class NextFlowTrainingArguments(CheckedArguments, TrainingArguments):
+    """`TrainingArguments` and what NextFlow adds; see also [`CheckedArguments`].
 
     Args:
         muon: step the hidden matrices with Muon and the rest with AdamW, in place of `optim`.
@@ -96,7 +99,18 @@ def _collator_of(processor: NextFlowProcessor | None) -> NextFlowCollator:
     return NextFlowCollator(processor)
 
 
-class NextFlowTrainer(AtomicCheckpointMixin, Trainer):
+def _processor_to_save(collator, processor: NextFlowProcessor | None) -> NextFlowProcessor | None:
+    """What makes the batches is saved with the model: without it no pipeline loads a checkpoint."""
+    own = getattr(collator, "processor", None)
+    if processor is not None and own is not None and (names := processor_differences(processor, own)):
+        raise ValueError(
+            f"processing_class and the data_collator's processor differ in {', '.join(names)}; the one that makes the "
+            "batches is to be saved with the model. Leave processing_class out."
+        )
+    return processor or own
+
+
+class NextFlowTrainer(ResumableTrainingMixin, FiniteTrainingMixin, Trainer):
     """Trains a [`NextFlowForConditionalGeneration`] on the batches of a [`NextFlowCollator`].
 
     Logs the text loss, the weighted image loss, each scale's own loss and the accuracies beside the total, in training
@@ -104,11 +118,11 @@ class NextFlowTrainer(AtomicCheckpointMixin, Trainer):
 
     Args:
         processing_class: the [`NextFlowProcessor`], from which the collator is made where no `data_collator` is given;
-            paths of pictures are then relative to the working directory.
+            paths of pictures are then relative to the working directory. The collator's is saved with the model.
 
     Raises:
-        ValueError: without both, or for other arguments than [`NextFlowTrainingArguments`]; in training, for a row that
-            cannot be used; the message has its number.
+        ValueError: without both, for a `processing_class` that differs from the collator's, or for other arguments
+            than [`NextFlowTrainingArguments`]; in training, for a row that cannot be used; the message has its number.
     """
 
     args: NextFlowTrainingArguments
@@ -120,6 +134,7 @@ class NextFlowTrainer(AtomicCheckpointMixin, Trainer):
                 f"{type(args).__name__}."
             )
         collator = kwargs["data_collator"] = kwargs.get("data_collator") or _collator_of(kwargs.get("processing_class"))
+        kwargs["processing_class"] = _processor_to_save(collator, kwargs.get("processing_class"))
         rows = kwargs.get("train_dataset")
         if hasattr(rows, "__len__"):
             rows = kwargs["train_dataset"] = NumberedRows(rows)
@@ -169,6 +184,7 @@ class NextFlowTrainer(AtomicCheckpointMixin, Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
+        self.note(terms_of(outputs))
         collected = self._parts if self.model.training else self._evaluated
         for name, value in parts_of(outputs).items():
             collected.setdefault(name, []).append(value)
@@ -196,3 +212,13 @@ def parts_of(outputs: NextFlowCausalLMOutputWithPast) -> dict[str, torch.Tensor]
     for kind, values in (("loss", outputs.scale_losses), ("accuracy", outputs.scale_accuracies)):
         parts |= {f"scale_{scale}_{kind}": value for scale, value in enumerate(values, start=1)}
     return parts
+
+
+def terms_of(outputs: NextFlowCausalLMOutputWithPast) -> dict[str, torch.Tensor]:
+    """The losses of a batch by the names of the log; 0 where it has nothing of the kind."""
+    accuracies = outputs.scale_accuracies
+    has_text, has_codes = ~outputs.text_accuracy.isnan(), ~accuracies.isnan()
+    terms = {"text_loss": outputs.text_loss.where(has_text, 0)}
+    terms["image_loss"] = outputs.image_loss.where(has_codes.any(), 0)
+    scales = outputs.scale_losses.where(has_codes, 0)
+    return terms | {f"scale_{scale}_loss": value for scale, value in enumerate(scales, start=1)}
