@@ -75,22 +75,31 @@ class Adversary:
         weights = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         return -torch.func.functional_call(self.discriminator, weights, (reconstruction,)).mean()
 
-    def step(self):
-        """One step of the discriminator, on the pictures of the last `loss`."""
+    def step(self) -> dict[str, torch.Tensor]:
+        """One step of the discriminator, on the pictures of the last `loss`; none where its gradient is not finite.
+
+        Returns its loss and the norm of its gradient, by their names.
+        """
         assert self._pair is not None, "step comes after loss"
         fake, real = map(self.discriminator, self._pair)
         self.optimizer.zero_grad()
-        (F.relu(1 - real).mean() + F.relu(1 + fake).mean()).div(2).backward()
+        loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()).div(2)
+        loss.backward()
         if torch.distributed.is_initialized():
             for parameter in self._parameters:
                 torch.distributed.all_reduce(parameter.grad)
                 parameter.grad /= torch.distributed.get_world_size()
-        self.optimizer.step()
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self._parameters])
+        if norm.isfinite():
+            self.optimizer.step()
         self._pair = None
+        return {"discriminator_loss": loss.detach(), "discriminator_gradient_norm": norm}
 
     def state_dict(self) -> dict:
         return {"discriminator": self.discriminator.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    def load_state_dict(self, state: dict):
+    def load_state_dict(self, state: dict, learning_rate: float):
         self.discriminator.load_state_dict(state["discriminator"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate

@@ -6,10 +6,12 @@ import shutil
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 PARTIAL = "partial-checkpoint"
+# In a checkpoint of a training that was begun anew, or went on from an earlier step, in the same folder.
+SUPERSEDED = "superseded"
 
 
 class AtomicCheckpointMixin:
@@ -45,13 +47,53 @@ class AtomicCheckpointMixin:
         if self.state.best_model_checkpoint == str(partial):
             self.state.best_model_checkpoint = str(target)
             self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
-        # There may be one of an earlier training in this folder.
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():  # of an earlier training in this folder
+            target.rename(run_dir / PARTIAL / SUPERSEDED)
         partial.rename(target)
         shutil.rmtree(run_dir / PARTIAL)
-        rotate_checkpoints(
-            output_dir=str(run_dir),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
-        )
+        self._rotate(run_dir)
+
+    def _rotate(self, run_dir: Path):
+        """As transformers rotates, but superseded checkpoints go first, and the others by their steps: times of files
+        do not tell checkpoints of one second apart."""
+        limit = self.args.save_total_limit or 0
+        checkpoints = sorted(checkpoints_in(run_dir), key=lambda checkpoint: not is_superseded(checkpoint))
+        best = self.state.best_model_checkpoint
+        kept = {checkpoints[-1]} | ({Path(best)} if best is not None else set())
+        surplus = len(checkpoints) - max(limit, len(kept)) if limit > 0 else 0
+        for checkpoint in [c for c in checkpoints if c not in kept][: max(surplus, 0)]:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def supersede_checkpoints(self, start: Path | None) -> list[str]:
+        """Mark the checkpoints that do not lead to what is trained from here on, from `start` or from the beginning.
+
+        Returns the names of those that were not marked before.
+        """
+        folder, names = Path(self.args.output_dir), []
+        begun = start is not None and start.resolve().parent == folder.resolve()
+        for checkpoint in checkpoints_in(folder):
+            if begun and step_of(checkpoint) == step_of(start):
+                (checkpoint / SUPERSEDED).unlink(missing_ok=True)
+            elif not is_superseded(checkpoint) and not (begun and step_of(checkpoint) < step_of(start)):
+                (checkpoint / SUPERSEDED).touch()
+                names.append(checkpoint.name)
+        return names
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint of the training that goes on in the folder."""
+        own = [c for c in checkpoints_in(self.args.output_dir) if not is_superseded(c)]
+        return own[-1] if own else None
+
+
+def checkpoints_in(folder: str | Path) -> list[Path]:
+    """The checkpoints in a folder, by their steps."""
+    found = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    return sorted((path for path in found if path.is_dir() and path.name.split("-")[-1].isdigit()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def is_superseded(checkpoint: Path) -> bool:
+    return (checkpoint / SUPERSEDED).exists()

@@ -48,6 +48,11 @@ class NextFlowCollator:
         self.processor, self.pad_to_multiple_of, self.root = processor, pad_to_multiple_of, root
         self.tokenizer_fingerprint, self.codebook_size = tokenizer_fingerprint, codebook_size
 
+    @property
+    def settings(self) -> dict:
+        """What beside the processor decides about the batches."""
+        return {"pad_to_multiple_of": self.pad_to_multiple_of}
+
     def __call__(self, rows: list[dict] | list[list[dict]]) -> dict[str, torch.Tensor]:
         packed = bool(rows) and isinstance(rows[0], list)
         if packed and len(rows) > 1:

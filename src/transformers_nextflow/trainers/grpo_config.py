@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from ..sampling_nextflow import ImageSampling
+from .checked_arguments import NOT_NEGATIVE, CheckedArguments
 from .prefix_objective import RATIO_LEVELS
 
 
@@ -33,8 +34,9 @@ NOT_FOR_PICTURES = (
 
 
 @dataclass
-class NextFlowGRPOConfig(GRPOConfig):
+class NextFlowGRPOConfig(CheckedArguments, GRPOConfig):
     """TRL's `GRPOConfig` and what pictures add. Where the paper (section 3.2.5) names no value, the default is ours.
+    See also [`CheckedArguments`].
 
     `epsilon`, `epsilon_high`, `beta`, `num_iterations`, `scale_rewards`, `reward_weights` and all that shapes batches
     mean what they mean in TRL. What is about texts is refused when it is set.
@@ -62,6 +64,8 @@ class NextFlowGRPOConfig(GRPOConfig):
         max_prompt_length: in tokens, the slots of pictures included; a longer prompt raises an error, before training
             where it is the text that is too long, else when it is drawn.
     """
+
+    rules = ((("beta", "fine_beta", "epsilon", "epsilon_high", "continuation_eta"), *NOT_NEGATIVE),)
 
     num_generations: int | None = field(default=None)
     per_device_train_batch_size: int | None = field(default=None)

@@ -19,9 +19,11 @@ from ..prefix_likelihood import PrefixColumns, PrefixLogProbabilities, prefix_lo
 from ..processing_nextflow import NextFlowProcessor
 from ..sampling_nextflow import ImageSampling
 from .checked_reward import LARGEST_REWARD, checked
+from .finite_training import FiniteTrainingMixin
 from .grpo_config import NextFlowGRPOConfig
 from .prefix_objective import Box, box_mask, drift, policy_terms, scale_shares
 from .prompt_rows import check_dataset, check_rows
+from .resumable_training import ResumableTrainingMixin
 from .rollouts import Rollout, as_drawn, check_lengths, continue_rollouts, draw_rollouts
 from .trained_weights import TrainedInFloat32Mixin, check_trained_weights, place_vision_tokenizer
 
@@ -52,7 +54,7 @@ class PromptSampler(RepeatSampler):
         yield from super().__iter__()
 
 
-class NextFlowGRPOTrainer(TrainedInFloat32Mixin, GRPOTrainer):
+class NextFlowGRPOTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrainingMixin, GRPOTrainer):
     """Trains a [`NextFlowForConditionalGeneration`] on rewards of the pictures that it draws.
 
     As TRL's `GRPOTrainer`, with these differences. A row of the dataset has `prompt`, a text, and where a picture is to
@@ -159,6 +161,10 @@ class NextFlowGRPOTrainer(TrainedInFloat32Mixin, GRPOTrainer):
             epoch=lambda: int(self.state.epoch or 0),
         )
 
+    def decisive_extras(self) -> dict:
+        boxes = None if self.boxes_func is None else getattr(self.boxes_func, "__name__", "")
+        return {"reference": self.ref_model, "rewards": self.reward_func_names, "boxes_func": boxes}
+
     # Rollouts ---------------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
@@ -178,6 +184,7 @@ class NextFlowGRPOTrainer(TrainedInFloat32Mixin, GRPOTrainer):
         return {"advantages": advantages.clamp(-limit, limit), "rollouts": self._rollouts} | kept
 
     def _generate(self, prompts: list[str]):
+        self.check_weights()  # no code can be sampled with others
         with self._drawing_model() as model:
             self._rollouts, pictures = draw_rollouts(
                 model, self.processing_class, self._inputs, self.sampling, self.args.max_prompt_length
@@ -325,13 +332,16 @@ class NextFlowGRPOTrainer(TrainedInFloat32Mixin, GRPOTrainer):
         level, epsilon = self.args.importance_sampling_level, (self.epsilon_low, self.epsilon_high)
         terms, ratios, is_clipped = policy_terms(new - old, advantages, trained, columns, level, epsilon)
         loss = -terms.sum(1).mean()
+        self.note({"policy_loss": loss})
         values = {"entropy": found.entropies, "ratio": ratios.detach(), "clip_ratio": is_clipped.float()}
         if self.beta != 0:
             kl = drift(new, columns.place(inputs["ref_per_token_logps"]))
             penalty = self.beta * weights
             if self.args.fine_beta:
                 penalty = penalty + self.args.fine_beta * scale_shares(schedules, columns, alpha, ~in_prefix)
-            loss = loss + (kl * penalty).sum(1).mean()
+            kl_loss = (kl * penalty).sum(1).mean()
+            self.note({"kl_loss": kl_loss})
+            loss = loss + kl_loss
             values["kl"] = kl.detach()
         self._log_scales(values, columns)
         return loss / (self.current_gradient_accumulation_steps if self._mode == "train" else 1)

@@ -20,19 +20,22 @@ from ..loss_nextflow import IGNORE_INDEX
 from ..modeling_nextflow import NextFlowForConditionalGeneration, NextFlowTextModel
 from ..packed_attention import PACKED_SDPA
 from ..processing_nextflow import NextFlowProcessor
-from .atomic_checkpoints import AtomicCheckpointMixin
+from .checked_arguments import CheckedArguments
 from .collator import NextFlowCollator
+from .finite_training import FiniteTrainingMixin
 from .optimizers import MuonWithAdamW
 from .packing import PACKINGS, CostModel, PackedDataset, PackedStream
-from .trained_means import TrainedMeans
+from .resumable_training import ResumableTrainingMixin
+from .trained_means import TrainedMeans, parts_of
 from .trained_weights import TrainedInFloat32Mixin, check_trained_weights, place_vision_tokenizer
+from .training_record import processor_differences
 from .unsupported_arguments import check_trainer_arguments, check_training_arguments
 
 
 @dataclass
-class NextFlowTrainingArguments(TrainingArguments):
-    """`TrainingArguments` and what NextFlow adds; those that are not carried out are a `ValueError` that names them
-    (`unsupported_arguments.py`).
+class NextFlowTrainingArguments(CheckedArguments, TrainingArguments):
+    """`TrainingArguments` and what NextFlow adds; see also [`CheckedArguments`]. Those that are not carried out are a
+    `ValueError` that names them (`unsupported_arguments.py`).
 
     Args:
         muon: step the hidden matrices with Muon and the rest with AdamW, in place of `optim`.
@@ -106,7 +109,18 @@ def _collator_of(processor: NextFlowProcessor | None) -> NextFlowCollator:
     return NextFlowCollator(processor)
 
 
-class NextFlowTrainer(TrainedInFloat32Mixin, AtomicCheckpointMixin, Trainer):
+def _processor_to_save(collator, processor: NextFlowProcessor | None) -> NextFlowProcessor | None:
+    """What makes the batches is saved with the model: without it no pipeline loads a checkpoint."""
+    own = getattr(collator, "processor", None)
+    if processor is not None and own is not None and (names := processor_differences(processor, own)):
+        raise ValueError(
+            f"processing_class and the data_collator's processor differ in {', '.join(names)}; the one that makes the "
+            "batches is to be saved with the model. Leave processing_class out."
+        )
+    return processor or own
+
+
+class NextFlowTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrainingMixin, Trainer):
     """Trains a [`NextFlowForConditionalGeneration`] on the batches of a [`NextFlowCollator`].
 
     Logs the text loss, the weighted image loss, each scale's own loss and the accuracies beside the total, in training
@@ -114,11 +128,12 @@ class NextFlowTrainer(TrainedInFloat32Mixin, AtomicCheckpointMixin, Trainer):
 
     Args:
         processing_class: the [`NextFlowProcessor`], from which the collator is made where no `data_collator` is given;
-            paths of pictures are then relative to the working directory.
+            paths of pictures are then relative to the working directory. The collator's is saved with the model.
 
     Raises:
-        ValueError: without both, for other arguments than [`NextFlowTrainingArguments`], or for weights to be trained
-            that are not float32; in training, for a row that cannot be used; the message has its number.
+        ValueError: without both, for a `processing_class` that differs from the collator's, for other arguments than
+            [`NextFlowTrainingArguments`], or for weights to be trained that are not float32; in training, for a row
+            that cannot be used; the message has its number.
     """
 
     args: NextFlowTrainingArguments
@@ -131,6 +146,7 @@ class NextFlowTrainer(TrainedInFloat32Mixin, AtomicCheckpointMixin, Trainer):
             )
         check_trainer_arguments(args, kwargs)
         collator = kwargs["data_collator"] = kwargs.get("data_collator") or _collator_of(kwargs.get("processing_class"))
+        kwargs["processing_class"] = _processor_to_save(collator, kwargs.get("processing_class"))
         rows = kwargs.get("train_dataset")
         if rows is not None:
             check_trained_weights(model, args)
@@ -195,6 +211,9 @@ class NextFlowTrainer(TrainedInFloat32Mixin, AtomicCheckpointMixin, Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        losses = {name: part for name, part in parts_of(outputs).items() if name.endswith("loss")}
+        # The mean of nothing is NaN.
+        self.note({name: mean.where(count > 0, 0) for name, (mean, count) in losses.items()})
         (self._trained if self.model.training else self._evaluated).add(outputs)
         return (loss, outputs) if return_outputs else loss
 

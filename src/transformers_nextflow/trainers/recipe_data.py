@@ -52,6 +52,11 @@ class StageRows(Dataset):
         self.rows, self.processor, self.level = rows, processor, level
         self.caption_share, self.empty_share, self.seed = caption_share, empty_share, seed
 
+    @property
+    def settings(self) -> dict:
+        """What beside the rows decides about the samples."""
+        return {name: getattr(self, name) for name in ("level", "caption_share", "empty_share", "seed")}
+
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -58,7 +58,8 @@ class Recipe:
             raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}.")
         if unknown := sorted(set(self.train) - set(PARTS)):
             raise ValueError(f"train names parts of {PARTS}, got {unknown}.")
-        if min(self.caption_share, self.empty_share) < 0 or self.caption_share + self.empty_share > 1:
+        shares = (self.caption_share, self.empty_share, self.caption_share + self.empty_share)
+        if not all(0 <= share <= 1 for share in shares):
             raise ValueError(
                 f"caption_share and empty_share must lie in [0, 1], with their sum, got {self.caption_share} and "
                 f"{self.empty_share}."

@@ -18,8 +18,10 @@ from ..atomic_files import write_whole
 from ..evaluation.image_metrics import contact_sheet, psnr, ssim, to_uint8
 from ..modeling_nextflow_vq import NextFlowVQModel, NextFlowVQOutput, codebook_statistics, leave_out_of_sharding
 from .adversarial import Adversary
-from .atomic_checkpoints import AtomicCheckpointMixin
+from .checked_arguments import FROM_ONE, NOT_NEGATIVE, SHARE, CheckedArguments
 from .codebook_care import initialize_codebook, revive_dead_codes
+from .finite_training import FiniteTrainingMixin
+from .resumable_training import ResumableTrainingMixin
 from .trained_weights import TrainedInFloat32Mixin, check_trained_weights
 
 
@@ -29,8 +31,8 @@ TRAINER_FILE = "vq_trainer.pt"
 
 
 @dataclass
-class NextFlowVQTrainingArguments(TrainingArguments):
-    """`TrainingArguments` and what the tokenizer's stages need.
+class NextFlowVQTrainingArguments(CheckedArguments, TrainingArguments):
+    """`TrainingArguments` and what the tokenizer's stages need; see also [`CheckedArguments`].
 
     Args:
         stage: "pixel" trains the pixel branch as a plain autoencoder; "joint" all parts; "codebook" starts the
@@ -47,6 +49,13 @@ class NextFlowVQTrainingArguments(TrainingArguments):
         kmeans_pictures: pictures, the first of the training set, from which the codebooks start.
         kmeans_shares: codes that each scale gets at the start; default equal shares.
     """
+
+    rules = (
+        (("autoencoder_share", "scale_dropout", "adversarial_start"), *SHARE),
+        (("latent_noise", "pixel_weight", "semantic_weight", "codebook_weight"), *NOT_NEGATIVE),
+        (("perceptual_weight", "adversarial_weight", "revive_every"), *NOT_NEGATIVE),
+        (("kmeans_pictures",), *FROM_ONE),
+    )
 
     stage: str = field(default="joint")
     autoencoder_share: float = field(default=0.4)
@@ -67,9 +76,6 @@ class NextFlowVQTrainingArguments(TrainingArguments):
         self.remove_unused_columns = False
         if self.stage not in STAGES:
             raise ValueError(f"stage must be one of {STAGES}, got {self.stage!r}.")
-        for name in ("autoencoder_share", "scale_dropout", "adversarial_start"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
 
 
 class PictureCollator:
@@ -83,7 +89,7 @@ class PictureCollator:
         return {name: torch.stack(column) for name, column in columns.items()}
 
 
-class NextFlowVQTrainer(TrainedInFloat32Mixin, AtomicCheckpointMixin, Trainer):
+class NextFlowVQTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrainingMixin, Trainer):
     """Trains a [`NextFlowVQModel`].
 
     Rows hold `pixel_values` (3, H, W) in [-1, 1] and whatever `semantic_loss` reads.
@@ -172,6 +178,7 @@ class NextFlowVQTrainer(TrainedInFloat32Mixin, AtomicCheckpointMixin, Trainer):
             losses["perceptual_loss"] = args.perceptual_weight * self.perceptual(output.reconstruction, pixels).mean()
         if self.adversary and self.progress >= args.adversarial_start:
             losses["adversarial_loss"] = args.adversarial_weight * self.adversary.loss(output.reconstruction, pixels)
+        self.note(losses)
         for name, value in losses.items():
             self._losses.setdefault(name, []).append(float(value.detach()))
         if self.model.training and output.image_tokens is not None:
@@ -210,7 +217,7 @@ class NextFlowVQTrainer(TrainedInFloat32Mixin, AtomicCheckpointMixin, Trainer):
             self._used, self._counted_from = None, step
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.adversary and self.progress >= args.adversarial_start:
-            self.adversary.step()
+            self.note(self.adversary.step())
         return loss
 
     def _count_codes(self, image_tokens: torch.Tensor):
@@ -218,6 +225,9 @@ class NextFlowVQTrainer(TrainedInFloat32Mixin, AtomicCheckpointMixin, Trainer):
         self._used = counts if self._used is None else self._used + counts
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    def decisive_extras(self) -> dict:
+        return {"teacher": self.teacher, "perceptual": self.perceptual}
 
     def _save_optimizer_and_scheduler(self, output_dir: str):
         super()._save_optimizer_and_scheduler(output_dir)
@@ -232,20 +242,22 @@ class NextFlowVQTrainer(TrainedInFloat32Mixin, AtomicCheckpointMixin, Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        state = torch.load(Path(checkpoint) / TRAINER_FILE, map_location=self.args.device, weights_only=True)
+        if not (file := Path(checkpoint) / TRAINER_FILE).is_file():
+            return  # asked for with resume_with_changes
+        state = torch.load(file, map_location=self.args.device, weights_only=True)
         self._used, self._counted_from = state["used_codes"], state["counted_from"]
         if self._used is not None and not self.is_world_process_zero():
             # The sum over processes is the first one's; the others go on from none.
             self._used = torch.zeros_like(self._used)
-        if self.adversary:
-            self.adversary.load_state_dict(state["adversary"])
+        if self.adversary and "adversary" in state:
+            self.adversary.load_state_dict(state["adversary"], self.args.learning_rate)
 
     # Logs -------------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         if "loss" in logs:
             for name, values in self._losses.items():
-                logs[name] = round(sum(values) / len(values), 5)
+                logs[name] = sum(values) / len(values)
             self._losses.clear()
         super().log(logs, start_time)
 

@@ -1,0 +1,81 @@
+"""Settings that every trainer here has, and the check of all its numbers before a training begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from numbers import Real
+from typing import Any, ClassVar
+
+
+Rule = tuple[tuple[str, ...], Callable[[Real], bool], str]
+NOT_NEGATIVE = (lambda value: value >= 0, "be at least 0")
+FROM_ONE = (lambda value: value >= 1, "be at least 1")
+SHARE = (lambda value: 0 <= value <= 1, "lie in [0, 1]")
+
+# What `TrainingArguments` takes without a look.
+RULES: tuple[Rule, ...] = (
+    (("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "max_nonfinite_steps"), *NOT_NEGATIVE),
+    (("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), *FROM_ONE),
+    (("adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "lie in [0, 1)"),
+    (("adam_epsilon",), lambda value: value > 0, "be positive"),
+)
+
+
+@dataclass
+class CheckedArguments:
+    """Stands before `TrainingArguments`, or a class on it, among the bases of a trainer's arguments.
+
+    Args:
+        max_nonfinite_steps: steps whose loss or gradient is not finite that are left out, each with a warning, before
+            one ends the training with an error. A step that is left out changes no weight; the log has its loss as it
+            was computed, and counts `nonfinite_steps`. Default: the first one ends the training.
+        resume_with_changes: go on from a checkpoint although something differs from the training that wrote it, or a
+            part of it is missing, so that the outcome is another one than without a break. What differs is logged.
+        logging_nan_inf_filter: only `False`: losses are logged as they were computed.
+
+    Raises:
+        ValueError: for a number that is not finite or out of its range; the message names it.
+    """
+
+    rules: ClassVar[tuple[Rule, ...]] = ()
+
+    max_nonfinite_steps: int = field(default=0)
+    resume_with_changes: bool = field(default=False)
+    logging_nan_inf_filter: bool = field(default=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_values()
+
+    def check_values(self):
+        """Raises `ValueError` for a value that no training can follow."""
+        check_finite({f.name: getattr(self, f.name) for f in fields(self)})
+        for names, is_valid, demand in (*RULES, *self.rules):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not (isinstance(value, Real) and is_valid(value)):
+                    raise ValueError(f"{name} must {demand}, got {value!r}.")
+        if self.logging_nan_inf_filter:
+            raise ValueError(
+                "logging_nan_inf_filter=True would log a loss of 0 in place of one that is not finite; leave it out."
+            )
+
+
+def check_finite(settings: dict[str, Any]):
+    """Raises `ValueError` that names a number in the settings, or in lists and dicts in them, that is not finite."""
+    for name, value in _numbers(settings):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}.")
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, Real]]:
+    if isinstance(value, Real):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _numbers(inner, f"{name}[{index}]")

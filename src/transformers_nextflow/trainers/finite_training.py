@@ -1,0 +1,123 @@
+"""Trainings that end when a number is no longer finite, before it reaches the weights or a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from transformers.utils import logging
+
+from .checked_arguments import check_finite
+
+
+logger = logging.get_logger(__name__)
+GRADIENT_NORM = "the norm of the gradient"
+
+
+class FiniteTrainingMixin:
+    """For trainers on `Trainer` with [`CheckedArguments`]: weights, losses and gradients stay finite, or training ends.
+
+    The losses of a step, the parts of them that a trainer notes, and the norm of the gradient are looked at once before
+    each step of the optimizer, at the cost of one number that is brought from the device. The weights are looked at
+    before training, before each checkpoint and `save_model`, and at the end.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        check_finite({"config": self.accelerator.unwrap_model(self.model).config.to_dict()})
+        if self.args.max_nonfinite_steps and self.is_deepspeed_enabled:
+            raise ValueError(
+                f"max_nonfinite_steps={self.args.max_nonfinite_steps}: DeepSpeed takes its steps before a gradient can "
+                "be looked at; leave it out."
+            )
+        self._noted: list[tuple[str, torch.Tensor]] = []
+        self._num_nonfinite_steps = 0
+
+    def note(self, terms: dict[str, torch.Tensor]):
+        """Name terms of the loss at hand, each of which must be finite; does nothing in evaluation."""
+        if self.model.training:
+            self._noted += [(name, value.detach()) for name, value in terms.items()]
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.note({"loss": loss})
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # The last thing that `Trainer` does before the optimizer's step, and has a name of its own for.
+        norm = super()._get_grad_norm(model, grad_norm)
+        noted, self._noted = self._noted, []
+        if norm is not None and not self._is_scaled_down():
+            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
+            noted.append((GRADIENT_NORM, whole))
+        finite = torch.stack([value.float().sum().to(self.args.device) for _, value in noted]).isfinite()
+        if self._on_any_process(~finite.all()):
+            self._leave_out_or_end(model, [name for (name, _), is_finite in zip(noted, finite) if not is_finite])
+        return norm
+
+    def _is_scaled_down(self) -> bool:
+        """Whether gradients in float16 overflow for their scale, which then leaves out the step and becomes smaller."""
+        scaler = getattr(self.accelerator, "scaler", None)
+        return scaler is not None and scaler.get_scale() > 1
+
+    def _leave_out_or_end(self, model: nn.Module, names: list[str]):
+        step, limit = self.state.global_step + 1, self.args.max_nonfinite_steps
+        names = list(dict.fromkeys(gather_object(names)))
+        # What follows from the terms says nothing beside them.
+        names = [n for n in names if n not in ("loss", GRADIENT_NORM)] or names[:1]
+        what = f"Step {step}: {' and '.join(names)} {'is' if len(names) == 1 else 'are'} not finite."
+        self._num_nonfinite_steps += 1
+        if self._num_nonfinite_steps > limit:
+            before = f" {limit} such steps were left out before (max_nonfinite_steps)." if limit else ""
+            raise ValueError(
+                f"{what}{before} {self._last_good_checkpoint()} Look at the rows of this step, or lower the learning "
+                "rate; max_nonfinite_steps leaves out a few such steps."
+            )
+        logger.warning(f"{what} It is left out, the {self._num_nonfinite_steps}. of {limit} at most.")
+        model.zero_grad()  # the optimizer leaves weights without a gradient as they are
+
+    def _last_good_checkpoint(self) -> str:
+        checkpoint = self.last_checkpoint()
+        return f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
+
+    def check_weights(self):
+        """Raises `ValueError` that names weights that are not finite, and the last good checkpoint."""
+        weights = [*self.model.named_parameters(), *self.model.named_buffers()]
+        # Every process has all weights, unless they are sharded; then all of them are here.
+        broken = not are_finite(weight for _, weight in weights)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            broken = self._on_any_process(torch.tensor(broken, device=self.args.device))
+        if broken:
+            names = [name for name, weight in weights if not are_finite([weight])]
+            raise ValueError(
+                f"After step {self.state.global_step} {len(names)} weights are not finite, {', '.join(names[:3])} "
+                f"among them; they are not saved. {self._last_good_checkpoint()} Lower the learning rate."
+            )
+
+    def _on_any_process(self, flag: torch.Tensor) -> bool:
+        return bool(self.accelerator.reduce(flag.float(), "sum"))
+
+    def save_model(self, *args, **kwargs):
+        self.check_weights()
+        super().save_model(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args, **kwargs):
+        if "loss" in logs and self._num_nonfinite_steps:
+            logs["nonfinite_steps"] = self._num_nonfinite_steps
+            # `Trainer` subtracts the sum that it has logged from itself, which leaves NaN where it was not finite.
+            self._tr_loss = torch.zeros_like(self._tr_loss)
+        super().log(logs, *args, **kwargs)
+
+
+def are_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether all numbers of all tensors are finite; of sharded ones those of this process."""
+    flags = []
+    for tensor in tensors:
+        tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel() and not tensor.is_meta:
+            # NaN is both the least and the largest number, and nothing of the tensor's size is made.
+            flags.append(torch.stack(tensor.detach().aminmax()).isfinite().all())
+    device = flags[0].device if flags else "cpu"
+    return not flags or bool(torch.stack([flag.to(device) for flag in flags]).all())
