@@ -173,7 +173,8 @@ def test_weights_that_are_not_finite_are_saved_nowhere(make, tmp_path):
 def test_a_training_neither_begins_nor_ends_with_weights_that_are_not_finite(tmp_path):
     model = tiny_model()
     model.model.language_model.norm.weight.data[0] = NAN
-    with pytest.raises(ValueError, match="1 weights are not finite, model.language_model.norm.weight among them"):
+    message = "At the start 1 weights are not finite, model.language_model.norm.weight among them; look at"
+    with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, model, rows()).train()
     trainer = make_trainer(tmp_path, tiny_model(), rows(), max_steps=1)
     trainer.add_callback(AtSteps([1], lambda model: model.lm_head.weight.data.fill_(NAN), "on_optimizer_step"))

@@ -222,6 +222,12 @@ def test_a_part_of_the_state_that_is_missing_is_told(name, folder):
     assert trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2")).global_step == 4
 
 
+def test_files_that_nothing_is_read_from_may_be_missing(folder):
+    for name in ("training_args.bin", "chat_template.jinja", "tokenizer.json"):
+        (folder / "checkpoint-2" / name).unlink()
+    assert make(folder).train(resume_from_checkpoint=str(folder / "checkpoint-2")).global_step == 4
+
+
 def test_a_checkpoint_of_weights_only_or_without_a_record_is_told(folder, tmp_path):
     (folder / "checkpoint-4" / RECORD_FILE).unlink()
     with pytest.raises(ValueError, match=f"it holds no {RECORD_FILE} to compare with"):
@@ -351,6 +357,20 @@ def test_rows_by_chance_and_streams_are_compared(tmp_path):
         make(tmp_path / name, data=Stream(1), **options).train(resume_from_checkpoint=checkpoint)
         with pytest.raises(ValueError, match="dataset.content was"):
             make(tmp_path / name, data=Stream(2), **options).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_stream_that_gives_each_row_once_keeps_all_of_them(tmp_path):
+    class Once(Stream):
+        def __init__(self, seed: int):
+            super().__init__(seed)
+            self.rows_left = super().__iter__()
+
+        def __iter__(self):
+            return self.rows_left
+
+    data = Once(1)
+    make(tmp_path, data=data, max_steps=2).train()
+    assert len(list(data)) == 8 - 3  # accelerate reads one row ahead
 
 
 # The folder -----------------------------------------------------------------------------------------------------------

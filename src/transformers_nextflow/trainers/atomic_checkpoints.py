@@ -58,10 +58,9 @@ class AtomicCheckpointMixin:
         do not tell checkpoints of one second apart."""
         limit = self.args.save_total_limit or 0
         checkpoints = sorted(checkpoints_in(run_dir), key=lambda checkpoint: not is_superseded(checkpoint))
-        best = self.state.best_model_checkpoint
-        kept = {checkpoints[-1]} | ({Path(best)} if best is not None else set())
+        kept = {checkpoints[-1].name, Path(self.state.best_model_checkpoint or checkpoints[-1]).name}
         surplus = len(checkpoints) - max(limit, len(kept)) if limit > 0 else 0
-        for checkpoint in [c for c in checkpoints if c not in kept][: max(surplus, 0)]:
+        for checkpoint in [c for c in checkpoints if c.name not in kept][: max(surplus, 0)]:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
     def supersede_checkpoints(self, start: Path | None) -> list[str]:
@@ -72,7 +71,7 @@ class AtomicCheckpointMixin:
         folder, names = Path(self.args.output_dir), []
         begun = start is not None and start.resolve().parent == folder.resolve()
         for checkpoint in checkpoints_in(folder):
-            if begun and step_of(checkpoint) == step_of(start):
+            if begun and checkpoint.name == start.name:
                 (checkpoint / SUPERSEDED).unlink(missing_ok=True)
             elif not is_superseded(checkpoint) and not (begun and step_of(checkpoint) < step_of(start)):
                 (checkpoint / SUPERSEDED).touch()
@@ -88,11 +87,15 @@ class AtomicCheckpointMixin:
 def checkpoints_in(folder: str | Path) -> list[Path]:
     """The checkpoints in a folder, by their steps."""
     found = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    return sorted((path for path in found if path.is_dir() and path.name.split("-")[-1].isdigit()), key=step_of)
+    return sorted((path for path in found if path.is_dir() and _number_of(path).isdigit()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+    return int(_number_of(checkpoint))
+
+
+def _number_of(checkpoint: Path) -> str:
+    return checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
 
 
 def is_superseded(checkpoint: Path) -> bool:

@@ -82,18 +82,21 @@ class FiniteTrainingMixin:
         checkpoint = self.last_checkpoint()
         return f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
 
-    def check_weights(self):
+    def check_weights(self, at_start: bool = False):
         """Raises `ValueError` that names weights that are not finite, and the last good checkpoint."""
-        weights = [*self.model.named_parameters(), *self.model.named_buffers()]
+        weights = list(self.model.named_parameters())
         # Every process has all weights, unless they are sharded; then all of them are here.
         broken = not are_finite(weight for _, weight in weights)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             broken = self._on_any_process(torch.tensor(broken, device=self.args.device))
         if broken:
             names = [name for name, weight in weights if not are_finite([weight])]
+            what = f"{len(names)} weights are not finite, {', '.join(names[:3])} among them"
+            if at_start:
+                raise ValueError(f"At the start {what}; look at what they were loaded from.")
             raise ValueError(
-                f"After step {self.state.global_step} {len(names)} weights are not finite, {', '.join(names[:3])} "
-                f"among them; they are not saved. {self._last_good_checkpoint()} Lower the learning rate."
+                f"After step {self.state.global_step} {what}; they are not saved. {self._last_good_checkpoint()} "
+                "Lower the learning rate."
             )
 
     def _on_any_process(self, flag: torch.Tensor) -> bool:

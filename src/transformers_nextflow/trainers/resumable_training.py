@@ -80,6 +80,9 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
                 raise ValueError(refusals[0])
             yield
 
+    def last_checkpoint(self) -> Path | None:
+        return super().last_checkpoint() or self._start
+
     def _checkpoint(self, asked: str | bool | None) -> Path | None:
         if not asked:
             return None
@@ -123,7 +126,7 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
         # All is loaded, and nothing has begun: no callback, no evaluation.
         if self.state.global_step >= self.state.max_steps:
             raise _AlreadyFinished
-        self.check_weights()
+        self.check_weights(at_start=True)
         if self.args.should_save and (superseded := self.supersede_checkpoints(self._start)):
             logger.warning(
                 f"{', '.join(superseded)} in {self.args.output_dir} are not of the training that begins here; new ones "

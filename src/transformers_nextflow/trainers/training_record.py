@@ -19,6 +19,7 @@ from accelerate.utils import is_peft_model
 from PIL import Image
 from torch import nn
 from transformers import PreTrainedConfig, ProcessorMixin
+from transformers.trainer import TRAINING_ARGS_NAME
 
 
 RECORD_FILE = "training_record.json"
@@ -26,6 +27,9 @@ RECORD_FILE = "training_record.json"
 NUM_ROWS = 64
 # Numbers of each weight that are compared.
 NUM_WEIGHTS = 64
+
+# Files in a checkpoint that are not needed to go on from it.
+NOT_STATES = {".json", ".jinja", ".md", ".py", ".txt"}
 
 # Arguments that change nothing of the steps to come. All others do, or may.
 HARMLESS = {
@@ -78,8 +82,9 @@ def training_record(trainer, extras: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_record(record: dict, checkpoint: Path):
-    """Write the record with the names of the files that are in the checkpoint."""
-    files = sorted(str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file())
+    """Write the record with the names of the files of weights and states that are in the checkpoint."""
+    found = [path for path in checkpoint.rglob("*") if path.is_file() and path.suffix not in NOT_STATES]
+    files = sorted(str(path.relative_to(checkpoint)) for path in found if path.name != TRAINING_ARGS_NAME)
     (checkpoint / RECORD_FILE).write_text(json.dumps(record | {"files": files}, indent=2))
 
 
@@ -133,7 +138,7 @@ def _dataset(rows: Any, seed: int) -> dict[str, Any]:
             numbers = np.unique(np.linspace(0, len(rows) - 1, NUM_ROWS).round().astype(int)) if len(rows) else []
             return described | {"rows": len(rows), "content": digest([_row(rows, int(number)) for number in numbers])}
         source = getattr(rows, "rows", rows)
-        if rows is None or iter(source) is source:  # nothing, or a stream that gives each row once
+        if rows is None or iter(source) is iter(source):  # nothing, or a stream that gives each row once
             return described
         return described | {"content": digest(list(islice(iter(source), NUM_ROWS)))}
 
