@@ -14,19 +14,19 @@ from transformers_nextflow.trainers.optimizers import orthogonalize
 class Network(nn.Module):
     """A matrix inside of layers, one outside, and vectors: all that the optimizer tells apart."""
 
-    def __init__(self):
+    def __init__(self, width: int = 6):
         super().__init__()
         self.body = nn.Module()
-        self.body.layers = nn.ModuleList([nn.Linear(6, 6)])
-        self.head = nn.Linear(6, 3)
+        self.body.layers = nn.ModuleList([nn.Linear(6, width)])
+        self.head = nn.Linear(width, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.body.layers[0](x).tanh())
 
 
-def network() -> Network:
+def network(width: int = 6) -> Network:
     torch.manual_seed(0)
-    return Network()
+    return Network(width)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0):
@@ -74,8 +74,9 @@ def test_outside_of_layers_it_is_adamw():
         torch.testing.assert_close(mine, other)
 
 
-def test_a_step_of_muon_is_the_orthogonalized_momentum_of_the_size_of_adamws_steps():
-    model = network()
+@pytest.mark.parametrize("width", [6, 24, 3], ids=["square", "tall", "wide"])
+def test_a_step_of_muon_is_the_orthogonalized_momentum_of_the_size_of_adamws_steps(width):
+    model = network(width)
     optimizer = MuonWithAdamW(model, lr=0.01, weight_decay=0.1, momentum=0.9)
     matrix = model.body.layers[0].weight
     momentum = torch.zeros_like(matrix)
@@ -84,7 +85,7 @@ def test_a_step_of_muon_is_the_orthogonalized_momentum_of_the_size_of_adamws_ste
         train(model, optimizer, steps=1, seed=seed)
         momentum = 0.9 * momentum + 0.1 * matrix.grad
         direction = orthogonalize(0.1 * matrix.grad + 0.9 * momentum)
-        expected = before * (1 - 0.01 * 0.1) - 0.01 * 0.2 * 6**0.5 * direction
+        expected = before * (1 - 0.01 * 0.1) - 0.01 * 0.2 * max(6, width) ** 0.5 * direction
         torch.testing.assert_close(matrix.detach(), expected)
     # Entries of AdamW's steps are about 0.2 of the learning rate, in the mean square.
     update = (matrix.detach() - before * (1 - 0.01 * 0.1)) / 0.01

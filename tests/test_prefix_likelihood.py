@@ -158,6 +158,16 @@ def test_a_drawn_code_stays_possible_when_truncation_would_exclude_it():
     assert logits.grad.isfinite().all() and logits.grad[0, 2] == 0
 
 
+def test_a_scale_that_takes_the_likeliest_code_is_scored_as_the_model_sees_it():
+    logits, codes = (
+        torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)),
+        torch.zeros(2, 5, dtype=torch.long),
+    )
+    found = code_log_probabilities(logits, codes, temperature=0)
+    for value, expected in zip(found, code_log_probabilities(logits, codes)):
+        torch.testing.assert_close(value, expected)
+
+
 def test_columns_place_and_sum_what_belongs_to_codes():
     schedules = [tiny_model().config.vq_config.scale_schedules.for_size(*size) for size in SIZES]
     columns = PrefixColumns.of(schedules, 3, "cpu")

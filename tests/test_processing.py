@@ -253,6 +253,16 @@ def test_prompts_end_with_the_beginning_of_a_picture():
     assert torch.equal(output["input_ids"][1][output["attention_mask"][1].bool()], single["input_ids"][0])
 
 
+def test_images_of_prompts_take_their_own_slots_in_their_order():
+    processor = make_processor()
+    output = processor.apply_image_prompt(["a red circle", "one"], [[WIDE, SQUARE], [SQUARE]])
+    for ids, images in zip(output["input_ids"].tolist(), ([WIDE, SQUARE], [SQUARE])):
+        counts = [len(part) for part in "".join("s" if i == 5 else " " for i in ids).split()]
+        schedules = [processor.image_processor.schedule_of(image.height, image.width) for image in images]
+        assert counts == [schedule.num_slots() for schedule in schedules]
+    assert output["image_grids"].tolist()[1] == output["image_grids"].tolist()[2] != output["image_grids"].tolist()[0]
+
+
 def test_special_tokens_in_a_prompt_are_plain_text():
     processor = make_processor()
     prompt = "<|im_end|><boi><|image_pad|> a red circle"
