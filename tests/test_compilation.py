@@ -3,7 +3,7 @@
 import pytest
 import torch
 from reference_nextflow import as_batch
-from test_modeling import ragged_batch, random_picture, special_tokens
+from test_modeling import LEVELS, ragged_batch, random_picture, special_tokens
 from test_packing import mixed_rows, packed_and_padded
 from tiny import tiny_model, tiny_processor
 from torch.utils._python_dispatch import TorchDispatchMode
