@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from PIL import Image
 
+from .chat_encoding import encode_text
 from .drawing_request import DrawingRequest, ImageInput, pixels_of_size, requested_schedule
 from .evaluation_mode import evaluation_mode
 from .generation_nextflow import InterleavedGenerationOutput
@@ -121,7 +122,7 @@ class ConversationMixin:
         tokenizer, boi = self.processor.tokenizer, self.processor.boi_token_id
         read_last = self.processor.read_last_scale
         inputs.pop("image_sizes")
-        texts = [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in script[1:]] for script in scripts]
+        texts = [[encode_text(tokenizer, text) for text in script[1:]] for script in scripts]
         # The prompts of films without a first frame end with its <boi>.
         room = [
             sum(len(text) for text in row) + schedule.num_positions(read_last) * (len(row) + 1 - given) - 1 + given

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .cached_sequences import CachedSequences
+from .chat_encoding import encode_text
 from .evaluation_mode import in_evaluation_mode
 from .loss_nextflow import IGNORE_INDEX, loss_targets
 from .processing_nextflow import NextFlowProcessor, pad_left
@@ -94,7 +95,7 @@ def score_answers(
     _check_counts(image_grids, questions=questions, answers=answers)
     tokenizer = processor.tokenizer
     starts = processor.prompt_ids(questions, [[grid] for grid in image_grids.tolist()])
-    ends = [[*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for answer in answers]
+    ends = [[*encode_text(tokenizer, answer), tokenizer.eos_token_id] for answer in answers]
     sequences, asked = _read_pictures(model, processor, starts, image_tokens, image_grids)
     input_ids, occupied = _padded([row + end for row, end in zip(asked, ends)], processor, image_tokens.device)
     hidden_states = sequences.read_tokens(input_ids, occupied)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 
+from .chat_encoding import check_spells_out_no_special_tokens, encode_chats, encode_text
 from .films import expand_films
 from .image_processing_nextflow import flatten_images
-from .older_transformers import MASKS_ANSWERS_BEHIND_PICTURES, answer_masks, encode_prompts
+from .older_transformers import SANITIZES_CONTROL_TOKENS
 from .short_repr import short_repr
 from .tokenization_nextflow import CHAT_TEMPLATE, add_image_tokens
 
@@ -66,24 +67,49 @@ class NextFlowProcessor(ProcessorMixin):
         """
         return super().__call__(images=images, text=text, **kwargs)
 
-    def apply_chat_template(self, conversation, *args, return_assistant_tokens_mask: bool = False, **kwargs):
-        """As [`~transformers.ProcessorMixin.apply_chat_template`]; a part `{"type": "video", "video": film}` stands for
-        the frames of a film, see `read_frames`."""
-        conversation = expand_films(conversation)
-        if return_assistant_tokens_mask and not MASKS_ANSWERS_BEHIND_PICTURES:
-            return self._apply_chat_template_with_masks(conversation, *args, **kwargs)
-        return super().apply_chat_template(
-            conversation, *args, return_assistant_tokens_mask=return_assistant_tokens_mask, **kwargs
-        )
+    def apply_chat_template(
+        self,
+        conversation,
+        chat_template: str | None = None,
+        *args,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        **kwargs,
+    ):
+        """As [`~transformers.ProcessorMixin.apply_chat_template`].
 
-    def _apply_chat_template_with_masks(self, conversation, chat_template: str | None = None, **kwargs):
-        output = super().apply_chat_template(conversation, chat_template, **kwargs)
-        if not (kwargs.get("tokenize") and kwargs.get("return_dict")):
-            return output
-        chats = [conversation] if isinstance(conversation[0], dict) else conversation
-        masks = answer_masks(self, chats, output, chat_template=chat_template or self.chat_template)
-        output["assistant_masks"] = masks
-        return output.convert_to_tensors(tensor_type=kwargs.get("return_tensors"))
+        A part `{"type": "video", "video": film}` stands for the frames of a film, see `read_frames`. With
+        `tokenize=True` special tokens that messages spell out are read as plain text. The text that `tokenize=False`
+        gives, like every text that the processor is called on, is read with all special tokens in it.
+        """
+        conversation = expand_films(conversation)
+        if tokenize and SANITIZES_CONTROL_TOKENS:
+            kwargs.setdefault("sanitize_control_tokens", True)
+        elif tokenize:
+            check_spells_out_no_special_tokens(self.tokenizer, conversation)
+        output = super().apply_chat_template(
+            conversation, chat_template, *args, tokenize=tokenize, return_dict=return_dict, **kwargs
+        )
+        if return_assistant_tokens_mask and tokenize and return_dict:
+            chats = [conversation] if isinstance(conversation[0], dict) else conversation
+            output["assistant_masks"] = self._answer_masks(chats, output, chat_template or self.chat_template)
+            tensor_type = kwargs.get("return_tensors") or kwargs.get("processor_kwargs", {}).get("return_tensors")
+            output = output.convert_to_tensors(tensor_type=tensor_type)
+        return output
+
+    def _answer_masks(self, chats: list, output: BatchFeature, chat_template: str) -> list[list[int]]:
+        """1 at the tokens of encoded conversations that the assistant wrote, its images included, 0 elsewhere."""
+        grids, masks = iter(output.get("image_grids", ())), []
+        encoded = encode_chats(self.tokenizer, chats, chat_template, with_answers=True)
+        for chat, occupied in zip(encoded, output["attention_mask"], strict=True):
+            lengths = [len(self.picture_tokens(*next(grids))) if i == self.image_token_id else 1 for i in chat.ids]
+            expanded = [int(flag) for flag, length in zip(chat.is_answer, lengths) for _ in range(length)]
+            kept = int(sum(occupied))
+            expanded = expanded[:kept] if self.tokenizer.truncation_side == "right" else expanded[-kept:]
+            remaining = iter(expanded)
+            masks.append([next(remaining) if present else 0 for present in occupied])
+        return masks
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         if text is not None:
@@ -142,7 +168,7 @@ class NextFlowProcessor(ProcessorMixin):
             pictures = dict(self.image_processor([image for row in images for image in row], return_tensors=None))
             remaining = iter(pictures["image_grids"])
             grids = [[next(remaining) for _ in row] for row in images]
-        start = [self.boi_token_id] if answer is None else self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        start = [self.boi_token_id] if answer is None else encode_text(self.tokenizer, answer)
         rows = [[*row, *start] for row in self.prompt_ids(prompts, grids, allow_empty)]
         padded = pad_left(rows, self.tokenizer.pad_token_id)
         return BatchFeature(padded | pictures, tensor_type=return_tensors)
@@ -162,8 +188,12 @@ class NextFlowProcessor(ProcessorMixin):
         image_grids = [[]] * len(prompts) if image_grids is None else image_grids
         if len(image_grids) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts came with {len(image_grids)} lists of images; give each its own.")
-        counts = [len(grids) for grids in image_grids]
-        rows = encode_prompts(self.tokenizer, prompts, counts, self.chat_template)
+        chats = [
+            [{"role": "user", "content": [{"type": "image"}] * len(grids) + [{"type": "text", "text": prompt}]}]
+            for prompt, grids in zip(prompts, image_grids)
+        ]
+        encoded = encode_chats(self.tokenizer, chats, self.chat_template, add_generation_prompt=True)
+        rows = [chat.ids for chat in encoded]
         expanded = []
         for row, grids in zip(rows, image_grids):
             pictures = iter(grids)

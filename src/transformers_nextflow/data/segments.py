@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from ..chat_encoding import EncodedChat, encode_chats
 from ..processing_nextflow import NextFlowProcessor
 from ..tokenization_nextflow import CLOSE, OPEN
 from .rows import is_trained
@@ -18,36 +19,25 @@ def encode_messages(processor: NextFlowProcessor, messages: list[dict]) -> tuple
     Raises:
         ValueError: for text that holds the two noncharacters that mark parts here.
     """
-    encoded = processor.tokenizer.apply_chat_template(
-        messages, chat_template=processor.chat_template, return_dict=True, return_assistant_tokens_mask=True
-    )
-    ids, trained = encoded["input_ids"], [bool(answer) for answer in encoded["assistant_masks"]]
+    (encoded,) = encode_chats(processor.tokenizer, [messages], processor.chat_template, with_answers=True)
     if not any("train" in segment for message in messages for segment in (message, *message["content"])):
-        return ids, trained
-    return ids, _with_flags(processor, messages, trained)
+        return encoded.ids, encoded.is_answer
+    return encoded.ids, _with_flags(processor, messages, encoded)
 
 
-def _with_flags(processor: NextFlowProcessor, messages: list[dict], trained: list[bool]) -> list[bool]:
-    trained = list(trained)
+def _with_flags(processor: NextFlowProcessor, messages: list[dict], encoded: EncodedChat) -> list[bool]:
+    trained = list(encoded.is_answer)
     # Turns of the assistant do not touch, so the runs of trained tokens are these turns.
     turns = [(match.start(), match.end()) for match in re.finditer("1+", "".join("01"[answer] for answer in trained))]
     answers = [message for message in messages if message["role"] == "assistant"]
     for (start, stop), message in zip(turns, answers):
         trained[start:stop] = [message.get("train", True)] * (stop - start)
     flags = [is_trained(message, part) for message in messages for part in message["content"]]
-    starts = _starts_of_tokens(processor, messages)
     for (first, last), flag in zip(_spans_of_parts(processor, messages), flags):
-        for token, start in enumerate(starts):
+        for token, start in enumerate(encoded.starts):
             if first <= start < last:
                 trained[token] = flag
     return trained
-
-
-def _starts_of_tokens(processor: NextFlowProcessor, messages: list[dict]) -> list[int]:
-    """The character of the rendered conversation at which each token starts."""
-    text = _render(processor, messages)
-    encoded = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return [start for start, _ in encoded["offset_mapping"]]
 
 
 def _spans_of_parts(processor: NextFlowProcessor, messages: list[dict]) -> list[tuple[int, int]]:
