@@ -120,6 +120,8 @@ class NextFlowTrainer(AtomicCheckpointMixin, Trainer):
                 f"{type(args).__name__}."
             )
         collator = kwargs["data_collator"] = kwargs.get("data_collator") or _collator_of(kwargs.get("processing_class"))
+        if isinstance(collator, NextFlowCollator):
+            collator.processor.check_fits(model.config)
         rows = kwargs.get("train_dataset")
         if hasattr(rows, "__len__"):
             rows = kwargs["train_dataset"] = NumberedRows(rows)
