@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from .checkpoint_checks import FLOATS, is_finite, read_json
 from .configuration_nextflow import NextFlowVQConfig
 
 
@@ -30,7 +31,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PLAN = "conversion.json"
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 State = dict[str, torch.Tensor]
 
 
@@ -144,10 +144,8 @@ def check_finite(name: str, tensor: torch.Tensor):
     """
     if tensor.is_floating_point() and tensor.dtype not in FLOATS:
         raise ValueError(f"Tensor {name!r} is of {tensor.dtype}; save it as one of {', '.join(map(str, FLOATS))}.")
-    if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
-        # Both extremes take one pass and no memory, and NaN spreads to them.
-        if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):
-            raise ValueError(f"Tensor {name!r} holds NaN or infinite values; the file is damaged, fetch it again.")
+    if not is_finite(tensor):
+        raise ValueError(f"Tensor {name!r} holds NaN or infinite values; the file is damaged, fetch it again.")
 
 
 def widest_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
@@ -160,20 +158,6 @@ def _some(names: list[str], most: int = 8) -> str:
 
 
 # --- Reading ------------------------------------------------------------------------------------------------------
-
-
-def read_json(path: Path | str) -> dict:
-    """The object in a JSON file. Raises `ValueError` if the file is not there or holds anything else."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON; is it whole? {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__} in place of an object; fetch it again.")
-    return content
 
 
 def read_config(folder: Path | str, *model_types: str) -> dict:

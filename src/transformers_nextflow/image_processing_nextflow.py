@@ -96,6 +96,14 @@ class NextFlowImageProcessorPil(PilBackend):
     def scale_schedules(self) -> ScaleSchedules:
         return _schedules(tuple(self.scales), self.patch_size, tuple(tuple(level) for level in self.levels or ()))
 
+    @property
+    def pixel_range(self) -> tuple[float, float]:
+        """What the darkest and the brightest value of an image become by default."""
+        ends = np.array([[0.0], [255.0]]) * (self.rescale_factor if self.do_rescale else 1)
+        if self.do_normalize:
+            ends = (ends - np.array(self.image_mean)) / np.array(self.image_std)
+        return round(float(ends[0].min()), 4), round(float(ends[1].max()), 4)
+
     def schedule_for_grid(self, height: int, width: int) -> ScaleSchedule:
         """The schedule of a picture whose final grid, a row of `image_grids`, is (height, width)."""
         return self.scale_schedules.for_size(int(height) * self.patch_size, int(width) * self.patch_size)

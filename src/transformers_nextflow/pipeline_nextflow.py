@@ -106,6 +106,9 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
     Args:
         model: transformer and vision tokenizer in one.
         processor: makes token ids of prompts, and pictures of pixels.
+
+    Raises:
+        ValueError: for a processor that does not fit the model; the message names what differs.
     """
 
     model_cpu_offload_seq = "model"
@@ -113,6 +116,8 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
 
     def __init__(self, model: NextFlowForConditionalGeneration, processor: NextFlowProcessor):
         super().__init__()
+        if isinstance(processor, NextFlowProcessor):
+            processor.check_fits(model.config)
         self.register_modules(model=model, processor=processor)
 
     @classmethod

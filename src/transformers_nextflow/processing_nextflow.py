@@ -8,6 +8,7 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 
 from .chat_encoding import check_spells_out_no_special_tokens, encode_chats, encode_text
+from .configuration_nextflow import NextFlowConfig
 from .films import expand_films
 from .image_processing_nextflow import flatten_images
 from .older_transformers import SANITIZES_CONTROL_TOKENS
@@ -125,6 +126,26 @@ class NextFlowProcessor(ProcessorMixin):
                     f"give every text as many images as it has placeholders."
                 )
         super().validate_inputs(images=images, text=text, **kwargs)
+
+    def check_fits(self, config: NextFlowConfig):
+        """Raises `ValueError` naming what a model of this config does not share with the processor, which would make
+        prompts or images that the model reads wrongly."""
+        images, vq_config = self.image_processor, config.vq_config
+        pairs = {
+            "scales": (list(images.scales), list(vq_config.scales)),
+            "patch_size": (images.patch_size, vq_config.patch_size),
+            "levels": (images.scale_schedules.levels, vq_config.scale_schedules.levels),
+            "range of pixel values": (images.pixel_range, (-1.0, 1.0)),
+        }
+        for name in ("read_last_scale", "boi_token_id", "eoi_token_id", "image_token_id"):
+            pairs[name] = (getattr(self, name), getattr(config, name))
+        differing = [f"{name} {own} and {models}" for name, (own, models) in pairs.items() if own != models]
+        if len(self.tokenizer) > config.text_config.vocab_size:
+            differing.append(f"{len(self.tokenizer)} tokens and a vocabulary of {config.text_config.vocab_size}")
+        if differing:
+            raise ValueError(
+                f"Processor and model do not fit together: {', '.join(differing)}. Load both from one checkpoint."
+            )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return "".join(

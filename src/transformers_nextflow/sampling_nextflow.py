@@ -66,7 +66,10 @@ class ImageSampling:
 
     @classmethod
     def from_dict(cls, settings: Mapping) -> ImageSampling:
-        """The inverse of `to_dict`; what is left out has its default. Raises `ValueError` for unknown names."""
+        """The inverse of `to_dict`; what is left out has its default. Raises `ValueError` for what is no dict, and for
+        unknown names."""
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"The settings of the scale loop are a dict, got {short_repr(settings)}.")
         names = [field.name for field in fields(cls)]
         unknown = [name for name in settings if name not in names]
         if unknown:
@@ -84,6 +87,14 @@ class ImageSampling:
         if len(value) != num_scales:
             raise ValueError(f"{name} gives {len(value)} values, but the picture is drawn in {num_scales} scales.")
         return value[scale]
+
+    def check_scales(self, counts: Sequence[int]):
+        """Raises `ValueError` if sequences give another number of values than any of the model's `counts` of scales."""
+        for name in (field.name for field in fields(ImageSampling)):
+            if _is_sequence(value := getattr(self, name)) and len(value) not in counts:
+                raise ValueError(
+                    f"{name} gives {len(value)} values, but images are drawn in {' or '.join(map(str, counts))} scales."
+                )
 
     def drawing_at(self, scale: int, num_scales: int) -> dict:
         """Temperature, top-k and top-p at a scale, as `draw_codes` takes them."""

@@ -107,6 +107,7 @@ class NextFlowGRPOTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteT
                 "model must be a NextFlowForConditionalGeneration, or a PEFT model around it, got "
                 f"{type(base_model).__name__}."
             )
+        processing_class.check_fits(base_model.config)
         self.sampling = base_model.default_image_sampling
         if args.image_sampling is not None:
             self.sampling = ImageSampling.from_dict(args.image_sampling)

@@ -147,6 +147,8 @@ class NextFlowTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrain
         check_trainer_arguments(args, kwargs)
         collator = kwargs["data_collator"] = kwargs.get("data_collator") or _collator_of(kwargs.get("processing_class"))
         kwargs["processing_class"] = _processor_to_save(collator, kwargs.get("processing_class"))
+        if isinstance(collator, NextFlowCollator):
+            collator.processor.check_fits(model.config)
         rows = kwargs.get("train_dataset")
         if rows is not None:
             check_trained_weights(model, args)

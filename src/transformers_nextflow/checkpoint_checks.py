@@ -1,0 +1,96 @@
+"""What the files of a checkpoint must be to be loaded: weights complete, finite and floats, configs JSON objects."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SAFETENSORS_FLOATS = dict(zip(("F64", "F32", "BF16", "F16"), FLOATS))
+# Tensors that an error names.
+MOST_NAMED = 5
+
+
+def check_complete(missing: Collection[str]):
+    """Raises `ValueError` naming the tensors that a checkpoint lacks."""
+    if missing:
+        raise ValueError(f"The checkpoint lacks {_some(missing)}; is it complete, and does its config fit?")
+
+
+def check_weights(model: nn.Module):
+    """Raises `ValueError` naming tensors of a model that hold NaN or infinity.
+
+    It takes one pass over the weights and no memory. Those that lie on the disk are not looked at.
+    """
+    weights = model.state_dict()
+    # All are begun before the first is waited for, on whatever device they are.
+    finite = {name: is_finite(tensor) for name, tensor in weights.items()}
+    if broken := [name for name, value in finite.items() if not bool(value)]:
+        raise ValueError(
+            f"There are NaN or infinite values in {_some(broken)}, as {weights[broken[0]].dtype}; the checkpoint is "
+            "damaged, its training went wrong, or the type is too small for it."
+        )
+
+
+def check_floats(stored: Iterable[str] | Mapping[str, torch.Tensor], unused: Collection[str]):
+    """Raises `ValueError` naming tensors that a model was loaded from and that are integers, or floats of 8 bits: these
+    mean something only together with their scales.
+
+    Args:
+        stored: files of weights, or a state dict.
+        unused: names of tensors that the model has no place for.
+    """
+    if isinstance(stored, Mapping):
+        types = {name: tensor.dtype for name, tensor in stored.items()}
+    else:
+        types = {name: dtype for file in stored for name, dtype in _stored_types(Path(file)).items()}
+    if found := [name for name, dtype in types.items() if dtype not in FLOATS and name not in unused]:
+        raise ValueError(
+            f"The checkpoint holds {types[found[0]]} in {_some(found)}; save floats of 16 bits or more, or load it "
+            "with the quantization_config that made them."
+        )
+
+
+def read_json(path: Path | str) -> dict:
+    """The object in a JSON file. Raises `ValueError` if the file is not there or holds anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON; is it whole? {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__} in place of an object; fetch it again.")
+    return content
+
+
+def is_finite(tensor: torch.Tensor) -> bool | torch.Tensor:
+    """Whether a tensor holds neither NaN nor infinity; of other types than floats, and on the meta device, yes."""
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    if tensor.dtype not in FLOATS or tensor.is_meta or not tensor.numel():
+        return True
+    # Both extremes take one pass and no memory, and NaN spreads to them.
+    return torch.stack(tensor.aminmax()).isfinite().all()
+
+
+def _stored_types(file: Path) -> dict[str, torch.dtype | str]:
+    """Types of the tensors in a file; those that are no `FLOATS` by the file's name for them."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as tensors:
+            names = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}
+        return {name: SAFETENSORS_FLOATS.get(dtype, dtype) for name, dtype in names.items()}
+    tensors = torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
+    return {name: tensor.dtype for name, tensor in tensors.items() if torch.is_tensor(tensor)}
+
+
+def _some(names: Collection[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more tensors" if len(names) > MOST_NAMED else ""
+    return ", ".join(sorted(names)[:MOST_NAMED]) + more
