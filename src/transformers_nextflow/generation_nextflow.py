@@ -95,7 +95,6 @@ class NextFlowGenerationMixin(TextGenerationMixin):
                 stacklevel=2,
             )
 
-
     @in_evaluation_mode
     @torch.no_grad()
     def generate_images(

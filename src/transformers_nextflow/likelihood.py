@@ -96,7 +96,7 @@ def score_answers(
     tokenizer = processor.tokenizer
     starts = processor.prompt_ids(questions, [[grid] for grid in image_grids.tolist()])
     ends = [[*encode_text(tokenizer, answer), tokenizer.eos_token_id] for answer in answers]
-    sequences, asked = _read_pictures(model, processor, starts, image_tokens, image_grids)
+    sequences, asked = _read_pictures(model, processor, starts, image_tokens, image_grids, list(map(len, ends)))
     input_ids, occupied = _padded([row + end for row, end in zip(asked, ends)], processor, image_tokens.device)
     hidden_states = sequences.read_tokens(input_ids, occupied)
     counts = torch.tensor([len(end) for end in ends], device=image_tokens.device)
@@ -114,17 +114,22 @@ def _read_pictures(
     starts: Sequence[list[int]],
     image_tokens: torch.Tensor,
     image_grids: torch.Tensor,
+    num_answer_tokens: Sequence[int],
 ) -> tuple[CachedSequences, list[list[int]]]:
-    """Rows that have read `starts`, prompts that open with a picture, up to its end; and what is left of each."""
+    """Rows that have read `starts`, prompts that open with a picture, up to its end; and what is left of each, behind
+    which answers follow."""
     pictures = torch.cat([image_grids.to(image_tokens), image_tokens], dim=1)
     distinct, places = pictures.unique(dim=0, return_inverse=True)
     ends = [start.index(processor.eoi_token_id) + 1 for start in starts]
     heads = {place: start[:end] for place, start, end in zip(places.tolist(), starts, ends)}
     rows = _padded([heads[place] for place in range(len(distinct))], processor, image_tokens.device)
+    asked = [start[end:] for start, end in zip(starts, ends)]
+    following = places.new_tensor([len(ids) + count for ids, count in zip(asked, num_answer_tokens)])
+    room = following.new_zeros(len(distinct)).scatter_reduce(0, places, following, "amax")
     sequences = CachedSequences(model.model)
-    sequences.read(*rows, distinct[:, 2:], distinct[:, :2])
+    sequences.read(*rows, distinct[:, 2:], distinct[:, :2], room)
     sequences.keep(places)
-    return sequences, [start[end:] for start, end in zip(starts, ends)]
+    return sequences, asked
 
 
 @torch.no_grad()
