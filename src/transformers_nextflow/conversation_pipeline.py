@@ -133,7 +133,7 @@ class ConversationMixin:
             for frame in range(given, len(scripts[0])):
                 if frame > 0:
                     writer.append([[*row[frame - 1], boi] for row in texts])
-                writer.draw(Drawing(self.model, request.schedules, sampling, generator), range(len(scripts)))
+                writer.draw(Drawing(self.unwrapped_model, request.schedules, sampling, generator), range(len(scripts)))
         return writer.finished()
 
     def _texts_between(self, output: InterleavedGenerationOutput, given: int) -> list[list[str]]:
@@ -256,7 +256,7 @@ class ConversationMixin:
         with self._call():
             inputs = inputs.to(self.model.device)
             codes = self.model.get_image_tokens(inputs["pixel_values"], inputs["image_grids"])
-            pictures = (self.model, self.processor, codes, inputs["image_grids"])
+            pictures = (self.unwrapped_model, self.processor, codes, inputs["image_grids"])
             return NextFlowScores(
                 image_given_text=score_pictures(*pictures, prompts).image,
                 text_given_image=score_answers(*pictures, requests, prompts).text,

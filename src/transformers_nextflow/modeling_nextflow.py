@@ -21,6 +21,7 @@ from .modeling_nextflow_vq import NextFlowVQModel, StrictLoadingMixin, frozen_vi
 from .multiscale_quantizer import resample
 from .offloading import ExecutionDeviceMixin
 from .packed_attention import packed_causal_mask
+from .saved_adapters import load_adapters
 from .scale_attention import ScaleAttentionMixin
 from .scale_masked import ScaleMaskedMixin
 from .scale_schedule import ScaleSchedule
@@ -128,11 +129,14 @@ class NextFlowPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTrain
     _keep_in_fp32_modules = ["vq_model", "model.vq_model"]
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        path = pretrained_model_name_or_path
+        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         # Loading makes new parameters, which all ask for gradients.
         model.vq_model.requires_grad_(False)
         model.vq_model.keep_codes_in_float32()
+        if path is not None:
+            load_adapters(model, path, **kwargs)
         return (model, info) if output_loading_info else model
 
     def train(self, mode: bool = True):
