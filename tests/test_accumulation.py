@@ -11,6 +11,7 @@ import torch
 from test_packing import Stream, chat
 from test_trainer import codes, conversation, drawing, question, text
 from tiny import free_port, tiny_model, tiny_processor
+from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from transformers_nextflow.adapters import lora_config
@@ -283,6 +284,19 @@ def in_two(folder, name: str, processor) -> tuple[list[dict], list[dict]]:
     return train(folder, tiny_model(read_last_scale=True), data, NextFlowCollator(processor), **CASES[name])
 
 
+def sharded_step(rank: int, processor) -> dict[str, torch.Tensor]:
+    """The gradients under FSDP2, where the first process has an image and the second one has none."""
+    collator, rows = NextFlowCollator(processor), sides_by_side(processor)[:2]
+    mesh, model = torch.distributed.init_device_mesh("cpu", (2,)), tiny_model(read_last_scale=True).train()
+    count = model.num_trained_positions(**collator(rows))
+    for layer in model.model.language_model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    # The mean over processes is to be the sum.
+    (2 * model(**collator([rows[rank]]), num_items_in_batch=count).loss).backward()
+    return {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+
+
 def _one_of_two(rank: int, port: int, folder: str):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
@@ -290,6 +304,7 @@ def _one_of_two(rank: int, port: int, folder: str):
     processor = tiny_processor(read_last_scale=True)
     for name in CASES:
         torch.save(in_two(folder, name, processor), f"{folder}/{name}-{rank}.pt")
+    torch.save(sharded_step(rank, processor), f"{folder}/sharded-{rank}.pt")
     rows, metrics = rows_of("mixture", processor), {}
     for size in (1, 2, 4):
         model = tiny_model(read_last_scale=True)
@@ -324,6 +339,14 @@ def test_two_processes_have_the_gradient_of_the_undivided_batch(name, two_proces
         if name != "Trainer":
             assert entry["text_loss"] == pytest.approx(float(output.text_loss), rel=1e-5)
             assert entry["scale_3_accuracy"] == pytest.approx(float(output.scale_accuracies[2]), rel=1e-5)
+
+
+def test_two_processes_with_parts_of_the_weights_have_the_gradient_of_the_undivided_batch(two_processes):
+    model, processor = tiny_model(read_last_scale=True), tiny_processor(read_last_scale=True)
+    expected = undivided(model, NextFlowCollator(processor)(sides_by_side(processor)[:2]))
+    for rank in (0, 1):
+        gradients = torch.load(two_processes / f"sharded-{rank}.pt", weights_only=True)
+        assert relative_difference(gradients, expected) < 1e-6
 
 
 def test_two_processes_evaluate_every_row_once(two_processes, tmp_path):

@@ -259,6 +259,7 @@ class NextFlowTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrain
         """The metrics are means over all trained positions of the dataset, whatever the size of its batches."""
         self._check_evaluated(dataloader.dataset)
         self._new_rows = len(dataloader.dataset) if self._num_shares > 1 else math.inf
+        self._evaluated = TrainedMeans()  # one before may have been broken off
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._evaluated.take(self.accelerator.gather)
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
