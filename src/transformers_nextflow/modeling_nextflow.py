@@ -16,11 +16,12 @@ from .configuration_nextflow import NextFlowConfig
 from .fused_cross_entropy import fused_cross_entropy
 from .generation_nextflow import NextFlowGenerationMixin
 from .loss_nextflow import IGNORE_INDEX, LossTargets, loss_targets, nextflow_loss
-from .modeling_nextflow_vq import NextFlowVQModel, StrictLoadingMixin
+from .modeling_nextflow_vq import NextFlowVQModel
 from .multiscale_quantizer import resample
 from .packed_attention import packed_causal_mask, starts_of_samples
 from .scale_schedule import ScaleSchedule
 from .sequence_layout import SequenceLayout, layout_sequence
+from .strict_loading import StrictLoadingMixin
 
 
 @dataclass
