@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, cached_file
+from transformers.utils import ModelOutput
 
-from .checkpoint_checks import read_json
 from .evaluation_mode import in_evaluation_mode
 from .interleaved_generation import InterleavedGenerationOutput, InterleavedLoop, InterleavedStreamer
 from .region_editing import KeptRegion
@@ -21,12 +19,11 @@ from .scale_drawing import Drawing
 from .scale_schedule import ScaleSchedule
 from .sequence_layout import check_room, layout_sequence
 from .sequence_writer import Prompts, ScaleCallback, SequenceWriter
+from .stored_sampling import SAMPLINGS, StoredSamplingMixin
 from .text_generation import TextGenerationMixin
 
 
 DEFAULT_MAX_NEW_TOKENS = 256
-# What a generation config says of images, those from texts and those after others.
-SAMPLINGS = ("image_sampling", "editing_sampling")
 # What `generate_interleaved` takes of a generation config.
 TEXT_SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "stop_strings", "eos_token_id")
 # What such a config may hold beside them.
@@ -48,52 +45,11 @@ class ImageGenerationOutput(ModelOutput):
     image_grids: torch.LongTensor | None = None
 
 
-def _stored_generation_config(source, options: dict) -> dict:
-    """What the generation config in a folder or a repository holds; nothing where there is none.
-
-    Raises:
-        ValueError: for a file that holds no JSON object.
-    """
-    names = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
-    options = {name: options[name] for name in names if options.get(name) is not None}
-    try:
-        file = cached_file(source, GENERATION_CONFIG_NAME, **options)
-    except OSError:
-        return {}
-    return read_json(file)
-
-
-class NextFlowGenerationMixin(TextGenerationMixin):
+class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
     """`generate` writes text; `generate_images` draws; `generate_interleaved` does both in turn.
 
     All of them run in evaluation mode, whatever mode the model is in.
     """
-
-    def adjust_generation_fn(self, generation_config, from_auto_class, from_pipeline, source, **kwargs):
-        # transformers takes its own defaults without a word where the file is broken, and reads no settings of others
-        # from a config that was made from the model's.
-        is_stored = generation_config is None and source is not None
-        stored = _stored_generation_config(source, kwargs) if is_stored else {}
-        super().adjust_generation_fn(generation_config, from_auto_class, from_pipeline, source, **kwargs)
-        for name in stored.keys() & SAMPLINGS:
-            setattr(self.generation_config, name, stored[name])
-        self._check_samplings(f"{GENERATION_CONFIG_NAME} of {source}" if is_stored else "generation_config")
-
-    def _check_samplings(self, file: str):
-        """Raises `ValueError` for settings of sampling that cannot be used, and warns where there are none."""
-        counts = [count for _, count in self.config.vq_config.scale_schedules.levels]
-        settings = {name: getattr(self.generation_config, name, None) for name in SAMPLINGS}
-        for name, values in settings.items():
-            try:
-                ImageSampling.from_dict({} if values is None else values).check_scales(counts)
-            except ValueError as error:
-                raise ValueError(f"{name} in {file} cannot be used: {error}") from error
-        if settings["image_sampling"] is None:
-            warnings.warn(
-                f"There is no image_sampling in {file}: images are drawn without guidance and at temperature 1, unless "
-                "a call says otherwise. A model that was tuned with other settings has lost them with that file.",
-                stacklevel=2,
-            )
 
     @in_evaluation_mode
     @torch.no_grad()

@@ -17,7 +17,7 @@ from .configuration_nextflow import NextFlowConfig
 from .fused_cross_entropy import called_cross_entropy, fused_cross_entropy
 from .generation_nextflow import NextFlowGenerationMixin
 from .loss_nextflow import LossTargets, loss_targets, nextflow_loss, num_trained_positions, warn_of_miscounting
-from .modeling_nextflow_vq import NextFlowVQModel, StrictLoadingMixin, frozen_vision_tokenizer
+from .modeling_nextflow_vq import NextFlowVQModel, frozen_vision_tokenizer
 from .multiscale_quantizer import resample
 from .offloading import ExecutionDeviceMixin
 from .packed_attention import packed_causal_mask
@@ -34,6 +34,7 @@ from .sequence_layout import (
     schedules_of,
     text_ids,
 )
+from .strict_loading import StrictLoadingMixin
 
 
 @dataclass

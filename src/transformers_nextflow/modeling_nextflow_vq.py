@@ -10,7 +10,6 @@ from transformers import initialization as init
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .checkpoint_checks import check_complete, check_floats, check_weights
 from .configuration_nextflow import NextFlowVQConfig
 from .multiscale_quantizer import (
     NextFlowVQQuantizer,
@@ -21,6 +20,7 @@ from .multiscale_quantizer import (
 )
 from .offloading import ExecutionDeviceMixin, onloaded
 from .scale_schedule import Grid, ScaleSchedule
+from .strict_loading import StrictLoadingMixin
 
 
 @dataclass
@@ -61,43 +61,6 @@ class NextFlowVQOutput(ModelOutput):
 
 # The parts of the tokenizer that decide which code an image gets: in float32, whatever the rest of a model runs in.
 CODE_PARTS = ("semantic_encoder", "semantic_projection", "pixel_encoder", "quantizer")
-
-
-class StrictLoadingMixin:
-    """A checkpoint that lacks tensors is an error; transformers fills them at random and warns. So is one with NaN,
-    infinity or integers."""
-
-    @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers. Raises `ValueError` naming tensors that are missing, or that are no finite floats."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        check_complete(info["missing_keys"])
-        check_weights(model)
-        return (model, info) if output_loading_info else model
-
-    def load_adapter(self, *args, **kwargs):
-        """As in transformers. Raises `ValueError` as `from_pretrained` does."""
-        info = super().load_adapter(*args, **kwargs)
-        check_complete(info.missing_keys)
-        check_weights(self)
-        return info
-
-    @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs):
-        info, offloaded = PreTrainedModel._load_pretrained_model(
-            model, state_dict, checkpoint_files, load_config, **kwargs
-        )
-        if load_config.hf_quantizer is None and (stored := state_dict or checkpoint_files):
-            # What transformers does with integers is to cast them.
-            check_floats(stored, info.unexpected_keys)
-        return info, offloaded
-
-    @staticmethod
-    def _finalize_model_loading(model, load_config, loading_info):
-        info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
-        # Of an adapter's folder `from_pretrained` tells what the adapter lacks, and not what its base does.
-        check_complete(info.missing_keys)
-        return info
 
 
 class NextFlowVQPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTrainedModel):

@@ -1,0 +1,44 @@
+"""Loading of models that refuses what transformers fills up, casts or lets pass."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from .checkpoint_checks import check_complete, check_floats, check_weights
+
+
+class StrictLoadingMixin:
+    """A checkpoint that lacks tensors is an error; transformers fills them at random and warns. So is one with NaN,
+    infinity or integers."""
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers. Raises `ValueError` naming tensors that are missing, or that are no finite floats."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        check_complete(info["missing_keys"])
+        check_weights(model)
+        return (model, info) if output_loading_info else model
+
+    def load_adapter(self, *args, **kwargs):
+        """As in transformers. Raises `ValueError` as `from_pretrained` does."""
+        info = super().load_adapter(*args, **kwargs)
+        check_complete(info.missing_keys)
+        check_weights(self)
+        return info
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs):
+        info, offloaded = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, **kwargs
+        )
+        if load_config.hf_quantizer is None and (stored := state_dict or checkpoint_files):
+            # What transformers does with integers is to cast them.
+            check_floats(stored, info.unexpected_keys)
+        return info, offloaded
+
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        # Of an adapter's folder `from_pretrained` tells what the adapter lacks, and not what its base does.
+        check_complete(info.missing_keys)
+        return info
