@@ -70,9 +70,11 @@ class TextGenerationMixin(GenerationMixin):
             ValueError: if placeholders and pictures do not match, for prompts that with `max_new_tokens` take more
                 positions than the model has, and for settings that cannot be carried out.
         """
-        if kwargs.get("position_ids") is not None and kwargs.get("inputs_embeds") is None:
+        given = {name for name, value in kwargs.items() if value is not None}
+        if "position_ids" in given and not given & {"inputs_embeds", "past_key_values"}:
             # Where they are given, nothing else looks at the placeholders.
-            self._prepare_position_ids_for_generation(kwargs.get("input_ids", inputs), kwargs)
+            schedules = self.model.schedules_of(kwargs.get("image_grids"))
+            layout_sequence(kwargs.get("input_ids", inputs), kwargs.get("attention_mask"), schedules, self.config)
         return super().generate(inputs, generation_config, logits_processor, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs):
