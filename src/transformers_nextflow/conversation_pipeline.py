@@ -124,7 +124,7 @@ class ConversationMixin:
             if frame > 0:
                 texts = [tokenizer(script[frame], add_special_tokens=False)["input_ids"] for script in scripts]
                 writer.append([[*text, boi] for text in texts])
-            writer.draw(Drawing(self.model, request.schedules, sampling, generator), rows)
+            writer.draw(Drawing(self.unwrapped_model, request.schedules, sampling, generator), rows)
         return writer.finished()
 
     def _texts_between(self, output: InterleavedGenerationOutput, given: int) -> list[list[str]]:
@@ -243,7 +243,7 @@ class ConversationMixin:
         with self._call():
             inputs = inputs.to(self.model.device)
             codes = self.model.get_image_tokens(inputs["pixel_values"], inputs["image_grids"])
-            pictures = (self.model, self.processor, codes, inputs["image_grids"])
+            pictures = (self.unwrapped_model, self.processor, codes, inputs["image_grids"])
             return NextFlowScores(
                 image_given_text=score_pictures(*pictures, prompts).image,
                 text_given_image=score_answers(*pictures, requests, prompts).text,

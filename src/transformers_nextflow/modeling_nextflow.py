@@ -21,6 +21,7 @@ from .modeling_nextflow_vq import NextFlowVQModel, StrictLoadingMixin
 from .multiscale_quantizer import resample
 from .offloading import ExecutionDeviceMixin
 from .packed_attention import packed_causal_mask, starts_of_samples
+from .saved_adapters import load_adapters
 from .scale_attention import ScaleAttentionMixin
 from .scale_schedule import ScaleSchedule
 from .sequence_layout import SequenceLayout, layout_sequence
@@ -113,10 +114,13 @@ class NextFlowPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTrain
     _supports_flash_attn = False
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        path = pretrained_model_name_or_path
+        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         # Loading makes new parameters, which all ask for gradients.
         model.vq_model.requires_grad_(False)
+        if path is not None:
+            load_adapters(model, path, **kwargs)
         return (model, info) if output_loading_info else model
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from .pipeline_calls import PipelineCallsMixin
 from .processing_nextflow import NextFlowProcessor
 from .region_editing import KeptRegion
 from .sampling_nextflow import ImageSampling, PerScale, check_generators
+from .saved_adapters import HUB_OPTIONS, is_adapted, save_adapters, unwrapped, without_adapters
 from .scale_drawing import ScaleState
 
 
@@ -37,7 +39,6 @@ except ImportError as error:
 
 Images = list[Image.Image] | np.ndarray | torch.Tensor
 CandidateScorer = Callable[["NextFlowPipeline", torch.Tensor, torch.Tensor, list[str]], Sequence[float] | torch.Tensor]
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 # What `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` runs of a saved folder.
 PIPELINE_FILE = """\
 # The package must be installed: pip install transformers-nextflow[pipelines]
@@ -48,7 +49,7 @@ from transformers_nextflow.pipeline_nextflow import NextFlowPipeline  # noqa: F4
 def caption_scorer(pipe: NextFlowPipeline, image_tokens, image_grids, prompts: list[str]) -> torch.Tensor:
     """How likely the model finds each prompt as the description of its picture, (B,) per token."""
     requests = [pipe.processor.caption_request] * len(prompts)
-    scores = score_answers(pipe.model, pipe.processor, image_tokens, image_grids, requests, prompts)
+    scores = score_answers(pipe.unwrapped_model, pipe.processor, image_tokens, image_grids, requests, prompts)
     return scores.text / scores.num_text_tokens
 
 
@@ -100,6 +101,7 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
 
     def __init__(self, model: NextFlowForConditionalGeneration, processor: NextFlowProcessor):
         super().__init__()
+        unwrapped(model)  # raises for adapters that cannot draw
         self.register_modules(model=model, processor=processor)
 
     @classmethod
@@ -143,19 +145,35 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
     def save_pretrained(self, save_directory, **kwargs):
         """Write model and processor, and the `pipeline.py` by which `DiffusionPipeline` finds this class.
 
+        Adapters of PEFT, of the model itself or of a `PeftModel` around it, lie beside the model's whole weights; what
+        loads the folder has them in the model, as many and as active as they were.
+
         Args:
             save_directory: a folder.
             kwargs: options of `DiffusionPipeline.save_pretrained`, such as `push_to_hub`.
+
+        Raises:
+            ValueError: for adapters that are merged into weights and not unloaded, and for those of a quantised model.
         """
-        # First, so that it is there when the folder is uploaded.
+        pipeline, model = self, self.unwrapped_model
+        if is_adapted(model):
+            pipeline = copy.copy(self)
+            pipeline.model = without_adapters(model)
+        # First, so that they are there when the folder is uploaded.
         with write_whole(Path(save_directory) / "pipeline.py") as partial:
             partial.write_text(PIPELINE_FILE)
-        super().save_pretrained(save_directory, **kwargs)
+        save_adapters(model, Path(save_directory) / "model")
+        DiffusionPipeline.save_pretrained(pipeline, save_directory, **kwargs)
 
     def to_json_string(self) -> str:
         # Where a `pipeline.py` lies beside the index, `DiffusionPipeline` takes the class from it.
         index = json.loads(super().to_json_string()) | {"_class_name": ["pipeline", type(self).__name__]}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    @property
+    def unwrapped_model(self) -> NextFlowForConditionalGeneration:
+        """The model, out of the wrapper of PEFT if it has one; its adapters act inside of it."""
+        return unwrapped(self.model)
 
     def check_inputs(
         self,

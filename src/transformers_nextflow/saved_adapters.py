@@ -1,0 +1,157 @@
+"""Adapters of PEFT beside the whole weights of the model they belong to, so that one folder holds all that draws.
+
+    model.safetensors, config.json, …   the model itself, without adapters
+    adapters/adapters.json              their names, and which of them are active
+    adapters/NAME/                      one folder for each, in PEFT's format
+
+transformers saves adapters in place of their model, and PEFT's wrapper is no model that diffusers saves.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.utils import cached_file
+
+from .atomic_files import write_whole
+
+
+FOLDER, INDEX = "adapters", "adapters.json"
+# PEFT's own names of an adapter's weights begin with it.
+PREFIX = "base_model.model."
+FILES = ("adapter_model.safetensors", "adapter_config.json")
+# What PEFT puts around a layer: the layer itself goes on under these names.
+WRAPPED = ("base_layer", "original_module", "token_adapter")
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that adapters act in, out of PEFT's wrapper.
+
+    Raises:
+        ValueError: for prompt learning, which acts in the wrapper and not in the model.
+    """
+    if not hasattr(model, "get_base_model"):
+        return model
+    for name, config in model.peft_config.items():
+        if config.is_prompt_learning:
+            raise ValueError(f"The adapter {name!r} is of type {config.peft_type.value}, which cannot draw; take LoRA.")
+    return model.get_base_model()
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether PEFT has put something around layers of an unwrapped model; it stays when an adapter is deleted."""
+    return any(part in WRAPPED for name, _ in model.named_modules() for part in name.split("."))
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """A view of an unwrapped model that saves the model itself: its weights are the same tensors.
+
+    Raises:
+        ValueError: for adapters that are merged into the weights they stand beside, and for quantised weights.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "A quantised model is not saved together with its adapters; save the adapters alone, by model.save_pretrained."
+        )
+    if merged := [name for name, module in model.named_modules() if getattr(module, "merged_adapters", None)]:
+        raise ValueError(
+            f"Adapters are merged into {merged[0]} and may be taken out again; call unmerge_adapter() to save them "
+            "apart, or merge_and_unload() to save one model."
+        )
+    with torch.device("meta"):
+        own_names = type(model)(model.config).state_dict().keys()
+    weights = {
+        ".".join(part for part in name.split(".") if part not in WRAPPED): weight
+        for name, weight in model.state_dict().items()
+    }
+    state_dict = {name: weights[name] for name in own_names}
+    plain = copy.copy(model)
+    plain._hf_peft_config_loaded = False
+    # Names as the weights have them now; what loaded an adapter has left its own renaming on the model.
+    options = {"state_dict": state_dict, "save_original_format": False}
+    plain.save_pretrained = partial(type(model).save_pretrained, plain, **options)
+    return plain
+
+
+def save_adapters(model: nn.Module, folder: Path):
+    """Write the adapters of an unwrapped model into the folder of its weights, in place of any that are there."""
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+    names = list(getattr(model, "peft_config", {}))
+    if not names:
+        return
+    for name in names:
+        path = folder / FOLDER / name
+        path.mkdir(parents=True)
+        state_dict = {PREFIX + key: value.contiguous() for key, value in _weights(model, name).items()}
+        save_file(state_dict, path / FILES[0], metadata={"format": "pt"})
+        config = copy.copy(model.peft_config[name])
+        config.inference_mode = True
+        config.save_pretrained(path)
+    with write_whole(folder / FOLDER / INDEX) as partial_file:
+        partial_file.write_text(json.dumps({"names": names, "active": _active_adapters(model)}, indent=2) + "\n")
+
+
+def load_adapters(model: nn.Module, path, subfolder: str = "", **kwargs):
+    """Load the adapters, if there are any, that `save_adapters` wrote into the folder of the model's weights.
+
+    Args:
+        path, subfolder: a folder or a repository of the Hub, and the place in it.
+        kwargs: of `from_pretrained`; the Hub's options are taken.
+    """
+    options = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
+    place = f"{subfolder}/{FOLDER}".lstrip("/")
+    index = cached_file(path, INDEX, subfolder=place, _raise_exceptions_for_missing_entries=False, **options)
+    if index is None:
+        return
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise ValueError(f"{path} holds adapters, which need peft: pip install transformers-nextflow[peft].") from error
+
+    saved = json.loads(Path(index).read_text())
+    for name in saved["names"]:
+        weights, config = (cached_file(path, file, subfolder=f"{place}/{name}", **options) for file in FILES)
+        # transformers 5.17 loads no rows of new tokens and no whole modules by its own `load_adapter`.
+        model.add_adapter(PeftConfig.from_pretrained(Path(config).parent), name)
+        _fill(model, name, {key.removeprefix(PREFIX): value for key, value in load_file(weights).items()})
+    model.eval().requires_grad_(False)
+    if saved["active"]:
+        model.set_adapter(saved["active"])
+    else:
+        model.disable_adapters()
+
+
+def _weights(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    from peft import get_peft_model_state_dict
+
+    # Embeddings, if they were extended, are among the model's own weights.
+    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+
+
+def _fill(model: nn.Module, name: str, saved: dict[str, torch.Tensor]):
+    """Put saved weights into the place of an adapter's own, in the type that they have: it may be a wider one than that
+    of the weights that are adapted."""
+    own = _weights(model, name)
+    if odd := sorted(own.keys() ^ saved.keys()):
+        raise ValueError(
+            f"The adapter {name!r} does not fit {type(model).__name__}: only one of them has {odd[0]}; load the model "
+            "that was saved."
+        )
+    tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for key, value in own.items():
+        tensors[value.data_ptr()].data = saved[key].to(value.device)
+
+
+def _active_adapters(model: nn.Module) -> list[str]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    return [] if layer.disable_adapters else list(layer.active_adapters)
