@@ -111,7 +111,10 @@ def load_adapters(model: nn.Module, path, subfolder: str = "", **kwargs):
     index = cached_file(path, INDEX, subfolder=place, _raise_exceptions_for_missing_entries=False, **options)
     if index is None:
         return
-    from peft import PeftConfig
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise ValueError(f"{path} holds adapters, which need peft: pip install transformers-nextflow[peft].") from error
 
     saved = json.loads(Path(index).read_text())
     for name in saved["names"]:
@@ -138,7 +141,10 @@ def _fill(model: nn.Module, name: str, saved: dict[str, torch.Tensor]):
     of the weights that are adapted."""
     own = _weights(model, name)
     if odd := sorted(own.keys() ^ saved.keys()):
-        raise ValueError(f"The weights of the adapter {name!r} do not fit its config, as {odd[0]} shows.")
+        raise ValueError(
+            f"The adapter {name!r} does not fit {type(model).__name__}: only one of them has {odd[0]}; load the model "
+            "that was saved."
+        )
     tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
     for key, value in own.items():
         tensors[value.data_ptr()].data = saved[key].to(value.device)
