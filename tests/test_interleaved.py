@@ -261,6 +261,25 @@ def test_a_row_that_would_end_draws_first_what_it_has_to():
     assert first not in forced.input_ids[0, before.start : before.stop].tolist() and picture.image == 0
 
 
+@pytest.mark.parametrize("min_images", [1, 2])
+def test_a_row_that_a_stop_string_ends_draws_what_it_has_to_and_no_more(min_images):
+    model, tokenizer, seen = tiny_model(), tiny_tokenizer(), []
+    inputs = batch_of(model.config, [[20, 21], [22]])
+    options = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": -1, "sampling": GREEDY, "tokenizer": tokenizer}
+    free = model.generate_interleaved(**inputs, **options, max_images=0)
+    options["stop_strings"] = [tokenizer.decode(free.input_ids[0, -18:-16])]
+    limits = {"min_images": min_images, "max_images": 2}
+    output = model.generate_interleaved(
+        **inputs, **options, **limits, callback=lambda *_: seen.append(None) or len(seen) < 40
+    )
+    for pieces in output.segments:
+        assert sum(piece.image is not None for piece in pieces) == min_images
+    # The first row stopped early, and ends with its images.
+    first = output.segments[0]
+    assert sum(piece.stop - piece.start for piece in first if piece.image is None) < 20
+    assert [piece.image is None for piece in first] == [True] + [False] * min_images
+
+
 def test_a_callback_can_end_all_rows():
     model = tiny_model()
     inputs = batch_of(model.config, [[20, 21], [22]])

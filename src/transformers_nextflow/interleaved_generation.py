@@ -163,7 +163,7 @@ class InterleavedLoop:
     def _look_at_limits(self, row: int, is_stopped: bool = False):
         """A row that may write no more ends once it has drawn enough."""
         at_boi = self.writer.tokens[row][-1] == self.config.boi_token_id
-        if not at_boi and (is_stopped or len(self.written[row]) >= self.max_new_tokens):
+        if not at_boi and (is_stopped or self.is_due[row] or len(self.written[row]) >= self.max_new_tokens):
             self.is_due[row] = self.drawn[row] < self.min_images
             self.ended[row] = not self.is_due[row]
 
