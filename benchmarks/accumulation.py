@@ -93,12 +93,12 @@ def gradient_of(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([gradient.flatten() for gradient in gradients]).double()
 
 
-def in_packs(rows: list[dict], processor: NextFlowProcessor) -> list[list[dict]]:
+def in_packs(rows: list[dict], processor: NextFlowProcessor) -> PackedDataset:
     """The rows in two packs of unlike size."""
     collator = NextFlowCollator(processor)
     lengths = [collator.size(row).length for row in rows]
     packs = PackedDataset(rows, lambda row: collator.size(row).length, max(max(lengths), sum(lengths) - min(lengths)))
-    return [packs[index] for index in range(len(packs))]
+    return packs
 
 
 def difference(kind: str, read_last_scale: bool, packed: bool, trainer: str, processes: int, folder: str) -> float:

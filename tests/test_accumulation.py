@@ -41,13 +41,23 @@ def rows_of(kind: str, processor) -> list[dict]:
     return {"text": TEXTS, "images": images, "mixture": mixture}[kind]
 
 
-def packs_of(rows: list[dict], processor) -> list[list[dict]]:
+def packs_of(rows: list[dict], processor) -> PackedDataset:
     """Two packs of unlike size."""
     collator = NextFlowCollator(processor)
     lengths = [collator.size(row).length for row in rows]
     packs = PackedDataset(rows, lambda row: collator.size(row).length, max(max(lengths), sum(lengths) - min(lengths)))
     assert len(packs) == 2
-    return [packs[0], packs[1]]
+    return packs
+
+
+class ReadyPacks(PackedDataset):
+    """Packs that were made elsewhere."""
+
+    def __init__(self, packs: list[list[dict]]):
+        self.rows, self.packs = [row for pack in packs for row in pack], []
+        for pack in packs:
+            start = sum(map(len, self.packs))
+            self.packs.append(range(start, start + len(pack)))
 
 
 def distributed() -> dict:
@@ -279,7 +289,7 @@ def in_two(folder, name: str, processor) -> tuple[list[dict], list[dict]]:
     """The gradients of each step of a case, and its log."""
     images, text, more_images, more_text = data = sides_by_side(processor)
     if "packed" in name:
-        data = [[images, more_images], [text, more_text]]
+        data = ReadyPacks([[images, more_images], [text, more_text]])
     data = Stream(data) if name == "stream" else data
     return train(folder, tiny_model(read_last_scale=True), data, NextFlowCollator(processor), **CASES[name])
 

@@ -152,7 +152,7 @@ class NextFlowTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrain
         rows = kwargs.get("train_dataset")
         if rows is not None:
             check_trained_weights(model, args)
-        if hasattr(rows, "__len__"):
+        if hasattr(rows, "__len__") and not isinstance(rows, PackedDataset):
             rows = kwargs["train_dataset"] = NumberedRows(rows)
         if args.compile_layers:
             # An adapter may wrap the model.
