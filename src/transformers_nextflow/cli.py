@@ -371,7 +371,7 @@ def train(
     model: Annotated[str, typer.Option(help="Folder that the stage starts from: `final` of the stage before.")],
     data: Annotated[Path, typer.Option(help="A .jsonl or .parquet file, or a folder; see docs/data.md.")],
     output: Annotated[Path, typer.Option(help="Folder for checkpoints; `final` in it is the outcome.")],
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in the folder.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint of the same training.")] = False,
     changes: Annotated[
         list[str], typer.Option("--set", help="name=value of the recipe or of its arguments; may be repeated.")
     ] = [],  # noqa: B006  (typer copies it)
