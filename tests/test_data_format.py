@@ -304,6 +304,17 @@ def test_a_fingerprint_tells_settings_that_change_codes(change):
     assert tokenizer_fingerprint(other) != tokenizer_fingerprint(same)
 
 
+@torch.no_grad()
+def test_a_fingerprint_tells_every_weight_that_decides_codes():
+    model = tiny_model().vq_model
+    before = tokenizer_fingerprint(model)
+    for name, weight in model.named_parameters():
+        kept = weight.clone()
+        weight.view(-1)[-1] += 1
+        assert (tokenizer_fingerprint(model) == before) == ("_decoder." in name), name
+        weight.copy_(kept)
+
+
 def test_a_fingerprint_does_not_ask_for_decoders_and_training():
     model = tiny_model().vq_model
     before = tokenizer_fingerprint(model)

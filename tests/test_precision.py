@@ -118,7 +118,7 @@ def test_autocast_changes_nothing_of_the_tokenizer_but_its_decoders(mode, dtype)
 
 
 def test_a_region_is_kept_the_same_under_autocast():
-    vq_model = tiny_model().vq_model
+    vq_model = tiny_model(vq_config={"downsample": "rotary", "upsample": "rotary"}).vq_model
     schedule, region = vq_model.config.scale_schedules.build(), torch.zeros(16, 16, dtype=torch.bool)
     region[:6, :6] = True
     before = torch.randint(32, (8, 5), generator=torch.Generator().manual_seed(1))
