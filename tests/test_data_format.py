@@ -229,11 +229,18 @@ def test_a_picture_of_the_user_can_be_trained_on():
     assert [labels[end] != -100 for end in ends] == [True, True]
 
 
-def test_text_cannot_pretend_to_be_a_mark_or_a_picture():
+def test_text_cannot_pretend_to_be_a_mark_or_an_image():
     with pytest.raises(ValueError, match="U"):
         trained_text(conversation([text("a \ufdd0") | {"train": True}], [text("one")]))
-    with pytest.raises(BadRowError, match="spells out"):
-        NextFlowCollator(tiny_processor()).encode(row_of(text("<|image_pad|>")))
+    ids, _ = NextFlowCollator(tiny_processor()).encode(row_of(text("<|image_pad|>")))
+    assert tiny_processor().image_token_id not in ids
+
+
+def test_a_template_that_writes_more_images_than_there_are_is_refused():
+    processor = tiny_processor()
+    processor.chat_template = processor.chat_template.replace('"<|im_end|>" -', '"<|image_pad|><|im_end|>" -')
+    with pytest.raises(BadRowError, match="more images than they hold"):
+        NextFlowCollator(processor).encode(row_of(text("one")))
 
 
 # In training ----------------------------------------------------------------------------------------------------------

@@ -44,13 +44,13 @@ def test_settings_of_the_parts_hold_where_a_call_says_nothing():
 @pytest.mark.parametrize("count", [1, 2], ids=["one", "batch"])
 def test_settings_of_a_call_win_flat_and_by_part(structured, count):
     processor = processor_of({}, {"padding": "max_length", "max_length": 99})
-    text, image = {"padding": "max_length", "max_length": 50}, {"rescale_factor": -1 / 255}
+    text, image = {"padding": "max_length", "max_length": 50}, {"do_normalize": False}
     kwargs = {"text_kwargs": text, "images_kwargs": image} if structured else text | image
     texts = [f"a {PLACEHOLDER}", f"{PLACEHOLDER} two blue squares"][:count]
     output = processor(text=texts, images=[[image] for image in IMAGES[:count]], return_tensors="pt", **kwargs)
     assert output["input_ids"].shape == (count, 50)
     plain = processor(text=PLACEHOLDER, images=IMAGES[0], return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(output["pixel_values"][:1], -plain - 2)
+    torch.testing.assert_close(output["pixel_values"][:1], plain / 2 + 0.5)
 
 
 def test_a_setting_given_twice_is_refused_and_one_given_flat_is_not_lost():

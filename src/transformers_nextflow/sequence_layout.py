@@ -153,8 +153,8 @@ def text_ids(inputs_embeds: torch.Tensor, *images: torch.Tensor | None) -> torch
     """
     if any(part is not None for part in images):
         raise ValueError(
-            "Images come with input_ids, which say where they lie; inputs_embeds, as learned prompts make them, are read "
-            "as text."
+            "Images come with input_ids, which say where they lie; inputs_embeds, as of learned prompts, are read as "
+            "text."
         )
     return inputs_embeds.new_full(inputs_embeds.shape[:2], -1, dtype=torch.long)
 

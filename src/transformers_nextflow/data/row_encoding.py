@@ -65,7 +65,7 @@ def encode_sample(
         tokens = answer = [token]
         if token == processor.image_token_id:
             if not remaining:
-                raise BadRowError("messages", f"a text spells out {processor.image_token}; it stands for a picture")
+                raise BadRowError("messages", "the chat template writes more images than they hold")
             grid = remaining.pop(0)
             tokens = processor.picture_tokens(*grid)
             # Slots that read the last scale predict nothing.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -103,8 +102,6 @@ class NextFlowGRPOConfig(CheckedArguments, GRPOConfig):
         for name in ("max_advantage", "continuation_eta"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
-        if not all(map(math.isfinite, self.reward_weights or ())):
-            raise ValueError(f"reward_weights must be finite numbers, got {self.reward_weights}.")
         if self.beta == 0 and (self.fine_beta or self.drift_steps):
             raise ValueError("fine_beta and drift_steps compare with a reference, which beta=0 leaves out; set beta.")
         defaults = {f.name: f.default for f in fields(self)}
