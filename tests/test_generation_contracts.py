@@ -160,7 +160,6 @@ def test_text_is_the_same_on_every_cache(model):
         assert torch.equal(model.generate(**TEXT, **GREEDY, cache_implementation=cache), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="on a static cache transformers makes the mask, without the images' blocks")
 def test_text_after_images_on_a_static_cache_is_the_same_or_refused(model):
     # One prompt may come out equal by luck.
     for seed in range(6):

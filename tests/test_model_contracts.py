@@ -12,6 +12,7 @@ from tiny_tokenflow_t2i import tiny_t2i_config, tiny_t2i_model
 from transformers import PreTrainedModel
 
 from transformers_nextflow import ImageSampling, NextFlowForConditionalGeneration, NextFlowModel
+from transformers_nextflow.modeling_nextflow_vq import CODE_PARTS
 
 
 def whole_model():
@@ -114,15 +115,18 @@ def test_tensors_of_another_size_are_drawn_anew_where_this_is_asked_for(tmp_path
 
 @ALL
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
-def test_a_model_loads_in_half_precision_and_keeps_its_codebooks(make, name, tmp_path):
+def test_a_model_loads_in_half_precision_and_keeps_what_decides_codes(make, name, tmp_path):
     model, inputs = make()
     model.save_pretrained(tmp_path)
     dtype = {"dtype": torch.bfloat16, "torch_dtype": torch.float16}[name]
     loaded = type(model).from_pretrained(tmp_path, **{name: dtype})
     types = {parameter: value.dtype for parameter, value in loaded.named_parameters()}
-    assert {kind for parameter, kind in types.items() if "quantizer." in parameter} == {torch.float32}
-    assert {kind for parameter, kind in types.items() if "quantizer." not in parameter} == {dtype}
-    assert loaded.dtype == dtype and first_output(loaded, inputs).isfinite().all()
+    decides_codes = {parameter: any(f"{part}." in f"{parameter}." for part in CODE_PARTS) for parameter in types}
+    assert {kind for parameter, kind in types.items() if decides_codes[parameter]} == {torch.float32}
+    # In float16 transformers keeps more in float32: what is named for quantisation to leave out, the decoders too.
+    others = [p for p in types if not decides_codes[p] and not (dtype == torch.float16 and "vq_model." in p)]
+    assert {types[parameter] for parameter in others} == {dtype}
+    assert first_output(loaded, inputs).isfinite().all()
 
 
 @ALL
@@ -135,7 +139,6 @@ def test_a_model_loads_with_a_device_map(make, device_map, tmp_path):
     assert torch.equal(first_output(loaded, inputs), first_output(model, inputs))
 
 
-@pytest.mark.xfail(strict=True, reason="encode and decode run outside of forward: offloaded weights stay on meta")
 def test_a_model_with_its_vision_tokenizer_on_disk_reads_images(tmp_path):
     pytest.importorskip("accelerate")
     model, _ = whole_model()
@@ -278,7 +281,6 @@ def test_flash_attention_which_drops_the_masks_of_images_is_refused(tmp_path):
         type(model).from_pretrained(tmp_path, attn_implementation="flash_attention_2")
 
 
-@pytest.mark.xfail(strict=True, reason="under left padding the mask follows the outer config, the backbone the inner")
 def test_the_attention_of_the_text_part_can_be_another(tmp_path):
     model, _ = whole_model()
     model.save_pretrained(tmp_path)
@@ -290,7 +292,6 @@ def test_the_attention_of_the_text_part_can_be_another(tmp_path):
     assert torch.equal(*drawn)
 
 
-@pytest.mark.xfail(strict=True, reason="the forward pass branches in Python on what its tensors hold")
 def test_a_pass_over_text_compiles_as_one_graph():
     model, _ = whole_model()
     ids = torch.arange(20, 26).view(2, 3)

@@ -278,6 +278,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 start = attention_mask[:, :-length].sum(1, keepdim=True)
         return layout_batch(self.config, input_ids, mask, image_tokens, image_grids, seq_idx, start)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
