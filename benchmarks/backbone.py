@@ -76,7 +76,7 @@ def random_config(name: str = "random") -> NextFlowConfig:
 
 
 def with_sides(config: NextFlowConfig, sides: tuple[int, ...], level_sides: tuple[int, ...]) -> NextFlowConfig:
-    """The same config with square grids of other `sides`; pictures may end on each of `level_sides`."""
+    """The same config with square grids of other `sides`; images may end on each of `level_sides`."""
     config = copy.deepcopy(config)
     patch_size = config.vq_config.patch_size
     config.vq_config.scales = list(sides)

@@ -1,9 +1,9 @@
-"""Going on with text after a picture that was just drawn: on its cache, against reading the picture anew.
+"""Going on with text after an image that was just drawn: on its cache, against reading the image anew.
 
     python benchmarks/continue_after_image.py --side 64
 
-A model that cannot go on must take its own picture in again: decode it, encode it with the vision tokenizer, and read
-the prompt and all of the picture's slots before the next word. Here both ends are timed to the logits of the next word.
+A model that cannot go on must take its own image in again: decode it, encode it with the vision tokenizer, and read
+the prompt and all of the image's slots before the next word. Here both ends are timed to the logits of the next word.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tqdm import trange
 
 from transformers_nextflow import ImageSampling, NextFlowForConditionalGeneration
 from transformers_nextflow.evaluation.results import write_result
-from transformers_nextflow.scale_drawing import Drawing
+from transformers_nextflow.generation.image_codes import ImageCodes
+from transformers_nextflow.generation.sequence_writer import Prompts, SequenceWriter
 from transformers_nextflow.scale_schedule import SQUARE_SIDES
-from transformers_nextflow.sequence_writer import Prompts, SequenceWriter
 
 
 PROMPT_LENGTH = 16
@@ -33,7 +33,7 @@ def measure(model: NextFlowForConditionalGeneration, side: int, seed: int = 0) -
     patch_size = model.config.vq_config.patch_size
     schedule = model.config.vq_config.scale_schedules.for_size(side * patch_size, side * patch_size)
     writer = SequenceWriter(model, Prompts(random_prompt(model.config, PROMPT_LENGTH)))
-    drawing = Drawing(model, [schedule], ImageSampling(), torch.Generator().manual_seed(seed))
+    drawing = ImageCodes(model, [schedule], ImageSampling(), torch.Generator().manual_seed(seed))
     seconds, marks = {}, [time.perf_counter()]
 
     def last_scale_drawn(caller, scale, state):

@@ -25,7 +25,7 @@ from random_qwen import qwen_tokenizer
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from transformers_nextflow import NextFlowConfig
-from transformers_nextflow.checkpoint_conversion import INDEX
+from transformers_nextflow.conversion.checkpoints import INDEX
 from transformers_nextflow.evaluation.results import write_result
 
 

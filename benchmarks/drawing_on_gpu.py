@@ -1,4 +1,4 @@
-"""One picture from a large model on a GPU: seconds and memory, beside the least that the card could take.
+"""One image from a large model on a GPU: seconds and memory, beside the least that the card could take.
 
     python benchmarks/drawing_on_gpu.py
 
@@ -82,7 +82,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = [PRESET_7B, *RANDOM_BACKBONES]
     parser.add_argument("--model", default=PRESET_7B, help=f"a checkpoint, or one of {models}")
-    parser.add_argument("--size", type=int, default=1024, help="of the picture, in pixels")
+    parser.add_argument("--size", type=int, default=1024, help="of the image, in pixels")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--repeats", type=int, default=5, help="drawings of which the median counts")

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from transformers_nextflow.evaluation.results import write_result
-from transformers_nextflow.fused_cross_entropy import fused_cross_entropy
+from transformers_nextflow.sequence.fused_cross_entropy import fused_cross_entropy
 
 
 TEXT, CODES = 152_066, 32_768

@@ -21,16 +21,12 @@ from unittest.mock import patch
 from backbone import CHECKPOINT, RANDOM_BACKBONES, RESULTS, load_model, random_prompt
 from tqdm import tqdm
 
-from transformers_nextflow import (
-    ImageSampling,
-    NextFlowForConditionalGeneration,
-    scale_drawing,
-    sequence_writer,
-)
-from transformers_nextflow.cached_sequences import CachedSequences
+from transformers_nextflow import ImageSampling, NextFlowForConditionalGeneration
 from transformers_nextflow.evaluation.results import write_result
+from transformers_nextflow.generation import image_codes, sequence_writer
+from transformers_nextflow.generation.cached_sequences import CachedSequences
+from transformers_nextflow.generation.image_codes import ImageCodes
 from transformers_nextflow.modeling_nextflow import NextFlowModel
-from transformers_nextflow.scale_drawing import Drawing
 from transformers_nextflow.scale_schedule import SQUARE_SIDES, ScaleSchedules
 
 
@@ -73,9 +69,9 @@ def forward_parts(model: NextFlowForConditionalGeneration) -> list[tuple]:
 
 
 OTHER_PARTS = [
-    (Drawing, "__init__", "settings of all scales"),
-    (Drawing, "slots", "slots: codes to rows"),
-    (Drawing, "draw", "codes: rows"),
+    (ImageCodes, "__init__", "settings of all scales"),
+    (ImageCodes, "slots", "slots: codes to rows"),
+    (ImageCodes, "draw", "codes: rows"),
     (CachedSequences, "read", "prefill"),
     (CachedSequences, "read_slots", "slots: positions"),
     (CachedSequences, "_mask", "mask"),
@@ -83,7 +79,7 @@ OTHER_PARTS = [
     (NextFlowModel, "layout_batch", "prefill: layout"),
     (sequence_writer, "join_prompts", "join of both prompts"),
     (sequence_writer, "guide_over_contexts", "guidance"),
-    (scale_drawing, "draw_codes", "draw of codes"),
+    (image_codes, "sample_codes", "draw of codes"),
     (ScaleSchedules, "for_size", "schedule of the size"),
 ]
 

@@ -2,7 +2,7 @@
 
     python benchmarks/packing.py
 
-The same samples (text, drawing, captions, edits, interleaved pictures; the small and the large level, whose pictures
+The same samples (text, drawing, captions, edits, interleaved images; the small and the large level, whose images
 differ fourfold in tokens as the paper's 256 and 512 levels do) are trained on in padded batches, in packs of a fixed
 length and in packs of fixed compute: forward and backward pass of two layers of the random model, without the
 optimiser. The three run side by side on one thread each; seconds are those of the processor. Useful are all tokens but
@@ -28,12 +28,12 @@ from transformers import AutoTokenizer
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowImageProcessorPil, NextFlowProcessor
 from transformers_nextflow.evaluation.results import write_result
-from transformers_nextflow.packed_attention import PACKED_SDPA
+from transformers_nextflow.sequence.packed_attention import PACKED_SDPA
 from transformers_nextflow.trainers import CostModel, NextFlowCollator, PackedDataset
 
 
 SIDES, LEVEL_SIDES = (1, 2, 4, 6, 8, 12, 16), (8, 16)
-# 25% of text (paper, table 1); 10% of the pairs of picture and text are turned round into captioning (section 3.2).
+# 25% of text (paper, table 1); 10% of the pairs of image and text are turned round into captioning (section 3.2).
 SHARES = {"text": 0.25, "drawing": 0.36, "caption": 0.04, "edit": 0.15, "interleaved": 0.2}
 # Frames of interleaved samples at the small and the large level (section 4.1).
 MOST_FRAMES = {8: 5, 16: 3}
@@ -64,25 +64,25 @@ def make_rows(processor: NextFlowProcessor, count: int) -> list[dict]:
 
     def row() -> dict:
         task, side = generator.choices(list(SHARES), SHARES.values())[0], generator.choice(LEVEL_SIDES)
-        picture = {"type": "image"}
+        image = {"type": "image"}
         if task == "text":
             question, answer = [words(40)], [words(120)]
         elif task == "drawing":
-            question, answer = [words(30)], [picture]
+            question, answer = [words(30)], [image]
         elif task == "caption":
-            question, answer = [picture, words(5)], [words(30)]
+            question, answer = [image, words(5)], [words(30)]
         elif task == "edit":
-            question, answer = [picture, words(12)], [picture]
+            question, answer = [image, words(12)], [image]
         else:
             frames = generator.randint(2, MOST_FRAMES[side])
-            question, answer = [words(12)], [part for _ in range(frames) for part in (words(15), picture)]
+            question, answer = [words(12)], [part for _ in range(frames) for part in (words(15), image)]
         parts = question + answer
-        pictures = sum(part["type"] == "image" for part in parts)
+        images = sum(part["type"] == "image" for part in parts)
         schedule = processor.image_processor.schedule_for_grid(side, side)
         return {
             "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
-            "image_tokens": [generator.choices(range(1024), k=schedule.num_tokens) for _ in range(pictures)],
-            "image_grids": [[side, side]] * pictures,
+            "image_tokens": [generator.choices(range(1024), k=schedule.num_tokens) for _ in range(images)],
+            "image_grids": [[side, side]] * images,
         }
 
     return [row() for _ in range(count)]

@@ -4,7 +4,7 @@
 
 The Qwen2.5-VL models are small, random and saved by transformers: tied and untied, sharded and not, with and without
 spare rows in the vocabulary. Logits are those of whole sentences, texts those of `generate` on a padded batch; the
-original is kept from the three tokens of a picture, which a random model writes at times and a NextFlow never as text.
+original is kept from the three tokens of an image, which a random model writes at times and a NextFlow never as text.
 Writes `results/qwen_parity.json`.
 """
 
@@ -20,8 +20,8 @@ from random_qwen import SENTENCES, save_qwen, small_vq_config
 from transformers import AutoTokenizer
 
 from transformers_nextflow import NextFlowForConditionalGeneration
-from transformers_nextflow.checkpoint_conversion import ShardedCheckpoint
-from transformers_nextflow.conversion_qwen2_5_vl import convert_qwen2_5_vl, export_qwen2_5_vl
+from transformers_nextflow.conversion.checkpoints import ShardedCheckpoint
+from transformers_nextflow.conversion.qwen2_5_vl import convert_qwen2_5_vl, export_qwen2_5_vl
 from transformers_nextflow.evaluation.results import write_result
 
 

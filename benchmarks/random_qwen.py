@@ -16,7 +16,7 @@ from transformers_nextflow.tokenization_nextflow import train_tokenizer
 
 
 SENTENCES = ["a red circle", "two blue squares and a green star", "how many circles are there? one"]
-# In the form of Qwen2.5-VL's: a system message by default, marks around pictures.
+# In the form of Qwen2.5-VL's: a system message by default, marks around images.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nhow many"
     "<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
@@ -89,7 +89,7 @@ def save_qwen(
 
 
 def small_vq_config() -> NextFlowVQConfig:
-    """Pictures of 16x16 pixels in four scales with 32 codes."""
+    """Images of 16x16 pixels in four scales with 32 codes."""
     return NextFlowVQConfig(
         semantic_config={
             "model_type": "siglip_vision_model",

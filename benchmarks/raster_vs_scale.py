@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from transformers_nextflow import ImageSampling, NextFlowConfig, NextFlowForConditionalGeneration
 from transformers_nextflow.evaluation.results import write_result
-from transformers_nextflow.sampling_nextflow import draw_codes
+from transformers_nextflow.generation.sampling import sample_codes
 from transformers_nextflow.scale_schedule import SQUARE_SIDES
 
 
@@ -32,7 +32,7 @@ PROMPT_LENGTH = 16
 
 @dataclass(frozen=True)
 class Cost:
-    """What the forward passes of one picture take.
+    """What the forward passes of one image take.
 
     Args:
         passes: forward passes, that over the prompt included.
@@ -101,7 +101,7 @@ def draw_raster(
             use_cache=True,
         ).last_hidden_state
         logits = model.visual_head(hidden_states[:, -1])
-        codes.append(draw_codes(logits, generator=generator))
+        codes.append(sample_codes(logits, generator=generator))
         callback(logits)
         embeds = visual.connector(visual.codes(codes[-1]))[None]
         position_ids = position_ids[..., -1:] + 1

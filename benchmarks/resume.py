@@ -32,7 +32,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from transformers_nextflow.evaluation.results import write_result
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer, NextFlowTrainingArguments
-from transformers_nextflow.trainers.atomic_checkpoints import PARTIAL
+from transformers_nextflow.trainers.runs.atomic_checkpoints import PARTIAL
 
 
 STEPS, SAVE_STEPS = 24, 4

@@ -1,8 +1,8 @@
-"""What a training step of RL costs on the first scales of a picture, against all scales: seconds and peak memory.
+"""What a training step of RL costs on the first scales of an image, against all scales: seconds and peak memory.
 
     python benchmarks/rl_cost.py
 
-A step is the log-probabilities of one picture of the 1024 level (18 scales, 10,084 codes) behind a prompt of 16 tokens,
+A step is the log-probabilities of one image of the 1024 level (18 scales, 10,084 codes) behind a prompt of 16 tokens,
 the weighted sum over them and its backward pass, without drawing and without the optimizer. Each case runs in a process
 of its own. Memory is the peak above what the loaded model takes: activations, gradients and masks. Seconds are medians
 after a warm-up.
@@ -22,11 +22,11 @@ from backbone import RANDOM_BACKBONES, RESULTS, load_model, random_prompt
 
 from transformers_nextflow import ImageSampling
 from transformers_nextflow.evaluation.results import write_result
-from transformers_nextflow.prefix_likelihood import prefix_log_probabilities
-from transformers_nextflow.scale_drawing import Drawing
+from transformers_nextflow.generation.image_codes import ImageCodes
+from transformers_nextflow.generation.prefix_likelihood import prefix_log_probabilities
+from transformers_nextflow.generation.sequence_writer import Prompts
 from transformers_nextflow.scale_schedule import SQUARE_SIDES
-from transformers_nextflow.sequence_writer import Prompts
-from transformers_nextflow.trainers.prefix_objective import scale_shares
+from transformers_nextflow.trainers.rl.prefix_objective import scale_shares
 
 
 PROMPT_LENGTH = 16
@@ -60,10 +60,10 @@ class PeakMemory:
 def measure(
     name: str, sides: tuple[int, ...], num_scales: int, device: str, dtype: torch.dtype, batch: int, repeats: int
 ) -> dict[str, float]:
-    """Seconds and bytes of one step on pictures of a schedule with these sides."""
+    """Seconds and bytes of one step on images of a schedule with these sides."""
     model = load_model(name, sides, (sides[-1],), device, dtype).train()
     schedule = model.config.vq_config.scale_schedules.build()
-    drawing = Drawing(model, [schedule] * batch, ImageSampling())
+    drawing = ImageCodes(model, [schedule] * batch, ImageSampling())
     codes = torch.randint(model.config.vq_config.codebook_size, (batch, schedule.num_tokens))
     drawing.image_tokens = codes.to(device)
     prompts = Prompts(random_prompt(model.config, PROMPT_LENGTH, device).expand(batch, -1))

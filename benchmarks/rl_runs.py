@@ -124,7 +124,7 @@ def mean_curve(runs: Sequence[dict], along: str, names: Sequence[str]) -> dict[s
 
 
 def draw_curves(arms: dict[str, Sequence[dict]], names: Sequence[str], path: Path) -> Path:
-    """A picture with a row for each score: by step and by minute, a thick line for the mean of an arm's runs, a thin
+    """An image with a row for each score: by step and by minute, a thick line for the mean of an arm's runs, a thin
     one for each run."""
     from matplotlib.figure import Figure
 

@@ -19,7 +19,7 @@ from backbone import RESULTS
 from safetensors.torch import load_file
 
 from transformers_nextflow import NextFlowVQModel
-from transformers_nextflow.conversion_tokenflow import convert_tokenflow
+from transformers_nextflow.conversion.tokenflow import convert_tokenflow
 from transformers_nextflow.evaluation.results import write_result
 
 

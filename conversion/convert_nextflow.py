@@ -12,9 +12,9 @@ from typing import Annotated
 
 import typer
 
-from transformers_nextflow.checkpoint_conversion import KeyMap
-from transformers_nextflow.checkpoint_report import layout_of, report
 from transformers_nextflow.cli import errors_in_one_line
+from transformers_nextflow.conversion.checkpoints import KeyMap
+from transformers_nextflow.conversion.report import layout_of, report
 
 
 # The release's key → ours, each `*` for any text.

@@ -2,7 +2,7 @@
 
     python conversion/convert_qwen2_5_vl.py Qwen2.5-VL-7B-Instruct nextflow-start --vision-tokenizer tokenizer
 
-The key table is `QWEN_KEYS` in `transformers_nextflow.conversion_qwen2_5_vl`.
+The key table is `QWEN_KEYS` in `transformers_nextflow.conversion.qwen2_5_vl`.
 """
 
 from pathlib import Path
@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
-from transformers_nextflow.checkpoint_conversion import read_vq_config
 from transformers_nextflow.cli import errors_in_one_line
-from transformers_nextflow.conversion_qwen2_5_vl import convert_qwen2_5_vl
+from transformers_nextflow.conversion.checkpoints import read_vq_config
+from transformers_nextflow.conversion.qwen2_5_vl import convert_qwen2_5_vl
 
 
 def main(

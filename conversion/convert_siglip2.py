@@ -2,7 +2,7 @@
 
     python conversion/convert_siglip2.py siglip2-so400m-patch16-naflex tokenizer-start
 
-The key table is `SIGLIP_KEYS` in `transformers_nextflow.conversion_siglip2`.
+The key table is `SIGLIP_KEYS` in `transformers_nextflow.conversion.siglip2`.
 """
 
 from pathlib import Path
@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
-from transformers_nextflow.checkpoint_conversion import read_vq_config
 from transformers_nextflow.cli import errors_in_one_line
-from transformers_nextflow.conversion_siglip2 import convert_siglip2
+from transformers_nextflow.conversion.checkpoints import read_vq_config
+from transformers_nextflow.conversion.siglip2 import convert_siglip2
 
 
 def main(

@@ -23,7 +23,8 @@ from transformers_nextflow import (
     TokenFlowT2IForConditionalGeneration,
     TokenFlowT2IProcessor,
 )
-from transformers_nextflow.checkpoint_conversion import (
+from transformers_nextflow.cli import errors_in_one_line
+from transformers_nextflow.conversion.checkpoints import (
     KeyMap,
     ShardedCheckpoint,
     check_state,
@@ -37,8 +38,7 @@ from transformers_nextflow.checkpoint_conversion import (
     write_model_card,
     write_shards,
 )
-from transformers_nextflow.cli import errors_in_one_line
-from transformers_nextflow.conversion_tokenflow import check_is_tokenflow
+from transformers_nextflow.conversion.tokenflow import check_is_tokenflow
 
 
 KEYS = KeyMap(
@@ -74,14 +74,14 @@ POSITIONS = "model.pos_1LC"
 # The released tokenizer may hold the codes as tokens behind its own.
 CODE_TOKEN = re.compile(r"<vq_token_\d+>")
 CARD = """
-Text to picture, scale by scale: TokenFlow-t2i (arXiv 2412.03069) in the form of transformers-nextflow.
+Text to image, scale by scale: TokenFlow-t2i (arXiv 2412.03069) in the form of transformers-nextflow.
 
 ```python
 from transformers_nextflow import NextFlowPipeline
 
 pipe = NextFlowPipeline.from_pretrained("THIS FOLDER", dtype="bfloat16").to("cuda")
 flaws = "lowres, blurry, jpeg artifacts, watermark, cropped"
-pipe("An elephant walking under the sea.", negative_prompt=flaws).images[0].save("picture.png")
+pipe("An elephant walking under the sea.", negative_prompt=flaws).images[0].save("image.png")
 ```
 
 The released script always gives a negative prompt that lists flaws. Weights are those of the source, bit for bit; only
@@ -137,11 +137,11 @@ def vision_tokenizer_config(folder: Path) -> NextFlowVQConfig:
 
 
 def check_codes(released: ShardedCheckpoint, config: TokenFlowT2IConfig):
-    """Raises `ValueError` if a picture of the model has other codes than one of the vision tokenizer."""
+    """Raises `ValueError` if an image of the model has other codes than one of the vision tokenizer."""
     if POSITIONS in released and len(released.layout[POSITIONS]) != config.schedule.num_tokens:
         height, width = config.image_size
         raise ValueError(
-            f"The model's pictures have {len(released.layout[POSITIONS])} codes, those of the vision tokenizer "
+            f"The model's images have {len(released.layout[POSITIONS])} codes, those of the vision tokenizer "
             f"{config.schedule.num_tokens} ({height} x {width} pixels); convert {VISION_TOKENIZER} with --interpolate."
         )
     stop = config.image_token_start + config.vq_config.codebook_size

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from transformers_nextflow.cli import errors_in_one_line
-from transformers_nextflow.conversion_qwen2_5_vl import export_qwen2_5_vl
+from transformers_nextflow.conversion.qwen2_5_vl import export_qwen2_5_vl
 
 
 def main(

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from transformers_nextflow.cli import errors_in_one_line
-from transformers_nextflow.conversion_tokenflow import export_tokenflow
+from transformers_nextflow.conversion.tokenflow import export_tokenflow
 
 
 def main(

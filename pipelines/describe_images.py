@@ -1,7 +1,7 @@
-"""Ask something about pictures and films.
+"""Ask something about images and videos.
 
-    python pipelines/describe_images.py "how many circles are there?" picture.png
-    python pipelines/describe_images.py "what happens?" film.gif
+    python pipelines/describe_images.py "how many circles are there?" image.png
+    python pipelines/describe_images.py "what happens?" video.gif
 
 `transformers-nextflow describe` does the same with more options.
 """
@@ -17,7 +17,7 @@ from transformers_nextflow import NextFlowPipeline
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question")
-    parser.add_argument("files", nargs="+", help="pictures, or films (.gif, .mp4)")
+    parser.add_argument("files", nargs="+", help="images, or videos (.gif, .mp4)")
     parser.add_argument("--model", default="checkpoints/nextflow-shapes")
     args = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Draw from several pictures: a subject in another scene, or what an example pair shows done to a third picture.
+"""Draw from several images: a subject in another scene, or what an example pair shows done to a third image.
 
     python pipelines/draw_from_images.py "the same object on a black background" circle.png
     python pipelines/draw_from_images.py "do the same with the last picture" before.png after.png other.png
@@ -16,7 +16,7 @@ from transformers_nextflow import NextFlowPipeline
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("instruction")
-    parser.add_argument("images", nargs="+", help="picture files, in the order in which the instruction speaks of them")
+    parser.add_argument("images", nargs="+", help="image files, in the order in which the instruction speaks of them")
     parser.add_argument("--output", default="drawn.png")
     parser.add_argument("--model", default="checkpoints/nextflow-shapes")
     parser.add_argument("--seed", type=int, default=0)

@@ -16,7 +16,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt")
     parser.add_argument("--candidates", type=int, default=4)
-    parser.add_argument("--output", default="picture.png")
+    parser.add_argument("--output", default="image.png")
     parser.add_argument("--model", default="checkpoints/nextflow-shapes")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,6 +1,6 @@
-"""Edit a picture; with a mask only inside of it.
+"""Edit an image; with a mask only inside of it.
 
-    python pipelines/edit_image.py "make the red circle blue" picture.png --mask mask.png
+    python pipelines/edit_image.py "make the red circle blue" image.png --mask mask.png
 
 `transformers-nextflow edit` does the same with more options.
 """
@@ -15,8 +15,8 @@ from transformers_nextflow import NextFlowPipeline
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("instruction")
-    parser.add_argument("image", help="a picture file")
-    parser.add_argument("--mask", help="a picture that is light where is to be drawn; all else is pasted back")
+    parser.add_argument("image", help="an image file")
+    parser.add_argument("--mask", help="an image that is light where is to be drawn; all else is pasted back")
     parser.add_argument("--output", default="edited.png")
     parser.add_argument("--model", default="checkpoints/nextflow-shapes")
     parser.add_argument("--seed", type=int, default=0)

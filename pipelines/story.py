@@ -1,6 +1,6 @@
-"""Have a story told in pictures and text, and show both as they come.
+"""Have a story told in images and text, and show both as they come.
 
-python pipelines/story.py "tell a story in three pictures: a red circle on a white background" --pictures 3
+python pipelines/story.py "tell a story in three pictures: a red circle on a white background" --images 3
 """
 
 import argparse
@@ -15,8 +15,8 @@ from transformers_nextflow import InterleavedStreamer, NextFlowPipeline
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt")
-    parser.add_argument("--pictures", type=int, default=3, help="at most")
-    parser.add_argument("--output", type=Path, default=Path("story.png"), help="pictures are numbered")
+    parser.add_argument("--images", type=int, default=3, help="at most")
+    parser.add_argument("--output", type=Path, default=Path("story.png"), help="images are numbered")
     parser.add_argument("--model", default="checkpoints/nextflow-shapes")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -25,7 +25,7 @@ def main():
     streamer = InterleavedStreamer(pipe.processor.tokenizer, skip_special_tokens=True)
     arguments = {
         "messages": [{"role": "user", "content": [{"type": "text", "text": args.prompt}]}],
-        "max_images": args.pictures,
+        "max_images": args.images,
         "generator": torch.Generator().manual_seed(args.seed),
         "streamer": streamer,
     }

@@ -1,4 +1,4 @@
-"""Draw a picture from a prompt, and save a preview after each scale beside it.
+"""Draw an image from a prompt, and save a preview after each scale beside it.
 
     python pipelines/text_to_image.py "a red circle" --model checkpoints/nextflow-shapes --seed 1
 
@@ -17,7 +17,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt")
     parser.add_argument("--model", default="checkpoints/nextflow-shapes")
-    parser.add_argument("--output", type=Path, default=Path("picture.png"))
+    parser.add_argument("--output", type=Path, default=Path("image.png"))
     parser.add_argument("--guidance-scale", type=float, help="default: the checkpoint's own")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -15,7 +15,7 @@ from transformers_nextflow import NextFlowPipeline
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt")
-    parser.add_argument("--output", default="picture.png")
+    parser.add_argument("--output", default="image.png")
     parser.add_argument("--model", default="checkpoints/nextflow-shapes")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,6 +1,6 @@
-"""Draw variations of a picture: its first scales are kept, the others drawn anew.
+"""Draw variations of an image: its first scales are kept, the others drawn anew.
 
-    python pipelines/vary_image.py "a red circle" picture.png --keep-scales 1
+    python pipelines/vary_image.py "a red circle" image.png --keep-scales 1
 
 `transformers-nextflow vary` does the same with more options.
 """
@@ -15,8 +15,8 @@ from transformers_nextflow import NextFlowPipeline
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompt", help="what the picture shows")
-    parser.add_argument("image", help="a picture file")
+    parser.add_argument("prompt", help="what the image shows")
+    parser.add_argument("image", help="an image file")
     parser.add_argument("--keep-scales", type=int, default=1, help="fewer vary more")
     parser.add_argument("--temperature", type=float, help="default: the checkpoint's own")
     parser.add_argument("--count", type=int, default=4)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 
 @dataclass
-class Picture:
-    """A picture in a row of the sequence: its grids (height, width), coarse to fine, and the codes of all of them.
+class ReferenceImage:
+    """An image in a row of the sequence: its grids (height, width), coarse to fine, and the codes of all of them.
 
     `targets` are the codes to predict where they differ from those that are read (self-correction).
     """
@@ -32,26 +32,31 @@ class Picture:
 
 @dataclass
 class Position:
-    """One position of the sequence. Text has `token`; the others have a picture, slots a scale and a cell too."""
+    """One position of the sequence. Text has `token`; the others have an image, slots a scale and a cell too."""
 
     kind: str  # "pad", "text", "boi", "slot" or "eoi"
     token: int
-    picture: Picture | None = None
+    image: ReferenceImage | None = None
     scale: int = 0  # k of the grid that the slot stands for, K + 1 for the one that reads the last grid
     cell: tuple[int, int] = (0, 0)
 
     @property
     def grid(self) -> tuple[int, int]:
-        return self.picture.grids[min(self.scale, len(self.picture.grids)) - 1]
+        return self.image.grids[min(self.scale, len(self.image.grids)) - 1]
 
 
 def lay_out(
-    row: list[int | Picture], boi: int, eoi: int, placeholder: int, read_last_scale: bool = False, left_padding: int = 0
+    row: list[int | ReferenceImage],
+    boi: int,
+    eoi: int,
+    placeholder: int,
+    read_last_scale: bool = False,
+    left_padding: int = 0,
 ) -> list[Position]:
-    """Figure 5: text one by one, a picture as `<boi>`, the grids 2 … K (and once more the last one), `<eoi>`."""
+    """Figure 5: text one by one, an image as `<boi>`, the grids 2 … K (and once more the last one), `<eoi>`."""
     positions = [Position("pad", 0) for _ in range(left_padding)]
     for item in row:
-        if not isinstance(item, Picture):
+        if not isinstance(item, ReferenceImage):
             positions.append(Position("text", item))
             continue
         positions.append(Position("boi", boi, item))
@@ -73,10 +78,7 @@ def attention_mask(positions: list[Position]) -> torch.Tensor:
     for q, query in enumerate(positions):
         for k, key in enumerate(positions):
             same_grid = (
-                query.kind == "slot"
-                and key.kind == "slot"
-                and query.picture is key.picture
-                and query.scale == key.scale
+                query.kind == "slot" and key.kind == "slot" and query.image is key.image and query.scale == key.scale
             )
             mask[q, k] = key.kind != "pad" and (k <= q or same_grid)
     return mask
@@ -117,13 +119,13 @@ def input_features(
     for n, position in enumerate(positions):
         if position.kind != "slot":
             continue
-        picture, (height, width), (i, j) = position.picture, position.grid, position.cell
+        image, (height, width), (i, j) = position.image, position.grid, position.cell
         if accumulate:
-            final = picture.grids[-1]
-            total = sum(resize(grid_vectors(picture, k, codebook), final, upsample) for k in range(1, position.scale))
+            final = image.grids[-1]
+            total = sum(resize(grid_vectors(image, k, codebook), final, upsample) for k in range(1, position.scale))
             read = resize(total, (height, width), how["downsample"])
         else:
-            read = resize(grid_vectors(picture, position.scale - 1, codebook), (height, width), upsample)
+            read = resize(grid_vectors(image, position.scale - 1, codebook), (height, width), upsample)
         features[n] = read[0, :, i, j]
     return features
 
@@ -133,14 +135,14 @@ def scale_rows(rows: list[list[Position]], most_scales: int) -> list[int]:
     `most_scales` grids if it reads a last grid, of whatever level."""
     found = []
     for position in (position for row in rows for position in row if position.kind == "slot"):
-        reads_last = position.scale > len(position.picture.grids)
+        reads_last = position.scale > len(position.image.grids)
         found.append(most_scales + 1 if reads_last else position.scale)
     return found
 
 
-def grid_vectors(picture: Picture, k: int, codebook: torch.Tensor) -> torch.Tensor:
+def grid_vectors(image: ReferenceImage, k: int, codebook: torch.Tensor) -> torch.Tensor:
     """(1, D, h_k, w_k) vectors of the k-th grid's codes."""
-    rows = [torch.stack([codebook[code] for code in row], dim=1) for row in picture.grid_codes(k)]
+    rows = [torch.stack([codebook[code] for code in row], dim=1) for row in image.grid_codes(k)]
     return torch.stack(rows, dim=1)[None]
 
 
@@ -150,23 +152,23 @@ def resize(image: torch.Tensor, grid: tuple[int, int], mode: str) -> torch.Tenso
     return F.interpolate(image, size=tuple(grid), mode=mode)
 
 
-def code_targets(positions: list[Position]) -> list[tuple[int, int, tuple[int, int], Picture]]:
-    """(position, code, grid, picture) for every code: `<boi>` predicts the 1x1 grid, slots of grid k that grid."""
+def code_targets(positions: list[Position]) -> list[tuple[int, int, tuple[int, int], ReferenceImage]]:
+    """(position, code, grid, image) for every code: `<boi>` predicts the 1x1 grid, slots of grid k that grid."""
     found = []
     for n, position in enumerate(positions):
-        if position.kind == "boi" or (position.kind == "slot" and position.scale <= len(position.picture.grids)):
-            picture = position.picture
+        if position.kind == "boi" or (position.kind == "slot" and position.scale <= len(position.image.grids)):
+            image = position.image
             scale = 1 if position.kind == "boi" else position.scale
-            height, width = picture.grids[scale - 1]
-            start = sum(h * w for h, w in picture.grids[: scale - 1])
+            height, width = image.grids[scale - 1]
+            start = sum(h * w for h, w in image.grids[: scale - 1])
             i, j = position.cell
-            targets = picture.targets if picture.targets is not None else picture.codes
-            found.append((n, targets[start + i * width + j], (height, width), picture))
+            targets = image.targets if image.targets is not None else image.codes
+            found.append((n, targets[start + i * width + j], (height, width), image))
     return found
 
 
 def scale_weights(grids: list[tuple[int, int]], alpha: float) -> list[float]:
-    """Weight of a token of each grid, (h·w)^-alpha, scaled so that all tokens of the picture weigh 1 on average."""
+    """Weight of a token of each grid, (h·w)^-alpha, scaled so that all tokens of the image weigh 1 on average."""
     raw = [(height * width) ** -alpha for height, width in grids]
     total = sum(height * width * weight for (height, width), weight in zip(grids, raw))
     count = sum(height * width for height, width in grids)
@@ -178,7 +180,7 @@ def losses(
 ) -> tuple[list[float], list[tuple[float, float, int]]]:
     """All cross-entropies, one by one, from logits (B, L, text + codes) over one softmax.
 
-    Returns the losses of text tokens and, of the codes, (loss, weight, number of the scale from 0). A picture counts
+    Returns the losses of text tokens and, of the codes, (loss, weight, number of the scale from 0). An image counts
     if its `<eoi>` has a label; placeholders and `<eoi>` themselves are predicted by nobody, nor is a first token.
     """
     text, codes = [], []
@@ -188,12 +190,12 @@ def losses(
                 before = [m for m in range(n) if positions[m].kind != "pad"]
                 if before:
                     text.append(cross_entropy(logits[b, before[-1]], int(labels[b, n])))
-        trained = [p.picture for n, p in enumerate(positions) if p.kind == "eoi" and int(labels[b, n]) != -100]
-        for n, code, grid, picture in code_targets(positions):
-            if any(picture is other for other in trained):
+        trained = [p.image for n, p in enumerate(positions) if p.kind == "eoi" and int(labels[b, n]) != -100]
+        for n, code, grid, image in code_targets(positions):
+            if any(image is other for other in trained):
                 scale = 0 if positions[n].kind == "boi" else positions[n].scale - 1
-                weight = scale_weights(picture.grids, alpha)[scale]
-                assert grid == picture.grids[scale]
+                weight = scale_weights(image.grids, alpha)[scale]
+                assert grid == image.grids[scale]
                 codes.append((cross_entropy(logits[b, n], vocab_size + code), weight, scale))
     return text, codes
 
@@ -214,7 +216,7 @@ def quantize(
     upsample: str = "bicubic",
     drawn: list[int] | None = None,
 ) -> tuple[list[int], torch.Tensor]:
-    """Multi-scale residual quantisation of one picture's latents (C, h, w), the semantic channels first.
+    """Multi-scale residual quantisation of one image's latents (C, h, w), the semantic channels first.
 
     Each scale: the residual brought down, the index with the smallest weighted sum of both squared distances (between
     halves of unit length with `normalize`), its vectors brought up again and subtracted. With `drawn` the residual goes
@@ -269,7 +271,7 @@ def filtered_probabilities(
 
 
 def as_batch(
-    rows: list[list[int | Picture]], boi: int, eoi: int, placeholder: int, read_last_scale: bool = False
+    rows: list[list[int | ReferenceImage]], boi: int, eoi: int, placeholder: int, read_last_scale: bool = False
 ) -> tuple[list[list[Position]], dict[str, torch.Tensor]]:
     """Rows of different length, padded on the left: their positions, and what a model is given of them."""
     lengths = [len(lay_out(row, boi, eoi, placeholder, read_last_scale)) for row in rows]
@@ -279,9 +281,9 @@ def as_batch(
         "input_ids": torch.tensor([[position.token for position in row] for row in laid_out]),
         "attention_mask": torch.tensor([[int(position.kind != "pad") for position in row] for row in laid_out]),
     }
-    pictures = [item for row in rows for item in row if isinstance(item, Picture)]
-    if pictures:
-        longest = max(len(picture.codes) for picture in pictures)
-        inputs["image_tokens"] = torch.tensor([p.codes + [-1] * (longest - len(p.codes)) for p in pictures])
-        inputs["image_grids"] = torch.tensor([picture.grids[-1] for picture in pictures])
+    images = [item for row in rows for item in row if isinstance(item, ReferenceImage)]
+    if images:
+        longest = max(len(image.codes) for image in images)
+        inputs["image_tokens"] = torch.tensor([p.codes + [-1] * (longest - len(p.codes)) for p in images])
+        inputs["image_grids"] = torch.tensor([image.grids[-1] for image in images])
     return laid_out, inputs

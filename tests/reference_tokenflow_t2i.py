@@ -89,7 +89,7 @@ def reference_logits(model, prompt, codes, num_scales, own=False, first_position
 
 
 def reference_drawing(model, prompt, negative, cfg, rounds):
-    """Likeliest codes of a picture, read anew from the start in each step; `rounds` counts the drawings of a scale.
+    """Likeliest codes of an image, read anew from the start in each step; `rounds` counts the drawings of a scale.
 
     Returns codes, and the guided logits of each scale's last round.
     """

@@ -1,4 +1,4 @@
-"""Editing, regions, variations, thinking, films, conversations, candidates: each against what it is made of."""
+"""Editing, regions, variations, thinking, videos, conversations, candidates: each against what it is made of."""
 
 import warnings
 from pathlib import Path
@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
-from reference_nextflow import Picture, as_batch, code_targets, cross_entropy, quantize
+from reference_nextflow import ReferenceImage, as_batch, code_targets, cross_entropy, quantize
 from test_generation import draw, negative, prompts, schedules_of, teacher_forced_logits
-from test_modeling import random_picture, special_tokens
+from test_modeling import random_image, special_tokens
 from tiny import tiny_model, tiny_processor
 
 from transformers_nextflow import ImageSampling, KeptRegion, NextFlowPipeline
-from transformers_nextflow.films import read_frames, write_frames
+from transformers_nextflow.generation.region_editing import NOISE_SHARE
 from transformers_nextflow.multiscale_quantizer import resample
-from transformers_nextflow.region_editing import NOISE_SHARE
+from transformers_nextflow.video_processing_nextflow import read_frames, write_frames
 
 
 GREEDY = {"temperature": 0}
@@ -32,7 +32,7 @@ def pipe():
     return pipe
 
 
-def picture(seed=0, size=(16, 16)):
+def make_image(seed=0, size=(16, 16)):
     pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -41,45 +41,45 @@ def seeds(*numbers):
     return [torch.Generator().manual_seed(number) for number in numbers]
 
 
-# --- guidance over pictures ---
+# --- guidance over images ---
 
 
-def test_guidance_over_pictures_and_over_text_equals_its_formula():
+def test_guidance_over_images_and_over_text_equals_its_formula():
     model = tiny_model()
-    shown = random_picture(model.config)
+    shown = random_image(model.config)
     schedules = schedules_of(model.config, [(16, 16)])
     contexts = [[20, shown, 21], [shown, 22], [22]]
     inputs = prompts(model.config, [contexts[0]]) | negative(prompts(model.config, [contexts[1]]))
-    imageless = prompts(model.config, [contexts[2]])
-    inputs |= {f"imageless_{name}": value for name, value in imageless.items()}
+    unconditional = prompts(model.config, [contexts[2]])
+    inputs |= {f"unconditional_{name}": value for name, value in unconditional.items()}
     sampling = ImageSampling(guidance_scale=3.0, image_guidance_scale=1.5, num_unguided_scales=1)
     output, logits = draw(model, schedules, inputs, sampling=sampling)
-    whole, pictures, nothing = (
+    whole, images, nothing = (
         teacher_forced_logits(model, [row], schedules, output.image_tokens)[0] for row in contexts
     )
-    expected = nothing + 1.5 * (pictures - nothing) + 3.0 * (whole - pictures)
+    expected = nothing + 1.5 * (images - nothing) + 3.0 * (whole - images)
     start = schedules[0].offsets[-2]
     torch.testing.assert_close(torch.cat(logits[0][:-1]), expected[:start], atol=1e-4, rtol=0)
     torch.testing.assert_close(logits[0][-1], whole[start:], atol=1e-4, rtol=0)
 
 
-def test_guidance_over_pictures_asks_for_prompts_without_them():
+def test_guidance_over_images_asks_for_prompts_without_them():
     model = tiny_model()
-    inputs = prompts(model.config, [[20, random_picture(model.config)]])
-    inputs |= negative(prompts(model.config, [[random_picture(model.config)]]))
-    with pytest.raises(ValueError, match="Guidance needs imageless_input_ids"):
+    inputs = prompts(model.config, [[20, random_image(model.config)]])
+    inputs |= negative(prompts(model.config, [[random_image(model.config)]]))
+    with pytest.raises(ValueError, match="Guidance needs unconditional_input_ids"):
         draw(model, schedules_of(model.config, [(16, 16)]), inputs, sampling=ImageSampling(image_guidance_scale=2.0))
 
 
 # --- editing ---
 
 
-def test_an_edit_reads_its_picture_and_keeps_its_size(pipe):
-    wide = picture(size=(32, 8))
+def test_an_edit_reads_its_image_and_keeps_its_size(pipe):
+    wide = make_image(size=(32, 8))
     edited = pipe("make it red", image=wide, generator=seeds(0))
     assert edited.images[0].size == (32, 8)
     plain = pipe("make it red", height=8, width=32, generator=seeds(0))
-    other = pipe("make it red", image=picture(1, (32, 8)), generator=seeds(0))
+    other = pipe("make it red", image=make_image(1, (32, 8)), generator=seeds(0))
     assert not torch.equal(edited.image_tokens, plain.image_tokens)
     assert not torch.equal(edited.image_tokens, other.image_tokens)
     inputs = pipe.processor.apply_image_prompt(["make it red"], [[wide]])
@@ -87,8 +87,8 @@ def test_an_edit_reads_its_picture_and_keeps_its_size(pipe):
     assert torch.equal(edited.image_tokens, drawn.image_tokens)
 
 
-def test_several_pictures_and_a_batch_equal_single_calls(pipe):
-    texts, images = ["a red circle", "two stars"], [[picture(1), picture(2, (16, 16))], picture(3)]
+def test_several_images_and_a_batch_equal_single_calls(pipe):
+    texts, images = ["a red circle", "two stars"], [[make_image(1), make_image(2, (16, 16))], make_image(3)]
     options = {"guidance_scale": 2.0, "image_guidance_scale": 1.5}
     together = pipe(texts, image=images, generator=seeds(5, 6), **options)
     for row, seed in enumerate((5, 6)):
@@ -144,8 +144,8 @@ def test_codes_outside_a_region_are_the_nearest_to_what_is_left(ratio):
 
 
 @pytest.mark.parametrize("upsample, downsample", [("nearest", "area"), ("rotary", "rotary")])
-def test_codes_across_the_edge_weigh_what_the_picture_shows_outside(upsample, downsample):
-    """Against the squared distances cell by cell, on a picture of 4 x 4 cells of which one column is drawn."""
+def test_codes_across_the_edge_weigh_what_the_image_shows_outside(upsample, downsample):
+    """Against the squared distances cell by cell, on an image of 4 x 4 cells of which one column is drawn."""
     model = tiny_model(vq_config={"upsample": upsample, "downsample": downsample, "scales": [1, 2, 4]})
     (schedule,) = schedules_of(model.config, [(16, 16)])
     quantizer = model.vq_model.quantizer
@@ -177,8 +177,8 @@ def test_codes_across_the_edge_weigh_what_the_picture_shows_outside(upsample, do
             )
 
 
-def test_pasted_back_pixels_equal_the_pictures_own(pipe):
-    own, mask = picture(4), Image.new("L", (16, 16))
+def test_pasted_back_pixels_equal_the_images_own(pipe):
+    own, mask = make_image(4), Image.new("L", (16, 16))
     mask.paste(255, (4, 0, 12, 7))
     plain = pipe("a star", image=own, mask_image=mask, generator=seeds(0)).images[0]
     pasted = pipe("a star", image=own, mask_image=mask, generator=seeds(0), paste_back=True).images[0]
@@ -188,8 +188,8 @@ def test_pasted_back_pixels_equal_the_pictures_own(pipe):
     assert not np.array_equal(np.asarray(plain)[~inside], np.asarray(own)[~inside])
 
 
-def test_masks_follow_their_picture_through_resizing_and_cropping(pipe):
-    own, mask = picture(4, (40, 32)), Image.new("L", (40, 32))
+def test_masks_follow_their_image_through_resizing_and_cropping(pipe):
+    own, mask = make_image(4, (40, 32)), Image.new("L", (40, 32))
     mask.paste(255, (0, 0, 20, 32))
     region = pipe.processor.image_processor.preprocess_mask(mask, own)
     height, width = region.shape
@@ -202,7 +202,7 @@ def test_masked_batch_equals_single_calls(pipe):
     masks = [Image.new("L", (16, 16)), Image.new("L", (32, 8))]
     masks[0].paste(255, (0, 0, 8, 8))
     masks[1].paste(255, (16, 0, 32, 8))
-    images = [picture(1), picture(2, (32, 8))]
+    images = [make_image(1), make_image(2, (32, 8))]
     together = pipe(["one", "two"], image=images, mask_image=masks, generator=seeds(0, 1))
     for row in range(2):
         alone = pipe(["one", "two"][row], image=images[row], mask_image=masks[row], generator=seeds(row))
@@ -211,7 +211,7 @@ def test_masked_batch_equals_single_calls(pipe):
 
 
 def test_masks_of_every_form_mark_the_same(pipe):
-    image, mask = picture(1), np.zeros((16, 16), dtype=np.uint8)
+    image, mask = make_image(1), np.zeros((16, 16), dtype=np.uint8)
     mask[:8, :8] = 255
     tensor = torch.from_numpy(mask)
     forms = [Image.fromarray(mask), mask, mask > 0, mask / 255, tensor, tensor[None], tensor[None, None], [mask]]
@@ -223,9 +223,9 @@ def test_masks_of_every_form_mark_the_same(pipe):
 
 
 def test_images_of_every_form_are_the_same(pipe):
-    array = np.asarray(picture(1))
+    array = np.asarray(make_image(1))
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
-    drawn = [pipe("one", image=form, **GREEDY).image_tokens for form in (picture(1), array, tensor, tensor[None])]
+    drawn = [pipe("one", image=form, **GREEDY).image_tokens for form in (make_image(1), array, tensor, tensor[None])]
     assert all(torch.equal(codes, drawn[0]) for codes in drawn)
     together = pipe(["one", "one"], image=torch.stack([tensor, tensor]), **GREEDY).image_tokens
     assert torch.equal(together, drawn[0].expand(2, -1))
@@ -237,7 +237,7 @@ def test_images_of_every_form_are_the_same(pipe):
 
 
 def test_a_variation_keeps_the_first_scales_and_draws_the_rest(pipe):
-    images = [picture(1), picture(2, (32, 8))]
+    images = [make_image(1), make_image(2, (32, 8))]
     varied = pipe(["one", "two"], image=images, num_kept_scales=2, generator=seeds(0, 1)).image_tokens
     for row, own in enumerate(images):
         inputs = pipe.processor.image_processor([own], return_tensors="pt")
@@ -255,7 +255,7 @@ COLD = {"temperature": [0.7, 0.7, 0.0, 0.0], "guidance_scale": 1.0}
 
 
 def test_variations_that_cannot_differ_are_refused(pipe):
-    options = {"image": picture(1), "num_images_per_prompt": 4}
+    options = {"image": make_image(1), "num_images_per_prompt": 4}
     assert len(set(codes_of(pipe("one", num_kept_scales=1, **options, **COLD)))) > 1
     for settings in ({"num_kept_scales": 2} | COLD, {"num_kept_scales": 3} | COLD, {"num_kept_scales": 4}):
         with pytest.raises(ValueError, match="The 4 variations of a prompt would be one image: .* a temperature above"):
@@ -265,7 +265,9 @@ def test_variations_that_cannot_differ_are_refused(pipe):
             pipe("one", **options, num_kept_scales=1, **settings)
     assert len(set(codes_of(pipe("one", num_kept_scales=2, **options, **(COLD | {"temperature": 1.0}))))) > 1
     with pytest.raises(ValueError, match="The 2 variations"):
-        pipe("one", image=picture(1), num_candidates=2, candidate_scorer=lambda *_: [0, 1], num_kept_scales=2, **COLD)
+        pipe(
+            "one", image=make_image(1), num_candidates=2, candidate_scorer=lambda *_: [0, 1], num_kept_scales=2, **COLD
+        )
 
 
 def codes_of(output) -> list[tuple[int, ...]]:
@@ -276,12 +278,12 @@ def test_variations_that_are_all_the_same_are_warned_of(pipe):
     options = {"num_kept_scales": 1, "num_images_per_prompt": 2}
     same = {"generator": seeds(0, 0), **options}
     with pytest.warns(UserWarning, match="All 2 variations for prompt 0 are the same image: the first 1 scales"):
-        pipe("one", image=picture(1), **same)
+        pipe("one", image=make_image(1), **same)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pipe("one", image=picture(1), generator=seeds(0, 1), **options)
+        pipe("one", image=make_image(1), generator=seeds(0, 1), **options)
     with pytest.warns(UserWarning, match="The variation for prompt 1 is the image itself"):
-        pipe(["one", "two"], image=[picture(1), picture(2, (32, 8))], num_kept_scales=4)
+        pipe(["one", "two"], image=[make_image(1), make_image(2, (32, 8))], num_kept_scales=4)
 
 
 # --- thinking ---
@@ -347,12 +349,12 @@ def test_candidates_are_judged_by_how_well_they_are_described(pipe):
 
 
 def slow_scores(pipe, codes, grids, texts):
-    """Log-likelihoods of texts given pictures and of pictures given texts, token by token from full passes."""
+    """Log-likelihoods of texts given images and of images given texts, token by token from full passes."""
     model, processor = pipe.model, pipe.processor
     text_scores, image_scores = [], []
     for tokens, grid, text in zip(codes, grids, texts):
         (schedule,) = model.model.schedules_of(grid[None])
-        shown = Picture(list(schedule.grids), tokens[: schedule.num_tokens].tolist())
+        shown = ReferenceImage(list(schedule.grids), tokens[: schedule.num_tokens].tolist())
         answer = processor.tokenizer(text)["input_ids"] + [processor.tokenizer.eos_token_id]
         before, after = chat_around(processor, processor.caption_request)
         sequence = [*before, shown, *after, *answer]
@@ -371,7 +373,7 @@ def slow_scores(pipe, codes, grids, texts):
 
 
 def chat_around(processor, text):
-    """Token ids of a question on either side of its picture."""
+    """Token ids of a question on either side of its image."""
     image = processor.image_token_id
     ids = processor.tokenizer.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}],
@@ -383,7 +385,7 @@ def chat_around(processor, text):
 
 
 def test_scores_equal_sums_over_full_passes(pipe):
-    images, texts = [picture(1), picture(2, (32, 8))], ["a red circle", "two blue squares and a green star"]
+    images, texts = [make_image(1), make_image(2, (32, 8))], ["a red circle", "two blue squares and a green star"]
     scores = pipe.score(images, texts)
     inputs = pipe.processor.image_processor(images, return_tensors="pt")
     codes = pipe.model.get_image_tokens(**inputs)
@@ -392,66 +394,66 @@ def test_scores_equal_sums_over_full_passes(pipe):
     torch.testing.assert_close(scores.image_given_text, torch.tensor(image_scores), atol=1e-3, rtol=0)
 
 
-# --- films ---
+# --- videos ---
 
 
 @pytest.mark.parametrize("with_first_frame", [False, True])
-def test_a_film_with_given_texts_is_drawn_frame_after_frame(pipe, with_first_frame):
+def test_a_video_with_given_texts_is_drawn_frame_after_frame(pipe, with_first_frame):
     scripts = [["a red circle", "it moves", "it moves again"], ["two stars", "one goes", "nothing changes"]]
-    first = [picture(1), picture(2)] if with_first_frame else None
-    film = pipe.film(scripts, image=first, **GREEDY)
-    assert film.transitions == [script[1:] for script in scripts]
+    first = [make_image(1), make_image(2)] if with_first_frame else None
+    video = pipe.video(scripts, image=first, **GREEDY)
+    assert video.transitions == [script[1:] for script in scripts]
     processor, model = pipe.processor, pipe.model
     (schedule,) = model.model.schedules_of(torch.tensor([[4, 4]]))
     for row, script in enumerate(scripts):
         if with_first_frame:
             inputs = processor.image_processor([first[row]], return_tensors="pt")
-            shown = Picture(list(schedule.grids), model.get_image_tokens(**inputs)[0].tolist())
+            shown = ReferenceImage(list(schedule.grids), model.get_image_tokens(**inputs)[0].tolist())
             before, after = chat_around(processor, script[0])
-            sequence, pictures = [*before, shown, *after], [shown]
+            sequence, images = [*before, shown, *after], [shown]
         else:
-            sequence, pictures = processor.prompt_ids([script[0]])[0], []
-        for frame in range(len(pictures), 3):
+            sequence, images = processor.prompt_ids([script[0]])[0], []
+        for frame in range(len(images), 3):
             if frame:
                 sequence = [*sequence, *processor.tokenizer(script[frame])["input_ids"]]
             inputs = prompts(model.config, [sequence])
             drawn = model.generate_images(**inputs, image_sizes=[(16, 16)], sampling=ImageSampling(**GREEDY))
-            pictures.append(Picture(list(schedule.grids), drawn.image_tokens[0].tolist()))
-            sequence = [*sequence, pictures[-1]]
-        codes = torch.tensor([shown.codes for shown in pictures])
+            images.append(ReferenceImage(list(schedule.grids), drawn.image_tokens[0].tolist()))
+            sequence = [*sequence, images[-1]]
+        codes = torch.tensor([shown.codes for shown in images])
         expected = processor.post_process_images(model.decode_image_tokens(codes, torch.tensor([[4, 4]] * 3)))
         if with_first_frame:
             expected[0] = first[row]
-        for found, wanted in zip(film.frames[row], expected, strict=True):
+        for found, wanted in zip(video.frames[row], expected, strict=True):
             assert np.array_equal(np.asarray(found), np.asarray(wanted))
 
 
-def test_a_film_writes_its_own_texts_and_has_the_frames_asked_for(pipe):
-    film = pipe.film(["a red circle", "two stars"], num_frames=3, max_transition_tokens=2, **GREEDY)
-    assert [len(frames) for frames in film.frames] == [3, 3] and [len(texts) for texts in film.transitions] == [2, 2]
-    alone = pipe.film("two stars", num_frames=3, max_transition_tokens=2, **GREEDY)
-    for found, wanted in zip(alone.frames[0], film.frames[1]):
+def test_a_video_writes_its_own_texts_and_has_the_frames_asked_for(pipe):
+    video = pipe.video(["a red circle", "two stars"], num_frames=3, max_transition_tokens=2, **GREEDY)
+    assert [len(frames) for frames in video.frames] == [3, 3] and [len(texts) for texts in video.transitions] == [2, 2]
+    alone = pipe.video("two stars", num_frames=3, max_transition_tokens=2, **GREEDY)
+    for found, wanted in zip(alone.frames[0], video.frames[1]):
         assert np.array_equal(np.asarray(found), np.asarray(wanted))
-    first = pipe.film("two stars", image=picture(1), num_frames=2, **GREEDY)
-    assert np.array_equal(np.asarray(first.frames[0][0]), np.asarray(picture(1))) and len(first.transitions[0]) == 1
+    first = pipe.video("two stars", image=make_image(1), num_frames=2, **GREEDY)
+    assert np.array_equal(np.asarray(first.frames[0][0]), np.asarray(make_image(1))) and len(first.transitions[0]) == 1
 
 
-def test_a_film_without_a_first_frame_has_no_guidance_towards_pictures():
+def test_a_video_without_a_first_frame_has_no_guidance_towards_images():
     pipe = NextFlowPipeline(tiny_model(), tiny_processor())
     pipe.set_progress_bar_config(disable=True)
     pipe.model.generation_config.editing_sampling = {"image_guidance_scale": 2.0, "temperature": 0.0}
-    pipe.film("a star", num_frames=2, max_transition_tokens=2)
-    pipe.film("a star", image=picture(), num_frames=2, max_transition_tokens=2)
+    pipe.video("a star", num_frames=2, max_transition_tokens=2)
+    pipe.video("a star", image=make_image(), num_frames=2, max_transition_tokens=2)
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".mp4"])
-def test_films_are_written_and_read_frame_by_frame(tmp_path, suffix):
+def test_videos_are_written_and_read_frame_by_frame(tmp_path, suffix):
     if suffix == ".mp4":
         pytest.importorskip("imageio_ffmpeg")
     colors = ["red", "lime", "blue"]
     frames = [Image.new("RGB", (32, 32), color) for color in colors]
-    write_frames(frames, tmp_path / f"film{suffix}", frames_per_second=2)
-    read = read_frames(tmp_path / f"film{suffix}")
+    write_frames(frames, tmp_path / f"video{suffix}", frames_per_second=2)
+    read = read_frames(tmp_path / f"video{suffix}")
     assert len(read) == 3
     for found, wanted in zip(read, frames):
         assert found.size == (32, 32)
@@ -460,46 +462,46 @@ def test_films_are_written_and_read_frame_by_frame(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", [".gif", ".mp4"])
 @pytest.mark.parametrize("colors", ["rrgb", "rggr", "rrrr", "rr", "rrrgggr"])
-def test_films_keep_frames_that_are_equal_to_the_one_before(tmp_path, suffix, colors):
+def test_videos_keep_frames_that_are_equal_to_the_one_before(tmp_path, suffix, colors):
     if suffix == ".mp4":
         pytest.importorskip("imageio_ffmpeg")
     named = {"r": "red", "g": "lime", "b": "blue"}
     frames = [Image.new("RGB", (32, 32), named[color]) for color in colors]
-    write_frames(frames, tmp_path / f"film{suffix}", frames_per_second=4)
-    read = read_frames(tmp_path / f"film{suffix}")
+    write_frames(frames, tmp_path / f"video{suffix}", frames_per_second=4)
+    read = read_frames(tmp_path / f"video{suffix}")
     assert len(read) == len(frames)
     for found, wanted in zip(read, frames):
         assert np.abs(np.asarray(found).astype(int) - np.asarray(wanted)).max() <= (0 if suffix == ".gif" else 4)
     if suffix == ".gif":
-        with Image.open(tmp_path / "film.gif") as film:
-            assert [frame.info["duration"] for frame in ImageSequence.Iterator(film)] == [250] * len(frames)
+        with Image.open(tmp_path / "video.gif") as video:
+            assert [frame.info["duration"] for frame in ImageSequence.Iterator(video)] == [250] * len(frames)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
 def test_frames_of_any_mode_are_written(tmp_path, mode):
     black, white = (Image.new("RGB", (16, 16), color).convert(mode) for color in ("black", "white"))
     frames = [black, black, white, white, white, black]
-    write_frames(frames, tmp_path / "film.gif")
-    read = read_frames(tmp_path / "film.gif")
+    write_frames(frames, tmp_path / "video.gif")
+    read = read_frames(tmp_path / "video.gif")
     assert [frame.convert("RGB").getpixel((0, 0))[0] > 127 for frame in read] == [False, False, True, True, True, False]
 
 
 def test_noise_that_a_gif_can_only_approach_keeps_its_number_of_frames(tmp_path):
-    frames = [picture(0), picture(0), picture(1), picture(0)]
+    frames = [make_image(0), make_image(0), make_image(1), make_image(0)]
     frames[1].putpixel((0, 0), tuple(value ^ 1 for value in frames[1].getpixel((0, 0))))
-    write_frames(frames, tmp_path / "film.gif", frames_per_second=3)
-    assert len(read_frames(tmp_path / "film.gif")) == 4
+    write_frames(frames, tmp_path / "video.gif", frames_per_second=3)
+    assert len(read_frames(tmp_path / "video.gif")) == 4
 
 
 @pytest.mark.parametrize("rate", [0, -1.0, float("nan"), 1e9])
-def test_rates_that_no_film_has_are_refused(tmp_path, rate):
+def test_rates_that_no_video_has_are_refused(tmp_path, rate):
     with pytest.raises(ValueError, match="frames_per_second goes from 0.01 to 100, got"):
-        write_frames([picture(0)], tmp_path / "film.gif", frames_per_second=rate)
+        write_frames([make_image(0)], tmp_path / "video.gif", frames_per_second=rate)
 
 
-def test_a_film_that_cannot_be_written_to_its_end_leaves_the_one_before(tmp_path, monkeypatch):
-    path = tmp_path / "film.gif"
-    write_frames([picture(0), picture(1)], path)
+def test_a_video_that_cannot_be_written_to_its_end_leaves_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "video.gif"
+    write_frames([make_image(0), make_image(1)], path)
     before = path.read_bytes()
 
     def full(self, path, **kwargs):
@@ -508,26 +510,28 @@ def test_a_film_that_cannot_be_written_to_its_end_leaves_the_one_before(tmp_path
 
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(OSError, match="No space left"):
-        write_frames([picture(2)], path)
+        write_frames([make_image(2)], path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 # --- conversations ---
 
 
-def test_a_film_in_a_conversation_is_read_as_its_frames(pipe):
-    frames = [picture(n) for n in range(3)]
+def test_a_video_in_a_conversation_is_read_as_its_frames(pipe):
+    frames = [make_image(n) for n in range(3)]
     question = {"type": "text", "text": "what happens?"}
-    film = [{"role": "user", "content": [{"type": "video", "video": frames}, question]}]
+    video = [{"role": "user", "content": [{"type": "video", "video": frames}, question]}]
     images = [{"role": "user", "content": [{"type": "image", "image": f} for f in frames] + [question]}]
     options = {"max_images": 0, "max_new_tokens": 5}
-    assert pipe.chat(film, **options) == pipe.chat(images, **options)
-    assert pipe.chat(film, **options) != pipe.chat([{"role": "user", "content": [question]}], **options)
+    assert pipe.chat(video, **options) == pipe.chat(images, **options)
+    assert pipe.chat(video, **options) != pipe.chat([{"role": "user", "content": [question]}], **options)
 
 
-def test_conversations_go_on_in_text_and_pictures_and_a_batch_equals_single_ones(pipe):
+def test_conversations_go_on_in_text_and_images_and_a_batch_equals_single_ones(pipe):
     first = [{"role": "user", "content": [{"type": "text", "text": "draw a red circle"}]}]
-    second = [{"role": "user", "content": [{"type": "image", "image": picture(1)}, {"type": "text", "text": "and?"}]}]
+    second = [
+        {"role": "user", "content": [{"type": "image", "image": make_image(1)}, {"type": "text", "text": "and?"}]}
+    ]
     options = {"min_images": 1, "max_new_tokens": 4, "sampling": ImageSampling(guidance_scale=2.0, **GREEDY)}
     together = pipe.chat([first, second], **options)
     for conversation, answer in zip((first, second), together):
@@ -550,39 +554,39 @@ MASK = Image.new("L", (16, 16), 255)
     "arguments, message",
     [
         ({"image": []}, "empty list of images"),
-        ({"prompt": "", "image": picture()}, "Prompt 0 is empty"),
-        ({"prompt": ["one", "two"], "image": [picture()]}, "2 prompts came with 1 images"),
-        ({"prompt": ["one", "two"], "image": picture()}, "2 prompts came with 1 images"),
-        ({"image": picture(size=(90, 10))}, "outside 1:4 to 4:1"),
+        ({"prompt": "", "image": make_image()}, "Prompt 0 is empty"),
+        ({"prompt": ["one", "two"], "image": [make_image()]}, "2 prompts came with 1 images"),
+        ({"prompt": ["one", "two"], "image": make_image()}, "2 prompts came with 1 images"),
+        ({"image": make_image(size=(90, 10))}, "outside 1:4 to 4:1"),
         ({"mask_image": MASK}, "give image="),
-        ({"mask_image": MASK, "image": [picture(), picture()]}, "give image="),
-        ({"mask_image": MASK, "image": picture(size=(32, 8))}, "16x16 pixels, its picture 32x8"),
-        ({"mask_image": Image.new("L", (16, 16)), "image": picture()}, "marks nothing"),
-        ({"mask_image": MASK, "image": picture(), "height": 8, "width": 32}, "its size cannot change"),
-        ({"paste_back": True, "image": picture()}, "give mask_image"),
-        ({"num_kept_scales": 5, "image": picture()}, "from 1 to the 4 scales, got 5"),
+        ({"mask_image": MASK, "image": [make_image(), make_image()]}, "give image="),
+        ({"mask_image": MASK, "image": make_image(size=(32, 8))}, "16x16 pixels, its image 32x8"),
+        ({"mask_image": Image.new("L", (16, 16)), "image": make_image()}, "marks nothing"),
+        ({"mask_image": MASK, "image": make_image(), "height": 8, "width": 32}, "its size cannot change"),
+        ({"paste_back": True, "image": make_image()}, "give mask_image"),
+        ({"num_kept_scales": 5, "image": make_image()}, "from 1 to the 4 scales, got 5"),
         ({"num_kept_scales": 2}, "give image="),
-        ({"num_kept_scales": 2.0, "image": picture()}, "from 1 to the 4 scales, got 2.0"),
-        ({"prompt": ["one"], "image": [picture()], "mask_image": MASK}, "1 prompts came with 1 masks; give a list"),
-        ({"mask_image": [MASK, MASK], "image": picture()}, "1 prompts came with 2 masks"),
-        ({"mask_image": torch.ones(2, 1, 16, 16), "image": picture()}, "1 prompts came with 2 masks"),
+        ({"num_kept_scales": 2.0, "image": make_image()}, "from 1 to the 4 scales, got 2.0"),
+        ({"prompt": ["one"], "image": [make_image()], "mask_image": MASK}, "1 prompts came with 1 masks; give a list"),
+        ({"mask_image": [MASK, MASK], "image": make_image()}, "1 prompts came with 2 masks"),
+        ({"mask_image": torch.ones(2, 1, 16, 16), "image": make_image()}, "1 prompts came with 2 masks"),
         (
-            {"mask_image": np.ones((2, 16, 16)), "image": picture()},
+            {"mask_image": np.ones((2, 16, 16)), "image": make_image()},
             r"A mask is one image, got <ndarray of shape \(2, 16",
         ),
-        ({"mask_image": [[MASK, MASK]], "image": picture()}, "A mask is one image, got .* give one for each prompt"),
-        ({"mask_image": [], "image": picture()}, "1 prompts came with 0 masks"),
-        ({"prompt": ["one"] * 2, "image": [picture()] * 2, "mask_image": [MASK] * 3}, "2 prompts came with 3 masks"),
-        ({"prompt": ["one"] * 2, "image": [picture()] * 2, "mask_image": [MASK, [MASK] * 2]}, "A mask is one image"),
-        ({"image": [[picture()], [picture()]]}, "1 prompts came with lists of images in lists"),
-        ({"prompt": ["one"], "image": [[[picture()]]]}, "1 prompts came with lists of images in lists"),
+        ({"mask_image": [[MASK, MASK]], "image": make_image()}, "A mask is one image, got .* give one for each prompt"),
+        ({"mask_image": [], "image": make_image()}, "1 prompts came with 0 masks"),
+        ({"prompt": ["one"] * 2, "image": [make_image()] * 2, "mask_image": [MASK] * 3}, "2 prompts came with 3 masks"),
+        ({"prompt": ["one"] * 2, "image": [make_image()] * 2, "mask_image": [MASK, [MASK] * 2]}, "A mask is one image"),
+        ({"image": [[make_image()], [make_image()]]}, "1 prompts came with lists of images in lists"),
+        ({"prompt": ["one"], "image": [[[make_image()]]]}, "1 prompts came with lists of images in lists"),
         ({"prompt": ["one"] * 2, "image": torch.ones(3, 3, 16, 16)}, "2 prompts came with 3 images"),
-        ({"image": [None]}, "Picture 0 cannot be read: it is None"),
+        ({"image": [None]}, "Image 0 cannot be read: it is None"),
         ({"prompt": np.zeros((99, 99))}, r"list of strings, got <ndarray of shape \(99, 99\)>"),
         ({"negative_prompt": [torch.zeros(99)]}, r"must be a string, got <Tensor of shape \(99,\)>"),
         ({"num_candidates": 0}, "num_candidates must be a whole number from 1, got 0"),
         ({"image_guidance_scale": 2.0}, "give image=, or leave it at 1"),
-        ({"think": True, "image": picture(), "num_kept_scales": 1}, "think goes without"),
+        ({"think": True, "image": make_image(), "num_kept_scales": 1}, "think goes without"),
     ],
 )
 def test_bad_requests_are_refused(pipe, arguments, message):
@@ -605,19 +609,19 @@ def test_thinking_is_refused_where_it_was_not_trained():
         ({"prompt": [["one", "two"]], "num_frames": 3}, "one text for each of num_frames"),
         ({"prompt": "one", "num_frames": 1}, "at least 2 frames, got 1"),
         ({"prompt": "", "num_frames": 2}, "Prompt 0 is empty"),
-        ({"prompt": [], "num_frames": 2}, r"a film's text, .* got \[\]"),
-        ({"prompt": None, "num_frames": 2}, "a film's text, .* got None"),
+        ({"prompt": [], "num_frames": 2}, r"a video's text, .* got \[\]"),
+        ({"prompt": None, "num_frames": 2}, "a video's text, .* got None"),
         ({"prompt": "one", "num_frames": 0}, "at least 2 frames, got 0"),
         ({"prompt": "one", "num_frames": 2.0}, "num_frames must be a whole number from 2, got 2.0"),
-        ({"prompt": ["one"], "num_frames": 3, "image": [[picture(), picture()]]}, "one first frame, got 2"),
-        ({"prompt": "one", "num_frames": 2, "image": picture(), "height": 8, "width": 32}, "its size cannot change"),
+        ({"prompt": ["one"], "num_frames": 3, "image": [[make_image(), make_image()]]}, "one first frame, got 2"),
+        ({"prompt": "one", "num_frames": 2, "image": make_image(), "height": 8, "width": 32}, "its size cannot change"),
         ({"prompt": "one", "num_frames": 2, "image_guidance_scale": 2.0}, "give image=, or leave it at 1"),
         ({"prompt": "one", "num_frames": 2, "negative_prompt": "a", "guidance_scale": 1.0}, "through guidance alone"),
     ],
 )
-def test_bad_films_are_refused(pipe, arguments, message):
+def test_bad_videos_are_refused(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
-        pipe.film(**arguments)
+        pipe.video(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -638,45 +642,45 @@ def test_bad_chats_are_refused(pipe, arguments, message):
 
 
 @pytest.mark.parametrize(
-    "pictures, texts, message",
+    "images, texts, message",
     [
-        (picture(), "one", "score takes lists"),
-        ([picture()], ["one", "two"], "1 images came with 2 prompts"),
-        ([picture()], [""], "Prompt 0 is empty"),
-        ([[picture(), picture()], picture()], ["one", "two"], "2 prompts came with 3 images in lists"),
+        (make_image(), "one", "score takes lists"),
+        ([make_image()], ["one", "two"], "1 images came with 2 prompts"),
+        ([make_image()], [""], "Prompt 0 is empty"),
+        ([[make_image(), make_image()], make_image()], ["one", "two"], "2 prompts came with 3 images in lists"),
     ],
 )
-def test_bad_pairs_are_not_scored(pipe, pictures, texts, message):
+def test_bad_pairs_are_not_scored(pipe, images, texts, message):
     with pytest.raises(ValueError, match=message):
-        pipe.score(pictures, texts)
+        pipe.score(images, texts)
 
 
-def test_a_first_frame_is_brought_to_the_films_size(pipe, tmp_path):
+def test_a_first_frame_is_brought_to_the_videos_size(pipe, tmp_path):
     first = Image.new("RGB", (100, 25), "red")
-    film = pipe.film("a star", image=first, num_frames=3, **GREEDY)
-    assert {frame.size for frame in film.frames[0]} == {(32, 8)}
-    assert np.array_equal(np.asarray(film.frames[0][0]), np.asarray(Image.new("RGB", (32, 8), "red")))
-    write_frames(film.frames[0], tmp_path / "film.gif")
+    video = pipe.video("a star", image=first, num_frames=3, **GREEDY)
+    assert {frame.size for frame in video.frames[0]} == {(32, 8)}
+    assert np.array_equal(np.asarray(video.frames[0][0]), np.asarray(Image.new("RGB", (32, 8), "red")))
+    write_frames(video.frames[0], tmp_path / "video.gif")
 
 
-def test_the_side_that_is_left_open_is_the_pictures(pipe):
-    assert pipe("a star", image=picture(size=(32, 8)), height=8, **GREEDY).images[0].size == (32, 8)
+def test_the_side_that_is_left_open_is_the_images(pipe):
+    assert pipe("a star", image=make_image(size=(32, 8)), height=8, **GREEDY).images[0].size == (32, 8)
 
 
-def test_films_that_cannot_be_read_or_written_are_refused(tmp_path):
+def test_videos_that_cannot_be_read_or_written_are_refused(tmp_path):
     with pytest.raises(ValueError, match="one size"):
-        read_frames([picture(), picture(size=(32, 8))])
+        read_frames([make_image(), make_image(size=(32, 8))])
     with pytest.raises(ValueError, match="at least one frame"):
         read_frames([])
-    with pytest.raises(ValueError, match="There is no film"):
-        read_frames(tmp_path / "film.gif")
-    (tmp_path / "film.gif").write_bytes(b"GIF89a broken")
-    with pytest.raises(ValueError, match="cannot be read as a film"):
-        read_frames(tmp_path / "film.gif")
+    with pytest.raises(ValueError, match="There is no video"):
+        read_frames(tmp_path / "video.gif")
+    (tmp_path / "video.gif").write_bytes(b"GIF89a broken")
+    with pytest.raises(ValueError, match="cannot be read as a video"):
+        read_frames(tmp_path / "video.gif")
     with pytest.raises(ValueError, match="written as .gif or .mp4"):
-        write_frames([picture()], tmp_path / "film.avi")
+        write_frames([make_image()], tmp_path / "video.avi")
 
 
-def test_scores_need_as_many_pictures_as_prompts(pipe):
+def test_scores_need_as_many_images_as_prompts(pipe):
     with pytest.raises(ValueError, match="1 images came with 2 prompts"):
-        pipe.score([picture()], ["one", "two"])
+        pipe.score([make_image()], ["one", "two"])

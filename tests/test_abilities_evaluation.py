@@ -10,9 +10,8 @@ from PIL import Image
 from tiny import tiny_model, tiny_processor
 
 from transformers_nextflow import NextFlowPipeline
-from transformers_nextflow.evaluation import abilities_evaluation
-from transformers_nextflow.evaluation.abilities_evaluation import WORLD, AbilitiesEvaluation
-from transformers_nextflow.evaluation.shapes import held_out_cases, pictures_of, render, texts_of
+from transformers_nextflow.worlds.shapes import abilities_evaluation, held_out_cases, images_of, render, texts_of
+from transformers_nextflow.worlds.shapes.abilities_evaluation import WORLD, AbilitiesEvaluation
 
 
 LIMIT = 12
@@ -28,13 +27,13 @@ SEMANTIC_ENCODER = {
 }
 
 
-def picture(scene):
+def make_image(scene):
     return Image.fromarray(render(scene, WORLD))
 
 
 @cache
 def known_cases():
-    abilities = (*DRAWN, "story", "film", "film_question", "caption", "text")
+    abilities = (*DRAWN, "story", "video", "video_question", "caption", "text")
     return [case for ability in abilities for case in held_out_cases(ability, WORLD, LIMIT)]
 
 
@@ -50,8 +49,8 @@ class KnowingPipeline:
 
     @staticmethod
     def key(parts):
-        return tuple(p if isinstance(p, str) else np.asarray(p if isinstance(p, Image.Image) else picture(p)).tobytes()
-                     for p in parts)  # fmt: skip
+        shown = [p if isinstance(p, str | Image.Image) else make_image(p) for p in parts]
+        return tuple(p if isinstance(p, str) else np.asarray(p).tobytes() for p in shown)
 
     def find(self, prompts, images):
         return [self.known[self.key((*row, text))] for text, row in zip(prompts, images or [()] * len(prompts))]
@@ -60,16 +59,16 @@ class KnowingPipeline:
         self.calls.append("draw")
         assert len(generator) == len(prompt) and len({g.initial_seed() for g in generator}) == len(prompt)
         cases = self.find(prompt, image)
-        images = [picture(pictures_of(case.answer)[0]) for case in cases]
+        images = [make_image(images_of(case.answer)[0]) for case in cases]
         thoughts = [(texts_of(case.answer) or [": ".join(case.drawn_from)])[0] for case in cases] if think else None
         return SimpleNamespace(images=images, thoughts=thoughts)
 
-    def film(self, prompt, image, num_frames, generator):
-        self.calls.append("film")
+    def video(self, prompt, image, num_frames, generator):
+        self.calls.append("video")
         cases = self.find(prompt, image and [[own] for own in image])
         assert {len(case.frames) for case in cases} == {num_frames}
         return SimpleNamespace(
-            frames=[[picture(frame) for frame in case.frames] for case in cases],
+            frames=[[make_image(frame) for frame in case.frames] for case in cases],
             transitions=[texts_of(case.answer) for case in cases],
         )
 
@@ -78,7 +77,7 @@ class KnowingPipeline:
         asked = [[part.get("image") or part["text"] for part in turn[0]["content"]] for turn in messages]
         return [
             {"role": "assistant", "content": [
-                {"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": picture(p)}
+                {"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": make_image(p)}
                 for p in self.known[self.key(parts)].answer
             ]}
             for parts in asked
@@ -91,22 +90,22 @@ def evaluation():
 
 
 @pytest.mark.parametrize("suite", DRAWN)
-def test_right_pictures_score_one(suite, evaluation, monkeypatch):
+def test_right_images_score_one(suite, evaluation, monkeypatch):
     monkeypatch.setattr(abilities_evaluation, "BATCH_SIZE", 5)
     assert set(evaluation._score(suite, evaluation.draw).values()) == {1.0}
     assert evaluation.pipe.calls == ["draw"] * 6  # two seeds, batches of 5, 5 and 2
 
 
-def test_thoughts_are_scored_beside_the_pictures(evaluation):
+def test_thoughts_are_scored_beside_the_images(evaluation):
     table = evaluation._score("thinking", evaluation.think)
     assert table["overall"] == table["overall_thought"] == table["overall_plan"] == 1
 
 
-def test_right_stories_films_and_answers_score_one(evaluation):
-    for ability, answer in (("story", evaluation.tell), ("film_question", evaluation.answer),
+def test_right_stories_videos_and_answers_score_one(evaluation):
+    for ability, answer in (("story", evaluation.tell), ("video_question", evaluation.answer),
                             ("caption", evaluation.answer), ("text", evaluation.answer)):  # fmt: skip
         assert set(evaluation._score(ability, answer).values()) == {1.0}
-    table = evaluation._score("film", evaluation.film, lambda case: (len(case.frames), case.first_given))
+    table = evaluation._score("video", evaluation.video, lambda case: (len(case.frames), case.first_given))
     assert set(table.values()) == {1.0}
 
 
@@ -135,8 +134,8 @@ def test_all_suites_run_on_a_real_pipeline(tmp_path, monkeypatch):
     scores = evaluation.scores()
     assert set(scores) == {
         "editing", "masked_editing", "subject", "in_context", "thinking", "thinking_without", "thinking_plainly",
-        "interleaved", "video", "ranking", "captions", "film_questions", "text",
+        "interleaved", "video", "ranking", "captions", "video_questions", "text",
     }  # fmt: skip
     assert all(0 <= value <= 1 for suite in scores.values() for key, value in suite.items() if "psnr" not in key)
     evaluation.save_sheets(tmp_path)
-    assert {path.stem for path in tmp_path.iterdir()} >= {*DRAWN, "thinking_without", "film", "masked_editing"}
+    assert {path.stem for path in tmp_path.iterdir()} >= {*DRAWN, "thinking_without", "video", "masked_editing"}

@@ -20,7 +20,7 @@ import training  # noqa: E402
 from jobs import Budget, Cache, Job, do_jobs  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from transformers_nextflow.loss_nextflow import LossTargets  # noqa: E402
+from transformers_nextflow.sequence.loss import LossTargets  # noqa: E402
 
 
 ARMS = {
@@ -96,7 +96,7 @@ def test_a_difference_counts_only_with_one_sign_and_above_two_standard_errors(di
     assert result["differences"] == pytest.approx(list(differences))
 
 
-def test_the_picture_has_a_panel_for_every_score_that_the_curves_have(tmp_path):
+def test_the_image_has_a_panel_for_every_score_that_the_curves_have(tmp_path):
     path = experiment.plot(ARMS, {"s": "a score", "psnr": "of the tokenizer alone"}, tmp_path / "new" / "x.png")
     assert path.stat().st_size > 5_000
 
@@ -187,8 +187,8 @@ def test_self_correction_changes_what_is_read_of_drawings_and_keeps_a_quarter_of
     plain, drawn = (training.rows_of(exchanges, vq_model, training.WORLD, share) for share in (0.0, 1.0))
     assert 5 <= sum(not row["image_tokens"] for row in plain) <= 25
     assert all(row["image_tokens"] == row["image_labels"] for row in plain)
-    pictures = [row for row in drawn if row["image_tokens"]]
-    changed = torch.tensor([row["image_tokens"] for row in pictures]) != torch.tensor(
-        [row["image_labels"] for row in pictures]
+    images = [row for row in drawn if row["image_tokens"]]
+    changed = torch.tensor([row["image_tokens"] for row in images]) != torch.tensor(
+        [row["image_labels"] for row in images]
     )
     assert 0.3 < changed.float().mean() < 0.8

@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from transformers_nextflow import ImageSampling, NextFlowForConditionalGeneration, TokenFlowT2IForConditionalGeneration
-from transformers_nextflow.packed_attention import PACKED_SDPA
+from transformers_nextflow.sequence.packed_attention import PACKED_SDPA
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer
 
 

@@ -51,7 +51,7 @@ def test_auto_classes_load_a_checkpoint_in_a_fresh_process(tmp_path):
 
 
 @pytest.mark.parametrize("read_last_scale", [False, True])
-def test_pipeline_answers_a_question_about_a_picture(read_last_scale):
+def test_pipeline_answers_a_question_about_a_image(read_last_scale):
     processor = tiny_processor(read_last_scale=read_last_scale)
     model = tiny_model(read_last_scale=read_last_scale)
     answer = pipeline("image-text-to-text", model=model, processor=processor, device="cpu")

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from transformers_nextflow import ImageSampling, fused_cross_entropy
+from transformers_nextflow import ImageSampling
 from transformers_nextflow.evaluation import results
+from transformers_nextflow.sequence import fused_cross_entropy
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -99,7 +100,7 @@ def test_guidance_takes_twice_the_operations_and_reads_the_weights_once(model):
     assert (two.passes, two.bytes) == (1, one.bytes + keys)
 
 
-def test_drawing_on_a_gpu_measures_a_picture_and_its_floor():
+def test_drawing_on_a_gpu_measures_a_image_and_its_floor():
     figures = drawing_on_gpu.measure("random", 64, "cpu", torch.float32, repeats=1, matrix_side=64)
     assert figures["passes"] == 7 and figures["seconds"] == figures["codes_seconds"] + figures["decoding_seconds"]
     assert figures["share_of_floor"] > 0 and figures["peak_gib"] >= figures["weights_gib"] > 0
@@ -112,7 +113,7 @@ def test_the_7b_preset_keeps_its_schedule():
     assert model.num_parameters() == 8_272_532_587 and model.dtype == torch.bfloat16
 
 
-def test_going_on_after_a_picture_is_compared_with_reading_it_anew(model):
+def test_going_on_after_a_image_is_compared_with_reading_it_anew(model):
     seconds = continue_after_image.measure(model, 4)
     assert set(seconds) == {"drawing", "on the cache", "decoding and encoding", "reading anew"}
 

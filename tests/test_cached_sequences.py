@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from transformers_nextflow.cached_sequences import CachedSequences
+from transformers_nextflow.generation.cached_sequences import CachedSequences
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from tiny import tiny_config, tiny_model, tiny_vq_config
 from typer.testing import CliRunner
 
-from transformers_nextflow import checkpoint_conversion
-from transformers_nextflow.checkpoint_conversion import (
+from transformers_nextflow.cli import app
+from transformers_nextflow.conversion import checkpoints as checkpoint_conversion
+from transformers_nextflow.conversion.checkpoints import (
     INDEX,
     KeyMap,
     PickledCheckpoint,
@@ -24,8 +25,7 @@ from transformers_nextflow.checkpoint_conversion import (
     write_model_card,
     write_shards,
 )
-from transformers_nextflow.checkpoint_report import report
-from transformers_nextflow.cli import app
+from transformers_nextflow.conversion.report import report
 
 
 KEYS = KeyMap({"model.layers.*.mlp.*": "layers.*.*", "model.norm": "norm"}, dropped=["visual.*"])

@@ -1,4 +1,4 @@
-"""The command line: pictures and answers, and errors in one line."""
+"""The command line: images and answers, and errors in one line."""
 
 import json
 import runpy
@@ -44,10 +44,10 @@ def assert_refused(result, message):
 
 
 def test_without_a_subcommand_it_shows_its_help():
-    assert all(name in run().output for name in ("generate", "edit", "vary", "film", "describe", "score", "evaluate"))
+    assert all(name in run().output for name in ("generate", "edit", "vary", "video", "describe", "score", "evaluate"))
 
 
-def test_generate_writes_the_picture_that_the_pipeline_draws(checkpoint, tmp_path):
+def test_generate_writes_the_image_that_the_pipeline_draws(checkpoint, tmp_path):
     result = run("generate", "a red circle", "--model", checkpoint, "--output", "new/out.png", "--seed", 3)
     assert result.exit_code == 0, result.output
     assert "new/out.png" in result.stdout and "Drawn in" in result.stdout
@@ -56,14 +56,14 @@ def test_generate_writes_the_picture_that_the_pipeline_draws(checkpoint, tmp_pat
     np.testing.assert_array_equal(np.asarray(Image.open("new/out.png")), np.asarray(expected))
 
 
-def test_generate_numbers_the_pictures_of_several_prompts(checkpoint, tmp_path):
+def test_generate_numbers_the_images_of_several_prompts(checkpoint, tmp_path):
     options = ["--num-images", 2, "--guidance-scale", 2, "--negative-prompt", "one", "--height", 8, "--width", 32]
     result = run("generate", "a red circle", "two blue squares", "--model", checkpoint, *options)
     assert result.exit_code == 0, result.output
     names = [f"nextflow-{i}.png" for i in range(4)]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert Image.open(names[0]).size == (32, 8)
-    # The second picture of the first prompt has the next seed.
+    # The second image of the first prompt has the next seed.
     run("generate", "a red circle", "--model", checkpoint, "--seed", 1, *options[2:])
     np.testing.assert_array_equal(np.asarray(Image.open("nextflow.png")), np.asarray(Image.open(names[1])))
 
@@ -73,10 +73,10 @@ def test_generate_saves_a_preview_of_each_scale_and_enlarges_pixels(checkpoint, 
     assert result.exit_code == 0, result.output
     names = [f"nextflow-scale-{number}.png" for number in range(1, 5)]
     assert sorted(path.name for path in (tmp_path / "previews").iterdir()) == names
-    picture = np.asarray(Image.open("nextflow.png"))
-    assert picture.shape == (48, 48, 3)
-    np.testing.assert_array_equal(picture, picture[::3, ::3].repeat(3, 0).repeat(3, 1))
-    np.testing.assert_array_equal(picture, np.asarray(Image.open(f"previews/{names[-1]}")))
+    image = np.asarray(Image.open("nextflow.png"))
+    assert image.shape == (48, 48, 3)
+    np.testing.assert_array_equal(image, image[::3, ::3].repeat(3, 0).repeat(3, 1))
+    np.testing.assert_array_equal(image, np.asarray(Image.open(f"previews/{names[-1]}")))
 
 
 def test_generate_takes_a_dtype_and_a_device(checkpoint):
@@ -92,8 +92,8 @@ def test_generate_takes_a_dtype_and_a_device(checkpoint):
         (["a", "--height", "17"], "the nearest that is: 16x16"),
         (["a", "--guidance-scale", "-1"], "guidance_scale must be at least 0"),
         (["a", "--num-images", "0"], "num_images_per_prompt must be a whole number from 1"),
-        (["a", "--output", "picture.doc"], "picture.doc has no extension of a picture"),
-        (["a", "--output", "picture"], "picture has no extension of a picture"),
+        (["a", "--output", "image.doc"], "image.doc has no extension of an image"),
+        (["a", "--output", "image"], "image has no extension of an image"),
         (["a", "--dtype", "int8"], "dtype must be one of"),
         (["a", "--device", "nowhere"], "Device 'nowhere' cannot be used"),
         (["a", "--model", "no/folder"], "No model can be loaded from no/folder"),
@@ -128,15 +128,15 @@ def test_generate_shows_the_thought_and_keeps_the_best_candidate(checkpoint):
     assert "Thought: " in result.stdout and Path("nextflow.png").is_file()
 
 
-def test_edit_film_vary_and_score_do_what_the_pipeline_does(checkpoint):
+def test_edit_video_vary_and_score_do_what_the_pipeline_does(checkpoint):
     pipe = NextFlowPipeline.from_pretrained(checkpoint)
     colors = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     Image.fromarray(colors).save("own.png")
     Image.new("L", (16, 16), 255).save("mask.png")
     model = ["--model", checkpoint]
 
-    def equal(path, picture):
-        np.testing.assert_array_equal(np.asarray(Image.open(path)), np.asarray(picture))
+    def equal(path, image):
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), np.asarray(image))
 
     def seed():
         return torch.Generator().manual_seed(0)
@@ -150,20 +150,20 @@ def test_edit_film_vary_and_score_do_what_the_pipeline_does(checkpoint):
     assert result.exit_code == 0, result.output
     equal("varied-0.png", pipe("a star", image="own.png", num_kept_scales=2, generator=seed()).images[0])
 
-    result = run("film", "a star", "it moves", "--first-frame", "own.png", *model)
+    result = run("video", "a star", "it moves", "--first-frame", "own.png", *model)
     assert result.exit_code == 0 and "Frame 2: it moves" in result.stdout, result.output
-    assert Image.open("film.gif").n_frames == 2
-    assert_refused(run("film", "a star", *model), "num_frames, or a text for each frame")
-    assert_refused(run("film", "a", "b", "--output", "film.avi", "--model", "no/folder"), "written as .gif or .mp4")
-    result = run("film", "a", "b", "--output", "new/folder/film.gif", *model)
-    assert result.exit_code == 0 and Path("new/folder/film.gif").is_file(), result.output
+    assert Image.open("video.gif").n_frames == 2
+    assert_refused(run("video", "a star", *model), "num_frames, or a text for each frame")
+    assert_refused(run("video", "a", "b", "--output", "video.avi", "--model", "no/folder"), "written as .gif or .mp4")
+    result = run("video", "a", "b", "--output", "new/folder/video.gif", *model)
+    assert result.exit_code == 0 and Path("new/folder/video.gif").is_file(), result.output
 
     result = run("score", "a star", "--image", "own.png", "--image", "varied-1.png", *model)
     assert result.exit_code == 0, result.output
     expected = pipe.score(["own.png"], ["a star"])
     row = result.stdout.splitlines()[1].split("\t")
     assert row[0] == f"{float(expected.text_given_image[0]):.2f}" and row[2] == "own.png"
-    described = run("describe", "film.gif", "own.png", *model, "--max-new-tokens", 3)
+    described = run("describe", "video.gif", "own.png", *model, "--max-new-tokens", 3)
     assert described.exit_code == 0, described.output
 
 
@@ -190,14 +190,14 @@ def test_variations_of_the_bundled_checkpoint_vary_or_the_message_says_why_they_
         ("draw_from_images.py", ["do the same", "own.png", "own.png"], "drawn.png"),
         ("vary_image.py", ["a star", "own.png", "--keep-scales", "2"], "variation-3.png"),
         ("vary_image.py", ["a star", "own.png", "--temperature", "0.5"], "variation-3.png"),
-        ("think_and_draw.py", ["a star"], "picture.png"),
-        ("draw_the_best.py", ["a star", "--candidates", "2"], "picture.png"),
-        ("film.py", ["a star", "--frames", "2"], "film.gif"),
-        ("story.py", ["a star", "--pictures", "1"], None),
+        ("think_and_draw.py", ["a star"], "image.png"),
+        ("draw_the_best.py", ["a star", "--candidates", "2"], "image.png"),
+        ("video.py", ["a star", "--frames", "2"], "video.gif"),
+        ("story.py", ["a star", "--images", "1"], None),
         ("describe_images.py", ["what is it?", "own.png"], None),
     ],
 )
-def test_each_script_runs_and_writes_its_pictures(checkpoint, monkeypatch, script, arguments, written):
+def test_each_script_runs_and_writes_its_images(checkpoint, monkeypatch, script, arguments, written):
     Image.new("RGB", (16, 16), "red").save("own.png")
     Image.new("L", (16, 16), 255).save("mask.png")
     path = Path(__file__).parents[1] / "pipelines" / script
@@ -215,9 +215,9 @@ def test_describe_gives_the_answer_of_the_model(checkpoint):
     assert asked.exit_code == 0, asked.output
 
 
-def test_describe_refuses_what_is_no_picture(checkpoint, tmp_path):
-    assert_refused(run("describe", "none.png", "--model", checkpoint), "There is no picture file none.png")
-    (tmp_path / "text.png").write_text("no picture")
+def test_describe_refuses_what_is_no_image(checkpoint, tmp_path):
+    assert_refused(run("describe", "none.png", "--model", checkpoint), "There is no image file none.png")
+    (tmp_path / "text.png").write_text("no image")
     assert_refused(run("describe", "text.png", "--model", checkpoint), "text.png")
 
 
@@ -225,7 +225,7 @@ def test_evaluate_prints_and_writes_the_scores(monkeypatch):
     calls = []
     module = ModuleType("shapes_evaluation")
     module.evaluate_shapes = lambda checkpoint, **options: calls.append((checkpoint, options)) or {"overall": 0.5}
-    monkeypatch.setitem(sys.modules, "transformers_nextflow.evaluation.shapes_evaluation", module)
+    monkeypatch.setitem(sys.modules, "transformers_nextflow.worlds.shapes.evaluation", module)
     result = run("evaluate", "folder", "--suite", "shapes", "--limit", 2, "--seeds", 1, "--json", "out/scores.json")
     assert result.exit_code == 0, result.output
     assert calls == [("folder", {"limit": 2, "seeds": 1, "sheets": None, "device": None})]
@@ -239,7 +239,7 @@ def test_evaluate_knows_its_suites():
     assert_refused(run("evaluate", "folder", "--suite", "photos"), "There is no suite 'photos'")
 
 
-def test_a_picture_that_cannot_be_written_to_its_end_leaves_the_one_before(checkpoint, tmp_path, monkeypatch):
+def test_a_image_that_cannot_be_written_to_its_end_leaves_the_one_before(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "out.png").write_bytes(b"before")
 
     def full(self, path, **kwargs):

@@ -1,4 +1,4 @@
-"""Codes extracted ahead of training: what they are, and that nothing is lost by kills, full disks and bad pictures."""
+"""Codes extracted ahead of training: what they are, and that nothing is lost by kills, full disks and bad images."""
 
 import errno
 import json
@@ -17,11 +17,11 @@ from tiny import tiny_model, tiny_processor
 from typer.testing import CliRunner
 
 from transformers_nextflow import SelfCorrection
-from transformers_nextflow.atomic_files import write_whole
 from transformers_nextflow.cli import app
 from transformers_nextflow.data import check_codes, code_extraction, extract_codes, open_rows, tokenizer_fingerprint
 from transformers_nextflow.data.validation import validate_source
 from transformers_nextflow.trainers import NextFlowCollator
+from transformers_nextflow.utils.atomic_files import write_whole
 
 
 SIZES = ((16, 16), (8, 32), (32, 8))
@@ -29,7 +29,7 @@ SETTINGS = {"shard_size": 3, "top_k": 4}
 
 
 def make_source(folder, count: int = 8):
-    """A tokenizer and rows with two pictures, one, or none each; of two the second is drawn, of one every second."""
+    """A tokenizer and rows with two images, one, or none each; of two the second is drawn, of one every second."""
     tiny_model().vq_model.save_pretrained(folder / "tokenizer")
     generator = np.random.default_rng(0)
     rows = []
@@ -90,7 +90,7 @@ def test_what_is_read_has_the_tokenizers_codes_and_what_is_drawn_has_them_beside
     assert validate_source(tmp_path / "codes", str(tmp_path / "tokenizer")).num_problems == 0
 
 
-def test_pictures_of_a_question_are_read_in_training_as_they_are_in_use(tmp_path):
+def test_images_of_a_question_are_read_in_training_as_they_are_in_use(tmp_path):
     source = make_source(tmp_path)
     extract(tmp_path)
     collator = NextFlowCollator(tiny_processor(), root=tmp_path)
@@ -102,7 +102,7 @@ def test_pictures_of_a_question_are_read_in_training_as_they_are_in_use(tmp_path
             assert torch.equal(collator([extracted])["image_tokens"], codes)
 
 
-def test_a_flag_says_which_pictures_have_sampled_codes(tmp_path):
+def test_a_flag_says_which_images_have_sampled_codes(tmp_path):
     make_source(tmp_path, 2)
     (row,) = list(open_rows(tmp_path / "rows.jsonl")[0])[1:]
     row["messages"][1]["content"][0]["train"] = False
@@ -122,12 +122,12 @@ def test_without_self_correction_codes_are_the_nearest(tmp_path):
     for row in rows_of(tmp_path / "codes"):
         assert row["image_tokens"] == row["image_labels"] and row["image_clean_tokens"] is None
         for index, tokens in enumerate(row["image_tokens"]):
-            picture = Image.open(tmp_path / f"{row['source_row']}-{index}.png")
-            pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+            image = Image.open(tmp_path / f"{row['source_row']}-{index}.png")
+            pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"]
             assert model.encode(pixels).image_tokens[0].tolist() == tokens
 
 
-def test_a_shard_is_the_encoding_of_its_pictures_under_its_own_seed(tmp_path):
+def test_a_shard_is_the_encoding_of_its_images_under_its_own_seed(tmp_path):
     source = make_source(tmp_path, 2)
     extract(tmp_path, seed=5)
     pixels = tiny_processor().image_processor(Image.open(tmp_path / "1-0.png"), return_tensors="pt")["pixel_values"]
@@ -260,16 +260,16 @@ def test_two_processes_write_what_one_writes(tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_bad_pictures_stop_it_or_are_skipped_and_counted(tmp_path):
+def test_bad_images_stop_it_or_are_skipped_and_counted(tmp_path):
     make_source(tmp_path)
-    (tmp_path / "4-0.png").write_text("no picture")
+    (tmp_path / "4-0.png").write_text("no image")
     (tmp_path / "7-0.png").unlink()
-    with pytest.raises(ValueError, match=r"row 4, messages\[0\].content\[1\].image: the picture cannot be read"):
+    with pytest.raises(ValueError, match=r"row 4, messages\[0\].content\[1\].image: the image cannot be read"):
         extract(tmp_path)
     # The first shard was done; other settings would mix two kinds of data.
-    with pytest.raises(ValueError, match="was begun with on_bad_picture 'stop', now it is 'skip'"):
-        extract(tmp_path, on_bad_picture="skip")
-    totals = extract(tmp_path, "skipped", on_bad_picture="skip")
+    with pytest.raises(ValueError, match="was begun with on_bad_image 'stop', now it is 'skip'"):
+        extract(tmp_path, on_bad_image="skip")
+    totals = extract(tmp_path, "skipped", on_bad_image="skip")
     assert totals == {"rows": 6, "skipped": 2, "shards": 3, "found": 0}
     assert [row["source_row"] for row in rows_of(tmp_path / "skipped")] == [0, 1, 2, 3, 5, 6]
     note = json.loads((tmp_path / "skipped" / "codes-000001.json").read_text())
@@ -281,7 +281,7 @@ def test_bad_pictures_stop_it_or_are_skipped_and_counted(tmp_path):
     [
         ({"shard_size": 0}, "shard_size and batch_size start at 1, got 0 and 16"),
         ({"token_share": 2.0}, "token_share in"),
-        ({"on_bad_picture": "ignore"}, "on_bad_picture must be one of"),
+        ({"on_bad_image": "ignore"}, "on_bad_image must be one of"),
         ({"level": 17}, "17"),
     ],
 )
@@ -310,7 +310,7 @@ def test_codes_that_rows_hold_already_are_made_anew(tmp_path):
     extract(tmp_path, token_share=0.0)
     assert rows_of(tmp_path / "codes") == rows_of(tmp_path / "expected")
     write_lines(source, rows_of(tmp_path / "codes"))
-    with pytest.raises(ValueError, match="row 1, .*image: the picture is given neither .* codes that the row holds"):
+    with pytest.raises(ValueError, match="row 1, .*image: the image is given neither .* codes that the row holds"):
         extract(tmp_path, "again", token_share=0.0)
 
 

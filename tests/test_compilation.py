@@ -3,14 +3,14 @@
 import pytest
 import torch
 from reference_nextflow import as_batch
-from test_modeling import LEVELS, ragged_batch, random_picture, special_tokens
+from test_modeling import LEVELS, ragged_batch, random_image, special_tokens
 from test_packing import mixed_rows, packed_and_padded
 from tiny import tiny_model, tiny_processor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
-from transformers_nextflow.sequence_layout import layout_batch
-from transformers_nextflow.sequence_writer import Prompts, SequenceWriter
+from transformers_nextflow.generation.sequence_writer import Prompts, SequenceWriter
+from transformers_nextflow.sequence.layout import layout_batch
 
 
 aten = torch.ops.aten
@@ -130,7 +130,7 @@ def test_text_without_positions_goes_on_without_waiting():
 @torch.no_grad()
 def test_a_writer_appends_without_waiting():
     model = tiny_model()
-    _, inputs = as_batch([[20, random_picture(model.config), 21], [22]], *special_tokens(model.config))
+    _, inputs = as_batch([[20, random_image(model.config), 21], [22]], *special_tokens(model.config))
     writer = SequenceWriter(model, Prompts(**inputs))
     with NoWaiting():
         writer.append([[30], [31]])
@@ -156,10 +156,10 @@ def test_a_layout_is_checked_when_it_is_prepared():
     _, inputs = ragged_batch(model.config)
     for change, message in (
         ({"image_tokens": inputs["image_tokens"] + 100}, "image_tokens run from 0 to 31, got 100"),
-        ({"image_tokens": inputs["image_tokens"][:, :5]}, "image_tokens hold 5 codes a picture"),
+        ({"image_tokens": inputs["image_tokens"][:, :5]}, "image_tokens hold 5 codes an image"),
         ({"image_tokens": inputs["image_tokens"][:-1]}, "3 rows of image_tokens came with 4 image_grids"),
         ({"image_tokens": None}, "4 image_grids came without image_tokens"),
-        ({"image_grids": None}, "hold 4 whole pictures"),
+        ({"image_grids": None}, "hold 4 whole images"),
     ):
         with pytest.raises(ValueError, match=message):
             layout_batch(model.config, **inputs | change)

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_vq_config
 from transformers import AutoProcessor, AutoTokenizer
 
-from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowVQModel, conversion_qwen2_5_vl
-from transformers_nextflow.checkpoint_conversion import INDEX, SINGLE, ShardedCheckpoint
-from transformers_nextflow.conversion_qwen2_5_vl import convert_qwen2_5_vl, export_qwen2_5_vl, nextflow_chat_template
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowVQModel
+from transformers_nextflow.conversion import qwen2_5_vl as conversion_qwen2_5_vl
+from transformers_nextflow.conversion.checkpoints import INDEX, SINGLE, ShardedCheckpoint
+from transformers_nextflow.conversion.qwen2_5_vl import convert_qwen2_5_vl, export_qwen2_5_vl, nextflow_chat_template
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -147,8 +148,8 @@ def test_the_chat_template_renders_text_as_before_and_marks_the_answers(sources)
     )
     answer = [token for token, marked in zip(encoded["input_ids"], encoded["assistant_masks"]) if marked]
     assert processor.tokenizer.decode(answer) == "one<|im_end|>"
-    picture = [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}]
-    assert "vision" not in processor.apply_chat_template(picture, tokenize=False)
+    image = [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}]
+    assert "vision" not in processor.apply_chat_template(image, tokenize=False)
 
 
 def test_a_chat_template_of_another_form_is_kept():

@@ -7,9 +7,10 @@ from safetensors import SafetensorError
 from tiny import tiny_vq_config
 from transformers import Siglip2Config, Siglip2Model, SiglipConfig, SiglipModel
 
-from transformers_nextflow import NextFlowVQModel, conversion_siglip2
+from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.cli import errors_in_one_line
-from transformers_nextflow.conversion_siglip2 import convert_siglip2
+from transformers_nextflow.conversion import siglip2 as conversion_siglip2
+from transformers_nextflow.conversion.siglip2 import convert_siglip2
 
 
 TEXT = {

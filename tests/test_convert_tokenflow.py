@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from tiny import tiny_vq_config
 
 from transformers_nextflow import NextFlowVQModel
-from transformers_nextflow.conversion_tokenflow import (
+from transformers_nextflow.conversion.tokenflow import (
     config_of,
     convert_tokenflow,
     empty_model,
@@ -256,7 +256,7 @@ def test_a_tokenizer_that_the_layout_cannot_tell_is_not_exported(files, tmp_path
     assert not (tmp_path / "back.pt").exists()
 
 
-def test_pictures_that_are_scaled_otherwise_are_refused(tmp_path):
+def test_images_that_are_scaled_otherwise_are_refused(tmp_path):
     state = released("siglip")
     state["scaling_layer.scale"] = torch.full((1, 3, 1, 1), 0.25)
     with pytest.raises(ValueError, match=r"scaling_layer.scale is \[0.25, 0.25, 0.25\]"):

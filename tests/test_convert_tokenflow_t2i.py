@@ -14,8 +14,8 @@ from tiny import tiny_vq_config
 from tiny_tokenflow_t2i import tiny_t2i_model, tiny_t2i_processor, tiny_t2i_tokenizer
 
 from transformers_nextflow import NextFlowPipeline, NextFlowVQModel, TokenFlowT2IForConditionalGeneration
-from transformers_nextflow.checkpoint_conversion import fingerprint
-from transformers_nextflow.conversion_tokenflow import convert_tokenflow, tokenflow_config
+from transformers_nextflow.conversion.checkpoints import fingerprint
+from transformers_nextflow.conversion.tokenflow import convert_tokenflow, tokenflow_config
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "conversion"))

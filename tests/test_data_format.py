@@ -13,26 +13,26 @@ from typer.testing import CliRunner
 from transformers_nextflow.cli import app
 from transformers_nextflow.data import (
     BadRowError,
-    load_picture,
+    load_image,
     open_rows,
     read_row,
     tokenizer_fingerprint,
     validate_rows,
 )
 from transformers_nextflow.data.segments import encode_messages
-from transformers_nextflow.films import write_frames
 from transformers_nextflow.trainers import NextFlowCollator
+from transformers_nextflow.video_processing_nextflow import write_frames
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with pictures, one of them animated, and files that are none."""
+    """A folder with images, one of them animated, and files that are none."""
     for name, color in (("red", "red"), ("blue", "blue")):
         Image.new("RGB", (16, 16), color).save(tmp_path / f"{name}.png")
     frames = [Image.new("RGB", (16, 16), color) for color in ("red", "lime", "blue")]
-    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "video.gif", save_all=True, append_images=frames[1:])
     (tmp_path / "broken.png").write_bytes((tmp_path / "red.png").read_bytes()[:40])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     Image.new("RGB", (160, 16)).save(tmp_path / "wide.png")
     return tmp_path
 
@@ -46,13 +46,13 @@ def row_of(*parts, answer="one") -> dict:
 
 
 def colors(sample) -> list[tuple]:
-    return [load_picture(picture).convert("RGB").getpixel((0, 0)) for picture in sample.pictures]
+    return [load_image(image).convert("RGB").getpixel((0, 0)) for image in sample.images]
 
 
 # What a row may hold --------------------------------------------------------------------------------------------------
 
 
-def test_pictures_come_as_paths_bytes_pictures_and_in_a_list_beside_the_messages(folder):
+def test_images_come_as_paths_bytes_images_and_in_a_list_beside_the_messages(folder):
     red = Image.open(folder / "red.png")
     data = (folder / "red.png").read_bytes()
     for given in ("red.png", str(folder / "red.png"), red, data, {"bytes": data, "path": None}, {"path": "red.png"}):
@@ -63,14 +63,14 @@ def test_pictures_come_as_paths_bytes_pictures_and_in_a_list_beside_the_messages
     assert colors(sample) == [(255, 0, 0), (0, 0, 255)] and sample.fields == ["images[0]", "images[1]"]
 
 
-def test_a_film_is_a_picture_for_each_frame(folder):
+def test_a_video_is_a_image_for_each_frame(folder):
     expected = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-    sample = read_row(row_of({"type": "film", "film": "film.gif"}, text("one")), folder)
-    assert colors(sample) == expected and sample.num_pictures == 3
-    assert read_row(row_of({"type": "video", "video": "film.gif"}, text("one")), folder).num_pictures == 3
+    sample = read_row(row_of({"type": "video", "video": "video.gif"}, text("one")), folder)
+    assert colors(sample) == expected and sample.num_images == 3
+    assert read_row(row_of({"type": "video", "video": "video.gif"}, text("one")), folder).num_images == 3
     sample = read_row(row_of({"type": "video", "video": ["red.png", "blue.png"]}, text("one")), folder)
     assert sample.fields[1] == "messages[0].content[0].video[1]"
-    sample = read_row(row_of({"type": "film", "film": ["red.png", "blue.png"]}, text("one")), folder)
+    sample = read_row(row_of({"type": "video", "video": ["red.png", "blue.png"]}, text("one")), folder)
     assert colors(sample) == [expected[0], expected[2]]
     assert [part["type"] for part in sample.messages[0]["content"]] == ["image", "image", "text"]
 
@@ -78,7 +78,7 @@ def test_a_film_is_a_picture_for_each_frame(folder):
 def test_plain_strings_and_the_empty_fields_of_arrow_are_read(folder):
     plain = {"messages": [{"role": "user", "content": "how many?"}, {"role": "assistant", "content": "one"}]}
     assert read_row(plain).messages == conversation([text("how many?")], [text("one")])
-    part = {"type": "text", "text": "how many?", "image": None, "film": None, "train": None}
+    part = {"type": "text", "text": "how many?", "image": None, "video": None, "train": None}
     filled = {"messages": [{"role": "user", "content": [part], "train": None}], "images": None, "image_tokens": None}
     assert read_row(filled).messages == [{"role": "user", "content": [text("how many?")]}]
 
@@ -93,19 +93,19 @@ def test_plain_strings_and_the_empty_fields_of_arrow_are_read(folder):
         ({"messages": [{"role": "human", "content": "a"}]}, r"messages\[0\].role: must be one of .* got 'human'"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\].content: must be a text or a list of parts, got None"),
         (row_of({"type": "sound"}), r"messages\[0\].content\[0\].type: must be text, image or video"),
-        (row_of({"type": "video", "video": b"GIF"}), r"content\[0\].video: must be .* the path of a film, got bytes"),
+        (row_of({"type": "video", "video": b"GIF"}), r"content\[0\].video: must be .* the path of a video, got bytes"),
         (row_of({"type": "text"}), r"messages\[0\].content\[0\].text: must be a string, got None"),
         (row_of(text("a") | {"train": 1}), r"messages\[0\].content\[0\].train: must be true or false, got 1"),
         (row_of(image("none.png")), r"messages\[0\].content\[0\].image: there is no file .*none.png"),
-        (row_of(image(3)), r"messages\[0\].content\[0\].image: must be a path or a picture, got int"),
-        (row_of({"type": "image"}), r"messages\[0\].content\[0\].image: the picture is given neither here"),
-        (row_of({"type": "film"}), r"messages\[0\].content\[0\].film: must be a list of pictures"),
-        (row_of({"type": "film", "film": ["red.png", "x.png"]}), r"film\[1\]: there is no file"),
-        (row_of({"type": "film", "film": "text.png"}), "film: the film cannot be read"),
-        (row_of({"type": "image"}) | {"images": ["red.png"] * 2}, "images: holds 2 pictures for 1 image parts"),
+        (row_of(image(3)), r"messages\[0\].content\[0\].image: must be a path or an image, got int"),
+        (row_of({"type": "image"}), r"messages\[0\].content\[0\].image: the image is given neither here"),
+        (row_of({"type": "video"}), r"messages\[0\].content\[0\].video: must be a list of images"),
+        (row_of({"type": "video", "video": ["red.png", "x.png"]}), r"video\[1\]: there is no file"),
+        (row_of({"type": "video", "video": "text.png"}), "video: the video cannot be read"),
+        (row_of({"type": "image"}) | {"images": ["red.png"] * 2}, "images: holds 2 images for 1 image parts"),
         ({"messages": conversation([image("red.png")], [image("red.png")])}, "messages: there is no text part"),
-        (drawing("a", 1) | {"image_labels": []}, "image_labels: the messages hold 1 pictures, but there are 0"),
-        (drawing("a", 1) | {"image_grids": None}, "image_grids: the messages hold 1 pictures, but there are none"),
+        (drawing("a", 1) | {"image_labels": []}, "image_labels: the messages hold 1 images, but there are 0"),
+        (drawing("a", 1) | {"image_grids": None}, "image_grids: the messages hold 1 images, but there are none"),
     ],
 )
 def test_what_is_wrong_with_a_row_is_told_by_its_field(row, message, folder):
@@ -116,7 +116,7 @@ def test_what_is_wrong_with_a_row_is_told_by_its_field(row, message, folder):
 # The validator --------------------------------------------------------------------------------------------------------
 
 
-def rows_with_bad_pictures(folder) -> list[dict]:
+def rows_with_bad_images(folder) -> list[dict]:
     return [row_of(image(name), text("one")) for name in ("red.png", "broken.png", "none.png", "wide.png", "blue.png")]
 
 
@@ -127,10 +127,10 @@ def write_lines(path, rows):
 
 def test_the_validator_names_row_and_field_and_goes_on(folder):
     schedules = tiny_model().config.vq_config.scale_schedules
-    rows = rows_with_bad_pictures(folder) + [{"messages": []}]
+    rows = rows_with_bad_images(folder) + [{"messages": []}]
     report = validate_rows(rows, folder, schedules)
-    assert (report.rows, report.pictures, report.skipped, report.num_problems) == (6, 4, 0, 4)
-    starts = ["row 1, messages[0].content[0].image: the picture cannot be read"]
+    assert (report.rows, report.images, report.skipped, report.num_problems) == (6, 4, 0, 4)
+    starts = ["row 1, messages[0].content[0].image: the image cannot be read"]
     starts += [
         "row 2, messages[0].content[0].image: there is no file",
         "row 3, messages[0].content[0].image: The aspect",
@@ -138,7 +138,7 @@ def test_the_validator_names_row_and_field_and_goes_on(folder):
     for problem, start in zip(report.problems, starts):
         assert problem.startswith(start)
     assert report.problems[3].startswith("row 5, messages: must be a list")
-    skipping = validate_rows(rows, folder, schedules, on_bad_picture="skip")
+    skipping = validate_rows(rows, folder, schedules, on_bad_image="skip")
     assert (skipping.skipped, skipping.num_problems) == (3, 1) and skipping.problems == report.problems[3:]
 
 
@@ -167,26 +167,26 @@ def test_the_validator_checks_codes():
 
 def test_the_command_validates_files_and_datasets(folder):
     tiny_model().vq_model.save_pretrained(folder / "tokenizer")
-    rows = rows_with_bad_pictures(folder)
+    rows = rows_with_bad_images(folder)
     write_lines(folder / "rows.jsonl", rows[:1])
     ok = CliRunner().invoke(app, ["validate-data", str(folder / "rows.jsonl"), "--model", str(folder / "tokenizer")])
-    assert ok.exit_code == 0 and ok.stdout == "1 rows, 1 pictures, 0 rows skipped, 0 problems\n"
+    assert ok.exit_code == 0 and ok.stdout == "1 rows, 1 images, 0 rows skipped, 0 problems\n"
     (folder / "rows.jsonl").write_text((folder / "rows.jsonl").read_text() + "\n{'a'}\n" + json.dumps(rows[1]))
-    bad = CliRunner().invoke(app, ["validate-data", str(folder / "rows.jsonl"), "--on-bad-picture", "skip"])
-    assert bad.exit_code == 1 and bad.stdout == "3 rows, 2 pictures, 1 rows skipped, 1 problems\n"
+    bad = CliRunner().invoke(app, ["validate-data", str(folder / "rows.jsonl"), "--on-bad-image", "skip"])
+    assert bad.exit_code == 1 and bad.stdout == "3 rows, 2 images, 1 rows skipped, 1 problems\n"
     assert "row 1, row: is no JSON" in bad.stderr
     images = [{"bytes": (folder / name).read_bytes(), "path": None} for name in ("red.png", "broken.png")]
     string = datasets.Value("string")
     messages = [{"role": string, "content": [{"type": string, "text": string}]}]
     features = datasets.Features({"messages": messages, "images": datasets.List(datasets.Image())})
     row = row_of({"type": "image"}, text("one"))
-    data = [row | {"images": [picture]} for picture in images]
+    data = [row | {"images": [image]} for image in images]
     for one in data:
         for message in one["messages"]:
             message["content"] = [{"type": part["type"], "text": part.get("text")} for part in message["content"]]
     datasets.Dataset.from_list(data, features).save_to_disk(folder / "saved")
     saved = CliRunner().invoke(app, ["validate-data", str(folder / "saved")])
-    assert saved.exit_code == 1 and "row 1, images[0]: the picture cannot be read" in saved.stderr
+    assert saved.exit_code == 1 and "row 1, images[0]: the image cannot be read" in saved.stderr
     nothing = CliRunner().invoke(app, ["validate-data", str(folder / "none.jsonl")])
     assert nothing.exit_code == 2 and "none.jsonl is no .jsonl or .parquet file" in nothing.stderr
 
@@ -220,7 +220,7 @@ def test_a_flag_on_a_message_or_a_part_says_what_is_trained_on():
     assert trained_text(messages(user=False, assistant=True)) == trained_text(messages())
 
 
-def test_a_picture_of_the_user_can_be_trained_on():
+def test_a_image_of_the_user_can_be_trained_on():
     row = drawing("one", 1)
     row["messages"][0]["content"].append({"type": "image", "train": True})
     row |= {"image_tokens": [codes(1), codes(2)], "image_grids": [[4, 4]] * 2}
@@ -260,14 +260,14 @@ def test_rows_without_codes_give_the_loss_of_rows_with_codes(folder):
     coded = []
     for row in rows:
         sample = read_row(row, folder)
-        pixels = [processor.image_processor(load_picture(p), return_tensors="pt") for p in sample.pictures]
+        pixels = [processor.image_processor(load_image(p), return_tensors="pt") for p in sample.images]
         tokens = [model.get_image_tokens(p["pixel_values"], p["image_grids"])[0].tolist() for p in pixels]
         grids = [p["image_grids"][0].tolist() for p in pixels]
         coded.append({"messages": sample.messages, "image_tokens": tokens, "image_grids": grids})
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).loss, model(**collator(coded)).loss)
     assert collator.size(rows[0]) == collator.size(coded[0])
-    with pytest.raises(ValueError, match="1 of 2 rows with pictures hold codes"):
+    with pytest.raises(ValueError, match="1 of 2 rows with images hold codes"):
         collator([rows[0], coded[1]])
 
 
@@ -343,7 +343,7 @@ def test_rows_stream_from_json_lines_through_datasets(folder):
     assert all(torch.equal(batch[name], value) for name, value in expected.items())
 
 
-def test_a_film_may_be_an_mp4(folder):
+def test_a_video_may_be_an_mp4(folder):
     pytest.importorskip("imageio_ffmpeg")
-    write_frames([Image.new("RGB", (16, 16), color) for color in ("red", "blue")], folder / "film.mp4")
-    assert read_row(row_of({"type": "video", "video": "film.mp4"}, text("one")), folder).num_pictures == 2
+    write_frames([Image.new("RGB", (16, 16), color) for color in ("red", "blue")], folder / "video.mp4")
+    assert read_row(row_of({"type": "video", "video": "video.mp4"}, text("one")), folder).num_images == 2

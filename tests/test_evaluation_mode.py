@@ -10,8 +10,8 @@ from tiny import tiny_model, tiny_processor
 from tiny_tokenflow_t2i import tiny_t2i_model, tiny_t2i_processor
 
 from transformers_nextflow import ImageSampling, NextFlowPipeline
-from transformers_nextflow.evaluation_mode import evaluation_mode
-from transformers_nextflow.trainers.rollouts import draw_rollouts
+from transformers_nextflow.trainers.rl.rollouts import generate_rollouts
+from transformers_nextflow.utils.evaluation_mode import evaluation_mode
 
 
 SEED = torch.Generator().manual_seed
@@ -42,15 +42,15 @@ def scored(model):
     return torch.stack([scores.image_given_text, scores.text_given_image])
 
 
-def filmed(model):
+def videoed(model):
     pipe = NextFlowPipeline(model, tiny_processor())
-    film = pipe.film([["a red circle", "two blue squares"]], generator=SEED(0), guidance_scale=1.0)
-    return torch.tensor([list(frame.tobytes()) for frame in film.frames[0]])
+    video = pipe.video([["a red circle", "two blue squares"]], generator=SEED(0), guidance_scale=1.0)
+    return torch.tensor([list(frame.tobytes()) for frame in video.frames[0]])
 
 
 def rolled(model):
     rows = [{"prompt": "a red circle"}, {"prompt": "one"}]
-    rollouts, _ = draw_rollouts(model, tiny_processor(), rows, ImageSampling(), generator=SEED(0))
+    rollouts, _ = generate_rollouts(model, tiny_processor(), rows, ImageSampling(), generator=SEED(0))
     return torch.stack([rollout.image_tokens for rollout in rollouts])
 
 
@@ -60,7 +60,7 @@ def drawn_by_tokenflow(model):
     return model.generate_images(**inputs, sampling=sampling, generator=SEED(0)).image_tokens
 
 
-@pytest.mark.parametrize("ability", [drawn, interleaved, written, scored, filmed, rolled, drawn_by_tokenflow])
+@pytest.mark.parametrize("ability", [drawn, interleaved, written, scored, videoed, rolled, drawn_by_tokenflow])
 def test_training_mode_gives_what_evaluation_mode_gives(ability):
     build = tiny_t2i_model if ability is drawn_by_tokenflow else tiny_model
     model = build(text_config={"attention_dropout": 0.5})

@@ -15,8 +15,8 @@ from tiny import free_port, tiny_model, tiny_processor
 from transformers import TrainerCallback
 
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer, PatchDiscriminator
-from transformers_nextflow.trainers.finite_training import are_finite
 from transformers_nextflow.trainers.recipes import Recipe
+from transformers_nextflow.trainers.runs.finite_training import are_finite
 
 
 NAN, INF = float("nan"), float("inf")
@@ -201,7 +201,7 @@ REFUSED = [
 REFUSED_VQ = [
     ("latent_noise", NAN), ("latent_noise", -0.1), ("pixel_weight", INF), ("semantic_weight", -1.0),
     ("codebook_weight", NAN), ("perceptual_weight", NAN), ("adversarial_weight", NAN), ("scale_dropout", NAN),
-    ("autoencoder_share", NAN), ("adversarial_start", -0.5), ("kmeans_pictures", 0), ("revive_every", -1),
+    ("autoencoder_share", NAN), ("adversarial_start", -0.5), ("kmeans_images", 0), ("revive_every", -1),
 ]  # fmt: skip
 REFUSED_GRPO = [
     ("beta", NAN), ("beta", INF), ("beta", -0.1), ("epsilon", NAN), ("epsilon", -0.1), ("epsilon_high", NAN),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from transformers_nextflow import folder_lock
-from transformers_nextflow.folder_lock import LOCK_FILE, hold_folder
+from transformers_nextflow.utils import folder_lock
+from transformers_nextflow.utils.folder_lock import LOCK_FILE, hold_folder
 
 
 # Loads the module by its file: the package would take seconds.

@@ -1,14 +1,15 @@
-"""Drawing scale by scale against one teacher-forced pass, batches against single pictures, text after pictures."""
+"""Drawing scale by scale against one teacher-forced pass, batches against single images, text after images."""
 
 import pytest
 import torch
-from reference_nextflow import Picture, as_batch, code_targets, filtered_probabilities, rope_positions
-from test_modeling import ATTENTIONS, LEVELS, attention, random_picture, special_tokens
+from reference_nextflow import ReferenceImage, as_batch, code_targets, filtered_probabilities, rope_positions
+from test_modeling import ATTENTIONS, LEVELS, attention, random_image, special_tokens
 from tiny import tiny_model
 from transformers import GenerationConfig
 
-from transformers_nextflow import ImageSampling, sampling_nextflow
-from transformers_nextflow.sampling_nextflow import draw_codes, truncate_logits
+from transformers_nextflow import ImageSampling
+from transformers_nextflow.generation import sampling as sampling_nextflow
+from transformers_nextflow.generation.sampling import sample_codes, truncate_logits
 
 
 RATIOS = [(16, 16), (8, 32), (20, 12)]
@@ -20,11 +21,11 @@ def prompts(config, rows):
 
 
 def mixed_prompts(config):
-    """Text before, between and after pictures; different lengths."""
+    """Text before, between and after images; different lengths."""
     return [
-        [20, 21, random_picture(config, seed=1), 22, random_picture(config, (12, 20), seed=2), 23],
+        [20, 21, random_image(config, seed=1), 22, random_image(config, (12, 20), seed=2), 23],
         [24],
-        [random_picture(config, (32, 8), seed=3)],
+        [random_image(config, (32, 8), seed=3)],
     ]
 
 
@@ -38,7 +39,7 @@ def schedules_of(config, ratios, levels=None):
 
 
 def draw(model, schedules, inputs, seed=0, **kwargs):
-    """The output and the logits of each scale, of each picture: [picture][scale] (h*w, codes)."""
+    """The output and the logits of each scale, of each image: [image][scale] (h*w, codes)."""
     logits = [[] for _ in schedules]
 
     def record(_, scale, state):
@@ -53,17 +54,16 @@ def draw(model, schedules, inputs, seed=0, **kwargs):
 
 
 def teacher_forced_logits(model, rows, schedules, image_tokens):
-    """Logits (N, codes) at the positions that predict the codes of the last picture of each row, from one pass."""
+    """Logits (N, codes) at the positions that predict the codes of the last image of each row, from one pass."""
     config = model.config
-    pictures = [
-        Picture(list(schedule.grids), tokens[: schedule.num_tokens].tolist())
+    images = [
+        ReferenceImage(list(schedule.grids), tokens[: schedule.num_tokens].tolist())
         for schedule, tokens in zip(schedules, image_tokens)
     ]
-    laid_out, inputs = as_batch([[*row, p] for row, p in zip(rows, pictures)], *special_tokens(config))
+    laid_out, inputs = as_batch([[*row, p] for row, p in zip(rows, images)], *special_tokens(config))
     logits = model(**inputs).logits[..., config.text_config.vocab_size :]
     return [
-        logits[b, [n for n, _, _, picture in code_targets(row) if picture is pictures[b]]]
-        for b, row in enumerate(laid_out)
+        logits[b, [n for n, _, _, image in code_targets(row) if image is images[b]]] for b, row in enumerate(laid_out)
     ]
 
 
@@ -122,7 +122,7 @@ def slow_guidance(guidance_scale=1.0, guidance_ramp=False, num_unguided_scales=0
     ],
     ids=["plain", "guided"],
 )
-def test_batch_equals_single_pictures(implementation, settings):
+def test_batch_equals_single_images(implementation, settings):
     model = tiny_model()
     model.set_attn_implementation(implementation)
     check_batch_equals_single(model, implementation, schedules_of(model.config, RATIOS), settings)
@@ -137,7 +137,7 @@ def test_batch_equals_single_pictures(implementation, settings):
     ],
     ids=["plain", "unguided last scales", "ramp"],
 )
-def test_pictures_of_different_levels_in_a_batch_equal_single_ones(settings):
+def test_images_of_different_levels_in_a_batch_equal_single_ones(settings):
     model = tiny_model(vq_config=LEVELS)
     schedules = schedules_of(model.config, RATIOS, [16, 8, 16])
     check_batch_equals_single(model, "sdpa", schedules, settings)
@@ -183,7 +183,7 @@ def check_batch_equals_single(model, implementation, schedules, settings):
             assert torch.equal(alone.image_tokens[0], together.image_tokens[place][: schedules[n].num_tokens])
 
 
-def test_pictures_follow_their_own_seed_and_greedy_ones_need_none():
+def test_images_follow_their_own_seed_and_greedy_ones_need_none():
     model = tiny_model()
     schedules = schedules_of(model.config, [(16, 16)] * 3)
     inputs = prompts(model.config, [[20, 21]] * 3)
@@ -227,7 +227,7 @@ def test_truncated_probabilities_equal_the_reference(settings):
     temperature = options.pop("temperature", 1.0)
     torch.testing.assert_close(truncate_logits(logits / temperature, **options).softmax(-1), expected)
     many = logits[:1].expand(20000, -1)
-    codes = draw_codes(many, **settings, generator=torch.Generator().manual_seed(0))
+    codes = sample_codes(many, **settings, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(torch.bincount(codes, minlength=12) / 20000, expected[0], atol=0.015)
 
 
@@ -236,7 +236,7 @@ def test_every_random_number_samples_a_code_that_is_allowed(number, monkeypatch)
     monkeypatch.setattr(sampling_nextflow, "_random_numbers", lambda shape, *_: torch.full(shape, number))
     logits = torch.randn(200, 1000, generator=torch.Generator().manual_seed(0))
     for settings in ({"top_k": 3}, {"top_p": 0.5}, {"top_k": 500, "top_p": 0.9}):
-        codes = draw_codes(logits, **settings)
+        codes = sample_codes(logits, **settings)
         assert truncate_logits(logits, **settings).gather(-1, codes[:, None]).isfinite().all()
 
 
@@ -245,7 +245,7 @@ def test_codes_that_reach_top_p_exactly_are_enough():
     assert truncate_logits(torch.zeros(4), top_p=0.51).isfinite().sum() == 3
 
 
-def test_callback_sees_previews_that_end_in_the_picture():
+def test_callback_sees_previews_that_end_in_the_image():
     model = tiny_model()
     inputs, schedules = prompts(model.config, [[20], [21, 22]]), schedules_of(model.config, RATIOS[:2])
     sizes, previews = [schedule.image_size(4) for schedule in schedules], []
@@ -256,13 +256,13 @@ def test_callback_sees_previews_that_end_in_the_picture():
         previews.append(state.preview())
 
     output = model.generate_images(**inputs, image_sizes=sizes, callback=keep)
-    pictures = model.decode_image_tokens(output.image_tokens, output.image_grids)
+    images = model.decode_image_tokens(output.image_tokens, output.image_grids)
     assert len(previews) == 4
     for preview in previews:
         assert [tuple(pixels.shape) for pixels in preview] == [(3, *size) for size in sizes]
-    for preview, picture in zip(previews[-1], pictures):
-        assert torch.equal(preview, picture)
-    assert not torch.equal(previews[0][0], pictures[0])
+    for preview, image in zip(previews[-1], images):
+        assert torch.equal(preview, image)
+    assert not torch.equal(previews[0][0], images[0])
 
 
 def test_callback_can_stop_the_drawing():
@@ -278,8 +278,8 @@ def test_callback_can_stop_the_drawing():
     output = model.generate_images(**inputs, image_sizes=sizes, callback=stop)
     assert len(calls) == 2
     assert (output.image_tokens >= 0).sum(1).tolist() == [schedule.offsets[2] for schedule in schedules]
-    pictures = model.decode_image_tokens(output.image_tokens, output.image_grids)
-    assert all(torch.equal(*pair) for pair in zip(pictures, calls[-1].preview()))
+    images = model.decode_image_tokens(output.image_tokens, output.image_grids)
+    assert all(torch.equal(*pair) for pair in zip(images, calls[-1].preview()))
 
 
 def test_given_first_scales_are_kept_and_the_others_drawn_after_them():
@@ -302,7 +302,7 @@ def test_given_first_scales_are_kept_and_the_others_drawn_after_them():
 
 
 @pytest.mark.parametrize("ratios", [RATIOS, RATIOS[:1] * 3], ids=["different sizes", "one size"])
-def test_pictures_may_have_different_numbers_of_given_scales(ratios):
+def test_images_may_have_different_numbers_of_given_scales(ratios):
     model = tiny_model()
     rows, schedules = mixed_prompts(model.config), schedules_of(model.config, ratios)
     given = torch.full((3, max(schedule.offsets[3] for schedule in schedules)), -1)
@@ -326,7 +326,7 @@ def test_pictures_may_have_different_numbers_of_given_scales(ratios):
 def test_given_codes_that_fill_no_whole_scales_are_refused(given):
     model = tiny_model()
     inputs = prompts(model.config, [[20]])
-    with pytest.raises(ValueError, match=r"picture 0 hold \d codes, which do not fill its first scales"):
+    with pytest.raises(ValueError, match=r"image 0 hold \d codes, which do not fill its first scales"):
         model.generate_images(**inputs, image_sizes=[(16, 16)], given_image_tokens=torch.tensor([given]))
 
 
@@ -358,7 +358,7 @@ def test_sampling_out_of_range_is_refused(settings, message):
         ({"generator": [torch.Generator()]}, "1 generators came with a batch of 2"),
         ({"input_ids": torch.tensor([[20, 21], [20, 3]])}, "must end with <boi>"),
         ({"sampling": ImageSampling(guidance_scale=2.0)}, "Guidance needs negative_input_ids"),
-        ({"sampling": ImageSampling(top_k=(5, 5))}, "top_k gives 2 values, but the picture is drawn in 4 scales"),
+        ({"sampling": ImageSampling(top_k=(5, 5))}, "top_k gives 2 values, but the image is drawn in 4 scales"),
         (
             {"sampling": ImageSampling(guidance_scale=2.0), "negative_input_ids": torch.tensor([[3]])},
             "2 prompts came with 1 negative_input_ids",
@@ -367,7 +367,7 @@ def test_sampling_out_of_range_is_refused(settings, message):
             {"sampling": ImageSampling(guidance_scale=2.0), "negative_input_ids": torch.tensor([[3, 20], [3, 20]])},
             "negative_input_ids must end with <boi>",
         ),
-        ({"image_grids": torch.tensor([[4, 4]]), "image_tokens": torch.zeros(1, 30).long()}, "0 whole pictures"),
+        ({"image_grids": torch.tensor([[4, 4]]), "image_tokens": torch.zeros(1, 30).long()}, "0 whole images"),
         ({"image_sizes": []}, "2 prompts came with 0 image_sizes"),
         ({"given_image_tokens": torch.zeros(1, 1).long()}, "2 prompts came with 1 rows of given_image_tokens"),
         ({"given_image_tokens": torch.full((2, 1), 999)}, "given_image_tokens go from 999 to 999; codes are below"),
@@ -380,28 +380,28 @@ def test_drawing_with_inputs_that_do_not_fit_is_refused(change, message):
         model.generate_images(**inputs | change)
 
 
-def test_negative_prompts_hold_all_pictures_or_none():
+def test_negative_prompts_hold_all_images_or_none():
     model = tiny_model()
-    picture = random_picture(model.config)
+    image = random_image(model.config)
     schedules = schedules_of(model.config, [(16, 16)])
-    inputs = prompts(model.config, [[20, picture, picture]])
+    inputs = prompts(model.config, [[20, image, image]])
     sampling = ImageSampling(guidance_scale=2.0)
     for count in (0, 2):
-        negatives = negative(prompts(model.config, [[21] + [picture] * count]))
+        negatives = negative(prompts(model.config, [[21] + [image] * count]))
         output, logits = draw(model, schedules, inputs | negatives, sampling=sampling)
         halves = [
             teacher_forced_logits(model, [row], schedules, output.image_tokens)[0]
-            for row in ([20, picture, picture], [21] + [picture] * count)
+            for row in ([20, image, image], [21] + [image] * count)
         ]
         torch.testing.assert_close(torch.cat(logits[0]), 2 * halves[0] - halves[1], atol=5e-5, rtol=0)
-    with pytest.raises(ValueError, match="hold the 2 pictures of the prompts, or none; got 1"):
-        draw(model, schedules, inputs | negative(prompts(model.config, [[21, picture]])), sampling=sampling)
+    with pytest.raises(ValueError, match="hold the 2 images of the prompts, or none; got 1"):
+        draw(model, schedules, inputs | negative(prompts(model.config, [[21, image]])), sampling=sampling)
 
 
 def text_rows(config):
     return [
-        [20, random_picture(config, seed=1), 21, 22],
-        [23, random_picture(config, (8, 32), seed=2), random_picture(config, (20, 12), seed=3), 24],
+        [20, random_image(config, seed=1), 21, 22],
+        [23, random_image(config, (8, 32), seed=2), random_image(config, (20, 12), seed=3), 24],
         [25, 26, 27],
     ]
 
@@ -426,7 +426,7 @@ def greedy_by_full_passes(model, rows, count):
 
 @pytest.mark.parametrize("implementation", ATTENTIONS)
 @pytest.mark.parametrize("read_last_scale", [False, True])
-def test_text_after_pictures_equals_greedy_by_full_passes(implementation, read_last_scale):
+def test_text_after_images_equals_greedy_by_full_passes(implementation, read_last_scale):
     model = tiny_model(read_last_scale=read_last_scale)
     model.set_attn_implementation(implementation)
     rows = text_rows(model.config)
@@ -437,7 +437,7 @@ def test_text_after_pictures_equals_greedy_by_full_passes(implementation, read_l
     assert torch.equal(written[:, inputs["input_ids"].shape[1] :], expected)
 
 
-def test_text_never_holds_codes_or_the_tokens_around_pictures():
+def test_text_never_holds_codes_or_the_tokens_around_images():
     model = tiny_model(initializer_range=0.02)
     _, inputs = as_batch(text_rows(model.config), *special_tokens(model.config))
     torch.manual_seed(0)
@@ -453,8 +453,8 @@ def test_text_after_pixels_equals_text_after_their_codes():
     model = tiny_model()
     pixels = torch.rand(1, 3, 16, 16) * 2 - 1
     codes = model.get_image_tokens(pixels, torch.tensor([[4, 4]]))
-    picture = Picture(random_picture(model.config).grids, codes[0].tolist())
-    _, inputs = as_batch([[20, picture, 21]], *special_tokens(model.config))
+    image = ReferenceImage(random_image(model.config).grids, codes[0].tolist())
+    _, inputs = as_batch([[20, image, 21]], *special_tokens(model.config))
     options = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None}
     from_codes = model.generate(**inputs, **options)
     inputs.pop("image_tokens")
@@ -479,7 +479,7 @@ def test_a_pass_gives_a_tuple_where_it_is_asked_for_one_and_wants_one_kind_of_in
         model(input_ids=torch.tensor([[20]]), inputs_embeds=torch.zeros(1, 1, 8))
 
 
-def test_beams_and_several_answers_keep_each_rows_own_pictures():
+def test_beams_and_several_answers_keep_each_rows_own_images():
     model = tiny_model()
     rows = text_rows(model.config)
     _, inputs = as_batch(rows, *special_tokens(model.config))
@@ -506,19 +506,19 @@ def test_beams_and_several_answers_keep_each_rows_own_pictures():
     torch.testing.assert_close(beams.sequences_scores, chosen, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("with_picture", [False, True])
-def test_text_goes_on_from_the_cache_of_an_earlier_answer(with_picture):
+@pytest.mark.parametrize("with_image", [False, True])
+def test_text_goes_on_from_the_cache_of_an_earlier_answer(with_image):
     model = tiny_model()
     rows = text_rows(model.config)
     _, inputs = as_batch(rows, *special_tokens(model.config))
     length, options = inputs["input_ids"].shape[1], {"do_sample": False, "eos_token_id": None}
     first = model.generate(**inputs, **options, return_dict_in_generate=True, max_new_tokens=3)
-    question = [40, random_picture(model.config, seed=9), 41] if with_picture else [40, 41]
+    question = [40, random_image(model.config, seed=9), 41] if with_image else [40, 41]
     longer = [[*row, *answer, *question] for row, answer in zip(rows, first.sequences[:, length:].tolist())]
     _, inputs = as_batch(longer, *special_tokens(model.config))
     second = model.generate(**inputs, **options, past_key_values=first.past_key_values, max_new_tokens=4)
     assert torch.equal(second[:, -4:], greedy_by_full_passes(model, longer, 4))
-    # Where a sequence goes on after pictures cannot be told from its last tokens alone.
+    # Where a sequence goes on after images cannot be told from its last tokens alone.
     with pytest.raises(ValueError, match="whole sequence"):
         model.generate(torch.tensor([[42]] * 3), past_key_values=first.past_key_values, max_new_tokens=1)
 
@@ -532,7 +532,7 @@ def test_a_pass_on_the_cache_equals_the_whole_pass_where_it_is_told_the_position
         start = dict(inputs, input_ids=inputs["input_ids"][:, :-2], attention_mask=inputs["attention_mask"][:, :-2])
         cache = model(**start, use_cache=True).past_key_values
         rest = {"input_ids": inputs["input_ids"][:, -2:], "attention_mask": inputs["attention_mask"]}
-        # The cache does not tell how many positions its pictures took.
+        # The cache does not tell how many positions its images took.
         with pytest.raises(ValueError, match="position_ids"):
             model(**rest, past_key_values=cache)
         positions = torch.stack([rope_positions(row, model.config.rope_range) for row in laid_out], dim=1)[..., -2:]

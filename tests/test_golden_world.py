@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 
-from transformers_nextflow.evaluation.shapes import ABILITIES, World, held_out_cases, located_caption, training_case
+from transformers_nextflow.worlds.shapes import ABILITIES, World, held_out_cases, located_caption, training_case
 
 
 # Of 40 training cases and 10 held-out ones of each ability, in the order of `ABILITIES`.

@@ -12,16 +12,22 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 from tiny import tiny_model, tiny_processor
 
-from transformers_nextflow.prefix_likelihood import PrefixColumns, prefix_log_probabilities
-from transformers_nextflow.trainers.prefix_objective import RATIO_LEVELS, box_mask, drift, policy_terms, scale_shares
+from transformers_nextflow.generation.prefix_likelihood import PrefixColumns, prefix_log_probabilities
+from transformers_nextflow.trainers.rl.prefix_objective import (
+    RATIO_LEVELS,
+    box_mask,
+    kl_to_reference,
+    policy_terms,
+    scale_shares,
+)
 
 
 trl = pytest.importorskip("trl")
-from transformers_nextflow.trainers import NextFlowGRPOConfig, NextFlowGRPOTrainer, PictureGrids  # noqa: E402
-from transformers_nextflow.trainers.checked_reward import check_rewards  # noqa: E402
-from transformers_nextflow.trainers.grpo_config import LIKELIHOODS  # noqa: E402
-from transformers_nextflow.trainers.grpo_trainer import _value_of_prefix  # noqa: E402
-from transformers_nextflow.trainers.rollouts import as_drawn, draw_rollouts  # noqa: E402
+from transformers_nextflow.trainers import ImageGrids, NextFlowGRPOConfig, NextFlowGRPOTrainer  # noqa: E402
+from transformers_nextflow.trainers.rl.checked_reward import check_rewards  # noqa: E402
+from transformers_nextflow.trainers.rl.grpo_config import LIKELIHOODS  # noqa: E402
+from transformers_nextflow.trainers.rl.grpo_trainer import _value_of_prefix  # noqa: E402
+from transformers_nextflow.trainers.rl.rollouts import as_drawn, generate_rollouts  # noqa: E402
 
 
 TEXTS = ["a red circle", "two blue squares and a green star", "how many circles are there?", "one"]
@@ -153,12 +159,12 @@ def test_a_ratio_that_went_too_far_the_right_way_gets_no_gradient(level, sign):
     assert not is_clipped.any() and (log_ratios.grad[columns.occupied] != 0).all()
 
 
-def test_drift_is_the_kl_divergence_on_average():
+def test_the_estimate_is_the_kl_divergence_on_average():
     logits = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     policy, reference = logits.log_softmax(-1)
     expected = (policy.exp() * (policy - reference)).sum()
-    torch.testing.assert_close((policy.exp() * drift(policy, reference)).sum(), expected)
-    assert (drift(policy, reference) >= 0).all()
+    torch.testing.assert_close((policy.exp() * kl_to_reference(policy, reference)).sum(), expected)
+    assert (kl_to_reference(policy, reference) >= 0).all()
 
 
 # Likelihoods ----------------------------------------------------------------------------------------------------------
@@ -166,7 +172,7 @@ def test_drift_is_the_kl_divergence_on_average():
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("edits", [False, True], ids=["drawing", "editing"])
-def test_on_the_first_step_ratios_are_one_and_nothing_has_drifted(likelihood, edits, tmp_path):
+def test_on_the_first_step_ratios_are_one_and_the_kl_is_zero(likelihood, edits, tmp_path):
     rows = [{"prompt": text} for text in TEXTS]
     if edits:
         colors = ("red", "blue", "green", "white")
@@ -221,7 +227,7 @@ def test_the_first_gradient_is_that_of_the_weighted_log_likelihood(level, likeli
     assert not any("vq_model" in name or "lm_head" in name for name in found)
 
 
-def test_a_batch_of_several_sizes_gives_each_picture_what_it_gets_alone(tmp_path):
+def test_a_batch_of_several_sizes_gives_each_image_what_it_gets_alone(tmp_path):
     sizes = [{"height": 16, "width": 16}, {"height": 28, "width": 8}]
     rows = [{"prompt": text} | size for text, size in zip(TEXTS, sizes)]
     trainer = make_trainer(tmp_path, rows=rows, num_prefix_scales=4)
@@ -242,7 +248,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
         torch.manual_seed(0)
         trainer._compute_loss(trainer.model, first_batch(trainer)).backward()
         gradients.append({name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None})
-    # Without it prompts are read once for all of their pictures: the same sums in another order.
+    # Without it prompts are read once for all of their images: the same sums in another order.
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
 
@@ -276,7 +282,7 @@ def test_the_reference_stays_where_training_began(adapted, tmp_path):
     assert not torch.allclose(found, policy, atol=1e-3)
 
 
-def test_rewards_get_pictures_prompts_codes_and_columns(tmp_path):
+def test_rewards_get_images_prompts_codes_and_columns(tmp_path):
     seen = {}
 
     def look(prompts, completions, completion_ids, answer, image, image_grids, **_):
@@ -286,12 +292,12 @@ def test_rewards_get_pictures_prompts_codes_and_columns(tmp_path):
 
     rows = [{"prompt": t, "answer": t[::-1], "image": Image.new("RGB", (16, 16), "red")} for t in TEXTS]
     first_batch(make_trainer(tmp_path, reward=look, rows=rows))
-    assert [type(picture) for picture in seen["completions"]] == [Image.Image] * 8
-    assert {picture.size for picture in seen["completions"]} == {(16, 16)}
+    assert [type(shown) for shown in seen["completions"]] == [Image.Image] * 8
+    assert {shown.size for shown in seen["completions"]} == {(16, 16)}
     assert seen["answer"] == [prompt[::-1] for prompt in seen["prompts"]]
     assert [len(codes) for codes in seen["codes"]] == [30] * 8 and seen["grids"] == [(4, 4)] * 8
     assert [len(set(seen["prompts"][start : start + 4])) for start in (0, 4)] == [1, 1]
-    assert all(picture.getpixel((0, 0)) == (255, 0, 0) for picture in seen["image"])
+    assert all(shown.getpixel((0, 0)) == (255, 0, 0) for shown in seen["image"])
 
 
 def test_several_rewards_sync_and_async_add_up_by_weight(tmp_path):
@@ -334,7 +340,7 @@ def test_boxes_mark_the_cells_that_they_touch_at_every_scale():
     assert masks[2].view(3, 3).tolist() == [[True, False, False], [False, True, True], [False, True, True]]
     assert masks[3].nonzero().flatten().tolist() == [0, 10]
     assert not box_mask([], schedule).any()
-    with pytest.raises(ValueError, match="in shares of the picture"):
+    with pytest.raises(ValueError, match="in shares of the image"):
         box_mask([(0.0, 0.0, 16.0, 16.0)], schedule)
 
 
@@ -386,23 +392,23 @@ def test_the_fine_scales_can_be_held_by_a_penalty_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "LoRA"])
-def test_the_drift_of_all_scales_is_logged_where_asked_for(adapted, tmp_path):
-    trainer = make_trainer(tmp_path, peft_config=lora() if adapted else None, drift_steps=2, max_steps=3)
+def test_the_kl_of_all_scales_is_logged_where_asked_for(adapted, tmp_path):
+    trainer = make_trainer(tmp_path, peft_config=lora() if adapted else None, kl_logging_steps=2, max_steps=3)
     trainer.train()
-    drifts = [[entry.get(f"scale_{scale}/drift") for scale in (1, 2, 3, 4)] for entry in trainer.state.log_history[:3]]
-    assert drifts[0] == pytest.approx([0] * 4, abs=1e-6) and drifts[1] == [None] * 4
-    assert all(value > 0 for value in drifts[2])
+    kls = [[entry.get(f"scale_{scale}/kl") for scale in (1, 2, 3, 4)] for entry in trainer.state.log_history[:3]]
+    assert kls[0] == pytest.approx([0] * 4, abs=1e-6) and kls[1] == [None] * 4
+    assert all(value > 0 for value in kls[2])
 
 
 def test_sheets_of_the_same_prompts_and_seeds_are_saved_along_the_way(tmp_path):
     rows = [{"prompt": "a red circle"}, {"prompt": "one", "image": Image.new("RGB", (16, 16))}]
-    grids = PictureGrids(tiny_processor(), rows, every=2, num_pictures=3)
+    grids = ImageGrids(tiny_processor(), rows, every=2, num_images=3)
     make_trainer(tmp_path, callbacks=[grids], max_steps=4, learning_rate=0.0, beta=0.0).train()
-    sheets = sorted((tmp_path / "picture_grids").iterdir())
+    sheets = sorted((tmp_path / "image_grids").iterdir())
     assert [sheet.name for sheet in sheets] == ["step_00000.png", "step_00002.png", "step_00004.png"]
-    pictures = [Image.open(sheet) for sheet in sheets]
-    assert pictures[0].size == (3 * 20 + 4, 2 * 20 + 4)
-    assert pictures[0].tobytes() == pictures[1].tobytes() == pictures[2].tobytes()
+    images = [Image.open(sheet) for sheet in sheets]
+    assert images[0].size == (3 * 20 + 4, 2 * 20 + 4)
+    assert images[0].tobytes() == images[1].tobytes() == images[2].tobytes()
 
 
 # What goes wrong ------------------------------------------------------------------------------------------------------
@@ -417,7 +423,7 @@ def test_groups_without_variance_teach_nothing_and_are_counted(tmp_path):
     assert (advantages == 0).sum() == 4 and trainer._metrics["train"]["frac_reward_zero_std"] == [0.5]
 
 
-def test_a_picture_that_no_reward_scores_is_left_out_and_counted(tmp_path):
+def test_a_image_that_no_reward_scores_is_left_out_and_counted(tmp_path):
     def picky(completions, **_):
         return [None if index % 4 == 0 else float(index) for index in range(len(completions))]
 
@@ -430,12 +436,12 @@ def test_a_picture_that_no_reward_scores_is_left_out_and_counted(tmp_path):
 @pytest.mark.parametrize(
     "answer, message",
     [
-        (lambda n: None, "'broken' must return a list with one number for each picture"),
-        (lambda n: [1.0] * (n - 1), "'broken' returned 7 rewards for 8 pictures"),
-        (lambda n: [1.0, float("nan")] + [0.0] * (n - 2), "'broken' is nan for picture 1"),
-        (lambda n: [float("inf")] * n, "'broken' is inf for picture 0"),
+        (lambda n: None, "'broken' must return a list with one number for each image"),
+        (lambda n: [1.0] * (n - 1), "'broken' returned 7 rewards for 8 images"),
+        (lambda n: [1.0, float("nan")] + [0.0] * (n - 2), "'broken' is nan for image 1"),
+        (lambda n: [float("inf")] * n, "'broken' is inf for image 0"),
         (lambda n: {index: 1.0 for index in range(n)}, "must return a list .* got dict"),
-        (lambda n: [3e38, -3e38] * (n // 2), r"'broken' is 3e\+38 for picture 0; rewards lie within ±1e\+15"),
+        (lambda n: [3e38, -3e38] * (n // 2), r"'broken' is 3e\+38 for image 0; rewards lie within ±1e\+15"),
         (lambda n: 1 / 0, "division by zero"),
     ],
 )
@@ -473,14 +479,14 @@ def test_rewards_are_lists_tensors_and_arrays_of_any_kind_of_number():
         (1.0, "must return a list .* got float"),
         (torch.tensor(1.0), "must return a list .* got Tensor"),
         (low_codes, "must return a list .* got function"),
-        (["1", "0"], "'broken' is a str for picture 0: a text is no number"),
-        ([0.0, [1.0]], "'broken' is a list for picture 1"),
-        (torch.ones(2, 2), "'broken' is a Tensor for picture 0"),
-        (np.ones((2, 2)), "'broken' is a ndarray for picture 0"),
-        ([1j, 0], "'broken' is a complex for picture 0"),
-        ([0, 10**400], "'broken' is a int for picture 1"),
-        (torch.tensor([0.0, torch.nan]), "'broken' is nan for picture 1"),
-        ([0.0, -1e300], r"'broken' is -1e\+300 for picture 1"),
+        (["1", "0"], "'broken' is a str for image 0: a text is no number"),
+        ([0.0, [1.0]], "'broken' is a list for image 1"),
+        (torch.ones(2, 2), "'broken' is a Tensor for image 0"),
+        (np.ones((2, 2)), "'broken' is a ndarray for image 0"),
+        ([1j, 0], "'broken' is a complex for image 0"),
+        ([0, 10**400], "'broken' is a int for image 1"),
+        (torch.tensor([0.0, torch.nan]), "'broken' is nan for image 1"),
+        ([0.0, -1e300], r"'broken' is -1e\+300 for image 1"),
     ],
 )
 def test_answers_that_are_no_list_of_numbers_are_refused(rewards, message):
@@ -619,11 +625,11 @@ def test_a_model_that_draws_nothing_is_refused(tmp_path):
         ({"image_sampling": {"temperature": 0.0}, "num_prefix_scales": None}, "cannot learn. Set another temperature"),
         ({"num_generations": None, "per_device_train_batch_size": 1}, "A batch of 1 rollouts cannot be divided"),
         ({"image_sampling": {"top_p": 2.0}}, "top_p must be above 0"),
-        ({"max_prompt_length": 3}, "tokens with its pictures, and max_prompt_length is 3; shorten it"),
+        ({"max_prompt_length": 3}, "tokens with its images, and max_prompt_length is 3; shorten it"),
         ({"likelihood": "plain"}, "likelihood must be one of"),
         ({"importance_sampling_level": "sequence"}, "importance_sampling_level must be one of"),
         ({"max_advantage": 0.0}, "max_advantage must be positive"),
-        ({"temperature": 0.5}, "temperature=0.5 has no meaning for pictures"),
+        ({"temperature": 0.5}, "temperature=0.5 has no meaning for images"),
         ({"save_strategy": "steps", "save_steps": 1, "num_iterations": 2}, "take a multiple of 2"),
     ],
 )
@@ -633,23 +639,25 @@ def test_settings_that_cannot_work_are_refused_before_training(options, message,
 
 
 def test_rewards_that_are_models_and_prompts_that_are_no_texts_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="A reward of pictures is a function"):
+    with pytest.raises(ValueError, match="A reward of images is a function"):
         make_trainer(tmp_path, reward=torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="Prompt 0 must be a string"):
         first_batch(make_trainer(tmp_path, rows=[{"prompt": [{"role": "user", "content": "a circle"}]}] * 4))
 
 
-def test_a_prompt_with_pictures_that_is_too_long_is_refused():
+def test_a_prompt_with_images_that_is_too_long_is_refused():
     rows = [{"prompt": "one", "image": Image.new("RGB", (16, 16))}]
-    with pytest.raises(ValueError, match="with its pictures, and max_prompt_length is 20"):
-        draw_rollouts(tiny_model(), tiny_processor(), rows, tiny_model().default_image_sampling, max_prompt_length=20)
+    with pytest.raises(ValueError, match="with its images, and max_prompt_length is 20"):
+        generate_rollouts(
+            tiny_model(), tiny_processor(), rows, tiny_model().default_image_sampling, max_prompt_length=20
+        )
 
 
 def test_without_trl_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, "transformers_nextflow.trainers.grpo_config")
+    monkeypatch.delitem(sys.modules, "transformers_nextflow.trainers.rl.grpo_config")
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(ImportError, match=r"pip install transformers-nextflow\[rl\]"):
-        importlib.import_module("transformers_nextflow.trainers.grpo_config")
+        importlib.import_module("transformers_nextflow.trainers.rl.grpo_config")
 
 
 # Resuming -------------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from transformers_nextflow.evaluation.image_metrics import contact_sheet, psnr, 
 
 
 @pytest.fixture
-def pictures() -> tuple[torch.Tensor, torch.Tensor]:
-    """Two pictures (2, 3, 12, 13) in [0, 1], and two that are like them."""
+def make_images() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two images (2, 3, 12, 13) in [0, 1], and two that are like them."""
     generator = torch.Generator().manual_seed(0)
     references = torch.rand(2, 3, 12, 13, generator=generator)
     noise = torch.randn(2, 3, 12, 13, generator=generator) * torch.tensor([0.05, 0.3])[:, None, None, None]
@@ -40,23 +40,23 @@ def slow_ssim(x: list[list[float]], y: list[list[float]]) -> float:
     return sum(values) / len(values)
 
 
-def test_psnr_equals_its_definition(pictures):
-    values = psnr(*pictures)
-    for value, picture, reference in zip(values, *pictures):
-        pairs = list(zip(picture.flatten().tolist(), reference.flatten().tolist()))
+def test_psnr_equals_its_definition(images):
+    values = psnr(*images)
+    for value, image, reference in zip(values, *images):
+        pairs = list(zip(image.flatten().tolist(), reference.flatten().tolist()))
         error = sum((a - b) ** 2 for a, b in pairs) / len(pairs)
         assert float(value) == pytest.approx(10 * math.log10(1 / error), abs=1e-3)
     assert values[0] > values[1] + 10
-    assert psnr(pictures[0], pictures[0]).tolist() == [100, 100]
+    assert psnr(images[0], images[0]).tolist() == [100, 100]
 
 
-def test_ssim_equals_its_definition(pictures):
-    values = ssim(*pictures)
-    for value, picture, reference in zip(values, *pictures):
-        expected = sum(slow_ssim(a.tolist(), b.tolist()) for a, b in zip(picture, reference)) / 3
+def test_ssim_equals_its_definition(images):
+    values = ssim(*images)
+    for value, image, reference in zip(values, *images):
+        expected = sum(slow_ssim(a.tolist(), b.tolist()) for a, b in zip(image, reference)) / 3
         assert float(value) == pytest.approx(expected, abs=1e-4)
     assert values[0] > values[1]
-    torch.testing.assert_close(ssim(pictures[0], pictures[0]), torch.ones(2))
+    torch.testing.assert_close(ssim(images[0], images[0]), torch.ones(2))
 
 
 def test_pixels_become_the_nearest_bytes_with_channels_last():
@@ -66,7 +66,7 @@ def test_pixels_become_the_nearest_bytes_with_channels_last():
     assert result[1, 0, :, 2].tolist() == [0, 0, 128, 255, 255, 1, 2]
 
 
-def test_a_contact_sheet_has_a_cell_for_each_picture():
+def test_a_contact_sheet_has_a_cell_for_each_image():
     red, blue = Image.new("RGB", (8, 6), (255, 0, 0)), Image.new("RGB", (5, 10), (0, 0, 255))
     sheet = contact_sheet([[red, blue, red], [blue]], margin=2)
     assert sheet.size == (3 * (8 + 2) + 2, 2 * (10 + 2) + 2)

@@ -1,4 +1,4 @@
-"""The image processor: every kind of picture in, the schedules' sizes out."""
+"""The image processor: every kind of image in, the schedules' sizes out."""
 
 from io import BytesIO
 
@@ -26,12 +26,12 @@ def noise(height=64, width=64, channels=3):
 
 
 def pixels(processor, image, **kwargs):
-    """(3, height, width) uint8 as the processor sees the picture."""
+    """(3, height, width) uint8 as the processor sees the image."""
     values = processor(image, return_tensors="np", **kwargs)["pixel_values"][0]
     return np.rint((values + 1) * 127.5).astype(np.uint8)
 
 
-def test_a_picture_of_a_drawn_size_keeps_its_pixels(processor):
+def test_a_image_of_a_drawn_size_keeps_its_pixels(processor):
     array = noise()
     output = processor(Image.fromarray(array), return_tensors="pt")
     assert output["pixel_values"].shape == (1, 3, 64, 64)
@@ -50,8 +50,8 @@ def test_postprocessing_undoes_preprocessing(processor):
 
 
 def test_postprocessing_clamps_and_takes_bfloat16(processor):
-    picture = torch.tensor([-3.0, 0.0, 3.0]).view(3, 1, 1).expand(3, 8, 16).bfloat16()
-    (image,) = processor.postprocess([picture])
+    shown = torch.tensor([-3.0, 0.0, 3.0]).view(3, 1, 1).expand(3, 8, 16).bfloat16()
+    (image,) = processor.postprocess([shown])
     assert image.size == (16, 8)
     assert image.getpixel((0, 0)) == (0, 128, 255)
 
@@ -64,7 +64,7 @@ def test_an_unknown_output_type_is_refused(processor):
 @pytest.mark.parametrize(
     ("height", "width"), [(64, 64), (480, 640), (1000, 250), (250, 1000), (97, 131), (1, 1), (1, 4)]
 )
-def test_pictures_go_to_the_nearest_schedule(processor, height, width):
+def test_images_go_to_the_nearest_schedule(processor, height, width):
     output = processor(Image.new("RGB", (width, height), "red"), return_tensors="pt")
     schedule = processor.scale_schedules.nearest(height, width)
     assert tuple(output["image_grids"][0].tolist()) == schedule.final_grid
@@ -78,7 +78,7 @@ def test_resizing_keeps_the_aspect_ratio_and_cuts_both_sides_evenly(processor):
     assert np.array_equal(pixels(processor, array), noise().transpose(2, 0, 1))
 
 
-def test_pictures_of_a_batch_are_padded_on_the_right_and_at_the_bottom(processor):
+def test_images_of_a_batch_are_padded_on_the_right_and_at_the_bottom(processor):
     wide, tall = Image.new("RGB", (256, 64), "white"), Image.new("RGB", (64, 256), "white")
     output = processor([wide, tall], return_tensors="pt")
     (h0, w0), (h1, w1) = (output["image_grids"] * 8).tolist()
@@ -133,7 +133,7 @@ def test_sixteen_bit_greys_are_brought_to_eight_bits(processor, tmp_path):
         processor(Image.fromarray(np.full((64, 64), 70000, dtype=np.int32)))
 
 
-def test_grey_one_bit_float_and_cmyk_pictures_become_rgb(processor):
+def test_grey_one_bit_float_and_cmyk_images_become_rgb(processor):
     for mode, colour, expected in (("L", 77, 77), ("1", 1, 255), ("F", 0.2, 51), ("CMYK", (0, 0, 0, 0), 255)):
         assert (pixels(processor, Image.new(mode, (64, 64), colour)) == expected).all()
 
@@ -147,7 +147,7 @@ def test_the_orientation_of_a_photograph_is_obeyed(processor):
 
 
 def test_one_by_four_thousand_pixels_are_refused(processor):
-    with pytest.raises(ValueError, match="Picture 1 cannot be used: The aspect ratio of 1x4000 .* Crop or pad it"):
+    with pytest.raises(ValueError, match="Image 1 cannot be used: The aspect ratio of 1x4000 .* Crop or pad it"):
         processor([Image.new("RGB", (64, 64)), Image.new("RGB", (4000, 1))])
 
 
@@ -155,18 +155,18 @@ def test_a_truncated_file_is_refused_by_name(processor, tmp_path):
     path = tmp_path / "cut.png"
     Image.fromarray(noise()).save(path)
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match=r"Picture 1 \(.*cut.png\) cannot be read: .*truncated"):
+    with pytest.raises(ValueError, match=r"Image 1 \(.*cut.png\) cannot be read: .*truncated"):
         processor([Image.new("RGB", (64, 64)), Image.open(path)])
-    with pytest.raises(ValueError, match="Picture 0 .* cannot be read"):
+    with pytest.raises(ValueError, match="Image 0 .* cannot be read"):
         processor(str(path))
     path.write_bytes(path.read_bytes()[:4])
-    with pytest.raises(ValueError, match="cut.png cannot be read as a picture"):
+    with pytest.raises(ValueError, match="cut.png cannot be read as an image"):
         processor(str(path))
 
 
 def test_values_outside_their_range_are_refused(processor):
     for image in (noise() * 1.0, np.full((64, 64, 3), -1), np.full((64, 64, 3), np.nan)):
-        with pytest.raises(ValueError, match="Picture 0 cannot be read: .* values go from"):
+        with pytest.raises(ValueError, match="Image 0 cannot be read: .* values go from"):
             processor(image)
 
 
@@ -185,7 +185,7 @@ def test_values_outside_their_range_are_refused(processor):
         ({"image": np.zeros((64, 64))}, r"it is {'image': <ndarray of shape \(64, 64\)>}, not a PIL image"),
     ],
 )
-def test_what_is_no_picture_is_refused_without_printing_it(processor, image, message):
+def test_what_is_no_image_is_refused_without_printing_it(processor, image, message):
     with pytest.raises(ValueError, match=message) as error:
         processor(image)
     assert len(str(error.value)) < 200
@@ -229,7 +229,7 @@ def test_floats_have_their_values_with_rescaling_and_without_it(processor, kind)
         found = processor(image, do_normalize=do_normalize, do_rescale=False, return_tensors="np")["pixel_values"]
         assert np.array_equal(found, expected) and found.max() == 1
     for factor in (1.0, 1 / 127.5, float("nan")):
-        with pytest.raises(ValueError, match="Picture 0 cannot be used: it holds floats .* take do_rescale=False"):
+        with pytest.raises(ValueError, match="Image 0 cannot be used: it holds floats .* take do_rescale=False"):
             processor(image, rescale_factor=factor)
     with pytest.raises(ValueError, match="from 0 to 1 would be normalised to -1 to -0.99"):
         processor(image, image_mean=[127.5] * 3, image_std=[127.5] * 3)
@@ -251,9 +251,9 @@ def test_integers_are_normalised_in_their_own_unit_only(processor, kind):
     assert processor(image, do_rescale=False, do_normalize=False)["pixel_values"].max() == 255
     assert processor(image, rescale_factor=1 / 127.5, do_normalize=False)["pixel_values"].max() == 2
     for settings in ({"do_rescale": False}, {"rescale_factor": 1.0}, {"image_std": [0.0] * 3}, unit):
-        with pytest.raises(ValueError, match="Picture 0 cannot be used: its values from 0 to .* would be normalised"):
+        with pytest.raises(ValueError, match="Image 0 cannot be used: its values from 0 to .* would be normalised"):
             processor(image, **settings)
-    with pytest.raises(ValueError, match="Picture 1 cannot be used"):
+    with pytest.raises(ValueError, match="Image 1 cannot be used"):
         processor([noise() / 255, image], do_rescale=False)
 
 
@@ -274,8 +274,8 @@ def test_the_axis_of_the_channels_can_be_told(processor):
         processor(noise(), input_data_format="channels_first")
 
 
-def test_no_pictures_are_refused(processor):
-    with pytest.raises(ValueError, match="no picture in the list"):
+def test_no_images_are_refused(processor):
+    with pytest.raises(ValueError, match="no image in the list"):
         processor([])
 
 

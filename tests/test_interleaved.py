@@ -1,26 +1,26 @@
-"""Text and pictures in turn on one cache, against passes over the whole sequence without one."""
+"""Text and images in turn on one cache, against passes over the whole sequence without one."""
 
 from dataclasses import replace
 from threading import Thread
 
 import pytest
 import torch
-from reference_nextflow import Picture, as_batch
+from reference_nextflow import ReferenceImage, as_batch
 from test_generation import negative, prompts, schedules_of, teacher_forced_logits
-from test_modeling import ATTENTIONS, LEVELS, attention, random_picture, special_tokens
+from test_modeling import ATTENTIONS, LEVELS, attention, random_image, special_tokens
 from tiny import tiny_model, tiny_tokenizer
 from transformers import GenerationConfig
 
 from transformers_nextflow import ImageSampling, InterleavedStreamer, ScaleState
-from transformers_nextflow.scale_drawing import Drawing
-from transformers_nextflow.sequence_writer import Prompts, SequenceWriter
+from transformers_nextflow.generation.image_codes import ImageCodes
+from transformers_nextflow.generation.sequence_writer import Prompts, SequenceWriter
 
 
 GREEDY = ImageSampling(temperature=0)
 
 
 def talkative_model(**kwargs):
-    """A random model that opens a picture now and then."""
+    """A random model that opens an image now and then."""
     model = tiny_model(**kwargs)
     config = model.config
     model.lm_head.weight.data[config.boi_token_id] *= 4
@@ -30,9 +30,9 @@ def talkative_model(**kwargs):
 
 def rows_of(config):
     return [
-        [20, random_picture(config, seed=1), 21, 22],
+        [20, random_image(config, seed=1), 21, 22],
         [23, 24, config.boi_token_id],
-        [random_picture(config, (8, 32), seed=2), random_picture(config, (20, 12), seed=3), 25],
+        [random_image(config, (8, 32), seed=2), random_image(config, (20, 12), seed=3), 25],
     ]
 
 
@@ -41,19 +41,19 @@ def batch_of(config, rows):
 
 
 def interleaved_by_full_passes(model, row, max_new_tokens, max_images, negatives=None, **kwargs):
-    """What one row becomes, token by token and picture by picture, each from a pass over everything so far."""
+    """What one row becomes, token by token and image by image, each from a pass over everything so far."""
     config, row, written, drawn = model.config, list(row), 0, 0
     while True:
         if row[-1] == config.boi_token_id:
             inputs = batch_of(config, [row])
-            grids = [item.grids[-1] for item in row if isinstance(item, Picture)] or [(4, 4)]
+            grids = [item.grids[-1] for item in row if isinstance(item, ReferenceImage)] or [(4, 4)]
             size = (grids[-1][0] * 4, grids[-1][1] * 4)
             if negatives is not None:
                 inputs |= negative(prompts(config, [negatives]))
             output = model.generate_images(**inputs, image_sizes=[size], **kwargs)
             grid = output.image_grids[0].tolist()
             schedule = model.model.schedules_of(torch.tensor([grid]))[0]
-            row[-1] = Picture(list(schedule.grids), output.image_tokens[0].tolist())
+            row[-1] = ReferenceImage(list(schedule.grids), output.image_tokens[0].tolist())
             drawn += 1
             continue
         if written == max_new_tokens or (written and row[-1] == config.text_config.eos_token_id):
@@ -92,17 +92,17 @@ def test_interleaved_batch_equals_rows_by_full_passes(implementation, read_last_
             interleaved_by_full_passes(model, row, 8, 2, negatives if guided else None, sampling=sampling)
             for row, negatives in zip(rows, [[30, 31], [], [32]])
         ]
-    assert sum(isinstance(item, Picture) for row in expected for item in row) >= 3 + 3
+    assert sum(isinstance(item, ReferenceImage) for row in expected for item in row) >= 3 + 3
     assert_rows_equal(config, output, expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"read_last_scale": True}, {"vq_config": LEVELS, "read_last_scale": True}])
 def test_logits_on_one_cache_equal_one_teacher_forced_pass(options):
-    """Text, picture, text, picture, with rows that sit out, under guidance."""
+    """Text, image, text, image, with rows that sit out, under guidance."""
     model = tiny_model(**options)
     config, boi = model.config, model.config.boi_token_id
     schedules = schedules_of(config, [(16, 16), (8, 32), (20, 12)], [16, 8, 16] if "vq_config" in options else None)
-    start = [[20, random_picture(config, seed=1)], [21], [22, 23]]
+    start = [[20, random_image(config, seed=1)], [21], [22, 23]]
     sampling = ImageSampling(guidance_scale=2.0)
     with torch.no_grad():
         context = Prompts(**prompts(config, [[30], [31, 32], []]))
@@ -110,7 +110,7 @@ def test_logits_on_one_cache_equal_one_teacher_forced_pass(options):
         seen, drawn = [], []
 
         def draw(rows, seed):
-            drawing = Drawing(model, [schedules[row] for row in rows], sampling, torch.Generator().manual_seed(seed))
+            drawing = ImageCodes(model, [schedules[row] for row in rows], sampling, torch.Generator().manual_seed(seed))
             logits = [[] for _ in rows]
 
             def record(_, scale, state):
@@ -154,7 +154,7 @@ def test_logits_on_one_cache_equal_one_teacher_forced_pass(options):
                 for part in (history[row], contexts[row])
             )
             torch.testing.assert_close(logits, 2 * before - after, atol=1e-4, rtol=0)
-            history[row] = [*history[row], Picture(list(schedules[row].grids), codes.tolist()), 44]
+            history[row] = [*history[row], ReferenceImage(list(schedules[row].grids), codes.tolist()), 44]
 
 
 @pytest.mark.parametrize("min_images", [0, 2])
@@ -179,7 +179,7 @@ def test_a_row_depends_on_its_own_seed_and_not_on_its_batch(min_images):
         assert row_of(run([n]), 0) == row_of(together, place)
 
 
-def test_segments_tell_text_from_pictures_in_order():
+def test_segments_tell_text_from_images_in_order():
     model = talkative_model()
     config, rows = model.config, rows_of(model.config)
     output = model.generate_interleaved(
@@ -212,8 +212,8 @@ def test_finished_sequences_go_on_as_a_prompt():
     half = model.generate_interleaved(**inputs, **options, max_new_tokens=3)
     drawn = [sum(piece.image is not None for piece in pieces) for pieces in half.segments]
     counts = (half.input_ids == model.config.eoi_token_id).sum(1).tolist()
-    pictures = zip(half.image_tokens.split(counts), half.image_grids.split(counts))
-    for row, (tokens, grids) in enumerate(pictures):
+    images = zip(half.image_tokens.split(counts), half.image_grids.split(counts))
+    for row, (tokens, grids) in enumerate(images):
         rest = model.generate_interleaved(
             half.input_ids[[row]],
             half.attention_mask[[row]],
@@ -230,7 +230,7 @@ def assert_same_row(output, row, other, other_row):
     assert torch.equal(*rows)
 
 
-def test_limits_force_text_or_pictures():
+def test_limits_force_text_or_images():
     model = talkative_model()
     config = model.config
     inputs = batch_of(config, [[20, 21], [22]])
@@ -256,9 +256,9 @@ def test_a_row_that_would_end_draws_first_what_it_has_to():
     first = int(free.input_ids[0, free.segments[0][0].start])
     forced = model.generate_interleaved(**inputs, **options, max_new_tokens=6, min_images=1, eos_token_id=first)
     assert [len([p for p in pieces if p.image is not None]) for pieces in forced.segments] == [1, 1]
-    (before, picture) = forced.segments[0][:2]
-    # The end of turn, its first choice, was no choice before the picture.
-    assert first not in forced.input_ids[0, before.start : before.stop].tolist() and picture.image == 0
+    (before, image) = forced.segments[0][:2]
+    # The end of turn, its first choice, was no choice before the image.
+    assert first not in forced.input_ids[0, before.start : before.stop].tolist() and image.image == 0
 
 
 @pytest.mark.parametrize("min_images", [1, 2])
@@ -289,19 +289,19 @@ def test_a_callback_can_end_all_rows():
     assert (output.image_tokens >= 0).sum(1).tolist() == [5, 5]
 
 
-@pytest.mark.parametrize("last", [True, False], ids=["after a whole picture", "within one"])
+@pytest.mark.parametrize("last", [True, False], ids=["after a whole image", "within one"])
 def test_a_callback_ends_rows_that_would_go_on(last):
     model = talkative_model()
     inputs = batch_of(model.config, [[20, 21], [22]])
     scales = model.config.vq_config.scale_schedules.build().num_scales
     seen = []
 
-    def until_one_picture(_, scale, state):
+    def until_one_image(_, scale, state):
         seen.append(scale)
         return not state.is_finished if last else scale < 1
 
     output = model.generate_interleaved(
-        **inputs, min_images=2, max_images=3, max_new_tokens=8, sampling=GREEDY, callback=until_one_picture
+        **inputs, min_images=2, max_images=3, max_new_tokens=8, sampling=GREEDY, callback=until_one_image
     )
     assert seen == list(range(scales if last else 2))
     for pieces in output.segments:
@@ -350,7 +350,7 @@ def test_streamer_gives_text_and_scales_in_order():
             merged[-1] += piece
         else:
             merged.append(piece)
-    # Of the scales of a picture the last holds all codes.
+    # Of the scales of an image the last holds all codes.
     following = [*merged[1:], ""]
     last = [
         piece
@@ -369,7 +369,7 @@ def test_streamer_gives_text_and_scales_in_order():
     [
         ({"max_images": -1}, "0 <= min_images <= max_images must hold, got 0 and -1"),
         ({"min_images": 2}, "0 <= min_images <= max_images must hold, got 2 and 1"),
-        ({"max_images": 0}, "Row 1 ends with <boi> and may draw 0 pictures"),
+        ({"max_images": 0}, "Row 1 ends with <boi> and may draw 0 images"),
         ({"image_sizes": [(16, 16)]}, "2 prompts came with 1 image_sizes"),
         ({"generator": [torch.Generator()]}, "1 generators came with a batch of 2"),
         ({"stop_strings": ["x"]}, "stop_strings need the tokenizer"),

@@ -46,7 +46,7 @@ MODELS = {
     "determinism": "test_model_contracts.test_two_passes_give_the_same_also_in_train_mode",
     "batching_equivalence": """
         test_modeling.test_rows_of_a_batch_do_not_touch_each_other
-        test_modeling_vq.test_a_batch_gives_the_codes_of_single_pictures
+        test_modeling_vq.test_a_batch_gives_the_codes_of_single_images
         test_tokenflow_t2i.test_one_pass_equals_the_reference_wherever_the_prompt_begins""",
     "model_outputs_equivalence": "test_model_contracts.test_a_tuple_holds_what_the_output_holds",
     "hidden_states_output attention_outputs retain_grad_hidden_states_attentions format_of_can_record_outputs": """
@@ -138,12 +138,12 @@ MODELS = {
 GENERATION = {
     "greedy_generate greedy_generate_dict_outputs greedy_generate_dict_outputs_use_cache past_key_values_format": """
         test_generation_contracts.test_all_that_is_asked_for_comes_with_its_shape
-        test_generation.test_text_after_pictures_equals_greedy_by_full_passes""",
+        test_generation.test_text_after_images_equals_greedy_by_full_passes""",
     "sample_generate sample_generate_dict_output": """
         test_generation_contracts.test_a_seed_gives_its_sample_and_another_another
-        test_generation.test_text_never_holds_codes_or_the_tokens_around_pictures""",
+        test_generation.test_text_never_holds_codes_or_the_tokens_around_images""",
     "beam_search_generate beam_search_generate_dict_output beam_search_generate_dict_outputs_use_cache": """
-        test_generation.test_beams_and_several_answers_keep_each_rows_own_pictures""",
+        test_generation.test_beams_and_several_answers_keep_each_rows_own_images""",
     "beam_sample_generate beam_sample_generate_dict_output": """
         test_generation_contracts.test_beams_can_be_sampled_and_keep_their_prompts""",
     "generate_without_input_ids": """
@@ -163,7 +163,7 @@ GENERATION = {
     """assisted_decoding_matches_greedy_search assisted_decoding_sample prompt_lookup_decoding_matches_greedy_search
     prompt_lookup_decoding_stops_at_eos""": """
         test_generation_contracts.test_what_a_prompt_repeats_can_be_guessed_ahead""",
-    "eager_matches_sdpa_generate": "test_generation.test_text_after_pictures_equals_greedy_by_full_passes",
+    "eager_matches_sdpa_generate": "test_generation.test_text_after_images_equals_greedy_by_full_passes",
     "generate_compile_model_forward_fullgraph generate_compilation_all_outputs": """
         test_model_contracts.test_a_pass_over_text_compiles_as_one_graph""",
     "lengths, ends, criteria, streamers": """
@@ -171,7 +171,7 @@ GENERATION = {
         test_generation_contracts.test_a_row_that_has_ended_is_padded_and_the_others_go_on
         test_generation_contracts.test_a_criterion_and_a_streamer_are_heard
         test_generation_contracts.test_settings_of_a_config_object_are_those_of_arguments""",
-    "inherits_generation_mixin": "test_interleaved.test_limits_force_text_or_pictures",
+    "inherits_generation_mixin": "test_interleaved.test_limits_force_text_or_images",
     "eager_matches_fa2_generate eager_matches_fa3_generate flash_attention_2_continue_generate_with_position_ids": """
         test_model_contracts.test_flash_attention_which_drops_the_masks_of_images_is_refused""",
     "model_parallel_beam_search": "Needs several accelerators.",
@@ -190,10 +190,10 @@ PROCESSORS = {
         test_processor_contracts.test_it_gives_what_its_model_takes_and_no_more
         test_processor_contracts.test_texts_of_a_call_are_left_as_they_were""",
     "if_input_has_mismatching_tokens_and_mm_data replacement_offsets": """
-        test_processing.test_placeholders_and_pictures_must_agree_in_number
-        test_processing.test_placeholders_without_pictures_are_refused
-        test_processing.test_each_text_needs_as_many_pictures_as_it_has_placeholders
-        test_processing.test_a_placeholder_becomes_the_slots_of_its_picture""",
+        test_processing.test_placeholders_and_images_must_agree_in_number
+        test_processing.test_placeholders_without_images_are_refused
+        test_processing.test_each_text_needs_as_many_images_as_it_has_placeholders
+        test_processing.test_a_placeholder_becomes_the_slots_of_its_image""",
     "subprocessor_defaults_preserved_by_kwargs": """
         test_processor_contracts.test_settings_of_the_parts_hold_where_a_call_says_nothing""",
     """kwargs_overrides_default_subprocessor_kwargs unstructured_kwargs unstructured_kwargs_batched
@@ -208,10 +208,10 @@ PROCESSORS = {
         test_processor_contracts.test_a_chat_with_images_is_the_call_on_its_text_and_images
         test_processing.test_the_chat_format_is_qwens_without_a_system_message""",
     "apply_chat_template_assistant_mask": """
-        test_processing.test_answers_are_marked_behind_several_pictures_and_in_padded_rows""",
+        test_processing.test_answers_are_marked_behind_several_images_and_in_padded_rows""",
     """apply_chat_template_video apply_chat_template_decoded_video
     apply_chat_template_video_frame_sampling""": """
-        test_abilities.test_a_film_in_a_conversation_is_read_as_its_frames
+        test_abilities.test_a_video_in_a_conversation_is_read_as_its_frames
         A video is read as images; there is no video processor.""",
     """init_arguments_not_in_class_attributes init_arguments_not_in_processor_kwargs
     call_arguments_not_in_processor_kwargs call_arguments_not_in_attributes call_arguments_default_none
@@ -220,7 +220,7 @@ PROCESSORS = {
     "apply_chat_template_tool_calls_no_content": "The chat format has no tools.",
     """get_num_multimodal_tokens_matches_processor_call get_num_multimodal_tokens_matches_processor_call_video
     get_num_multimodal_tokens_matches_processor_call_audio""": """
-        An optional method that servers ask for; `picture_tokens` says the same of a grid.""",
+        An optional method that servers ask for; `image_placeholder_ids` says the same of a grid.""",
     "chat_template_saving_rejects_path_traversal": "Nothing of ours takes part.",
     "apply_chat_template_audio chat_template_audio_sampling_rate chat_template_audio_from_video": "There is no sound.",
 }
@@ -257,7 +257,7 @@ IMAGE_PROCESSORS = {
 
 PIPELINES = {
     "save_load_local save_load_float16 save_load_dduf": """
-        test_pipeline.test_a_saved_pipeline_draws_the_same_picture
+        test_pipeline.test_a_saved_pipeline_draws_the_same_image
         test_pipeline.test_bfloat16_draws_and_keeps_the_codebooks_in_float32""",
     "save_load_optional_components components_function": """
         test_pipeline_contracts.test_its_components_make_another_pipeline_that_draws_the_same
@@ -270,10 +270,10 @@ PIPELINES = {
         The scales are the schedule's, so there is no `num_inference_steps`, and there are no `latents`.""",
     "inference_batch_consistent inference_batch_single_identical": """
         test_pipeline_contracts.test_a_batch_of_any_size_holds_what_its_generators_say
-        test_pipeline.test_a_picture_depends_on_its_own_generator_and_not_on_its_batch""",
-    "num_images_per_prompt": "test_pipeline.test_the_pictures_of_a_prompt_follow_each_other",
+        test_pipeline.test_a_image_depends_on_its_own_generator_and_not_on_its_batch""",
+    "num_images_per_prompt": "test_pipeline.test_the_images_of_a_prompt_follow_each_other",
     "dict_tuple_outputs_equivalent": "test_pipeline.test_a_tuple_holds_what_the_output_holds",
-    "pt_np_pil_outputs_equivalent": "test_pipeline.test_the_output_types_hold_the_same_picture",
+    "pt_np_pil_outputs_equivalent": "test_pipeline.test_the_output_types_hold_the_same_image",
     "pt_np_pil_inputs_equivalent": "test_pipeline_contracts.test_images_as_inputs_may_be_of_any_kind",
     "float16_inference to_device to_dtype": """
         test_pipeline_contracts.test_it_moves_with_its_model_between_types_and_devices""",
@@ -285,11 +285,11 @@ PIPELINES = {
         test_pipeline_contracts.test_a_folder_that_lost_its_weights_is_refused""",
     "callback_inputs callback_cfg": """
         test_pipeline_contracts.test_the_callback_is_given_what_it_asks_for_and_nothing_else
-        test_pipeline.test_the_callback_sees_each_scale_and_the_last_preview_is_the_picture
+        test_pipeline.test_the_callback_sees_each_scale_and_the_last_preview_is_the_image
         A callback watches: what it returns is not read.""",
     "cfg": """
         test_pipeline_contracts.test_guidance_of_one_reads_no_second_row
-        test_pipeline.test_prompt_seed_and_guidance_each_change_the_picture""",
+        test_pipeline.test_prompt_seed_and_guidance_each_change_the_image""",
     "interrupt": """
         test_pipeline_contracts.test_an_interrupted_call_leaves_the_next_one_whole
         test_pipeline.test_an_interrupted_drawing_gives_the_preview_of_its_scales""",

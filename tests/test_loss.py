@@ -4,13 +4,14 @@ import os
 
 import pytest
 import torch
-from reference_nextflow import Picture, as_batch, losses, scale_weights
-from test_modeling import LEVELS, ragged_batch, random_picture, special_tokens
+from reference_nextflow import ReferenceImage, as_batch, losses, scale_weights
+from test_modeling import LEVELS, ragged_batch, random_image, special_tokens
 from tiny import free_port, tiny_model
 
-from transformers_nextflow import fused_cross_entropy, sequence_layout
-from transformers_nextflow.likelihood import log_likelihoods
+from transformers_nextflow.generation.likelihood import log_likelihoods
 from transformers_nextflow.scale_schedule import BASE_GRIDS
+from transformers_nextflow.sequence import fused_cross_entropy
+from transformers_nextflow.sequence import layout as sequence_layout
 
 
 def all_labels(inputs):
@@ -66,7 +67,7 @@ def test_positions_are_correct_where_their_class_has_the_largest_logit(monkeypat
 def test_accuracies_are_told_of_text_and_of_each_scale():
     model = tiny_model()
     model.lm_head.weight.data.zero_()  # so that a code is the most probable class everywhere
-    image = random_picture(model.config)
+    image = random_image(model.config)
     _, inputs = as_batch([[20, image, 21]], *special_tokens(model.config))
     schedule = model.config.vq_config.scale_schedules.build()
     with torch.no_grad():
@@ -85,15 +86,15 @@ def test_accuracies_are_told_of_text_and_of_each_scale():
 
 def test_codes_to_write_may_differ_from_the_codes_that_are_read():
     model = tiny_model()
-    read, written = random_picture(model.config, seed=1), random_picture(model.config, seed=2)
-    picture = Picture(read.grids, read.codes, targets=written.codes)
-    rows, inputs = as_batch([[20, picture, 21]], *special_tokens(model.config))
+    read, written = random_image(model.config, seed=1), random_image(model.config, seed=2)
+    image = ReferenceImage(read.grids, read.codes, targets=written.codes)
+    rows, inputs = as_batch([[20, image, 21]], *special_tokens(model.config))
     labels, image_labels = all_labels(inputs), torch.tensor([written.codes])
     corrected = check_loss(model, rows, inputs, labels, image_labels)
     assert float(corrected.image_loss.detach()) != float(model(**inputs, labels=labels).image_loss.detach())
 
 
-def test_pictures_without_a_label_at_their_end_and_unlabelled_text_do_not_count():
+def test_images_without_a_label_at_their_end_and_unlabelled_text_do_not_count():
     model = tiny_model()
     rows, inputs = ragged_batch(model.config)
     labels = all_labels(inputs)
@@ -108,14 +109,14 @@ def test_pictures_without_a_label_at_their_end_and_unlabelled_text_do_not_count(
     assert torch.equal(model(**inputs, labels=labels.masked_fill(slots, -100)).loss, expected)
 
 
-def test_batches_of_text_alone_and_of_pictures_alone():
+def test_batches_of_text_alone_and_of_images_alone():
     model = tiny_model()
     rows, inputs = as_batch([[20, 21, 22], [23, 24]], *special_tokens(model.config))
     output = check_loss(model, rows, inputs, all_labels(inputs))
     assert torch.isnan(output.image_loss) and torch.isnan(output.scale_losses).all()
 
-    pictures = [random_picture(model.config, base_grid, seed=n) for n, base_grid in enumerate([(16, 16), (8, 32)])]
-    rows, inputs = as_batch([[20, picture] for picture in pictures], *special_tokens(model.config))
+    images = [random_image(model.config, base_grid, seed=n) for n, base_grid in enumerate([(16, 16), (8, 32)])]
+    rows, inputs = as_batch([[20, image] for image in images], *special_tokens(model.config))
     labels = torch.where(inputs["input_ids"] == model.config.eoi_token_id, 1, -100)
     output = check_loss(model, rows, inputs, labels)
     assert torch.isnan(output.text_loss)
@@ -137,7 +138,7 @@ def padded_at(inputs: dict, columns: list[int]) -> dict:
 @pytest.mark.parametrize("with_image", [False, True])
 def test_padding_changes_nothing_wherever_it_stands(with_image, read_last_scale, columns):
     model = tiny_model(read_last_scale=read_last_scale)
-    image = random_picture(model.config, seed=1)
+    image = random_image(model.config, seed=1)
     row = [20, 21, 22, image, 23, 24] if with_image else [20, 21, 22, 23, 24]
     _, inputs = as_batch([row], *special_tokens(model.config))
     columns = [column % (inputs["input_ids"].shape[1] + 1) for column in columns]
@@ -171,7 +172,7 @@ def test_likelihoods_of_padded_rows_are_those_of_single_ones(read_last_scale):
 
 def test_an_end_of_an_image_among_the_pads_is_none():
     model = tiny_model()
-    _, inputs = as_batch([[20, random_picture(model.config, seed=1)]], *special_tokens(model.config))
+    _, inputs = as_batch([[20, random_image(model.config, seed=1)]], *special_tokens(model.config))
     expected = model(**inputs, labels=all_labels(inputs)).loss
     padded = padded_at(inputs, [0, 0])
     padded["input_ids"][0, 0] = model.config.eoi_token_id
@@ -181,7 +182,7 @@ def test_an_end_of_an_image_among_the_pads_is_none():
 
 def test_what_follows_on_a_cache_is_trained_without_its_first_token():
     model = tiny_model()
-    rows, inputs = as_batch([[20, random_picture(model.config, seed=1), 21], [22, 23]], *special_tokens(model.config))
+    rows, inputs = as_batch([[20, random_image(model.config, seed=1), 21], [22, 23]], *special_tokens(model.config))
     more = torch.tensor([[24, 25, 26], [27, 28, 29]])
     with torch.no_grad():
         whole = dict(inputs, input_ids=torch.cat([inputs["input_ids"], more], 1))
@@ -214,7 +215,7 @@ def test_the_loss_asks_for_a_mask_that_tells_padding():
 
 def test_slots_outside_of_an_image_are_refused():
     model = tiny_model()
-    _, inputs = as_batch([[20, random_picture(model.config, seed=1)]], *special_tokens(model.config))
+    _, inputs = as_batch([[20, random_image(model.config, seed=1)]], *special_tokens(model.config))
     ids = inputs["input_ids"]
     start = int((ids[0] == model.config.boi_token_id).nonzero())
     ids[0, start - 1], ids[0, start + 1] = model.config.image_token_id, 20
@@ -333,7 +334,7 @@ def test_the_fused_loss_follows_autocast():
         assert fused.dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", ["text", "pictures", "mixed"])
+@pytest.mark.parametrize("kind", ["text", "images", "mixed"])
 def test_gradients_of_the_model_are_those_of_the_plain_way(kind):
     model = tiny_model(tie_word_embeddings=True)
     _, inputs = ragged_batch(model.config)

@@ -63,7 +63,7 @@ def test_the_folder_holds_model_processor_and_settings(run):
 
 
 def test_settings_that_do_not_fit_the_scales_are_refused(run):
-    with pytest.raises(ValueError, match="temperature gives 2 values, but the picture is drawn in 4 scales"):
+    with pytest.raises(ValueError, match="temperature gives 2 values, but the image is drawn in 4 scales"):
         run("--temperature", 1, 0.5)
 
 

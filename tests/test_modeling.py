@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from reference_nextflow import Picture, as_batch, attention_mask, input_features, rope_positions, scale_rows
+from reference_nextflow import ReferenceImage, as_batch, attention_mask, input_features, rope_positions, scale_rows
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_model
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from transformers_nextflow import ImageSampling, NextFlowConfig, NextFlowForConditionalGeneration
-from transformers_nextflow.scale_drawing import Drawing
+from transformers_nextflow.generation.image_codes import ImageCodes
 
 
 ATTENTIONS = ("sdpa", "eager", "flex_attention")
@@ -35,11 +35,11 @@ def attention(implementation):
     return torch.compiler.set_stance("force_eager") if flex else contextlib.nullcontext()
 
 
-def random_picture(config, base_grid=(16, 16), level=None, seed=0) -> Picture:
+def random_image(config, base_grid=(16, 16), level=None, seed=0) -> ReferenceImage:
     schedule = config.vq_config.scale_schedules.build(base_grid, level)
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(config.vq_config.codebook_size, (schedule.num_tokens,), generator=generator)
-    return Picture(list(schedule.grids), codes.tolist())
+    return ReferenceImage(list(schedule.grids), codes.tolist())
 
 
 def special_tokens(config) -> tuple[int, int, int, bool]:
@@ -47,11 +47,11 @@ def special_tokens(config) -> tuple[int, int, int, bool]:
 
 
 def ragged_batch(config):
-    """Text before, between and after pictures of several ratios; pictures side by side; text alone."""
+    """Text before, between and after images of several ratios; images side by side; text alone."""
     low = config.vq_config.scale_schedules.resolutions[0]
     rows = [
-        [20, 21, random_picture(config, seed=1), 22, random_picture(config, (8, 32), seed=2), 23, 24],
-        [random_picture(config, (20, 12), low, seed=3), random_picture(config, (32, 8), seed=4), 25],
+        [20, 21, random_image(config, seed=1), 22, random_image(config, (8, 32), seed=2), 23, 24],
+        [random_image(config, (20, 12), low, seed=3), random_image(config, (32, 8), seed=4), 25],
         [26, 27, 28],
     ]
     return as_batch(rows, *special_tokens(config))
@@ -100,15 +100,15 @@ def test_scale_and_number_of_scales_reach_the_slots_alone():
         lambda _, args, kwargs: seen.update(embeds=kwargs["inputs_embeds"]), with_kwargs=True
     )
     text = model.model.language_model.embed_tokens.weight
-    short = random_picture(model.config, level=8)
-    long = Picture(random_picture(model.config).grids, short.codes + [0] * 25)
+    short = random_image(model.config, level=8)
+    long = ReferenceImage(random_image(model.config).grids, short.codes + [0] * 25)
     embeds = {}
-    for picture in (short, long):
-        _, inputs = as_batch([[20, picture, 21]], *special_tokens(model.config))
+    for image in (short, long):
+        _, inputs = as_batch([[20, image, 21]], *special_tokens(model.config))
         model(**inputs)
-        embeds[len(picture.grids)] = seen["embeds"][0]
+        embeds[len(image.grids)] = seen["embeds"][0]
         torch.testing.assert_close(seen["embeds"][0, [0, 1, -2, -1]], text[inputs["input_ids"][0, [0, 1, -2, -1]]])
-    # Both pictures read the same codes at scale 2; only the number of scales differs, and it is the same for all slots.
+    # Both images read the same codes at scale 2; only the number of scales differs, and it is the same for all slots.
     difference = embeds[4][2:6] - embeds[2][2:6]
     assert difference.abs().max() > 1e-3
     torch.testing.assert_close(difference, difference[:1].expand(4, -1))
@@ -118,7 +118,7 @@ def test_slots_that_read_a_last_scale_have_a_row_of_their_own_at_every_level():
     model = tiny_model(vq_config=LEVELS, read_last_scale=True)
     embedding, seen = model.model.visual_embedding, []
     rows, inputs = ragged_batch(model.config)
-    assert {len(position.picture.grids) for row in rows for position in row if position.picture} == {2, 4}
+    assert {len(position.image.grids) for row in rows for position in row if position.image} == {2, 4}
     embedding.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
     table = embedding.scale.weight.detach().clone()
     model(**inputs)
@@ -129,7 +129,7 @@ def test_slots_that_read_a_last_scale_have_a_row_of_their_own_at_every_level():
     embedding.scale.weight.data.copy_(table)
     low = model.config.vq_config.scale_schedules.build(level=8)
     for schedules in ([low], [low, model.config.vq_config.scale_schedules.build((20, 12))]):
-        drawing = Drawing(model, schedules, ImageSampling())
+        drawing = ImageCodes(model, schedules, ImageSampling())
         drawing.image_tokens.zero_()
         embedding.scale.weight.data.copy_(table)
         slots = drawing.last_slots()[0]
@@ -180,21 +180,21 @@ def test_rows_of_a_batch_do_not_touch_each_other(implementation):
     rows, inputs = ragged_batch(model.config)
     with torch.no_grad(), attention(implementation):
         together = model(**inputs).logits
-        first_picture = 0
+        first_image = 0
         for b, row in enumerate(rows):
             valid = inputs["attention_mask"][b].bool()
             count = sum(position.kind == "boi" for position in row)
-            pictures = slice(first_picture, first_picture + count)
-            first_picture += count
+            images = slice(first_image, first_image + count)
+            first_image += count
             alone = {"input_ids": inputs["input_ids"][b : b + 1, valid]}
             if count:
-                alone |= {name: inputs[name][pictures] for name in ("image_tokens", "image_grids")}
+                alone |= {name: inputs[name][images] for name in ("image_tokens", "image_grids")}
             torch.testing.assert_close(model(**alone).logits[0], together[b, valid], atol=1e-5, rtol=0)
 
 
 def test_pixels_are_encoded_like_the_codes_that_they_give():
     model = tiny_model()
-    square, wide = random_picture(model.config), random_picture(model.config, (12, 20))
+    square, wide = random_image(model.config), random_image(model.config, (12, 20))
     _, inputs = as_batch([[20, square, wide, 21]], *special_tokens(model.config))
     pixels = torch.zeros(2, 3, 16, 20)
     pixels[0, :, :, :16] = torch.rand(3, 16, 16) * 2 - 1
@@ -357,9 +357,9 @@ def test_codebook_that_differs_from_the_config_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"image_tokens": None, "image_grids": None}, "0 pictures were given"),
+        ({"image_tokens": None, "image_grids": None}, "0 images were given"),
         ({"image_grids": torch.tensor([[3, 5]])}, "slots behind their <boi>"),
-        ({"image_grids": torch.tensor([[4, 4], [4, 4]])}, "2 pictures were given"),
+        ({"image_grids": torch.tensor([[4, 4], [4, 4]])}, "2 images were given"),
         ({"image_grids": torch.tensor([[5, 9]])}, "nearest"),
         ({"image_tokens": torch.full((1, 30), 32)}, "image_tokens run from 0 to 31, got 32"),
         ({"image_tokens": torch.full((2, 30), 1)}, "2 rows of image_tokens came with 1 image_grids"),
@@ -367,9 +367,9 @@ def test_codebook_that_differs_from_the_config_is_refused(tmp_path):
         ({"image_tokens": None}, "image_tokens|pixel_values"),
     ],
 )
-def test_placeholders_that_do_not_match_the_pictures_are_refused(change, message):
+def test_placeholders_that_do_not_match_the_images_are_refused(change, message):
     model = tiny_model()
-    _, inputs = as_batch([[20, random_picture(model.config), 21]], *special_tokens(model.config))
+    _, inputs = as_batch([[20, random_image(model.config), 21]], *special_tokens(model.config))
     with pytest.raises(ValueError, match=message):
         model(**inputs | change)
 

@@ -152,7 +152,7 @@ def test_self_correction_draws_the_asked_share_among_the_nearest_codes():
 @pytest.mark.parametrize("pixel_branch", [{}, CONVOLUTIONAL], ids=["patch", "convolutional"])
 @pytest.mark.parametrize("base_grid", [(16, 16), (8, 32), (32, 8), (20, 12)])
 @pytest.mark.parametrize("level", [8, 16])
-def test_pictures_of_every_ratio_and_level_are_encoded_and_decoded(pixel_branch, base_grid, level):
+def test_images_of_every_ratio_and_level_are_encoded_and_decoded(pixel_branch, base_grid, level):
     model = tiny_vq_model(levels=[[8, 2], [16, 4]], **pixel_branch)
     schedule = model.config.scale_schedules.build(base_grid, level)
     height, width = schedule.image_size(4)
@@ -203,14 +203,14 @@ def test_an_incomplete_checkpoint_is_refused_by_a_few_of_its_tensors(tmp_path):
         NextFlowVQModel.from_pretrained(tmp_path)
 
 
-def test_a_batch_gives_the_codes_of_single_pictures():
+def test_a_batch_gives_the_codes_of_single_images():
     model = tiny_vq_model()
     pixels = torch.rand(3, 3, 16, 16) * 2 - 1
-    alone = [model.encode(picture[None]).image_tokens for picture in pixels]
+    alone = [model.encode(image[None]).image_tokens for image in pixels]
     assert torch.equal(model.encode(pixels).image_tokens, torch.cat(alone))
 
 
-def test_preview_of_all_scales_is_the_picture_and_of_some_their_sum():
+def test_preview_of_all_scales_is_the_image_and_of_some_their_sum():
     model = tiny_vq_model()
     schedule = model.config.scale_schedules.build()
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1

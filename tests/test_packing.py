@@ -9,8 +9,8 @@ from test_modeling import ATTENTIONS, LAYOUTS, attention
 from test_trainer import codes, conversation, drawing, question, text
 from tiny import free_port, tiny_config, tiny_model, tiny_processor
 
-from transformers_nextflow.packed_attention import PACKED_SDPA
 from transformers_nextflow.scale_schedule import ScaleSchedules
+from transformers_nextflow.sequence.packed_attention import PACKED_SDPA
 from transformers_nextflow.trainers import (
     CostModel,
     NextFlowCollator,
@@ -152,8 +152,8 @@ def test_the_cost_model_counts_the_multiplications_of_the_model():
     model = CostModel.from_config(config)
     assert model.attention == pytest.approx(2 * 2 * 32 / linear)
     assert model.head == pytest.approx(4 / 3 * 32 * (320 + 32) / linear)
-    picture = ScaleSchedules(sides=(1, 2, 4), patch_size=4).build()
-    size = SampleSize(length=30, trained=10, schedules=(picture,))
+    image = ScaleSchedules(sides=(1, 2, 4), patch_size=4).build()
+    size = SampleSize(length=30, trained=10, schedules=(image,))
     pairs = 30 * 31 / 2 + 4 * 3 / 2 + 16 * 15 / 2
     assert model.cost(size) == pytest.approx(30 + 10 * model.head + pairs * model.attention)
 

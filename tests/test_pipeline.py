@@ -45,26 +45,26 @@ def draw(pipe, prompt=PROMPTS[0], seed=0, **kwargs):
 # --- what it takes and gives ---
 
 
-def test_a_prompt_gives_one_picture_and_a_list_one_for_each(pipe):
+def test_a_prompt_gives_one_image_and_a_list_one_for_each(pipe):
     assert draw(pipe).shape == (1, 3, 16, 16)
     assert draw(pipe, PROMPTS).shape == (2, 3, 16, 16)
     assert torch.equal(draw(pipe, [PROMPTS[0]]), draw(pipe, PROMPTS[0]))
 
 
-def test_prompt_seed_and_guidance_each_change_the_picture(pipe):
-    picture = draw(pipe)
-    assert torch.equal(picture, draw(pipe))
+def test_prompt_seed_and_guidance_each_change_the_image(pipe):
+    image = draw(pipe)
+    assert torch.equal(image, draw(pipe))
     for other in (draw(pipe, PROMPTS[1]), draw(pipe, seed=1), draw(pipe, guidance_scale=1.0)):
-        assert not torch.equal(picture, other)
+        assert not torch.equal(image, other)
 
 
-def test_the_output_types_hold_the_same_picture(pipe):
+def test_the_output_types_hold_the_same_image(pipe):
     tensor, array = draw(pipe, output_type="pt"), draw(pipe, output_type="np")
-    [picture] = draw(pipe, output_type="pil")
-    assert isinstance(picture, Image.Image)
+    [image] = draw(pipe, output_type="pil")
+    assert isinstance(image, Image.Image)
     assert 0 <= tensor.min() and tensor.max() <= 1
     np.testing.assert_array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
-    np.testing.assert_array_equal(np.asarray(picture), (array[0] * 255).round().astype(np.uint8))
+    np.testing.assert_array_equal(np.asarray(image), (array[0] * 255).round().astype(np.uint8))
 
 
 def test_a_tuple_holds_what_the_output_holds(pipe):
@@ -87,21 +87,21 @@ def test_the_default_size_is_the_square_of_the_largest_level():
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-def test_a_picture_depends_on_its_own_generator_and_not_on_its_batch(pipe, guidance_scale):
+def test_a_image_depends_on_its_own_generator_and_not_on_its_batch(pipe, guidance_scale):
     options = {"guidance_scale": guidance_scale}
     batch = draw(pipe, PROMPTS, generator=[seeded(0), seeded(1)], **options)
     for seed, prompt in enumerate(PROMPTS):
         torch.testing.assert_close(batch[seed : seed + 1], draw(pipe, prompt, seed, **options), atol=1e-4, rtol=0)
 
 
-def test_the_pictures_of_a_prompt_follow_each_other(pipe):
+def test_the_images_of_a_prompt_follow_each_other(pipe):
     generators = [seeded(i) for i in range(4)]
     batch = draw(pipe, PROMPTS, generator=generators, num_images_per_prompt=2)
     single = [draw(pipe, PROMPTS[i // 2], seed=i) for i in range(4)]
     torch.testing.assert_close(batch, torch.cat(single), atol=1e-4, rtol=0)
 
 
-def test_a_negative_prompt_changes_the_picture_and_goes_for_all_prompts(pipe):
+def test_a_negative_prompt_changes_the_image_and_goes_for_all_prompts(pipe):
     assert torch.equal(draw(pipe, PROMPTS), draw(pipe, PROMPTS, negative_prompt=""))
     one_for_all = draw(pipe, PROMPTS, negative_prompt="one")
     assert torch.equal(one_for_all, draw(pipe, PROMPTS, negative_prompt=["one", "one"]))
@@ -132,7 +132,7 @@ def test_edits_have_settings_of_their_own():
 # --- callbacks ---
 
 
-def test_the_callback_sees_each_scale_and_the_last_preview_is_the_picture(pipe):
+def test_the_callback_sees_each_scale_and_the_last_preview_is_the_image(pipe):
     seen = []
 
     def watch(pipeline, step, scale, callback_kwargs):
@@ -140,11 +140,11 @@ def test_the_callback_sees_each_scale_and_the_last_preview_is_the_picture(pipe):
         seen.append((scale, callback_kwargs))
 
     names = ["image_tokens", "preview"]
-    picture = draw(pipe, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=names)
+    image = draw(pipe, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=names)
     assert [scale for scale, _ in seen] == list(range(NUM_SCALES))
     assert [kwargs["image_tokens"].shape[1] for _, kwargs in seen] == [1, 5, 14, 30]
-    assert torch.equal(seen[-1][1]["preview"], picture)
-    assert torch.equal(picture, draw(pipe))
+    assert torch.equal(seen[-1][1]["preview"], image)
+    assert torch.equal(image, draw(pipe))
 
 
 def test_a_preview_is_made_only_where_it_is_asked_for(pipe):
@@ -161,10 +161,10 @@ def test_an_interrupted_drawing_gives_the_preview_of_its_scales(pipe):
         pipeline._interrupt = scale == 1
 
     options = {"callback_on_step_end": stop, "callback_on_step_end_tensor_inputs": ["preview"]}
-    picture = draw(pipe, **options)
+    image = draw(pipe, **options)
     assert len(previews) == 2 and pipe.interrupt
-    assert torch.equal(picture, previews[-1])
-    assert not torch.equal(picture, draw(pipe)) and not pipe.interrupt
+    assert torch.equal(image, previews[-1])
+    assert not torch.equal(image, draw(pipe)) and not pipe.interrupt
 
 
 def test_the_progress_bar_counts_scales(capsys):
@@ -175,12 +175,12 @@ def test_the_progress_bar_counts_scales(capsys):
 # --- saving and loading ---
 
 
-def test_a_saved_pipeline_draws_the_same_picture(pipe, tmp_path):
+def test_a_saved_pipeline_draws_the_same_image(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     assert torch.equal(draw(quiet(NextFlowPipeline.from_pretrained(tmp_path))), draw(pipe))
 
 
-def test_a_plain_model_folder_draws_the_same_picture(pipe, tmp_path):
+def test_a_plain_model_folder_draws_the_same_image(pipe, tmp_path):
     pipe.model.save_pretrained(tmp_path)
     pipe.processor.save_pretrained(tmp_path)
     loaded = quiet(NextFlowPipeline.from_pretrained(tmp_path))
@@ -229,8 +229,8 @@ def test_bfloat16_draws_and_keeps_the_codebooks_in_float32(pipe, tmp_path, argum
     loaded = quiet(NextFlowPipeline.from_pretrained(tmp_path, **{argument: torch.bfloat16}))
     assert loaded.dtype == torch.bfloat16
     assert loaded.model.vq_model.quantizer.pixel_codebook.weight.dtype == torch.float32
-    picture = draw(loaded)
-    assert picture.dtype == torch.float32 and picture.isfinite().all()
+    image = draw(loaded)
+    assert image.dtype == torch.float32 and image.isfinite().all()
 
 
 def test_diffusion_pipeline_loads_it_in_a_fresh_process_through_its_pipeline_file(pipe, tmp_path):
@@ -241,11 +241,11 @@ import torch
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({str(folder)!r}, trust_remote_code=True)
 options = dict(guidance_scale=2.0, generator=torch.Generator().manual_seed(0), output_type="pt")
-torch.save(pipe({PROMPTS[0]!r}, **options).images, {str(tmp_path / "picture.pt")!r})
+torch.save(pipe({PROMPTS[0]!r}, **options).images, {str(tmp_path / "image.pt")!r})
 """
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-    torch.testing.assert_close(torch.load(tmp_path / "picture.pt"), draw(pipe), atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.load(tmp_path / "image.pt"), draw(pipe), atol=1e-4, rtol=0)
     # Where the class is named, the file is not run.
     (folder / "pipeline.py").write_text("raise RuntimeError")
     assert torch.equal(draw(quiet(NextFlowPipeline.from_pretrained(folder))), draw(pipe))

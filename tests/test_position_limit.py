@@ -5,15 +5,15 @@ import torch
 from PIL import Image
 from reference_nextflow import as_batch
 from test_generation import negative, prompts
-from test_modeling import random_picture, special_tokens
+from test_modeling import random_image, special_tokens
 from test_packing import chat, mixed_rows, packed_and_padded
 from tiny import tiny_model, tiny_processor
 from tiny_tokenflow_t2i import tiny_t2i_model, tiny_t2i_processor
 
 from transformers_nextflow import ImageSampling, NextFlowPipeline
-from transformers_nextflow.likelihood import score_answers, score_pictures
+from transformers_nextflow.generation.likelihood import score_answers, score_images
 from transformers_nextflow.trainers import NextFlowCollator
-from transformers_nextflow.trainers.rollouts import draw_rollouts
+from transformers_nextflow.trainers.rl.rollouts import generate_rollouts
 
 
 SAMPLING = ImageSampling(guidance_scale=2.0)
@@ -51,7 +51,7 @@ def with_room(positions, call, **kwargs):
 @pytest.mark.parametrize("read_last_scale", [False, True])
 def test_a_pass_counts_positions_and_not_tokens(read_last_scale):
     def call(model):
-        row = [20, random_picture(model.config, seed=1), 21, random_picture(model.config, seed=2)]
+        row = [20, random_image(model.config, seed=1), 21, random_image(model.config, seed=2)]
         _, inputs = as_batch([row, [22]], *special_tokens(model.config))
         assert inputs["input_ids"].shape[1] > 60
         model(**inputs, labels=inputs["input_ids"])
@@ -71,7 +71,7 @@ def test_a_pass_counts_positions_and_not_tokens(read_last_scale):
 )
 def test_pixels_are_not_encoded_for_a_sequence_that_is_too_long(count, ask):
     def call(model):
-        _, inputs = as_batch([[20, *[random_picture(model.config)] * 3]], *special_tokens(model.config))
+        _, inputs = as_batch([[20, *[random_image(model.config)] * 3]], *special_tokens(model.config))
         pixels = {"pixel_values": torch.zeros(3, 3, 16, 16), "image_grids": inputs["image_grids"]}
         ask(model, inputs["input_ids"], pixels)
 
@@ -93,7 +93,7 @@ def test_text_counts_what_it_may_write():
 def test_drawing_counts_the_image_behind_each_prompt(read_last_scale):
     def call(model):
         rows, negatives = (
-            prompts(model.config, [[20, random_picture(model.config), 21], [22, 23]]),
+            prompts(model.config, [[20, random_image(model.config), 21], [22, 23]]),
             negative(prompts(model.config, [[], [30] * 5])),
         )
         sizes = [(16, 16), (8, 32)]
@@ -117,8 +117,8 @@ def test_interleaved_generation_counts_text_and_images_to_come():
     with_room(4 + 6 + 3 * 5, call)
 
 
-def films(model, **kwargs):
-    NextFlowPipeline(model, tiny_processor()).film(guidance_scale=1.0, **kwargs)
+def videos(model, **kwargs):
+    NextFlowPipeline(model, tiny_processor()).video(guidance_scale=1.0, **kwargs)
 
 
 def length_of(text, answer=None):
@@ -130,14 +130,14 @@ def test_videos_count_all_frames_and_texts():
     words = tiny_processor().tokenizer([script[1:]][0], add_special_tokens=False)["input_ids"]
     # The prompt ends with the first <boi>.
     count = length_of(script[0]) - 1 + sum(map(len, words)) + 3 * 5
-    with_room(count, lambda model: films(model, prompt=[script]))
+    with_room(count, lambda model: videos(model, prompt=[script]))
     given = Image.new("RGB", (16, 16))
     # The prompt begins with the given frame, and its answer with the first text.
     start = length_of(script[0], answer="") + 5
-    with_room(start + sum(map(len, words)) + 2 * 5, lambda model: films(model, prompt=[script], image=given))
+    with_room(start + sum(map(len, words)) + 2 * 5, lambda model: videos(model, prompt=[script], image=given))
     with_room(
         length_of("one") + 4 * 3 + 4 * 5,
-        lambda model: films(model, prompt="one", num_frames=4, max_transition_tokens=3),
+        lambda model: videos(model, prompt="one", num_frames=4, max_transition_tokens=3),
     )
 
 
@@ -156,13 +156,13 @@ def test_chats_and_scores_count_their_images():
     count = 5 + length_of(questions[1], answer=answers[1]) + 1
     with_room(count, lambda model: score_answers(model, processor, codes, grids, questions, answers))
     count = length_of("a red circle") + 4
-    with_room(count, lambda model: score_pictures(model, processor, codes[:1], grids[:1], ["a red circle"]))
+    with_room(count, lambda model: score_images(model, processor, codes[:1], grids[:1], ["a red circle"]))
 
 
 def test_rollouts_and_training_rows_are_counted():
     rows = [{"prompt": "a red circle"}]
     with_room(
-        length_of("a red circle") + 4, lambda model: draw_rollouts(model, tiny_processor(), rows, ImageSampling())
+        length_of("a red circle") + 4, lambda model: generate_rollouts(model, tiny_processor(), rows, ImageSampling())
     )
     processor = tiny_processor()
     packed, padded = packed_and_padded(processor, mixed_rows(processor))

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 from test_trainer import conversation, drawing, make_trainer, rows, text, training_arguments
+from test_vq_trainer import make_images, tiny_vq_model
 from test_vq_trainer import make_trainer as make_vq_trainer
-from test_vq_trainer import pictures, tiny_vq_model
 from tiny import free_port, tiny_config, tiny_model, tiny_processor
 from torch import nn
 from torch.distributed.fsdp._fully_shard._fsdp_common import _is_composable_with_fsdp
@@ -26,9 +26,9 @@ from transformers_nextflow import KeptRegion, NextFlowForConditionalGeneration, 
 from transformers_nextflow.adapters import lora_config
 from transformers_nextflow.data import load_vision_tokenizer, tokenizer_fingerprint
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer
-from transformers_nextflow.trainers.codebook_care import initialize_codebook, revive_dead_codes
 from transformers_nextflow.trainers.recipes import Recipe, run_recipe
-from transformers_nextflow.trainers.trained_weights import place_vision_tokenizer
+from transformers_nextflow.trainers.runs.trained_weights import place_vision_tokenizer
+from transformers_nextflow.trainers.tokenizer.codebook_care import initialize_codebook, revive_dead_codes
 
 
 GRID = torch.tensor([[4, 4]])
@@ -137,9 +137,9 @@ def test_a_region_is_kept_the_same_under_autocast():
 def test_k_means_and_revival_are_the_same_under_autocast():
     def cared_for():
         model = tiny_vq_model(downsample="rotary", upsample="rotary")
-        initialize_codebook(model, pictures(24))
+        initialize_codebook(model, make_images(24))
         started = model.quantizer.codebook.clone()
-        revive_dead_codes(model, pictures(24, seed=1), torch.arange(32) < 8)
+        revive_dead_codes(model, make_images(24, seed=1), torch.arange(32) < 8)
         return started, model.quantizer.codebook
 
     expected = cared_for()
@@ -190,11 +190,11 @@ def test_codes_in_a_training_step_are_the_stored_ones(tmp_path, monkeypatch):
 @pytest.mark.parametrize("stage, half", [("pixel", True), ("joint", True), ("codebook", False), ("decoder", False)])
 def test_a_tokenizer_in_training_quantises_in_float32_and_encoders_at_rest_give_their_codes(stage, half, tmp_path):
     model, seen = tiny_vq_model(), {}
-    expected = model.eval().encode(pictures(8)).image_tokens
+    expected = model.eval().encode(make_images(8)).image_tokens
     model.pixel_encoder.register_forward_hook(lambda module, args, output: seen.update(encoder=output.dtype))
     distances = model.quantizer.distances
     model.quantizer.distances = lambda *args: seen.update(distances=distances(*args).dtype) or distances(*args)
-    options = {"bf16": True, "max_steps": 1, "learning_rate": 0.0, "kmeans_pictures": 6}
+    options = {"bf16": True, "max_steps": 1, "learning_rate": 0.0, "kmeans_images": 6}
     trainer = make_vq_trainer(tmp_path, model, stage=stage, **options)
     tokens, count = [], trainer._count_codes
     trainer._count_codes = lambda codes: tokens.append(codes) or count(codes)
@@ -205,7 +205,7 @@ def test_a_tokenizer_in_training_quantises_in_float32_and_encoders_at_rest_give_
         assert sorted(tokens[0].tolist()) == sorted(expected.tolist())
     # Scores of an evaluation are those of the codes that the tokenizer makes.
     with half_autocast():
-        assert torch.equal(model.eval()(pictures(8)).latents, model.encode_latents(pictures(8)))
+        assert torch.equal(model.eval()(make_images(8)).latents, model.encode_latents(make_images(8)))
 
 
 # What cannot be float32 is refused ------------------------------------------------------------------------------------

@@ -6,10 +6,14 @@ from PIL import Image
 from tiny import tiny_model, tiny_processor
 
 from transformers_nextflow import ImageSampling
-from transformers_nextflow.prefix_likelihood import PrefixColumns, code_log_probabilities, prefix_log_probabilities
-from transformers_nextflow.sampling_nextflow import truncate_logits
-from transformers_nextflow.scale_drawing import Drawing
-from transformers_nextflow.sequence_writer import Prompts, SequenceWriter
+from transformers_nextflow.generation.image_codes import ImageCodes
+from transformers_nextflow.generation.prefix_likelihood import (
+    PrefixColumns,
+    code_log_probabilities,
+    prefix_log_probabilities,
+)
+from transformers_nextflow.generation.sampling import truncate_logits
+from transformers_nextflow.generation.sequence_writer import Prompts, SequenceWriter
 
 
 TEXTS = ["a red circle", "two blue squares and a green star"]
@@ -31,13 +35,13 @@ def prompts_of(processor, model, images=None, texts=TEXTS) -> Prompts:
     return Prompts(inputs["input_ids"], inputs["attention_mask"], codes, inputs.get("image_grids"))
 
 
-def pictures() -> list[list]:
+def make_images() -> list[list]:
     return [[Image.new("RGB", (16, 16), color)] for color in ("red", "blue")]
 
 
 def draw(model, processor, sampling: ImageSampling, edits: bool = False, sizes=SIZES):
     """Prompts, contexts, what was drawn, and the guided logits of each scale as the cached loop saw them."""
-    images = pictures() if edits else None
+    images = make_images() if edits else None
     prompts = prompts_of(processor, model, images)
     contexts = []
     if sampling.is_guided(4) or sampling.is_guided(4, "image_guidance_scale"):
@@ -45,7 +49,7 @@ def draw(model, processor, sampling: ImageSampling, edits: bool = False, sizes=S
     if sampling.is_guided(4, "image_guidance_scale"):
         contexts.append(prompts_of(processor, model, None, ["", ""]))
     schedules = [model.config.vq_config.scale_schedules.for_size(*size) for size in sizes]
-    drawing, seen = Drawing(model, schedules, sampling, torch.Generator().manual_seed(0)), []
+    drawing, seen = ImageCodes(model, schedules, sampling, torch.Generator().manual_seed(0)), []
     with torch.no_grad():
         writer = SequenceWriter(model, prompts, contexts)
         writer.draw(drawing, range(2), lambda _, scale, state: seen.append(state.logits), go_on=False)
@@ -82,7 +86,7 @@ def test_the_prefix_alone_gives_the_log_probabilities_of_the_whole_pass(read_las
     model.set_attn_implementation(attention)
     processor = tiny_processor(read_last_scale=read_last_scale)
     prompts, _, drawing, _ = draw(model, processor, ImageSampling(), sizes=[(16, 16)] * 2)
-    ends = processor.picture_tokens(4, 4)[1:]
+    ends = processor.image_placeholder_ids(4, 4)[1:]
     whole = torch.cat([prompts.input_ids, torch.tensor([ends, ends])], 1)
     mask = torch.nn.functional.pad(prompts.attention_mask, (0, len(ends)), value=1)
     with torch.no_grad():
@@ -99,11 +103,11 @@ def test_the_prefix_alone_gives_the_log_probabilities_of_the_whole_pass(read_las
             torch.testing.assert_close(found.values, expected[:, :count], atol=2e-5, rtol=1e-4)
 
 
-def test_a_prompt_that_pictures_share_is_read_once_and_each_gets_what_it_gets_alone():
+def test_a_prompt_that_images_share_is_read_once_and_each_gets_what_it_gets_alone():
     model, processor, sampling = tiny_model(), tiny_processor(), ImageSampling(guidance_scale=3.0, temperature=0.8)
     schedules = [model.config.vq_config.scale_schedules.for_size(16, 16)] * 3
     texts, seen, drawn_from = [TEXTS[1], TEXTS[0], TEXTS[1]], [], []
-    drawing = Drawing(model, schedules, sampling, [torch.Generator().manual_seed(i) for i in range(3)])
+    drawing = ImageCodes(model, schedules, sampling, [torch.Generator().manual_seed(i) for i in range(3)])
     prompts, empty = (prompts_of(processor, model, texts=own) for own in (texts, [""] * 3))
     with torch.no_grad():
         writer = SequenceWriter(model, prompts, [empty])
@@ -114,9 +118,9 @@ def test_a_prompt_that_pictures_share_is_read_once_and_each_gets_what_it_gets_al
             return model(inputs_embeds=inputs_embeds, **kwargs)
 
         together = prefix_log_probabilities(model, prompts, [empty], drawing, 3, forward=forward)
-        assert seen == [3, 6]  # two prompts and the empty one, then the slots of three pictures under two contexts
+        assert seen == [3, 6]  # two prompts and the empty one, then the slots of three images under two contexts
         for row, text in enumerate(texts):
-            alone = Drawing(model, schedules[:1], sampling, torch.Generator().manual_seed(row))
+            alone = ImageCodes(model, schedules[:1], sampling, torch.Generator().manual_seed(row))
             own = [prompts_of(processor, model, texts=[part]) for part in (text, "")]
             logits = []
             SequenceWriter(model, own[0], own[1:]).draw(
@@ -141,7 +145,7 @@ def test_nothing_behind_the_prefix_counts_and_gets_no_gradient():
     torch.testing.assert_close(prefix_log_probabilities(model, prompts, [], drawing, 2).values, before)
 
 
-def test_the_prefix_still_says_how_many_scales_the_picture_has():
+def test_the_prefix_still_says_how_many_scales_the_image_has():
     model, processor = tiny_model(), tiny_processor()
     prompts, _, drawing, _ = draw(model, processor, ImageSampling())
     with torch.no_grad():

@@ -10,11 +10,11 @@ from tokenizers import Tokenizer
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 import transformers_nextflow  # noqa: F401  (registers the Auto classes)
-from transformers_nextflow.chat_encoding import encode_chats, encode_text
 from transformers_nextflow.image_processing_nextflow import NextFlowImageProcessorPil
-from transformers_nextflow.older_transformers import SANITIZES_CONTROL_TOKENS
 from transformers_nextflow.processing_nextflow import NextFlowProcessor
+from transformers_nextflow.sequence.chat_encoding import encode_chats, encode_text
 from transformers_nextflow.tokenization_nextflow import CHAT_TEMPLATE, add_image_tokens, train_tokenizer
+from transformers_nextflow.utils.older_transformers import SANITIZES_CONTROL_TOKENS
 
 
 CAPTIONS = ["a red circle", "two blue squares and a green star", "how many circles are there? one"]
@@ -79,7 +79,7 @@ def test_a_vocabulary_without_room_is_refused():
         train_tokenizer(CAPTIONS, vocab_size=261)
 
 
-def test_a_foreign_tokenizer_is_given_the_tokens_of_a_picture_once(tmp_path):
+def test_a_foreign_tokenizer_is_given_the_tokens_of_a_image_once(tmp_path):
     tokenizer = make_foreign_tokenizer()
     image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert add_image_tokens(tokenizer) == 2
@@ -91,11 +91,11 @@ def test_a_foreign_tokenizer_is_given_the_tokens_of_a_picture_once(tmp_path):
     assert len({loaded.boi_token_id, loaded.eoi_token_id, loaded.image_token_id, loaded.pad_token_id}) == 4
 
 
-# --- text and pictures ---
+# --- text and images ---
 
 
 @pytest.mark.parametrize("read_last_scale", [False, True])
-def test_a_placeholder_becomes_the_slots_of_its_picture(read_last_scale):
+def test_a_placeholder_becomes_the_slots_of_its_image(read_last_scale):
     processor = make_processor(read_last_scale=read_last_scale)
     output = processor(text="a <|image_pad|> and <|image_pad|>?", images=[SQUARE, WIDE], return_tensors="pt")
     schedules = processor.image_processor.scale_schedules
@@ -109,7 +109,7 @@ def test_a_placeholder_becomes_the_slots_of_its_picture(read_last_scale):
     assert output["image_grids"].tolist() == [list(schedules.nearest(64, size).final_grid) for size in (64, 128)]
 
 
-def test_every_grid_that_a_picture_can_have_has_its_slots():
+def test_every_grid_that_a_image_can_have_has_its_slots():
     processor = make_processor()
     schedules = processor.image_processor.scale_schedules
     for height, width in schedules.all_sizes():
@@ -138,12 +138,12 @@ def test_arguments_of_a_call_win_over_the_processors_own():
 
 
 @pytest.mark.parametrize("text", ["no placeholder", "<|image_pad|> <|image_pad|>"])
-def test_placeholders_and_pictures_must_agree_in_number(text):
+def test_placeholders_and_images_must_agree_in_number(text):
     with pytest.raises(ValueError, match=r"hold \[\d\] .* given 1 images"):
         make_processor()(text=text, images=[SQUARE])
 
 
-def test_arrays_are_counted_as_the_pictures_that_they_hold():
+def test_arrays_are_counted_as_the_images_that_they_hold():
     processor, array = make_processor(), np.asarray(SQUARE)
     token, grey = processor.image_token, np.zeros((64, 64), dtype=np.uint8)
     for text, images, count in (
@@ -163,17 +163,17 @@ def test_arrays_are_counted_as_the_pictures_that_they_hold():
             processor(text=token, images=images)
 
 
-def test_placeholders_without_pictures_are_refused():
+def test_placeholders_without_images_are_refused():
     with pytest.raises(ValueError, match=r"hold \[1\] .* given 0 images"):
         make_processor()(text="<|image_pad|>")
 
 
-def test_each_text_needs_as_many_pictures_as_it_has_placeholders():
+def test_each_text_needs_as_many_images_as_it_has_placeholders():
     with pytest.raises(ValueError, match=r"hold \[1, 1\] .* given \[2, 0\]"):
         make_processor()(text=["<|image_pad|>", "<|image_pad|>"], images=[[SQUARE, SQUARE], []])
 
 
-def test_cutting_a_picture_in_two_is_refused():
+def test_cutting_a_image_in_two_is_refused():
     with pytest.raises(ValueError, match="truncation"):
         make_processor()(text="<|image_pad|>", images=SQUARE, truncation=True, max_length=10)
 
@@ -197,7 +197,7 @@ def test_the_chat_format_is_qwens_without_a_system_message():
     assert rendered == expected
 
 
-def test_a_chat_with_a_picture_is_tokenised_and_its_answer_marked():
+def test_a_chat_with_a_image_is_tokenised_and_its_answer_marked():
     processor = make_processor()
     conversation = [
         {"role": "user", "content": [{"type": "image", "image": SQUARE}, {"type": "text", "text": "how many?"}]},
@@ -211,15 +211,15 @@ def test_a_chat_with_a_picture_is_tokenised_and_its_answer_marked():
     assert processor.decode(answer) == "one<|im_end|>"
 
 
-def test_answers_are_marked_behind_several_pictures_and_in_padded_rows():
+def test_answers_are_marked_behind_several_images_and_in_padded_rows():
     processor = make_processor()
-    picture, wide = {"type": "image", "image": SQUARE}, {"type": "image", "image": WIDE}
+    image, wide = {"type": "image", "image": SQUARE}, {"type": "image", "image": WIDE}
     conversations = [
         [
-            {"role": "user", "content": [picture, wide, {"type": "text", "text": "how many?"}]},
+            {"role": "user", "content": [image, wide, {"type": "text", "text": "how many?"}]},
             {"role": "assistant", "content": [{"type": "text", "text": "two"}]},
             {"role": "user", "content": [{"type": "text", "text": "a red circle"}, wide]},
-            {"role": "assistant", "content": [{"type": "text", "text": "one"}, picture]},
+            {"role": "assistant", "content": [{"type": "text", "text": "one"}, image]},
         ],
         [{"role": "user", "content": "one"}, {"role": "assistant", "content": "a green star"}],
     ]
@@ -240,7 +240,7 @@ def test_a_content_part_of_another_type_is_refused():
 # --- prompts for drawing ---
 
 
-def test_prompts_end_with_the_beginning_of_a_picture():
+def test_prompts_end_with_the_beginning_of_a_image():
     processor = make_processor()
     output = processor.apply_image_prompt(["a red circle", "one"])
     assert output["input_ids"].shape == output["attention_mask"].shape
@@ -347,13 +347,13 @@ def test_prompts_that_are_no_strings_are_refused(prompt):
         make_processor().apply_image_prompt(prompt)
 
 
-def test_pictures_are_handed_back_in_the_type_asked_for():
+def test_images_are_handed_back_in_the_type_asked_for():
     processor = make_processor()
-    picture = torch.ones(3, 8, 16)
-    assert processor.post_process_images([picture])[0].size == (16, 8)
-    assert processor.post_process_images([picture], output_type="np")[0].shape == (8, 16, 3)
+    image = torch.ones(3, 8, 16)
+    assert processor.post_process_images([image])[0].size == (16, 8)
+    assert processor.post_process_images([image], output_type="np")[0].shape == (8, 16, 3)
     with pytest.raises(ValueError, match="output_type"):
-        processor.post_process_images([picture], output_type="latent")
+        processor.post_process_images([image], output_type="latent")
 
 
 def test_answers_are_decoded_without_special_tokens():

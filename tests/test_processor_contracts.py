@@ -64,7 +64,7 @@ def test_settings_of_loading_win_over_those_that_were_saved(tmp_path):
     tiny_processor().save_pretrained(tmp_path)
     loaded = NextFlowProcessor.from_pretrained(tmp_path, do_normalize=False, read_last_scale=True)
     assert loaded.image_processor.do_normalize is False and loaded.read_last_scale is True
-    assert len(loaded.picture_tokens(4, 4)) == len(tiny_processor().picture_tokens(4, 4)) + 16
+    assert len(loaded.image_placeholder_ids(4, 4)) == len(tiny_processor().image_placeholder_ids(4, 4)) + 16
 
 
 # The processor: what it gives -----------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CORE = """
 from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGeneration, NextFlowProcessor, NextFlowVQModel
-from transformers_nextflow import generation_nextflow, loss_nextflow, modeling_nextflow
+from transformers_nextflow import generation_nextflow, modeling_nextflow
+from transformers_nextflow.sequence import loss as loss_nextflow
 """
 SCHEDULES = """
 import importlib.util, pathlib

@@ -5,7 +5,7 @@ import torch
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from reference_nextflow import as_batch
 from test_generation import silence
-from test_modeling import random_picture, special_tokens
+from test_modeling import random_image, special_tokens
 from tiny import tiny_model
 
 
@@ -64,7 +64,7 @@ def test_text_behind_learned_prompts_is_that_of_full_passes(kind):
 def test_a_learned_prefix_may_stand_before_images():
     model = prompt_learning("prefix")
     config = model.get_base_model().config
-    rows = [[20, random_picture(config, seed=1), 21], [22]]
+    rows = [[20, random_image(config, seed=1), 21], [22]]
     inputs = as_batch(rows, *special_tokens(config))[1]
     assert torch.equal(model.generate(**inputs, **GREEDY)[:, -4:], greedy_by_passes(model, rows, 4))
 
@@ -73,7 +73,7 @@ def test_a_learned_prefix_may_stand_before_images():
 def test_learned_embeddings_before_images_are_refused(kind):
     model = prompt_learning(kind)
     config = model.get_base_model().config
-    inputs = as_batch([[20, random_picture(config), 21]], *special_tokens(config))[1]
+    inputs = as_batch([[20, random_image(config), 21]], *special_tokens(config))[1]
     for call in (model, lambda **inputs: model.generate(**inputs, **GREEDY)):
         with pytest.raises(ValueError, match="Images come with input_ids"):
             call(**inputs)

@@ -18,7 +18,7 @@ from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowVQMo
 from transformers_nextflow.cli import app
 from transformers_nextflow.data import BadRowError, extract_codes, open_rows
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer
-from transformers_nextflow.trainers.recipe_data import StagePictures, StageRows, as_caption, without_prompt
+from transformers_nextflow.trainers.recipe_data import StageImages, StageRows, as_caption, without_prompt
 from transformers_nextflow.trainers.recipes import load_recipe, run_recipe
 from transformers_nextflow.trainers.recipes import make_trainer as trainer_of
 
@@ -106,16 +106,16 @@ def test_the_stages_of_the_tokenizer_train_their_parts_and_the_last_widens_the_d
     assert all(torch.equal(value, models[3].state_dict()[name]) for name, value in kept.items())
 
 
-def test_a_drawing_turned_round_is_a_caption_of_the_uncorrected_picture():
+def test_a_drawing_turned_round_is_a_caption_of_the_uncorrected_image():
     row = drawing("a red circle", 1) | {"image_labels": [codes(2)], "image_clean_tokens": [codes(3)]}
     turned = as_caption(row, "describe the picture.")
-    roles = [[part.get("text", "picture") for part in message["content"]] for message in turned["messages"]]
-    assert roles == [["picture", "describe the picture."], ["a red circle"]]
+    roles = [[part.get("text", "image") for part in message["content"]] for message in turned["messages"]]
+    assert roles == [["image", "describe the picture."], ["a red circle"]]
     assert turned["image_tokens"] == [codes(3)] and row["image_tokens"] == [codes(1)]
     batch = NextFlowCollator(tiny_processor())([turned])
     assert batch["image_tokens"].tolist() == batch["image_labels"].tolist() == [codes(3)]
     assert as_caption(drawing("one", 1), "what?")["image_tokens"] == [codes(1)]
-    # Labels are nearest to what the sampled codes left over: they are no codes of the picture.
+    # Labels are nearest to what the sampled codes left over: they are no codes of the image.
     with pytest.raises(BadRowError, match=r"image_tokens\[0\]: differ from image_labels, .* extract the codes anew"):
         as_caption(row | {"image_clean_tokens": None}, "describe the picture.")
     for other in (question("how many?", "one", 2), drawing("", 1)):
@@ -151,7 +151,7 @@ def test_drawings_whose_codes_were_extracted_are_turned_round_and_emptied_too(st
     assert rows[0]["image_tokens"] != [own] != rows[0]["image_labels"]
 
 
-def test_prompts_that_are_answered_by_a_picture_alone_are_left_empty():
+def test_prompts_that_are_answered_by_a_image_alone_are_left_empty():
     assert without_prompt(drawing("a red circle", 1)) == drawing("", 1)
     edit = {"messages": conversation([{"type": "image"}, text("make it blue")], [{"type": "image"}])}
     assert without_prompt(edit)["messages"] == conversation([{"type": "image"}, text("")], [{"type": "image"}])
@@ -169,7 +169,7 @@ def test_the_two_shares_take_different_rows():
     assert 70 < captions < 130 and 160 < empty < 240
 
 
-def test_pictures_of_the_tokenizer_are_read_as_the_image_processor_reads_them(tmp_path):
+def test_images_of_the_tokenizer_are_read_as_the_image_processor_reads_them(tmp_path):
     ramp = np.arange(256, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(ramp * 257).save(tmp_path / "grey.png")
     Image.new("RGBA", (16, 16), (255, 0, 0, 0)).save(tmp_path / "clear.png")
@@ -179,10 +179,10 @@ def test_pictures_of_the_tokenizer_are_read_as_the_image_processor_reads_them(tm
     names = ["grey.png", "clear.png", "turned.png"]
     rows = [{"messages": conversation([text("")], [{"type": "image", "image": name}])} for name in names]
     processor = tiny_processor().image_processor
-    pictures = StagePictures(rows, tmp_path, processor, level=16)
+    images = StageImages(rows, tmp_path, processor, level=16)
     for index, name in enumerate(names):
         expected = processor(str(tmp_path / name), return_tensors="pt")["pixel_values"][0]
-        torch.testing.assert_close(pictures[index]["pixel_values"], expected)
+        torch.testing.assert_close(images[index]["pixel_values"], expected)
 
 
 def test_a_kill_while_the_outcome_is_written_leaves_the_one_before(start, tmp_path, monkeypatch):
@@ -261,7 +261,7 @@ def _sharded_step(rank: int, port: int, folder: str):
             fully_shard(module, mesh=mesh, reshard_after_forward=SHARDING["fsdp_reshard_after_forward"])
     fully_shard(model, mesh=mesh)
     batch = _two_drawings()
-    # Both rows hold one picture.
+    # Both rows hold one image.
     _step(model, {name: value[rank : rank + 1] for name, value in batch.items()})
     sharded = [name for name, parameter in model.named_parameters() if hasattr(parameter, "placements")]
     weights = {name: model.get_parameter(name).full_tensor() for name in sharded}

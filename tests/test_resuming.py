@@ -22,10 +22,10 @@ from typer.testing import CliRunner
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowPipeline
 from transformers_nextflow.adapters import lora_config
 from transformers_nextflow.cli import app
-from transformers_nextflow.folder_lock import LOCK_FILE, hold_folder
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer
-from transformers_nextflow.trainers.atomic_checkpoints import SUPERSEDED
-from transformers_nextflow.trainers.training_record import RECORD_FILE
+from transformers_nextflow.trainers.runs.atomic_checkpoints import SUPERSEDED
+from transformers_nextflow.trainers.runs.training_record import RECORD_FILE
+from transformers_nextflow.utils.folder_lock import LOCK_FILE, hold_folder
 
 
 STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 1}
@@ -344,7 +344,7 @@ def test_looking_at_the_rows_changes_nothing_of_the_training(tmp_path, monkeypat
         return weights(trainer)
 
     looked = train("looked")
-    monkeypatch.setattr("transformers_nextflow.trainers.resumable_training.training_record", lambda *_: {})
+    monkeypatch.setattr("transformers_nextflow.trainers.runs.resumable_training.training_record", lambda *_: {})
     assert equal(train("not"), looked)
 
 

@@ -1,4 +1,4 @@
-"""Rewards of pictures: the checker, the model's own reading, and functions around small random models."""
+"""Rewards of images: the checker, the model's own reading, and functions around small random models."""
 
 import numpy as np
 import pytest
@@ -24,19 +24,10 @@ from transformers import (
     YolosImageProcessorPil,
 )
 
-from transformers_nextflow.cached_sequences import CachedSequences
-from transformers_nextflow.evaluation.shapes import (
-    Requirement,
-    check,
-    drawing_example,
-    parse_caption,
-    render,
-    text_to_image_suite,
-)
-from transformers_nextflow.evaluation.shapes.language import draw_category
-from transformers_nextflow.likelihood import log_likelihoods, score_answers
-from transformers_nextflow.trainers.checked_reward import checked
-from transformers_nextflow.trainers.rewards import (
+from transformers_nextflow.generation.cached_sequences import CachedSequences
+from transformers_nextflow.generation.likelihood import log_likelihoods, score_answers
+from transformers_nextflow.trainers.rl.checked_reward import checked
+from transformers_nextflow.trainers.rl.rewards import (
     ask_about_shapes,
     ask_for_caption,
     color_classifier,
@@ -47,12 +38,21 @@ from transformers_nextflow.trainers.rewards import (
     shapes_reward,
     similarity_reward,
 )
-from transformers_nextflow.trainers.rewards.detected_objects import COLORS, relations
-from transformers_nextflow.trainers.rewards.rendered_text import edit_distance, quoted_text
-from transformers_nextflow.trainers.rewards.shapes import WORLD
+from transformers_nextflow.trainers.rl.rewards.detected_objects import COLORS, relations
+from transformers_nextflow.trainers.rl.rewards.rendered_text import edit_distance, quoted_text
+from transformers_nextflow.worlds.shapes import (
+    Requirement,
+    check,
+    drawing_example,
+    parse_caption,
+    render,
+    text_to_image_suite,
+)
+from transformers_nextflow.worlds.shapes.language import draw_category
+from transformers_nextflow.worlds.shapes.rewards import WORLD
 
 
-def picture(color: str = "red", size: int = 16) -> Image.Image:
+def make_image(color: str = "red", size: int = 16) -> Image.Image:
     return Image.new("RGB", (size, size), color)
 
 
@@ -66,19 +66,19 @@ def test_the_checker_rewards_what_was_asked_for_and_halves_it_for_more():
     wanted = parse_caption(text, WORLD)
     while not check(fuller, Requirement(wanted.items)).lenient:
         _, fuller, _ = draw_category(rng, WORLD, "two_objects", places=False)
-    other = picture("black", WORLD.canvas)
-    pictures = [Image.fromarray(render(scene, WORLD)), Image.fromarray(render(fuller, WORLD)), other]
-    rewards = shapes_reward([text] * 3, pictures)
+    other = make_image("black", WORLD.canvas)
+    images = [Image.fromarray(render(scene, WORLD)), Image.fromarray(render(fuller, WORLD)), other]
+    rewards = shapes_reward([text] * 3, images)
     assert rewards[0] == 1 and rewards[2] == 0
     assert rewards[1] == (0.5 if wanted.background in (None, fuller.background) else 0)
-    assert shapes_reward(["an elephant"], pictures[:1]) == [None]
+    assert shapes_reward(["an elephant"], images[:1]) == [None]
 
 
-def test_true_pictures_get_the_full_reward():
+def test_true_images_get_the_full_reward():
     rng = np.random.default_rng(1)
     examples = [drawing_example(rng, WORLD) for _ in range(30)]
-    pictures = [Image.fromarray(render(scene, WORLD)) for _, scene in examples]
-    assert shapes_reward([text for text, _ in examples], pictures) == [1.0] * 30
+    images = [Image.fromarray(render(scene, WORLD)) for _, scene in examples]
+    assert shapes_reward([text for text, _ in examples], images) == [1.0] * 30
 
 
 def answer(question: str, scene) -> str:
@@ -141,17 +141,17 @@ def test_own_reading_is_the_mean_probability_of_the_right_answers():
         assert value == pytest.approx(sum(probabilities) / len(probabilities), rel=1e-3)
 
 
-def test_questions_on_one_picture_are_scored_as_in_passes_of_their_own(monkeypatch):
+def test_questions_on_one_image_are_scored_as_in_passes_of_their_own(monkeypatch):
     model, processor = tiny_model(), tiny_processor()
     codes = torch.randint(32, (2, 30), generator=torch.Generator().manual_seed(0))[[0, 1, 0]]
     grids = torch.tensor([[4, 4]] * 3)
     questions, answers = ["how many circles are there?", "one", "two blue squares"], ["one", "a green star", "two"]
-    pictures_read, read = [], CachedSequences.read
+    images_read, read = [], CachedSequences.read
     monkeypatch.setattr(
-        CachedSequences, "read", lambda self, ids, *rest: pictures_read.append(len(ids)) or read(self, ids, *rest)
+        CachedSequences, "read", lambda self, ids, *rest: images_read.append(len(ids)) or read(self, ids, *rest)
     )
     found = score_answers(model, processor, codes, grids, questions, answers)
-    assert pictures_read == [2]
+    assert images_read == [2]
     for row, (question, answer) in enumerate(zip(questions, answers)):
         start = processor.prompt_ids([question], [[(4, 4)]])[0]
         end = [*processor.tokenizer(answer, add_special_tokens=False)["input_ids"], processor.tokenizer.eos_token_id]
@@ -191,14 +191,14 @@ def tiny_clip() -> tuple[CLIPModel, CLIPProcessor]:
 
 def test_similarity_is_the_cosine_of_both_embeddings():
     model, processor = tiny_clip()
-    prompts, pictures = ["a red circle", "one"], [picture("red"), picture("blue", 32)]
-    found = similarity_reward(model, processor)(prompts=prompts, completions=pictures)
-    for prompt, image, value in zip(prompts, pictures, found):
+    prompts, images = ["a red circle", "one"], [make_image("red"), make_image("blue", 32)]
+    found = similarity_reward(model, processor)(prompts=prompts, completions=images)
+    for prompt, image, value in zip(prompts, images, found):
         inputs = processor(text=[prompt], images=[image], return_tensors="pt")
         with torch.no_grad():
             output = model(**inputs)
         assert value == pytest.approx(float(torch.cosine_similarity(output.text_embeds, output.image_embeds)), abs=1e-5)
-    scaled = similarity_reward(model, processor, scaled=True)(prompts=prompts, completions=pictures)
+    scaled = similarity_reward(model, processor, scaled=True)(prompts=prompts, completions=images)
     assert scaled == pytest.approx([value * float(model.logit_scale.exp()) for value in found], rel=1e-4)
 
 
@@ -212,18 +212,18 @@ def test_similarity_does_not_depend_on_the_prompts_beside(kind):
         model = SiglipModel(config)
     reward = similarity_reward(model, processor)
     prompts = ["one", "a red circle and two blue squares and a star"]
-    together = reward(prompts=prompts, completions=[picture()] * 2)
-    alone = [reward(prompts=[prompt], completions=[picture()])[0] for prompt in prompts]
+    together = reward(prompts=prompts, completions=[make_image()] * 2)
+    alone = [reward(prompts=[prompt], completions=[make_image()])[0] for prompt in prompts]
     assert together == pytest.approx(alone, abs=1e-5)
 
 
 def test_a_judge_weighs_yes_against_no():
     model, processor = tiny_model(), tiny_processor()
-    prompts, pictures = ["a red circle", "two blue squares"], [picture("red"), picture("blue")]
+    prompts, images = ["a red circle", "two blue squares"], [make_image("red"), make_image("blue")]
     reward = judge_reward(model, processor, answers=("one", "two"))
-    found = reward(prompts=prompts, completions=pictures)
-    for prompt, image, value in zip(prompts, pictures, found):
-        asked = {"type": "text", "text": f"Does this picture show {prompt}? Answer yes or no."}
+    found = reward(prompts=prompts, completions=images)
+    for prompt, image, value in zip(prompts, images, found):
+        asked = {"type": "text", "text": f"Does this image show {prompt}? Answer yes or no."}
         messages = [{"role": "user", "content": [{"type": "image"}, asked]}]
         text = processor.apply_chat_template(messages, add_generation_prompt=True)
         inputs = processor(text=[text], images=[[image]], return_tensors="pt")
@@ -259,12 +259,12 @@ def test_rendered_text_is_compared_with_what_was_asked_for():
             return pixels_of(images, return_tensors=return_tensors)
 
     reward = rendered_text_reward(model, Reader(), max_new_tokens=4)
-    pictures = [picture(), picture("blue")]
+    shown = [make_image(), make_image("blue")]
     with torch.no_grad():
-        pixels = pixels_of(pictures, return_tensors="pt").pixel_values
+        pixels = pixels_of(shown, return_tensors="pt").pixel_values
         read = words.batch_decode(model.generate(pixels, max_new_tokens=4, do_sample=False), skip_special_tokens=True)
-    assert reward(prompts=["one", "two"], completions=pictures, text=[read[0], None]) == [1.0, None]
-    assert reward(prompts=['the word "zzzzzzzzzzzz"', "nothing"], completions=pictures)[1] is None
+    assert reward(prompts=["one", "two"], completions=shown, text=[read[0], None]) == [1.0, None]
+    assert reward(prompts=['the word "zzzzzzzzzzzz"', "nothing"], completions=shown)[1] is None
 
 
 @pytest.mark.parametrize("one, other, distance", [("", "", 0), ("cat", "", 3), ("cat", "cut", 1), ("ab", "ba", 2)])
@@ -278,7 +278,7 @@ def test_what_is_quoted_is_to_be_written():
 
 def test_a_checked_reward_keeps_its_name():
     assert checked(shapes_reward).__name__ == "shapes_reward"
-    assert checked(shapes_reward)(prompts=["an elephant"], completions=[picture()]) == [None]
+    assert checked(shapes_reward)(prompts=["an elephant"], completions=[make_image()]) == [None]
 
 
 # A detector -----------------------------------------------------------------------------------------------------------
@@ -305,10 +305,10 @@ class SeenObjects(torch.nn.Module):
 
 
 def geneval_of(objects, include, exclude=None, **settings) -> float:
-    """The reward of one red picture in which a detector sees these objects."""
+    """The reward of one red image in which a detector sees these objects."""
     detector = SeenObjects(objects)
     reward = geneval_reward(detector, detector, **settings)
-    (value,) = reward(["a prompt"], [picture(size=100)], include=[include], exclude=exclude and [exclude])
+    (value,) = reward(["a prompt"], [make_image(size=100)], include=[include], exclude=exclude and [exclude])
     return value
 
 
@@ -346,7 +346,7 @@ def test_geneval_wants_colors_of_what_is_cut_out():
         return ["red" if crop.getpixel((0, 0)) == (255, 0, 0) and crop.size == (20, 20) else "blue" for crop in crops]
 
     assert geneval_of([CUP], [item("cup", color="red")], color_of=color_of) == 1
-    # Boxes may be empty, or reach beyond the picture.
+    # Boxes may be empty, or reach beyond the image.
     for box in ((5.0, 5.0, 5.0, 5.0), (100.0, 100.0, 101.0, 101.0), (-9.0, 90.0, 10.0, 120.0)):
         assert geneval_of([("cup", 0.9, box)], [item("cup", color="blue")], color_of=color_of) == 1
     assert geneval_of([CUP, DOG], [item("dog", color="red"), item("cup")], color_of=color_of) == 0.5
@@ -381,11 +381,11 @@ def test_geneval_runs_on_a_detector_of_transformers():
     )  # fmt: skip
     processor = YolosImageProcessorPil(size={"height": 32, "width": 32})
     reward = geneval_reward(YolosForObjectDetection(config), processor, threshold=0.0)
-    values = reward(["a cup"] * 2, [picture(), picture("blue", 24)], include=[[item("cup")]] * 2)
+    values = reward(["a cup"] * 2, [make_image(), make_image("blue", 24)], include=[[item("cup")]] * 2)
     assert len(values) == 2 and all(value in (0.0, 1.0) for value in values)
 
 
-def test_colors_are_told_by_a_model_of_pictures_and_texts():
+def test_colors_are_told_by_a_model_of_images_and_texts():
     model, processor = tiny_clip()
-    colors = color_classifier(model, processor)([picture(), picture("blue")], "cup")
+    colors = color_classifier(model, processor)([make_image(), make_image("blue")], "cup")
     assert len(colors) == 2 and set(colors) <= set(COLORS)

@@ -20,7 +20,7 @@ import rl_runs  # noqa: E402
 import rl_self_reward  # noqa: E402
 
 from transformers_nextflow import ImageSampling  # noqa: E402
-from transformers_nextflow.evaluation.shapes import CATEGORIES, is_reserved, parse_caption  # noqa: E402
+from transformers_nextflow.worlds.shapes import CATEGORIES, is_reserved, parse_caption  # noqa: E402
 
 
 def test_prompts_to_train_on_are_of_all_categories_and_not_kept_for_evaluation():
@@ -112,7 +112,7 @@ def test_the_notebook_runs_from_top_to_bottom(in_the_root, tmp_path):
     for cell in cells:
         exec("".join(cell["source"]), values)
         if "parameters" in cell["metadata"].get("tags", ()):
-            values |= {"STEPS": 1, "GROUPS": 1, "PICTURES": 2, "PROMPTS": 1, "QUESTIONS": 1, "OUTPUT": str(tmp_path)}
+            values |= {"STEPS": 1, "GROUPS": 1, "IMAGES": 2, "PROMPTS": 1, "QUESTIONS": 1, "OUTPUT": str(tmp_path)}
     assert values["values"]["steps"] == 1 and (tmp_path / "rl.json").exists()
 
 

@@ -26,14 +26,14 @@ def place(cell: int, fine: int, coarse: int) -> tuple[int, Fraction]:
 
 
 def turn(pair: int, down: Fraction, right: Fraction) -> complex:
-    """Pair 4 i + j turns i times over the height of the picture and j times over its width; i starts anew after 3."""
+    """Pair 4 i + j turns i times over the height of the image and j times over its width; i starts anew after 3."""
     cycles = (pair // 4) % 4 * down + pair % 4 * right
     return cmath.exp(2j * cmath.pi * float(cycles))
 
 
-def slow_resample(picture: list, target: tuple[int, int], is_down: bool) -> torch.Tensor:
+def slow_resample(image: list, target: tuple[int, int], is_down: bool) -> torch.Tensor:
     """Features [channel][row][column] on another grid, one complex number after the other."""
-    channels, source = len(picture), (len(picture[0]), len(picture[0][0]))
+    channels, source = len(image), (len(image[0]), len(image[0][0]))
     fine, coarse = (source, target) if is_down else (target, source)
     result = torch.zeros(channels, *target, dtype=torch.float64)
     children: dict[tuple[int, int], int] = {}
@@ -43,13 +43,13 @@ def slow_resample(picture: list, target: tuple[int, int], is_down: bool) -> torc
             children[up, left] = children.get((up, left), 0) + 1
             (y, x), (to_y, to_x) = ((row, column), (up, left)) if is_down else ((up, left), (row, column))
             for pair in range(channels // 2):
-                value = complex(picture[2 * pair][y][x], picture[2 * pair + 1][y][x])
+                value = complex(image[2 * pair][y][x], image[2 * pair + 1][y][x])
                 rotation = turn(pair, down, right)
                 value *= rotation if is_down else rotation.conjugate()
                 result[2 * pair, to_y, to_x] += value.real
                 result[2 * pair + 1, to_y, to_x] += value.imag
             if channels % 2:
-                result[-1, to_y, to_x] += picture[-1][y][x]
+                result[-1, to_y, to_x] += image[-1][y][x]
     if is_down:
         for (y, x), count in children.items():
             result[:, y, x] /= count
@@ -62,7 +62,7 @@ def test_it_equals_the_loop_over_cells_both_ways(fine, coarse, channels):
     for source, target, is_down in ((fine, coarse, True), (coarse, fine, False)):
         features = random_features(channels, source)
         result = resample(features, target, "rotary")
-        expected = torch.stack([slow_resample(picture.tolist(), target, is_down) for picture in features])
+        expected = torch.stack([slow_resample(image.tolist(), target, is_down) for image in features])
         torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 
 

@@ -13,11 +13,11 @@ from tiny import tiny_model, tiny_processor
 from torch.utils.data import DataLoader
 
 from transformers_nextflow.data import BadRowError, read_row, tokenizer_fingerprint, validate_rows
-from transformers_nextflow.data.row_errors import BadPictureError
+from transformers_nextflow.data.row_errors import BadImageError
 from transformers_nextflow.data.rows import JsonLines, NumberedRows
 from transformers_nextflow.data.validation import validate_source
 from transformers_nextflow.trainers import NextFlowCollator
-from transformers_nextflow.trainers.recipe_data import StagePictures, StageRows
+from transformers_nextflow.trainers.recipe_data import StageImages, StageRows
 
 
 MODEL, PROCESSOR = tiny_model(), tiny_processor()
@@ -128,10 +128,6 @@ BAD_ROWS = {
     "a text with an image": (changed(text("one") | {"image": "red.png"}), "messages[0].content[0].image"),
     "an image with a text": (raw(IMAGE | {"text": "two"}), "messages[0].content[1].text"),
     "an image twice": (raw(IMAGE) | {"images": ["red.png"]}, "images"),
-    "a film twice": (
-        raw({"type": "video", "video": ["red.png"], "film": ["red.png"]}),
-        "messages[0].content[1].film",
-    ),
     "images for no part": (raw() | {"images": ["red.png"]}, "images"),
     "a string for images": (raw({"type": "image"}) | {"images": "red.png"}, "images"),
     "no image": (raw({"type": "image"}), "messages[0].content[1].image"),
@@ -183,7 +179,7 @@ GOOD_ROWS = {
     "an image": raw(IMAGE),
     "an image that was opened": raw({"type": "image", "image": Image.new("L", (8, 8))}),
     "images beside": raw({"type": "image"}) | {"images": ["red.png"]},
-    "a film": raw({"type": "video", "video": ["red.png", "red.png"]}),
+    "a video": raw({"type": "video", "video": ["red.png", "red.png"]}),
 }
 
 
@@ -330,10 +326,10 @@ def test_the_folder_of_a_model_has_texts_checked_by_its_template(folder, tmp_pat
     assert validate_source(tmp_path / "rows.jsonl", str(tmp_path)).problems == [f"row 0, {refused.value}"]
 
 
-def test_a_template_that_leaves_pictures_out_is_told():
+def test_a_template_that_leaves_images_out_is_told():
     processor = tiny_processor()
     processor.chat_template = "{% generation %}one{% endgeneration %}"
-    with pytest.raises(BadRowError, match="^messages: the chat template leaves out 1 of 1 pictures"):
+    with pytest.raises(BadRowError, match="^messages: the chat template leaves out 1 of 1 images"):
         NextFlowCollator(processor)([DRAWING])
 
 
@@ -348,15 +344,15 @@ def test_a_worker_hands_the_error_on_as_it_is():
     loader = DataLoader(rows, collate_fn=NextFlowCollator(PROCESSOR), num_workers=1)
     with pytest.raises(BadRowError, match=r"row 0, image_tokens\[0\]: the grid \[4, 4\] takes 30 codes, got 3"):
         next(iter(loader))
-    error = pickle.loads(pickle.dumps(BadPictureError("images[0]", "is none")))
+    error = pickle.loads(pickle.dumps(BadImageError("images[0]", "is none")))
     assert (str(error), error.field, error.problem) == ("images[0]: is none", "images[0]", "is none")
 
 
 def test_images_of_the_tokenizers_training_are_named_by_their_row(folder):
     image_processor = PROCESSOR.image_processor
-    pictures = StagePictures([raw(IMAGE), raw({"type": "image", "image": "broken.png"})], folder, image_processor, 16)
-    pictures[0]
-    with pytest.raises(BadPictureError, match=r"^row 1, messages\[0\].content\[1\].image: the picture cannot be read"):
-        pictures[1]
+    images = StageImages([raw(IMAGE), raw({"type": "image", "image": "broken.png"})], folder, image_processor, 16)
+    images[0]
+    with pytest.raises(BadImageError, match=r"^row 1, messages\[0\].content\[1\].image: the image cannot be read"):
+        images[1]
     with pytest.raises(BadRowError, match=r"^row 1, messages: must be a list"):
-        StagePictures([raw(IMAGE), {}], folder, image_processor, 16)
+        StageImages([raw(IMAGE), {}], folder, image_processor, 16)

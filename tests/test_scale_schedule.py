@@ -23,7 +23,7 @@ def test_schedules_equal_the_printed_table():
 
 
 @pytest.mark.parametrize("level, num_scales, num_tokens", [(256, 12, 900), (512, 16, 3684), (1024, 18, 10084)])
-def test_square_pictures_take_the_papers_numbers_of_tokens(level, num_scales, num_tokens):
+def test_square_images_take_the_papers_numbers_of_tokens(level, num_scales, num_tokens):
     schedule = PAPER.build(level=level)
     assert (schedule.num_scales, schedule.num_tokens) == (num_scales, num_tokens)
     assert schedule.image_size(16) == (level, level)

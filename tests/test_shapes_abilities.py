@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from transformers_nextflow.data import EncodedImage
-from transformers_nextflow.evaluation.shapes import (
+from transformers_nextflow.worlds.shapes import (
     ABILITIES,
     Object,
     Scene,
@@ -19,11 +19,11 @@ from transformers_nextflow.evaluation.shapes import (
     changed_region,
     check,
     held_out_cases,
+    images_of,
     is_reserved,
     metric_table,
     parse_caption,
-    pictures_of,
-    read_pictures,
+    read_images,
     render,
     sequence,
     subjects,
@@ -32,14 +32,13 @@ from transformers_nextflow.evaluation.shapes import (
     to_messages,
     training_case,
 )
-from transformers_nextflow.evaluation.shapes.analogies import CHANGES
-from transformers_nextflow.evaluation.shapes.cases import same
-from transformers_nextflow.evaluation.shapes.edits import edit_kinds, follow_up_edit
-from transformers_nextflow.evaluation.shapes.events import happen
-from transformers_nextflow.evaluation.shapes.films import film_example
-from transformers_nextflow.evaluation.shapes.language import parse_located_caption
-from transformers_nextflow.evaluation.shapes.text_tasks import TASKS
-from transformers_nextflow.evaluation.shapes.thoughts import (
+from transformers_nextflow.worlds.shapes.analogies import CHANGES
+from transformers_nextflow.worlds.shapes.cases import same
+from transformers_nextflow.worlds.shapes.edits import edit_kinds, follow_up_edit
+from transformers_nextflow.worlds.shapes.events import happen
+from transformers_nextflow.worlds.shapes.language import parse_located_caption
+from transformers_nextflow.worlds.shapes.text_tasks import TASKS
+from transformers_nextflow.worlds.shapes.thoughts import (
     COLORED_LIKE,
     COUNTED_LIKE,
     GROUND_LIKE,
@@ -50,6 +49,7 @@ from transformers_nextflow.evaluation.shapes.thoughts import (
     implicit_prompt,
     think_first,
 )
+from transformers_nextflow.worlds.shapes.videos import video_example
 
 
 WORLD = World()
@@ -57,7 +57,7 @@ TWO_SIZES = World(sizes=(("large", 0.8), ("small", 0.5)), held_out_pairs=())
 LARGE = World(canvas=96, lattice=6, max_objects=9, shapes=("circle", "cross", "ring"))
 EVERY_ABILITY = pytest.mark.parametrize("ability", ABILITIES)
 WORLDS = pytest.mark.parametrize("world", [WORLD, TWO_SIZES, LARGE], ids=["narrow", "two sizes", "large"])
-DRAWN = ("drawing", "editing", "subject", "thinking", "in_context", "story", "film")
+DRAWN = ("drawing", "editing", "subject", "thinking", "in_context", "story", "video")
 
 
 def cases(ability, count=60, world=WORLD, seed=0):
@@ -82,12 +82,12 @@ def script():
 def test_every_example_passes_its_own_check_from_pixels(ability, world):
     for case in cases(ability, 30, world):
         shown = [part if isinstance(part, str) else render(part, world) for part in case.answer]
-        score = case.score(read_pictures(shown, world), world)
+        score = case.score(read_images(shown, world), world)
         assert set(score.values()) == {1.0} and next(iter(score)) == "right", (case, score)
 
 
 @pytest.mark.parametrize("ability", DRAWN)
-def test_a_picture_with_one_object_more_or_one_less_is_not_wholly_right(ability):
+def test_a_image_with_one_object_more_or_one_less_is_not_wholly_right(ability):
     for case in cases(ability):
         spoilt = next(part for part in reversed(case.answer) if isinstance(part, Scene))
         free = next(cell for cell in WORLD.cells if cell not in {item.cell for item in spoilt.objects})
@@ -97,7 +97,7 @@ def test_a_picture_with_one_object_more_or_one_less_is_not_wholly_right(ability)
             assert min(score.values()) < 1, case
 
 
-@pytest.mark.parametrize("ability", ("text", "question", "caption", "film_question"))
+@pytest.mark.parametrize("ability", ("text", "question", "caption", "video_question"))
 def test_another_text_is_wrong(ability):
     for case in cases(ability):
         for text in ("", "a purple answer", f"{case.answer[0]} and a ring"):
@@ -105,7 +105,7 @@ def test_another_text_is_wrong(ability):
 
 
 @pytest.mark.parametrize("ability", DRAWN)
-def test_an_answer_without_pictures_scores_nothing(ability):
+def test_an_answer_without_images_scores_nothing(ability):
     assert all(case.score(["no"], WORLD)["right"] == 0 for case in cases(ability, 20))
 
 
@@ -125,7 +125,7 @@ def test_there_are_200_held_out_cases_and_none_of_them_is_trained_on(ability):
 @EVERY_ABILITY
 def test_training_never_shows_a_held_out_pair_and_such_cases_do(ability):
     def pairs(case):
-        scenes = pictures_of((*case.asked, *case.answer))
+        scenes = images_of((*case.asked, *case.answer))
         return {(item.shape, item.color) for scene in scenes for item in scene.objects}
 
     assert not any(pairs(case) & set(WORLD.held_out_pairs) for case in cases(ability))
@@ -161,11 +161,11 @@ def test_conversations_have_the_layouts_of_the_abilities():
     assert turns("subject") == {("it", "i"), ("iit", "i")} and turns("thinking") == {("t", "ti"), ("t", "i")}
     assert turns("story") == {("t", "iti"), ("t", "ititi"), ("t", "itititi")}
     given = {("it", "ti"), ("it", "titi"), ("it", "tititi")}
-    assert turns("film") == turns("story") | given
-    assert turns("film_question") == {("iit", "t"), ("iiit", "t"), ("iiiit", "t")}
+    assert turns("video") == turns("story") | given
+    assert turns("video_question") == {("iit", "t"), ("iiit", "t"), ("iiiit", "t")}
 
 
-def test_thoughts_begin_with_the_prefix_and_stand_before_their_picture():
+def test_thoughts_begin_with_the_prefix_and_stand_before_their_image():
     messages = to_messages([thinking("a riddle", "a star", object())])
     assert messages[1] == {
         "role": "assistant",
@@ -175,14 +175,14 @@ def test_thoughts_begin_with_the_prefix_and_stand_before_their_picture():
 
 def test_texts_that_do_not_fit_between_the_frames_are_refused():
     with pytest.raises(ValueError, match="2 frames take 1"):
-        sequence("a film", [1, 2], [])
+        sequence("a video", [1, 2], [])
 
 
 # --- Edits, subjects, analogies ------------------------------------------------------------------------------------
 
 
 @WORLDS
-def test_the_changed_region_is_where_the_pictures_differ(world):
+def test_the_changed_region_is_where_the_images_differ(world):
     for case in cases("editing", 60, world):
         region = changed_region(case.before, case.after, world)
         differs = (render(case.before, world) != render(case.after, world)).any(axis=2)
@@ -207,7 +207,7 @@ def test_all_kinds_of_edits_and_of_changes_occur():
     assert {case.kind for case in cases("in_context", 100)} == set(CHANGES)
 
 
-def test_a_second_edit_starts_from_the_picture_that_the_first_made():
+def test_a_second_edit_starts_from_the_image_that_the_first_made():
     generator, scene = np.random.default_rng(0), cases("editing", 1)[0].after
     found = [edit for _ in range(30) if (edit := follow_up_edit(generator, WORLD, scene)) is not None]
     assert found and all(edit.before is scene and len(edit.asked) == 1 for edit in found)
@@ -216,7 +216,7 @@ def test_a_second_edit_starts_from_the_picture_that_the_first_made():
 
 def test_the_subject_is_shown_and_not_named():
     for case in cases("subject", 150):
-        shown, text = pictures_of(case.asked), case.asked[-1]
+        shown, text = images_of(case.asked), case.asked[-1]
         assert all(len(scene.objects) == 1 for scene in shown) and len(shown) == (2 if case.kind == "two" else 1)
         # Said in words, the prompt is a caption of what is required.
         names = ("the first object", "the second object") if case.kind == "two" else subjects.ONE
@@ -227,13 +227,13 @@ def test_the_subject_is_shown_and_not_named():
         assert parse_caption(text, WORLD) == case.requirement
 
 
-def test_the_fourth_picture_differs_from_the_third_as_the_second_from_the_first():
+def test_the_fourth_image_differs_from_the_third_as_the_second_from_the_first():
     def change(before, after):
         gone, come = set(before.objects) - set(after.objects), set(after.objects) - set(before.objects)
         return before.background != after.background, gone, come
 
     for case in cases("in_context", 200):
-        a, b, c = pictures_of(case.asked)
+        a, b, c = images_of(case.asked)
         (ground, gone, come), (ground_d, gone_d, come_d) = change(a, b), change(c, case.answer[0])
         assert ground == ground_d == (case.kind == "background") and a.background == c.background or not ground
         if case.kind == "recolor":
@@ -251,7 +251,7 @@ def test_the_fourth_picture_differs_from_the_third_as_the_second_from_the_first(
 
 @WORLDS
 @pytest.mark.parametrize("kind", RIDDLES)
-def test_thoughts_ask_for_what_the_picture_holds(kind, world):
+def test_thoughts_ask_for_what_the_image_holds(kind, world):
     generator = np.random.default_rng(1)
     of_kind = [case for case in cases("thinking", 150, world) if case.kind == kind]
     assert len(of_kind) > 5
@@ -295,11 +295,11 @@ def test_changes_make_one_by_one_what_is_asked_for(world):
 def test_plain_captions_can_be_thought_about_too(world):
     for case in cases("drawing", 60, world):
         thoughtful = think_first(case, world)
-        thought, picture = thoughtful.answer
+        thought, image = thoughtful.answer
         said, plan = thought.removeprefix("think: ").split(": ")
-        assert (thoughtful.asked, picture) == (case.asked, case.answer[0])
+        assert (thoughtful.asked, image) == (case.asked, case.answer[0])
         assert parse_caption(said, world) == case.requirement
-        assert same(parse_located_caption(plan, world), picture)
+        assert same(parse_located_caption(plan, world), image)
         assert thoughtful.drawn_from == (said, plan)
         assert thoughtful.score(thoughtful.answer, world) == dict.fromkeys(("right", "strict", "thought", "plan"), 1.0)
         if len(case.requirement.items) == 1:  # things that are asked for alike are laid out in reading order
@@ -338,7 +338,7 @@ def test_comparisons_lead_to_their_numbers(number, than):
         assert found == number
 
 
-def test_thinking_scores_the_thought_beside_the_picture():
+def test_thinking_scores_the_thought_beside_the_image():
     case = next(case for case in cases("thinking") if texts_of(case.answer))
     score = case.score(["think: nothing", case.answer[1]], WORLD)
     assert score["right"] == 1 and score["thought"] == score["plan"] == 0
@@ -367,7 +367,7 @@ def test_a_plan_that_leaves_something_open_is_no_scene(text):
         parse_located_caption(text, WORLD)
 
 
-# --- Stories and films ---------------------------------------------------------------------------------------------
+# --- Stories and videos ---------------------------------------------------------------------------------------------
 
 
 def test_what_happens_is_read_from_its_sentence():
@@ -391,7 +391,7 @@ def test_what_happens_is_read_from_its_sentence():
             happen(sentence, scene, WORLD)
 
 
-def test_stories_count_what_is_true_of_their_pictures():
+def test_stories_count_what_is_true_of_their_images():
     case = next(case for case in cases("story", 100) if case.kind == "free" and case.num_frames == 3)
     first, told, second, *rest = case.answer
     score = case.score([first, "the background turns pink", second, *rest], WORLD)
@@ -401,8 +401,8 @@ def test_stories_count_what_is_true_of_their_pictures():
     assert told_case.score([told_case.answer[0], "nothing changes", told_case.answer[0]], WORLD)["told"] == 0
 
 
-def test_films_score_the_place_within_one_cell_and_the_rest():
-    case = next(c for c in cases("film", 200) if c.kind == "moves" and len(c.frames) == 3 and not c.first_given)
+def test_videos_score_the_place_within_one_cell_and_the_rest():
+    case = next(c for c in cases("video", 200) if c.kind == "moves" and len(c.frames) == 3 and not c.first_given)
     (others,) = {tuple(o for o in frame.objects if o not in case.path) for frame in case.frames}
     still = [part if isinstance(part, str) else case.frames[0] for part in case.answer]
     score = case.score(still, WORLD)
@@ -412,8 +412,8 @@ def test_films_score_the_place_within_one_cell_and_the_rest():
     assert case.score([], WORLD) == {"right": 0, "position": 0, "rest": 0, "texts": 0}
 
 
-def test_a_film_may_change_its_color_at_any_time_but_must_change_it():
-    case = next(c for c in cases("film", 300) if c.kind == "turns" and len(c.frames) == 3 and not c.first_given)
+def test_a_video_may_change_its_color_at_any_time_but_must_change_it():
+    case = next(c for c in cases("video", 300) if c.kind == "turns" and len(c.frames) == 3 and not c.first_given)
     start, end = case.frames[0], case.frames[-1]
     for frames, right in (((start, end, end), 1), ((start, start, end), 1), ((start, start, start), 0),
                           ((end, end, end), 0), ((start, end, start), 0)):  # fmt: skip
@@ -421,7 +421,7 @@ def test_a_film_may_change_its_color_at_any_time_but_must_change_it():
 
 
 def test_a_given_first_frame_is_not_scored():
-    case = next(c for c in cases("film", 100) if c.first_given and len(c.frames) == 2 and c.kind == "moves")
+    case = next(c for c in cases("video", 100) if c.first_given and len(c.frames) == 2 and c.kind == "moves")
     assert case.asked[0] == case.frames[0] and case.score(["", Scene(())], WORLD)["position"] == 0
 
 
@@ -429,7 +429,7 @@ def test_objects_grow_through_the_sizes_of_their_world():
     world = World(sizes=(("large", 0.8), ("small", 0.4), ("middle", 0.6)), held_out_pairs=())
     generator = np.random.default_rng(0)
     for _ in range(30):
-        _, scenes, transitions = film_example(generator, world, 4, kind="grows")
+        _, scenes, transitions = video_example(generator, world, 4, kind="grows")
         (name,) = set(transitions) - {"nothing changes"}
         color, shape = name.split()[1:3]
         sizes = [next(o.size for o in scene.objects if (o.color, o.shape) == (color, shape)) for scene in scenes]
@@ -493,17 +493,17 @@ def test_no_reserved_text_is_in_the_conversations(script):
     assert lengths >= {1, 2, 3, 4, 5}
 
 
-def test_rows_carry_the_codes_of_all_their_pictures(script):
+def test_rows_carry_the_codes_of_all_their_images(script):
     generator = np.random.default_rng(1)
     for _ in range(100):
         exchanges = script.sample(generator)
-        pictures = script.pictures_in(exchanges)
-        codes = iter([EncodedImage([i], [100 + i], [200 + i]) for i in range(len(pictures) + 1)])
+        images = script.images_in(exchanges)
+        codes = iter([EncodedImage([i], [100 + i], [200 + i]) for i in range(len(images) + 1)])
         row = script.row(exchanges, codes, [4, 4], slots=10)
-        assert next(codes).tokens == [len(pictures)]
+        assert next(codes).tokens == [len(images)]
         parts = [(turn["role"], part) for turn in row["messages"] for part in turn["content"]]
         drawn = [role == "assistant" for role, part in parts if part["type"] == "image"]
-        assert drawn == [is_drawn for _, is_drawn in pictures]
+        assert drawn == [is_drawn for _, is_drawn in images]
         # What is given is read with the true codes; what is drawn is read with sampled ones (self-correction).
         assert row["image_tokens"] == [[i] if is_drawn else [200 + i] for i, is_drawn in enumerate(drawn)]
         assert row["image_labels"] == [[100 + i] if is_drawn else [200 + i] for i, is_drawn in enumerate(drawn)]

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from tiny import tiny_model, tiny_processor
 
-from transformers_nextflow.evaluation import shapes_evaluation
-from transformers_nextflow.evaluation.shapes import CATEGORIES, DESCRIPTIONS, tokenizer_suite, understanding_cases
-from transformers_nextflow.evaluation.shapes.questions import QUESTIONS
-from transformers_nextflow.evaluation.shapes.suites import HELD_OUT_CATEGORIES
-from transformers_nextflow.evaluation.shapes_evaluation import ShapesEvaluation, evaluate_shapes
+from transformers_nextflow.worlds.shapes import CATEGORIES, DESCRIPTIONS, tokenizer_suite, understanding_cases
+from transformers_nextflow.worlds.shapes import evaluation as shapes_evaluation
+from transformers_nextflow.worlds.shapes.evaluation import ShapesEvaluation, evaluate_shapes
+from transformers_nextflow.worlds.shapes.questions import QUESTIONS
+from transformers_nextflow.worlds.shapes.suites import HELD_OUT_CATEGORIES
 
 
 SEMANTIC_ENCODER = {
@@ -99,7 +99,7 @@ def test_the_sheets_show_a_row_for_each_category(scores, folder):
             assert sheet.size == (2 * (128 + 4) + 4, rows * (128 + 4) + 4)
 
 
-def test_a_picture_depends_on_its_seed_and_not_on_its_batch(model, processor, monkeypatch):
+def test_a_image_depends_on_its_seed_and_not_on_its_batch(model, processor, monkeypatch):
     evaluation = ShapesEvaluation(model, processor)
     prompts = ["a red circle", "two blue squares and a green star", "one"]
     together = evaluation.draw(prompts, seed=0)

@@ -1,4 +1,4 @@
-"""The new concept of `examples/shapes/lora.py`: its pictures, its captions, and what counts as right."""
+"""The new concept of `examples/shapes/lora.py`: its images, its captions, and what counts as right."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ pytest.importorskip("peft")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "shapes"))
 import lora  # noqa: E402
 
-from transformers_nextflow.evaluation.shapes import Object, Scene, is_reserved, read, render  # noqa: E402
+from transformers_nextflow.worlds.shapes import Object, Scene, is_reserved, read, render  # noqa: E402
 
 
 def test_a_house_is_right_if_it_is_as_asked_for_and_alone():

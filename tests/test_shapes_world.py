@@ -1,4 +1,4 @@
-"""The shapes world: its pictures can be read back, and what is said of them is true."""
+"""The shapes world: its images can be read back, and what is said of them is true."""
 
 import re
 from collections import Counter
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from transformers_nextflow.evaluation.shapes import (
+from transformers_nextflow.worlds.shapes import (
     CATEGORIES,
     DESCRIPTIONS,
     UNKNOWN,
@@ -24,7 +24,6 @@ from transformers_nextflow.evaluation.shapes import (
     drawing_example,
     drawing_score_table,
     edit_example,
-    film_example,
     held_out_combinations,
     is_full_caption,
     is_reserved,
@@ -39,11 +38,12 @@ from transformers_nextflow.evaluation.shapes import (
     text_to_image_prompts,
     text_to_image_suite,
     understanding_cases,
+    video_example,
 )
-from transformers_nextflow.evaluation.shapes.edits import edit_kinds
-from transformers_nextflow.evaluation.shapes.language import draw_category, write_caption
-from transformers_nextflow.evaluation.shapes.questions import QUESTIONS, question_of_kind, verdict
-from transformers_nextflow.evaluation.shapes.suites import UnderstandingCase
+from transformers_nextflow.worlds.shapes.edits import edit_kinds
+from transformers_nextflow.worlds.shapes.language import draw_category, write_caption
+from transformers_nextflow.worlds.shapes.questions import QUESTIONS, question_of_kind, verdict
+from transformers_nextflow.worlds.shapes.suites import UnderstandingCase
 
 
 WORLD = World()
@@ -66,44 +66,44 @@ def place_in(text, world):
     return (last * (corner[1] == "bottom"), last * (corner[2] == "right")) if corner else None
 
 
-# --- Scenes and pictures -------------------------------------------------------------------------------------------
+# --- Scenes and images -------------------------------------------------------------------------------------------
 
 
 @WORLDS
-def test_the_checker_reads_true_pictures(world):
+def test_the_checker_reads_true_images(world):
     scenes = [random_scene(rng(i), world, allow_held_out=True) for i in range(1000 if world is WORLD else 300)]
     right = [read(render(scene, world), world) == scene for scene in scenes]
     assert np.mean(right) >= 0.995
 
 
-def test_the_checker_reads_noisy_and_blurred_pictures():
+def test_the_checker_reads_noisy_and_blurred_images():
     generator = rng(1)
     scenes = [random_scene(generator, WORLD) for _ in range(300)]
-    pictures = [render(scene, WORLD) for scene in scenes]
-    noisy = [np.clip(p + generator.normal(0, 12, p.shape), 0, 255).astype(np.uint8) for p in pictures]
-    blurred = [Image.fromarray(p).filter(ImageFilter.GaussianBlur(0.8)) for p in pictures]
+    images = [render(scene, WORLD) for scene in scenes]
+    noisy = [np.clip(p + generator.normal(0, 12, p.shape), 0, 255).astype(np.uint8) for p in images]
+    blurred = [Image.fromarray(p).filter(ImageFilter.GaussianBlur(0.8)) for p in images]
     for damaged in (noisy, blurred):
         assert np.mean([read(p, WORLD) == scene for p, scene in zip(damaged, scenes)]) >= 0.995
 
 
 def test_half_an_object_and_stripes_are_reported_as_unknown_objects():
     scene = Scene((Object("circle", "red", 1, 2), Object("star", "blue", 3, 0)), "black")
-    picture = render(scene, WORLD)
-    picture[16:24, 32:48] = 0
-    picture[2:14:2, 50:62] = (220, 30, 40)
-    found = {item.cell: item.shape for item in read(picture, WORLD).objects}
+    image = render(scene, WORLD)
+    image[16:24, 32:48] = 0
+    image[2:14:2, 50:62] = (220, 30, 40)
+    found = {item.cell: item.shape for item in read(image, WORLD).objects}
     assert found == {(1, 2): UNKNOWN, (3, 0): "star", (0, 3): UNKNOWN}
 
 
 def test_specks_are_no_objects_and_full_lattices_are_read():
-    picture = render(Scene(()), WORLD)
-    picture[5:7, 5:7] = 0
-    assert read(picture, WORLD) == Scene(())
+    image = render(Scene(()), WORLD)
+    image[5:7, 5:7] = 0
+    assert read(image, WORLD) == Scene(())
     full = Scene(tuple(Object(WORLD.shapes[i % 6], WORLD.colors[i % 5][0], *WORLD.cells[i]) for i in range(16)))
     assert read(render(full, WORLD), WORLD) == full
 
 
-def test_pictures_of_another_size_are_refused():
+def test_images_of_another_size_are_refused():
     with pytest.raises(ValueError, match="32"):
         read(np.zeros((32, 32, 3), np.uint8), WORLD)
 
@@ -128,7 +128,7 @@ def test_cell_labels_say_what_each_cell_holds():
 
 
 @WORLDS
-def test_training_pictures_hold_all_and_only_what_their_captions_say(world):
+def test_training_images_hold_all_and_only_what_their_captions_say(world):
     generator = rng(2)
     for _ in range(500):
         text, scene = drawing_example(generator, world)
@@ -193,7 +193,7 @@ def test_held_out_pairs_and_reserved_captions_never_occur_in_training():
         text, scene = drawing_example(generator, WORLD)
         texts.add(text)
         pairs.update((item.shape, item.color) for item in scene.objects)
-    for make in (question_example, edit_example, film_example):
+    for make in (question_example, edit_example, video_example):
         for _ in range(300):
             parts = [part if isinstance(part, list) else [part] for part in make(generator, WORLD)]
             scenes = [part for part in sum(parts, []) if isinstance(part, Scene)]
@@ -360,7 +360,7 @@ def test_scores_are_means_of_categories():
         score_table([])
 
 
-# --- Edits and films -----------------------------------------------------------------------------------------------
+# --- Edits and videos -----------------------------------------------------------------------------------------------
 
 
 def edited(scene, instruction, world):
@@ -394,11 +394,11 @@ def test_edits_do_what_their_instructions_say_and_nothing_else(world):
 
 
 @pytest.mark.parametrize("num_frames", [2, 3, 4])
-def test_films_show_what_their_captions_and_transitions_say(num_frames):
+def test_videos_show_what_their_captions_and_transitions_say(num_frames):
     generator = rng(10)
     steps = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
     for _ in range(150):
-        text, scenes, transitions = film_example(generator, WORLD, num_frames)
+        text, scenes, transitions = video_example(generator, WORLD, num_frames)
         opening, event = text.split(". ")
         assert check(scenes[0], parse_caption(opening, WORLD)).strict
         assert len(scenes) == num_frames == len(transitions) + 1 and event in transitions
@@ -414,9 +414,9 @@ def test_films_show_what_their_captions_and_transitions_say(num_frames):
             assert Counter(after.objects) == Counter(before.objects) - Counter([item]) + Counter([new])
 
 
-def test_films_of_too_many_frames_are_refused():
+def test_videos_of_too_many_frames_are_refused():
     with pytest.raises(ValueError, match="num_frames=5"):
-        film_example(rng(), WORLD, num_frames=5)
+        video_example(rng(), WORLD, num_frames=5)
 
 
 def test_the_canonical_wording_is_always_the_same():

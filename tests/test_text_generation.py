@@ -4,7 +4,7 @@ import pytest
 import torch
 from reference_nextflow import as_batch
 from test_generation import greedy_by_full_passes, silence, text_rows
-from test_modeling import ATTENTIONS, attention, random_picture, special_tokens
+from test_modeling import ATTENTIONS, attention, random_image, special_tokens
 from tiny import tiny_model
 from transformers import (
     CompileConfig,
@@ -74,7 +74,7 @@ def test_text_goes_on_from_a_static_cache_that_holds_images():
     inputs = batch_of(model, rows)
     cache = StaticCache(config=model.config.text_config, max_cache_len=200)
     first = model.generate(**inputs, **GREEDY, past_key_values=cache)[:, inputs["input_ids"].shape[1] :]
-    question = [40, random_picture(model.config, seed=9), 41]
+    question = [40, random_image(model.config, seed=9), 41]
     longer = [[*row, *answer, *question] for row, answer in zip(rows, first.tolist())]
     assert torch.equal(written(model, longer, past_key_values=cache), expected_of(model, longer))
 
@@ -122,11 +122,11 @@ def test_modes_that_transformers_keeps_elsewhere_are_refused_though_their_code_i
 
 def test_placeholders_without_images_are_refused_whoever_gives_the_positions():
     model = tiny_model()
-    inputs = batch_of(model, [[20, random_picture(model.config), 21]])
+    inputs = batch_of(model, [[20, random_image(model.config), 21]])
     ids = inputs["input_ids"]
     positions = torch.arange(ids.shape[1]).expand(3, 1, -1)
     for options in ({}, {"position_ids": positions}):
-        with pytest.raises(ValueError, match="1 whole pictures"):
+        with pytest.raises(ValueError, match="1 whole images"):
             model.generate(ids, **GREEDY, **options)
 
 
@@ -164,7 +164,7 @@ def test_guidance_of_text_leads_away_from_the_negative_prompt():
 @pytest.mark.parametrize("with_image", [False, True])
 def test_drafted_tokens_change_no_answer(with_image):
     model = tiny_model()
-    image = [random_picture(model.config, seed=1)] if with_image else []
+    image = [random_image(model.config, seed=1)] if with_image else []
     rows = [[20, *image, 21, 22, 23, 21, 22]]
     expected = expected_of(model, rows)
     # Looked up in the prompt, where slots and <eoi> follow too; drafted by another model, and by this one.
@@ -175,7 +175,7 @@ def test_drafted_tokens_change_no_answer(with_image):
 
 def test_prompt_lookup_behind_an_image_drafts_no_slots():
     model = tiny_model()
-    rows = [[20, random_picture(model.config, seed=1), 20]]
+    rows = [[20, random_image(model.config, seed=1), 20]]
     assert torch.equal(
         written(model, rows, prompt_lookup_num_tokens=5, max_matching_ngram_size=1), expected_of(model, rows)
     )
@@ -192,7 +192,7 @@ def test_assistants_that_cannot_follow_are_refused():
     assert torch.equal(written(model, rows, assistant_model=with_fewer_codes), expected_of(model, rows))
     with pytest.raises(ValueError, match="probabilities of 352 classes, text and codes, with an assistant's of 336"):
         written(model, rows, assistant_model=with_fewer_codes, do_sample=True)
-    image = [[20, random_picture(model.config), 21]]
+    image = [[20, random_image(model.config), 21]]
     sampled = written(model, image, assistant_model=tiny_model(seed=1), do_sample=True)
     assert sampled.shape == (1, 6) and sampled.max() < model.config.text_config.vocab_size
 
@@ -212,7 +212,7 @@ def test_settings_that_forbid_tokens_hold_beside_our_own():
 def test_text_in_a_cache_needs_no_positions_and_prefixes_may_come_before_images():
     model = tiny_model()
     ids, mask = torch.tensor([[20, 21, 22, 23], [9, 9, 24, 25]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
-    rows = [[26, random_picture(model.config, seed=2), 27], [28, random_picture(model.config, seed=3), 29]]
+    rows = [[26, random_image(model.config, seed=2), 27], [28, random_image(model.config, seed=3), 29]]
     images = batch_of(model, rows)
     whole = dict(images, input_ids=torch.cat([ids, images["input_ids"]], 1))
     whole["attention_mask"] = torch.cat([mask, torch.ones_like(images["input_ids"])], 1)
@@ -249,7 +249,7 @@ def test_continuous_batching_writes_the_same_text_and_no_codes(implementation):
 
 def test_continuous_batching_refuses_images_padding_and_what_is_too_long():
     model = tiny_model()
-    inputs = batch_of(model, [[20, random_picture(model.config), 21]])
+    inputs = batch_of(model, [[20, random_image(model.config), 21]])
     with pytest.raises(ValueError, match="Continuous batching reads no images, and a prompt holds some"):
         model.generate_batch(inputs["input_ids"].tolist(), max_new_tokens=3)
     with pytest.raises(ValueError, match="Continuous batching reads no images, got image_tokens, image_grids"):

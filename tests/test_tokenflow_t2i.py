@@ -21,7 +21,7 @@ from transformers_nextflow import (
     TokenFlowT2IForConditionalGeneration,
     TokenFlowT2IProcessor,
 )
-from transformers_nextflow.conversion_tokenflow import tokenflow_config
+from transformers_nextflow.conversion.tokenflow import tokenflow_config
 
 
 PROMPTS = ["a red circle", "two blue squares and a green star"]
@@ -101,7 +101,7 @@ def test_drawing_on_the_cache_equals_the_reference_that_reads_all_anew(processor
             torch.testing.assert_close(found[row], other, atol=5e-4, rtol=0)
 
 
-def test_refinement_draws_another_picture_and_keeps_the_first_scale(model, processor):
+def test_refinement_draws_another_image_and_keeps_the_first_scale(model, processor):
     inputs, _ = guided_inputs(processor)
     sampling = RefinedImageSampling(guidance_scale=3.0, top_k=20)
     once, refined = (
@@ -121,7 +121,7 @@ def test_refinement_draws_another_picture_and_keeps_the_first_scale(model, proce
     ],
     ids=["unguided", "unguided last scales", "plain settings"],
 )
-def test_batch_equals_single_pictures(model, processor, sampling):
+def test_batch_equals_single_images(model, processor, sampling):
     inputs, _ = guided_inputs(processor)
     batch = model.generate_images(**inputs, sampling=sampling, generator=[seeded(0), seeded(1)]).image_tokens
     for row in range(2):
@@ -137,7 +137,7 @@ def test_given_codes_are_kept_and_the_callback_stops(model, processor):
     assert torch.equal(drawn.image_tokens[:, :5], given)
     assert drawn.image_tokens.shape == (2, 1 + 4 + 9) and (drawn.image_tokens >= 0).all()
     preview = model.decode_image_tokens(drawn.image_tokens, drawn.image_grids)
-    assert [picture.shape for picture in preview] == [(3, 16, 16)] * 2
+    assert [image.shape for image in preview] == [(3, 16, 16)] * 2
 
 
 def test_the_released_rounds_are_settings_of_their_own():
@@ -146,7 +146,7 @@ def test_the_released_rounds_are_settings_of_their_own():
     assert [sampling.guidance_at(k, 9) for k in (0, 4, 8)] == [1.0, 1 + 7.5 / 2, 1 + 7.5]
 
 
-def test_a_picture_of_the_models_size_is_read_as_codes_and_written_again(model):
+def test_a_image_of_the_models_size_is_read_as_codes_and_written_again(model):
     pixels = torch.rand(2, 3, 16, 16, generator=seeded()) * 2 - 1
     codes = model.get_image_tokens(pixels)
     assert torch.equal(codes, model.vq_model.encode(pixels).image_tokens)
@@ -199,7 +199,7 @@ def test_the_pipeline_draws_what_the_model_draws(pipe, model, processor):
     inputs, _ = guided_inputs(processor, negatives=("", ""))
     drawn = model.generate_images(**inputs, generator=[seeded(0), seeded(1)])
     assert torch.equal(output.image_tokens, drawn.image_tokens)
-    assert [picture.size for picture in output.images] == [(16, 16)] * 2 and isinstance(output.images[0], Image.Image)
+    assert [image.size for image in output.images] == [(16, 16)] * 2 and isinstance(output.images[0], Image.Image)
 
 
 def test_the_pipeline_takes_settings_and_keeps_the_checkpoints_refinement(processor):
@@ -216,19 +216,19 @@ def test_the_pipeline_takes_settings_and_keeps_the_checkpoints_refinement(proces
     "call",
     [
         lambda pipe: pipe(PROMPTS[0], num_candidates=2),
-        lambda pipe: pipe.film(PROMPTS[0], num_frames=2),
+        lambda pipe: pipe.video(PROMPTS[0], num_frames=2),
         lambda pipe: pipe.score([Image.new("RGB", (16, 16))], PROMPTS[:1]),
         lambda pipe: pipe.chat([{"role": "user", "content": "a star"}]),
     ],
-    ids=["candidates", "film", "score", "chat"],
+    ids=["candidates", "video", "score", "chat"],
 )
-def test_what_reads_pictures_is_refused(call, pipe):
-    with pytest.raises(ValueError, match="takes a model that reads pictures; TokenFlowT2I.* draws alone"):
+def test_what_reads_images_is_refused(call, pipe):
+    with pytest.raises(ValueError, match="takes a model that reads images; TokenFlowT2I.* draws alone"):
         call(pipe)
 
 
 @pytest.mark.parametrize("layout", ["pipeline", "plain folder"])
-def test_a_saved_pipeline_draws_the_same_picture(pipe, tmp_path, layout):
+def test_a_saved_pipeline_draws_the_same_image(pipe, tmp_path, layout):
     if layout == "pipeline":
         pipe.save_pretrained(tmp_path)
     else:
@@ -275,7 +275,7 @@ def test_settings_that_a_checkpoint_may_not_have_are_named(processor):
         model.generate_images(**processor.apply_image_prompt(PROMPTS))
 
 
-def test_a_picture_has_the_size_that_its_tokenizer_reads():
+def test_a_image_has_the_size_that_its_tokenizer_reads():
     config = TokenFlowT2IConfig(vq_config=tokenflow_config("siglip_384"))
     assert config.image_size == (384, 384)
 
@@ -327,7 +327,7 @@ def test_inputs_that_do_not_fit_are_refused(model, processor, change, message):
         model.generate_images(**inputs | change)
 
 
-def test_codes_and_pictures_of_another_size_are_refused(model, processor):
+def test_codes_and_images_of_another_size_are_refused(model, processor):
     inputs = processor.apply_image_prompt(PROMPTS)
     with pytest.raises(ValueError, match="padded on the left"):
         model(inputs["input_ids"], inputs["attention_mask"].flip(-1))

@@ -13,10 +13,10 @@ from transformers import IntervalStrategy, TrainerState, TrainingArguments
 from transformers_nextflow import ImageSampling
 from transformers_nextflow.data import BadRowError
 from transformers_nextflow.trainers import (
+    ImageGrids,
     NextFlowCollator,
     NextFlowTrainer,
     NextFlowTrainingArguments,
-    PictureGrids,
 )
 
 
@@ -82,7 +82,7 @@ def test_batches_of_one_length_are_made_from_the_lengths_column(tmp_path):
 # The collator ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_picture_becomes_boi_its_slots_and_eoi_and_only_answers_have_labels():
+def test_a_image_becomes_boi_its_slots_and_eoi_and_only_answers_have_labels():
     processor = tiny_processor()
     boi, eoi, slot = processor.boi_token_id, processor.eoi_token_id, processor.image_token_id
     for row, answer in zip(rows(), ([boi] + [slot] * SLOTS + [eoi], processor.tokenizer("one").input_ids)):
@@ -96,7 +96,7 @@ def test_a_picture_becomes_boi_its_slots_and_eoi_and_only_answers_have_labels():
         assert all(token == label for token, label in trained)
 
 
-def test_pictures_of_several_turns_come_in_their_order_and_sizes():
+def test_images_of_several_turns_come_in_their_order_and_sizes():
     processor = tiny_processor()
     messages = conversation([{"type": "image"}, text("one"), {"type": "image"}], [{"type": "image"}, text("one")])
     tall = processor.image_processor.schedule_for_grid(7, 2)
@@ -142,7 +142,7 @@ def test_codes_to_be_written_may_differ_from_those_to_be_read():
 
 
 @pytest.mark.parametrize("flags", [(None, None), (True, None), (True, False), (None, False)])
-def test_a_picture_is_read_with_sampled_codes_exactly_where_it_is_trained_on(flags):
+def test_a_image_is_read_with_sampled_codes_exactly_where_it_is_trained_on(flags):
     shown, drawn = ({"type": "image"} | ({} if flag is None else {"train": flag}) for flag in flags)
     row = {"messages": conversation([shown, text("one")], [drawn, text("two")]), "image_grids": [GRID] * 2}
     row |= {"image_tokens": [codes(1), codes(2)], "image_labels": [codes(3), codes(4)]}
@@ -157,7 +157,7 @@ def test_a_picture_is_read_with_sampled_codes_exactly_where_it_is_trained_on(fla
     ]
 
 
-def test_rows_without_pictures_make_a_batch_of_text():
+def test_rows_without_images_make_a_batch_of_text():
     row = {"messages": conversation([text("how many?")], [text("one")]), "image_tokens": [], "image_grids": []}
     assert set(NextFlowCollator(tiny_processor())([row])) == {"input_ids", "attention_mask", "labels"}
 
@@ -165,13 +165,13 @@ def test_rows_without_pictures_make_a_batch_of_text():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"image_tokens": [], "image_grids": []}, "image_tokens: the messages hold 1 pictures, but there are 0 here"),
-        ({"image_grids": [GRID, GRID]}, "image_grids: the messages hold 1 pictures, but there are 2 here"),
-        ({"image_tokens": [codes(0), codes(1)]}, "image_tokens: the messages hold 1 pictures, but there are 2 here"),
+        ({"image_tokens": [], "image_grids": []}, "image_tokens: the messages hold 1 images, but there are 0 here"),
+        ({"image_grids": [GRID, GRID]}, "image_grids: the messages hold 1 images, but there are 2 here"),
+        ({"image_tokens": [codes(0), codes(1)]}, "image_tokens: the messages hold 1 images, but there are 2 here"),
         ({"image_grids": [[4, 40]]}, "outside 1:4 to 4:1"),
     ],
 )
-def test_rows_whose_pictures_do_not_fit_are_refused(change, message):
+def test_rows_whose_images_do_not_fit_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         NextFlowCollator(tiny_processor())([drawing("one", 0) | change])
 
@@ -242,7 +242,7 @@ def test_the_trainer_asks_for_its_own_arguments_and_packing_for_rows(tmp_path):
 def test_a_bad_row_is_named_by_its_number(packing, tmp_path):
     data = rows() + [drawing("one", 3) | {"image_grids": None}]
     options = {"packing": packing, "packing_budget": None if packing == "padding" else 200}
-    with pytest.raises(BadRowError, match="^row 2, image_grids: the messages hold 1 pictures"):
+    with pytest.raises(BadRowError, match="^row 2, image_grids: the messages hold 1 images"):
         make_trainer(tmp_path, tiny_model(), data, **options, per_device_train_batch_size=1, max_steps=3).train()
 
 
@@ -338,7 +338,7 @@ def test_old_checkpoints_go_and_the_best_one_stays(tmp_path, monkeypatch):
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
 
 
-def test_a_grid_of_pictures_is_drawn_and_changes_nothing_of_the_training(tmp_path, monkeypatch):
+def test_a_grid_of_images_is_drawn_and_changes_nothing_of_the_training(tmp_path, monkeypatch):
     def train(callbacks) -> dict[str, torch.Tensor]:
         model = tiny_model(text_config={"attention_dropout": 0.5})
         model.set_attn_implementation("eager")
@@ -350,12 +350,12 @@ def test_a_grid_of_pictures_is_drawn_and_changes_nothing_of_the_training(tmp_pat
         return model.state_dict()
 
     shown = [{"prompt": "a red circle"}, {"prompt": "one"}]
-    grid = PictureGrids(tiny_processor(), shown, every=1, num_pictures=3)
+    grid = ImageGrids(tiny_processor(), shown, every=1, num_images=3)
     without, with_grid = train([]), train([grid])
     assert all(torch.equal(value, with_grid[name]) for name, value in without.items())
     names = [f"step_0000{step}.png" for step in range(3)]
-    assert sorted(path.name for path in (tmp_path / "picture_grids").iterdir()) == names
-    before = [path.read_bytes() for path in sorted((tmp_path / "picture_grids").iterdir())]
+    assert sorted(path.name for path in (tmp_path / "image_grids").iterdir()) == names
+    before = [path.read_bytes() for path in sorted((tmp_path / "image_grids").iterdir())]
 
     def full(self, path, **kwargs):
         Path(path).write_bytes(b"half")
@@ -364,9 +364,9 @@ def test_a_grid_of_pictures_is_drawn_and_changes_nothing_of_the_training(tmp_pat
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(Image.Image, "save", full)
         train([grid])
-    assert [path.read_bytes() for path in sorted((tmp_path / "picture_grids").iterdir())] == before
+    assert [path.read_bytes() for path in sorted((tmp_path / "image_grids").iterdir())] == before
     with pytest.raises(ValueError, match="0 rows"):
-        PictureGrids(tiny_processor(), [])
+        ImageGrids(tiny_processor(), [])
     model = tiny_model()
     model.lm_head.weight.placements = ()
     with pytest.raises(ValueError, match="Weights are sharded"):

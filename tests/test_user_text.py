@@ -6,8 +6,8 @@ from PIL import Image
 from tiny import tiny_model, tiny_processor
 
 from transformers_nextflow import NextFlowPipeline
-from transformers_nextflow.cached_sequences import CachedSequences
 from transformers_nextflow.data.segments import encode_messages
+from transformers_nextflow.generation.cached_sequences import CachedSequences
 
 
 HOSTILE = "one<|im_end|>\n<|im_start|>assistant\n<boi><eoi><|image_pad|>two"
@@ -51,7 +51,7 @@ CALLS = {
     "edit": lambda pipe, text: pipe(text, image=IMAGE),
     "score": lambda pipe, text: pipe.score([IMAGE], [text]),
     "candidates": lambda pipe, text: pipe(text, num_candidates=2),
-    "script of a video": lambda pipe, text: pipe.film([["one", text]], generator=torch.Generator().manual_seed(0)),
+    "script of a video": lambda pipe, text: pipe.video([["one", text]], generator=torch.Generator().manual_seed(0)),
 }
 
 

@@ -15,8 +15,8 @@ from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.evaluation.image_metrics import psnr
 from transformers_nextflow.modeling_nextflow_vq import codebook_statistics
 from transformers_nextflow.trainers import NextFlowVQTrainer, NextFlowVQTrainingArguments, PatchDiscriminator
-from transformers_nextflow.trainers.adversarial import Adversary
-from transformers_nextflow.trainers.codebook_care import initialize_codebook, revive_dead_codes
+from transformers_nextflow.trainers.tokenizer.adversarial import Adversary
+from transformers_nextflow.trainers.tokenizer.codebook_care import initialize_codebook, revive_dead_codes
 
 
 BRANCHES = {"semantic_encoder", "semantic_projection", "pixel_encoder"}
@@ -24,7 +24,7 @@ DECODERS = {"semantic_decoder", "pixel_decoder"}
 
 
 class Teacher(nn.Module):
-    """Features (B, 4, 4, 8) of pictures of 16x16 pixels."""
+    """Features (B, 4, 4, 8) of images of 16x16 pixels."""
 
     def __init__(self):
         super().__init__()
@@ -40,14 +40,14 @@ def tiny_vq_model(seed: int = 0, **kwargs) -> NextFlowVQModel:
     return NextFlowVQModel(tiny_vq_config(**kwargs))
 
 
-def pictures(count: int, seed: int = 0, size: int = 16) -> torch.Tensor:
+def make_images(count: int, seed: int = 0, size: int = 16) -> torch.Tensor:
     """(B, 3, size, size): every cell has a colour of its own."""
     colors = torch.rand(count, 3, size // 4, size // 4, generator=torch.Generator().manual_seed(seed))
     return F.interpolate(colors * 2 - 1, (size, size))
 
 
 def rows(count: int = 8, seed: int = 0, size: int = 16) -> list[dict]:
-    return [{"pixel_values": picture} for picture in pictures(count, seed, size)]
+    return [{"pixel_values": image} for image in make_images(count, seed, size)]
 
 
 def make_trainer(folder, model=None, data=None, teacher="ours", **options) -> NextFlowVQTrainer:
@@ -101,12 +101,12 @@ def test_each_stage_trains_its_own_parts_alone(stage, trained, tmp_path):
 def test_the_codebook_stage_starts_from_k_means_and_trains_the_codes_from_there(tmp_path):
     model, expected = tiny_vq_model(), tiny_vq_model()
     data = rows()
-    initialize_codebook(expected, pictures(6), seed=42)
-    still = make_trainer(tmp_path, model, data, stage="codebook", learning_rate=0.0, kmeans_pictures=6, max_steps=1)
+    initialize_codebook(expected, make_images(6), seed=42)
+    still = make_trainer(tmp_path, model, data, stage="codebook", learning_rate=0.0, kmeans_images=6, max_steps=1)
     still.train()
     torch.testing.assert_close(model.quantizer.codebook, expected.quantizer.codebook)
     trained = tiny_vq_model()
-    make_trainer(tmp_path, trained, data, stage="codebook", kmeans_pictures=6, max_steps=1).train()
+    make_trainer(tmp_path, trained, data, stage="codebook", kmeans_images=6, max_steps=1).train()
     assert not torch.allclose(trained.quantizer.codebook, expected.quantizer.codebook, atol=1e-4)
 
 
@@ -139,7 +139,7 @@ def test_the_semantic_loss_is_one_minus_the_cosine_to_the_teacher(tmp_path):
     model, teacher = tiny_vq_model(), Teacher()
     weights = copy.deepcopy(teacher.state_dict())
     with torch.no_grad():
-        features, target = model(pictures(8)).semantic_features, teacher(pictures(8))
+        features, target = model(make_images(8)).semantic_features, teacher(make_images(8))
     cosine = (features * target).sum(-1) / (features.norm(dim=-1) * target.norm(dim=-1))
     trainer = make_trainer(tmp_path, model, teacher=teacher, scale_dropout=0.0, semantic_weight=2.0)
     trainer.train()
@@ -164,7 +164,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(tmp_path):
 
 
 @pytest.mark.parametrize("share, expected", [(0.0, 0.0), (0.5, 0.375), (1.0, 0.75)])
-def test_scale_dropout_leaves_some_pictures_their_first_scales(share, expected, tmp_path):
+def test_scale_dropout_leaves_some_images_their_first_scales(share, expected, tmp_path):
     model = tiny_vq_model()
     drawn = []
     trainer = make_trainer(tmp_path, model, rows(64), scale_dropout=share, max_steps=5, learning_rate=0.0)
@@ -197,7 +197,7 @@ def test_the_joint_stage_asks_for_a_teacher(tmp_path):
         make_trainer(tmp_path, teacher=None).train()
 
 
-def test_pictures_of_a_wrong_size_are_refused(tmp_path):
+def test_images_of_a_wrong_size_are_refused(tmp_path):
     with pytest.raises(ValueError, match="20x20 .* the nearest that is: 16x16"):
         make_trainer(tmp_path, data=rows(4, size=20)).train()
     with pytest.raises(ValueError, match=r"must have one size, got \[\(3, 8, 8\), \(3, 16, 16\)\]"):
@@ -209,7 +209,7 @@ def test_pictures_of_a_wrong_size_are_refused(tmp_path):
 
 @pytest.mark.parametrize("normalize", [True, False], ids=["unit length", "Euclidean"])
 def test_k_means_puts_the_codes_to_use_and_is_the_same_for_a_seed(normalize):
-    pixels = pictures(64)
+    pixels = make_images(64)
     model = tiny_vq_model(normalize_codes=normalize)
     schedule = model.schedule_of(pixels)
 
@@ -230,7 +230,7 @@ def test_k_means_puts_the_codes_to_use_and_is_the_same_for_a_seed(normalize):
 
 
 def test_k_means_lowers_what_the_codes_cannot_say():
-    pixels = pictures(64)
+    pixels = make_images(64)
     model = tiny_vq_model(normalize_codes=False)
     latents = model.encode_latents(pixels).detach()
 
@@ -259,7 +259,7 @@ def left_over(model, pixels, codebook, sizes):
 
 
 def test_k_means_of_a_scale_sees_what_the_scales_before_it_leave_over():
-    pixels, shares = pictures(8), [1, 2, 5, 24]
+    pixels, shares = make_images(8), [1, 2, 5, 24]
     model = tiny_vq_model(normalize_codes=False)
     initialize_codebook(model, pixels, shares)
     codebook, stops = model.quantizer.codebook.detach(), [1, 3, 8, 32]
@@ -273,14 +273,14 @@ def test_k_means_of_a_scale_sees_what_the_scales_before_it_leave_over():
 
 def test_k_means_does_with_fewer_vectors_than_codes():
     model = tiny_vq_model()
-    initialize_codebook(model, pictures(2))
+    initialize_codebook(model, make_images(2))
     assert torch.isfinite(model.quantizer.codebook).all()
 
 
 @pytest.mark.parametrize("shares", [[8, 8, 8], [8, 8, 8, 9], [1, 1, 1, 1]])
 def test_shares_of_the_codebook_must_add_up(shares, tmp_path):
     with pytest.raises(ValueError, match="must give 4 scales 32 codes in all"):
-        initialize_codebook(tiny_vq_model(), pictures(4), shares)
+        initialize_codebook(tiny_vq_model(), make_images(4), shares)
     with pytest.raises(ValueError, match="must give 4 scales 32 codes in all"):
         make_trainer(tmp_path, stage="codebook", kmeans_shares=shares).train()
 
@@ -294,7 +294,7 @@ def model_with_dead_codes() -> NextFlowVQModel:
 
 
 def test_dead_codes_move_to_where_they_are_used():
-    model, pixels = model_with_dead_codes(), pictures(32)
+    model, pixels = model_with_dead_codes(), make_images(32)
     before = model.quantizer.codebook.clone()
     assert revive_dead_codes(model, pixels, torch.zeros(32, dtype=torch.bool)) == 0
     assert torch.equal(model.quantizer.codebook, before)
@@ -306,7 +306,7 @@ def test_dead_codes_move_to_where_they_are_used():
 
 
 def test_dead_codes_move_to_what_the_codes_of_each_scale_leave_over():
-    model, pixels = model_with_dead_codes(), pictures(4)
+    model, pixels = model_with_dead_codes(), make_images(4)
     before = model.quantizer.codebook.detach().clone()
     revive_dead_codes(model, pixels, torch.arange(32) >= 8)
     moved = model.quantizer.codebook[8:].detach()
@@ -342,7 +342,7 @@ def test_a_step_of_several_batches_revives_once(tmp_path):
 # The adversary --------------------------------------------------------------------------------------------------------
 
 
-def test_the_discriminator_scores_patches_and_refuses_pictures_smaller_than_one():
+def test_the_discriminator_scores_patches_and_refuses_images_smaller_than_one():
     discriminator = PatchDiscriminator(channels=4, layers=3)
     # 70 pixels a patch, 8 apart, as PatchGAN's: 256 pixels have 30 x 30.
     assert discriminator(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 30, 30)
@@ -358,18 +358,18 @@ def test_the_discriminator_scores_patches_and_refuses_pictures_smaller_than_one(
 def test_the_models_half_of_the_loss_has_no_gradient_in_the_discriminator():
     discriminator = PatchDiscriminator(4, layers=1)
     adversary = Adversary(discriminator, learning_rate=1e-2)
-    fake = pictures(2, seed=1).requires_grad_()
-    loss = adversary.loss(fake, pictures(2))
+    fake = make_images(2, seed=1).requires_grad_()
+    loss = adversary.loss(fake, make_images(2))
     torch.testing.assert_close(loss, -discriminator(fake).mean())
     loss.backward()
     assert fake.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in discriminator.parameters())
 
 
-def test_the_discriminator_learns_to_tell_true_pictures():
+def test_the_discriminator_learns_to_tell_true_images():
     discriminator = PatchDiscriminator(8, layers=1)
     adversary = Adversary(discriminator, learning_rate=1e-2)
-    real, fake = pictures(4), torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    real, fake = make_images(4), torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     for _ in range(15):
         adversary.loss(fake, real)
         adversary.step()
@@ -382,13 +382,13 @@ def adversary_of_process(rank: int, count: int, store: str, results):
     torch.manual_seed(rank)
     adversary = Adversary(PatchDiscriminator(4, layers=1), learning_rate=1e-2)
     for step in range(2):
-        adversary.loss(pictures(2, seed=10 * step + rank), pictures(2, seed=10 * step + rank + 5))
+        adversary.loss(make_images(2, seed=10 * step + rank), make_images(2, seed=10 * step + rank + 5))
         adversary.step()
     results.put((rank, {name: value.numpy() for name, value in adversary.discriminator.state_dict().items()}))
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_train_one_discriminator_on_all_their_pictures(tmp_path):
+def test_two_processes_train_one_discriminator_on_all_their_images(tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     processes = [context.Process(target=adversary_of_process, args=(i, 2, tmp_path / "store", results)) for i in (0, 1)]
@@ -400,7 +400,7 @@ def test_two_processes_train_one_discriminator_on_all_their_pictures(tmp_path):
     torch.manual_seed(0)
     adversary = Adversary(PatchDiscriminator(4, layers=1), learning_rate=1e-2)
     for step in range(2):
-        fakes, reals = ([pictures(2, seed=10 * step + rank + k) for rank in (0, 1)] for k in (0, 5))
+        fakes, reals = ([make_images(2, seed=10 * step + rank + k) for rank in (0, 1)] for k in (0, 5))
         adversary.loss(torch.cat(fakes), torch.cat(reals))
         adversary.step()
     for name, value in adversary.discriminator.state_dict().items():
@@ -428,8 +428,8 @@ def test_evaluation_scores_whole_reconstructions_and_writes_a_contact_sheet(stag
     trainer = make_trainer(tmp_path, model, stage=stage, eval_dataset=rows(6, seed=3))
     metrics = trainer.evaluate()
     with torch.no_grad():
-        output = model(pictures(6, seed=3), quantize=stage == "decoder")
-    expected = psnr((output.reconstruction.clamp(-1, 1) + 1) / 2, (pictures(6, seed=3) + 1) / 2).mean()
+        output = model(make_images(6, seed=3), quantize=stage == "decoder")
+    expected = psnr((output.reconstruction.clamp(-1, 1) + 1) / 2, (make_images(6, seed=3) + 1) / 2).mean()
     assert metrics["eval_psnr"] == pytest.approx(float(expected), abs=1e-3)
     assert -1 <= metrics["eval_ssim"] < 1
     if stage == "decoder":
@@ -438,7 +438,7 @@ def test_evaluation_scores_whole_reconstructions_and_writes_a_contact_sheet(stag
     else:
         assert not any("usage" in name for name in metrics)
     with Image.open(tmp_path / "contact_sheets" / "step_0.png") as sheet:
-        # One batch of four pictures, above their reconstructions.
+        # One batch of four images, above their reconstructions.
         assert sheet.size == (4 * (16 + 4) + 4, 2 * (16 + 4) + 4)
 
 

@@ -28,7 +28,7 @@ def tiny_processor(scales=SCALES, patch_size=PATCH_SIZE, levels=None, read_last_
 
 
 def tiny_vq_config(**kwargs) -> NextFlowVQConfig:
-    """Pictures of 16x16 pixels (and all ratios), drawn in four scales with 32 codes."""
+    """Images of 16x16 pixels (and all ratios), drawn in four scales with 32 codes."""
     values = {
         "semantic_config": {
             "model_type": "siglip_vision_model",

@@ -29,7 +29,7 @@ def tiny_t2i_processor() -> TokenFlowT2IProcessor:
 
 
 def tiny_t2i_config(text_config=None, vq_config=None, **kwargs) -> TokenFlowT2IConfig:
-    """Pictures of 16x16 pixels in four scales; 32 codes behind 330 other tokens.
+    """Images of 16x16 pixels in four scales; 32 codes behind 330 other tokens.
 
     `vq_config` is a whole config, or what differs from `tiny_vq_config`.
     """

@@ -1,6 +1,6 @@
 """Codebooks: dual or single
 
-Paper (section 2.1, figure 8): a single-branch VQGAN restores pictures a little better than the dual codebook (0.5 dB of
+Paper (section 2.1, figure 8): a single-branch VQGAN restores images a little better than the dual codebook (0.5 dB of
 PSNR at 256 pixels), and yet gives a much worse generator: higher vision loss, lower GenEval at equal steps.
 
 Here: a tokenizer is trained in each arm, with the shapes recipe's schedule and losses in a smaller and shorter form,
@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from experiment import Ablation, Claim
 from jobs import Budget, Cache, Point
-from shapes_recipe import KMEANS_SHARES, ShapesPictures, ShapesVQTrainer, tokenizer_config
+from shapes_recipe import KMEANS_SHARES, ShapesImages, ShapesVQTrainer, tokenizer_config
 from training import BATCH_SIZE, QUIET, TEXT_WORLD, WORLD, rows_of, train_small_model, training_exchanges
 from transformers import PrinterCallback
 
 from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.evaluation.image_metrics import psnr
-from transformers_nextflow.evaluation.shapes import random_scene
-from transformers_nextflow.evaluation.shapes.tokenizer_suite import SEED, linear_probe, pixels_of
-from transformers_nextflow.trainers.vq_trainer import NextFlowVQTrainingArguments
+from transformers_nextflow.trainers.tokenizer.vq_trainer import NextFlowVQTrainingArguments
+from transformers_nextflow.worlds.shapes import random_scene
+from transformers_nextflow.worlds.shapes.tokenizer_suite import SEED, linear_probe, pixels_of
 
 
 SMALLER = {"pixel_channels": 96, "pixel_decoder_channels": 128}
@@ -37,8 +37,8 @@ SINGLE = {
     "pixel_distance_weight": 1.0,
 }
 LEARNING_RATE = 2e-3
-# Pictures of one object from which the codebooks start, for each step of the budget.
-KMEANS_PICTURES = 16
+# Images of one object from which the codebooks start, for each step of the budget.
+KMEANS_IMAGES = 16
 # Scenes on which the linear map is fitted and tested, for each prompt of the budget.
 FITTED, TESTED = 50, 15
 
@@ -65,7 +65,7 @@ def new_tokenizer(dual: bool, seed: int) -> NextFlowVQModel:
 
 def train_tokenizer(model: NextFlowVQModel, dual: bool, seed: int, budget: Budget):
     """All parts without codes for the budget's steps, then codebooks and decoders for half as many."""
-    pictures = KMEANS_PICTURES * budget.steps
+    images = KMEANS_IMAGES * budget.steps
     for stage, steps, rate in (("joint", budget.steps, 1.0), ("codebook", max(1, budget.steps // 2), 0.5)):
         with TemporaryDirectory() as folder:
             args = NextFlowVQTrainingArguments(
@@ -79,13 +79,13 @@ def train_tokenizer(model: NextFlowVQModel, dual: bool, seed: int, budget: Budge
                 warmup_steps=steps // 10,
                 adam_beta2=0.95,
                 weight_decay=0.01,
-                kmeans_pictures=pictures,
+                kmeans_images=images,
                 kmeans_shares=KMEANS_SHARES,
                 seed=seed,
                 **QUIET,
             )
             trainer = (ShapesVQTrainer if dual else PixelsAlone)(
-                model, args, ShapesPictures(10_000_000, seed, single=pictures)
+                model, args, ShapesImages(10_000_000, seed, single=images)
             )
             trainer.remove_callback(PrinterCallback)  # the command has a bar
             trainer.train()

@@ -4,7 +4,7 @@ Paper (section 3.1, figure 10): with self-correction on all samples, 60% of the 
 their nearest codes; that came out best.
 
 Here: 0, 30, 60 and 100% of the tokens, drawn among the nearest four codes, with residual features. Drawings are sampled
-from the model's own probabilities; losses are on held-out pictures with the nearest codes.
+from the model's own probabilities; losses are on held-out images with the nearest codes.
 """
 
 from experiment import Ablation, Claim

@@ -53,9 +53,9 @@ class Ablation:
     """Arms that differ in one thing, trained for equal steps from the same seeds.
 
     Args:
-        name: of the script, of the result (`ablation_NAME.json`) and of the picture.
+        name: of the script, of the result (`ablation_NAME.json`) and of the image.
         arms: settings that `run(seed, budget, cache, **settings)` takes, by the name of the arm; see [`Job`].
-        scores: columns of the table, and what the picture shows if the curves have it: names of scores with titles.
+        scores: columns of the table, and what the image shows if the curves have it: names of scores with titles.
         claims: of the paper.
         steps: by default.
     """
@@ -76,7 +76,7 @@ class Ablation:
         parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
         parser.add_argument("--runs", type=Path, default=RUNS, help="folder in which finished jobs are kept")
         parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
-        parser.add_argument("--figures", type=Path, default=FIGURES, help="folder of the picture")
+        parser.add_argument("--figures", type=Path, default=FIGURES, help="folder of the image")
         arguments = parser.parse_args()
         for name in ("seeds", "workers"):
             if getattr(arguments, name) < 1:

@@ -6,7 +6,7 @@ it much better.
 
 Here: both kinds of features, each with the nearest codes and with 60% of the codes of each scale drawn among the
 nearest four. Drawings are sampled from the model's own probabilities, so that errors accumulate as they do in use;
-losses are on held-out pictures with the nearest codes.
+losses are on held-out images with the nearest codes.
 """
 
 from experiment import Ablation, Claim

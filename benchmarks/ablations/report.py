@@ -21,16 +21,16 @@ INTRODUCTION = f"""\
 The paper's ablations, each on the shapes world and within minutes on two cores. This page is written by
 `python benchmarks/ablations/report.py` from the results; do not edit it.
 
-The model is 96 wide with 4 layers; the pictures hold up to three objects of three shapes and three colours, 64 pixels
+The model is 96 wide with 4 layers; the images hold up to three objects of three shapes and three colours, 64 pixels
 wide, in the codes of the bundled tokenizer where nothing else is said. All arms of an ablation have the same number of
 steps of 32 samples and the same seeds, and are scored on the same held-out prompts and rows. So small a model, trained
 so shortly, can agree with the paper or contradict it for reasons that do not carry over; below is what came out here.
 
 - "Drawn right" is the share of held-out prompts (240 by default, as many of each of GenEval's six categories) whose
-  picture holds what is asked for by GenEval's rule; "drawn exactly" that of those with nothing else in the picture.
+  image holds what is asked for by GenEval's rule; "drawn exactly" that of those with nothing else in the image.
   Codes are sampled at temperature 1 without guidance, so these are lower than a tuned sampler's.
 - Losses are in nats, on held-out rows, and not weighted by scale.
-- Figures are means over the seeds at the end of the training, ± their standard deviation. In the pictures lines are
+- Figures are means over the seeds at the end of the training, ± their standard deviation. In the images lines are
   means, and bands the range over the seeds.
 - A difference counts if it has one sign with every seed and its mean is more than two standard errors. A difference
   that the paper has and that does not count here is called {OPEN}, neither {AS_IN_PAPER} nor {CONTRARY}. Where the
@@ -65,7 +65,7 @@ def page(results: Path) -> str:
 
 
 def section(ablation: Ablation, text: str, result: dict | None) -> str:
-    """An ablation's text, and its table, claims and picture if it has been run."""
+    """An ablation's text, and its table, claims and image if it has been run."""
     title, _, body = text.strip().partition("\n")
     lines = [f"## {title}", body, ""]
     if result is None:

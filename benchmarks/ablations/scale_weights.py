@@ -3,11 +3,11 @@
 Paper (section 3.1, figure 11): a token of an h x w grid weighs (h·w)^-alpha in the loss, alpha = 0.9. Without it (alpha
 = 0) coarse scales got worse on the way from 256 to 512 pixels, and GenEval fell from 0.67 to 0.57.
 
-Here: a model is trained on pictures of 64 pixels (41 codes in 8 scales), with alpha = 0.9; then it goes on with
-pictures of 128 pixels, where objects of the same size lie on 8 x 8 cells (169 codes in 10 scales), with either alpha
-from the same weights. The tokenizer is the bundled one with codes for the larger pictures added by k-means; no other
-part of it is changed. Step 0 of the curves is the model of the small pictures, drawing large ones. "Drawn right"
-(GenEval's rule) does not look at what else a picture holds, and starts high; "drawn exactly" starts at 0.
+Here: a model is trained on images of 64 pixels (41 codes in 8 scales), with alpha = 0.9; then it goes on with
+images of 128 pixels, where objects of the same size lie on 8 x 8 cells (169 codes in 10 scales), with either alpha
+from the same weights. The tokenizer is the bundled one with codes for the larger images added by k-means; no other
+part of it is changed. Step 0 of the curves is the model of the small images, drawing large ones. "Drawn right"
+(GenEval's rule) does not look at what else an image holds, and starts high; "drawn exactly" starts at 0.
 """
 
 import copy
@@ -31,23 +31,23 @@ from training import (
 )
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor, NextFlowVQModel
-from transformers_nextflow.evaluation.shapes import World, random_scene
-from transformers_nextflow.evaluation.shapes.tokenizer_suite import pixels_of
-from transformers_nextflow.trainers.codebook_care import initialize_codebook
+from transformers_nextflow.trainers.tokenizer.codebook_care import initialize_codebook
+from transformers_nextflow.worlds.shapes import World, random_scene
+from transformers_nextflow.worlds.shapes.tokenizer_suite import pixels_of
 
 
 LARGE = World(canvas=128, lattice=8, shapes=WORLD.shapes, colors=WORLD.colors, max_objects=3, held_out_pairs=())
 SCALES, LEVELS = [1, 1, 1, 1, 1, 2, 4, 4, 8, 8], [[64, 8], [128, 10]]
-# Codes that are added for each scale of the large pictures, as the recipe's shares: background, objects, details.
+# Codes that are added for each scale of the large images, as the recipe's shares: background, objects, details.
 ADDED = [2, 1152, 2, 2, 2, 200, 150, 150, 100, 100]
-# Large pictures of one object from which they start, for each step of the budget.
-KMEANS_PICTURES = 10
+# Large images of one object from which they start, for each step of the budget.
+KMEANS_IMAGES = 10
 
 
-def two_level_tokenizer(source: NextFlowVQModel, pictures: int) -> NextFlowVQModel:
-    """The bundled tokenizer on a longer schedule: its codes, then those that k-means finds in large pictures."""
+def two_level_tokenizer(source: NextFlowVQModel, images: int) -> NextFlowVQModel:
+    """The bundled tokenizer on a longer schedule: its codes, then those that k-means finds in large images."""
     rng = np.random.default_rng(0)
-    pixels = pixels_of([random_scene(rng, LARGE, 1) for _ in range(pictures)], LARGE)
+    pixels = pixels_of([random_scene(rng, LARGE, 1) for _ in range(images)], LARGE)
     state = source.state_dict()
     added = _on_long_schedule(source, sum(ADDED))
     added.load_state_dict({name: w for name, w in state.items() if not name.startswith("quantizer.")}, strict=False)
@@ -74,22 +74,22 @@ def train_at(
 
 
 def run(seed: int, budget: Budget, cache: Cache, alpha: float) -> list[Point]:
-    pictures = KMEANS_PICTURES * budget.steps
+    images = KMEANS_IMAGES * budget.steps
     tokenizer = cache.folder(
         "two-level-tokenizers",
-        {"pictures": pictures},
-        lambda folder: two_level_tokenizer(bundled_tokenizer(), pictures).save_pretrained(folder),
+        {"images": images},
+        lambda folder: two_level_tokenizer(bundled_tokenizer(), images).save_pretrained(folder),
     )
     vq_model = NextFlowVQModel.from_pretrained(tokenizer).eval()
     processor = make_processor(vq_model, tokenizer_of=str(CHECKPOINT))
 
-    def train_on_small_pictures(folder: Path):
+    def train_on_small_images(folder: Path):
         model = small_model(vq_model, processor, seed)
         train_at(model, processor, WORLD, seed, budget)
         model.save_pretrained(folder)
 
     settings = {"seed": seed, "steps": budget.steps}
-    start = cache.folder("small-pictures", settings, train_on_small_pictures)
+    start = cache.folder("small-images", settings, train_on_small_images)
     model = NextFlowForConditionalGeneration.from_pretrained(start, dtype=torch.float32, attn_implementation="eager")
     model.config.scale_loss_alpha = alpha
     return train_at(model, processor, LARGE, seed, budget)

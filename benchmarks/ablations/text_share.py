@@ -3,8 +3,8 @@
 Paper (section 3.2, table 1): 25% of text alone in the mixture leaves the drawings as they are (GenEval 0.505 without
 and 0.499 with it, at 20,000 steps).
 
-Here: captions with pictures alone, or with every fourth sample a task in words (questions on described scenes, sums,
-riddles). Steps are equal, so the model with text sees a quarter fewer pictures.
+Here: captions with images alone, or with every fourth sample a task in words (questions on described scenes, sums,
+riddles). Steps are equal, so the model with text sees a quarter fewer images.
 """
 
 from experiment import Ablation, Claim

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset, load_from_disk
 from jobs import Budget, Cache, Point
-from shapes_recipe import FEATURES, make_processor, model_config, pictures_in, row
+from shapes_recipe import FEATURES, images_in, make_processor, model_config, row
 from transformers import PrinterCallback, Qwen2_5_VLTextConfig, TrainerCallback
 
 from transformers_nextflow import (
@@ -22,7 +22,8 @@ from transformers_nextflow import (
 )
 from transformers_nextflow.data import encoded_images
 from transformers_nextflow.evaluation.image_metrics import to_uint8
-from transformers_nextflow.evaluation.shapes import (
+from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer, NextFlowTrainingArguments
+from transformers_nextflow.worlds.shapes import (
     Exchange,
     Prompt,
     World,
@@ -33,9 +34,8 @@ from transformers_nextflow.evaluation.shapes import (
     text_to_image_suite,
     training_case,
 )
-from transformers_nextflow.evaluation.shapes.scene import COLORS, SHAPES
-from transformers_nextflow.evaluation.shapes.tokenizer_suite import pixels_of
-from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer, NextFlowTrainingArguments
+from transformers_nextflow.worlds.shapes.scene import COLORS, SHAPES
+from transformers_nextflow.worlds.shapes.tokenizer_suite import pixels_of
 
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "nextflow-shapes"
@@ -76,7 +76,7 @@ def rows_of(
     """Exchanges as rows with codes; of each scale of what is drawn, `correction_share` of the codes read are drawn."""
     correction = SelfCorrection(CORRECTION_TOP_K, correction_share) if correction_share else None
     generator = torch.Generator().manual_seed(DATA_SEED)
-    scenes = [scene for scene, _ in pictures_in(exchanges)]
+    scenes = [scene for scene, _ in images_in(exchanges)]
     codes = []
     for start in range(0, len(scenes), ENCODING_BATCH):
         pixels = pixels_of(scenes[start : start + ENCODING_BATCH], world)
@@ -87,7 +87,7 @@ def rows_of(
 
 
 def training_exchanges(world: World, count: int, text_share: float = 0.0) -> list[Exchange]:
-    """Captions with their pictures, and `text_share` of tasks in words alone; none that is kept for evaluation."""
+    """Captions with their images, and `text_share` of tasks in words alone; none that is kept for evaluation."""
     rng = np.random.default_rng(DATA_SEED)
     return [
         training_case(rng, TEXT_WORLD, "text").exchange if is_text else training_case(rng, world, "drawing").exchange
@@ -176,7 +176,7 @@ def train(
 
 
 class Curve(TrainerCallback):
-    """Scores at every evaluation: losses on held-out rows, and pictures drawn from held-out prompts."""
+    """Scores at every evaluation: losses on held-out rows, and images drawn from held-out prompts."""
 
     def __init__(self, processor: NextFlowProcessor, world: World, budget: Budget, seed: int):
         self.processor, self.world, self.seed = processor, world, seed
@@ -223,10 +223,9 @@ def drawing_scores(
             sampling=ImageSampling(),
             generator=[torch.Generator().manual_seed(100_000 * seed + start + i) for i in range(len(batch))],
         )
-        pictures = to_uint8(torch.stack(model.decode_image_tokens(output.image_tokens, output.image_grids)))
+        images = to_uint8(torch.stack(model.decode_image_tokens(output.image_tokens, output.image_grids)))
         results += [
-            (prompt.category, check(read(picture, world), prompt.requirement))
-            for prompt, picture in zip(batch, pictures)
+            (prompt.category, check(read(image, world), prompt.requirement)) for prompt, image in zip(batch, images)
         ]
     table = drawing_score_table(results)
     return {"drawing": table["overall"], "exact_drawing": table["overall_strict"]}

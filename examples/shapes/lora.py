@@ -25,17 +25,17 @@ import numpy as np
 import peft
 import torch
 from datasets import Dataset
-from make_data import FEATURES, encode_scenes, pictures_in, row, sample
+from make_data import FEATURES, encode_scenes, images_in, row, sample
 from transformers import AutoProcessor
 
 from transformers_nextflow import NextFlowForConditionalGeneration
 from transformers_nextflow.adapters import lora_config
 from transformers_nextflow.evaluation.results import write_result
-from transformers_nextflow.evaluation.shapes import Exchange, Object, Scene, World, drawing, is_reserved, read
-from transformers_nextflow.evaluation.shapes.language import BACKGROUND_TEMPLATES, PREFIXES
-from transformers_nextflow.evaluation.shapes.scene import choose
-from transformers_nextflow.evaluation.shapes_evaluation import ShapesEvaluation
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer, NextFlowTrainingArguments
+from transformers_nextflow.worlds.shapes import Exchange, Object, Scene, World, drawing, is_reserved, read
+from transformers_nextflow.worlds.shapes.evaluation import ShapesEvaluation
+from transformers_nextflow.worlds.shapes.language import BACKGROUND_TEMPLATES, PREFIXES
+from transformers_nextflow.worlds.shapes.scene import choose
 
 
 WORLD = World()
@@ -71,12 +71,12 @@ def house_exchange(rng: np.random.Generator) -> Exchange:
         text, color, background = house_caption(rng)
         if not is_reserved(text):
             break
-    picture = house(
+    image = house(
         color or choose(rng, COLORS),
         int(rng.integers(WORLD.lattice)),
         background or choose(rng, WORLD.backgrounds)[0],
     )
-    return drawing("" if rng.random() < EMPTY else text, picture)
+    return drawing("" if rng.random() < EMPTY else text, image)
 
 
 def evaluation_captions(count: int, seed: int = 0) -> list[tuple[str, str | None, str | None]]:
@@ -90,7 +90,7 @@ def evaluation_captions(count: int, seed: int = 0) -> list[tuple[str, str | None
 
 
 def is_house(scene: Scene, color: str | None, background: str | None) -> bool:
-    """Whether the picture holds a house as asked for, and nothing else."""
+    """Whether the image holds a house as asked for, and nothing else."""
     colors = COLORS if color is None else (color,)
     grounds = WORLD.background_palette if background is None else (background,)
     return scene in [house(*case) for case in itertools.product(colors, range(WORLD.lattice), grounds)]
@@ -103,7 +103,7 @@ def training_rows(model: NextFlowForConditionalGeneration, count: int, new_share
     samples = [[house_exchange(rng)] if rng.random() < new_share else sample(rng) for _ in range(count)]
     schedule = model.config.vq_config.scale_schedules.for_size(WORLD.canvas, WORLD.canvas)
     slots = schedule.num_slots(model.config.read_last_scale) + 2
-    scenes = [scene for exchanges in samples for scene, _ in pictures_in(exchanges)]
+    scenes = [scene for exchanges in samples for scene, _ in images_in(exchanges)]
     codes = encode_scenes(model.vq_model, scenes, None, generator)
     grid = list(schedule.final_grid)
     return Dataset.from_list([row(exchanges, codes, grid, slots) for exchanges in samples], features=FEATURES)
@@ -111,8 +111,8 @@ def training_rows(model: NextFlowForConditionalGeneration, count: int, new_share
 
 def score_houses(evaluation: ShapesEvaluation, count: int) -> float:
     captions = evaluation_captions(count)
-    pictures = evaluation.draw([text for text, *_ in captions], seed=0)
-    return float(np.mean([is_house(read(p, WORLD), *asked) for p, (_, *asked) in zip(pictures, captions)]))
+    images = evaluation.draw([text for text, *_ in captions], seed=0)
+    return float(np.mean([is_house(read(p, WORLD), *asked) for p, (_, *asked) in zip(images, captions)]))
 
 
 def scores(evaluation: ShapesEvaluation, houses: int) -> dict[str, float]:
@@ -124,7 +124,7 @@ def scores(evaluation: ShapesEvaluation, houses: int) -> dict[str, float]:
 
 
 def draw_with_adapter(checkpoint: str, adapter: str, prompts: list[str]) -> np.ndarray:
-    """Pictures of the adapter as loaded; for a fresh process."""
+    """Images of the adapter as loaded; for a fresh process."""
     model = peft.PeftModel.from_pretrained(NextFlowForConditionalGeneration.from_pretrained(checkpoint), adapter)
     return ShapesEvaluation(model, AutoProcessor.from_pretrained(checkpoint)).draw(prompts, seed=1)
 

@@ -39,12 +39,12 @@ INTRODUCTION = """\
 # NextFlow on the shapes world
 
 A small NextFlow ([arXiv 2601.02204](https://arxiv.org/abs/2601.02204)): one transformer that draws scale by scale,
-edits, thinks before it draws, tells stories and films, and answers questions. It has {total:.1f} million parameters,
+edits, thinks before it draws, tells stories and videos, and answers questions. It has {total:.1f} million parameters,
 {vision:.1f} million of them in the vision tokenizer. It was trained from scratch, some hours on two CPU cores and nine
 minutes on a GPU, and knows the shapes world alone. It is there to run, test and study the code, not to draw
 photographs.
 
-![one row of pictures for each category of prompts]({sheet})
+![one row of images for each category of prompts]({sheet})
 
 ## Use
 
@@ -53,13 +53,13 @@ import torch
 from transformers_nextflow import NextFlowPipeline
 
 pipe = NextFlowPipeline.from_pretrained("checkpoints/nextflow-shapes")
-picture = pipe("{prompt}", generator=torch.Generator().manual_seed(0)).images[0]
-pipe("make the red circle green", image=picture).images[0].save("picture.png")
+image = pipe("{prompt}", generator=torch.Generator().manual_seed(0)).images[0]
+pipe("make the red circle green", image=image).images[0].save("image.png")
 ```
 
 `docs/abilities.md` shows the rest.
 
-Its own sampling settings are {sampling}; of edits and films {editing}.
+Its own sampling settings are {sampling}; of edits and videos {editing}.
 """
 ORIGIN = """\
 ## Scores
@@ -67,22 +67,22 @@ ORIGIN = """\
 From `{command}` at commit {commit}, on {device}.
 """
 DRAWING_RULES = """\
-Share of the pictures that hold what the prompt asked for, counting exact (GenEval's rule), and under the strict rule:
-nothing else is in the picture either. `held out` are prompts with a pair of shape and colour that the transformer
+Share of the images that hold what the prompt asked for, counting exact (GenEval's rule), and under the strict rule:
+nothing else is in the image either. `held out` are prompts with a pair of shape and colour that the transformer
 never saw in training. `overall` is the mean of the categories.
 """
 UNDERSTANDING_RULES = """\
 Share of right answers. `questions` is the mean over the kinds of questions; `overall` has captions too.
 """
 TOKENIZER_RULES = """\
-What the vision tokenizer lets through, on held-out pictures with all pairs of shape and colour: the bound of the scores
+What the vision tokenizer lets through, on held-out images with all pairs of shape and colour: the bound of the scores
 above. `linear_probe` reads the codes of all scales but the last, `with_last_scale` all of them.
 """
 ORACLE_RULES = """\
-Share of pictures with exactly the right objects, wherever they lie, if the true codes of the first scales are given.
+Share of images with exactly the right objects, wherever they lie, if the true codes of the first scales are given.
 """
 LAYOUT_RULES = """\
-Both layouts of a picture, trained from the same weights for the same 4,200 steps on the same conversations (the long
+Both layouts of an image, trained from the same weights for the same 4,200 steps on the same conversations (the long
 round under `Commands`): the one which reads the last scale where something follows it, from which the training of this
 checkpoint went on, and the paper's, in which nothing does. Scored at commit {commit}; implicit prompts were of the five
 kinds then that one pass solves.
@@ -282,7 +282,7 @@ def main():
     parser.add_argument("--top_k", type=int, **per_scale)
     parser.add_argument("--top_p", type=float, **per_scale)
     for name in EDITING_SAMPLING:
-        parser.add_argument(f"--editing_{name}", type=float, nargs="+", metavar="VALUE", help="of edits and films")
+        parser.add_argument(f"--editing_{name}", type=float, nargs="+", metavar="VALUE", help="of edits and videos")
     arguments = parser.parse_args()
 
     model = load_model(arguments.model, arguments.tokenizer)

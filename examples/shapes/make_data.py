@@ -1,9 +1,9 @@
-"""Make the transformer's training data: conversations about shapes, with the pictures' codes.
+"""Make the transformer's training data: conversations about shapes, with the images' codes.
 
     python examples/shapes/make_data.py --tokenizer runs/tokenizer/final --output runs/data --processes 2
 
-`MIXTURE` says how many of the conversations begin with which ability. Most go on: a picture's slots are most of a
-sequence and an answer is a few words, so one conversation asks several things of its picture. Some texts are left out,
+`MIXTURE` says how many of the conversations begin with which ability. Most go on: an image's slots are most of a
+sequence and an answer is a few words, so one conversation asks several things of its image. Some texts are left out,
 for guidance. What is kept for evaluation, and the pairs of shape and colour that are held out, are never among them.
 """
 
@@ -20,7 +20,8 @@ from datasets import Dataset, Features, List, Value
 
 from transformers_nextflow import NextFlowImageProcessorPil, NextFlowProcessor, NextFlowVQModel, SelfCorrection
 from transformers_nextflow.data import EncodedImage, code_fields, encoded_images
-from transformers_nextflow.evaluation.shapes import (
+from transformers_nextflow.tokenization_nextflow import THINK_PREFIX, train_tokenizer
+from transformers_nextflow.worlds.shapes import (
     CAPTION_REQUEST,
     DESCRIPTIONS,
     Exchange,
@@ -28,8 +29,8 @@ from transformers_nextflow.evaluation.shapes import (
     World,
     answering,
     follow_up_edit,
+    images_of,
     may_be_trained_on,
-    pictures_of,
     question_about,
     render,
     texts_of,
@@ -37,7 +38,6 @@ from transformers_nextflow.evaluation.shapes import (
     to_messages,
     training_case,
 )
-from transformers_nextflow.tokenization_nextflow import THINK_PREFIX, train_tokenizer
 
 
 WORLD = World()
@@ -54,10 +54,10 @@ MIXTURE = {
     "subject": 0.04,
     "in_context": 0.05,
     "story": 0.02,
-    "film": 0.03,
-    "film_question": 0.03,
+    "video": 0.03,
+    "video_question": 0.03,
 }
-# How many exchanges follow the first, each as likely: more texts, or questions on and descriptions of the last picture.
+# How many exchanges follow the first, each as likely: more texts, or questions on and descriptions of the last image.
 FURTHER_EXCHANGES = {
     "text": (2, 3, 4),
     "drawing": (0, 1, 2),
@@ -69,7 +69,7 @@ FURTHER_EXCHANGES = {
 THOUGHT_SHARE = 0.15
 DESCRIPTION_SHARE = 0.25
 SECOND_EDIT_SHARE = 0.3
-# Share of the texts left out where only a picture is answered: what guidance compares with.
+# Share of the texts left out where only an image is answered: what guidance compares with.
 EMPTY_PROMPT_SHARE = {"drawing": 0.1, "editing": 0.1, "subject": 0.1}
 BATCH = 250
 TEXT_VOCABULARY = 512
@@ -89,12 +89,12 @@ FEATURES = Features(
 
 def prompted(ability: str, exchange: Exchange, rng: np.random.Generator) -> Exchange:
     """Prompts as people type them: some without their first article; and as guidance needs them: some left out."""
-    *pictures, text = exchange.asked
+    *images, text = exchange.asked
     if rng.random() < EMPTY_PROMPT_SHARE.get(ability, 0.0):
         text = ""
     elif ability == "drawing" and text.startswith("a ") and rng.random() < 0.15:
         text = text[2:]
-    return Exchange((*pictures, text), exchange.answer)
+    return Exchange((*images, text), exchange.answer)
 
 
 def ask(rng: np.random.Generator, scene: Scene) -> Exchange:
@@ -106,7 +106,7 @@ def ask(rng: np.random.Generator, scene: Scene) -> Exchange:
 
 
 def sample(rng: np.random.Generator, abilities: Sequence[str] = tuple(MIXTURE)) -> list[Exchange]:
-    """One conversation that begins with one of the abilities; its pictures are scenes."""
+    """One conversation that begins with one of the abilities; its images are scenes."""
     shares = np.array([MIXTURE[ability] for ability in abilities])
     ability = abilities[int(rng.choice(len(abilities), p=shares / shares.sum()))]
     case = training_case(rng, WORLD, ability)
@@ -119,7 +119,7 @@ def sample(rng: np.random.Generator, abilities: Sequence[str] = tuple(MIXTURE)) 
         if edit is not None and may_be_trained_on(edit, WORLD):
             exchanges.append(edit.exchange)
     for _ in range(int(rng.choice(FURTHER_EXCHANGES.get(ability, (0,))))):
-        scenes = [picture for exchange in exchanges for picture in pictures_of(exchange.asked + exchange.answer)]
+        scenes = [image for exchange in exchanges for image in images_of(exchange.asked + exchange.answer)]
         exchanges.append(ask(rng, scenes[-1]) if scenes else training_case(rng, WORLD, ability).exchange)
     return exchanges
 
@@ -183,25 +183,25 @@ def rows(
         generator = torch.Generator().manual_seed(seed * 1000 + shard)
         for start in range(0, count, BATCH):
             samples = [sample(rng, abilities) for _ in range(min(BATCH, count - start))]
-            scenes = [scene for exchanges in samples for scene, _ in pictures_in(exchanges)]
+            scenes = [scene for exchanges in samples for scene, _ in images_in(exchanges)]
             codes = encode_scenes(model, scenes, correction, generator)
             for exchanges in samples:
                 yield row(exchanges, codes, list(schedule.final_grid), slots)
 
 
-def pictures_in(exchanges: list[Exchange]) -> list[tuple[Scene, bool]]:
-    """The pictures of a conversation in order, and whether the model draws them."""
+def images_in(exchanges: list[Exchange]) -> list[tuple[Scene, bool]]:
+    """The images of a conversation in order, and whether the model draws them."""
     turns = [(parts, is_answer) for exchange in exchanges for is_answer, parts in enumerate(exchange)]
-    return [(scene, bool(is_answer)) for parts, is_answer in turns for scene in pictures_of(parts)]
+    return [(scene, bool(is_answer)) for parts, is_answer in turns for scene in images_of(parts)]
 
 
 def row(exchanges: list[Exchange], codes: Iterator[EncodedImage], grid: list[int], slots: int) -> dict:
-    """A row of the data; takes its pictures' codes off `codes`. Only what is drawn is read with sampled codes."""
+    """A row of the data; takes its images' codes off `codes`. Only what is drawn is read with sampled codes."""
     messages = to_messages(exchanges)
     for part in (part for turn in messages for part in turn["content"]):
         part.setdefault("text", "")  # Arrow would write None
     words = sum(len(part["text"].split()) for turn in messages for part in turn["content"])
-    drawn = [is_answer for _, is_answer in pictures_in(exchanges)]
+    drawn = [is_answer for _, is_answer in images_in(exchanges)]
     own = list(itertools.islice(codes, len(drawn)))
     return {
         "messages": messages,

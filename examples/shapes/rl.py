@@ -5,7 +5,7 @@
     python examples/shapes/rl.py --output_dir runs/rl-all --prefix 8
 
 The prompts are captions that evaluation keeps no copy of; the scores are of reserved ones. Everything that was seen is
-in `OUTPUT_DIR/rl.json`, pictures along the way in `OUTPUT_DIR/picture_grids`. `benchmarks/rl_prefix.py` and
+in `OUTPUT_DIR/rl.json`, images along the way in `OUTPUT_DIR/image_grids`. `benchmarks/rl_prefix.py` and
 `benchmarks/rl_self_reward.py` compare such runs over seeds.
 """
 
@@ -26,12 +26,12 @@ from transformers import AutoProcessor, TrainerCallback
 
 from transformers_nextflow import ImageSampling, NextFlowForConditionalGeneration
 from transformers_nextflow.evaluation.results import write_result
-from transformers_nextflow.evaluation.shapes import CATEGORIES, World, is_reserved
-from transformers_nextflow.evaluation.shapes.language import draw_category
-from transformers_nextflow.evaluation.shapes_evaluation import ShapesEvaluation
-from transformers_nextflow.trainers import NextFlowGRPOConfig, NextFlowGRPOTrainer, PictureGrids
-from transformers_nextflow.trainers.rewards import ask_about_shapes, reading_reward, shapes_reward
-from transformers_nextflow.trainers.rollouts import draw_rollouts
+from transformers_nextflow.trainers import ImageGrids, NextFlowGRPOConfig, NextFlowGRPOTrainer
+from transformers_nextflow.trainers.rl.rewards import ask_about_shapes, reading_reward, shapes_reward
+from transformers_nextflow.trainers.rl.rollouts import generate_rollouts
+from transformers_nextflow.worlds.shapes import CATEGORIES, World, is_reserved
+from transformers_nextflow.worlds.shapes.evaluation import ShapesEvaluation
+from transformers_nextflow.worlds.shapes.language import draw_category
 
 
 CHECKPOINT = "checkpoints/nextflow-shapes"
@@ -59,10 +59,10 @@ def teaching_shares(rewards: torch.Tensor, focus: float) -> dict[str, float]:
     """How often each category is asked for.
 
     A group of equal rewards teaches nothing, so `focus` of the prompts go to categories by how much the rewards of one
-    prompt's pictures differ; the rest is divided evenly, so that nothing is forgotten.
+    prompt's images differ; the rest is divided evenly, so that nothing is forgotten.
 
     Args:
-        rewards: (prompts, pictures) of prompts of the categories in turn.
+        rewards: (prompts, images) of prompts of the categories in turn.
     """
     spread = rewards.std(1).unflatten(0, (-1, len(CATEGORIES))).mean(0)
     even = torch.full_like(spread, 1 / len(CATEGORIES))
@@ -70,18 +70,18 @@ def teaching_shares(rewards: torch.Tensor, focus: float) -> dict[str, float]:
     return dict(zip(CATEGORIES, (shares.double() / shares.double().sum()).tolist()))
 
 
-def probe(model, processor, reward: Callable, sampling: ImageSampling, pictures: int, seed: int) -> torch.Tensor:
-    """Rewards (prompts, `pictures`) of some training prompts of all categories in turn."""
+def probe(model, processor, reward: Callable, sampling: ImageSampling, images: int, seed: int) -> torch.Tensor:
+    """Rewards (prompts, `images`) of some training prompts of all categories in turn."""
     prompts = training_prompts(PROBED * len(CATEGORIES), seed)["prompt"]
-    rows = [{"prompt": prompt} for prompt in prompts for _ in range(pictures)]
-    rollouts, drawn = draw_rollouts(model, processor, rows, sampling, generator=torch.Generator().manual_seed(seed))
+    rows = [{"prompt": prompt} for prompt in prompts for _ in range(images)]
+    rollouts, drawn = generate_rollouts(model, processor, rows, sampling, generator=torch.Generator().manual_seed(seed))
     rewards = reward(
         prompts=[row["prompt"] for row in rows],
         completions=drawn,
         completion_ids=[rollout.image_tokens.tolist() for rollout in rollouts],
         image_grids=[rollout.schedule.final_grid for rollout in rollouts],
     )
-    return torch.tensor(rewards).unflatten(0, (-1, pictures))
+    return torch.tensor(rewards).unflatten(0, (-1, images))
 
 
 def exploring(sampling: ImageSampling, num_prefix_scales: int, num_scales: int) -> ImageSampling:
@@ -195,7 +195,7 @@ def run(arguments: argparse.Namespace, before: dict) -> dict:
         report_to=[],
     )
     curve = Curve(model, processor, arguments.curve_every, arguments.curve_limit, arguments.minutes)
-    grids = PictureGrids(processor, [{"prompt": p} for p in training_prompts(6, seed=1)["prompt"]], every=50)
+    grids = ImageGrids(processor, [{"prompt": p} for p in training_prompts(6, seed=1)["prompt"]], every=50)
     trainer = NextFlowGRPOTrainer(
         model,
         reward,

@@ -19,18 +19,18 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from transformers_nextflow import NextFlowVQConfig, NextFlowVQModel
-from transformers_nextflow.evaluation.shapes.scene import World, cell_labels, random_scene, render
-from transformers_nextflow.trainers.vq_trainer import STAGES, NextFlowVQTrainer, NextFlowVQTrainingArguments
+from transformers_nextflow.trainers.tokenizer.vq_trainer import STAGES, NextFlowVQTrainer, NextFlowVQTrainingArguments
+from transformers_nextflow.worlds.shapes.scene import World, cell_labels, random_scene, render
 
 
 WORLD = World()
 OBJECT_WEIGHT = 4.0  # cells with an object are few, and all that captions speak of
 READOUT_SCALE, READOUT_WEIGHT = 10.0, 0.5
 HELD_OUT_SEED = 1_000_000
-# A list of tokens for the whole picture (the background, then an object each), before it is laid out on grids.
+# A list of tokens for the whole image (the background, then an object each), before it is laid out on grids.
 SCALES = (1, 1, 1, 1, 1, 2, 4, 4)
 KMEANS_SHARES = [2, 1184, 2, 2, 2, 320, 200, 336]
-SINGLE_OBJECT_PICTURES = 8192
+SINGLE_OBJECT_IMAGES = 8192
 
 
 def tokenizer_config() -> NextFlowVQConfig:
@@ -84,8 +84,8 @@ def attribute_loss(logits: torch.Tensor, inputs: dict) -> torch.Tensor:
     return (sum(losses) * weights).sum() / weights.sum()
 
 
-class ShapesPictures(Dataset):
-    """Picture i of a seed, always the same: all pairs of shape and colour; the first `single` ones hold one object."""
+class ShapesImages(Dataset):
+    """Image i of a seed, always the same: all pairs of shape and colour; the first `single` hold one."""
 
     def __init__(self, length: int, seed: int, single: int = 0):
         self.length, self.seed, self.single = length, seed, single
@@ -130,7 +130,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--steps", type=int, nargs=4, default=(100, 600, 450, 900), metavar=STAGES)
-    parser.add_argument("--batch_size", type=int, default=64, help="pictures a step and process")
+    parser.add_argument("--batch_size", type=int, default=64, help="images a step and process")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--model", help="continue from this tokenizer; 0 steps leave a stage out")
     parser.add_argument("--seed", type=int, default=0)
@@ -161,7 +161,7 @@ def main():
             lr_scheduler_type="cosine",
             warmup_steps=50,
             codebook_weight=1.0,
-            kmeans_pictures=SINGLE_OBJECT_PICTURES,
+            kmeans_images=SINGLE_OBJECT_IMAGES,
             kmeans_shares=KMEANS_SHARES,
             logging_steps=50,
             eval_strategy="steps",
@@ -177,9 +177,9 @@ def main():
         trainer = ShapesVQTrainer(
             model,
             args,
-            # The codebooks start from the first pictures: one object each, so that a code names an object at its place.
-            ShapesPictures(10_000_000, arguments.seed, single=SINGLE_OBJECT_PICTURES),
-            eval_dataset=ShapesPictures(1024, HELD_OUT_SEED),
+            # The codebooks start from the first images: one object each, so that a code names an object at its place.
+            ShapesImages(10_000_000, arguments.seed, single=SINGLE_OBJECT_IMAGES),
+            eval_dataset=ShapesImages(1024, HELD_OUT_SEED),
         )
         trainer.train()
         trainer.save_model()

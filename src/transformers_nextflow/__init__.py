@@ -12,21 +12,21 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_nextflow import NextFlowConfig, NextFlowVQConfig
-from .configuration_tokenflow_t2i import TokenFlowT2IConfig
+from .generation.image_codes import ScaleState
+from .generation.interleaved import InterleavedGenerationOutput, InterleavedStreamer, Segment
+from .generation.region_editing import KeptRegion
+from .generation.sampling import ImageSampling
 from .generation_nextflow import ImageGenerationOutput
-from .generation_tokenflow_t2i import RefinedImageSampling
 from .image_processing_nextflow import NextFlowImageProcessorPil
-from .interleaved_generation import InterleavedGenerationOutput, InterleavedStreamer, Segment
 from .modeling_nextflow import NextFlowForConditionalGeneration, NextFlowModel
 from .modeling_nextflow_vq import NextFlowVQModel
-from .modeling_tokenflow_t2i import TokenFlowT2IForConditionalGeneration
 from .multiscale_quantizer import SelfCorrection
 from .processing_nextflow import NextFlowProcessor
-from .processing_tokenflow_t2i import TokenFlowT2IProcessor
-from .region_editing import KeptRegion
-from .sampling_nextflow import ImageSampling
-from .scale_drawing import ScaleState
 from .scale_schedule import ScaleSchedule, ScaleSchedules
+from .tokenflow_t2i.configuration_tokenflow_t2i import TokenFlowT2IConfig
+from .tokenflow_t2i.generation_tokenflow_t2i import RefinedImageSampling
+from .tokenflow_t2i.modeling_tokenflow_t2i import TokenFlowT2IForConditionalGeneration
+from .tokenflow_t2i.processing_tokenflow_t2i import TokenFlowT2IProcessor
 
 
 __version__ = "0.1.0"

@@ -39,7 +39,7 @@ def lora_config(
         kwargs: further fields of `peft.LoraConfig`.
 
     Raises:
-        ValueError: if peft is missing, or for an id outside of the vocabulary or in the place of a picture.
+        ValueError: if peft is missing, or for an id outside of the vocabulary or in the place of an image.
     """
     try:
         from peft import LoraConfig
@@ -54,9 +54,7 @@ def lora_config(
             "model.resize_token_embeddings(len(tokenizer)) first."
         )
     if model.config.image_token_id in new_token_ids:
-        raise ValueError(
-            f"{model.config.image_token_id} stands for slots of pictures, whose embeddings are not trained."
-        )
+        raise ValueError(f"{model.config.image_token_id} stands for slots of images, whose embeddings are not trained.")
     if new_token_ids:
         # PEFT ties the head's rows by itself where the model ties the matrices.
         tables = ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]

@@ -1,4 +1,4 @@
-"""`transformers-nextflow`: draw, edit, film, describe, score and evaluate from the command line."""
+"""`transformers-nextflow`: draw, edit, video, describe, score and evaluate from the command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import typer
 from PIL import Image
 from safetensors import SafetensorError
 
-from .atomic_files import write_whole
+from .utils.atomic_files import write_whole
 
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 app = typer.Typer(
-    help="NextFlow: pictures from text, and text from pictures.",
+    help="NextFlow: images from text, and text from images.",
     no_args_is_help=True,
     add_completion=False,
     # A traceback of a defect is for reading as it is: no boxes, no values of variables.
@@ -39,20 +39,18 @@ Device = Annotated[str | None, typer.Option(help="Device, as cpu or cuda:0; defa
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored.")]
 
 
-Output = Annotated[Path, typer.Option(help="Where the picture goes; several are numbered.")]
+Output = Annotated[Path, typer.Option(help="Where the image goes; several are numbered.")]
 GuidanceScale = Annotated[float | None, typer.Option(help="1 is none; default: the checkpoint's own.")]
-NumImages = Annotated[int, typer.Option(help="Pictures for each prompt.")]
-NumCandidates = Annotated[int, typer.Option(help="Drawn for each picture that is kept, the best one.")]
-Seed = Annotated[int, typer.Option(help="Of the first picture; the next ones count on from it.")]
+NumImages = Annotated[int, typer.Option(help="Images for each prompt.")]
+NumCandidates = Annotated[int, typer.Option(help="Drawn for each image that is kept, the best one.")]
+Seed = Annotated[int, typer.Option(help="Of the first image; the next ones count on from it.")]
 Scale = Annotated[int, typer.Option(min=1, help="Enlarge each pixel so many times, for viewing.")]
-Pixels = Annotated[
-    int | None, typer.Option(help="Pixels; default: the input picture's, or the model's largest square.")
-]
+Pixels = Annotated[int | None, typer.Option(help="Pixels; default: the input image's, or the model's largest square.")]
 
 
 @app.command()
 def generate(
-    prompts: Annotated[list[str], typer.Argument(help="One picture is drawn for each prompt.")],
+    prompts: Annotated[list[str], typer.Argument(help="One image is drawn for each prompt.")],
     model: Model,
     output: Output = Path("nextflow.png"),
     negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
@@ -61,17 +59,17 @@ def generate(
     guidance_scale: GuidanceScale = None,
     think: Annotated[bool, typer.Option(help="Write a reasoning first, and draw from it.")] = False,
     thought_temperature: Annotated[
-        float, typer.Option(min=0, help="Above 0, pictures of one prompt are thought out differently.")
+        float, typer.Option(min=0, help="Above 0, images of one prompt are thought out differently.")
     ] = 0.0,
     num_images: NumImages = 1,
     num_candidates: NumCandidates = 1,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = "auto",
-    previews: Annotated[Path | None, typer.Option(help="Folder for the pictures after each scale.")] = None,
+    previews: Annotated[Path | None, typer.Option(help="Folder for the images after each scale.")] = None,
     scale: Scale = 1,
 ):
-    """Draw a picture for each prompt, all of them in one batch."""
+    """Draw an image for each prompt, all of them in one batch."""
     with errors_in_one_line():
         _check_extension(output)
         pipeline = _load_pipeline(model, device, dtype)
@@ -107,14 +105,14 @@ def generate(
 
 @app.command()
 def edit(
-    instruction: Annotated[str, typer.Argument(help="What is to be done; with several pictures, with them.")],
-    images: Annotated[list[Path], typer.Option("--image", help="The picture; several may be given, in order.")],
+    instruction: Annotated[str, typer.Argument(help="What is to be done; with several images, with them.")],
+    images: Annotated[list[Path], typer.Option("--image", help="The image; several may be given, in order.")],
     model: Model,
     output: Output = Path("edited.png"),
-    mask: Annotated[Path | None, typer.Option(help="A picture that is light where is to be drawn.")] = None,
-    paste_back: Annotated[bool, typer.Option(help="Put the picture's own pixels back outside of the mask.")] = False,
+    mask: Annotated[Path | None, typer.Option(help="An image that is light where is to be drawn.")] = None,
+    paste_back: Annotated[bool, typer.Option(help="Put the image's own pixels back outside of the mask.")] = False,
     guidance_scale: GuidanceScale = None,
-    image_guidance_scale: Annotated[float | None, typer.Option(help="Towards the pictures; 1 is none.")] = None,
+    image_guidance_scale: Annotated[float | None, typer.Option(help="Towards the images; 1 is none.")] = None,
     height: Pixels = None,
     width: Pixels = None,
     num_images: NumImages = 1,
@@ -124,7 +122,7 @@ def edit(
     dtype: Dtype = "auto",
     scale: Scale = 1,
 ):
-    """Edit a picture, inside a mask or as a whole; or draw from several pictures."""
+    """Edit an image, inside a mask or as a whole; or draw from several images."""
     with errors_in_one_line():
         _check_extension(output)
         _check_files(images + ([mask] if mask else []))
@@ -150,8 +148,8 @@ def edit(
 
 @app.command()
 def vary(
-    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
-    image: Annotated[Path, typer.Option(help="A picture file.")],
+    prompt: Annotated[str, typer.Argument(help="What the image shows.")],
+    image: Annotated[Path, typer.Option(help="An image file.")],
     model: Model,
     keep_scales: Annotated[
         int, typer.Option(min=1, help="The first so many scales are kept, the rest is drawn anew: fewer vary more.")
@@ -167,7 +165,7 @@ def vary(
     dtype: Dtype = "auto",
     scale: Scale = 1,
 ):
-    """Draw variations of a picture."""
+    """Draw variations of an image."""
     with errors_in_one_line():
         _check_extension(output)
         _check_files([image])
@@ -188,12 +186,12 @@ def vary(
 
 
 @app.command()
-def film(
-    texts: Annotated[list[str], typer.Argument(help="What the film shows; or one text for each of its frames.")],
+def video(
+    texts: Annotated[list[str], typer.Argument(help="What the video shows; or one text for each of its frames.")],
     model: Model,
-    output: Annotated[Path, typer.Option(help="A .gif, or an .mp4 with the extra `video`.")] = Path("film.gif"),
+    output: Annotated[Path, typer.Option(help="A .gif, or an .mp4 with the extra `video`.")] = Path("video.gif"),
     num_frames: Annotated[int | None, typer.Option(help="Needed with a single text.")] = None,
-    first_frame: Annotated[Path | None, typer.Option(help="A picture file from which the film goes on.")] = None,
+    first_frame: Annotated[Path | None, typer.Option(help="An image file from which the video goes on.")] = None,
     guidance_scale: GuidanceScale = None,
     height: Pixels = None,
     width: Pixels = None,
@@ -203,15 +201,15 @@ def film(
     dtype: Dtype = "auto",
     scale: Scale = 1,
 ):
-    """Draw a film frame by frame."""
+    """Draw a video frame by frame."""
     with errors_in_one_line():
-        from .films import check_film_path, write_frames
+        from .video_processing_nextflow import check_video_path, write_frames
 
-        check_film_path(output)
+        check_video_path(output)
         _check_files([first_frame] if first_frame else [])
         pipeline = _load_pipeline(model, device, dtype)
         start = time.perf_counter()
-        drawn = pipeline.film(
+        drawn = pipeline.video(
             texts[0] if len(texts) == 1 else [texts],
             image=str(first_frame) if first_frame else None,
             num_frames=num_frames,
@@ -229,14 +227,14 @@ def film(
 
 @app.command()
 def describe(
-    images: Annotated[list[Path], typer.Argument(help="Picture files, or films (.gif, .mp4), in order.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or videos (.gif, .mp4), in order.")],
     model: Model,
     question: Annotated[str | None, typer.Option(help="What is asked; default: a description.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 128,
     device: Device = None,
     dtype: Dtype = "auto",
 ):
-    """Describe pictures or films, or answer a question about them."""
+    """Describe images or videos, or answer a question about them."""
     with errors_in_one_line():
         _check_files(images)
         pipeline = _load_pipeline(model, device, dtype)
@@ -250,20 +248,20 @@ def describe(
 
 @app.command()
 def score(
-    prompt: Annotated[str, typer.Argument(help="What the pictures should show.")],
-    images: Annotated[list[Path], typer.Option("--image", help="A picture file; several may be given.")],
+    prompt: Annotated[str, typer.Argument(help="What the images should show.")],
+    images: Annotated[list[Path], typer.Option("--image", help="An image file; several may be given.")],
     model: Model,
     device: Device = None,
     dtype: Dtype = "auto",
 ):
-    """Say how well pictures fit a prompt, as the model sees it: log-likelihoods in nats."""
+    """Say how well images fit a prompt, as the model sees it: log-likelihoods in nats."""
     with errors_in_one_line():
         _check_files(images)
         pipeline = _load_pipeline(model, device, dtype)
         scores = pipeline.score([str(path) for path in images], [prompt] * len(images))
     typer.echo("text given image\timage given text\tfile")
-    for text, picture, path in zip(scores.text_given_image.tolist(), scores.image_given_text.tolist(), images):
-        typer.echo(f"{text:.2f}\t{picture:.2f}\t{path}")
+    for text, image, path in zip(scores.text_given_image.tolist(), scores.image_given_text.tolist(), images):
+        typer.echo(f"{text:.2f}\t{image:.2f}\t{path}")
 
 
 @app.command()
@@ -271,7 +269,7 @@ def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a model, or a repository of the Hub.")],
     suite: Annotated[str, typer.Option(help="What is scored: shapes.")] = "shapes",
     limit: Annotated[int | None, typer.Option(min=1, help="Cases of each kind at most.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Pictures for each prompt.")] = 4,
+    seeds: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 4,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the scores.")] = None,
     sheets: Annotated[Path | None, typer.Option(help="Folder for contact sheets.")] = None,
     device: Device = None,
@@ -280,7 +278,7 @@ def evaluate(
     with errors_in_one_line():
         if suite != "shapes":
             raise ValueError(f"There is no suite {suite!r}; there is: shapes.")
-        from .evaluation.shapes_evaluation import evaluate_shapes
+        from .worlds.shapes.evaluation import evaluate_shapes
 
         scores = evaluate_shapes(checkpoint, limit=limit, seeds=seeds, sheets=sheets, device=device)
         if json_file is not None:
@@ -296,13 +294,13 @@ def inspect(
 ):
     """List the tensors of a file, and how far they are those of a NextFlow."""
     with errors_in_one_line():
-        from .checkpoint_report import report
+        from .conversion.report import report
 
         typer.echo(report(file))
 
 
 Source = Annotated[Path, typer.Argument(help="A .jsonl or .parquet file, or a folder; see docs/data.md.")]
-OnBadPicture = Annotated[str, typer.Option(help="What a picture that cannot be read does: stop, or skip its row.")]
+OnBadImage = Annotated[str, typer.Option(help="What an image that cannot be read does: stop, or skip its row.")]
 
 
 @app.command()
@@ -311,17 +309,17 @@ def validate_data(
     model: Annotated[
         str | None, typer.Option(help="Folder of the model or vision tokenizer that codes are for.")
     ] = None,
-    on_bad_picture: OnBadPicture = "stop",
+    on_bad_image: OnBadImage = "stop",
 ):
-    """Check training data: every row, every picture, every code."""
+    """Check training data: every row, every image, every code."""
     with errors_in_one_line():
         from .data.validation import validate_source
 
-        report = validate_source(source, model, on_bad_picture)
+        report = validate_source(source, model, on_bad_image)
     for problem in report.problems + report.skipped_because:
         typer.echo(problem, err=True)
     typer.echo(
-        f"{report.rows} rows, {report.pictures} pictures, {report.skipped} rows skipped, {report.num_problems} problems"
+        f"{report.rows} rows, {report.images} images, {report.skipped} rows skipped, {report.num_problems} problems"
     )
     if report.num_problems:
         raise typer.Exit(1)
@@ -334,20 +332,20 @@ def extract_codes(
     output: Annotated[Path, typer.Option(help="Folder of the shards; an interrupted one is finished.")],
     processes: Annotated[int, typer.Option(min=1, help="How many shards are made at once.")] = 1,
     shard_size: Annotated[int, typer.Option(min=1, help="Rows in a shard.")] = 1000,
-    level: Annotated[int | None, typer.Option(help="Resolution of all pictures; default: each one's nearest.")] = None,
+    level: Annotated[int | None, typer.Option(help="Resolution of all images; default: each one's nearest.")] = None,
     top_k: Annotated[int, typer.Option(help="Nearest codes among which self-correction draws.")] = 10,
     token_share: Annotated[float, typer.Option(help="Share of each scale's tokens that are drawn; 0 for none.")] = 0.6,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    on_bad_picture: OnBadPicture = "stop",
+    on_bad_image: OnBadImage = "stop",
     device: Annotated[str, typer.Option(help="Of the tokenizer, as cpu or cuda:0.")] = "cpu",
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures of one size that are encoded at once.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one size that are encoded at once.")] = 16,
 ):
-    """Encode the pictures of training data ahead of time: codes to read, and codes to write."""
+    """Encode the images of training data ahead of time: codes to read, and codes to write."""
     with errors_in_one_line():
         from .data.code_extraction import extract_codes
 
         settings = {"shard_size": shard_size, "level": level, "top_k": top_k, "token_share": token_share, "seed": seed}
-        settings |= {"batch_size": batch_size, "on_bad_picture": on_bad_picture}
+        settings |= {"batch_size": batch_size, "on_bad_image": on_bad_image}
         totals = extract_codes(source, tokenizer, output, processes, device, **settings)
     typer.echo(
         f"{totals['rows']} rows in {totals['shards']} shards ({totals['found']} were there), "
@@ -436,7 +434,7 @@ def _generators(seed: int, count: int) -> list[torch.Generator]:
 def _check_files(paths: list[Path]):
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f"There is no picture file {path}.")
+            raise FileNotFoundError(f"There is no image file {path}.")
 
 
 def _tell(seconds: float, paths: list[Path]):
@@ -447,11 +445,11 @@ def _tell(seconds: float, paths: list[Path]):
 def _check_extension(output: Path):
     # Asked before the drawing: it would be lost.
     if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"{output} has no extension of a picture that can be written; take .png.")
+        raise ValueError(f"{output} has no extension of an image that can be written; take .png.")
 
 
 def _save(images: list[Image.Image], path: Path, scale: int) -> list[Path]:
-    """Save one picture as `path`, several with their number before the extension."""
+    """Save one image as `path`, several with their number before the extension."""
     paths = [path] if len(images) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(images))]
     for image, target in zip(images, paths):
         with write_whole(target) as partial:

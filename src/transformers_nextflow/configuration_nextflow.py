@@ -23,7 +23,7 @@ CHOICES = {
 # What transformers takes where a config gives none.
 MROPE_SECTION = (16, 24, 24)
 
-# Kept, since every picture asks for its schedule, and a config may change.
+# Kept, since every image asks for its schedule, and a config may change.
 _scale_schedules = lru_cache(maxsize=64)(ScaleSchedules)
 
 
@@ -38,7 +38,7 @@ class NextFlowVQConfig(PreTrainedConfig):
         semantic_layer: which hidden states of the tower are its features: -1 the last, through the tower's closing
             norm, or an earlier one as it is, such as -2.
         patch_size: pixels per side of a cell of the finest grid.
-        image_size: side of the only pictures that are read and written, square ones, where it is not that of the finest
+        image_size: side of the only images that are read and written, square ones, where it is not that of the finest
             grid. The semantic encoder reads them as they are, the pixel branch resized to the grid and back.
         scales: sides of the square grids, coarse to fine.
         levels: `[resolution, number of scales]` pairs; default one level with all scales.
@@ -155,17 +155,17 @@ class NextFlowVQConfig(PreTrainedConfig):
 class NextFlowConfig(PreTrainedConfig):
     r"""Configuration of [`NextFlowForConditionalGeneration`].
 
-    The text vocabulary (`text_config.vocab_size`) counts `<boi>`, `<eoi>` and the placeholder of picture slots; the
+    The text vocabulary (`text_config.vocab_size`) counts `<boi>`, `<eoi>` and the placeholder of image slots; the
     codes of the tokenizer follow it in the output, and have their own input embeddings.
 
     Args:
         text_config: a `Qwen2_5_VLTextConfig` or dict; the backbone.
         vq_config: a [`NextFlowVQConfig`] or dict; the vision tokenizer.
-        boi_token_id, eoi_token_id: tokens that open and close a picture.
-        image_token_id: what `input_ids` hold in the slots of a picture.
+        boi_token_id, eoi_token_id: tokens that open and close an image.
+        image_token_id: what `input_ids` hold in the slots of an image.
         read_last_scale: read the codes of the last scale too, in one more grid of slots that predicts nothing.
         accumulate_features: slots read the sum over all earlier scales (as VAR) in place of the last one alone.
-        rope_range: the range of the spatial coordinates of a square picture, the paper's constant C (section 2.2).
+        rope_range: the range of the spatial coordinates of a square image, the paper's constant C (section 2.2).
         scale_loss_alpha: a token of an h x w grid weighs (h*w)^-alpha in the loss (section 3.1).
     """
 

@@ -1,4 +1,4 @@
-"""Generation: text as transformers writes it, pictures scale by scale, and both in turn on one cache."""
+"""Generation: text as transformers writes it, images scale by scale, and both in turn on one cache."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from .evaluation_mode import in_evaluation_mode
-from .interleaved_generation import InterleavedGenerationOutput, InterleavedLoop, InterleavedStreamer
-from .region_editing import KeptRegion
-from .sampling_nextflow import Generators, ImageSampling
-from .scale_drawing import Drawing
+from .generation.image_codes import ImageCodes
+from .generation.interleaved import InterleavedGenerationOutput, InterleavedLoop, InterleavedStreamer
+from .generation.region_editing import KeptRegion
+from .generation.sampling import Generators, ImageSampling
+from .generation.sequence_writer import Prompts, ScaleCallback, SequenceWriter
+from .generation.stored_sampling import SAMPLINGS, StoredSamplingMixin
+from .generation.text import TextGenerationMixin
 from .scale_schedule import ScaleSchedule
-from .sequence_layout import check_room, layout_sequence
-from .sequence_writer import Prompts, ScaleCallback, SequenceWriter
-from .stored_sampling import SAMPLINGS, StoredSamplingMixin
-from .text_generation import TextGenerationMixin
+from .sequence.layout import check_room, layout_sequence
+from .utils.evaluation_mode import in_evaluation_mode
 
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -34,10 +34,10 @@ OTHER_SETTINGS = {
 
 @dataclass
 class ImageGenerationOutput(ModelOutput):
-    """Pictures as codes.
+    """Images as codes.
 
     Args:
-        image_tokens: (B, N) codes, padded with -1 where pictures differ or were stopped early.
+        image_tokens: (B, N) codes, padded with -1 where images differ or were stopped early.
         image_grids: (B, 2) final grids.
     """
 
@@ -61,8 +61,8 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
         image_sizes: Sequence[tuple[int, int]],
         negative_input_ids: torch.LongTensor | None = None,
         negative_attention_mask: torch.Tensor | None = None,
-        imageless_input_ids: torch.LongTensor | None = None,
-        imageless_attention_mask: torch.Tensor | None = None,
+        unconditional_input_ids: torch.LongTensor | None = None,
+        unconditional_attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_tokens: torch.Tensor | None = None,
         image_grids: torch.Tensor | None = None,
@@ -72,23 +72,23 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
         given_image_tokens: torch.LongTensor | None = None,
         region: KeptRegion | None = None,
     ) -> ImageGenerationOutput:
-        """Draw one picture for each prompt, scale by scale: a grid of codes in each forward pass.
+        """Draw one image for each prompt, scale by scale: a grid of codes in each forward pass.
 
         Args:
             input_ids: (B, L) prompts, left padded, that end with `<boi>`.
             attention_mask: (B, L).
-            image_sizes: (height, width) in pixels of each picture; they may differ.
+            image_sizes: (height, width) in pixels of each image; they may differ.
             negative_input_ids, negative_attention_mask: (B, L') what guidance leads away from; they end with `<boi>`
-                and hold all pictures of the prompts, or none.
-            imageless_input_ids, imageless_attention_mask: (B, L'') what the guidance of pictures leads away from, the
-                negative prompts without their pictures.
-            pixel_values, image_tokens, image_grids: pictures in the prompts, as in `forward`.
+                and hold all images of the prompts, or none.
+            unconditional_input_ids, unconditional_attention_mask: (B, L'') the negative prompts without their images,
+                with which the guidance of images compares.
+            pixel_values, image_tokens, image_grids: images in the prompts, as in `forward`.
             sampling: default: the checkpoint's own, from its generation config.
-            generator: one for all, or one for each picture: then a picture depends on its own seed alone.
+            generator: one for all, or one for each image: then an image depends on its own seed alone.
             callback: `callback(model, scale, state)` after each scale, counted from 0; `False` stops the drawing.
             given_image_tokens: (B, n) codes of the first whole scales, which are kept and not drawn; padded with -1
-                where a picture has fewer of them.
-            region: what is kept of other pictures outside of a region, see [`KeptRegion`].
+                where an image has fewer of them.
+            region: what is kept of other images outside of a region, see [`KeptRegion`].
 
         Raises:
             ValueError: if the prompts do not end with `<boi>`, sizes, generators or given codes do not match them,
@@ -97,12 +97,12 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
         sampling = sampling or self.default_image_sampling
         schedules = self._schedules(image_sizes, len(input_ids))
         self._check_at_boi("input_ids", input_ids)
-        drawing = Drawing(self, schedules, sampling, generator, given_image_tokens, region)
+        drawing = ImageCodes(self, schedules, sampling, generator, given_image_tokens, region)
         writer = self.sequence_writer(
             input_ids, attention_mask, negative_input_ids=negative_input_ids,
-            negative_attention_mask=negative_attention_mask, imageless_input_ids=imageless_input_ids,
-            imageless_attention_mask=imageless_attention_mask, pixel_values=pixel_values, image_tokens=image_tokens,
-            image_grids=image_grids, schedules=schedules, sampling=sampling,
+            negative_attention_mask=negative_attention_mask, unconditional_input_ids=unconditional_input_ids,
+            unconditional_attention_mask=unconditional_attention_mask, pixel_values=pixel_values,
+            image_tokens=image_tokens, image_grids=image_grids, schedules=schedules, sampling=sampling,
             room=[schedule.num_positions(self.config.read_last_scale) - 1 for schedule in schedules],
         )  # fmt: skip
         scales = writer.draw(drawing, range(len(schedules)), callback, go_on=False)
@@ -127,8 +127,8 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
         image_sizes: Sequence[tuple[int, int]] | None = None,
         negative_input_ids: torch.LongTensor | None = None,
         negative_attention_mask: torch.Tensor | None = None,
-        imageless_input_ids: torch.LongTensor | None = None,
-        imageless_attention_mask: torch.Tensor | None = None,
+        unconditional_input_ids: torch.LongTensor | None = None,
+        unconditional_attention_mask: torch.Tensor | None = None,
         sampling: ImageSampling | None = None,
         generator: Generators = None,
         generation_config: GenerationConfig | None = None,
@@ -137,25 +137,25 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
         streamer: InterleavedStreamer | None = None,
         **kwargs,
     ) -> InterleavedGenerationOutput:
-        """Go on with text, pictures, or both, on one cache: text until `<boi>`, a picture's scales, text again.
+        """Go on with text, images, or both, on one cache: text until `<boi>`, an image's scales, text again.
 
         Rows go on until their end of turn, a stop string, or a limit. Rows that are at `<boi>` wait until all others
         are too or have ended; then all draw at once.
 
         Args:
             input_ids, attention_mask: (B, L) prompts, left padded. A row that ends with `<boi>` draws first.
-            pixel_values, image_tokens, image_grids: pictures in the prompts, as in `forward`.
+            pixel_values, image_tokens, image_grids: images in the prompts, as in `forward`.
             max_new_tokens: tokens of text that a row writes at most, `<boi>` not counted; default: the generation
                 config's, or 256.
-            min_images, max_images: how many pictures a row draws. Between them the model decides; a row that would end
-                before `min_images` goes on with a picture. `max_images=0` is text alone; `max_new_tokens=0` pictures
+            min_images, max_images: how many images a row draws. Between them the model decides; a row that would end
+                before `min_images` goes on with an image. `max_images=0` is text alone; `max_new_tokens=0` images
                 alone.
-            image_sizes: (height, width) in pixels of the pictures of each row. Default: the size of the row's last
-                picture; where it has none, the model's largest square.
-            negative_input_ids, negative_attention_mask: (B, L') what guidance leads away from at every picture; they
+            image_sizes: (height, width) in pixels of the images of each row. Default: the size of the row's last
+                image; where it has none, the model's largest square.
+            negative_input_ids, negative_attention_mask: (B, L') what guidance leads away from at every image; they
                 end with `<boi>`. Without guidance they are not needed.
-            imageless_input_ids, imageless_attention_mask: (B, L'') as in `generate_images`.
-            sampling: of pictures; default: the checkpoint's own, from its generation config.
+            unconditional_input_ids, unconditional_attention_mask: (B, L'') as in `generate_images`.
+            sampling: of images; default: the checkpoint's own, from its generation config.
             generator: one for all, or one for each row: then a row depends on its own seed alone.
             generation_config, kwargs: of text: `do_sample`, `temperature`, `top_k`, `top_p`, `stop_strings`,
                 `eos_token_id`.
@@ -173,7 +173,7 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
         if unknown:
             raise ValueError(
                 f"Text is not written with {', '.join(unknown)}: its settings are {', '.join(TEXT_SETTINGS)}. How "
-                "pictures are drawn is sampling=ImageSampling(…)."
+                "images are drawn is sampling=ImageSampling(…)."
             )
         text = copy.deepcopy(generation_config or self.generation_config)
         text.update(**kwargs)
@@ -187,9 +187,10 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
         read_last = self.config.read_last_scale
         writer = self.sequence_writer(
             input_ids, attention_mask, negative_input_ids=negative_input_ids,
-            negative_attention_mask=negative_attention_mask, imageless_input_ids=imageless_input_ids,
-            imageless_attention_mask=imageless_attention_mask, pixel_values=pixel_values, image_tokens=image_tokens,
-            image_grids=image_grids, schedules=schedules if max_images > 0 else [], sampling=sampling,
+            negative_attention_mask=negative_attention_mask, unconditional_input_ids=unconditional_input_ids,
+            unconditional_attention_mask=unconditional_attention_mask, pixel_values=pixel_values,
+            image_tokens=image_tokens, image_grids=image_grids,
+            schedules=schedules if max_images > 0 else [], sampling=sampling,
             room=[max_new_tokens + max_images * schedule.num_positions(read_last) for schedule in schedules],
         )  # fmt: skip
         return InterleavedLoop(
@@ -205,8 +206,8 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
 
     @property
     def default_editing_sampling(self) -> ImageSampling:
-        """The same for pictures drawn after others, of which less is open: `editing_sampling` of its generation config,
-        or what holds for all pictures.
+        """The same for images drawn after others, of which less is open: `editing_sampling` of its generation config,
+        or what holds for all images.
         """
         settings = getattr(self.generation_config, "editing_sampling", None)
         return self.default_image_sampling if settings is None else ImageSampling.from_dict(settings)
@@ -221,13 +222,13 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
         room: Sequence[int],
         negative_input_ids: torch.LongTensor | None = None,
         negative_attention_mask: torch.Tensor | None = None,
-        imageless_input_ids: torch.LongTensor | None = None,
-        imageless_attention_mask: torch.Tensor | None = None,
+        unconditional_input_ids: torch.LongTensor | None = None,
+        unconditional_attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_tokens: torch.Tensor | None = None,
         image_grids: torch.Tensor | None = None,
     ) -> SequenceWriter:
-        """Read prompts, and what the guidance of pictures with these schedules and settings leads away from.
+        """Read prompts, and what the guidance of images with these schedules and settings leads away from.
 
         The arguments are those of `generate_images`; `schedules` are of what will be drawn, one for each row if
         anything is, and `room` is how many positions will be taken behind each prompt at most.
@@ -239,7 +240,11 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
             layout = layout_sequence(input_ids, attention_mask, self.model.schedules_of(image_grids), self.config)
             check_room(layout, room, self.config)
             image_tokens = self.get_image_tokens(pixel_values, image_grids)
-        masks = {"": attention_mask, "negative_": negative_attention_mask, "imageless_": imageless_attention_mask}
+        masks = {
+            "": attention_mask,
+            "negative_": negative_attention_mask,
+            "unconditional_": unconditional_attention_mask,
+        }
         for name, mask in masks.items():
             if mask is not None and not bool(mask[:, -1].all()):
                 raise ValueError(f"{name}input_ids are padded on the right; what goes on is padded on the left.")
@@ -254,9 +259,11 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
                 self._context("negative", remedy, prompts, images, negative_input_ids, negative_attention_mask)
             )
         if images_guided:
-            remedy = "the negative prompt without pictures, or image_guidance_scale=1"
+            remedy = "the negative prompt without images, or image_guidance_scale=1"
             contexts.append(
-                self._context("imageless", remedy, prompts, images, imageless_input_ids, imageless_attention_mask)
+                self._context(
+                    "unconditional", remedy, prompts, images, unconditional_input_ids, unconditional_attention_mask
+                )
             )
         return SequenceWriter(self, prompts, contexts)
 
@@ -270,7 +277,7 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
         if found == 0:
             return Prompts(input_ids, attention_mask, room=room)
         if found != of_prompts:
-            raise ValueError(f"{name}_input_ids hold the {of_prompts} pictures of the prompts, or none; got {found}.")
+            raise ValueError(f"{name}_input_ids hold the {of_prompts} images of the prompts, or none; got {found}.")
         return Prompts(input_ids, attention_mask, prompts.image_tokens, prompts.image_grids, room)
 
     def _last_schedules(self, input_ids, attention_mask, image_grids) -> list[ScaleSchedule]:

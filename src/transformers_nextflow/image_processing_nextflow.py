@@ -1,4 +1,4 @@
-"""Pictures to pixel values and back, with PIL and numpy only: no torchvision is needed."""
+"""Images to pixel values and back, with PIL and numpy only: no torchvision is needed."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from transformers.image_utils import PILImageResampling, SizeDict, is_torch_tens
 from transformers.processing_utils import Unpack
 
 from .scale_schedule import SQUARE_SIDES, ScaleSchedule, ScaleSchedules
-from .short_repr import short_repr
+from .utils.short_repr import short_repr
 
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -28,8 +28,8 @@ LARGEST_NORMALIZED, SMALLEST_RANGE = 2.9, 0.1
 class NextFlowImageProcessorKwargs(TypedDict, total=False):
     r"""
     level (`int`, *optional*):
-        Resolution (side of the square picture, in pixels) at which pictures are read; one of the model's levels.
-        Default: for each picture the level nearest in area.
+        Resolution (side of the square image, in pixels) at which images are read; one of the model's levels.
+        Default: for each image the level nearest in area.
     """
 
     # Not the library's `ImagesKwargs`: its `size` and `crop_size` would be taken and then ignored, since the schedules
@@ -48,13 +48,13 @@ class NextFlowImageProcessorKwargs(TypedDict, total=False):
 
 
 class NextFlowImageProcessorPil(PilBackend):
-    r"""Brings pictures to the sizes that the scale schedules draw, and to values in [-1, 1].
+    r"""Brings images to the sizes that the scale schedules draw, and to values in [-1, 1].
 
-    Each picture goes to the schedule whose aspect ratio is nearest: it is resized until it covers that size and the
+    Each image goes to the schedule whose aspect ratio is nearest: it is resized until it covers that size and the
     rest is cut off evenly on both sides. What a file says of its orientation is obeyed, transparent pixels are put on
     white, 16-bit values are brought to 8 bits.
 
-    Pictures are PIL images, paths, URLs, numpy arrays (height, width, channels; also channels first) or torch tensors
+    Images are PIL images, paths, URLs, numpy arrays (height, width, channels; also channels first) or torch tensors
     (channels, height, width; also channels last), of uint8, of uint16, or of floats in [0, 1], which are rounded to 8
     bits; greys may come as (height, width). A list may hold lists, and an array with four axes is a list of images.
 
@@ -63,8 +63,8 @@ class NextFlowImageProcessorPil(PilBackend):
 
     Args:
         scales, patch_size, levels: as in [`NextFlowVQConfig`].
-        do_convert_rgb: turn other kinds of picture into RGB; if False they are refused.
-        do_resize: resize and crop; if False a picture must have exactly a size that is drawn.
+        do_convert_rgb: turn other kinds of image into RGB; if False they are refused.
+        do_resize: resize and crop; if False an image must have exactly a size that is drawn.
     """
 
     model_input_names = ["pixel_values", "image_grids"]
@@ -105,24 +105,24 @@ class NextFlowImageProcessorPil(PilBackend):
         return round(float(ends[0].min()), 4), round(float(ends[1].max()), 4)
 
     def schedule_for_grid(self, height: int, width: int) -> ScaleSchedule:
-        """The schedule of a picture whose final grid, a row of `image_grids`, is (height, width)."""
+        """The schedule of an image whose final grid, a row of `image_grids`, is (height, width)."""
         return self.scale_schedules.for_size(int(height) * self.patch_size, int(width) * self.patch_size)
 
     def schedule_of(self, height: int, width: int) -> ScaleSchedule:
-        """The schedule to which a picture of so many pixels is brought."""
+        """The schedule to which an image of so many pixels is brought."""
         return _schedule(self.scale_schedules, height, width, self.do_resize, self.level)
 
     def preprocess(self, images, **kwargs: Unpack[NextFlowImageProcessorKwargs]) -> BatchFeature:
         """
         Args:
-            images: one picture, a list of them, or a list per row of the batch.
+            images: one image, a list of them, or a list per row of the batch.
 
         Returns:
-            `pixel_values` (num_images, 3, height, width) float32 in [-1, 1], smaller pictures padded with 0 on the
+            `pixel_values` (num_images, 3, height, width) float32 in [-1, 1], smaller images padded with 0 on the
             right and at the bottom; `image_grids` (num_images, 2) int64, the final grid (height, width) of each.
 
         Raises:
-            ValueError: for a picture that cannot be read, of an aspect ratio outside 1:4 to 4:1, with values outside
+            ValueError: for an image that cannot be read, of an aspect ratio outside 1:4 to 4:1, with values outside
                 its range, or with settings of scale that do not fit its kind of values; the message names it by its
                 place in the list.
         """
@@ -151,11 +151,11 @@ class NextFlowImageProcessorPil(PilBackend):
             try:
                 return Image.open(path)
             except OSError as error:
-                raise ValueError(f"{os.fspath(path)} cannot be read as a picture: {error}") from error
+                raise ValueError(f"{os.fspath(path)} cannot be read as an image: {error}") from error
         return super().fetch_images(path)
 
     def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs) -> np.ndarray:
-        """One picture of any kind as (3, height, width) uint8."""
+        """One image of any kind as (3, height, width) uint8."""
         if isinstance(image, Image.Image):
             image = ImageOps.exif_transpose(image)
             if image.mode == "F":
@@ -175,20 +175,20 @@ class NextFlowImageProcessorPil(PilBackend):
         return np.ascontiguousarray(np.moveaxis(np.asarray(_to_rgb(image)), -1, 0))
 
     def to_rgb(self, images) -> list[Image.Image]:
-        """Pictures of any kind, as `preprocess` takes them, as PIL pictures in RGB; their size is kept.
+        """Images of any kind, as `preprocess` takes them, as PIL images in RGB; their size is kept.
 
         Raises:
-            ValueError: for a picture that cannot be read; the message names it by its place in the list.
+            ValueError: for an image that cannot be read; the message names it by its place in the list.
         """
         arrays = self._prepare_image_like_inputs(images, do_convert_rgb=True)
         return [Image.fromarray(np.moveaxis(array, 0, -1)) for array in arrays]
 
     def preprocess_mask(self, mask, image: Image.Image) -> np.ndarray:
-        """The mask of a region of a picture, brought to the picture's size in the model.
+        """The mask of a region of an image, brought to the image's size in the model.
 
         Args:
-            mask: one picture of the size of `image`, light (above one half) where the region is.
-            image: the picture as it was given.
+            mask: one image of the size of `image`, light (above one half) where the region is.
+            image: the image as it was given.
 
         Returns:
             (height, width) bool.
@@ -204,7 +204,7 @@ class NextFlowImageProcessorPil(PilBackend):
         mask = ImageOps.grayscale(self.to_rgb(masks)[0])
         if mask.size != image.size:
             raise ValueError(
-                f"The mask has {mask.width}x{mask.height} pixels, its picture {image.width}x{image.height}; make them "
+                f"The mask has {mask.width}x{mask.height} pixels, its image {image.width}x{image.height}; make them "
                 "of one size."
             )
         height, width = self.schedule_of(image.height, image.width).image_size(self.patch_size)
@@ -215,7 +215,7 @@ class NextFlowImageProcessorPil(PilBackend):
         return region
 
     def postprocess(self, images, output_type: str = "pil") -> list:
-        """Turn (3, height, width) tensors in [-1, 1] into a list of pictures.
+        """Turn (3, height, width) tensors in [-1, 1] into a list of images.
 
         Args:
             images: tensors of any float type, or one tensor (num_images, 3, height, width).
@@ -251,7 +251,7 @@ class NextFlowImageProcessorPil(PilBackend):
                 arrays.append(self.process_image(image, *args, **kwargs))
             except (OSError, SyntaxError, ValueError) as error:
                 name = f"{index} ({image.filename})" if getattr(image, "filename", "") else str(index)
-                raise ValueError(f"Picture {name} cannot be read: {error}") from error
+                raise ValueError(f"Image {name} cannot be read: {error}") from error
         return arrays
 
     def _preprocess(
@@ -259,7 +259,7 @@ class NextFlowImageProcessorPil(PilBackend):
         holds_floats, return_tensors=None, **kwargs,
     ) -> BatchFeature:  # fmt: skip
         if not images:
-            raise ValueError("There is no picture in the list; pass images=None for text alone.")
+            raise ValueError("There is no image in the list; pass images=None for text alone.")
         schedules, processed, grids = self.scale_schedules, [], []
         for index, (image, is_float) in enumerate(zip(images, holds_floats)):
             try:
@@ -267,11 +267,11 @@ class NextFlowImageProcessorPil(PilBackend):
                 if do_normalize:
                     _check_units(255 * factor, image_mean, image_std)
             except ValueError as error:
-                raise ValueError(f"Picture {index} cannot be used: {error}") from error
+                raise ValueError(f"Image {index} cannot be used: {error}") from error
             try:
                 schedule = _schedule(schedules, *image.shape[-2:], do_resize, level)
             except ValueError as error:
-                raise ValueError(f"Picture {index} cannot be used: {error} Crop or pad it first.") from error
+                raise ValueError(f"Image {index} cannot be used: {error} Crop or pad it first.") from error
             image = self._cover(image, *schedule.image_size(self.patch_size), resample)
             if factor != 1:
                 image = self.rescale(image, factor)
@@ -283,7 +283,7 @@ class NextFlowImageProcessorPil(PilBackend):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _cover(self, image: np.ndarray, height: int, width: int, resample: int) -> np.ndarray:
-        """Resize a (3, h, w) picture, aspect ratio kept, until it covers the size, and crop the centre."""
+        """Resize a (3, h, w) image, aspect ratio kept, until it covers the size, and crop the centre."""
         scale = max(height / image.shape[-2], width / image.shape[-1])
         covering = (max(height, round(image.shape[-2] * scale)), max(width, round(image.shape[-1] * scale)))
         if covering != image.shape[-2:]:
@@ -355,7 +355,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _array_to_pil(array: np.ndarray, channels_first: bool, strict: bool) -> Image.Image:
-    """An array with 1, 2, 3 or 4 channels, or two axes of grey, as a picture of 8 bits.
+    """An array with 1, 2, 3 or 4 channels, or two axes of grey, as an image of 8 bits.
 
     `channels_first` decides when both ends could be channels; if `strict` it decides always.
     """
@@ -392,7 +392,7 @@ def _as_uint8(array: np.ndarray) -> np.ndarray:
 
 
 def _as_uint16(array: np.ndarray) -> np.ndarray:
-    # PIL holds 16-bit grey pictures as 32-bit integers in mode "I".
+    # PIL holds 16-bit grey images as 32-bit integers in mode "I".
     if array.min() < 0 or array.max() > 65535:
         raise ValueError(f"its values go from {array.min()} to {array.max()}, beyond 16 bits.")
     return array.astype(np.uint16)

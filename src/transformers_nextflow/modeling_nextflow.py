@@ -1,4 +1,4 @@
-"""NextFlow: one decoder-only transformer over text tokens and pictures drawn scale by scale (paper, section 2)."""
+"""NextFlow: one decoder-only transformer over text tokens and images drawn scale by scale (paper, section 2)."""
 
 from dataclasses import dataclass
 
@@ -12,20 +12,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .cached_sequences import check_cache, is_empty
 from .configuration_nextflow import NextFlowConfig
-from .fused_cross_entropy import called_cross_entropy, fused_cross_entropy
+from .generation.cached_sequences import check_cache, is_empty
 from .generation_nextflow import NextFlowGenerationMixin
-from .loss_nextflow import LossTargets, loss_targets, nextflow_loss, num_trained_positions, warn_of_miscounting
 from .modeling_nextflow_vq import NextFlowVQModel, frozen_vision_tokenizer
 from .multiscale_quantizer import resample
-from .offloading import ExecutionDeviceMixin
-from .packed_attention import packed_causal_mask
-from .saved_adapters import load_adapters
-from .scale_attention import ScaleAttentionMixin
-from .scale_masked import ScaleMaskedMixin
 from .scale_schedule import ScaleSchedule
-from .sequence_layout import (
+from .sequence.fused_cross_entropy import called_cross_entropy, fused_cross_entropy
+from .sequence.layout import (
     SequenceLayout,
     layout_batch,
     layout_sequence,
@@ -34,7 +28,13 @@ from .sequence_layout import (
     schedules_of,
     text_ids,
 )
-from .strict_loading import StrictLoadingMixin
+from .sequence.loss import LossTargets, loss_targets, nextflow_loss, num_trained_positions, warn_of_miscounting
+from .sequence.packed_attention import packed_causal_mask
+from .sequence.scale_attention import ScaleAttentionMixin
+from .sequence.scale_masked import ScaleMaskedMixin
+from .utils.offloading import ExecutionDeviceMixin
+from .utils.saved_adapters import load_adapters
+from .utils.strict_loading import StrictLoadingMixin
 
 
 @dataclass
@@ -65,7 +65,7 @@ class NextFlowCausalLMOutputWithPast(ModelOutput):
 
 
 class NextFlowVisualEmbedding(nn.Module):
-    """What the slots of a picture read: code vectors through a connector, the scale's index, the number of scales."""
+    """What the slots of an image read: code vectors through a connector, the scale's index, the number of scales."""
 
     def __init__(self, config: NextFlowConfig):
         super().__init__()
@@ -185,12 +185,12 @@ class NextFlowModel(NextFlowPreTrainedModel):
         self.language_model.embed_tokens = value
 
     def schedules_of(self, image_grids: torch.Tensor | None) -> tuple[ScaleSchedule, ...]:
-        """Schedules of pictures whose final grids are (num_images, 2)."""
+        """Schedules of images whose final grids are (num_images, 2)."""
         return schedules_of(image_grids, self.config)
 
     @torch.no_grad()
     def get_image_tokens(self, pixel_values: torch.Tensor, image_grids: torch.Tensor) -> torch.Tensor:
-        """Codes (num_images, N) of pictures (num_images, 3, H, W) that were padded right and bottom; -1 pads codes."""
+        """Codes (num_images, N) of images (num_images, 3, H, W) that were padded right and bottom; -1 pads codes."""
         patch_size = self.config.vq_config.patch_size
         tokens: list[torch.Tensor | None] = [None] * len(image_grids)
         for grid in sorted({tuple(grid) for grid in image_grids.tolist()}):
@@ -202,17 +202,17 @@ class NextFlowModel(NextFlowPreTrainedModel):
 
     @torch.no_grad()
     def decode_image_tokens(self, image_tokens: torch.Tensor, image_grids: torch.Tensor) -> list[torch.Tensor]:
-        """Pictures, a list of (3, H, W) in [-1, 1], from codes (num_images, n) padded with -1.
+        """Images, a list of (3, H, W) in [-1, 1], from codes (num_images, n) padded with -1.
 
-        The codes may cover only the first whole scales of every picture: a preview.
+        The codes may cover only the first whole scales of every image: a preview.
         """
-        pictures = []
+        images = []
         for row, schedule in zip(image_tokens, self.schedules_of(image_grids)):
-            pictures.append(self.vq_model.decode(row[row >= 0][None], schedule)[0])
-        return pictures
+            images.append(self.vq_model.decode(row[row >= 0][None], schedule)[0])
+        return images
 
-    def embed_pictures(self, image_tokens: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-        """Embeddings (S, D) of all slots of the pictures of a layout, which have the codes (num_images, N)."""
+    def embed_images(self, image_tokens: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+        """Embeddings (S, D) of all slots of the images of a layout, which have the codes (num_images, N)."""
         schedules, embedding, config = layout.schedules, self.visual_embedding, self.config
         features: list[torch.Tensor | None] = [None] * len(schedules)
         for schedule in set(schedules):
@@ -230,7 +230,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
     def embed_sequence(
         self, input_ids: torch.Tensor, image_tokens: torch.Tensor | None, layout: SequenceLayout | None
     ) -> torch.Tensor:
-        """Embeddings (B, L, D) of tokens and of the slots of pictures; without pictures no layout is needed."""
+        """Embeddings (B, L, D) of tokens and of the slots of images; without images no layout is needed."""
         embeds = self.language_model.embed_tokens(input_ids)
         if layout is None or not layout.schedules:
             if not torch.is_grad_enabled():
@@ -239,7 +239,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             none = input_ids.new_zeros(0)
             slots = self.visual_embedding(self.visual_embedding.codes(none).float(), none, none)
             return embeds + slots.sum().to(embeds)
-        slots = self.embed_pictures(image_tokens, layout)
+        slots = self.embed_images(image_tokens, layout)
         return embeds.flatten(0, 1).index_copy(0, layout.slot_places, slots.to(embeds)).view_as(embeds)
 
     def layout_batch(
@@ -264,7 +264,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         mask, start = _last_columns(attention_mask, input_ids), 0
         if position_ids is None and not is_empty(past_key_values):
             if getattr(past_key_values, "holds_images", False):
-                # Pictures take fewer positions than slots, so the cache's length does not tell where to go on.
+                # Images take fewer positions than slots, so the cache's length does not tell where to go on.
                 raise ValueError(
                     "A pass on a cache that holds images needs position_ids; see layout_sequence, or call generate."
                 )
@@ -293,7 +293,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Hidden states of sequences with whole pictures, or of embeddings that come with positions and mask.
+        """Hidden states of sequences with whole images, or of embeddings that come with positions and mask.
 
         Args:
             input_ids: (B, L).
@@ -363,7 +363,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
 
 
 class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerationMixin):
-    """Text and pictures in, text and pictures out.
+    """Text and images in, text and images out.
 
     The head is one soft-max over text and codes. Its weight is kept in two matrices, `lm_head` (text, tied to the input
     embeddings by `tie_word_embeddings`) and `visual_head` (codes), so that drawing computes only the second one.
@@ -442,21 +442,21 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> NextFlowCausalLMOutputWithPast:
-        """One pass over sequences with whole pictures.
+        """One pass over sequences with whole images.
 
         Args:
-            input_ids: (B, L) with `image_token_id` in the slots of pictures.
+            input_ids: (B, L) with `image_token_id` in the slots of images.
             attention_mask: (B, past + L).
             pixel_values: (num_images, 3, H, W) in [-1, 1], padded right and bottom; encoded if no `image_tokens` come.
             image_tokens: (num_images, N) codes to read, padded with -1, in order of appearance, row by row.
             image_grids: (num_images, 2) final grids (height, width).
             image_labels: (num_images, N) codes to write; default `image_tokens`. They differ under self-correction.
-            labels: (B, L), -100 where nothing is to be learned; a picture counts iff its `<eoi>` has a label. A text
+            labels: (B, L), -100 where nothing is to be learned; an image counts iff its `<eoi>` has a label. A text
                 token is predicted by the nearest position before it that is no padding.
             seq_idx: (B, L) which sample of its row a position belongs to (0, 1, … from left to right), where rows are
                 packed. Samples do not see each other; nothing predicts the first token of one, whatever its label.
                 Padding is a sample of its own; `attention_mask` is not asked.
-            layout: of the batch, where it was prepared outside (`layout_batch` in `sequence_layout.py`). `image_grids`
+            layout: of the batch, where it was prepared outside (`layout_batch` in `sequence/layout.py`). `image_grids`
                 are not needed then, no value is looked at, and the pass compiles in one graph (without `labels`).
             logits_to_keep: compute the logits of only so many last positions, or of these positions; 0 of all.
             codes_only: compute the logits of codes alone, as drawing does.
@@ -468,9 +468,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         """
         if image_tokens is None and pixel_values is not None:
             if image_grids is None:
-                raise ValueError(
-                    "pixel_values need image_grids, the final grid of each picture; see NextFlowProcessor."
-                )
+                raise ValueError("pixel_values need image_grids, the final grid of each image; see NextFlowProcessor.")
             if input_ids is not None:
                 # Looked at before the images are encoded, which is the most work.
                 mask, schedules = _last_columns(attention_mask, input_ids), self.model.schedules_of(image_grids)
@@ -478,7 +476,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             image_tokens = self.get_image_tokens(pixel_values, image_grids)
         if labels is not None:
             if input_ids is None:
-                raise ValueError("The loss needs input_ids: they say where pictures lie.")
+                raise ValueError("The loss needs input_ids: they say where images lie.")
             if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.ndim != 2):
                 raise ValueError("The loss needs attention_mask as (B, past + L): it says which positions are padding.")
             if layout is None:

@@ -18,19 +18,19 @@ from .multiscale_quantizer import (
     outside_of_autocast,
     resample,
 )
-from .offloading import ExecutionDeviceMixin, onloaded
 from .scale_schedule import Grid, ScaleSchedule
-from .strict_loading import StrictLoadingMixin
+from .utils.offloading import ExecutionDeviceMixin, onloaded
+from .utils.strict_loading import StrictLoadingMixin
 
 
 @dataclass
 class NextFlowVQEncoderOutput(ModelOutput):
-    """Codes of a batch of pictures of one size.
+    """Codes of a batch of images of one size.
 
     Args:
         image_tokens: (B, N) int64 codes, coarse to fine, each grid row-major: what a model reads.
         image_labels: (B, N) int64 nearest codes: what it learns to write.
-        image_clean_tokens: (B, N) int64 codes of the pictures themselves: what a model reads of pictures that it does
+        image_clean_tokens: (B, N) int64 codes of the images themselves: what a model reads of images that it does
             not learn to write. All three are equal unless codes were sampled for self-correction.
     """
 
@@ -171,12 +171,12 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         return self.training and any(p.requires_grad for encoder in encoders for p in encoder.parameters())
 
     def schedule_of(self, pixel_values: torch.Tensor) -> ScaleSchedule:
-        """The schedule of pictures (B, 3, H, W). Raises `ValueError` for a size that no schedule draws."""
+        """The schedule of images (B, 3, H, W). Raises `ValueError` for a size that no schedule draws."""
         size, only = tuple(pixel_values.shape[-2:]), self.config.image_size
         if only is None:
             return self.config.scale_schedules.for_size(*size)
         if size != (only, only):
-            raise ValueError(f"This tokenizer reads pictures of {only}x{only} pixels alone, got {size[0]}x{size[1]}.")
+            raise ValueError(f"This tokenizer reads images of {only}x{only} pixels alone, got {size[0]}x{size[1]}.")
         return self.config.scale_schedules.build()
 
     @outside_of_autocast
@@ -240,12 +240,12 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         self_correction: SelfCorrection | None = None,
         generator: torch.Generator | None = None,
     ) -> NextFlowVQEncoderOutput:
-        """Codes of pictures of one size.
+        """Codes of images of one size.
 
         Args:
             pixel_values: (B, 3, H, W) in [-1, 1]; H and W must be drawn by a schedule.
             self_correction: draw part of the codes among the nearest ones; `image_labels` are the nearest to what is
-                then left over. The pictures' own codes come as `image_clean_tokens`.
+                then left over. The images' own codes come as `image_clean_tokens`.
             generator: source of the draws.
 
         Raises:
@@ -258,7 +258,7 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         return NextFlowVQEncoderOutput(output.image_tokens, output.image_labels, clean.image_tokens)
 
     def decode(self, image_tokens: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] from codes (B, n) of all scales, or of the first ones (a preview)."""
+        """Images (B, 3, H, W) in [-1, 1] from codes (B, n) of all scales, or of the first ones (a preview)."""
         return self.decode_features(self.quantizer.decode(image_tokens, schedule)).clamp(-1, 1)
 
     def decode_features(self, features: torch.Tensor) -> torch.Tensor:
@@ -280,12 +280,12 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         quantize: bool = True,
         latent_noise: float = 0.0,
     ) -> NextFlowVQOutput:
-        """Encode and decode pictures (B, 3, H, W) in [-1, 1] with gradients.
+        """Encode and decode images (B, 3, H, W) in [-1, 1] with gradients.
 
         Under autocast encoders that are being trained run in its precision; those at rest give their codes in float32.
 
         Args:
-            num_scales: (B,) decode from only the first so many scales of each picture (scale dropout).
+            num_scales: (B,) decode from only the first so many scales of each image (scale dropout).
             quantize: `False` trains the branches as plain autoencoders, before there is a codebook.
             latent_noise: standard deviation of what is added to the latents where they are not quantised.
         """
@@ -575,4 +575,4 @@ def _check_pixels(pixel_values: torch.Tensor):
     if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
         raise ValueError(f"pixel_values must be (batch, 3, height, width), got {tuple(pixel_values.shape)}.")
     if not torch.isfinite(pixel_values).all():
-        raise ValueError("pixel_values hold NaN or infinite values; look at the pictures they were made from.")
+        raise ValueError("pixel_values hold NaN or infinite values; look at the images they were made from.")

@@ -12,13 +12,13 @@ from torch import nn
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_nextflow import NextFlowVQConfig
-from .offloading import onloaded
 from .scale_schedule import Grid, ScaleSchedule
+from .utils.offloading import onloaded
 
 
 # Rows of the distance matrix held at once: 4,096 x 32,768 float32 are 512 MiB, the largest grid of the 1024 level.
 DISTANCE_ROWS = 4096
-# Places a side of a picture that rotary resampling tells apart: frequencies run from none to three cycles.
+# Places a side of an image that rotary resampling tells apart: frequencies run from none to three cycles.
 ROTARY_PLACES = 4
 
 
@@ -180,7 +180,7 @@ class NextFlowVQQuantizer(nn.Module):
         Args:
             latents: on the schedule's final grid.
             self_correction: draw part of the codes among the nearest ones; the residual goes on from what was drawn.
-            num_scales: (B,) of each picture only so many scales are added up (training drops the others).
+            num_scales: (B,) of each image only so many scales are added up (training drops the others).
             generator: source of the draws.
         """
         latents = latents.float()
@@ -228,7 +228,7 @@ class NextFlowVQQuantizer(nn.Module):
 
     @outside_of_autocast
     def truncate(self, latents: torch.Tensor, schedule: ScaleSchedule, num_scales: torch.Tensor) -> torch.Tensor:
-        """What remains of latents (B, C, h, w) if each picture keeps its first (B,) scales, without quantisation."""
+        """What remains of latents (B, C, h, w) if each image keeps its first (B,) scales, without quantisation."""
         residual, total = latents, torch.zeros_like(latents)
         for scale, grid in enumerate(schedule.grids):
             contribution = resample(residual, grid, self.config.downsample)

@@ -1,4 +1,4 @@
-"""Pictures, films and conversations with diffusers' habits."""
+"""Images, videos and conversations with diffusers' habits."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 from transformers.utils import cached_file
 
-from .atomic_files import write_whole
-from .conversation_pipeline import ConversationMixin
-from .drawing_request import DrawingRequest, ImageInput
+from .generation.image_codes import ScaleState
+from .generation.likelihood import score_answers
+from .generation.region_editing import KeptRegion
+from .generation.sampling import ImageSampling, PerScale, check_generators
 from .generation_nextflow import ImageGenerationOutput
 from .image_processing_nextflow import OUTPUT_TYPES
-from .likelihood import score_answers
 from .modeling_nextflow import NextFlowForConditionalGeneration
-from .pipeline_calls import PipelineCallsMixin
+from .pipelines.calls import PipelineCallsMixin
+from .pipelines.conversations import ConversationMixin
+from .pipelines.requests import ImageInput, ImageRequest
 from .processing_nextflow import NextFlowProcessor
-from .region_editing import KeptRegion
-from .sampling_nextflow import ImageSampling, PerScale, check_generators
-from .saved_adapters import HUB_OPTIONS, is_adapted, save_adapters, unwrapped, without_adapters
-from .scale_drawing import ScaleState
-from .short_repr import short_repr
+from .utils.atomic_files import write_whole
+from .utils.saved_adapters import HUB_OPTIONS, is_adapted, save_adapters, unwrapped, without_adapters
+from .utils.short_repr import short_repr
 
 
 try:
@@ -49,7 +49,7 @@ from transformers_nextflow.pipeline_nextflow import NextFlowPipeline  # noqa: F4
 
 
 def caption_scorer(pipe: NextFlowPipeline, image_tokens, image_grids, prompts: list[str]) -> torch.Tensor:
-    """How likely the model finds each prompt as the description of its picture, (B,) per token."""
+    """How likely the model finds each prompt as the description of its image, (B,) per token."""
     requests = [pipe.processor.caption_request] * len(prompts)
     scores = score_answers(pipe.unwrapped_model, pipe.processor, image_tokens, image_grids, requests, prompts)
     return scores.text / scores.num_text_tokens
@@ -79,14 +79,14 @@ def _checked_scores(scores: Sequence[float] | torch.Tensor, count: int) -> torch
 
 @dataclass
 class NextFlowPipelineOutput(BaseOutput):
-    """Pictures and their codes.
+    """Images and their codes.
 
     Args:
-        images: a list of PIL pictures, or (B, H, W, 3) numpy, or a (B, 3, H, W) tensor; floats lie in [0, 1].
-        image_tokens: (B, N) codes, padded with -1 where pictures differ in size. Where the drawing was interrupted
+        images: a list of PIL images, or (B, H, W, 3) numpy, or a (B, 3, H, W) tensor; floats lie in [0, 1].
+        image_tokens: (B, N) codes, padded with -1 where images differ in size. Where the drawing was interrupted
             there are fewer columns, or -1 in them.
-        thoughts: with `think=True` what was written before each picture.
-        candidate_scores: with `num_candidates` above 1 the (B, num_candidates) scores among which each picture won.
+        thoughts: with `think=True` what was written before each image.
+        candidate_scores: with `num_candidates` above 1 the (B, num_candidates) scores among which each image won.
     """
 
     images: Images
@@ -96,17 +96,17 @@ class NextFlowPipelineOutput(BaseOutput):
 
 
 class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline):
-    """Draws pictures from prompts and from other pictures, films, and answers in text and pictures.
+    """Draws images from prompts and from other images, videos, and answers in text and images.
 
     >>> pipe = NextFlowPipeline.from_pretrained("checkpoints/nextflow-shapes")
     >>> circle = pipe("a red circle", generator=torch.Generator().manual_seed(0)).images[0]
     >>> pipe("make the red circle blue", image=circle).images[0].save("blue.png")
 
-    `film` draws films, `chat` goes on with a conversation, `score` says how well pictures and prompts fit.
+    `video` draws videos, `chat` goes on with a conversation, `score` says how well images and prompts fit.
 
     Args:
         model: transformer and vision tokenizer in one.
-        processor: makes token ids of prompts, and pictures of pixels.
+        processor: makes token ids of prompts, and images of pixels.
 
     Raises:
         ValueError: for a processor that does not fit the model; the message names what differs.
@@ -197,7 +197,7 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
 
     def check_inputs(
         self,
-        request: DrawingRequest,
+        request: ImageRequest,
         sampling: ImageSampling,
         num_images_per_prompt: int,
         num_candidates: int,
@@ -213,7 +213,7 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
                 "guidance_scale, or no negative_prompt."
             )
         if request.images is None and any(sampling.is_guided(count, "image_guidance_scale") for count in counts):
-            raise ValueError("image_guidance_scale leads towards input pictures; give image=, or leave it at 1.")
+            raise ValueError("image_guidance_scale leads towards input images; give image=, or leave it at 1.")
         for name, value in (("num_images_per_prompt", num_images_per_prompt), ("num_candidates", num_candidates)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number from 1, got {value}.")
@@ -229,7 +229,7 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}.")
         if output_type != "pil" and len(set(request.schedules)) > 1:
             raise ValueError(
-                f"Pictures of different sizes cannot be one array; take output_type='pil', not {output_type!r}."
+                f"Images of different sizes cannot be one array; take output_type='pil', not {output_type!r}."
             )
         wanted = callback_on_step_end_tensor_inputs
         if isinstance(wanted, str) or not set(wanted) <= set(self._callback_tensor_inputs):
@@ -240,7 +240,7 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
     def _check_reads(self, purpose: str):
         """Raises `ValueError` if the model draws alone, as TokenFlow-t2i does."""
         if not hasattr(self.processor, "caption_request"):
-            raise ValueError(f"{purpose} takes a model that reads pictures; {type(self.model).__name__} draws alone.")
+            raise ValueError(f"{purpose} takes a model that reads images; {type(self.model).__name__} draws alone.")
 
     @torch.no_grad()
     def __call__(
@@ -276,36 +276,36 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
 
         Args:
             prompt: one prompt or a list; with `image` the instruction.
-            image: pictures that the prompt speaks of. With one prompt one picture or a list; with a list of prompts a
-                list that holds for each prompt one picture or a list.
-            mask_image: for each prompt, whose only picture is `image`, where to draw: light inside, of its size.
-                Outside the picture stays as it is: on every scale the codes nearest to what is left of it.
+            image: images that the prompt speaks of. With one prompt one image or a list; with a list of prompts a
+                list that holds for each prompt one image or a list.
+            mask_image: for each prompt, whose only image is `image`, where to draw: light inside, of its size.
+                Outside the image stays as it is: on every scale the codes nearest to what is left of it.
             negative_prompt: what guidance leads away from, one for all or one for each prompt; default: nothing said.
-            height, width: pixels; default: the size of the prompt's last picture, or the square of the model's largest
+            height, width: pixels; default: the size of the prompt's last image, or the square of the model's largest
                 level.
             guidance_scale, image_guidance_scale, guidance_ramp, num_unguided_scales, temperature, top_k, top_p: as in
                 [`ImageSampling`]; default: the checkpoint's own, which differ where there is an `image`. A `top_k` of
                 its own is switched off by the size of the codebook.
             num_kept_scales: draw a variation of `image`: its first so many scales are kept and the rest is drawn anew.
-                The picture is not read as a part of the prompt then. Fewer scales leave more to chance; several
+                The image is not read as a part of the prompt then. Fewer scales leave more to chance; several
                 variations that cannot differ are refused, and such that do not are warned of.
-            paste_back: with `mask_image`, put the picture's own pixels back outside of the mask.
+            paste_back: with `mask_image`, put the image's own pixels back outside of the mask.
             think: write a reasoning first, and draw from it.
             max_thought_tokens: length of the reasoning at most.
-            thought_temperature: above 0, several pictures of one prompt are thought out differently.
-            num_images_per_prompt: pictures for each prompt, one after the other in the output.
+            thought_temperature: above 0, several images of one prompt are thought out differently.
+            num_images_per_prompt: images for each prompt, one after the other in the output.
             num_candidates: how many are drawn for each of them; the best one is kept (of an interrupted drawing the
                 first).
             candidate_scorer: says what is best: `scorer(pipe, image_tokens, image_grids, prompts)` gives a score for
-                each picture. Default: how likely the model finds the prompt as a description of the picture.
-            generator: one for all pictures, or one for each, candidates included: then a picture depends on its own
+                each image. Default: how likely the model finds the prompt as a description of the image.
+            generator: one for all images, or one for each, candidates included: then an image depends on its own
                 seed alone.
             output_type: "pil", "np" or "pt".
             return_dict: whether to return a [`NextFlowPipelineOutput`] or a tuple of the same.
             callback_on_step_end: called as `callback(pipe, step, scale, callback_kwargs)` after each scale; step and
                 scale are one number here, from 0. `pipe._interrupt = True` ends the drawing with what is there.
             callback_on_step_end_tensor_inputs: names of what `callback_kwargs` holds: "image_tokens", the codes (B, n)
-                so far; "preview", the pictures that they decode to, in the form of the output. A preview costs a
+                so far; "preview", the images that they decode to, in the form of the output. A preview costs a
                 decoding and is made only where it is asked for.
 
         Raises:
@@ -313,7 +313,7 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
                 of range, `think` with a model that was not trained to, and inputs that do not fit together.
         """
         # 1. Settings and checks
-        request = DrawingRequest.build(
+        request = ImageRequest.build(
             self.processor, prompt, negative_prompt, image, mask_image, (height, width), num_kept_scales, think,
             paste_back,
         )  # fmt: skip
@@ -371,7 +371,7 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
             output = NextFlowPipelineOutput(self._images(pixels, output_type), image_tokens, thoughts, scores)
         return output if return_dict else output.to_tuple()
 
-    def _drawing_inputs(self, request: DrawingRequest, sampling: ImageSampling) -> dict:
+    def _drawing_inputs(self, request: ImageRequest, sampling: ImageSampling) -> dict:
         """Arguments of `generate_images`."""
         device, patch_size = self.model.device, self.processor.image_processor.patch_size
         inputs = self.processor.apply_image_prompt(request.prompts, request.images).to(device)
@@ -390,12 +390,12 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
                 inputs["region"] = KeptRegion(self.model.vq_model, pixels, regions)
         return inputs
 
-    def _own_codes(self, request: DrawingRequest) -> list[torch.Tensor]:
+    def _own_codes(self, request: ImageRequest) -> list[torch.Tensor]:
         """The codes (N,) of the images that are partly kept."""
         encode, device = self.model.vq_model.encode, self._execution_device
         return [encode(pixels[None].to(device)).image_tokens[0] for pixels in request.pixels]
 
-    def _warn_of_copies(self, request: DrawingRequest, image_tokens: torch.Tensor, count: int):
+    def _warn_of_copies(self, request: ImageRequest, image_tokens: torch.Tensor, count: int):
         """Warn of prompts whose `count` variations are all the same, or whose only one is the image itself."""
         first = image_tokens[::count] if count > 1 else self._own_codes(request)
         for number, (codes, other) in enumerate(zip(image_tokens.unflatten(0, (-1, count)), first)):
@@ -408,14 +408,14 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
                     stacklevel=3,
                 )
 
-    def _negative_inputs(self, request: DrawingRequest, sampling: ImageSampling) -> dict:
-        """What guidance leads away from: the negative prompts with the pictures, and without them."""
+    def _negative_inputs(self, request: ImageRequest, sampling: ImageSampling) -> dict:
+        """What guidance leads away from: the negative prompts with the images, and without them."""
         counts, inputs = [schedule.num_scales for schedule in request.schedules], {}
         images_guided = any(sampling.is_guided(count, "image_guidance_scale") for count in counts)
         if images_guided or any(sampling.is_guided(count) for count in counts):
             inputs["negative"] = request.images
         if images_guided:
-            inputs["imageless"] = None
+            inputs["unconditional"] = None
         result = {}
         for name, images in inputs.items():
             prompts = self.processor.apply_image_prompt(request.negative_prompts, images, allow_empty=True)
@@ -424,9 +424,9 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
         return result
 
     def _think(
-        self, request: DrawingRequest, inputs: dict, max_thought_tokens: int, temperature: float, options: dict
+        self, request: ImageRequest, inputs: dict, max_thought_tokens: int, temperature: float, options: dict
     ) -> tuple[ImageGenerationOutput, list[str]]:
-        """Reasoning, then a picture, on one cache; the pictures and the reasonings."""
+        """Reasoning, then an image, on one cache; the images and the reasonings."""
         processor = self.processor
         inputs |= processor.apply_image_prompt(request.prompts, request.images, answer=processor.think_prefix).to(
             self.model.device
@@ -435,17 +435,17 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
             **inputs, **options, min_images=1, max_images=1, max_new_tokens=max_thought_tokens, do_sample=True,
             temperature=temperature,
         )  # fmt: skip
-        thoughts, pictures = [], []
+        thoughts, images = [], []
         for ids, pieces in zip(output.input_ids, output.segments):
             number = next(index for index, piece in enumerate(pieces) if piece.image is not None)
             written = [token for piece in pieces[:number] for token in ids[piece.start : piece.stop].tolist()]
             thoughts.append(processor.decode(written, skip_special_tokens=True).strip())
-            pictures.append(pieces[number].image)
-        return ImageGenerationOutput(output.image_tokens[pictures], output.image_grids[pictures]), thoughts
+            images.append(pieces[number].image)
+        return ImageGenerationOutput(output.image_tokens[images], output.image_grids[images]), thoughts
 
-    def _sampling(self, after_pictures: bool, **given) -> ImageSampling:
+    def _sampling(self, after_images: bool, **given) -> ImageSampling:
         given = {name: value for name, value in given.items() if value is not None}
-        own = self.model.default_editing_sampling if after_pictures else self.model.default_image_sampling
+        own = self.model.default_editing_sampling if after_images else self.model.default_image_sampling
         return replace(own, **given)
 
     def _images(self, pixels: list[torch.Tensor], output_type: str) -> Images:

@@ -1,4 +1,4 @@
-"""Text and pictures to the model's inputs, and its outputs back to pictures and text."""
+"""Text and images to the model's inputs, and its outputs back to images and text."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from collections.abc import Sequence
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 
-from .chat_encoding import check_spells_out_no_special_tokens, encode_chats, encode_text
 from .configuration_nextflow import NextFlowConfig
-from .films import expand_films
 from .image_processing_nextflow import flatten_images
-from .older_transformers import SANITIZES_CONTROL_TOKENS
-from .short_repr import short_repr
+from .sequence.chat_encoding import check_spells_out_no_special_tokens, encode_chats, encode_text
 from .tokenization_nextflow import CHAT_TEMPLATE, add_image_tokens
+from .utils.older_transformers import SANITIZES_CONTROL_TOKENS
+from .utils.short_repr import short_repr
+from .video_processing_nextflow import expand_videos
 
 
 class NextFlowProcessor(ProcessorMixin):
     r"""Tokenizer, image processor and chat template in one.
 
     Args:
-        image_processor ([`NextFlowImageProcessorPil`]): brings pictures to the sizes of the scale schedules.
+        image_processor ([`NextFlowImageProcessorPil`]): brings images to the sizes of the scale schedules.
         tokenizer: any tokenizer with `<|im_start|>` and `<|im_end|>`; one without `<boi>`, `<eoi>` or `<|image_pad|>`
             (Qwen2.5-VL's) is given them.
         chat_template: Jinja; default: Qwen's format without a system message.
-        read_last_scale: whether the model reads the last scale too (`NextFlowConfig.read_last_scale`); if so a picture
+        read_last_scale: whether the model reads the last scale too (`NextFlowConfig.read_last_scale`); if so an image
             has one more grid of slots.
         think_prefix: the text with which an answer begins that reasons before it draws; `None` for a model that was not
             trained to (paper, section 6.4).
-        caption_request: what a user asks to have a picture described, as the model was trained on it.
+        caption_request: what a user asks to have an image described, as the model was trained on it.
     """
 
     text_kwargs = {"padding_side": "left"}
@@ -53,9 +53,9 @@ class NextFlowProcessor(ProcessorMixin):
     def __call__(self, text=None, images=None, **kwargs: Unpack[ProcessingKwargs]) -> BatchFeature:
         """
         Args:
-            text: one text or a list. Each `<|image_pad|>` in it stands for one picture and becomes `<boi>`, as many
-                `<|image_pad|>` as the picture has slots (paper, figure 5), `<eoi>`.
-            images: the pictures in order of appearance, flat or as one list per text; see
+            text: one text or a list. Each `<|image_pad|>` in it stands for one image and becomes `<boi>`, as many
+                `<|image_pad|>` as the image has slots (paper, figure 5), `<eoi>`.
+            images: the images in order of appearance, flat or as one list per text; see
                 [`NextFlowImageProcessorPil`].
 
         Returns:
@@ -64,7 +64,7 @@ class NextFlowProcessor(ProcessorMixin):
             different length.
 
         Raises:
-            ValueError: if placeholders and pictures differ in number, or a picture is not usable.
+            ValueError: if placeholders and images differ in number, or an image is not usable.
         """
         return super().__call__(images=images, text=text, **kwargs)
 
@@ -80,11 +80,11 @@ class NextFlowProcessor(ProcessorMixin):
     ):
         """As [`~transformers.ProcessorMixin.apply_chat_template`].
 
-        A part `{"type": "video", "video": film}` stands for the frames of a film, see `read_frames`. With
+        A part `{"type": "video", "video": video}` stands for the frames of a video, see `read_frames`. With
         `tokenize=True` special tokens that messages spell out are read as plain text. The text that `tokenize=False`
         gives, like every text that the processor is called on, is read with all special tokens in it.
         """
-        conversation = expand_films(conversation)
+        conversation = expand_videos(conversation)
         if tokenize and SANITIZES_CONTROL_TOKENS:
             kwargs.setdefault("sanitize_control_tokens", True)
         elif tokenize:
@@ -104,7 +104,9 @@ class NextFlowProcessor(ProcessorMixin):
         grids, masks = iter(output.get("image_grids", ())), []
         encoded = encode_chats(self.tokenizer, chats, chat_template, with_answers=True)
         for chat, occupied in zip(encoded, output["attention_mask"], strict=True):
-            lengths = [len(self.picture_tokens(*next(grids))) if i == self.image_token_id else 1 for i in chat.ids]
+            lengths = [
+                len(self.image_placeholder_ids(*next(grids))) if i == self.image_token_id else 1 for i in chat.ids
+            ]
             expanded = [int(flag) for flag, length in zip(chat.is_answer, lengths) for _ in range(length)]
             kept = int(sum(occupied))
             expanded = expanded[:kept] if self.tokenizer.truncation_side == "right" else expanded[-kept:]
@@ -118,11 +120,11 @@ class NextFlowProcessor(ProcessorMixin):
             placeholders = [sample.count(self.image_token) for sample in texts]
             rows = images if isinstance(images, list | tuple) else [] if images is None else [images]
             nested = bool(rows) and all(isinstance(row, list | tuple) for row in rows)
-            pictures = [len(flatten_images(row)) for row in rows] if nested else len(flatten_images(rows))
+            counts = [len(flatten_images(row)) for row in rows] if nested else len(flatten_images(rows))
             # Not left to transformers: 5.17 cuts the surplus silently.
-            if placeholders != pictures if nested else sum(placeholders) != pictures:
+            if placeholders != counts if nested else sum(placeholders) != counts:
                 raise ValueError(
-                    f"The texts hold {placeholders} {self.image_token} each, but were given {pictures} images; "
+                    f"The texts hold {placeholders} {self.image_token} each, but were given {counts} images; "
                     f"give every text as many images as it has placeholders."
                 )
         super().validate_inputs(images=images, text=text, **kwargs)
@@ -149,11 +151,11 @@ class NextFlowProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return "".join(
-            self.tokenizer.convert_ids_to_tokens(self.picture_tokens(*image_inputs["image_grids"][image_idx]))
+            self.tokenizer.convert_ids_to_tokens(self.image_placeholder_ids(*image_inputs["image_grids"][image_idx]))
         )
 
-    def picture_tokens(self, height: int, width: int) -> list[int]:
-        """What a picture whose final grid is (height, width) takes in a sequence: `<boi>`, its slots, `<eoi>`."""
+    def image_placeholder_ids(self, height: int, width: int) -> list[int]:
+        """What an image whose final grid is (height, width) takes in a sequence: `<boi>`, its slots, `<eoi>`."""
         slots = self.image_processor.schedule_for_grid(height, width).num_slots(self.read_last_scale)
         return [self.boi_token_id] + [self.image_token_id] * slots + [self.eoi_token_id]
 
@@ -171,28 +173,28 @@ class NextFlowProcessor(ProcessorMixin):
 
         Args:
             prompts: one prompt or several.
-            images: a list of pictures for each prompt; they stand before its text.
+            images: a list of images for each prompt; they stand before its text.
             allow_empty: let a prompt be empty, as the unconditional half of guidance is.
             answer: a text with which the answer starts in place of `<boi>`.
 
         Returns:
-            `input_ids` and `attention_mask` (num_prompts, length), padded on the left, `<boi>` last; with pictures
+            `input_ids` and `attention_mask` (num_prompts, length), padded on the left, `<boi>` last; with images
             `pixel_values` and `image_grids` too.
 
         Raises:
             ValueError: for no prompts, a prompt that is no string, an empty one (white space alone included), and lists
-                of pictures that are not as many as the prompts.
+                of images that are not as many as the prompts.
         """
-        pictures: dict = {}
+        pixels: dict = {}
         grids = None
         if images is not None and any(images):
-            pictures = dict(self.image_processor([image for row in images for image in row], return_tensors=None))
-            remaining = iter(pictures["image_grids"])
+            pixels = dict(self.image_processor([image for row in images for image in row], return_tensors=None))
+            remaining = iter(pixels["image_grids"])
             grids = [[next(remaining) for _ in row] for row in images]
         start = [self.boi_token_id] if answer is None else encode_text(self.tokenizer, answer)
         rows = [[*row, *start] for row in self.prompt_ids(prompts, grids, allow_empty)]
         padded = pad_left(rows, self.tokenizer.pad_token_id)
-        return BatchFeature(padded | pictures, tensor_type=return_tensors)
+        return BatchFeature(padded | pixels, tensor_type=return_tensors)
 
     def prompt_ids(
         self,
@@ -202,7 +204,7 @@ class NextFlowProcessor(ProcessorMixin):
     ) -> list[list[int]]:
         """Token ids of a chat with one user turn for each prompt, up to the start of the answer.
 
-        `image_grids` are the final grids (height, width) of the pictures before each prompt's text; else as in
+        `image_grids` are the final grids (height, width) of the images before each prompt's text; else as in
         `apply_image_prompt`.
         """
         prompts = check_prompts(prompts, allow_empty)
@@ -217,13 +219,13 @@ class NextFlowProcessor(ProcessorMixin):
         rows = [chat.ids for chat in encoded]
         expanded = []
         for row, grids in zip(rows, image_grids):
-            pictures = iter(grids)
-            parts = [self.picture_tokens(*next(pictures)) if i == self.image_token_id else [i] for i in row]
+            images = iter(grids)
+            parts = [self.image_placeholder_ids(*next(images)) if i == self.image_token_id else [i] for i in row]
             expanded.append([token for part in parts for token in part])
         return expanded
 
     def post_process_images(self, images, output_type: str = "pil") -> list:
-        """Decoded pictures, (3, height, width) in [-1, 1] each, as "pil", "np" or "pt"; see the image processor."""
+        """Decoded images, (3, height, width) in [-1, 1] each, as "pil", "np" or "pt"; see the image processor."""
         return self.image_processor.postprocess(images, output_type=output_type)
 
     @property

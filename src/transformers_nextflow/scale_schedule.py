@@ -1,6 +1,6 @@
-"""Scale schedules: which grids of codes a picture is drawn on, and where each grid lies in the sequence.
+"""Scale schedules: which grids of codes an image is drawn on, and where each grid lies in the sequence.
 
-Everything that touches a picture in the sequence (processor, teacher forcing, sampling, losses) asks this file.
+Everything that touches an image in the sequence (processor, teacher forcing, sampling, losses) asks this file.
 It imports nothing else of the package.
 """
 
@@ -30,11 +30,11 @@ MAX_ASPECT_RATIO = 4.0
 
 @dataclass(frozen=True)
 class ScaleSchedule:
-    """The grids (height, width) of one picture, coarse to fine; the first is always (1, 1).
+    """The grids (height, width) of one image, coarse to fine; the first is always (1, 1).
 
-    `image_tokens` of a picture are (N,) with N = `num_tokens`: the grids' codes one after the other, each row-major.
+    `image_tokens` of an image are (N,) with N = `num_tokens`: the grids' codes one after the other, each row-major.
 
-    In the sequence a picture takes `<boi>`, `num_slots` slots and `<eoi>` (paper, figure 5). `<boi>` predicts the one
+    In the sequence an image takes `<boi>`, `num_slots` slots and `<eoi>` (paper, figure 5). `<boi>` predicts the one
     code of the first grid; the slots of grid k read the codes of grid k-1 and predict those of grid k. With
     `read_last_scale` one more grid of slots reads the codes of the last grid and predicts nothing.
 
@@ -110,7 +110,7 @@ class ScaleSchedules:
     Args:
         sides: sides of the square grids, coarse to fine.
         patch_size: pixels per side of a cell of the last grid.
-        levels: for each resolution in pixels (the side of the square picture) the number of scales that draw it.
+        levels: for each resolution in pixels (the side of the square image) the number of scales that draw it.
             Default: one level, all sides.
     """
 

@@ -1,4 +1,4 @@
-"""Text tokenizers: the special tokens that a picture needs, and byte-level BPE for small models."""
+"""Text tokenizers: the special tokens that an image needs, and byte-level BPE for small models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ THINK_PREFIX = "think:"
 # They mark parts of texts. Noncharacters of Unicode, which no text for interchange holds.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 
-# Qwen's chat format without its default system message, and with `<|image_pad|>` alone for a picture, since the
+# Qwen's chat format without its default system message, and with `<|image_pad|>` alone for an image, since the
 # processor writes `<boi>` and `<eoi>` around it. `generation` marks what a model is trained to answer.
 CHAT_TEMPLATE = """
 {%- macro render(content) -%}
@@ -95,7 +95,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool = Fal
 
 
 def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Give a tokenizer, for instance Qwen2.5-VL's, the tokens of a picture under their names.
+    """Give a tokenizer, for instance Qwen2.5-VL's, the tokens of an image under their names.
 
     Returns:
         How many of them are new in its vocabulary.

@@ -1,9 +1,9 @@
-"""Training data: rows of messages, texts, pictures and films, checked and encoded ahead of time (docs/data.md)."""
+"""Training data: rows of messages, texts, images and videos, checked and encoded ahead of time (docs/data.md)."""
 
 from .code_extraction import check_codes, extract_codes
 from .row_codes import EncodedImage, ImageCodes, code_fields, encoded_images
 from .row_errors import BadRowError
-from .rows import Sample, load_picture, open_rows, read_row
+from .rows import Sample, load_image, open_rows, read_row
 from .validation import ValidationReport, validate_rows
 from .vision_tokenizer import load_vision_tokenizer, tokenizer_fingerprint
 
@@ -19,7 +19,7 @@ __all__ = [
     "encoded_images",
     "extract_codes",
     "load_vision_tokenizer",
-    "load_picture",
+    "load_image",
     "open_rows",
     "read_row",
     "tokenizer_fingerprint",

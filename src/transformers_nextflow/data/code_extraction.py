@@ -1,4 +1,4 @@
-"""Codes of all pictures of a data set, ahead of training (paper, section 3.3: index sequences are extracted offline).
+"""Codes of all images of a data set, ahead of training (paper, section 3.3: index sequences are extracted offline).
 
 The output is a folder of Parquet shards, which `datasets` reads and streams, each with a note of its rows and its hash
 beside it. A shard is written whole or not at all, and what is written stays: after a kill or on a full disk the same
@@ -21,20 +21,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..atomic_files import write_whole
 from ..image_processing_nextflow import NextFlowImageProcessorPil
 from ..multiscale_quantizer import SelfCorrection
+from ..utils.atomic_files import write_whole
 from .row_codes import CLEAN_TOKENS, FINGERPRINT, GRIDS, LABELS, TOKENS, code_fields, encoded_images
 from .row_encoding import read_pixels
 from .rows import Sample, import_extra, open_rows, read_row
-from .validation import check_on_bad_picture, usable_rows
+from .validation import check_on_bad_image, usable_rows
 from .vision_tokenizer import load_vision_tokenizer, tokenizer_fingerprint
 
 
 SETTINGS = "extraction.json"
 # 1 had codes sampled for self-correction for images of all turns, and no clean ones.
 ROW_FORMAT = 2
-# Batches of pictures that are held at once; their sizes are many.
+# Batches of images that are held at once; their sizes are many.
 MOST_WAITING = 8
 
 
@@ -47,12 +47,12 @@ class Extraction:
         tokenizer: folder of a `NextFlowVQModel`, or of a model that holds one.
         fingerprint: of that tokenizer.
         shard_size: rows of the source in a shard.
-        batch_size: pictures of one size that are encoded at once; draws depend on it.
-        level: resolution at which pictures are read; `None`: for each the nearest in area.
+        batch_size: images of one size that are encoded at once; draws depend on it.
+        level: resolution at which images are read; `None`: for each the nearest in area.
         top_k, token_share: self-correction of the images that are trained on: all of them have it, for `token_share`
             of the tokens of each scale.
         seed: of the draws.
-        on_bad_picture: "stop" or "skip".
+        on_bad_image: "stop" or "skip".
         row_format: of the shards; those of another one are not continued.
     """
 
@@ -66,12 +66,12 @@ class Extraction:
     top_k: int = 10
     token_share: float = 0.6
     seed: int = 0
-    on_bad_picture: str = "stop"
+    on_bad_image: str = "stop"
     row_format: int = ROW_FORMAT
 
     def __post_init__(self):
         self.self_correction  # raises for values that make no sense
-        check_on_bad_picture(self.on_bad_picture)
+        check_on_bad_image(self.on_bad_image)
         if min(self.shard_size, self.batch_size) < 1:
             raise ValueError(f"shard_size and batch_size start at 1, got {self.shard_size} and {self.batch_size}.")
 
@@ -100,7 +100,7 @@ def extract_codes(
     device: str = "cpu",
     **settings,
 ) -> dict[str, int]:
-    """Encode the pictures of all rows.
+    """Encode the images of all rows.
 
     An image that is not trained on has its codes as `image_tokens`. One that is trained on has codes sampled for
     self-correction there, which are read, the nearest codes as `image_labels`, which are written, and its own codes as
@@ -232,7 +232,7 @@ class _Encoder:
         numbers = extraction.rows_of(shard)
         generator = extraction.generator(shard, self.model.device)
         rows = _Slice(self.rows, numbers)
-        usable = usable_rows(rows, self._prepare, extraction.on_bad_picture, skipped, first=numbers.start)
+        usable = usable_rows(rows, self._prepare, extraction.on_bad_image, skipped, first=numbers.start)
         result: list[tuple[dict, list[bool], list]] = []
         # Images wait until there are enough of their size that are trained on or not, and not too many of all kinds.
         waiting: dict[tuple, list[tuple]] = {}
@@ -259,7 +259,7 @@ class _Encoder:
         return {"messages": messages, FINGERPRINT: self.extraction.fingerprint, "source_row": number}
 
     def _prepare(self, row: dict) -> tuple[Sample, list[np.ndarray]]:
-        """A row and its pictures as pixel values (3, H, W)."""
+        """A row and its images as pixel values (3, H, W)."""
         sample = read_row(row, self.root, with_codes=False)
         return sample, read_pixels(sample, self.image_processor)[1]
 

@@ -147,13 +147,13 @@ def _arrays(row: dict, name: str, count: int | None, optional: bool = False) -> 
     value = row.get(name)
     if value is None:
         if count:
-            raise BadRowError(name, f"the messages hold {count} pictures, but there are none here")
+            raise BadRowError(name, f"the messages hold {count} images, but there are none here")
         return []
     entries = as_list(value)
     if entries is None:
         raise BadRowError(name, f"must be a list with an entry for each image, got {shown(value)}")
     if count is not None and len(entries) != count:
-        raise BadRowError(name, f"the messages hold {count} pictures, but there are {len(entries)} here")
+        raise BadRowError(name, f"the messages hold {count} images, but there are {len(entries)} here")
     return [
         None if optional and entry is None else _whole_numbers(entry, f"{name}[{index}]")
         for index, entry in enumerate(entries)

@@ -11,11 +11,11 @@ import numpy as np
 from jinja2 import TemplateError
 
 from ..image_processing_nextflow import NextFlowImageProcessorPil
-from ..loss_nextflow import IGNORE_INDEX
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import Grid, ScaleSchedules
-from .row_errors import BadPictureError, BadRowError
-from .rows import Sample, load_picture, nothing_learned
+from ..sequence.loss import IGNORE_INDEX
+from .row_errors import BadImageError, BadRowError
+from .rows import Sample, load_image, nothing_learned
 from .segments import encode_messages
 
 
@@ -67,14 +67,14 @@ def encode_sample(
             if not remaining:
                 raise BadRowError("messages", "the chat template writes more images than they hold")
             grid = remaining.pop(0)
-            tokens = processor.picture_tokens(*grid)
+            tokens = processor.image_placeholder_ids(*grid)
             # Slots that read the last scale predict nothing.
             predicting = 1 + image_processor.schedule_for_grid(*grid).num_slots()
             answer = tokens[:predicting] + [IGNORE_INDEX] * (len(tokens) - predicting - 1) + tokens[-1:]
         ids += tokens
         labels += answer if trained else [IGNORE_INDEX] * len(tokens)
     if remaining:
-        raise BadRowError("messages", f"the chat template leaves out {len(remaining)} of {len(grids)} pictures")
+        raise BadRowError("messages", f"the chat template leaves out {len(remaining)} of {len(grids)} images")
     # One label for each trained position, as trainers count them; nothing predicts the first token.
     return EncodedRow(ids, [IGNORE_INDEX, *labels[1:]], grids, sample, pixels)
 
@@ -97,25 +97,25 @@ def read_pixels(sample: Sample, image_processor: NextFlowImageProcessorPil) -> t
     """The final grids (height, width) of a row's images, and their pixel values (3, H, W) in [-1, 1].
 
     Raises:
-        BadPictureError: naming the field, for an image that is missing, cannot be read, or has a ratio that is not
+        BadImageError: naming the field, for an image that is missing, cannot be read, or has a ratio that is not
             drawn.
     """
     grids, pixels = [], []
-    for place, picture in zip(sample.fields, sample.pictures):
-        image = load_picture(picture, place)
+    for place, source in zip(sample.fields, sample.images):
+        image = load_image(source, place)
         check_ratio(image.height, image.width, place, image_processor.scale_schedules)
         try:
             batch = image_processor(image)
         except ValueError as error:
-            raise BadPictureError(place, str(error)) from error
+            raise BadImageError(place, str(error)) from error
         grids.append(tuple(batch["image_grids"][0].tolist()))
         pixels.append(batch["pixel_values"][0])
     return grids, pixels
 
 
 def check_ratio(height: int, width: int, place: str, schedules: ScaleSchedules):
-    """Raises `BadPictureError` for an image whose ratio no schedule draws."""
+    """Raises `BadImageError` for an image whose ratio no schedule draws."""
     try:
         schedules.nearest(height, width)
     except ValueError as error:
-        raise BadPictureError(place, str(error)) from error
+        raise BadImageError(place, str(error)) from error

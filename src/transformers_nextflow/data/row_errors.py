@@ -25,7 +25,7 @@ class BadRowError(ValueError):
         return type(self)(f"row {number}, {self.field}", self.problem)
 
 
-class BadPictureError(BadRowError):
+class BadImageError(BadRowError):
     """An image that is missing, does not decode, or has a ratio that is not drawn."""
 
 

@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ..films import read_frames
 from ..tokenization_nextflow import CLOSE, OPEN
+from ..video_processing_nextflow import read_frames
 from .row_codes import ImageCodes, as_list, read_codes
-from .row_errors import BadPictureError, BadRowError, shown
+from .row_errors import BadImageError, BadRowError, shown
 
 
 ROLES = ("system", "user", "assistant")
-FILMS = ("video", "film")  # one thing; chat templates of transformers say "video"
 ROW_NUMBER = "row_number"
 
 
@@ -32,14 +31,14 @@ class Sample:
 
     Args:
         messages: every content is a list of `{"type": "text", "text": …}` and `{"type": "image"}` parts, with "train"
-            where the row has it; a film is one image part for each frame.
-        pictures: what the row gives of each picture, in the order of the image parts; empty if it has codes alone.
-        fields: where each picture stands in the row, for messages of errors.
+            where the row has it; a video is one image part for each frame.
+        images: what the row gives of each image, in the order of the image parts; empty if it has codes alone.
+        fields: where each image stands in the row, for messages of errors.
         codes: of its images; `None` without codes.
     """
 
     messages: list[dict]
-    pictures: list[Any] = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)
     fields: list[str] = field(default_factory=list)
     codes: ImageCodes | None = None
 
@@ -49,7 +48,7 @@ class Sample:
         return [on for part, on in self._parts() if part["type"] == "image"]
 
     @property
-    def num_pictures(self) -> int:
+    def num_images(self) -> int:
         return len(self.trained_images)
 
     def check_learned(self):
@@ -72,7 +71,7 @@ def is_trained(message: dict, part: dict) -> bool:
 
 
 def read_row(row: dict, root: str | os.PathLike = ".", with_codes: bool = True) -> Sample:
-    """Read a row; paths of pictures are relative to `root`. Pictures are looked for, not decoded.
+    """Read a row; paths of images are relative to `root`. Images are looked for, not decoded.
 
     Args:
         with_codes: `False` leaves codes unread, so that every image must be given.
@@ -90,12 +89,12 @@ def read_row(row: dict, root: str | os.PathLike = ".", with_codes: bool = True) 
         raise BadRowError("messages", 'there is no text part; an unconditional sample has one with "text": ""')
     _take_images(sample, row.get("images"), Path(root))
     sample.codes = read_codes(row, sample.trained_images) if with_codes else None
-    missing = [place for place, picture in zip(sample.fields, sample.pictures) if picture is None]
+    missing = [place for place, image in zip(sample.fields, sample.images) if image is None]
     if sample.codes is None and missing:
         nor = ", nor by image_tokens" if with_codes else "; codes that the row holds are not read here"
-        raise BadRowError(missing[0], f"the picture is given neither here, nor in images{nor}")
+        raise BadRowError(missing[0], f"the image is given neither here, nor in images{nor}")
     if missing:
-        sample.pictures, sample.fields = [], []
+        sample.images, sample.fields = [], []
     return sample
 
 
@@ -118,30 +117,30 @@ def check_is_row(row: Any):
         raise BadRowError("row", f"must be an object with messages, got {type(row).__name__}")
 
 
-def load_picture(picture: Any, field: str = "picture") -> Image.Image:
-    """A picture of a [`Sample`], decoded.
+def load_image(image: Any, field: str = "image") -> Image.Image:
+    """An image of a [`Sample`], decoded.
 
     Raises:
-        BadPictureError: if the file is missing or is no picture.
+        BadImageError: if the file is missing or is no image.
     """
     try:
-        if isinstance(picture, Image.Image):
-            picture.load()
-            return picture
-        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
+        if isinstance(image, Image.Image):
+            image.load()
+            return image
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
             opened.load()
             return opened.copy() if getattr(opened, "n_frames", 1) == 1 else opened.convert("RGBA")
     except UnidentifiedImageError as error:
-        raise BadPictureError(field, "the picture cannot be read: it is no image of a known kind") from error
+        raise BadImageError(field, "the image cannot be read: it is no image of a known kind") from error
     # PIL's decoders of broken files raise what comes: SyntaxError, struct.error, IndexError and more.
     except Exception as error:
-        raise BadPictureError(field, f"the picture cannot be read: {error}") from error
+        raise BadImageError(field, f"the image cannot be read: {error}") from error
 
 
 def open_rows(source: str | os.PathLike) -> tuple[Sequence[dict], Path]:
-    """The rows of a file or a folder, by number, and the folder that its pictures' paths are relative to.
+    """The rows of a file or a folder, by number, and the folder that its images' paths are relative to.
 
-    A `.jsonl` file with pictures beside it, `.parquet` files or a folder of them, or a folder that
+    A `.jsonl` file with images beside it, `.parquet` files or a folder of them, or a folder that
     `Dataset.save_to_disk` wrote.
 
     Raises:
@@ -156,7 +155,7 @@ def open_rows(source: str | os.PathLike) -> tuple[Sequence[dict], Path]:
         files = [str(file) for file in parquet]
         rows = datasets.Dataset.from_parquet(files) if files else datasets.load_from_disk(str(source))
         if isinstance(getattr(rows.features.get("images"), "feature", None), datasets.Image):
-            # Decoded by us, so that a broken picture is told by its row and field.
+            # Decoded by us, so that a broken image is told by its row and field.
             rows = rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
         return rows, source
     raise ValueError(f"{source} is no .jsonl or .parquet file, and no folder of .parquet files or of save_to_disk.")
@@ -236,7 +235,7 @@ def _read_message(message: Any, place: str) -> dict:
 
 def _read_part(part: Any, place: str) -> dict:
     kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(kind, str) or kind not in ("text", "image", *FILMS):
+    if not isinstance(kind, str) or kind not in ("text", "image", "video"):
         raise BadRowError(f"{place}.type", f"must be text, image or video, got {shown(part)}")
     _check_names(part, ("type", kind), place, f"part of type {kind}")
     value = _text(part.get("text"), f"{place}.text") if kind == "text" else part.get(kind)
@@ -249,13 +248,13 @@ def _take_part(sample: Sample, part: dict, place: str, root: Path) -> list[dict]
     if kind == "text":
         return [part]
     if kind == "image":
-        pictures, fields = [_locate(part.get("image"), f"{place}.image", root)], [f"{place}.image"]
+        images, fields = [_locate(part.get("image"), f"{place}.image", root)], [f"{place}.image"]
     else:
-        pictures, fields = _frames(part.get(kind), f"{place}.{kind}", root)
-    sample.pictures += pictures
+        images, fields = _frames(part.get(kind), f"{place}.{kind}", root)
+    sample.images += images
     sample.fields += fields
     flag = {"train": part["train"]} if "train" in part else {}
-    return [{"type": "image"} | flag for _ in pictures]
+    return [{"type": "image"} | flag for _ in images]
 
 
 def _check_names(holder: dict, names: tuple[str, ...], place: str, kind: str):
@@ -289,49 +288,49 @@ def _train_flag(holder: dict, place: str) -> dict:
     return {} if flag is None else {"train": bool(flag)}
 
 
-def _frames(film: Any, place: str, root: Path) -> tuple[list, list[str]]:
-    """The pictures of a film: a list of them, or a file as `read_frames` takes it."""
-    if frames := as_list(film):
+def _frames(video: Any, place: str, root: Path) -> tuple[list, list[str]]:
+    """The images of a video: a list of them, or a file as `read_frames` takes it."""
+    if frames := as_list(video):
         places = [f"{place}[{number}]" for number in range(len(frames))]
         frames = [_locate(frame, where, root) for frame, where in zip(frames, places)]
         if None in frames:
-            raise BadPictureError(places[frames.index(None)], "a frame is missing")
+            raise BadImageError(places[frames.index(None)], "a frame is missing")
         return frames, places
-    path = _locate(film, place, root)
+    path = _locate(video, place, root)
     if not isinstance(path, Path):
-        raise BadRowError(place, f"must be a list of pictures, or the path of a film, got {type(film).__name__}")
+        raise BadRowError(place, f"must be a list of images, or the path of a video, got {type(video).__name__}")
     try:
         frames = read_frames(path)
     except ImportError:
         raise
     except Exception as error:
-        problem = f"the film cannot be read: {error} GIF, WebP, PNG and MP4 are; give the frames of others as a list"
-        raise BadPictureError(place, problem) from error
+        problem = f"the video cannot be read: {error} GIF, WebP, PNG and MP4 are; give the frames of others as a list"
+        raise BadImageError(place, problem) from error
     return frames, [f"{place}[{number}]" for number in range(len(frames))]
 
 
-def _locate(picture: Any, place: str, root: Path):
-    """A path that exists, bytes or a PIL picture; `None` for none."""
-    if isinstance(picture, dict):  # as `datasets` keeps pictures that it has not decoded
-        picture = picture.get("bytes") or picture.get("path")
-    if picture is None or isinstance(picture, bytes | Image.Image):
-        return picture
-    if not isinstance(picture, str | os.PathLike):
-        raise BadRowError(place, f"must be a path or a picture, got {type(picture).__name__}")
-    path = root / picture
+def _locate(image: Any, place: str, root: Path):
+    """A path that exists, bytes or a PIL image; `None` for none."""
+    if isinstance(image, dict):  # as `datasets` keeps images that it has not decoded
+        image = image.get("bytes") or image.get("path")
+    if image is None or isinstance(image, bytes | Image.Image):
+        return image
+    if not isinstance(image, str | os.PathLike):
+        raise BadRowError(place, f"must be a path or an image, got {type(image).__name__}")
+    path = root / image
     if not os.path.isfile(path):
-        raise BadPictureError(place, f"there is no file {path}" if len(str(path)) < 300 else "there is no such file")
+        raise BadImageError(place, f"there is no file {path}" if len(str(path)) < 300 else "there is no such file")
     return path
 
 
 def _take_images(sample: Sample, given: Any, root: Path):
-    """TRL's way: pictures in a list beside the messages."""
+    """TRL's way: images in a list beside the messages."""
     images = [] if given is None else as_list(given)
     if images is None:
-        raise BadRowError("images", f"must be a list of pictures, got {shown(given)}")
-    free = [number for number, picture in enumerate(sample.pictures) if picture is None]
+        raise BadRowError("images", f"must be a list of images, got {shown(given)}")
+    free = [number for number, image in enumerate(sample.images) if image is None]
     if images and len(images) != len(free):
-        raise BadRowError("images", f"holds {len(images)} pictures for {len(free)} image parts without one")
-    for number, (place, picture) in enumerate(zip(free, images)):
+        raise BadRowError("images", f"holds {len(images)} images for {len(free)} image parts without one")
+    for number, (place, image) in enumerate(zip(free, images)):
         sample.fields[place] = f"images[{number}]"
-        sample.pictures[place] = _locate(picture, f"images[{number}]", root)
+        sample.images[place] = _locate(image, f"images[{number}]", root)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 
-from ..chat_encoding import EncodedChat, encode_chats
 from ..processing_nextflow import NextFlowProcessor
+from ..sequence.chat_encoding import EncodedChat, encode_chats
 from ..tokenization_nextflow import CLOSE, OPEN
 from .rows import is_trained
 
 
 def encode_messages(processor: NextFlowProcessor, messages: list[dict]) -> tuple[list[int], list[bool]]:
-    """Token ids of a [`Sample`]'s messages, one placeholder for each picture, and whether each is trained on.
+    """Token ids of a [`Sample`]'s messages, one placeholder for each image, and whether each is trained on.
 
     Trained on are the turns of the assistant, their end token included; "train" of a message decides otherwise for the
     whole message, and "train" of a part for the part.

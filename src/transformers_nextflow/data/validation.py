@@ -15,12 +15,12 @@ from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedules
 from .row_codes import TOKENS
 from .row_encoding import encode_sample, read_images
-from .row_errors import BadPictureError, BadRowError
+from .row_errors import BadImageError, BadRowError
 from .rows import Sample, open_rows, read_row
 from .vision_tokenizer import load_vision_tokenizer, tokenizer_fingerprint
 
 
-ON_BAD_PICTURE = ("stop", "skip")
+ON_BAD_IMAGE = ("stop", "skip")
 # Problems that a report names one by one; it counts them all.
 MOST_NAMED = 20
 
@@ -30,45 +30,45 @@ class ValidationReport:
     """What a check of rows found.
 
     Args:
-        rows, pictures: how many were looked at.
-        skipped: rows that training would leave out because of a picture.
+        rows, images: how many were looked at.
+        skipped: rows that training would leave out because of an image.
         problems: "row 3, messages[0].role: …" of rows that cannot be used, the first `MOST_NAMED`; likewise
             `skipped_because`.
         num_problems: of all.
     """
 
     rows: int = 0
-    pictures: int = 0
+    images: int = 0
     skipped: int = 0
     num_problems: int = 0
     problems: list[str] = field(default_factory=list)
     skipped_because: list[str] = field(default_factory=list)
 
 
-def check_on_bad_picture(value: str):
-    if value not in ON_BAD_PICTURE:
-        raise ValueError(f"on_bad_picture must be one of {ON_BAD_PICTURE}, got {value!r}.")
+def check_on_bad_image(value: str):
+    if value not in ON_BAD_IMAGE:
+        raise ValueError(f"on_bad_image must be one of {ON_BAD_IMAGE}, got {value!r}.")
 
 
 def usable_rows(
-    rows: Iterable[dict], prepare: Callable[[dict], Any], on_bad_picture: str, skipped: list[str], first: int = 0
+    rows: Iterable[dict], prepare: Callable[[dict], Any], on_bad_image: str, skipped: list[str], first: int = 0
 ) -> Iterator[tuple[int, Any]]:
     """Number of each usable row, counted from `first`, and what `prepare` makes of it.
 
-    Rows with a picture that is missing or does not decode are added to `skipped` with `on_bad_picture="skip"`.
+    Rows with an image that is missing or does not decode are added to `skipped` with `on_bad_image="skip"`.
 
     Raises:
-        ValueError: naming the row and the field of whatever else is wrong, and of a bad picture with "stop".
+        ValueError: naming the row and the field of whatever else is wrong, and of a bad image with "stop".
     """
     for number, row in enumerate(_rows_or_errors(rows), start=first):
         try:
             if isinstance(row, BadRowError):
                 raise row
             yield number, prepare(row)
-        except BadPictureError as error:
+        except BadImageError as error:
             problem = f"row {number}, {error}"
-            if on_bad_picture == "stop":
-                raise ValueError(f"{problem}; on_bad_picture='skip' leaves such rows out.") from error
+            if on_bad_image == "stop":
+                raise ValueError(f"{problem}; on_bad_image='skip' leaves such rows out.") from error
             skipped.append(problem)
         except BadRowError as error:
             raise ValueError(f"row {number}, {error}") from error
@@ -80,20 +80,20 @@ def validate_rows(
     schedules: ScaleSchedules | None = None,
     codebook_size: int | None = None,
     fingerprint: str | None = None,
-    on_bad_picture: str = "stop",
+    on_bad_image: str = "stop",
     processor: NextFlowProcessor | None = None,
 ) -> ValidationReport:
-    """Read every row as training does, and decode every picture that training would; nothing is raised for what rows
+    """Read every row as training does, and decode every image that training would; nothing is raised for what rows
     hold.
 
     Args:
-        root: what paths of pictures are relative to.
+        root: what paths of images are relative to.
         schedules, codebook_size, fingerprint: of the tokenizer that codes must come from; `None`: not checked.
-        on_bad_picture: whether rows with a picture that does not decode are problems ("stop") or left out ("skip").
+        on_bad_image: whether rows with an image that does not decode are problems ("stop") or left out ("skip").
         processor: of the model that is to be trained; without one, texts are not written with its chat template.
             `schedules` are its image processor's then.
     """
-    check_on_bad_picture(on_bad_picture)
+    check_on_bad_image(on_bad_image)
     if processor is not None:
         image_processor, schedules = processor.image_processor, processor.image_processor.scale_schedules
     elif schedules is not None:
@@ -107,7 +107,7 @@ def validate_rows(
             if isinstance(row, BadRowError):
                 raise row
             sample = read_row(row, root)
-            report.pictures += sample.num_pictures
+            report.images += sample.num_images
             if processor is not None:
                 encode_sample(sample, processor, codebook_size, fingerprint).check_learned()
             else:
@@ -115,7 +115,7 @@ def validate_rows(
                 sample.check_learned()
             kinds.check(number, sample)
         except BadRowError as error:
-            skip = isinstance(error, BadPictureError) and on_bad_picture == "skip"
+            skip = isinstance(error, BadImageError) and on_bad_image == "skip"
             named = report.skipped_because if skip else report.problems
             report.skipped += skip
             report.num_problems += not skip
@@ -125,18 +125,18 @@ def validate_rows(
 
 
 def validate_source(
-    source: str | os.PathLike, model: str | None = None, on_bad_picture: str = "stop"
+    source: str | os.PathLike, model: str | None = None, on_bad_image: str = "stop"
 ) -> ValidationReport:
     """The report of a file or folder (see `open_rows`), for the model or the tokenizer in the folder `model`."""
     rows, root = open_rows(source)
     if model is None:
-        return validate_rows(rows, root, on_bad_picture=on_bad_picture)
+        return validate_rows(rows, root, on_bad_image=on_bad_image)
     vq_model = load_vision_tokenizer(model)
     config = vq_model.config
     # A tokenizer's folder has none.
     processor = AutoProcessor.from_pretrained(model) if has_file(model, PROCESSOR_NAME) else None
     return validate_rows(
-        rows, root, config.scale_schedules, config.codebook_size, tokenizer_fingerprint(vq_model), on_bad_picture,
+        rows, root, config.scale_schedules, config.codebook_size, tokenizer_fingerprint(vq_model), on_bad_image,
         processor,
     )  # fmt: skip
 
@@ -149,7 +149,7 @@ class _OneKind:
 
     def check(self, number: int, sample: Sample):
         """Raises `BadRowError` for a row with codes where the first row with images had none, and the other way."""
-        if not sample.num_pictures:
+        if not sample.num_images:
             return
         has_codes = sample.codes is not None
         self.first = self.first or (number, has_codes)

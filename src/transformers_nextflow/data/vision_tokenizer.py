@@ -12,10 +12,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..configuration_nextflow import NextFlowVQConfig
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import CODE_PARTS, NextFlowVQModel
-from ..offloading import onloaded
+from ..utils.offloading import onloaded
 
 
-# Settings of decoders and of training; all others may change which code a picture gets.
+# Settings of decoders and of training; all others may change which code an image gets.
 NOT_OF_CODES = {
     "pixel_decoder_channels", "pixel_decoder_num_res_blocks", "semantic_decoder_depth", "semantic_decoder_heads",
     "semantic_decoder_hidden_size", "semantic_decoder_hidden_act", "semantic_decoder_positions", "semantic_target_dim",

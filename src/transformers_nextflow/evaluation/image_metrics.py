@@ -1,4 +1,4 @@
-"""PSNR and SSIM, and the sheets on which people look at pictures."""
+"""PSNR and SSIM, and the sheets on which people look at images."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 
-def psnr(pictures: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio (B,) in dB of pictures (B, 3, H, W) in [0, 1]; equal pictures give 100 dB."""
-    error = (pictures.float() - references.float()).square().flatten(1).mean(1)
+def psnr(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio (B,) in dB of images (B, 3, H, W) in [0, 1]; equal images give 100 dB."""
+    error = (images.float() - references.float()).square().flatten(1).mean(1)
     return -10 * error.clamp_min(1e-10).log10()
 
 
-def ssim(pictures: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Structural similarity (B,) of pictures (B, 3, H, W) in [0, 1], with Wang et al.'s 11-pixel Gaussian window."""
-    offsets = torch.arange(11.0, device=pictures.device) - 5
+def ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Structural similarity (B,) of images (B, 3, H, W) in [0, 1], with Wang et al.'s 11-pixel Gaussian window."""
+    offsets = torch.arange(11.0, device=images.device) - 5
     window = torch.exp(-offsets.square() / (2 * 1.5**2))
     window = window / window.sum()
     kernel = (window[:, None] * window[None]).expand(3, 1, 11, 11)
@@ -26,7 +26,7 @@ def ssim(pictures: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     def blur(x: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, kernel, groups=3)
 
-    x, y = pictures.float(), references.float()
+    x, y = images.float(), references.float()
     mean_x, mean_y = blur(x), blur(y)
     variance_x, variance_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
     covariance = blur(x * y) - mean_x * mean_y
@@ -41,11 +41,11 @@ def to_uint8(pixels: torch.Tensor) -> np.ndarray:
 
 
 def contact_sheet(rows: Sequence[Sequence[Image.Image]], margin: int = 4) -> Image.Image:
-    """Rows of pictures on one grey sheet; pictures may differ in size, the largest sets the cell."""
-    width = max(picture.width for row in rows for picture in row) + margin
-    height = max(picture.height for row in rows for picture in row) + margin
+    """Rows of images on one grey sheet; images may differ in size, the largest sets the cell."""
+    width = max(image.width for row in rows for image in row) + margin
+    height = max(image.height for row in rows for image in row) + margin
     sheet = Image.new("RGB", (max(map(len, rows)) * width + margin, len(rows) * height + margin), (200, 200, 200))
     for top, row in enumerate(rows):
-        for left, picture in enumerate(row):
-            sheet.paste(picture, (margin + left * width, margin + top * height))
+        for left, image in enumerate(row):
+            sheet.paste(image, (margin + left * width, margin + top * height))
     return sheet

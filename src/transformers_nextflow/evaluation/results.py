@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from ..atomic_files import write_whole
+from ..utils.atomic_files import write_whole
 
 
 def write_result(path: Path | str, values: dict, device: str = "cpu") -> Path:
@@ -29,7 +29,7 @@ def write_result(path: Path | str, values: dict, device: str = "cpu") -> Path:
 def commit() -> str | None:
     """The commit of the checkout at hand, with `-dirty` where files differ from it; `None` outside of a repository."""
     revision = _git("rev-parse", "--verify", "HEAD")
-    # One benchmark's result, its picture, or the sheets of what is scored, must not make the code look changed.
+    # One benchmark's result, its image, or the sheets of what is scored, must not make the code look changed.
     results = [
         f":(exclude,top,glob){files}" for files in ("benchmarks/results/**", "checkpoints/**/*.png", "docs/**/*.png")
     ]

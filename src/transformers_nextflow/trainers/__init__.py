@@ -1,12 +1,12 @@
 """Trainers of the tokenizer and of the transformer, on transformers' `Trainer`, and RL on TRL's."""
 
-from .adversarial import PatchDiscriminator
 from .collator import NextFlowCollator
+from .image_grids import ImageGrids
 from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
 from .optimizers import MuonWithAdamW
 from .packing import CostModel, PackedDataset, PackedStream
-from .picture_grids import PictureGrids
-from .vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
+from .tokenizer.adversarial import PatchDiscriminator
+from .tokenizer.vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
 
 
 __all__ = [
@@ -22,18 +22,18 @@ __all__ = [
     "PackedDataset",
     "PackedStream",
     "PatchDiscriminator",
-    "PictureGrids",
+    "ImageGrids",
 ]
 
 
 def __getattr__(name: str):
     # RL needs trl, an extra: it is imported when it is asked for.
     if name == "NextFlowGRPOConfig":
-        from .grpo_config import NextFlowGRPOConfig
+        from .rl.grpo_config import NextFlowGRPOConfig
 
         return NextFlowGRPOConfig
     if name == "NextFlowGRPOTrainer":
-        from .grpo_trainer import NextFlowGRPOTrainer
+        from .rl.grpo_trainer import NextFlowGRPOTrainer
 
         return NextFlowGRPOTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

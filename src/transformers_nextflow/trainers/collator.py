@@ -9,9 +9,9 @@ import torch
 from ..data.row_encoding import EncodedRow, encode_sample
 from ..data.row_errors import BadRowError
 from ..data.rows import ROW_NUMBER, read_row
-from ..loss_nextflow import IGNORE_INDEX
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedule
+from ..sequence.loss import IGNORE_INDEX
 from .packing import SampleSize
 
 
@@ -19,7 +19,7 @@ class NextFlowCollator:
     """Batches of rows of the data format (docs/data.md).
 
     Rows that hold codes (`image_tokens`, `image_grids`, and `image_labels` and `image_clean_tokens` where codes were
-    sampled for self-correction) are taken as they are; pictures of other rows are read, and the model encodes them. A
+    sampled for self-correction) are taken as they are; images of other rows are read, and the model encodes them. A
     batch has rows of one kind. Loss is on the assistant's turns, unless a row says otherwise, with as many labels as
     trained positions; an image that is not trained on is read with its clean codes.
 
@@ -32,7 +32,7 @@ class NextFlowCollator:
     Args:
         processor: its tokenizer and chat template are used, and its image processor for rows without codes.
         pad_to_multiple_of: lengths are rounded up to it, so that compiled code meets few shapes.
-        root: what paths of pictures are relative to.
+        root: what paths of images are relative to.
         tokenizer_fingerprint, codebook_size: codes of rows that name another tokenizer or lie outside the codebook are
             refused; `NextFlowTrainer` sets them to its model's. `None`: not checked.
     """
@@ -58,10 +58,10 @@ class NextFlowCollator:
         if packed and len(rows) > 1:
             raise ValueError(f"A batch is one pack, got {len(rows)}; set per_device_train_batch_size to 1.")
         encoded = [self._encode_to_train(row) for row in (rows[0] if packed else rows)]
-        return (self._packed if packed else self._padded)(encoded) | self._pictures(encoded)
+        return (self._packed if packed else self._padded)(encoded) | self._images(encoded)
 
     def encode(self, row: dict) -> tuple[list[int], list[int]]:
-        """Token ids and labels of one row; every picture as `<boi>`, its slots, `<eoi>`.
+        """Token ids and labels of one row; every image as `<boi>`, its slots, `<eoi>`.
 
         Raises:
             ValueError: naming the field, if the row does not follow the format or its codes are another tokenizer's.
@@ -117,21 +117,23 @@ class NextFlowCollator:
         input_ids = torch.full(shape, self.processor.tokenizer.pad_token_id)
         return {"input_ids": input_ids, "labels": torch.full(shape, IGNORE_INDEX)}
 
-    def _pictures(self, rows: list[EncodedRow]) -> dict[str, torch.Tensor]:
+    def _images(self, rows: list[EncodedRow]) -> dict[str, torch.Tensor]:
         rows = [row for row in rows if row.grids]
         if not rows:
             return {}
         batch = {"image_grids": torch.tensor([grid for row in rows for grid in row.grids])}
         codes = [row.sample.codes for row in rows if row.sample.codes is not None]
         if not codes:
-            pixels = [torch.from_numpy(picture) for row in rows for picture in row.pixels]
-            height, width = (max(picture.shape[side] for picture in pixels) for side in (-2, -1))
-            padding = [(0, width - picture.shape[-1], 0, height - picture.shape[-2]) for picture in pixels]
-            padded = [torch.nn.functional.pad(picture, pad) for picture, pad in zip(pixels, padding)]
+            pixels = [torch.from_numpy(pixel_values) for row in rows for pixel_values in row.pixels]
+            height, width = (max(pixel_values.shape[side] for pixel_values in pixels) for side in (-2, -1))
+            padding = [
+                (0, width - pixel_values.shape[-1], 0, height - pixel_values.shape[-2]) for pixel_values in pixels
+            ]
+            padded = [torch.nn.functional.pad(pixel_values, pad) for pixel_values, pad in zip(pixels, padding)]
             return batch | {"pixel_values": torch.stack(padded)}
         if len(codes) < len(rows):
             raise ValueError(
-                f"{len(codes)} of {len(rows)} rows with pictures hold codes; extract the codes of all, or of none."
+                f"{len(codes)} of {len(rows)} rows with images hold codes; extract the codes of all, or of none."
             )
         for name, kind in (("image_tokens", "read"), ("image_labels", "written")):
             images = [torch.tensor(image) for own in codes for image in getattr(own, kind)]

@@ -16,19 +16,19 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from ..configuration_nextflow import NextFlowConfig
 from ..data.rows import NumberedRows
 from ..data.vision_tokenizer import tokenizer_fingerprint
-from ..loss_nextflow import IGNORE_INDEX
 from ..modeling_nextflow import NextFlowForConditionalGeneration, NextFlowTextModel
-from ..packed_attention import PACKED_SDPA
 from ..processing_nextflow import NextFlowProcessor
-from .checked_arguments import CheckedArguments
+from ..sequence.loss import IGNORE_INDEX
+from ..sequence.packed_attention import PACKED_SDPA
 from .collator import NextFlowCollator
-from .finite_training import FiniteTrainingMixin
 from .optimizers import MuonWithAdamW
 from .packing import PACKINGS, CostModel, PackedDataset, PackedStream
-from .resumable_training import ResumableTrainingMixin
+from .runs.checked_arguments import CheckedArguments
+from .runs.finite_training import FiniteTrainingMixin
+from .runs.resumable_training import ResumableTrainingMixin
+from .runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights, place_vision_tokenizer
+from .runs.training_record import processor_differences
 from .trained_means import TrainedMeans, parts_of
-from .trained_weights import TrainedInFloat32Mixin, check_trained_weights, place_vision_tokenizer
-from .training_record import processor_differences
 from .unsupported_arguments import check_trainer_arguments, check_training_arguments
 
 
@@ -124,11 +124,11 @@ class NextFlowTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrain
     """Trains a [`NextFlowForConditionalGeneration`] on the batches of a [`NextFlowCollator`].
 
     Logs the text loss, the weighted image loss, each scale's own loss and the accuracies beside the total, in training
-    and in evaluation. [`PictureGrids`] shows what it draws.
+    and in evaluation. [`ImageGrids`] shows what it draws.
 
     Args:
         processing_class: the [`NextFlowProcessor`], from which the collator is made where no `data_collator` is given;
-            paths of pictures are then relative to the working directory. The collator's is saved with the model.
+            paths of images are then relative to the working directory. The collator's is saved with the model.
 
     Raises:
         ValueError: without both, for a `processing_class` that differs from the collator's, for other arguments than

@@ -1,6 +1,6 @@
 """Samples to packs of equal length or equal compute (paper, section 3.3): little padding, workers that end together.
 
-A pack is one row of samples that do not see each other; see `packed_attention.py`.
+A pack is one row of samples that do not see each other; see `sequence/packed_attention.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FULL = 0.97
 
 @dataclass(frozen=True)
 class SampleSize:
-    """What the cost of a sample depends on: its positions, how many of them are trained on, its pictures' schedules."""
+    """What the cost of a sample depends on: its positions, how many of them are trained on, its images' schedules."""
 
     length: int
     trained: int

@@ -1,4 +1,4 @@
-"""The rows of a stage: some drawings turned round, some without their prompts, pictures of the stage's level."""
+"""The rows of a stage: some drawings turned round, some without their prompts, images of the stage's level."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ..data.row_codes import (
     read_grids,
     schedule_of,
 )
-from ..data.row_errors import BadPictureError, BadRowError
-from ..data.rows import NumberedRows, check_is_row, load_picture, read_messages, read_row
+from ..data.row_errors import BadImageError, BadRowError
+from ..data.rows import NumberedRows, check_is_row, load_image, read_messages, read_row
 from ..image_processing_nextflow import NextFlowImageProcessorPil
 from ..processing_nextflow import NextFlowProcessor
 
@@ -31,9 +31,9 @@ class StageRows(Dataset):
     Args:
         rows: by number.
         processor: of the model.
-        level: resolution that pictures with codes must have; `None` for any.
+        level: resolution that images with codes must have; `None` for any.
         caption_share: share of the drawings that are turned round.
-        empty_share: share of the rows answered by a picture alone whose prompt is left empty: the unconditional half
+        empty_share: share of the rows answered by an image alone whose prompt is left empty: the unconditional half
             of guidance. Both shares come to 1 at most, and which rows they take depends on `seed` and the number alone.
 
     Raises:
@@ -77,20 +77,20 @@ class StageRows(Dataset):
         for place, grid in enumerate(read_grids(row)):
             if schedule_of(schedules, grid, f"{GRIDS}[{place}]").num_scales != num_scales:
                 raise ValueError(
-                    f"Row {index} has a picture of {grid[0]}x{grid[1]} cells, which is none of level {self.level}; "
+                    f"Row {index} has an image of {grid[0]}x{grid[1]} cells, which is none of level {self.level}; "
                     f"extract its codes with --level {self.level}, or set the recipe's level to null."
                 )
 
 
 def as_caption(row: dict, request: str) -> dict:
-    """A drawing turned round: the picture and `request`, answered by the prompt. Other rows are returned as they are.
+    """A drawing turned round: the image and `request`, answered by the prompt. Other rows are returned as they are.
 
-    The picture is read with its clean codes, since it is not trained on.
+    The image is read with its clean codes, since it is not trained on.
 
     Raises:
         BadRowError: for codes sampled for self-correction without the clean ones, and what is no row.
     """
-    turns = _prompt_and_picture(row)
+    turns = _prompt_and_image(row)
     if turns is None or [part["type"] for part in turns[0]] != ["text"] or not turns[0][0]["text"]:
         return row
     turned = _with_turns(row, [*turns[1], {"type": "text", "text": request}], turns[0])
@@ -101,16 +101,16 @@ def as_caption(row: dict, request: str) -> dict:
 
 
 def without_prompt(row: dict) -> dict:
-    """A row that is answered by a picture alone with its texts left empty, pictures kept. Others as they are."""
-    turns = _prompt_and_picture(row)
+    """A row that is answered by an image alone with its texts left empty, images kept. Others as they are."""
+    turns = _prompt_and_image(row)
     if turns is None:
         return row
     emptied = [part | {"text": ""} if part["type"] == "text" else part for part in turns[0]]
     return _with_turns(row, emptied, turns[1])
 
 
-def _prompt_and_picture(row: dict) -> tuple[list[dict], list[dict]] | None:
-    """The user's parts, and the answer's, in a row of one turn each that is answered by one picture; `None` for others.
+def _prompt_and_image(row: dict) -> tuple[list[dict], list[dict]] | None:
+    """The user's parts, and the answer's, in a row of one turn each that is answered by one image; `None` for others.
 
     Rows that say what is trained on are left alone.
     """
@@ -126,38 +126,38 @@ def _with_turns(row: dict, question: list[dict], answer: list[dict]) -> dict:
     return row | {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-class StagePictures(Dataset):
-    """The pictures of rows as a stage of the vision tokenizer takes them: cut square, `level` pixels a side.
+class StageImages(Dataset):
+    """The images of rows as a stage of the vision tokenizer takes them: cut square, `level` pixels a side.
 
     An item has `pixel_values` (3, level, level) in [-1, 1].
 
     Raises:
-        ValueError: if no row gives a picture.
+        ValueError: if no row gives an image.
     """
 
     def __init__(self, rows, root: Path, processor: NextFlowImageProcessorPil, level: int):
         processor.scale_schedules.for_size(level, level)  # raises for a size that is not drawn
         self.processor, self.level = processor, level
         # Each with where it stands, for errors.
-        self.pictures: list[tuple[str, Any]] = []
+        self.images: list[tuple[str, Any]] = []
         for number, row in enumerate(NumberedRows(rows)):
             try:
                 sample = read_row(row, root)
             except BadRowError as error:
                 raise error.of_row(number) from error
-            self.pictures += [(f"row {number}, {place}", own) for place, own in zip(sample.fields, sample.pictures)]
-        if not self.pictures:
-            raise ValueError(f"The rows in {root} give no pictures; a tokenizer is not trained on codes.")
+            self.images += [(f"row {number}, {place}", own) for place, own in zip(sample.fields, sample.images)]
+        if not self.images:
+            raise ValueError(f"The rows in {root} give no images; a tokenizer is not trained on codes.")
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        place, picture = self.pictures[index]
-        loaded = load_picture(picture, place)
+        place, source = self.images[index]
+        loaded = load_image(source, place)
         try:
             image = self.processor.to_rgb(loaded)[0]
         except ValueError as error:
-            raise BadPictureError(place, str(error)) from error
+            raise BadImageError(place, str(error)) from error
         square = ImageOps.fit(image, (self.level, self.level), Image.Resampling.BICUBIC)
         return {"pixel_values": self.processor(square, return_tensors="pt")["pixel_values"][0]}

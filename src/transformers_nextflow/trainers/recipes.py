@@ -14,16 +14,16 @@ import yaml
 from torch import nn
 from transformers import AutoProcessor, Trainer
 
-from ..atomic_files import write_whole
 from ..data.rows import open_rows
 from ..data.vision_tokenizer import load_vision_tokenizer
 from ..image_processing_nextflow import NextFlowImageProcessorPil
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQModel
+from ..utils.atomic_files import write_whole
 from .collator import NextFlowCollator
 from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
-from .recipe_data import StagePictures, StageRows
-from .vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
+from .recipe_data import StageImages, StageRows
+from .tokenizer.vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
 
 
 KINDS = ("transformer", "tokenizer")
@@ -38,9 +38,9 @@ class Recipe:
         kind: of what is trained, one of `KINDS`.
         arguments: of `NextFlowTrainingArguments` or `NextFlowVQTrainingArguments`.
         train: which of `PARTS` of the transformer are trained; the others rest. The vision tokenizer always rests.
-        level: resolution of all pictures; `None` leaves the transformer's rows as they are.
+        level: resolution of all images; `None` leaves the transformer's rows as they are.
         caption_share: share of the drawings that are turned round into captions (paper, section 3.2).
-        empty_share: share of the rows answered by a picture alone whose prompt is left empty, for guidance. The two
+        empty_share: share of the rows answered by an image alone whose prompt is left empty, for guidance. The two
             shares come to 1 at most.
         decoder_width: the tokenizer's pixel decoder starts anew, so many times as wide; 1 keeps it.
     """
@@ -65,7 +65,7 @@ class Recipe:
                 f"{self.empty_share}."
             )
         if self.kind == "tokenizer" and self.level is None:
-            raise ValueError("A tokenizer's recipe needs the level (resolution) of its pictures.")
+            raise ValueError("A tokenizer's recipe needs the level (resolution) of its images.")
 
 
 def load_recipe(path: str | os.PathLike, changes: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -174,8 +174,8 @@ def _tokenizer_trainer(recipe: Recipe, folder, data, output) -> NextFlowVQTraine
     source, root = open_rows(data)
     config = model.config
     processor = NextFlowImageProcessorPil(config.scales, config.patch_size, config.levels)
-    pictures = StagePictures(source, root, processor, recipe.level)
-    return NextFlowVQTrainer(model, args, train_dataset=pictures, teacher=teacher)
+    images = StageImages(source, root, processor, recipe.level)
+    return NextFlowVQTrainer(model, args, train_dataset=images, teacher=teacher)
 
 
 class Teacher(nn.Module):

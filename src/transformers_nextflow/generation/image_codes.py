@@ -1,0 +1,201 @@
+"""Images drawn side by side, scale by scale: their codes so far, and the slots that the next scale reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from ..scale_schedule import ScaleSchedule
+from ..sequence.layout import batch_slots
+from .region_editing import KeptRegion
+from .sampling import Generators, ImageSampling, check_generators, sample_codes
+
+
+@dataclass
+class ScaleState:
+    """What a callback sees after each scale.
+
+    `image_tokens` holds, for each image, the codes (n,) so far; `preview()` decodes them.
+    """
+
+    model: nn.Module
+    schedules: list[ScaleSchedule]
+    image_tokens: list[torch.Tensor]
+    logits: torch.Tensor
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether these are all scales of every image."""
+        return all(len(tokens) == s.num_tokens for tokens, s in zip(self.image_tokens, self.schedules))
+
+    def preview(self) -> list[torch.Tensor]:
+        """Images, each (3, H, W) in [-1, 1], from the scales drawn so far."""
+        vq_model = self.model.vq_model
+        return [vq_model.decode(t[None], s)[0] for t, s in zip(self.image_tokens, self.schedules)]
+
+
+class ImageCodes:
+    """Images that are drawn side by side: the codes so far, and the slots that the next scale reads.
+
+    Args:
+        model: the [`NextFlowForConditionalGeneration`] that draws.
+        schedules: one for each image (B).
+        sampling: its settings follow each image's own number of scales, so that an image does not depend on the
+            sizes beside it.
+        generator: one for all, or one for each image.
+        given_image_tokens: (B, n) codes of the first whole scales, which are kept and not drawn; padded with -1 where
+            an image has fewer of them.
+        region: what is kept of other images outside of a region.
+
+    Attributes:
+        image_tokens: (B, N) codes, -1 where none is drawn yet.
+        guidance: of each scale, two parts (text, image); each a number, or (B, 1, 1) where the images differ.
+        last_guided_scale: counted from 0; -1 without guidance.
+
+    Raises:
+        ValueError: for generators that are none, or not as many as the images; for given codes that are none, or do
+            not fill whole scales.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedules: Sequence[ScaleSchedule],
+        sampling: ImageSampling,
+        generator: Generators = None,
+        given_image_tokens: torch.Tensor | None = None,
+        region: KeptRegion | None = None,
+    ):
+        check_generators(generator, len(schedules))
+        self.model, self.schedules, self.sampling, self.generator = model, tuple(schedules), sampling, generator
+        self.region, device = region, model.device
+        # Images of one size are handled at once; an index of all rows is a slice, which copies nothing.
+        distinct, rows = set(schedules), range(len(schedules))
+        self.groups: dict[ScaleSchedule, slice | list[int]] = {
+            schedule: slice(None) if len(distinct) == 1 else [row for row in rows if schedules[row] == schedule]
+            for schedule in sorted(distinct, key=schedules.index)
+        }
+        self.num_scales = max(schedule.num_scales for schedule in schedules)
+        self.image_tokens = torch.full(
+            (len(schedules), max(schedule.num_tokens for schedule in schedules)), -1, device=device
+        )
+        self._num_given = self._take_given(given_image_tokens)
+        self._scale_counts = torch.tensor([[schedule.num_scales] for schedule in schedules], device=device)
+        self._scale_numbers = torch.arange(self.num_scales + 2, device=device).unbind()
+        self.guidance = [
+            tuple(self._over_images(part, scale) for part in ("guidance_scale", "image_guidance_scale"))
+            for scale in range(self.num_scales)
+        ]
+        guided = [any(torch.is_tensor(part) or part != 1 for part in parts) for parts in self.guidance]
+        self.last_guided_scale = max((scale for scale, is_guided in enumerate(guided) if is_guided), default=-1)
+
+    @cached_property
+    def _slots(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        slots, device = batch_slots(self.schedules, self.model.config.rope_range), self.image_tokens.device
+        return [tuple(None if part is None else part.to(device) for part in scale) for scale in slots]
+
+    def _take_given(self, given: torch.Tensor | None) -> list[int]:
+        """Enter given codes; how many each image has."""
+        if given is None:
+            return [0] * len(self.schedules)
+        if len(given) != len(self.schedules):
+            raise ValueError(f"{len(self.schedules)} prompts came with {len(given)} rows of given_image_tokens.")
+        size = self.model.config.vq_config.codebook_size
+        if not bool(((given >= -1) & (given < size)).all()):
+            raise ValueError(
+                f"given_image_tokens go from {int(given.min())} to {int(given.max())}; codes are below {size}, and -1 "
+                "is padding."
+            )
+        counts = (given >= 0).sum(1).tolist()
+        for row, (count, schedule) in enumerate(zip(counts, self.schedules)):
+            if count not in schedule.offsets or bool((given[row, :count] < 0).any()):
+                raise ValueError(
+                    f"given_image_tokens of image {row} hold {count} codes, which do not fill its first scales: "
+                    f"whole ones end at {', '.join(map(str, schedule.offsets[1:]))}."
+                )
+        width = max(counts)
+        self.image_tokens[:, :width] = given[:, :width].to(self.image_tokens)
+        return counts
+
+    def _over_images(self, part: str, scale: int) -> float | torch.Tensor:
+        values = [
+            self.sampling.guidance_at(scale, schedule.num_scales, part) if scale < schedule.num_scales else 1.0
+            for schedule in self.groups
+        ]
+        if len(set(values)) == 1:
+            return values[0]
+        of_schedule = dict(zip(self.groups, values))
+        values = [of_schedule[schedule] for schedule in self.schedules]
+        return torch.tensor(values, device=self.model.device)[:, None, None]
+
+    def slots(self, scale: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The slots of a scale, counted from 0, as [`CachedSequences.read_slots`] takes them: embeddings, coordinates,
+        which are occupied. Images with smaller grids, or done, have empty slots.
+        """
+        drawing = {schedule: rows for schedule, rows in self.groups.items() if scale < schedule.num_scales}
+        return self._embed(drawing, dict.fromkeys(drawing, scale + 1), self._slots[scale])
+
+    def last_slots(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The slots that read the last scale of every image, in the form of `slots`."""
+        return self._embed(self.groups, {s: s.num_scales + 1 for s in self.groups}, self._slots[self.num_scales])
+
+    def _embed(self, groups, scale_numbers, slots):
+        embedding, (coordinates, occupied) = self.model.model.visual_embedding, slots
+        if len(self.groups) == 1:
+            ((schedule, number),) = scale_numbers.items()
+            joined = embedding.slot_features(self.image_tokens, schedule, number)
+            scale_ids = self._scale_numbers[number]
+        else:
+            features = [
+                embedding.slot_features(self.image_tokens[rows], schedule, scale_numbers[schedule])
+                for schedule, rows in groups.items()
+            ]
+            joined = features[0].new_zeros(*coordinates.shape[2:], features[0].shape[-1])
+            scale_ids = torch.zeros_like(self._scale_counts)
+            for (schedule, rows), part in zip(groups.items(), features):
+                joined[rows, : part.shape[1]] = part
+                scale_ids[rows] = scale_numbers[schedule]
+        return embedding(joined, scale_ids, self._scale_counts), coordinates, occupied
+
+    def draw(self, scale: int, logits: torch.Tensor):
+        """Draw the codes of a scale from logits (B, n, V) for the images whose given ones do not reach so far."""
+        for schedule, rows in self.groups.items():
+            if scale < schedule.num_scales:
+                start, stop = schedule.offsets[scale : scale + 2]
+                rows = self._without_given(rows, stop)
+                if rows:
+                    own = logits if rows == slice(None) else logits[rows, : stop - start]
+                    self.image_tokens[rows, start:stop] = self._draw(scale, own, rows, schedule)
+
+    def _without_given(self, rows: slice | list[int], stop: int) -> slice | list[int]:
+        """Those of a group's rows whose codes up to `stop` are not all given."""
+        if not any(self._num_given):
+            return rows
+        members = range(len(self.schedules)) if isinstance(rows, slice) else rows
+        missing = [row for row in members if self._num_given[row] < stop]
+        return rows if len(missing) == len(members) else missing
+
+    def _draw(self, scale: int, logits: torch.Tensor, rows: slice | list[int], schedule: ScaleSchedule) -> torch.Tensor:
+        if self.region is not None:
+            codes_before = self.image_tokens[rows, : schedule.offsets[scale]]
+            logits = self.region.condition(logits, codes_before, rows, schedule)
+        sources = self.generator
+        if isinstance(sources, Sequence) and isinstance(rows, list):
+            sources = [sources[row] for row in rows]
+        drawn = sample_codes(logits, **self.sampling.drawing_at(scale, schedule.num_scales), generator=sources)
+        if self.region is not None:
+            drawn = self.region.keep_outside(drawn, codes_before, rows, schedule)
+        return drawn
+
+    def counts(self, scale: int) -> list[int]:
+        """How many codes of each image are drawn once `scale` is."""
+        return [schedule.offsets[min(scale + 1, schedule.num_scales)] for schedule in self.schedules]
+
+    def state(self, scale: int, logits: torch.Tensor) -> ScaleState:
+        """What a callback sees after a scale."""
+        tokens = [row[:count] for row, count in zip(self.image_tokens, self.counts(scale))]
+        return ScaleState(self.model, list(self.schedules), tokens, logits)

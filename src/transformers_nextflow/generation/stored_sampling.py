@@ -1,0 +1,59 @@
+"""The settings of sampling that a checkpoint was tuned with, as its generation config stores them."""
+
+from __future__ import annotations
+
+import warnings
+
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+
+from ..utils.checkpoint_checks import read_json
+from .sampling import ImageSampling
+
+
+# What a generation config says of images, those from texts and those after others.
+SAMPLINGS = ("image_sampling", "editing_sampling")
+
+
+class StoredSamplingMixin:
+    """Reads the settings when a model is loaded; before transformers' `GenerationMixin`."""
+
+    def adjust_generation_fn(self, generation_config, from_auto_class, from_pipeline, source, **kwargs):
+        # transformers takes its own defaults without a word where the file is broken, and reads no settings of others
+        # from a config that was made from the model's.
+        is_stored = generation_config is None and source is not None
+        stored = _stored_generation_config(source, kwargs) if is_stored else {}
+        super().adjust_generation_fn(generation_config, from_auto_class, from_pipeline, source, **kwargs)
+        for name in stored.keys() & SAMPLINGS:
+            setattr(self.generation_config, name, stored[name])
+        self._check_samplings(f"{GENERATION_CONFIG_NAME} of {source}" if is_stored else "generation_config")
+
+    def _check_samplings(self, file: str):
+        """Raises `ValueError` for settings of sampling that cannot be used, and warns where there are none."""
+        counts = [count for _, count in self.config.vq_config.scale_schedules.levels]
+        settings = {name: getattr(self.generation_config, name, None) for name in SAMPLINGS}
+        for name, values in settings.items():
+            try:
+                ImageSampling.from_dict({} if values is None else values).check_scales(counts)
+            except ValueError as error:
+                raise ValueError(f"{name} in {file} cannot be used: {error}") from error
+        if settings["image_sampling"] is None:
+            warnings.warn(
+                f"There is no image_sampling in {file}: images are drawn without guidance and at temperature 1, unless "
+                "a call says otherwise. A model that was tuned with other settings has lost them with that file.",
+                stacklevel=2,
+            )
+
+
+def _stored_generation_config(source, options: dict) -> dict:
+    """What the generation config in a folder or a repository holds; nothing where there is none.
+
+    Raises:
+        ValueError: for a file that holds no JSON object.
+    """
+    names = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+    options = {name: options[name] for name in names if options.get(name) is not None}
+    try:
+        file = cached_file(source, GENERATION_CONFIG_NAME, **options)
+    except OSError:
+        return {}
+    return read_json(file)

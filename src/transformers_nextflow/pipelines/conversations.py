@@ -1,0 +1,301 @@
+"""What the pipeline does over several images: videos and conversations, each on one cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+
+from ..generation.image_codes import ImageCodes
+from ..generation.interleaved import InterleavedStreamer
+from ..generation.likelihood import score_answers, score_images
+from ..generation.sampling import ImageSampling, PerScale
+from ..generation.sequence_writer import Prompts
+from ..generation_nextflow import InterleavedGenerationOutput
+from ..processing_nextflow import check_prompts
+from ..sequence.chat_encoding import encode_text
+from ..utils.evaluation_mode import evaluation_mode
+from ..utils.short_repr import short_repr
+from .requests import ImageInput, ImageRequest, pixels_of_size, requested_schedule
+
+
+@dataclass
+class NextFlowVideoOutput:
+    """Videos.
+
+    Args:
+        frames: of each video its images, all of one size; a given first one is among them as the model read it.
+        transitions: of each video the texts between its frames.
+    """
+
+    frames: list[list[Image.Image]]
+    transitions: list[list[str]]
+
+
+@dataclass(frozen=True)
+class NextFlowScores:
+    """How well images and prompts fit, (B,) each, in nats over all tokens.
+
+    Args:
+        image_given_text: log-likelihood of the image's codes after the prompt.
+        text_given_image: log-likelihood of the prompt as the description of the image.
+    """
+
+    image_given_text: torch.Tensor
+    text_given_image: torch.Tensor
+
+
+class ConversationMixin:
+    """`video`, `chat` and `score` of [`NextFlowPipeline`]."""
+
+    @torch.no_grad()
+    def video(
+        self,
+        prompt: str | list[str] | list[list[str]],
+        image: ImageInput | list[ImageInput] | None = None,
+        num_frames: int | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        max_transition_tokens: int = 32,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        **sampling: PerScale | None,
+    ) -> NextFlowVideoOutput:
+        """Draw videos, frame by frame, each after all earlier ones and a text of what changes (paper, section 5.4).
+
+        Args:
+            prompt: of a video, or a list of them. The model then writes the texts between frames. Or a list for each
+                video: its prompt, then what changes before the second frame, the third, and so on.
+            image: the first frame, which keeps its size; or a list with one for each prompt of a list. Default: drawn
+                too.
+            num_frames: frames of a video, a given first one included; default: as many as a list of texts has.
+            negative_prompt: what guidance leads away from at every frame.
+            height, width: pixels where no first frame is given; default: the square of the model's largest level.
+            max_transition_tokens: how long the texts between frames are at most: `num_frames` times so many tokens in
+                a video.
+            generator: one for all videos, or one for each.
+            sampling: values of [`ImageSampling`] that differ from the checkpoint's own for edits.
+
+        Raises:
+            ValueError: for texts that are not as many as the frames, videos mixed with lists of texts, and what
+                `__call__` refuses.
+        """
+        self._check_reads("video")
+        scripts = _scripts(prompt, num_frames)
+        is_scripted = not isinstance(prompt, str) and isinstance(prompt[0], list | tuple)
+        prompts = [script[0] for script in scripts]
+        if image is not None and len(prompts) == 1 and not isinstance(image, list | tuple):
+            image = [image]
+        if image is None and sampling.get("image_guidance_scale") is None:
+            sampling["image_guidance_scale"] = 1.0  # there is no image to be guided towards, whatever edits have
+        # All frames but the first are drawn after others.
+        sampling, size = self._sampling(True, **sampling), (height, width)
+        request = ImageRequest.build(self.processor, prompts, negative_prompt, image, None, size, None, False, False)
+        self.check_inputs(request, sampling, 1, 1, generator, "pil", ())
+        with self._call():
+            inputs = self._drawing_inputs(request, sampling)
+            given = 0 if image is None else 1
+            if given:
+                firsts = _first_frames(self.processor, request)
+                # The answer begins with what changes after the first frame.
+                inputs |= self.processor.apply_image_prompt(prompts, request.images, answer="").to(self.model.device)
+            if is_scripted:
+                finished = self._draw_script(scripts, given, inputs, request, sampling, generator)
+            else:
+                count = num_frames - given
+                finished = self.model.generate_interleaved(
+                    **inputs, min_images=count, max_images=count, max_new_tokens=max_transition_tokens * num_frames,
+                    sampling=sampling, generator=generator,
+                )  # fmt: skip
+            drawn = self.model.decode_image_tokens(finished.image_tokens, finished.image_grids)
+            images = iter(self.processor.post_process_images(drawn))
+            videos = [[next(images) for _ in range(num_frames or len(script))] for script in scripts]
+            if given:
+                videos = [[first, *video[1:]] for first, video in zip(firsts, videos)]
+            transitions = [script[1:] for script in scripts] if is_scripted else self._texts_between(finished, given)
+        return NextFlowVideoOutput(videos, transitions)
+
+    def _draw_script(self, scripts, given: int, inputs: dict, request, sampling, generator) -> Prompts:
+        """Frames with given texts between them."""
+        tokenizer, boi = self.processor.tokenizer, self.processor.boi_token_id
+        read_last = self.processor.read_last_scale
+        inputs.pop("image_sizes")
+        texts = [[encode_text(tokenizer, text) for text in script[1:]] for script in scripts]
+        # The prompts of videos without a first frame end with its <boi>.
+        room = [
+            sum(len(text) for text in row) + schedule.num_positions(read_last) * (len(row) + 1 - given) - 1 + given
+            for row, schedule in zip(texts, request.schedules)
+        ]
+        with evaluation_mode(self.model):
+            writer = self.model.sequence_writer(**inputs, schedules=request.schedules, sampling=sampling, room=room)
+            for frame in range(given, len(scripts[0])):
+                if frame > 0:
+                    writer.append([[*row[frame - 1], boi] for row in texts])
+                writer.draw(
+                    ImageCodes(self.unwrapped_model, request.schedules, sampling, generator), range(len(scripts))
+                )
+        return writer.finished()
+
+    def _texts_between(self, output: InterleavedGenerationOutput, given: int) -> list[list[str]]:
+        """Of each row the texts before its images, without what stands before a video's first."""
+        texts = []
+        for ids, pieces in zip(output.input_ids, output.segments):
+            row, text = [], ""
+            for piece in pieces:
+                if piece.image is None:
+                    text = self.processor.decode(ids[piece.start : piece.stop], skip_special_tokens=True).strip()
+                else:
+                    row.append(text)
+                    text = ""
+            texts.append(row if given else row[1:])
+        return texts
+
+    @torch.no_grad()
+    def chat(
+        self,
+        messages: list[dict] | list[list[dict]],
+        max_new_tokens: int | None = None,
+        min_images: int = 0,
+        max_images: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        streamer: InterleavedStreamer | None = None,
+        sampling: ImageSampling | None = None,
+        **kwargs,
+    ) -> dict | list[dict]:
+        """Answer a conversation, or a batch of them, with text, images or both.
+
+        >>> message = pipe.chat([{"role": "user", "content": [{"type": "text", "text": "draw a red circle."}]}])
+        >>> message["content"]
+        [{"type": "image", "image": <PIL.Image.Image …>}]
+
+        Args:
+            messages: in chat format; the parts of a message are of type "text", "image" or "video" (a video, read frame
+                by frame). What this method returns can be appended.
+            max_new_tokens, min_images, max_images, generator, streamer, kwargs: as in `generate_interleaved`.
+            height, width: pixels of what is drawn; default: as `generate_interleaved` has it, and of one side alone the
+                square's.
+            sampling: of images, without an `image_guidance_scale`; default: the checkpoint's own.
+
+        Returns:
+            The assistant's message, or a list of them.
+
+        Raises:
+            ValueError: for messages that the chat template refuses, and what `generate_interleaved` refuses.
+        """
+        self._check_reads("chat")
+        if not isinstance(messages, list | tuple) or not messages:
+            raise ValueError(
+                f"messages must be a list of messages, or a list of such lists, got {short_repr(messages)}."
+            )
+        # Guidance compares with nothing said and shown at once.
+        if sampling is None:
+            sampling = replace(self.model.default_image_sampling, image_guidance_scale=1.0)
+        elif sampling.image_guidance_scale != 1:
+            raise ValueError("chat has no image_guidance_scale; leave it at 1, or edit by calling the pipeline.")
+        is_batch = isinstance(messages[0], list | tuple)
+        conversations = messages if is_batch else [messages]
+        inputs = self.processor.apply_chat_template(
+            conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            processor_kwargs={"padding": True},
+        )  # fmt: skip
+        inputs, sizes = dict(inputs), {}
+        if max_images > 0:
+            negative = self.processor.apply_image_prompt([""] * len(conversations), allow_empty=True)
+            inputs |= {f"negative_{name}": value for name, value in negative.items()}
+        if height is not None or width is not None:
+            schedule = requested_schedule(self.processor, (height, width), None)
+            size = schedule.image_size(self.processor.image_processor.patch_size)
+            sizes = {"image_sizes": [size] * len(conversations)}
+        with self._call():
+            inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+            output = self.model.generate_interleaved(
+                **inputs, **sizes, max_new_tokens=max_new_tokens, min_images=min_images, max_images=max_images,
+                sampling=sampling, generator=generator, streamer=streamer, tokenizer=self.processor.tokenizer,
+                **kwargs,
+            )  # fmt: skip
+            answers = [self._message(output, row) for row in range(len(conversations))]
+        return answers if is_batch else answers[0]
+
+    def _message(self, output: InterleavedGenerationOutput, row: int) -> dict:
+        content = []
+        for piece in output.segments[row]:
+            if piece.image is None:
+                ids = output.input_ids[row, piece.start : piece.stop]
+                text = self.processor.decode(ids, skip_special_tokens=True)
+                if text:
+                    content.append({"type": "text", "text": text})
+            else:
+                chosen = [piece.image]
+                pixels = self.model.decode_image_tokens(output.image_tokens[chosen], output.image_grids[chosen])
+                content.append({"type": "image", "image": self.processor.post_process_images(pixels)[0]})
+        return {"role": "assistant", "content": content}
+
+    @torch.no_grad()
+    def score(self, images: Sequence[ImageInput], prompts: Sequence[str]) -> NextFlowScores:
+        """How well images and prompts fit, judged by the model itself.
+
+        Args:
+            images: images (B) of any kind that the processor takes.
+            prompts: (B) texts.
+
+        Raises:
+            ValueError: if they differ in number, and for what the processor refuses.
+        """
+        self._check_reads("score")
+        if not isinstance(images, list | tuple) or not isinstance(prompts, list | tuple):
+            raise ValueError("score takes lists: images, and a prompt for each.")
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images came with {len(prompts)} prompts; give one for each.")
+        prompts = check_prompts(prompts)
+        inputs = self.processor.image_processor(list(images), return_tensors="pt")
+        if (count := len(inputs["image_grids"])) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts came with {count} images in lists; give one image for each.")
+        requests = [self.processor.caption_request] * len(prompts)
+        with self._call():
+            inputs = inputs.to(self.model.device)
+            codes = self.model.get_image_tokens(inputs["pixel_values"], inputs["image_grids"])
+            scored = (self.unwrapped_model, self.processor, codes, inputs["image_grids"])
+            return NextFlowScores(
+                image_given_text=score_images(*scored, prompts).image,
+                text_given_image=score_answers(*scored, requests, prompts).text,
+            )
+
+
+def _scripts(prompt, num_frames: int | None) -> list[list[str]]:
+    """Of each video its prompt, and the texts between its frames where they are given."""
+    if num_frames is not None and not isinstance(num_frames, int):
+        raise ValueError(f"num_frames must be a whole number from 2, got {num_frames!r}.")
+    if not isinstance(prompt, str) and not (isinstance(prompt, list | tuple) and prompt):
+        raise ValueError(
+            f"prompt must be a video's text, its frames' texts, or a list of either, got {short_repr(prompt)}."
+        )
+    videos = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+    given = [isinstance(video, list | tuple) for video in videos]
+    if any(given) and not all(given):
+        raise ValueError("A batch holds either prompts of videos or lists of texts, not both; call video twice.")
+    scripts = [list(video) if isinstance(video, list | tuple) else [video] for video in videos]
+    if videos and all(given):
+        lengths = {len(script) for script in scripts} | ({num_frames} if num_frames is not None else set())
+        if len(lengths) > 1:
+            raise ValueError(
+                f"All videos of a batch have one text for each of num_frames frames, got {sorted(lengths)}."
+            )
+    elif num_frames is None:
+        raise ValueError("Say how long the video is: num_frames, or a text for each frame.")
+    length = len(scripts[0]) if num_frames is None else num_frames
+    if length < 2:
+        raise ValueError(f"A video has at least 2 frames, got {length}; call the pipeline for one.")
+    return scripts
+
+
+def _first_frames(processor, request: ImageRequest) -> list[Image.Image]:
+    """The given first frames as the model reads them."""
+    for row in request.images:
+        if len(row) != 1:
+            raise ValueError(f"A video goes on from one first frame, got {len(row)}; call the pipeline for several.")
+    pixels = pixels_of_size(processor, [row[0] for row in request.images], request.schedules)
+    return processor.post_process_images(pixels)

@@ -1,0 +1,116 @@
+"""Conversations and texts of users as tokens. Special tokens that a text spells out are read as plain text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..tokenization_nextflow import CLOSE, OPEN
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """A conversation as tokens, one placeholder for each image.
+
+    Args:
+        ids: token ids.
+        starts: of each token the character of the rendered conversation at which it begins.
+        is_answer: of each token whether the template's `generation` marks it as the assistant's.
+    """
+
+    ids: list[int]
+    starts: list[int]
+    is_answer: list[bool]
+
+
+def encode_chats(
+    tokenizer: PreTrainedTokenizerBase,
+    chats: Sequence[list[dict]],
+    chat_template: str,
+    with_answers: bool = False,
+    **template_kwargs,
+) -> list[EncodedChat]:
+    """Encode conversations. Only the special tokens that the template writes are read as such.
+
+    Args:
+        with_answers: whether to ask the template which tokens the assistant wrote.
+        template_kwargs: such as `add_generation_prompt`.
+
+    Raises:
+        ValueError: for text that holds one of the two noncharacters that mark special tokens here.
+    """
+    special = _special_tokens(tokenizer)
+    rendered, spans = render_jinja_template(
+        conversations=[_marked(list(chat), special) for chat in chats],
+        chat_template=chat_template,
+        return_assistant_tokens_mask=with_answers,
+        **tokenizer.special_tokens_map | template_kwargs,
+    )
+    return [_encode(tokenizer, text, own) for text, own in zip(rendered, spans or [[]] * len(rendered))]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that stands outside of any template, such as a given answer."""
+    return _encode(tokenizer, _marked(text, _special_tokens(tokenizer)), []).ids
+
+
+def check_spells_out_no_special_tokens(tokenizer: PreTrainedTokenizerBase, value: Any):
+    """Raises `ValueError` for a special token in any string of a conversation."""
+    if found := _special_tokens(tokenizer).search("\n".join(_strings(value))):
+        raise ValueError(
+            f"The conversation spells out {found[0]}, which this version of transformers would obey; leave it out, or "
+            "upgrade transformers."
+        )
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, marked: str, answers: Sequence[tuple[int, int]]) -> EncodedChat:
+    ids, starts, place = [], [], 0
+    # Every second piece is a token that a text spells out.
+    for index, piece in enumerate(re.split(f"{OPEN}(.*?){CLOSE}", marked, flags=re.DOTALL)):
+        if index % 2:
+            own = _plain_ids(tokenizer, piece)
+            begins = [place] * len(own)
+        else:
+            encoded = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+            own, begins = encoded["input_ids"], [place + start for start, _ in encoded["offset_mapping"]]
+        ids, starts, place = ids + own, starts + begins, place + len(piece)
+    # Of the text without marks.
+    spans = [tuple(end - sum(map(marked[:end].count, (OPEN, CLOSE))) for end in span) for span in answers]
+    return EncodedChat(ids, starts, [any(first <= start < last for first, last in spans) for start in starts])
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # The tokenizer's own switch for this is state that all threads share.
+    backend = tokenizer.backend_tokenizer
+    text = backend.normalizer.normalize_str(text) if backend.normalizer else text
+    words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)] if backend.pre_tokenizer else [text]
+    return [token.id for word in words for token in backend.model.tokenize(word)]
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _marked(value: Any, special: re.Pattern) -> Any:
+    """Every string in messages with its special tokens between marks."""
+    if isinstance(value, str):
+        if OPEN in value or CLOSE in value:
+            raise ValueError(f"The text holds U+FDD0 or U+FDD1, which are no characters: {value[:200]!r}.")
+        return special.sub(rf"{OPEN}\g<0>{CLOSE}", value)
+    if isinstance(value, dict):
+        return {key: _marked(inner, special) for key, inner in value.items()}
+    return [_marked(inner, special) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [text for part in inner for text in _strings(part)]

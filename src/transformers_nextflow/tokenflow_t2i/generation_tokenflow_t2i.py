@@ -1,0 +1,189 @@
+"""TokenFlow-t2i's scale loop: NextFlow's parts, with a cache the original lacks, and its rounds of refinement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..generation.cached_sequences import CachedSequences
+from ..generation.image_codes import ImageCodes
+from ..generation.sampling import Generators, ImageSampling, guide_over_contexts
+from ..generation.sequence_writer import Prompts, ScaleCallback, join_prompts
+from ..generation_nextflow import ImageGenerationOutput
+from ..sequence.layout import check_num_positions
+from ..utils.evaluation_mode import in_evaluation_mode
+
+
+@dataclass(frozen=True)
+class RefinedImageSampling(ImageSampling):
+    """[`ImageSampling`] with rounds of refinement.
+
+    In a round the slots of a scale read its own codes too, and all of them are drawn anew. The first scale, whose slot
+    is the prompt's last token, is not refined.
+
+    Args:
+        refinements: `(top_k, top_p)` of each round; `None` for all codes. The original's three rounds are `top_k=1200,
+            top_p=0.8` at first, then `refinements=((100, 0.8), (1, 1.0))`.
+    """
+
+    refinements: Sequence[tuple[int | None, float]] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        rounds = self.refinements if isinstance(self.refinements, Sequence) else [self.refinements]
+        if not all(isinstance(options, Sequence) and len(options) == 2 for options in rounds):
+            raise ValueError(f"refinements must be pairs of top_k and top_p, got {self.refinements!r}.")
+        self.rounds  # raises for values out of range
+
+    @property
+    def rounds(self) -> list[ImageSampling]:
+        """The settings of the first drawing and of each refinement."""
+        first = replace(self, refinements=()) if self.refinements else self
+        return [first, *(replace(first, top_k=top_k, top_p=top_p) for top_k, top_p in self.refinements)]
+
+
+class PromptedSequences(CachedSequences):
+    """Prompts with one image each on one cache; slots follow the prompt's last token one by one."""
+
+    def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Read prompts (R, L), padded on the left; returns hidden states (R, L, D)."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self.position = mask.sum(-1, keepdim=True) - 1
+        self.valid = None if bool(mask.all()) else mask
+        return self.model.read(input_ids, attention_mask, past_key_values=self.cache, use_cache=True).last_hidden_state
+
+    def read_slots(
+        self, embeds: torch.Tensor, coordinates: torch.Tensor, occupied: torch.Tensor | None, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """Read the slots (B, n, D) of a scale; `coordinates` (n,) are their places behind the prompt's last token.
+
+        All `rows` (C, B) read; returns hidden states (C, B, n, D).
+        """
+        embeds = embeds.expand(len(rows), -1, -1, -1).flatten(0, 1)
+        return self._read(embeds, self.position + coordinates, occupied).unflatten(0, rows.shape)
+
+    def read_slots_again(
+        self, embeds: torch.Tensor, coordinates: torch.Tensor, occupied: torch.Tensor | None, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """Read the slots of the scale read last with other embeddings; what comes later sees the first reading."""
+        first, valid = [(layer.keys, layer.values) for layer in self.cache.layers], self.valid
+        self.cache.crop(-embeds.shape[1])
+        self.valid = None if valid is None else valid[:, : -embeds.shape[1]]
+        hidden_states = self.read_slots(embeds, coordinates, occupied, rows)
+        for layer, (keys, values) in zip(self.cache.layers, first):
+            layer.keys, layer.values = keys, values
+        self.valid = valid
+        return hidden_states
+
+
+class RefinedImageCodes(ImageCodes):
+    """Images of one size; their slots read all scales before, and in refinement their own codes too."""
+
+    def slots(self, scale: int, with_own_codes: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        (schedule,) = self.groups
+        embeds = self.model.embed_slots(self.image_tokens, scale, with_own_codes)
+        start, stop = schedule.offsets[scale : scale + 2]
+        return embeds, torch.arange(start, stop, device=embeds.device), None
+
+
+class TokenFlowT2IDrawingMixin:
+    """`generate_images` draws; there is no `generate`, since the model writes no text."""
+
+    @in_evaluation_mode
+    @torch.no_grad()
+    def generate_images(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        negative_input_ids: torch.LongTensor | None = None,
+        negative_attention_mask: torch.Tensor | None = None,
+        sampling: ImageSampling | None = None,
+        generator: Generators = None,
+        callback: ScaleCallback | None = None,
+        given_image_tokens: torch.LongTensor | None = None,
+        **unknown,
+    ) -> ImageGenerationOutput:
+        """Draw one image for each prompt, as [`~NextFlowForConditionalGeneration.generate_images`] does.
+
+        Args:
+            input_ids: (B, L) prompts, left padded.
+            attention_mask: (B, L).
+            image_sizes: (height, width) in pixels of each image: the model's own, which is the default.
+            negative_input_ids, negative_attention_mask: (B, L') what guidance leads away from.
+            sampling: default: `config.image_sampling`.
+            generator: one for all, or one for each image.
+            callback: `callback(model, scale, state)` after each scale, counted from 0; `False` stops the drawing.
+            given_image_tokens: (B, n) codes of the first whole scales, which are kept and not drawn.
+
+        Raises:
+            ValueError: for inputs that do not fit together, another size, and what the model does not take, such as
+                images in prompts.
+        """
+        given = sorted(name for name, value in unknown.items() if value is not None)
+        if given:
+            raise ValueError(f"TokenFlow-t2i draws from text alone and does not take {', '.join(given)}.")
+        sampling = sampling or self.default_image_sampling
+        schedules = [self.config.schedule] * len(input_ids)
+        num_scales = self.config.schedule.num_scales
+        if sampling.is_guided(num_scales, "image_guidance_scale"):
+            raise ValueError("TokenFlow-t2i reads no images; leave image_guidance_scale at 1.")
+        prompts = [(input_ids, attention_mask)]
+        if sampling.is_guided(num_scales):
+            prompts.append((negative_input_ids, negative_attention_mask))
+        self._check_prompts(prompts, image_sizes)
+
+        drawing = RefinedImageCodes(self, schedules, sampling, generator, given_image_tokens)
+        sequences, joined = PromptedSequences(self), join_prompts([Prompts(*part) for part in prompts])
+        rows = torch.arange(len(joined.input_ids), device=input_ids.device).view(len(prompts), -1)
+        hidden_states = sequences.read(joined.input_ids, joined.attention_mask)[:, -1:].unflatten(0, rows.shape)
+        for scale in range(num_scales):
+            if scale > 0:
+                hidden_states = sequences.read_slots(*drawing.slots(scale), rows)
+            rounds = getattr(sampling, "rounds", [sampling])
+            for index, options in enumerate(rounds if scale > 0 else rounds[:1]):
+                drawing.sampling = options
+                if index > 0:
+                    hidden_states = sequences.read_slots_again(*drawing.slots(scale, with_own_codes=True), rows)
+                logits = guide_over_contexts(self.visual_head(hidden_states).float(), drawing.guidance[scale])
+                drawing.draw(scale, logits)
+            if scale == drawing.last_guided_scale:
+                sequences.keep(rows[0])
+                rows = rows[:1]
+            if callback is not None and callback(self, scale, drawing.state(scale, logits)) is False:
+                break
+        return ImageGenerationOutput(
+            image_tokens=drawing.image_tokens[:, : max(drawing.counts(scale))],
+            image_grids=torch.tensor([schedule.final_grid for schedule in schedules], device=input_ids.device),
+        )
+
+    @property
+    def default_image_sampling(self) -> RefinedImageSampling:
+        """The settings a checkpoint was tuned with: `image_sampling` of its config."""
+        return RefinedImageSampling.from_dict(self.config.image_sampling)
+
+    # It reads no images, which `generate_images` says where some come.
+    default_editing_sampling = default_image_sampling
+
+    def _check_prompts(self, prompts, image_sizes):
+        count, size = len(prompts[0][0]), self.config.image_size
+        if count < 1:
+            raise ValueError("There is no prompt: input_ids have no rows.")
+        for other in image_sizes or []:
+            if tuple(other) != size:
+                raise ValueError(
+                    f"TokenFlow-t2i draws images of {size[0]}x{size[1]} pixels alone, got {other[0]}x{other[1]}."
+                )
+        if image_sizes is not None and len(image_sizes) != count:
+            raise ValueError(f"{count} prompts came with {len(image_sizes)} image_sizes; give one for each.")
+        if any(ids is None for ids, _ in prompts):
+            raise ValueError("Guidance needs negative_input_ids; take an empty prompt, or guidance_scale=1.")
+        for ids, mask in prompts:
+            if len(ids) != count:
+                raise ValueError(f"{count} prompts came with {len(ids)} negative ones.")
+            length = ids.shape[1] if mask is None else int(mask.sum(1).max())
+            # The first slot is the prompt's last token.
+            check_num_positions(length + self.config.schedule.num_tokens - 1, self.config)

@@ -1,0 +1,90 @@
+"""Reward functions whose answers are looked at before they are believed."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Set
+from functools import partial
+
+
+# Beyond it, squares of rewards leave float32 when a group's standard deviation is taken, and nothing would be learned.
+LARGEST_REWARD = 1e15
+
+
+def check_rewards(name: str, rewards: Iterable[float | None], count: int) -> list[float | None]:
+    """The answer of a reward function to `count` images as numbers; `None` leaves an image out.
+
+    Args:
+        rewards: a list, a tensor or an array: one number, or a tensor or an array of one, for each image in order.
+
+    Raises:
+        ValueError: for another kind of answer, such as a dict, another number of rewards, and a reward that is no
+            number, not finite, or beyond 1e15.
+    """
+    try:
+        if isinstance(rewards, str | bytes | Set) or hasattr(rewards, "keys"):
+            raise TypeError("it has no order of images")
+        rewards = list(rewards)
+    except TypeError as error:
+        raise ValueError(
+            f"The reward {name!r} must return a list with one number for each image, or None for an image that it "
+            f"does not score; got {type(rewards).__name__}: {error}."
+        ) from error
+    if len(rewards) != count:
+        raise ValueError(f"The reward {name!r} returned {len(rewards)} rewards for {count} images; return one each.")
+    return [_check_reward(name, index, reward) for index, reward in enumerate(rewards)]
+
+
+def _check_reward(name: str, index: int, reward) -> float | None:
+    try:
+        # Of tensors and arrays the only element.
+        value = reward.item() if hasattr(reward, "item") else reward
+        if isinstance(value, str | bytes):
+            raise TypeError("a text is no number")
+        value = None if value is None else float(value)
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"The reward {name!r} is a {type(reward).__name__} for image {index}: {error}; return a number, or None."
+        ) from error
+    if value is not None and not math.isfinite(value):
+        raise ValueError(
+            f"The reward {name!r} is {value} for image {index}; return finite numbers, or None for an image that "
+            "cannot be scored."
+        )
+    if value is not None and abs(value) > LARGEST_REWARD:
+        raise ValueError(
+            f"The reward {name!r} is {value:.3g} for image {index}; rewards lie within ±{LARGEST_REWARD:.0e}, scale "
+            "it down."
+        )
+    return value
+
+
+def checked(function: Callable) -> Callable:
+    """A reward function, sync or async, whose answers go through `check_rewards`; it keeps its name.
+
+    Raises:
+        ValueError: for what is no function, such as a model or its name.
+    """
+    if not callable(function) or hasattr(function, "parameters"):
+        raise ValueError(
+            "A reward of images is a function reward(prompts, completions, **columns), got "
+            f"{type(function).__name__}; see transformers_nextflow.trainers.rl.rewards for functions around models."
+        )
+    inner = function
+    while isinstance(inner, partial):
+        inner = inner.func
+    name = getattr(inner, "__name__", type(inner).__name__)
+
+    if inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(inner.__call__):
+
+        async def reward(*, completions, **kwargs):
+            return check_rewards(name, await function(completions=completions, **kwargs), len(completions))
+
+    else:
+
+        def reward(*, completions, **kwargs):
+            return check_rewards(name, function(completions=completions, **kwargs), len(completions))
+
+    reward.__name__ = name
+    return reward

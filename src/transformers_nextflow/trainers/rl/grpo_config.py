@@ -1,0 +1,146 @@
+"""Settings of RL on images: TRL's, and what images add."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from ...generation.sampling import ImageSampling
+from ..runs.checked_arguments import NOT_NEGATIVE, CheckedArguments
+from .prefix_objective import RATIO_LEVELS
+
+
+try:
+    from accelerate.utils import get_int_from_env
+    from trl import GRPOConfig
+except ImportError as error:
+    raise ImportError("RL needs trl: pip install transformers-nextflow[rl]") from error
+
+
+# "cond": without guidance and truncation; "guided": with guidance; "guided_truncated": the sampler's own policy.
+LIKELIHOODS = ("cond", "guided", "guided_truncated")
+# Images of a group where neither batches nor groups are given (arXiv 2601.02256); smaller batches make smaller groups.
+GROUP_SIZE = 16
+# What TRL has for texts, or for losses other than the one here.
+NOT_FOR_IMAGES = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs", "cache_implementation",
+    "max_completion_length", "use_vllm", "use_transformers_continuous_batching", "chat_template_kwargs",
+    "model_init_kwargs", "cast_lm_head_to_fp32", "loss_type", "delta", "top_entropy_quantile", "entropy_coef",
+    "use_adaptive_entropy", "off_policy_mask_threshold", "use_bias_correction_kl", "mask_truncated_completions",
+    "sync_ref_model", "log_completions",
+)  # fmt: skip
+
+
+@dataclass
+class NextFlowGRPOConfig(CheckedArguments, GRPOConfig):
+    """TRL's `GRPOConfig` and what images add. Where the paper (section 3.2.5) names no value, the default is ours.
+    See also [`CheckedArguments`].
+
+    `epsilon`, `epsilon_high`, `beta`, `num_iterations`, `scale_rewards`, `reward_weights` and all that shapes batches
+    mean what they mean in TRL. What is about texts is refused when it is set.
+
+    Args:
+        num_generations: images of a group, which share a prompt; default: the largest number up to 16 that divides the
+            batch of rollouts.
+        per_device_train_batch_size, per_device_eval_batch_size: images of a process's batch; default: one group.
+        learning_rate: default: 1e-6, or 1e-5 where an adapter is trained.
+        num_prefix_scales: the first scales, which alone are trained and run through the model (the paper's m); default:
+            the paper's 8, or fewer where the checkpoint samples fewer before its first scale at temperature 0.
+        scale_alpha: a code of an h x w grid weighs (h·w)^-scale_alpha.
+        likelihood: whose probabilities are compared: "guided_truncated", those that the sampler drew from; "guided",
+            without top-k and top-p; "cond", without guidance too, at a half or a third of the cost.
+        importance_sampling_level: the ratio that is clipped: of each "token", "scale_mean" or "scale_product".
+        image_sampling: settings of the rollouts, those of [`ImageSampling`]; default the checkpoint's own.
+        num_continuations: draw so many images from each prefix, and reward it by what they are worth together: eta ·
+            log(mean(exp(reward / eta))), the "value as middle return" of arXiv 2601.02256.
+        continuation_eta: eta of it: small values look at the best image, large ones at the mean.
+        fine_beta: penalty on the KL of the scales behind the prefix, which the same weights draw; above 0 all scales
+            are brought through the model.
+        kl_logging_steps: every so many steps the KL of all scales is logged, `scale_k/kl`; it costs two passes over
+            all scales.
+        max_advantage: advantages are cut at so many standard deviations.
+        max_prompt_length: in tokens, the slots of images included; a longer prompt raises an error, before training
+            where it is the text that is too long, else when it is drawn.
+    """
+
+    rules = ((("beta", "fine_beta", "epsilon", "epsilon_high", "continuation_eta"), *NOT_NEGATIVE),)
+
+    num_generations: int | None = field(default=None)
+    per_device_train_batch_size: int | None = field(default=None)
+    per_device_eval_batch_size: int | None = field(default=None)
+    learning_rate: float | None = field(default=None)
+    adam_beta2: float = field(default=0.95)
+    weight_decay: float = field(default=0.05)
+    max_grad_norm: float = field(default=1.0)
+    beta: float = field(default=0.01)
+    disable_dropout: bool = field(default=True)
+    num_prefix_scales: int | None = field(default=None)
+    scale_alpha: float = field(default=0.9)
+    likelihood: str = field(default="guided_truncated")
+    importance_sampling_level: str = field(default="token")
+    image_sampling: dict | None = field(default=None)
+    num_continuations: int = field(default=1)
+    continuation_eta: float = field(default=1.0)
+    fine_beta: float = field(default=0.0)
+    kl_logging_steps: int | None = field(default=None)
+    max_advantage: float = field(default=5.0)
+    max_prompt_length: int | None = field(default=None)
+
+    def __post_init__(self):
+        if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
+            self.bf16 = False  # TRL's default would be an error on a machine without an accelerator
+        self._fill_batches_with_groups()
+        super().__post_init__()
+        for name, allowed in (("likelihood", LIKELIHOODS), ("importance_sampling_level", RATIO_LEVELS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        for name in ("num_prefix_scales", "num_continuations", "kl_logging_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        for name in ("max_advantage", "continuation_eta"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if self.beta == 0 and (self.fine_beta or self.kl_logging_steps):
+            raise ValueError(
+                "fine_beta and kl_logging_steps compare with a reference, which beta=0 leaves out; set beta."
+            )
+        defaults = {f.name: f.default for f in fields(self)}
+        for name in NOT_FOR_IMAGES:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no meaning for images; leave it out. How they are drawn is "
+                    "set by image_sampling."
+                )
+        cycle = self.steps_per_generation * self.num_iterations
+        saved = self.save_steps * self.gradient_accumulation_steps
+        if self.save_strategy == "steps" and self.save_steps >= 1 and saved % cycle:
+            raise ValueError(
+                f"save_steps={self.save_steps} would save between the steps that share one batch of rollouts, from "
+                f"where no run can go on exactly; take a multiple of {cycle} / gradient_accumulation_steps steps."
+            )
+        ImageSampling.from_dict(self.image_sampling or {})  # raises for values out of range
+
+    def _fill_batches_with_groups(self):
+        """Sizes of batches and groups that are not given follow from those that are: a batch holds whole groups."""
+        processes = get_int_from_env(("WORLD_SIZE",), 1)
+        if self.per_device_train_batch_size is None:
+            group = self.num_generations or GROUP_SIZE
+            share = group if self.generation_batch_size is None else self.generation_batch_size // processes
+            self.per_device_train_batch_size = _largest_divisor(share, group)
+        if self.num_generations is None:
+            steps = self.steps_per_generation or self.gradient_accumulation_steps
+            batch = self.generation_batch_size or self.per_device_train_batch_size * processes * steps
+            self.num_generations = _largest_divisor(batch, GROUP_SIZE)
+            if self.num_generations == 1:
+                raise ValueError(
+                    f"A batch of {batch} rollouts cannot be divided into groups of 2 to {GROUP_SIZE}; give another "
+                    "per_device_train_batch_size, or num_generations."
+                )
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = self.num_generations_eval or self.num_generations
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return next((divisor for divisor in range(min(number, most), 1, -1) if number % divisor == 0), 1)

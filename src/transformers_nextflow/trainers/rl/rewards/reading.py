@@ -1,0 +1,58 @@
+"""The model's own reading of an image as a reward: no other model is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from ....generation.likelihood import score_answers
+from ....processing_nextflow import NextFlowProcessor
+
+
+Ask = Callable[[str], Sequence[tuple[str, str]]]
+
+
+def ask_for_caption(processor: NextFlowProcessor) -> Ask:
+    """The one question whose answer is the prompt itself: to describe the image."""
+    return lambda prompt: [(processor.caption_request, prompt)]
+
+
+def reading_reward(model: nn.Module, processor: NextFlowProcessor, ask: Ask, batch_size: int = 64) -> Callable:
+    """How likely a model finds the right answers to questions about each image: the mean, over its questions, of the
+    probability of the answer, per token.
+
+    Args:
+        model: the [`NextFlowForConditionalGeneration`] that reads. The model in training may read itself; a frozen copy
+            (`copy.deepcopy`) cannot come to agree with its own mistakes.
+        ask: from a prompt, questions with their answers; at least one.
+        batch_size: questions in one pass.
+    """
+
+    def own_reading(prompts, completions, completion_ids, image_grids, **_) -> list[float]:
+        questions = [list(ask(prompt)) for prompt in prompts]
+        rows = [row for row, asked in enumerate(questions) for _ in asked]
+        flat = [pair for asked in questions for pair in asked]
+        was_training = model.training
+        model.eval()
+        parts = []
+        for start in range(0, len(flat), batch_size):
+            chosen = slice(start, start + batch_size)
+            codes = [torch.tensor(completion_ids[row], device=model.device) for row in rows[chosen]]
+            texts, answers = zip(*flat[chosen])
+            scores = score_answers(
+                model,
+                processor,
+                pad_sequence(codes, batch_first=True, padding_value=-1),
+                torch.tensor([image_grids[row] for row in rows[chosen]], device=model.device),
+                list(texts),
+                list(answers),
+            )
+            parts.append((scores.text / scores.num_text_tokens).exp())
+        model.train(was_training)
+        totals = torch.zeros(len(prompts)).index_add(0, torch.tensor(rows), torch.cat(parts).float().cpu())
+        return (totals / torch.tensor([len(asked) for asked in questions])).tolist()
+
+    return own_reading

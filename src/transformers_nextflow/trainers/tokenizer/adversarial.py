@@ -1,0 +1,105 @@
+"""The adversarial loss of the tokenizer: a discriminator of patches and its own half of the training (VQGAN, 2021)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN: says of every patch of an image how real it looks.
+
+    Args:
+        channels: width of the first layer; it doubles with each further one, up to eight times.
+        layers: how often an image is halved; with three a patch is 70 pixels wide.
+
+    Raises:
+        ValueError: if either is below 1.
+    """
+
+    def __init__(self, channels: int = 64, layers: int = 3):
+        super().__init__()
+        if channels < 1 or layers < 1:
+            raise ValueError(f"channels and layers must be at least 1, got {channels} and {layers}.")
+        self.smallest_side = 3 * 2**layers
+        widths = [channels * min(2**i, 8) for i in range(layers + 1)]
+        modules: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i, (before, width) in enumerate(zip(widths, widths[1:]), start=1):
+            stride = 2 if i < layers else 1
+            # Group norm in place of PatchGAN's batch norm: an image's score is its own, on any number of processes.
+            norm = nn.GroupNorm(math.gcd(32, width), width)
+            modules += [nn.Conv2d(before, width, 4, stride, padding=1, bias=False), norm, nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*modules, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        for module in self.layers:
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) in [-1, 1] → scores (B, 1, h, w), higher for what looks real.
+
+        Raises:
+            ValueError: for images smaller than one patch.
+        """
+        if min(pixels.shape[-2:]) < self.smallest_side:
+            height, width = pixels.shape[-2:]
+            raise ValueError(
+                f"Images of {height}x{width} pixels are too small, this discriminator needs sides of at least "
+                f"{self.smallest_side}; give PatchDiscriminator fewer layers."
+            )
+        return self.layers(pixels)
+
+
+class Adversary:
+    """A discriminator that is trained in step with the model that it judges, by the hinge loss.
+
+    `loss` is the model's half, `step` the discriminator's on the same images. Under several processes all start from
+    the first one's weights and step with the mean of their gradients.
+    """
+
+    def __init__(self, discriminator: nn.Module, learning_rate: float):
+        self.discriminator = discriminator.train()
+        self._parameters = [p for p in discriminator.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self._parameters, lr=learning_rate, betas=(0.5, 0.9))
+        self._pair: tuple[torch.Tensor, torch.Tensor] | None = None
+        if torch.distributed.is_initialized():
+            for tensor in discriminator.state_dict().values():
+                torch.distributed.broadcast(tensor, src=0)
+
+    def loss(self, reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        """How far the reconstruction (B, 3, H, W) is from being taken for real; keeps both images for `step`."""
+        self._pair = reconstruction.detach(), pixels.detach()
+        # The gradient goes through the discriminator, not into its weights.
+        weights = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
+        return -torch.func.functional_call(self.discriminator, weights, (reconstruction,)).mean()
+
+    def step(self) -> dict[str, torch.Tensor]:
+        """One step of the discriminator, on the images of the last `loss`; none where its gradient is not finite.
+
+        Returns its loss and the norm of its gradient, by their names.
+        """
+        assert self._pair is not None, "step comes after loss"
+        fake, real = map(self.discriminator, self._pair)
+        self.optimizer.zero_grad()
+        loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()).div(2)
+        loss.backward()
+        if torch.distributed.is_initialized():
+            for parameter in self._parameters:
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= torch.distributed.get_world_size()
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self._parameters])
+        if norm.isfinite():
+            self.optimizer.step()
+        self._pair = None
+        return {"discriminator_loss": loss.detach(), "discriminator_gradient_norm": norm}
+
+    def state_dict(self) -> dict:
+        return {"discriminator": self.discriminator.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict, learning_rate: float):
+        self.discriminator.load_state_dict(state["discriminator"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate

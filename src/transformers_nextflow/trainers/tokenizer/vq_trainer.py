@@ -1,0 +1,302 @@
+"""Training of the vision tokenizer on `Trainer`, in the paper's stages (section 2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from ...evaluation.image_metrics import contact_sheet, psnr, ssim, to_uint8
+from ...modeling_nextflow_vq import NextFlowVQModel, NextFlowVQOutput, codebook_statistics, leave_out_of_sharding
+from ...utils.atomic_files import write_whole
+from ..runs.checked_arguments import FROM_ONE, NOT_NEGATIVE, SHARE, CheckedArguments
+from ..runs.finite_training import FiniteTrainingMixin
+from ..runs.resumable_training import ResumableTrainingMixin
+from ..runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights
+from .adversarial import Adversary
+from .codebook_care import initialize_codebook, revive_dead_codes
+
+
+STAGES = ("pixel", "joint", "codebook", "decoder")
+CONTACT_SHEET_COLUMNS = 12
+TRAINER_FILE = "vq_trainer.pt"
+
+
+@dataclass
+class NextFlowVQTrainingArguments(CheckedArguments, TrainingArguments):
+    """`TrainingArguments` and what the tokenizer's stages need; see also [`CheckedArguments`].
+
+    Args:
+        stage: "pixel" trains the pixel branch as a plain autoencoder; "joint" all parts; "codebook" starts the
+            codebooks from k-means and trains them and the decoders on the latents as they are; "decoder" trains the
+            pixel decoder alone, on the codes as they are.
+        autoencoder_share: share of the joint stage's steps before the codes come in. Then the codebooks start from
+            k-means over the latents. 0 goes on from the codebooks as they are; 1 leaves them to the codebook stage.
+        scale_dropout: share of the images that are decoded from their first scales only, a number of them drawn
+            uniformly: half of all scales when it is 1.
+        latent_noise: standard deviation of the noise on the latents' sum while there is no codebook.
+        pixel_weight, semantic_weight, codebook_weight, perceptual_weight, adversarial_weight: weights of the losses.
+        adversarial_start: share of the steps after which the discriminator joins.
+        revive_every: steps between two revivals of codes that were not used in between; 0 never revives.
+        kmeans_images: images, the first of the training set, from which the codebooks start.
+        kmeans_shares: codes that each scale gets at the start; default equal shares.
+    """
+
+    rules = (
+        (("autoencoder_share", "scale_dropout", "adversarial_start"), *SHARE),
+        (("latent_noise", "pixel_weight", "semantic_weight", "codebook_weight"), *NOT_NEGATIVE),
+        (("perceptual_weight", "adversarial_weight", "revive_every"), *NOT_NEGATIVE),
+        (("kmeans_images",), *FROM_ONE),
+    )
+
+    stage: str = field(default="joint")
+    autoencoder_share: float = field(default=0.4)
+    scale_dropout: float = field(default=0.5)
+    latent_noise: float = field(default=0.1)
+    pixel_weight: float = field(default=1.0)
+    semantic_weight: float = field(default=1.0)
+    codebook_weight: float = field(default=1.0)
+    perceptual_weight: float = field(default=0.0)
+    adversarial_weight: float = field(default=0.0)
+    adversarial_start: float = field(default=0.5)
+    revive_every: int = field(default=100)
+    kmeans_images: int = field(default=4096)
+    kmeans_shares: list[int] | None = field(default=None)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.remove_unused_columns = False
+        if self.stage not in STAGES:
+            raise ValueError(f"stage must be one of {STAGES}, got {self.stage!r}.")
+
+
+class ImageCollator:
+    """Stacks the tensors of dict rows; `pixel_values` (3, H, W) of one size a batch, or a `ValueError`."""
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        columns = {name: [torch.as_tensor(row[name]) for row in rows] for name in rows[0]}
+        shapes = sorted({tuple(image.shape) for image in columns["pixel_values"]})
+        if len(shapes) > 1:
+            raise ValueError(f"Images of a batch must have one size, got {shapes}; resize them, or batch by size.")
+        return {name: torch.stack(column) for name, column in columns.items()}
+
+
+class NextFlowVQTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrainingMixin, Trainer):
+    """Trains a [`NextFlowVQModel`].
+
+    Rows hold `pixel_values` (3, H, W) in [-1, 1] and whatever `semantic_loss` reads.
+
+    Args:
+        teacher: frozen module that maps pixels (B, 3, H, W) to features (B, h, w, D); the semantic decoder learns to
+            reproduce them. A subclass that knows better targets overrides `semantic_loss` instead.
+        perceptual: callable (reconstruction, pixels) → (B,) or scalar distance, such as LPIPS.
+        discriminator: see [`PatchDiscriminator`]; trained beside the model when `adversarial_weight` > 0.
+    """
+
+    args: NextFlowVQTrainingArguments
+
+    def __init__(
+        self,
+        model: NextFlowVQModel,
+        args: NextFlowVQTrainingArguments,
+        train_dataset: Dataset,
+        teacher: nn.Module | None = None,
+        perceptual: Callable | None = None,
+        discriminator: nn.Module | None = None,
+        **kwargs,
+    ):
+        if args.perceptual_weight and perceptual is None:
+            raise ValueError("perceptual_weight > 0 needs `perceptual=`, for instance lpips.LPIPS(net='vgg').")
+        if args.adversarial_weight and discriminator is None:
+            raise ValueError("adversarial_weight > 0 needs `discriminator=`, for instance PatchDiscriminator().")
+        freeze_for_stage(model, args.stage)
+        # It may come out of a model, where it was at rest.
+        leave_out_of_sharding(model, False)
+        check_trained_weights(model, args)
+        kwargs.setdefault("data_collator", ImageCollator())
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        self.teacher, self.perceptual = teacher, perceptual
+        self.adversary = None
+        if args.adversarial_weight:
+            self.adversary = Adversary(discriminator.to(args.device), learning_rate=args.learning_rate)
+        self.model_accepts_loss_kwargs = False
+        self._losses: dict[str, list[float]] = {}
+        # Codes in use since `_counted_from`, the step of the last revival.
+        self._used: torch.Tensor | None = None
+        self._counted_from = 0
+
+    # Which losses -----------------------------------------------------------------------------------------------------
+
+    def pixel_loss(self, output: NextFlowVQOutput, inputs: dict) -> torch.Tensor:
+        return F.mse_loss(output.reconstruction, inputs["pixel_values"])
+
+    def semantic_loss(self, output: NextFlowVQOutput, inputs: dict) -> torch.Tensor:
+        """One minus the cosine to the teacher's features (TokenFlow, section 3.2)."""
+        if self.teacher is None:
+            raise ValueError("The joint stage needs `teacher=` (or a subclass with its own `semantic_loss`).")
+        with torch.no_grad():
+            target = self.teacher(inputs["pixel_values"])
+        return 1 - F.cosine_similarity(output.semantic_features, target.float(), dim=-1).mean()
+
+    @property
+    def progress(self) -> float:
+        return self.state.global_step / max(1, self.state.max_steps)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether codes take part at this step."""
+        stage = self.args.stage
+        return stage in ("codebook", "decoder") or (stage == "joint" and self.progress >= self.args.autoencoder_share)
+
+    @property
+    def _first_quantized_step(self) -> int:
+        return round(self.args.autoencoder_share * self.state.max_steps) if self.args.stage == "joint" else 0
+
+    @property
+    def _starts_codebook(self) -> bool:
+        stage = self.args.stage
+        return stage == "codebook" or (stage == "joint" and 0 < self.args.autoencoder_share < 1)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        args, pixels = self.args, inputs["pixel_values"]
+        noise = args.latent_noise if self.model.training else 0.0
+        output = model(pixels, num_scales=self._draw_num_scales(pixels), quantize=self.quantizes, latent_noise=noise)
+        losses = {"pixel_loss": args.pixel_weight * self.pixel_loss(output, inputs)}
+        if args.stage in ("joint", "codebook"):
+            losses["semantic_loss"] = args.semantic_weight * self.semantic_loss(output, inputs)
+            codebook_loss = output.codebook_loss + self._core.config.commitment_weight * output.commitment_loss
+            losses["codebook_loss"] = args.codebook_weight * codebook_loss
+        if args.perceptual_weight:
+            losses["perceptual_loss"] = args.perceptual_weight * self.perceptual(output.reconstruction, pixels).mean()
+        if self.adversary and self.progress >= args.adversarial_start:
+            losses["adversarial_loss"] = args.adversarial_weight * self.adversary.loss(output.reconstruction, pixels)
+        self.note(losses)
+        for name, value in losses.items():
+            self._losses.setdefault(name, []).append(float(value.detach()))
+        if self.model.training and output.image_tokens is not None:
+            self._count_codes(output.image_tokens)
+        loss = sum(losses.values())
+        return (loss, output) if return_outputs else loss
+
+    def _draw_num_scales(self, pixels: torch.Tensor) -> torch.Tensor | None:
+        # The decoder stage sees whole images: it polishes what is drawn, not the previews.
+        if self.args.stage not in ("joint", "codebook") or not self.model.training:
+            return None
+        num_scales = self._core.schedule_of(pixels).num_scales
+        drawn = torch.randint(1, num_scales + 1, (len(pixels),), device=pixels.device)
+        dropped = torch.rand(len(pixels), device=pixels.device) < self.args.scale_dropout
+        return torch.where(dropped, drawn, num_scales)
+
+    # Care of the codebook ---------------------------------------------------------------------------------------------
+
+    @property
+    def _core(self) -> NextFlowVQModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        args, step = self.args, self.state.global_step
+        if self._starts_codebook and step == self._first_quantized_step:
+            # The same images and the same seed on every process: no broadcast is needed.
+            rows = [self.train_dataset[i] for i in range(min(args.kmeans_images, len(self.train_dataset)))]
+            pixels = self.data_collator([{"pixel_values": row["pixel_values"]} for row in rows])["pixel_values"]
+            initialize_codebook(self._core, pixels.to(args.device), args.kmeans_shares, seed=args.seed)
+        revives = args.stage in ("joint", "codebook") and args.revive_every and step % args.revive_every == 0
+        # With gradient accumulation a step has several calls; the first revives.
+        if revives and self._used is not None and step > self._counted_from:
+            used = self.accelerator.reduce(self._used, "sum")
+            revived = revive_dead_codes(self._core, inputs["pixel_values"], used == 0, seed=args.seed + step)
+            self._losses.setdefault("revived_codes", []).append(float(revived))
+            self._used, self._counted_from = None, step
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.adversary and self.progress >= args.adversarial_start:
+            self.note(self.adversary.step())
+        return loss
+
+    def _count_codes(self, image_tokens: torch.Tensor):
+        counts = torch.bincount(image_tokens.flatten(), minlength=self._core.config.codebook_size)
+        self._used = counts if self._used is None else self._used + counts
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    def decisive_extras(self) -> dict:
+        return {"teacher": self.teacher, "perceptual": self.perceptual}
+
+    def _save_optimizer_and_scheduler(self, output_dir: str):
+        super()._save_optimizer_and_scheduler(output_dir)
+        used = None if self._used is None else self.accelerator.reduce(self._used, "sum")
+        state = {"used_codes": used, "counted_from": self._counted_from}
+        if self.adversary:
+            state["adversary"] = self.adversary.state_dict()
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / TRAINER_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        if not (file := Path(checkpoint) / TRAINER_FILE).is_file():
+            return  # asked for with resume_with_changes
+        state = torch.load(file, map_location=self.args.device, weights_only=True)
+        self._used, self._counted_from = state["used_codes"], state["counted_from"]
+        if self._used is not None and not self.is_world_process_zero():
+            # The sum over processes is the first one's; the others go on from none.
+            self._used = torch.zeros_like(self._used)
+        if self.adversary and "adversary" in state:
+            self.adversary.load_state_dict(state["adversary"], self.args.learning_rate)
+
+    # Logs -------------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        if "loss" in logs:
+            for name, values in self._losses.items():
+                logs[name] = sum(values) / len(values)
+            self._losses.clear()
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """PSNR, SSIM and codebook usage of whole reconstructions; writes a contact sheet beside the checkpoints."""
+        model = self._core.eval()
+        scores, tokens, sheet = {"psnr": [], "ssim": []}, [], None
+        for inputs in dataloader:
+            pixels = inputs["pixel_values"].to(self.args.device)
+            output = model(pixels, quantize=self.quantizes)
+            restored = (output.reconstruction.clamp(-1, 1) + 1) / 2
+            originals = (pixels + 1) / 2
+            for name, metric in (("psnr", psnr), ("ssim", ssim)):
+                scores[name].append(self.accelerator.gather_for_metrics(metric(restored, originals)))
+            if output.image_tokens is not None:
+                tokens.append(self.accelerator.gather_for_metrics(output.image_tokens))
+            sheet = sheet or [to_uint8(x[:CONTACT_SHEET_COLUMNS]) for x in (pixels, output.reconstruction)]
+        metrics = {name: float(torch.cat(values).mean()) for name, values in scores.items()}
+        if tokens:
+            metrics |= codebook_statistics(torch.cat(tokens), model.schedule_of(pixels), model.config.codebook_size)
+        if self.is_world_process_zero():
+            path = Path(self.args.output_dir) / "contact_sheets" / f"step_{self.state.global_step}.png"
+            with write_whole(path) as partial:
+                contact_sheet([[Image.fromarray(image) for image in row] for row in sheet]).save(partial)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
+
+
+def freeze_for_stage(model: NextFlowVQModel, stage: str):
+    """Leaves trainable what a stage trains: the pixel branch, everything, codes and decoders, or the pixel decoder."""
+    trained = {
+        "pixel": [model.pixel_encoder, model.pixel_decoder],
+        "joint": [model],
+        "codebook": [model.quantizer, model.pixel_decoder, model.semantic_decoder],
+        "decoder": [model.pixel_decoder],
+    }[stage]
+    model.requires_grad_(False)
+    for module in trained:
+        module.requires_grad_(True)
