@@ -13,7 +13,7 @@ demo: $(VENV)/.installed-pipelines
 	$(VENV)/bin/transformers-nextflow generate --model $(MODEL) --output demo.png --scale 4 -- "$$DEMO_PROMPT"
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest -q tests
+	$(VENV)/bin/python -m pytest -q -n auto --dist loadfile tests
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
