@@ -1,0 +1,1 @@
+"""Checkpoints of other models to ours, and back."""

@@ -1,0 +1,1 @@
+"""TokenFlow-t2i, the nearest relative with public weights."""

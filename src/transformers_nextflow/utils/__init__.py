@@ -1,0 +1,1 @@
+"""What every room uses: files, locks, checks, offloading, versions of transformers."""

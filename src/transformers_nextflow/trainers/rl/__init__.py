@@ -1,0 +1,1 @@
+"""RL on the first scales, on TRL."""

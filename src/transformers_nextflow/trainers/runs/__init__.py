@@ -1,0 +1,1 @@
+"""What every training has: checked settings, checkpoints, exact resuming, finite numbers."""

@@ -1,0 +1,1 @@
+"""Small worlds with exact checkers: training data, rewards and scores."""
