@@ -395,7 +395,10 @@ def test_the_fine_scales_can_be_held_by_a_penalty_of_their_own(tmp_path):
 def test_the_kl_of_all_scales_is_logged_where_asked_for(adapted, tmp_path):
     trainer = make_trainer(tmp_path, peft_config=lora() if adapted else None, kl_logging_steps=2, max_steps=3)
     trainer.train()
-    kls = [[entry.get(f"scale_{scale}/kl") for scale in (1, 2, 3, 4)] for entry in trainer.state.log_history[:3]]
+    kls = [
+        [entry.get(f"scale_{scale}/kl_to_reference") for scale in (1, 2, 3, 4)]
+        for entry in trainer.state.log_history[:3]
+    ]
     assert kls[0] == pytest.approx([0] * 4, abs=1e-6) and kls[1] == [None] * 4
     assert all(value > 0 for value in kls[2])
 

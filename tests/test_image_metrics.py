@@ -11,7 +11,7 @@ from transformers_nextflow.evaluation.image_metrics import contact_sheet, psnr, 
 
 
 @pytest.fixture
-def make_images() -> tuple[torch.Tensor, torch.Tensor]:
+def images() -> tuple[torch.Tensor, torch.Tensor]:
     """Two images (2, 3, 12, 13) in [0, 1], and two that are like them."""
     generator = torch.Generator().manual_seed(0)
     references = torch.rand(2, 3, 12, 13, generator=generator)

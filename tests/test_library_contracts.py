@@ -22,7 +22,7 @@ MODELS = {
     "all_tensors_are_parameter_or_buffer": """
         test_model_contracts.test_a_model_holds_no_tensors_beside_weights_and_buffers""",
     "keep_in_fp32_modules_exist keep_in_fp32_modules bc_torch_dtype": """
-        test_model_contracts.test_a_model_loads_in_half_precision_and_keeps_its_codebooks""",
+        test_model_contracts.test_a_model_loads_in_half_precision_and_keeps_what_decides_codes""",
     "base_model_prefix_loads_base_weights model_base_model_prefix correct_missing_keys": """
         test_model_contracts.test_a_whole_model_loads_as_its_backbone_and_a_backbone_not_as_a_whole_model
         Refused: a checkpoint that lacks tensors is an error here, not a model with random parts.""",

@@ -1,5 +1,7 @@
 """Rules that hold for the project as a whole."""
 
+import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +37,70 @@ def test_the_core_imports_no_extras():
 
 def test_the_schedules_import_nothing_of_the_package_nor_of_transformers():
     assert not {name for name in modules_after(SCHEDULES) if name.startswith("transformers")}
+
+
+# Lowest first; a file imports from its own room and from those before it.
+LAYERS = (
+    ("utils", "scale_schedule"),
+    ("configuration_nextflow", "evaluation", "tokenization_nextflow"),
+    ("sequence", "multiscale_quantizer"),
+    ("image_processing_nextflow", "video_processing_nextflow", "modeling_nextflow_vq"),
+    ("processing_nextflow",),
+    ("generation",),
+    ("generation_nextflow",),
+    ("modeling_nextflow",),
+    ("adapters", "tokenflow_t2i"),
+    ("pipelines",),
+    ("pipeline_nextflow",),
+    ("data",),
+    ("conversion", "trainers"),
+    ("worlds",),
+    ("__init__", "cli"),
+)
+
+
+def rooms_that_import() -> dict[tuple[str, str], set[str]]:
+    """Which files of a room import from which other room, all imports inside of functions included."""
+    source, found = ROOT / "src" / "transformers_nextflow", {}
+    for file in source.rglob("*.py"):
+        inside = file.relative_to(source)
+        room = inside.with_suffix("").parts[0]
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                above = inside.parts[: len(inside.parts) - node.level]
+                target = [*above, *(node.module or "").split(".")] if node.module else list(above)
+                for name in [target[0]] if target else [alias.name for alias in node.names]:
+                    if name != room:
+                        found.setdefault((room, name), set()).add(str(inside))
+    return found
+
+
+def test_imports_go_down_and_in_no_circle():
+    height = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
+    wrong = {pair: files for pair, files in rooms_that_import().items() if height[pair[0]] <= height[pair[1]]}
+    assert not wrong
+
+
+# One thing has one word. The texts on which the bundled checkpoint was trained keep theirs.
+FORBIDDEN = re.compile(r"picture|\bfilms?\b|\bdrift|imageless", re.IGNORECASE)
+TRAINED_TEXTS = re.compile(
+    r"(caption|describe) the picture|in the picture\?|the last picture|does the picture show|"
+    r"(in|of) (two|three|four|\{number\}) pictures|(simple )?picture of (?=[\"'a-z{])"
+)
+
+
+def test_images_and_videos_have_one_word_each():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    names = [name for name in listed.splitlines() if name.endswith((".py", ".md", ".yaml", ".cfg", "Makefile"))]
+    left_out = {"CHANGELOG.md", "tests/test_project.py"}
+    wrong = [
+        f"{name}:{number}: {line.strip()}"
+        for name in names
+        if name not in left_out
+        for number, line in enumerate((ROOT / name).read_text().splitlines(), start=1)
+        if FORBIDDEN.search(TRAINED_TEXTS.sub("", line))
+    ]
+    assert not wrong
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

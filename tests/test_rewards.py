@@ -28,14 +28,12 @@ from transformers_nextflow.generation.cached_sequences import CachedSequences
 from transformers_nextflow.generation.likelihood import log_likelihoods, score_answers
 from transformers_nextflow.trainers.rl.checked_reward import checked
 from transformers_nextflow.trainers.rl.rewards import (
-    ask_about_shapes,
     ask_for_caption,
     color_classifier,
     geneval_reward,
     judge_reward,
     reading_reward,
     rendered_text_reward,
-    shapes_reward,
     similarity_reward,
 )
 from transformers_nextflow.trainers.rl.rewards.detected_objects import COLORS, relations
@@ -49,7 +47,7 @@ from transformers_nextflow.worlds.shapes import (
     text_to_image_suite,
 )
 from transformers_nextflow.worlds.shapes.language import draw_category
-from transformers_nextflow.worlds.shapes.rewards import WORLD
+from transformers_nextflow.worlds.shapes.rewards import WORLD, ask_about_shapes, shapes_reward
 
 
 def make_image(color: str = "red", size: int = 16) -> Image.Image:

@@ -27,11 +27,12 @@ from transformers import AutoProcessor, TrainerCallback
 from transformers_nextflow import ImageSampling, NextFlowForConditionalGeneration
 from transformers_nextflow.evaluation.results import write_result
 from transformers_nextflow.trainers import ImageGrids, NextFlowGRPOConfig, NextFlowGRPOTrainer
-from transformers_nextflow.trainers.rl.rewards import ask_about_shapes, reading_reward, shapes_reward
+from transformers_nextflow.trainers.rl.rewards import reading_reward
 from transformers_nextflow.trainers.rl.rollouts import generate_rollouts
 from transformers_nextflow.worlds.shapes import CATEGORIES, World, is_reserved
 from transformers_nextflow.worlds.shapes.evaluation import ShapesEvaluation
 from transformers_nextflow.worlds.shapes.language import draw_category
+from transformers_nextflow.worlds.shapes.rewards import ask_about_shapes, shapes_reward
 
 
 CHECKPOINT = "checkpoints/nextflow-shapes"

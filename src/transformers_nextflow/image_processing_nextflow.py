@@ -241,6 +241,7 @@ class NextFlowImageProcessorPil(PilBackend):
     def _preprocess_image_like_inputs(self, images, *args, **kwargs) -> BatchFeature:
         images = self._prepare_images_structure(images)
         holds_floats = [_holds_floats(image) for image in images]
+        # pyrefly: ignore[unexpected-keyword]
         return super()._preprocess_image_like_inputs(images, *args, holds_floats=holds_floats, **kwargs)
 
     def _prepare_image_like_inputs(self, images, *args, **kwargs) -> list[np.ndarray]:

@@ -475,8 +475,6 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
                 layout_sequence(input_ids, mask, schedules, self.config, seq_idx)
             image_tokens = self.get_image_tokens(pixel_values, image_grids)
         if labels is not None:
-            if input_ids is None:
-                raise ValueError("The loss needs input_ids: they say where images lie.")
             if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.ndim != 2):
                 raise ValueError("The loss needs attention_mask as (B, past + L): it says which positions are padding.")
             if layout is None:

@@ -362,7 +362,7 @@ class SemanticDecoder(nn.Module):
             num_hidden_layers=config.semantic_decoder_depth,
             num_attention_heads=config.semantic_decoder_heads,
             hidden_act=config.semantic_decoder_hidden_act,
-            attn_implementation="sdpa",
+            attn_implementation="sdpa",  # pyrefly: ignore[unexpected-keyword]
         )
         self.input_projection = nn.Linear(config.semantic_code_dim, hidden)
         learned = config.semantic_decoder_positions == "learned"

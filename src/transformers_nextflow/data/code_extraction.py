@@ -192,6 +192,10 @@ def _write_shards(
             pool.shutdown(cancel_futures=True)
 
 
+# Of a process of the pool.
+_worker: _Encoder
+
+
 def _start_worker(extraction: Extraction, device: str):
     global _worker
     torch.set_num_threads(1)

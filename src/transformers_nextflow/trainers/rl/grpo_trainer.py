@@ -307,7 +307,7 @@ class NextFlowGRPOTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteT
             ).sum(1)
         sums, counts = self.accelerator.reduce(totals, reduction="sum")
         for scale, mean in enumerate((sums / counts).tolist(), start=1):
-            metrics[f"scale_{scale}/kl"].append(mean)
+            metrics[f"scale_{scale}/kl_to_reference"].append(mean)
 
     @contextmanager
     def _reference(self):

@@ -133,6 +133,7 @@ class ShapesEvaluation:
             for question in questions
         ]
         shown = [[Image.fromarray(image)] for image in images]
+        # pyrefly: ignore[unexpected-keyword]
         inputs = self.processor(text=texts, images=shown, padding=True, return_tensors="pt").to(self.model.device)
         output = self.model.generate(**inputs, max_new_tokens=64, do_sample=False)
         answers = self.processor.tokenizer.batch_decode(

@@ -3,7 +3,6 @@
 Those around a model are made by a function that takes the model; none of them loads anything by itself.
 """
 
-from ....worlds.shapes.rewards import ask_about_shapes, shapes_reward
 from .detected_objects import color_classifier, geneval_reward
 from .image_text import similarity_reward
 from .judge import judge_reward
@@ -12,13 +11,11 @@ from .rendered_text import rendered_text_reward
 
 
 __all__ = [
-    "ask_about_shapes",
     "ask_for_caption",
     "color_classifier",
     "geneval_reward",
     "judge_reward",
     "reading_reward",
     "rendered_text_reward",
-    "shapes_reward",
     "similarity_reward",
 ]
