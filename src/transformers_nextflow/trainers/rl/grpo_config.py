@@ -58,8 +58,7 @@ class NextFlowGRPOConfig(CheckedArguments, GRPOConfig):
         fine_beta: penalty on the KL of the scales behind the prefix, which the same weights draw; above 0 all scales
             are brought through the model.
         kl_logging_steps: every so many steps the KL of all scales is logged, `scale_k/kl_to_reference`; it
-            costs two passes over
-            all scales.
+            costs two passes over all scales.
         max_advantage: advantages are cut at so many standard deviations.
         max_prompt_length: in tokens, the slots of images included; a longer prompt raises an error, before training
             where it is the text that is too long, else when it is drawn.
