@@ -131,3 +131,27 @@ def test_an_offloaded_tokenflow_t2i_draws_the_same_image():
     accelerate.cpu_offload(pipe.model, CPU)
     assert torch.equal(draw(pipe), expected)
     assert all(parameter.is_meta for parameter in pipe.model.parameters())
+
+
+FAILING = {
+    "a callback": lambda pipe: pipe("one", callback_on_step_end=lambda *_: fail()),
+    "a scorer": lambda pipe: pipe("one", num_candidates=2, candidate_scorer=lambda *_: fail()),
+    "a video": lambda pipe: pipe.video("one", num_frames=2),
+    "a chat": lambda pipe: pipe.chat([{"role": "user", "content": "one"}], max_new_tokens=1, min_images=1),
+    "a score": lambda pipe: pipe.score([RED], ["one"]),
+}
+
+
+def fail(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("call", FAILING)
+def test_a_call_frees_the_model_whatever_ends_it(call, monkeypatch):
+    pipe, freed = quiet(NextFlowPipeline(tiny_model(), tiny_processor())), []
+    monkeypatch.setattr(type(pipe), "maybe_free_model_hooks", lambda self: freed.append(self))
+    for name in ("get_image_tokens", "decode_image_tokens"):
+        monkeypatch.setattr(pipe.model, name, fail)
+    with pytest.raises(KeyboardInterrupt):
+        FAILING[call](pipe)
+    assert freed == [pipe]
