@@ -171,7 +171,7 @@ class NextFlowConfig(PreTrainedConfig):
 
     model_type = "nextflow"
     sub_configs = {"text_config": Qwen2_5_VLTextConfig, "vq_config": NextFlowVQConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     text_config: Any = None
     vq_config: Any = None

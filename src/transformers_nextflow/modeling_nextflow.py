@@ -8,9 +8,9 @@ from transformers import PreTrainedModel, Qwen2_5_VLTextModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 
 from .configuration_nextflow import NextFlowConfig
 from .generation.cached_sequences import check_cache, is_empty
@@ -33,12 +33,13 @@ from .sequence.packed_attention import packed_causal_mask
 from .sequence.scale_attention import ScaleAttentionMixin
 from .sequence.scale_masked import ScaleMaskedMixin
 from .utils.offloading import ExecutionDeviceMixin
+from .utils.older_transformers import CACHE, takes_the_cache
 from .utils.saved_adapters import load_adapters
 from .utils.strict_loading import StrictLoadingMixin
 
 
 @dataclass
-class NextFlowCausalLMOutputWithPast(ModelOutput):
+class NextFlowCausalLMOutputWithPast(CausalLMOutputWithPast):
     """Output of [`NextFlowForConditionalGeneration`].
 
     Args:
@@ -51,11 +52,6 @@ class NextFlowCausalLMOutputWithPast(ModelOutput):
         num_trained: (1 + K,) int64, how many text tokens, and codes of each scale, these means run over.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     text_loss: torch.FloatTensor | None = None
     image_loss: torch.FloatTensor | None = None
     scale_losses: torch.FloatTensor | None = None
@@ -120,7 +116,7 @@ class NextFlowPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTrain
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["Qwen2_5_VLDecoderLayer", "NextFlowVQModel", "NextFlowVisualEmbedding"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -278,6 +274,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 start = attention_mask[:, :-length].sum(1, keepdim=True)
         return layout_batch(self.config, input_ids, mask, image_tokens, image_grids, seq_idx, start)
 
+    @takes_the_cache
     @can_return_tuple
     def forward(
         self,
@@ -339,12 +336,12 @@ class NextFlowModel(NextFlowPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
             use_cache=use_cache,
             **kwargs,
         )
-        if holds_images and outputs.past_key_values is not None:
-            outputs.past_key_values.holds_images = True
+        if holds_images and (cache := outputs.get(CACHE)) is not None:
+            cache.holds_images = True
         return outputs
 
     def _causal_mask(self, inputs_embeds, attention_mask, past_key_values, block_ids):
@@ -355,7 +352,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             config=self.language_model.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
             block_sequence_ids=block_ids,
             # Whether it can be skipped depends on the values of the mask, for which a decoding step does not wait.
             allow_is_causal_skip=attention_mask is None or is_empty(past_key_values),
@@ -421,6 +418,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
     def decode_image_tokens(self, image_tokens: torch.Tensor, image_grids: torch.Tensor) -> list[torch.Tensor]:
         return self.model.decode_image_tokens(image_tokens, image_grids)
 
+    @takes_the_cache
     @can_return_tuple
     def forward(
         self,
@@ -517,7 +515,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             logits = (self.visual_head if codes_only else self.head)(hidden_states[:, kept, :])
         return NextFlowCausalLMOutputWithPast(
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **losses,

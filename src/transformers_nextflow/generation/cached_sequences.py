@@ -10,17 +10,21 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, eager_mask, sdpa_mask
 
 from ..sequence.layout import check_room
+from ..utils.older_transformers import CACHE
 
 
 def is_empty(cache: Cache | None) -> bool:
-    """Whether nothing can be in a cache; of one that counts on the device nothing is read, so it may hold something."""
-    length = 0 if cache is None else cache.get_seq_length()
+    """Whether nothing can be in a cache; of one that counts on the device nothing is read, so it may hold something.
+
+    The paged cache of continuous batching is none of ours: it comes with positions and masks that fit it.
+    """
+    length = cache.get_seq_length() if isinstance(cache, Cache) else 0
     return not torch.is_tensor(length) and length == 0
 
 
 def check_cache(cache: Cache | None, config: PreTrainedConfig):
     """Raises `ValueError` for a cache that the attention of `config` (the backbone's) cannot read."""
-    if cache is not None and cache.is_compileable and config._attn_implementation == "flex_attention":
+    if isinstance(cache, Cache) and cache.is_compileable and config._attn_implementation == "flex_attention":
         # Its mask is evaluated by each layer, after the first one has moved on the place from which queries count.
         raise ValueError("flex_attention cannot read a static cache; take another, or attn_implementation='sdpa'.")
 
@@ -169,7 +173,7 @@ class CachedSequences:
             inputs_embeds=embeds,
             attention_mask={"full_attention": self._mask(embeds, is_causal)},
             position_ids=position_ids,
-            past_key_values=self.cache,
+            **{CACHE: self.cache},
             use_cache=True,
             both_ways=True,  # what is causal has a mask that says so
         )
@@ -188,7 +192,7 @@ class CachedSequences:
                 config=config,
                 inputs_embeds=embeds,
                 attention_mask=torch.ones_like(blocks) if self.valid is None else self.valid,
-                past_key_values=self.cache,
+                **{CACHE: self.cache},
                 block_sequence_ids=None if is_causal else blocks,
             )
         if self.valid is None:

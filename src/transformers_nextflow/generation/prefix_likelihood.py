@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 from ..scale_schedule import ScaleSchedule
+from ..utils.older_transformers import CACHE
 from .image_codes import ImageCodes
 from .sampling import guide_over_contexts, truncate_logits
 from .sequence_writer import Prompts, join_prompts
@@ -177,7 +178,7 @@ def _read(model, forward, embeds, positions, blocks, masks, count, cache) -> tor
         config=model.model.language_model.config,
         inputs_embeds=embeds,
         attention_mask=torch.cat(masks, 1),
-        past_key_values=cache,
+        **{CACHE: cache},
         block_sequence_ids=torch.cat(blocks, 1),
     )
     return forward(

@@ -11,7 +11,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from ..configuration_nextflow import NextFlowConfig
 from ..sequence.layout import check_num_positions, layout_sequence, text_ids
 from ..utils.evaluation_mode import in_evaluation_mode
-from ..utils.older_transformers import SEARCHES_BEAMS_IN_TEXT_ALONE, TextAlone
+from ..utils.older_transformers import CACHE, SEARCHES_BEAMS_IN_TEXT_ALONE, TextAlone
 from .cached_sequences import check_cache, is_empty
 
 
@@ -71,7 +71,7 @@ class TextGenerationMixin(GenerationMixin):
                 positions than the model has, and for settings that cannot be carried out.
         """
         given = {name for name, value in kwargs.items() if value is not None}
-        if "position_ids" in given and not given & {"inputs_embeds", "past_key_values"}:
+        if "position_ids" in given and not given & {"inputs_embeds", "cache", "past_key_values"}:
             # Where they are given, nothing else looks at the placeholders.
             schedules = self.model.schedules_of(kwargs.get("image_grids"))
             layout_sequence(kwargs.get("input_ids", inputs), kwargs.get("attention_mask"), schedules, self.config)
@@ -117,7 +117,7 @@ class TextGenerationMixin(GenerationMixin):
             input_ids = text_ids(inputs_embeds, *(model_kwargs.get(name) for name in IMAGE_INPUTS))
         else:
             input_ids = model_kwargs.get("input_ids", inputs_tensor)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if cache is not None and input_ids.shape[1] <= cache.get_seq_length():
             # Images take fewer positions than slots, and the cache does not tell how many it holds.
             raise ValueError(
@@ -144,23 +144,21 @@ class TextGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        check_cache(model_kwargs.get("past_key_values"), self.model.language_model.config)
+        check_cache(model_kwargs.get(CACHE), self.model.language_model.config)
 
     def prepare_inputs_for_generation(
         self,
         input_ids,
         next_sequence_length=None,
-        past_key_values=None,
         attention_mask=None,
         inputs_embeds=None,
         is_first_iteration=False,
         **kwargs,
     ):
-        images = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
+        cache, images = kwargs.get(CACHE), {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
@@ -168,8 +166,8 @@ class TextGenerationMixin(GenerationMixin):
         )
         # An earlier answer's cache may hold some of the images. Later passes of a loop read none, unless the loop has
         # no cache; an assistant's first pass is not called so.
-        if images["image_grids"] is not None and (is_first_iteration or is_empty(past_key_values)):
-            cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if images["image_grids"] is not None and (is_first_iteration or is_empty(cache)):
+            cached = 0 if cache is None else cache.get_seq_length()
             fresh = (input_ids == self.config.eoi_token_id).nonzero()[:, 1] >= cached
             if bool(fresh.any()):
                 inputs |= {name: value[fresh] for name, value in images.items() if value is not None}

@@ -28,7 +28,7 @@ class TokenFlowT2IConfig(PreTrainedConfig):
 
     model_type = "tokenflow_t2i"
     sub_configs = {"text_config": LlamaConfig, "vq_config": NextFlowVQConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     text_config: Any = None
     vq_config: Any = None

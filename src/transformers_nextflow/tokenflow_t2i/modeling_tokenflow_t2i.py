@@ -21,6 +21,7 @@ from ..sequence.layout import check_num_positions
 from ..sequence.scale_attention import ScaleAttentionMixin
 from ..sequence.scale_masked import ScaleMaskedMixin
 from ..utils.offloading import onloaded
+from ..utils.older_transformers import CACHE, takes_the_cache
 from .configuration_tokenflow_t2i import TokenFlowT2IConfig
 from .generation_tokenflow_t2i import TokenFlowT2IDrawingMixin
 
@@ -61,6 +62,7 @@ class TokenFlowT2ITextModel(ScaleMaskedMixin, LlamaModel):
         )
         self.post_init()
 
+    @takes_the_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -85,10 +87,10 @@ class TokenFlowT2ITextModel(ScaleMaskedMixin, LlamaModel):
                 hidden_states,
                 attention_mask=attention_mask["full_attention"],
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
+                **{CACHE: past_key_values},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
 
 
 class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2IDrawingMixin):
@@ -226,14 +228,14 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
             config=self.language_model.config,
             inputs_embeds=embeds,
             attention_mask=mask if attention_mask is not None else None,
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
             block_sequence_ids=block_ids,
         )
         return self.language_model(
             inputs_embeds=embeds,
             attention_mask={"full_attention": prepared},
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
             use_cache=use_cache,
             **kwargs,
         )

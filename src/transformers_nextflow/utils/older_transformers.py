@@ -1,11 +1,13 @@
-"""What NextFlow needs of transformers that versions before 5.23 lack; each part goes when the range is raised."""
+"""Where the versions of transformers differ for NextFlow; each part goes when the range is raised."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 
 import torch
 from transformers import GenerationMixin, LogitsProcessor, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
 # transformers 5.17 would take the argument for a variable of the template, and read the tokens as its own.
@@ -14,6 +16,30 @@ SANITIZES_CONTROL_TOKENS = (
 )
 # transformers 5.17 takes it in beam search that the output has as many classes as the text vocabulary.
 SEARCHES_BEAMS_IN_TEXT_ALONE = "vocab_size" in inspect.signature(GenerationMixin._get_top_k_continuations).parameters
+# What transformers calls the key-value cache in keywords and outputs: `past_key_values` before 5.24.
+CACHE = next(name for name in ("cache", "past_key_values") if name in BaseModelOutputWithPast.__dataclass_fields__)
+
+
+def takes_the_cache(forward):
+    """Lets `forward` take its `past_key_values` under the name that the installed transformers gives them too.
+
+    Before 5.24 nothing changes: `cache` is then the paged one of continuous batching, and goes on to the attention.
+    """
+    if CACHE == "past_key_values":
+        return forward
+
+    @functools.wraps(forward)
+    def forward_with_cache(*args, **kwargs):
+        if CACHE in kwargs:
+            kwargs["past_key_values"] = kwargs.pop(CACHE)
+        return forward(*args, **kwargs)
+
+    # `generate` looks up there which arguments the model takes.
+    parameters = inspect.signature(forward).parameters.values()
+    forward_with_cache.__signature__ = inspect.Signature(
+        [each.replace(name=CACHE) if each.name == "past_key_values" else each for each in parameters]
+    )
+    return forward_with_cache
 
 
 class TextAlone(LogitsProcessor):
