@@ -14,7 +14,7 @@ from transformers_nextflow.evaluation import results
 from transformers_nextflow.sequence import fused_cross_entropy
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import accumulation  # noqa: E402
 import backbone  # noqa: E402
 import continue_after_image  # noqa: E402
@@ -219,7 +219,7 @@ def test_the_memory_of_a_process_grows_with_what_it_holds():
 
 
 def test_every_packing_has_all_samples_and_keeps_its_budget(monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(Path(__file__).parents[2])
     model, processor = packing.make_model()
     collator, rows = packing.NextFlowCollator(processor), packing.make_rows(processor, 40)
     cost_model, budgets = packing.CostModel.from_config(model.config), {"length": 4096, "compute": 8192}
@@ -241,7 +241,7 @@ def test_the_wait_is_that_of_the_faster_of_two_workers():
 
 @pytest.mark.parametrize("counted", [True, False])
 def test_a_step_in_parts_is_compared_with_the_undivided_one(counted, tmp_path, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(Path(__file__).parents[2])
     monkeypatch.setattr(accumulation, "KINDS", ("mixture",))
     monkeypatch.setattr(accumulation, "TRAINERS", {"NextFlowTrainer": accumulation.NextFlowTrainer})
     monkeypatch.setattr(accumulation, "in_processes", lambda count: accumulation.differences(count, str(tmp_path)))

@@ -17,7 +17,7 @@ from transformers_nextflow import NextFlowPipeline
 from transformers_nextflow.adapters import lora_config
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red circle", "two blue squares and a green star"]
 NUM_SCALES = 4
 

@@ -14,7 +14,7 @@ from transformers_nextflow import ImageSampling, NextFlowForConditionalGeneratio
 from transformers_nextflow.evaluation.results import write_result
 
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "shapes" / "make_checkpoint.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "shapes" / "make_checkpoint.py"
 SCORES = {
     "text_to_image": {"counting": 0.811, "overall": 0.822, "counting_strict": 0.633, "overall_strict": 0.644},
     "held_out_combinations": {"counting": 0.155, "overall": 0.166, "counting_strict": 0.111, "overall_strict": 0.122},

@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_config
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks" / "ablations"))
 pytest.importorskip("matplotlib")
 import experiment  # noqa: E402

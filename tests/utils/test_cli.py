@@ -112,7 +112,7 @@ def test_without_diffusers_it_says_what_to_install(checkpoint, monkeypatch):
 
 
 def test_the_script_draws_what_the_command_draws(checkpoint, tmp_path, monkeypatch):
-    script = Path(__file__).parents[1] / "pipelines" / "text_to_image.py"
+    script = Path(__file__).parents[2] / "pipelines" / "text_to_image.py"
     options = ["a red circle", "--model", checkpoint, "--seed", "2", "--output", "script.png"]
     monkeypatch.setattr(sys, "argv", [str(script), *options])
     runpy.run_path(str(script), run_name="__main__")
@@ -167,7 +167,7 @@ def test_edit_video_vary_and_score_do_what_the_pipeline_does(checkpoint):
     assert described.exit_code == 0, described.output
 
 
-BUNDLED = Path(__file__).parents[1] / "checkpoints" / "nextflow-shapes"
+BUNDLED = Path(__file__).parents[2] / "checkpoints" / "nextflow-shapes"
 
 
 def test_variations_of_the_bundled_checkpoint_vary_or_the_message_says_why_they_cannot():
@@ -200,7 +200,7 @@ def test_variations_of_the_bundled_checkpoint_vary_or_the_message_says_why_they_
 def test_each_script_runs_and_writes_its_images(checkpoint, monkeypatch, script, arguments, written):
     Image.new("RGB", (16, 16), "red").save("own.png")
     Image.new("L", (16, 16), 255).save("mask.png")
-    path = Path(__file__).parents[1] / "pipelines" / script
+    path = Path(__file__).parents[2] / "pipelines" / script
     monkeypatch.setattr(sys, "argv", [str(path), *arguments, "--model", checkpoint])
     runpy.run_path(str(path), run_name="__main__")
     assert written is None or Path(written).is_file()

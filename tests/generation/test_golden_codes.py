@@ -1,6 +1,7 @@
-"""For a seed the bundled checkpoint keeps its images: their codes are those in `tests/data/golden_codes.safetensors`.
+"""For a seed the bundled checkpoint keeps its images: their codes are those in `fixtures/golden_codes.safetensors`.
 
-`python tests/test_golden_codes.py` writes the file anew; that is right only where a changelog says that images change.
+`python tests/generation/test_golden_codes.py` writes the file anew; that is right only where a changelog says that
+images change.
 """
 
 from pathlib import Path
@@ -11,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers_nextflow import NextFlowPipeline
 
 
-ROOT = Path(__file__).parents[1]
-GOLDEN = ROOT / "tests" / "data" / "golden_codes.safetensors"
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "fixtures" / "golden_codes.safetensors"
 COLOURS = ("red", "green", "blue", "yellow", "white", "black", "purple", "orange")
 SHAPES = ("circle", "square", "star", "triangle")
 NUMBERS = ("two", "three", "four")

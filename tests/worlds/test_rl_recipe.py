@@ -12,7 +12,7 @@ import torch
 
 
 pytest.importorskip("trl")
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("examples/shapes", "benchmarks")]
+sys.path += [str(Path(__file__).parents[2] / folder) for folder in ("examples/shapes", "benchmarks")]
 import rl  # noqa: E402
 import rl_cost  # noqa: E402
 import rl_prefix  # noqa: E402
@@ -75,7 +75,7 @@ def arguments_of(folder, **settings) -> argparse.Namespace:
 @pytest.fixture(scope="module")
 def in_the_root():
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(Path(__file__).parents[1])
+        patch.chdir(Path(__file__).parents[2])
         patch.setattr(rl, "PROBED", 1)
         yield patch
 

@@ -18,7 +18,7 @@ from transformers_nextflow.conversion.checkpoints import fingerprint
 from transformers_nextflow.conversion.tokenflow import convert_tokenflow, tokenflow_config
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "conversion"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "conversion"))
 import convert_tokenflow_t2i  # noqa: E402
 from convert_tokenflow_t2i import KEYS, TEXT_FIELDS, convert, convert_back, expected_layout, main, t2i_config  # noqa: E402
 

@@ -11,7 +11,7 @@ from transformers_nextflow import ScaleSchedule, ScaleSchedules
 from transformers_nextflow.scale_schedule import BASE_GRIDS
 
 
-TABLE = json.loads((Path(__file__).parent / "data" / "scale_schedules.json").read_text())["rows"]
+TABLE = json.loads((Path(__file__).parents[1] / "fixtures" / "scale_schedules.json").read_text())["rows"]
 PAPER = ScaleSchedules(levels=((256, 12), (512, 16), (1024, 18)))
 SMALL = ScaleSchedules(sides=(1, 1, 2, 3, 4, 6, 8), patch_size=8, levels=((32, 5), (64, 7)))
 

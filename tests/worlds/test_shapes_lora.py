@@ -8,7 +8,7 @@ import pytest
 
 
 pytest.importorskip("peft")
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "shapes"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "shapes"))
 import lora  # noqa: E402
 
 from transformers_nextflow.worlds.shapes import Object, Scene, is_reserved, read, render  # noqa: E402

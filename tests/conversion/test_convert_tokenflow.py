@@ -39,8 +39,8 @@ from transformers_nextflow.modeling_nextflow_vq import SemanticDecoder
 from transformers_nextflow.multiscale_quantizer import NextFlowVQQuantizer
 
 
-DATA = Path(__file__).parent / "data" / "tokenflow"
-CONVERSION = Path(__file__).parents[1] / "conversion"
+DATA = Path(__file__).parents[1] / "fixtures" / "tokenflow"
+CONVERSION = Path(__file__).parents[2] / "conversion"
 POSITIONS = {"clipb": 196, "siglip": 729}
 HEADS = {"semantic_heads": 2, "semantic_decoder_heads": 2}
 # Attention heads of the small checkpoints that the originals' outputs are of.

@@ -67,7 +67,7 @@ def cases(ability, count=60, world=WORLD, seed=0):
 
 @pytest.fixture(scope="module")
 def script():
-    path = Path(__file__).parents[1] / "examples/shapes/make_data.py"
+    path = Path(__file__).parents[2] / "examples/shapes/make_data.py"
     spec = importlib.util.spec_from_file_location("make_data", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

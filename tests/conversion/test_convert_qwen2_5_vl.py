@@ -17,7 +17,7 @@ from transformers_nextflow.conversion.checkpoints import INDEX, SINGLE, ShardedC
 from transformers_nextflow.conversion.qwen2_5_vl import convert_qwen2_5_vl, export_qwen2_5_vl, nextflow_chat_template
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import conversion_memory  # noqa: E402
 import qwen_parity  # noqa: E402
 from random_qwen import CHAT_TEMPLATE, qwen_tokenizer, save_qwen, small_config  # noqa: E402

@@ -23,7 +23,7 @@ from transformers_nextflow.trainers.recipes import load_recipe, run_recipe
 from transformers_nextflow.trainers.recipes import make_trainer as trainer_of
 
 
-FOLDER = Path(__file__).parents[1] / "recipes"
+FOLDER = Path(__file__).parents[2] / "recipes"
 # Paper, table 2.
 RATES = {"alignment": 1e-3, "pretrain_256": 1e-4, "pretrain_512": 1e-4, "pretrain_1024": 1e-4}
 RATES |= {"continued": 5e-5, "sft": 1e-5}
