@@ -112,6 +112,8 @@ class NextFlowVisualEmbedding(nn.Module):
 
 
 class NextFlowPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTrainedModel):
+    """What the models of this family share: how they load, are placed on devices, and start."""
+
     config: NextFlowConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
@@ -528,7 +530,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
 
     def _cross_entropy(self, hidden_states: torch.Tensor, targets: LossTargets) -> tuple[torch.Tensor, ...]:
         """Of trained positions (n, D): the weighted sum () of the cross-entropies, each one (n,), and which classes are
-        the most probable ones (n,); without all of their logits at once."""
+        the most probable ones (n,); without all of their logits at once.
+        """
         matrices = [_own_matrix(head) for head in (self.lm_head, self.visual_head)]
         if all(matrix is not None for matrix in matrices):
             return fused_cross_entropy(hidden_states, matrices, targets.classes, targets.weights)

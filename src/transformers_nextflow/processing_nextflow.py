@@ -132,7 +132,8 @@ class NextFlowProcessor(ProcessorMixin):
 
     def check_fits(self, config: NextFlowConfig):
         """Raises `ValueError` naming what a model of this config does not share with the processor, which would make
-        prompts or images that the model reads wrongly."""
+        prompts or images that the model reads wrongly.
+        """
         images, vq_config = self.image_processor, config.vq_config
         pairs = {
             "scales": (list(images.scales), list(vq_config.scales)),

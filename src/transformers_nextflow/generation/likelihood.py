@@ -120,7 +120,8 @@ def _read_images(
     num_answer_tokens: Sequence[int],
 ) -> tuple[CachedSequences, list[list[int]]]:
     """Rows that have read `starts`, prompts that open with an image, up to its end; and what is left of each, behind
-    which answers follow."""
+    which answers follow.
+    """
     images = torch.cat([image_grids.to(image_tokens), image_tokens], dim=1)
     distinct, places = images.unique(dim=0, return_inverse=True)
     ends = [start.index(processor.eoi_token_id) + 1 for start in starts]

@@ -67,7 +67,8 @@ class ImageSampling:
     @classmethod
     def from_dict(cls, settings: Mapping) -> ImageSampling:
         """The inverse of `to_dict`; what is left out has its default. Raises `ValueError` for what is no dict, and for
-        unknown names."""
+        unknown names.
+        """
         if not isinstance(settings, Mapping):
             raise ValueError(f"The settings of the scale loop are a dict, got {short_repr(settings)}.")
         names = [field.name for field in fields(cls)]

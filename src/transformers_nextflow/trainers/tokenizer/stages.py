@@ -36,7 +36,8 @@ class Stage:
 
     def starts_codebook(self, autoencoder_share: float) -> bool:
         """Whether the codebooks start anew, from k-means: not where the codes were there from the beginning, and not
-        where they never come in."""
+        where they never come in.
+        """
         return self.learns_codes and (not self.after_autoencoder or 0 < autoencoder_share < 1)
 
 
