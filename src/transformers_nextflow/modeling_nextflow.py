@@ -16,7 +16,7 @@ from .configuration_nextflow import NextFlowConfig
 from .generation.cached_sequences import check_cache, is_empty
 from .generation_nextflow import NextFlowGenerationMixin
 from .modeling_nextflow_vq import NextFlowVQModel, frozen_vision_tokenizer
-from .multiscale_quantizer import resample
+from .resampling import resample
 from .scale_schedule import ScaleSchedule
 from .sequence.fused_cross_entropy import called_cross_entropy, fused_cross_entropy
 from .sequence.layout import (

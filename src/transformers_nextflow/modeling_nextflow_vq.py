@@ -16,8 +16,8 @@ from .multiscale_quantizer import (
     SelfCorrection,
     check_float32,
     outside_of_autocast,
-    resample,
 )
+from .resampling import resample
 from .scale_schedule import Grid, ScaleSchedule
 from .utils.offloading import ExecutionDeviceMixin, onloaded
 from .utils.strict_loading import StrictLoadingMixin
