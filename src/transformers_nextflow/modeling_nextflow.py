@@ -32,6 +32,7 @@ from .sequence.loss import LossTargets, loss_targets, nextflow_loss, num_trained
 from .sequence.packed_attention import packed_causal_mask
 from .sequence.scale_attention import ScaleAttentionMixin
 from .sequence.scale_masked import ScaleMaskedMixin
+from .sequence.scale_sdpa import plan_attention
 from .utils.offloading import ExecutionDeviceMixin
 from .utils.older_transformers import CACHE, takes_the_cache
 from .utils.saved_adapters import load_adapters
@@ -346,10 +347,18 @@ class NextFlowModel(NextFlowPreTrainedModel):
 
     def _causal_mask(self, inputs_embeds, attention_mask, past_key_values, block_ids):
         """The mask of embeddings (B, L, D) behind a cache: causal, and both ways within a block (B, L)."""
+        config = self.language_model.config
+        # Of what goes on no value is looked at, so that no token that is generated waits for the device. A static cache
+        # has more keys than those at hand.
+        begins = is_empty(past_key_values) and not getattr(past_key_values, "is_compileable", False)
+        if begins and (attention_mask is None or attention_mask.shape == block_ids.shape):
+            samples = torch.zeros_like(block_ids) if attention_mask is None else attention_mask.long() - 1
+            if (plan := plan_attention(config, samples, block_ids, block_ids.shape[1])) is not None:
+                return plan
         if block_ids is not None and past_key_values is not None:
             block_ids = nn.functional.pad(block_ids, (int(past_key_values.get_seq_length()), 0), value=-1)
         return create_causal_mask(
-            config=self.language_model.config,
+            config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             **{CACHE: past_key_values},

@@ -19,7 +19,6 @@ from ..data.vision_tokenizer import tokenizer_fingerprint
 from ..modeling_nextflow import NextFlowForConditionalGeneration, NextFlowTextModel
 from ..processing_nextflow import NextFlowProcessor
 from ..sequence.loss import IGNORE_INDEX
-from ..sequence.packed_attention import PACKED_SDPA
 from .collator import NextFlowCollator
 from .optimizers import MuonWithAdamW
 from .packing import PACKINGS, CostModel, PackedDataset, PackedStream
@@ -166,10 +165,6 @@ class NextFlowTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrain
         if isinstance(collator, NextFlowCollator) and collator.codebook_size is None:
             collator.codebook_size = model.config.vq_config.codebook_size
         if args.packing != "padding" and rows is not None:
-            if model.config.text_config._attn_implementation == "sdpa" and not args.compile_layers:
-                # The same attention, at the cost of the samples and not of the whole row. Compiled layers would be
-                # compiled anew for each number of samples.
-                model.set_attn_implementation({"": PACKED_SDPA, "text_config": PACKED_SDPA})
             kwargs["train_dataset"] = packed(rows, collator, model.config, args)
         super().__init__(model=model, args=args, **kwargs)
         if args.n_gpu > 1:
