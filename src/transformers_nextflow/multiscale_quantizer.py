@@ -159,7 +159,8 @@ class NextFlowVQQuantizer(nn.Module):
     @outside_of_autocast
     def targets(self, residual: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
         """What a scale of grid (h_k, w_k) has to say of a residual (B, C, h, w): vectors (B, h_k, w_k, C), and these as
-        they are compared with the codes."""
+        they are compared with the codes.
+        """
         target = resample(residual, grid, self.config.downsample).permute(0, 2, 3, 1)
         return target, self.normalize(target) if self.config.normalize_codes else target
 
