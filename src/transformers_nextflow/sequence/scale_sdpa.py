@@ -21,6 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .ragged_keys import RaggedKeys, attend_ragged
+
 
 SCALE_SDPA = "scale_sdpa"
 # What starting a call takes, in products of one channel of a query with one of a key that are made meanwhile; measured
@@ -174,10 +176,14 @@ def scale_sdpa_attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: AttentionPlan | torch.Tensor | None,
+    attention_mask: AttentionPlan | RaggedKeys | torch.Tensor | None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention (B, L, H, D) of queries, keys and values (B, H, L, D), by a plan or as transformers has it."""
+    """Attention (B, L, H, D) of queries, keys and values (B, H, L, D), by a plan, over ragged keys, or as transformers
+    has it.
+    """
+    if isinstance(attention_mask, RaggedKeys):
+        return attend_ragged(module, query, key, value, attention_mask, **kwargs), None
     if not isinstance(attention_mask, AttentionPlan):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     kwargs.pop("is_causal", None)
