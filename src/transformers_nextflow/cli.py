@@ -371,6 +371,7 @@ def train(
     changes: Annotated[
         list[str], typer.Option("--set", help="name=value of the recipe or of its arguments; may be repeated.")
     ] = [],  # noqa: B006  (typer copies it)
+    profile: Annotated[bool, typer.Option(help="Measure some steps by torch.profiler; see docs/training.md.")] = False,
 ):
     """Train a stage of the recipe; several processes by `accelerate launch -m transformers_nextflow.cli train …`."""
     with errors_in_one_line():
@@ -378,7 +379,7 @@ def train(
             from .trainers.recipes import load_recipe, run_recipe
         except ImportError as error:
             raise ValueError("Training needs accelerate: pip install transformers-nextflow[train].") from error
-        run_recipe(load_recipe(recipe, changes), model, data, output, resume)
+        run_recipe(load_recipe(recipe, changes), model, data, output, resume, profile)
 
 
 @app.command()

@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from .generation.compiled_drawing import CompiledDrawing
 from .generation.image_codes import ImageCodes
 from .generation.interleaved import InterleavedGenerationOutput, InterleavedLoop, InterleavedStreamer
 from .generation.prompts import Prompts
@@ -58,6 +59,26 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
 
     All of them run in evaluation mode, whatever mode the model is in.
     """
+
+    # Set by `compile_drawing`.
+    compiled_drawing: CompiledDrawing | None = None
+
+    def compile_drawing(self, enabled: bool = True, fuse: bool | None = None):
+        """Draw by recorded scales from now on: key-value buffers of fixed size, and on CUDA one captured graph a scale.
+
+        A kind of drawing (size, number of images, guided or not, length of the prompts up to 64, 128, 256 … tokens) is
+        recorded when it first comes; its next ones are played. Codes are those of the plain way. Images of different
+        sizes in a batch, several images in a conversation, other attentions than "scale_sdpa" and offloaded models go
+        the plain way, which the log says. Adapters that are loaded later ask for this call again.
+
+        Text is written so by transformers itself: `generate(…, cache_implementation="static")`.
+
+        Args:
+            enabled: `False` takes the plain way again, and frees recordings and buffers.
+            fuse: compile the backbone by `torch.compile`, inside of the graphs; default: on CUDA.
+        """
+        fuse = self.device.type == "cuda" if fuse is None else fuse
+        self.compiled_drawing = CompiledDrawing(self, fuse) if enabled else None
 
     @in_evaluation_mode
     @torch.no_grad()

@@ -15,6 +15,10 @@ from ..modeling_nextflow_vq import CODE_PARTS, NextFlowVQModel
 from ..utils.offloading import onloaded
 
 
+# How features are brought to other grids. Torch's kernels, which came before, round otherwise: of 1,000 images one got
+# other codes (`benchmarks/resampling.py`). Nearest and rotary resampling are as they were.
+RESAMPLED_BY = {"resampling": "matrices"}
+KEPT_RESAMPLINGS = {"nearest", "rotary"}
 # Settings of decoders and of training; all others may change which code an image gets.
 NOT_OF_CODES = {
     "pixel_decoder_channels", "pixel_decoder_num_res_blocks", "semantic_decoder_depth", "semantic_decoder_heads",
@@ -41,6 +45,9 @@ def tokenizer_fingerprint(vq_model: NextFlowVQModel) -> str:
     """
     config, tower = vq_model.config, vq_model.config.semantic_config
     settings = _code_settings(config) | {"semantic_config": _code_settings(tower), "tower": tower.model_type}
+    resizes_pixels = config.image_size is not None or getattr(tower, "patch_size", None) != config.patch_size
+    if resizes_pixels or not {config.downsample, config.upsample} <= KEPT_RESAMPLINGS:
+        settings |= RESAMPLED_BY
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     with onloaded(vq_model.modules()):
         weights = vq_model.state_dict()

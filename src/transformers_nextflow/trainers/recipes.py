@@ -22,6 +22,7 @@ from ..modeling_nextflow_vq import NextFlowVQModel
 from ..utils.atomic_files import write_whole
 from .collator import NextFlowCollator
 from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
+from .profiling import ProfiledSteps
 from .recipe_data import StageImages, StageRows
 from .tokenizer.stages import STAGES
 from .tokenizer.vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
@@ -153,9 +154,16 @@ def make_trainer(
     return make(recipe, model, data, output)
 
 
-def run_recipe(recipe: Recipe, model, data, output, resume: bool = False):
-    """Train a stage and write `output/final`, from which the next one starts; `resume` from the newest checkpoint."""
+def run_recipe(recipe: Recipe, model, data, output, resume: bool = False, profile: bool = False):
+    """Train a stage and write `output/final`, from which the next one starts.
+
+    Args:
+        resume: from the newest checkpoint.
+        profile: measure some steps and write them to `output/profile`, see [`ProfiledSteps`].
+    """
     trainer = make_trainer(recipe, model, data, output)
+    if profile:
+        trainer.add_callback(ProfiledSteps(Path(output) / "profile"))
     trainer.train(resume_from_checkpoint=resume or None)
     final = Path(output) / "final"
     # All processes take part, but only some write.
