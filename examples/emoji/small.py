@@ -20,7 +20,9 @@ import sys
 import time
 from pathlib import Path
 
+from transformers_nextflow import ImageSampling
 from transformers_nextflow.evaluation.results import write_result
+from transformers_nextflow.worlds.emoji.evaluation import evaluate_emoji
 
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +35,10 @@ DECAY_SHARE = 0.45
 SAMPLES = 20_000
 CORRECTION = {"share": 0.3, "top_k": 4}
 PROCESSES = 2
+# What the transformer is trained on (`make_data.MIXTURES`) is what is scored; settings chosen beforehand, not tuned.
+ABILITIES = ("drawing", "caption", "question")
+LIMIT = 100
+SAMPLING = ImageSampling(guidance_scale=2.0, temperature=0.8)
 TOGETHER = ["--set", "use_cpu=true", "--set", "ddp_backend=gloo"]
 
 
@@ -124,12 +130,15 @@ class SmallPath:
         return self.train("transformer", command, settings=decay)
 
     def scores(self):
-        from transformers_nextflow.worlds.emoji.evaluation import evaluate_emoji
-
-        model = self.output / "transformer" / "final"
-        sheets = self.output / "sheets"
-        limit = max(4, round(100 * self.share))
-        scores = evaluate_emoji(str(model), limit, seeds=1, sheets=sheets, art=self.art, judge=self.output / "judge")
+        scores = evaluate_emoji(
+            str(self.output / "transformer" / "final"),
+            max(4, round(LIMIT * self.share)),
+            sheets=self.output / "sheets",
+            art=self.art,
+            judge=self.output / "judge",
+            abilities=ABILITIES,
+            sampling=SAMPLING,
+        )
         (self.output / "scores.json").write_text(json.dumps(scores, indent=2))
 
 

@@ -90,6 +90,7 @@ def main():
     looks = Looks(worlds, vocabulary, arguments.seed)
     train(judge, DataLoader(looks, batch_size=None, num_workers=arguments.workers), arguments.minutes, arguments.steps)
     judge.save(arguments.output)
+    worlds[-1].save(arguments.output / "world.json")
 
     rng = np.random.default_rng(CEILING_SEED)
     scenes = [random_scene(rng, worlds[-1]) for _ in range(CEILING_SCENES)]

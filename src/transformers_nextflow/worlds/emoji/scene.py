@@ -6,15 +6,18 @@ the world holds (drawings, their styles, sizes of images) is `World`'s fields al
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ...scale_schedule import BASE_SIDE, ScaleSchedules
+from ...utils.atomic_files import write_whole
 from ..held_out import is_reserved
 from .art import Art, Drawing
 from .coloring import HUES, recolor
@@ -161,6 +164,22 @@ class World:
         object.__setattr__(self, "concepts", drawn)
         if self.side % self.patch_size:
             raise ValueError(f"side {self.side} is not a multiple of patch_size {self.patch_size}.")
+
+    def save(self, file: Path | str):
+        """Write all fields but the drawings, as JSON."""
+        values = {name.name: getattr(self, name.name) for name in fields(self) if name.name != "art"}
+        with write_whole(file) as partial:
+            partial.write_text(json.dumps(values))
+
+    @classmethod
+    def load(cls, file: Path | str, art: Art) -> World:
+        """A world that `save` wrote. Raises `ValueError` if there is none, or the drawings lack something of it."""
+        if not Path(file).is_file():
+            raise ValueError(f"There is no world {file}; examples/emoji/train_judge.py writes one beside the judge.")
+        values = json.loads(Path(file).read_text())
+        ratios = tuple((height, width) for height, width in values.pop("ratios"))
+        lists = {name: tuple(values.pop(name)) for name in ("concepts", "styles")}
+        return cls(art, ratios=ratios, **lists, **values)
 
     def styles_of(self, concept: str) -> tuple[str, ...]:
         """The world's styles in which a concept is drawn."""
