@@ -5,6 +5,7 @@ A caption names every sticker of its scene. What it leaves open (style, colours,
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from .coloring import HUES
 from .packages import STYLE_WORDS
 from .requirement import PLACES, RELATIONS, Item, Requirement, item_of
 from .scene import BACKGROUNDS, UPRIGHT, Scene, World, choose, draw_share, random_scene
@@ -294,8 +296,10 @@ def _reader(world: World) -> tuple[re.Pattern, dict[str, str]]:
         concepts.setdefault(plural(name), concept)
     names = "|".join(re.escape(name) for name in sorted(concepts, key=len, reverse=True))
     numbers = "|".join([*NUMBER_WORDS.values(), *map(str, NUMBER_WORDS), "an?"])
-    adjectives = "|".join(BACKGROUNDS.keys() | {"red"})
-    return re.compile(rf"(?<![\w-])(?:({numbers}) (?:(?:{adjectives}) )?)?({names})(?![\w-])"), concepts
+    words = {*BACKGROUNDS, *HUES, *itertools.chain(*SIZES.values(), *(STYLE_WORDS.get(s, (s,)) for s in world.styles))}
+    adjectives = "|".join(map(re.escape, words))
+    # As few adjectives as can be, since "blue heart" is a name.
+    return re.compile(rf"(?<![\w-])(?:({numbers}) (?:(?:{adjectives}) )*?)?({names})(?![\w-])"), concepts
 
 
 def understand(text: str, world: World) -> Said:

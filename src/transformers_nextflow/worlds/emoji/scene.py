@@ -214,9 +214,9 @@ class World:
         return tuple((concept, style) for concept in self.concepts for style in self.styles_of(concept))
 
     def colors_of(self, concept: str, style: str) -> tuple[str, ...]:
-        """The colours in which a drawing can be painted anew."""
+        """The colours in which a drawing can be painted anew; none where the name itself is of a colour."""
         paint = self.drawing(concept, style).paint
-        if paint is None or self.plain:
+        if paint is None or self.plain or HUES.keys() & set(self.name(concept).split(" ")):
             return ()
         return tuple(color for color in HUES if color != paint.name)
 

@@ -32,8 +32,8 @@ def story_case(rng: np.random.Generator, world: World) -> StoryCase:
 
 
 def _located(scene: Scene, world: World) -> str:
-    """A caption of a scene that says where in its corners everything lies."""
-    if len(scene.stickers) < 3 and scene.grid != (2, 2):
+    """A caption of a scene that leaves open no place: of different things in corners it says which ones."""
+    if scene.grid != (2, 2) or len(scene.concepts) < len(scene.stickers):
         return caption(scene, world)
     items = tuple(item_of(sticker, world, place=CORNERS[sticker.cell]) for sticker in scene.stickers)
     return write_caption(None, Requirement(items, None, scene.background), world)
