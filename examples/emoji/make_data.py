@@ -52,11 +52,14 @@ MIXTURES = {
         "thinking": 0.05,
         "story": 0.02,
     },
-    # One image each, so that rows are about as long and nothing is padded away.
-    "small": {"drawing": 0.8, "caption": 0.05, "question": 0.15},
+    # One image each, so that rows are about as long and little is padded.
+    "small": {"drawing": 0.84, "caption": 0.06, "question": 0.1},
 }
 # How many questions follow, each number as likely: an image's slots are most of a sequence, and an answer a few words.
-FURTHER_QUESTIONS = {"drawing": (0, 0, 1), "caption": (1, 2), "question": (2, 3, 4)}
+FURTHER_QUESTIONS = {
+    "full": {"drawing": (0, 0, 1), "caption": (1, 2), "question": (2, 3, 4)},
+    "small": {},
+}
 BATCH = 250
 PART = {"type": Value("string"), "text": Value("string")}
 CODES = List(List(Value("int32")))
@@ -72,11 +75,11 @@ FEATURES = Features(
 )
 
 
-def sample(rng: np.random.Generator, world: World, mixture: dict[str, float]) -> list[Exchange]:
-    """One conversation; its images are scenes."""
-    ability = draw_share(rng, mixture)
+def sample(rng: np.random.Generator, world: World, size: str, ability: str | None = None) -> list[Exchange]:
+    """One conversation of a size's mixture, or one that begins with a given ability; its images are scenes."""
+    ability = ability or draw_share(rng, MIXTURES[size])
     exchanges = [training_case(rng, world, ability).exchange]
-    for _ in range(int(rng.choice(FURTHER_QUESTIONS.get(ability, (0,))))):
+    for _ in range(int(rng.choice(FURTHER_QUESTIONS[size].get(ability, (0,))))):
         scene = images_of(exchanges[0].asked + exchanges[0].answer)[-1]
         question, answer, _ = question_about(rng, scene, world)[1]
         exchanges.append(answering(question, answer))
@@ -144,7 +147,7 @@ def rows(
         rng = np.random.default_rng((seed, shard))
         generator = torch.Generator().manual_seed(seed * 1000 + shard)
         for start in range(0, count, BATCH):
-            samples = [sample(rng, world, MIXTURES[size]) for _ in range(min(BATCH, count - start))]
+            samples = [sample(rng, world, size) for _ in range(min(BATCH, count - start))]
             scenes = [scene for exchanges in samples for scene, _ in images_in(exchanges)]
             codes = iter(encode_scenes(model, scenes, world, correction, generator))
             for exchanges in samples:
@@ -159,7 +162,7 @@ def _world(size: str, art: str, side: int) -> World:
 def text_tokenizer(world: World, size: Size, count: int = 20_000) -> PreTrainedTokenizerFast:
     """A tokenizer of the words of conversations."""
     rng = np.random.default_rng(0)
-    conversations = (sample(rng, world, MIXTURES[size.name]) for _ in range(count))
+    conversations = (sample(rng, world, size.name) for _ in range(count))
     texts = (text for exchanges in conversations for e in exchanges for text in texts_of(e.asked + e.answer))
     return train_tokenizer(texts, size.vocabulary, lowercase=True)
 

@@ -1,7 +1,7 @@
 """The two sizes of the recipe: "full", for a GPU, and "small", the whole path on two cores within 45 minutes.
 
 What a size decides is here: which scenes there are, and the shapes of tokenizer, transformer and judge. How long and at
-which rates they are trained is in `recipes/emoji`.
+which rates they are trained is in `recipes`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ PATCH_SIZE = 8
 SCALES, SMALL_SCALES = (1, 2, 3, 4, 6, 8, 11, 16), 6
 # Directions in which the semantic decoder names a cell's concept; as many for any number of concepts.
 SEMANTIC_DIM = 64
-# The set that no training shows but that of a new style (`lora.py`).
-KEPT_STYLE = "streamline"
+# The set and the thing that no training shows but those of a new style and a new concept (`lora.py`).
+KEPT_STYLE, KEPT_CONCEPT = "streamline", "llama"
 SMALL_STYLES = ("flat", "noto", "3d")
 SMALL_CONCEPTS = (
     "monkey", "dog", "cat", "lion", "tiger", "horse", "cow", "pig", "rabbit", "elephant", "bear", "panda", "chicken",
@@ -121,12 +121,13 @@ SIZES = {size.name: size for size in (SMALL, FULL)}
 
 
 def world_of(size: Size, art: Art | Path | str, side: int | None = None) -> World:
-    """The scenes of a size at a resolution, default its largest; nothing of `KEPT_STYLE` is in them."""
+    """The scenes of a size at a resolution, default its largest; neither `KEPT_STYLE` nor `KEPT_CONCEPT` is in them."""
     art = art if isinstance(art, Art) else Art(art)
     side = side or size.sides[-1]
     if size is FULL:
         styles = tuple(style for style in art.styles if style != KEPT_STYLE)
-        return World(art, side, PATCH_SIZE, RATIOS, styles=styles)
+        concepts = tuple(key for key, concept in art.concepts.items() if concept.name != KEPT_CONCEPT)
+        return World(art, side, PATCH_SIZE, RATIOS, concepts, styles)
     keys = {concept.name: key for key, concept in art.concepts.items()}
     concepts = tuple(keys[name] for name in SMALL_CONCEPTS if name in keys)
     styles = tuple(style for style in SMALL_STYLES if style in art.styles)

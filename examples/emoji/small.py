@@ -26,13 +26,13 @@ from transformers_nextflow.worlds.emoji.evaluation import evaluate_emoji
 
 
 ROOT = Path(__file__).parents[2]
-HERE, RECIPES = Path(__file__).parent, ROOT / "recipes" / "emoji"
+HERE, RECIPES = Path(__file__).parent, Path(__file__).parent / "recipes"
 RESULTS = ROOT / "benchmarks" / "results"
 # Minutes of each stage; starting processes takes a few more in all.
 MINUTES = {"judges": 3.5, "tokenizer": 10.0, "decoder": 2.0, "data": 1.5, "transformer": 20.0, "scores": 4.0}
 TIMED_STEPS = 12
 DECAY_SHARE = 0.45
-SAMPLES = 20_000
+SAMPLES = 24_000
 CORRECTION = {"share": 0.3, "top_k": 4}
 PROCESSES = 2
 # What the transformer is trained on (`make_data.MIXTURES`) is what is scored; settings chosen beforehand, not tuned.

@@ -1,7 +1,7 @@
-"""Train the emoji world's vision tokenizer, a stage at a time, by the recipes in `recipes/emoji`.
+"""Train the emoji world's vision tokenizer, a stage at a time, by the recipes in `recipes`.
 
-    python examples/emoji/train_tokenizer.py recipes/emoji/tokenizer_64.yaml --output runs/emoji/tokenizer-64
-    python examples/emoji/train_tokenizer.py recipes/emoji/tokenizer_decoder.yaml --output runs/emoji/tokenizer \
+    python examples/emoji/train_tokenizer.py examples/emoji/recipes/tokenizer_64.yaml --output runs/emoji/tokenizer-64
+    python examples/emoji/train_tokenizer.py examples/emoji/recipes/tokenizer_decoder.yaml --output runs/emoji/tokenizer \
         --model runs/emoji/tokenizer-128/final --judge runs/emoji/judge-2
 
 The semantic decoder learns to name the concept that covers each cell, by cross-entropy to fixed random directions, in
@@ -147,7 +147,7 @@ def make_trainer(arguments: argparse.Namespace) -> EmojiVQTrainer:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path, help="a file of recipes/emoji of the kind tokenizer")
+    parser.add_argument("recipe", type=Path, help="a file of recipes of the kind tokenizer")
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--art", type=Path, default=Path("runs/emoji/art.zip"))
     parser.add_argument("--output", type=Path, required=True, help="folder of checkpoints, and of the outcome, `final`")
