@@ -19,6 +19,7 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyrefly check
+	$(VENV)/bin/vulture
 
 # A stamp per set of packages: they are installed again only when their versions change.
 # torch comes first and exactly pinned, so that nothing else picks another build of it.

@@ -75,7 +75,8 @@ def finished(run: argparse.Namespace, before: dict) -> dict | None:
 
 def run_all(runs: Sequence[argparse.Namespace], before: dict, processes: int) -> list[dict]:
     """What every run wrote. Those that are not finished yet are trained, each in a process with its share of the cores;
-    a benchmark that was killed goes on with the next run."""
+    a benchmark that was killed goes on with the next run.
+    """
     missing = [run for run in runs if finished(run, before) is None]
     if missing:
         threads = max(1, (os.cpu_count() or 1) // processes)
@@ -125,7 +126,8 @@ def mean_curve(runs: Sequence[dict], along: str, names: Sequence[str]) -> dict[s
 
 def draw_curves(arms: dict[str, Sequence[dict]], names: Sequence[str], path: Path) -> Path:
     """An image with a row for each score: by step and by minute, a thick line for the mean of an arm's runs, a thin
-    one for each run."""
+    one for each run.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.2 * len(names)), layout="constrained")

@@ -132,7 +132,8 @@ def input_features(
 
 def scale_rows(rows: list[list[Position]], most_scales: int) -> list[int]:
     """Which row of the learned table of scales each slot adds: k if it predicts grid k, and the row behind those of all
-    `most_scales` grids if it reads a last grid, of whatever level."""
+    `most_scales` grids if it reads a last grid, of whatever level.
+    """
     found = []
     for position in (position for row in rows for position in row if position.kind == "slot"):
         reads_last = position.scale > len(position.image.grids)

@@ -17,7 +17,7 @@ def rotate(x, positions, theta):
 
 
 def layer_outputs(weights, config, prefix, x, positions, allowed):
-    """x (L, D) through one layer: x + norm(attn(x)), then x + norm(mlp(x))."""
+    """X (L, D) through one layer: x + norm(attn(x)), then x + norm(mlp(x))."""
     text, length = config.text_config, len(x)
     heads, groups = text.num_attention_heads, text.num_attention_heads // text.num_key_value_heads
 

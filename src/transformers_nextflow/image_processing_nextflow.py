@@ -130,7 +130,8 @@ class NextFlowImageProcessorPil(PilBackend):
 
     def fetch_images(self, images):
         """Open the paths and URLs among `images`. Arrays come to three axes, with which the library's processors count:
-        those with four become lists, and greys get an axis of channels."""
+        those with four become lists, and greys get an axis of channels.
+        """
         if isinstance(images, list | tuple):
             return [self.fetch_images(entry) for entry in images]
         if isinstance(images, str | os.PathLike):

@@ -16,7 +16,7 @@ from .configuration_nextflow import NextFlowConfig
 from .generation.cached_sequences import check_cache, is_empty
 from .generation_nextflow import NextFlowGenerationMixin
 from .modeling_nextflow_vq import NextFlowVQModel, frozen_vision_tokenizer
-from .multiscale_quantizer import resample
+from .resampling import resample
 from .scale_schedule import ScaleSchedule
 from .sequence.fused_cross_entropy import called_cross_entropy, fused_cross_entropy
 from .sequence.layout import (
@@ -30,6 +30,7 @@ from .sequence.layout import (
 )
 from .sequence.loss import LossTargets, loss_targets, nextflow_loss, num_trained_positions, warn_of_miscounting
 from .sequence.packed_attention import packed_causal_mask
+from .sequence.padding import pad_codes
 from .sequence.scale_attention import ScaleAttentionMixin
 from .sequence.scale_masked import ScaleMaskedMixin
 from .utils.offloading import ExecutionDeviceMixin
@@ -111,6 +112,8 @@ class NextFlowVisualEmbedding(nn.Module):
 
 
 class NextFlowPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTrainedModel):
+    """What the models of this family share: how they load, are placed on devices, and start."""
+
     config: NextFlowConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
@@ -194,7 +197,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             pixels = pixel_values[chosen, :, : grid[0] * patch_size, : grid[1] * patch_size]
             for index, row in zip(chosen, self.vq_model.encode(pixels).image_tokens):
                 tokens[index] = row
-        return nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=-1)
+        return pad_codes(tokens)
 
     @torch.no_grad()
     def decode_image_tokens(self, image_tokens: torch.Tensor, image_grids: torch.Tensor) -> list[torch.Tensor]:
@@ -527,7 +530,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
 
     def _cross_entropy(self, hidden_states: torch.Tensor, targets: LossTargets) -> tuple[torch.Tensor, ...]:
         """Of trained positions (n, D): the weighted sum () of the cross-entropies, each one (n,), and which classes are
-        the most probable ones (n,); without all of their logits at once."""
+        the most probable ones (n,); without all of their logits at once.
+        """
         matrices = [_own_matrix(head) for head in (self.lm_head, self.visual_head)]
         if all(matrix is not None for matrix in matrices):
             return fused_cross_entropy(hidden_states, matrices, targets.classes, targets.weights)

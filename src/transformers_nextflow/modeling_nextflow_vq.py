@@ -16,8 +16,8 @@ from .multiscale_quantizer import (
     SelfCorrection,
     check_float32,
     outside_of_autocast,
-    resample,
 )
+from .resampling import resample
 from .scale_schedule import Grid, ScaleSchedule
 from .utils.offloading import ExecutionDeviceMixin, onloaded
 from .utils.strict_loading import StrictLoadingMixin
@@ -64,6 +64,8 @@ CODE_PARTS = ("semantic_encoder", "semantic_projection", "pixel_encoder", "quant
 
 
 class NextFlowVQPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTrainedModel):
+    """What vision tokenizers share: how they load, are placed on devices, and start."""
+
     config: NextFlowVQConfig
     base_model_prefix = "vq_model"
     main_input_name = "pixel_values"

@@ -12,14 +12,13 @@ from torch import nn
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_nextflow import NextFlowVQConfig
+from .resampling import resample
 from .scale_schedule import Grid, ScaleSchedule
 from .utils.offloading import onloaded
 
 
 # Rows of the distance matrix held at once: 4,096 x 32,768 float32 are 512 MiB, the largest grid of the 1024 level.
 DISTANCE_ROWS = 4096
-# Places a side of an image that rotary resampling tells apart: frequencies run from none to three cycles.
-ROTARY_PLACES = 4
 
 
 @dataclass(frozen=True)
@@ -82,62 +81,6 @@ def check_float32(module: nn.Module):
                 f"{type(module).__name__}.{name} is {kind}, but codes are made in float32 from whole weights; "
                 "load the vision tokenizer anew, and leave it out of sharding, quantisation and casts of its parts."
             )
-
-
-def resample(features: torch.Tensor, grid: Grid, mode: str) -> torch.Tensor:
-    """Bring (B, C, h, w) features to another grid; the same grid gives the same tensor.
-
-    `mode` is one of torch's ("area", "nearest", "bilinear", "bicubic") or "rotary", see `resample_rotary`.
-    """
-    if tuple(features.shape[-2:]) == tuple(grid):
-        return features
-    if mode == "rotary":
-        return resample_rotary(features, grid)
-    align = {"align_corners": False} if mode in ("bicubic", "bilinear") else {}
-    return F.interpolate(features, size=tuple(grid), mode=mode, **align)
-
-
-def resample_rotary(features: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Nearest-cell resampling that keeps in a coarse cell what lies where in it. Ours; the paper has no such thing.
-
-    A plain mean over cells forgets their order. Here each fine cell's vector is first rotated by its place in the
-    coarse cell, as rotary embeddings do with positions: the mean becomes a superposition from which each place can be
-    read again. Going up, the coarse vector is copied to its fine cells, and rotated back by their places.
-    """
-    height, width = features.shape[-2:]
-    down = grid[0] * grid[1] < height * width
-    fine, coarse = ((height, width), grid) if down else (grid, (height, width))
-    rows, row_offsets = _parents(fine[0], coarse[0], features.device)
-    columns, column_offsets = _parents(fine[1], coarse[1], features.device)
-    pair = torch.arange(features.shape[1] // 2, device=features.device)
-    row_frequency = (pair // ROTARY_PLACES) % ROTARY_PLACES
-    column_frequency = pair % ROTARY_PLACES
-    angles = row_frequency[:, None, None] * row_offsets[:, None] + column_frequency[:, None, None] * column_offsets
-    angles = 2 * torch.pi * angles
-    if down:
-        rotated = _rotate(features, angles)
-        row_mean = F.one_hot(rows, coarse[0]).T.to(features.dtype)
-        column_mean = F.one_hot(columns, coarse[1]).T.to(features.dtype)
-        row_mean, column_mean = (mean / mean.sum(1, keepdim=True) for mean in (row_mean, column_mean))
-        return row_mean @ rotated @ column_mean.T
-    return _rotate(features[:, :, rows][:, :, :, columns], -angles)
-
-
-def _parents(fine: int, coarse: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each of `fine` cells of a side the coarse cell it lies in, and its distance from that one's middle."""
-    cells = torch.arange(fine, device=device)
-    # In whole numbers, since a middle on the edge of two coarse cells must not fall to either by rounding.
-    parents = (2 * cells + 1) * coarse // (2 * fine)
-    return parents, (cells.float() + 0.5) / fine - (parents.float() + 0.5) / coarse
-
-
-def _rotate(features: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs of channels of (B, C, h, w) by angles (C/2, h, w); an odd last channel stays."""
-    pairs = 2 * len(angles)
-    x, y = features[:, :pairs:2], features[:, 1:pairs:2]
-    cos, sin = angles.cos().to(features.dtype), angles.sin().to(features.dtype)
-    rotated = torch.stack([x * cos - y * sin, x * sin + y * cos], dim=2).flatten(1, 2)
-    return torch.cat([rotated, features[:, pairs:]], dim=1)
 
 
 class NextFlowVQQuantizer(nn.Module):
@@ -216,7 +159,8 @@ class NextFlowVQQuantizer(nn.Module):
     @outside_of_autocast
     def targets(self, residual: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
         """What a scale of grid (h_k, w_k) has to say of a residual (B, C, h, w): vectors (B, h_k, w_k, C), and these as
-        they are compared with the codes."""
+        they are compared with the codes.
+        """
         target = resample(residual, grid, self.config.downsample).permute(0, 2, 3, 1)
         return target, self.normalize(target) if self.config.normalize_codes else target
 
@@ -266,12 +210,14 @@ class NextFlowVQQuantizer(nn.Module):
         generator: torch.Generator | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes (n,) drawn for vectors (n, C), and the nearest ones."""
-        k = min(self_correction.top_k, len(codebook)) if self_correction else 1
-        picks = [self.distances(chunk, codebook).topk(k, largest=False) for chunk in vectors.split(DISTANCE_ROWS)]
+        chunks = (self.distances(chunk, codebook) for chunk in vectors.split(DISTANCE_ROWS))
+        if self_correction is None:
+            nearest = torch.cat([chunk.argmin(-1) for chunk in chunks])
+            return nearest, nearest
+        k = min(self_correction.top_k, len(codebook))
+        picks = [chunk.topk(k, largest=False) for chunk in chunks]
         distances, candidates = (torch.cat(parts) for parts in zip(*picks))
         nearest = candidates[:, 0]
-        if self_correction is None:
-            return nearest, nearest
         probabilities = (-distances / self_correction.temperature).softmax(-1)
         choice = torch.multinomial(probabilities, 1, generator=generator)
         drawn = candidates.gather(1, choice).squeeze(1)

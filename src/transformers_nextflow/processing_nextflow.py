@@ -10,6 +10,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpa
 from .configuration_nextflow import NextFlowConfig
 from .image_processing_nextflow import flatten_images
 from .sequence.chat_encoding import check_spells_out_no_special_tokens, encode_chats, encode_text
+from .sequence.padding import pad_left
 from .tokenization_nextflow import CHAT_TEMPLATE, add_image_tokens
 from .utils.older_transformers import SANITIZES_CONTROL_TOKENS
 from .utils.short_repr import short_repr
@@ -131,7 +132,8 @@ class NextFlowProcessor(ProcessorMixin):
 
     def check_fits(self, config: NextFlowConfig):
         """Raises `ValueError` naming what a model of this config does not share with the processor, which would make
-        prompts or images that the model reads wrongly."""
+        prompts or images that the model reads wrongly.
+        """
         images, vq_config = self.image_processor, config.vq_config
         pairs = {
             "scales": (list(images.scales), list(vq_config.scales)),
@@ -246,13 +248,3 @@ def check_prompts(prompts: str | Sequence[str], allow_empty: bool = False) -> li
         if not prompt.strip() and not allow_empty:
             raise ValueError(f"Prompt {index} is empty ({prompt!r}); say what is to be drawn.")
     return list(prompts)
-
-
-def pad_left(rows: Sequence[list[int]], pad_token_id: int) -> dict[str, list[list[int]]]:
-    """Rows of token ids as `input_ids` and `attention_mask` (rows, length), padded on the left."""
-    length = max(map(len, rows))
-    padding = [length - len(row) for row in rows]
-    return {
-        "input_ids": [[pad_token_id] * pad + row for pad, row in zip(padding, rows)],
-        "attention_mask": [[0] * pad + [1] * len(row) for pad, row in zip(padding, rows)],
-    }

@@ -1,5 +1,6 @@
 """What transformers asks of every model that generates, asked of ours in text; `test_library_contracts.py` says where
-each check stands."""
+each check stands.
+"""
 
 import pytest
 import torch

@@ -8,7 +8,7 @@ from tiny import tiny_model, tiny_vq_config
 from transformers_nextflow import NextFlowVQModel, SelfCorrection
 from transformers_nextflow.data import load_vision_tokenizer
 from transformers_nextflow.modeling_nextflow_vq import codebook_statistics
-from transformers_nextflow.multiscale_quantizer import resample
+from transformers_nextflow.resampling import resample
 
 
 CONVOLUTIONAL = {"pixel_encoder_type": "convolutional", "pixel_channels": 32, "pixel_channel_multipliers": (1, 1, 1)}

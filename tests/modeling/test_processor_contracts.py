@@ -1,5 +1,6 @@
 """What transformers asks of every processor and image processor, asked of ours; `test_library_contracts.py` says where
-each check stands."""
+each check stands.
+"""
 
 import copy
 import inspect

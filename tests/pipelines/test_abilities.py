@@ -14,7 +14,7 @@ from tiny import tiny_model, tiny_processor
 
 from transformers_nextflow import ImageSampling, KeptRegion, NextFlowPipeline
 from transformers_nextflow.generation.region_editing import NOISE_SHARE
-from transformers_nextflow.multiscale_quantizer import resample
+from transformers_nextflow.resampling import resample
 from transformers_nextflow.video_processing_nextflow import read_frames, write_frames
 
 

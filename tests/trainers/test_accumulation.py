@@ -1,5 +1,6 @@
 """A step in parts, micro-batches, processes or packs, trains as the undivided batch does, and an evaluation tells the
-same whatever the size of its batches."""
+same whatever the size of its batches.
+"""
 
 import json
 import os

@@ -42,7 +42,7 @@ def test_the_schedules_import_nothing_of_the_package_nor_of_transformers():
 # Lowest first; a file imports from its own room and from those before it.
 LAYERS = (
     ("utils", "scale_schedule"),
-    ("configuration_nextflow", "evaluation", "tokenization_nextflow"),
+    ("configuration_nextflow", "evaluation", "resampling", "tokenization_nextflow"),
     ("sequence", "multiscale_quantizer"),
     ("image_processing_nextflow", "video_processing_nextflow", "modeling_nextflow_vq"),
     ("processing_nextflow",),

@@ -16,7 +16,6 @@ from .row_errors import BadRowError, shown
 
 TOKENS, LABELS, CLEAN_TOKENS, GRIDS = "image_tokens", "image_labels", "image_clean_tokens", "image_grids"
 FINGERPRINT = "tokenizer_fingerprint"
-CODE_FIELDS = (TOKENS, LABELS, CLEAN_TOKENS, GRIDS, FINGERPRINT)
 
 
 @dataclass

@@ -62,6 +62,7 @@ class Sample:
 
 
 def nothing_learned() -> BadRowError:
+    """The error of a row in which nothing is to be learned."""
     return BadRowError("messages", 'nothing is learned from them; give an answer or "train": true')
 
 

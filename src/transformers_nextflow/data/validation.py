@@ -46,6 +46,7 @@ class ValidationReport:
 
 
 def check_on_bad_image(value: str):
+    """Raises `ValueError` for anything but "stop" and "skip"."""
     if value not in ON_BAD_IMAGE:
         raise ValueError(f"on_bad_image must be one of {ON_BAD_IMAGE}, got {value!r}.")
 

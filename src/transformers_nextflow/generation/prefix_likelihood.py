@@ -17,8 +17,8 @@ from transformers.masking_utils import create_causal_mask
 from ..scale_schedule import ScaleSchedule
 from ..utils.older_transformers import CACHE
 from .image_codes import ImageCodes
+from .prompts import Prompts, join_prompts
 from .sampling import guide_over_contexts, truncate_logits
-from .sequence_writer import Prompts, join_prompts
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class PrefixColumns:
 @dataclass(frozen=True)
 class PrefixLogProbabilities:
     """Log-probabilities (B, n) float32 of codes, zero in empty columns, and the entropies (B, n) of what they were
-    drawn from, which carry no gradient."""
+    drawn from, which carry no gradient.
+    """
 
     values: torch.Tensor
     entropies: torch.Tensor
@@ -136,7 +137,8 @@ def code_log_probabilities(
 
 def _prefix_logits(model, forward, prompts, contexts, drawing, num_scales) -> torch.Tensor:
     """Logits (C, B, n, codes) before guidance: one pass over the distinct prompts, which groups of images share, and
-    one behind them over the slots of scales 2 … `num_scales`."""
+    one behind them over the slots of scales 2 … `num_scales`.
+    """
     num_contexts = 1 + len(contexts)
     joined, places = join_prompts((prompts, *contexts)).distinct()
     places = torch.arange(len(joined.input_ids), device=model.device) if places is None else places

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..multiscale_quantizer import outside_of_autocast, resample
+from ..multiscale_quantizer import outside_of_autocast
+from ..resampling import resample
 from ..scale_schedule import ScaleSchedule
 
 

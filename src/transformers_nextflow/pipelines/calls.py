@@ -46,7 +46,8 @@ class PipelineCallsMixin:
     @property
     def _interrupt(self) -> bool:
         """The request to stop. Set in a callback it is one to the call that the callback belongs to; set outside of
-        calls, as by a button in another thread, to all calls that run at the time."""
+        calls, as by a button in another thread, to all calls that run at the time.
+        """
         return self.interrupt
 
     @_interrupt.setter

@@ -83,7 +83,8 @@ def _blocks(
     hidden: torch.Tensor, heads: Sequence[torch.Tensor], classes: torch.Tensor
 ) -> Iterator[tuple[int, slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Block by block: which head, which of its rows, their logits (n, rows) in float32; and for each position the
-    column (n,) of its class, and whether (n,) it lies in this block."""
+    column (n,) of its class, and whether (n,) it lies in this block.
+    """
     size = max(1, LOGITS_AT_ONCE // max(1, len(hidden)))
     offset = 0
     for number, head in enumerate(heads):

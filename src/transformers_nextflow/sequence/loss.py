@@ -19,7 +19,8 @@ IGNORE_INDEX = -100
 @dataclass(frozen=True)
 class LossTargets:
     """Which positions (B, L) are trained on, and in the order in which the mask selects them, (n,) each:
-    the class (text first, then codes), its weight, and its scale (1 … K; 0 for text)."""
+    the class (text first, then codes), its weight, and its scale (1 … K; 0 for text).
+    """
 
     mask: torch.Tensor
     classes: torch.Tensor

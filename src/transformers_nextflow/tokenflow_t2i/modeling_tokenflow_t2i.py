@@ -16,7 +16,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..modeling_nextflow import NextFlowPreTrainedModel
 from ..modeling_nextflow_vq import frozen_vision_tokenizer
-from ..multiscale_quantizer import resample
+from ..resampling import resample
 from ..sequence.layout import check_num_positions
 from ..sequence.scale_attention import ScaleAttentionMixin
 from ..sequence.scale_masked import ScaleMaskedMixin

@@ -138,7 +138,8 @@ def _weights(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
 
 def _fill(model: nn.Module, name: str, saved: dict[str, torch.Tensor]):
     """Put saved weights into the place of an adapter's own, in the type that they have: it may be a wider one than that
-    of the weights that are adapted."""
+    of the weights that are adapted.
+    """
     own = _weights(model, name)
     if odd := sorted(own.keys() ^ saved.keys()):
         raise ValueError(

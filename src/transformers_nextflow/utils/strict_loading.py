@@ -9,7 +9,8 @@ from .checkpoint_checks import check_complete, check_floats, check_weights
 
 class StrictLoadingMixin:
     """A checkpoint that lacks tensors is an error; transformers fills them at random and warns. So is one with NaN,
-    infinity or integers."""
+    infinity or integers.
+    """
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):

@@ -64,8 +64,10 @@ def to_messages(exchanges: Iterable[Exchange]) -> list[dict]:
 
 
 def images_of(parts: Iterable[Part]) -> list[Part]:
+    """Those parts that are images."""
     return [part for part in parts if not isinstance(part, str)]
 
 
 def texts_of(parts: Iterable[Part]) -> list[str]:
+    """Those parts that are texts."""
     return [part for part in parts if isinstance(part, str)]

@@ -266,7 +266,8 @@ class NextFlowGRPOTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteT
 
     def _get_per_token_logps_and_entropies(self, model, *args, batch_size: int | None = None, **kwargs):
         """Of the rollouts at hand the log-probabilities of their prefixes, a list of (n,); TRL asks for them once for
-        the policy that drew and once for the reference."""
+        the policy that drew and once for the reference.
+        """
         size, rows = batch_size or len(self._rollouts), []
         for start in range(0, len(self._rollouts), size):
             found = self._log_probabilities(model, self._rollouts[start : start + size])

@@ -1,5 +1,6 @@
 """The objective of RL on the first scales of images: clipped ratios and a penalty on KL, weighted by scale
-(paper, section 3.2.5)."""
+(paper, section 3.2.5).
+"""
 
 from __future__ import annotations
 

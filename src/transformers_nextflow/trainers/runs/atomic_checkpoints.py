@@ -55,7 +55,8 @@ class AtomicCheckpointMixin:
 
     def _rotate(self, run_dir: Path):
         """As transformers rotates, but superseded checkpoints go first, and the others by their steps: times of files
-        do not tell checkpoints of one second apart."""
+        do not tell checkpoints of one second apart.
+        """
         limit = self.args.save_total_limit or 0
         checkpoints = sorted(checkpoints_in(run_dir), key=lambda checkpoint: not is_superseded(checkpoint))
         kept = {checkpoints[-1].name, Path(self.state.best_model_checkpoint or checkpoints[-1]).name}
@@ -91,6 +92,7 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
+    """The step at which a checkpoint's folder was written."""
     return int(_number_of(checkpoint))
 
 
@@ -99,4 +101,5 @@ def _number_of(checkpoint: Path) -> str:
 
 
 def is_superseded(checkpoint: Path) -> bool:
+    """Whether it is of a training that was begun anew since, or went on from an earlier step."""
     return (checkpoint / SUPERSEDED).exists()

@@ -90,7 +90,8 @@ def write_record(record: dict, checkpoint: Path):
 
 def changes_since(checkpoint: Path, record: dict) -> tuple[list[str], list[str]]:
     """What differs from the training that wrote the checkpoint, in words: what makes the outcome another one, and what
-    does not."""
+    does not.
+    """
     try:
         old = json.loads((checkpoint / RECORD_FILE).read_text())
     except (OSError, ValueError):

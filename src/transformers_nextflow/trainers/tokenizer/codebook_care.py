@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from ...modeling_nextflow_vq import NextFlowVQModel
-from ...multiscale_quantizer import outside_of_autocast, resample
+from ...multiscale_quantizer import outside_of_autocast
+from ...resampling import resample
 from ...scale_schedule import ScaleSchedule
 
 

@@ -75,6 +75,7 @@ def layout(scene: Scene) -> dict[tuple[int, int], Object]:
 
 
 def same(a: Scene, b: Scene) -> bool:
+    """Whether two scenes hold the same objects at the same places before the same background."""
     return a.background == b.background and layout(a) == layout(b)
 
 

@@ -25,6 +25,7 @@ def named_objects(scene: Scene) -> list[Object]:
 
 
 def free_cell(rng, scene: Scene, world: World) -> tuple[int, int]:
+    """A cell (row, column) on which nothing lies."""
     taken = {item.cell for item in scene.objects}
     return choose(rng, [cell for cell in world.cells if cell not in taken])
 

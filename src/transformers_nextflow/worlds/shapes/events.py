@@ -18,35 +18,43 @@ STILL = "nothing changes"
 
 
 def name_of(item: Object) -> str:
+    """How a sentence names an object."""
     return f"the {item.color} {item.shape}"
 
 
 def moves(item: Object, direction: str) -> str:
+    """The sentence of an object that moves by a cell."""
     return f"{name_of(item)} moves {direction}"
 
 
 def turns(item: Object, color: str) -> str:
+    """The sentence of an object that takes another colour."""
     return f"{name_of(item)} turns {color}"
 
 
 def grows(item: Object) -> str:
+    """The sentence of an object that becomes large."""
     return f"{name_of(item)} grows"
 
 
 def leaves(item: Object) -> str:
+    """The sentence of an object that goes away."""
     return f"{name_of(item)} goes away"
 
 
 def goes_to(item: Object, cell: tuple[int, int]) -> str:
+    """The sentence of an object that goes to a cell (row, column)."""
     return f"{name_of(item)} goes to row {cell[0] + 1} column {cell[1] + 1}"
 
 
 def comes(item: Object, world: World) -> str:
+    """The sentence of an object that comes in."""
     phrase = item_phrase(None, group_items([item], color=True, size=len(world.sizes) > 1)[0], world)
     return f"{phrase} comes {CELL_TEMPLATES[0].format(row=item.row + 1, column=item.column + 1)}"
 
 
 def background_turns(color: str) -> str:
+    """The sentence of a background that takes another colour."""
     return f"the background turns {color}"
 
 

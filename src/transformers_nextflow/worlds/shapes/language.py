@@ -55,14 +55,17 @@ def _wording(rng: np.random.Generator | None, options):
 
 
 def article(word: str) -> str:
+    """ "a" or "an", as the word needs it."""
     return "an" if word[0] in "aeiou" else "a"
 
 
 def plural(noun: str) -> str:
+    """The plural of a noun."""
     return noun + ("es" if noun.endswith(("s", "x")) else "s")
 
 
 def corners(world: World) -> dict[tuple[int, int], str]:
+    """The cells (row, column) of the corners, with their names."""
     last = world.lattice - 1
     return {(0, 0): "top left", (0, last): "top right", (last, 0): "bottom left", (last, last): "bottom right"}
 

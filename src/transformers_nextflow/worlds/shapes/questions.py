@@ -80,6 +80,7 @@ def _scene_with_number(rng, world: World, attribute: str, value: str, allow_held
 
 
 def what_color(rng, world: World, allow_held_out: bool, given: Scene | None = None) -> Example | None:
+    """A question about the colour of an object."""
     scene = _scene_where(rng, world, lambda scene: _unique(scene, "shape"), allow_held_out, given)
     if scene is None:
         return None
@@ -88,6 +89,7 @@ def what_color(rng, world: World, allow_held_out: bool, given: Scene | None = No
 
 
 def what_shape(rng, world: World, allow_held_out: bool, given: Scene | None = None) -> Example | None:
+    """A question about the shape of an object."""
     scene = _scene_where(rng, world, lambda scene: _unique(scene, "color"), allow_held_out, given)
     if scene is None:
         return None
@@ -97,6 +99,7 @@ def what_shape(rng, world: World, allow_held_out: bool, given: Scene | None = No
 
 
 def what_is_where(rng, world: World, allow_held_out: bool, given: Scene | None = None) -> Example:
+    """A question about what lies at a place."""
     scene = given or random_scene(rng, world, allow_held_out=allow_held_out)
     item = choose(rng, scene.objects)
     place = place_phrase(rng, item.cell, world)
@@ -144,6 +147,7 @@ def is_related(rng, world: World, allow_held_out: bool, given: Scene | None = No
 
 
 def what_background(rng, world: World, allow_held_out: bool, given: Scene | None = None) -> Example:
+    """A question about the background."""
     scene = given or random_scene(rng, world, allow_held_out=allow_held_out)
     return scene, choose(rng, ("what color is the background?", "which color is behind the objects?")), scene.background
 

@@ -17,7 +17,8 @@ Question = tuple[str, str]
 
 def shapes_reward(prompts: Sequence[str], completions: Sequence[Image.Image], **_) -> list[float | None]:
     """1 for an image that holds what its prompt asks for and nothing else, a half where there is more; `None` for a
-    prompt that is no caption of the world."""
+    prompt that is no caption of the world.
+    """
     rewards: list[float | None] = []
     for prompt, image in zip(prompts, completions):
         try:

@@ -220,6 +220,7 @@ def random_cells(rng: np.random.Generator, world: World, count: int) -> list[tup
 
 
 def random_background(rng: np.random.Generator, world: World) -> str:
+    """A background of the world, each as likely as another."""
     return choose(rng, world.backgrounds)[0]
 
 

@@ -24,6 +24,7 @@ OPENINGS = ("a story in {number} pictures", "tell a story in {number} pictures",
 
 
 def random_length(rng: np.random.Generator) -> int:
+    """How many frames a story has."""
     return int(rng.choice(list(NUMBERS), p=LENGTHS))
 
 

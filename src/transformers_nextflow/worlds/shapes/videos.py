@@ -103,6 +103,7 @@ def video_question_case(rng: np.random.Generator, world: World, *, allow_held_ou
 def question_on_video(
     rng, world: World, event: str, path: list[Object], scenes: list[Scene], transitions
 ) -> AnswerCase:
+    """A question about a video, with its answer."""
     first, last = path[0], path[-1]
     asked = [
         ("event", "what happens?", event),

@@ -1,0 +1,232 @@
+"""Interpolation as matrix products against torch's kernels: values, gradients, seconds, and how many codes differ.
+
+    OMP_NUM_THREADS=2 python benchmarks/resampling.py
+
+Seconds of forward and backward between each grid of the 256 level and its final one, down by area and up by each mode,
+medians over turns in which the two ways alternate; the ratio is of their sums for the modes of the paper's tokenizer
+(area down, bicubic up). Then training steps of a small convolutional tokenizer, and of a transformer of the bundled
+checkpoint's size on codes of the 256 level, without the optimizer. Codes are compared on latents of random scenes from
+that tokenizer, with codebooks from k-means over them.
+Writes `results/resampling.json`: `largest_difference`, `speedup_forward_backward`, `codes_that_differ`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from backbone import RESULTS, random_config, random_prompt, with_sides
+from tqdm import tqdm
+
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowVQConfig, NextFlowVQModel, resampling
+from transformers_nextflow.evaluation.results import write_result
+from transformers_nextflow.scale_schedule import SQUARE_SIDES, Grid
+from transformers_nextflow.trainers.tokenizer.codebook_care import initialize_codebook
+from transformers_nextflow.worlds.shapes.scene import World, random_scene
+from transformers_nextflow.worlds.shapes.tokenizer_suite import pixels_of
+
+
+SIDES = tuple(side for side in SQUARE_SIDES if side <= 16)
+MODES = (("area", "down"), ("bicubic", "up"), ("bilinear", "up"))
+OF_THE_PAPER = (("area", "down"), ("bicubic", "up"))
+CHANNELS, PATCH_SIZE, CODES = 40, 8, 4096
+TARGET_SPEEDUP, TARGET_DIFFERENCE = 1.5, 1e-6
+
+
+def interpolate(features: torch.Tensor, grid: Grid, mode: str) -> torch.Tensor:
+    """What `resample` does, by torch's kernels."""
+    if tuple(features.shape[-2:]) == tuple(grid):
+        return features
+    align = {"align_corners": False} if mode in ("bicubic", "bilinear") else {}
+    return F.interpolate(features, size=tuple(grid), mode=mode, **align)
+
+
+@contextlib.contextmanager
+def by_kernels():
+    """The whole package resamples by torch's kernels."""
+    names = ("multiscale_quantizer", "modeling_nextflow", "modeling_nextflow_vq")
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(patch(f"transformers_nextflow.{name}.resample", interpolate))
+        yield
+
+
+def grids_of(direction: str) -> list[tuple[Grid, Grid]]:
+    final = (SIDES[-1], SIDES[-1])
+    pairs = [((side, side), final) for side in SIDES[:-1]]
+    return [(target, source) for source, target in pairs] if direction == "down" else pairs
+
+
+def forward_backward(function: Callable, features: torch.Tensor, grid: Grid, mode: str) -> tuple[torch.Tensor, ...]:
+    features = features.detach().requires_grad_()
+    result = function(features, grid, mode)
+    weights = torch.linspace(-1, 1, result.numel(), device=result.device).view_as(result)
+    return result.detach(), torch.autograd.grad(result, features, weights)[0]
+
+
+def median_seconds(ways: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+    """Of each way, in turns, after one to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 1):
+        for name, run in ways.items():
+            start = time.perf_counter()
+            run()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def compare_grids(batch: int, repeats: int, device: str) -> tuple[dict, float]:
+    """Seconds of each mode in both ways, summed over the grids, and the largest difference in value or gradient."""
+    ways, seconds, largest = {"matrices": resampling.resample, "kernels": interpolate}, {}, 0.0
+    for mode, direction in tqdm(MODES, unit="mode"):
+        sums = dict.fromkeys(ways, 0.0)
+        for source, target in grids_of(direction):
+            features = torch.randn(batch, CHANNELS, *source, device=device)
+            run = {n: lambda f=f: forward_backward(f, features, target, mode) for n, f in ways.items()}
+            found, expected = run["matrices"](), run["kernels"]()
+            # Relative to the largest number, since a gradient is a sum over as many cells as a grid has.
+            for mine, other in zip(found, expected):
+                largest = max(largest, float((mine - other).abs().max() / other.abs().max().clamp_min(1)))
+            for name, value in median_seconds(run, repeats, device).items():
+                sums[name] += value
+        seconds[f"{mode} {direction}"] = sums
+    return seconds, largest
+
+
+def small_tokenizer(device: str) -> NextFlowVQModel:
+    """A convolutional tokenizer with the paper's resampling and the grids of its 256 level, at 8 pixels a cell."""
+    tower = random_config().vq_config.semantic_config.to_dict() | {"patch_size": PATCH_SIZE, "image_size": 128}
+    config = NextFlowVQConfig(
+        semantic_config=tower, patch_size=PATCH_SIZE, scales=SIDES, codebook_size=CODES, pixel_channels=16,
+        pixel_channel_multipliers=(1, 1, 2, 2), pixel_num_res_blocks=1, pixel_latent_dim=32,
+        pixel_decoder_channels=16, pixel_decoder_num_res_blocks=1, semantic_decoder_depth=1, semantic_decoder_heads=1,
+        semantic_decoder_hidden_size=16, semantic_target_dim=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return NextFlowVQModel(config).to(device)
+
+
+def scenes(count: int, device: str) -> torch.Tensor:
+    world, rng = World(canvas=PATCH_SIZE * SIDES[-1], jitter=4), np.random.default_rng(0)
+    return pixels_of([random_scene(rng, world) for _ in range(count)], world).to(device)
+
+
+@torch.no_grad()
+def codes_that_differ(tokenizer: NextFlowVQModel, images: int, device: str) -> dict:
+    pixels = scenes(images, device)
+    initialize_codebook(tokenizer, pixels[:256])
+    found, latents = {"matrices": [], "kernels": []}, []
+    schedule = tokenizer.schedule_of(pixels)
+    for chunk in tqdm(pixels.split(50), unit="batch"):
+        latents = tokenizer.encode_latents(chunk)
+        found["matrices"].append(tokenizer.quantizer.encode(latents, schedule).image_tokens)
+        with by_kernels():
+            found["kernels"].append(tokenizer.quantizer.encode(latents, schedule).image_tokens)
+    differ = torch.cat(found["matrices"]) != torch.cat(found["kernels"])
+    return {
+        "codes_that_differ": int(differ.sum()),
+        "codes": differ.numel(),
+        "images_that_differ": int(differ.any(1).sum()),
+        "images": images,
+    }
+
+
+def tokenizer_step(tokenizer: NextFlowVQModel, pixels: torch.Tensor):
+    output = tokenizer(pixels)
+    (F.mse_loss(output.reconstruction, pixels) + output.codebook_loss + output.commitment_loss).backward()
+    tokenizer.zero_grad()
+
+
+def transformer_step(model: NextFlowForConditionalGeneration, batch: dict):
+    model(**batch).loss.backward()
+    model.zero_grad()
+
+
+def transformer_batch(model: NextFlowForConditionalGeneration, count: int, device: str) -> dict:
+    config = model.config
+    schedule = config.vq_config.scale_schedules.build()
+    ids = random_prompt(config, 16, device).expand(count, -1)
+    slots = ids.new_full((count, schedule.num_slots(config.read_last_scale)), config.image_token_id)
+    ids = torch.cat([ids, slots, ids.new_full((count, 1), config.eoi_token_id)], 1)
+    codes = torch.randint(config.vq_config.codebook_size, (count, schedule.num_tokens), device=device)
+    return {
+        "input_ids": ids,
+        "labels": ids,
+        "image_tokens": codes,
+        "image_grids": torch.tensor([schedule.final_grid] * count, device=device),
+    }
+
+
+def compare_steps(tokenizer: NextFlowVQModel, batch: int, repeats: int, device: str) -> dict[str, dict[str, float]]:
+    """Seconds of a training step in both ways."""
+    config = with_sides(random_config(), SIDES, (SIDES[-1],))
+    config.vq_config.upsample = "bicubic"
+    model = NextFlowForConditionalGeneration(config).to(device).train()
+    pixels, rows = scenes(batch, device), transformer_batch(model, batch, device)
+    tokenizer.train().requires_grad_(True)
+    steps = {
+        "tokenizer": lambda: tokenizer_step(tokenizer, pixels),
+        "transformer": lambda: transformer_step(model, rows),
+    }
+
+    def kernels(step):
+        with by_kernels():
+            step()
+
+    return {
+        name: median_seconds({"matrices": step, "kernels": lambda step=step: kernels(step)}, repeats, device)
+        for name, step in tqdm(steps.items(), unit="model")
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=15, help="turns of which the median counts")
+    parser.add_argument("--images", type=int, default=1000, help="of which the codes are compared")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--results", default=RESULTS, help="folder of the result file")
+    arguments = parser.parse_args()
+
+    batch, repeats, device = arguments.batch, arguments.repeats, arguments.device
+    seconds, largest = compare_grids(batch, repeats, device)
+    tokenizer = small_tokenizer(device)
+    differ = codes_that_differ(tokenizer, arguments.images, device)
+    steps = compare_steps(tokenizer, batch, max(3, repeats // 3), device)
+
+    names = [f"{mode} {direction}" for mode, direction in OF_THE_PAPER]
+    of_paper = {way: sum(seconds[name][way] for name in names) for way in ("matrices", "kernels")}
+    speedup = of_paper["kernels"] / of_paper["matrices"]
+    for name, ways in (seconds | steps).items():
+        ratio = ways["kernels"] / ways["matrices"]
+        print(
+            f"{name:<13} kernels {ways['kernels'] * 1e3:>8.1f} ms, matrices {ways['matrices'] * 1e3:>8.1f} ms: "
+            f"{ratio:.2f} times as fast"
+        )
+    print(f"area down and bicubic up in sum: {speedup:.2f} times as fast (target {TARGET_SPEEDUP})")
+    print(f"largest difference in value or gradient {largest:.1e} (target {TARGET_DIFFERENCE})")
+    print(f"{differ['codes_that_differ']} of {differ['codes']} codes differ, in {differ['images_that_differ']} images")
+    values = {
+        "largest_difference": largest,
+        "speedup_forward_backward": round(speedup, 2),
+        **differ,
+        "step_speedup": {name: round(ways["kernels"] / ways["matrices"], 3) for name, ways in steps.items()},
+        "seconds": seconds | steps,
+        "batch": batch,
+    }
+    print("written:", write_result(Path(arguments.results) / "resampling.json", values, device))
+
+
+if __name__ == "__main__":
+    main()
