@@ -22,7 +22,6 @@ import torch
 from datasets import Dataset
 from make_data import FEATURES, encode_scenes, images_in, row, sample
 from sizes import KEPT_CONCEPT, KEPT_STYLE
-from transformers import AutoProcessor
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowPipeline
 from transformers_nextflow.adapters import lora_config
@@ -163,9 +162,9 @@ def main():
     new_concepts = tuple(dict.fromkeys((*old.concepts, *(concept for concept, _ in lesson.shown))))
     world = World(art, old.side, old.patch_size, old.ratios, new_concepts, new_styles, old.kinds, old.plain)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = NextFlowForConditionalGeneration.from_pretrained(arguments.checkpoint, dtype=torch.float32).to(device)
-    processor = AutoProcessor.from_pretrained(arguments.checkpoint)
-    pipe, recogniser = NextFlowPipeline(model, processor), Recogniser(judge.to(device), world)
+    pipe = NextFlowPipeline.from_pretrained(arguments.checkpoint, dtype=torch.float32).to(device)
+    model, processor = pipe.model, pipe.processor
+    recogniser = Recogniser(judge.to(device), world)
     evaluation = EmojiEvaluation(pipe, old, judge, arguments.limit)
 
     def scores() -> dict:

@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoProcessor
 
-from transformers_nextflow import ImageSampling, NextFlowForConditionalGeneration, NextFlowPipeline
+from transformers_nextflow import ImageSampling, NextFlowPipeline
 from transformers_nextflow.evaluation.results import write_result
 from transformers_nextflow.trainers import NextFlowGRPOConfig, NextFlowGRPOTrainer
 from transformers_nextflow.worlds.emoji import Art, World, training_case
@@ -71,9 +70,8 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     judges = {name: judge.to(device) for name, judge in judges.items()}
     world = World.load(arguments.judge / WORLD, Art(arguments.art))
-    model = NextFlowForConditionalGeneration.from_pretrained(arguments.checkpoint, dtype=torch.float32).to(device)
-    processor = AutoProcessor.from_pretrained(arguments.checkpoint)
-    pipe = NextFlowPipeline(model, processor)
+    pipe = NextFlowPipeline.from_pretrained(arguments.checkpoint, dtype=torch.float32).to(device)
+    model, processor = pipe.model, pipe.processor
     before = overall(pipe, world, judges, arguments.limit)
     num_scales = model.config.vq_config.scale_schedules.build().num_scales
     args = NextFlowGRPOConfig(

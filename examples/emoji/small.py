@@ -151,8 +151,9 @@ def main():
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = SmallPath(arguments.art.absolute(), arguments.output.absolute(), arguments.share)
-    for name in MINUTES:
-        path.stage(name, getattr(path, name))
+    work = (path.judges, path.tokenizer, path.decoder, path.data, path.transformer, path.scores)
+    for name, stage in zip(MINUTES, work):
+        path.stage(name, stage)
     scores = json.loads((path.output / "scores.json").read_text())
     minutes = sum(stage["minutes"] for stage in path.done.values())
     values = {"minutes": round(minutes, 1), "stages": path.done, **scores}

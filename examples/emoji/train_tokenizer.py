@@ -1,7 +1,7 @@
 """Train the emoji world's vision tokenizer, a stage at a time, by the recipes in `recipes`.
 
-    python examples/emoji/train_tokenizer.py examples/emoji/recipes/tokenizer_64.yaml --output runs/emoji/tokenizer-64
-    python examples/emoji/train_tokenizer.py examples/emoji/recipes/tokenizer_decoder.yaml --output runs/emoji/tokenizer \
+    python train_tokenizer.py recipes/tokenizer_64.yaml --output runs/emoji/tokenizer-64
+    python train_tokenizer.py recipes/tokenizer_decoder.yaml --output runs/emoji/tokenizer \
         --model runs/emoji/tokenizer-128/final --judge runs/emoji/judge-2
 
 The semantic decoder learns to name the concept that covers each cell, by cross-entropy to fixed random directions, in
@@ -11,6 +11,7 @@ place of a teacher's features. The decoder stage sees through a judge's layers (
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -54,7 +55,7 @@ class EmojiImages(Dataset):
         if index >= self.length:
             raise IndexError(index)
         scene = random_scene(np.random.default_rng((self.seed, index)), self.world)
-        object.__setattr__(scene, "ratio", self._ratio(index))
+        scene = replace(scene, ratio=self._ratio(index))
         return {
             "pixel_values": torch.from_numpy(render(scene, self.world)).permute(2, 0, 1) / 127.5 - 1,
             "concepts": torch.from_numpy(cell_labels(scene, self.world)),

@@ -113,8 +113,6 @@ def test_a_batch_is_read_as_its_images_one_by_one():
     assert read == [judge.read([image])[0] for image in images]
     assert read == judge.read([Image.fromarray(image) for image in images])
     assert all(scene.stickers and scene.grid in GRIDS for scene in read)
-    parts = judge.read_parts(("text", images[0], "more"))
-    assert parts == ("text", read[0], "more") and judge.read_parts(("only text",)) == ("only text",)
 
 
 def test_a_saved_judge_reads_as_before(tmp_path):

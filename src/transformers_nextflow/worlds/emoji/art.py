@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -70,12 +70,6 @@ class Art:
     def __reduce__(self):
         # Other processes read the archive anew: a cache is no part of what they are sent.
         return Art, (self.path,)
-
-    @cached_property
-    def groups(self) -> dict[str, tuple[str, ...]]:
-        """Group → keys of its concepts."""
-        names = dict.fromkeys(concept.group for concept in self.concepts.values())
-        return {name: tuple(k for k, concept in self.concepts.items() if concept.group == name) for name in names}
 
     def styles_of(self, concept: str) -> tuple[str, ...]:
         """The styles in which a concept is drawn."""
@@ -207,19 +201,3 @@ def _write(archive: zipfile.ZipFile, name: str, one: _Set, key: str, side: int) 
     image.save(buffer, "WEBP", quality=QUALITY, method=4)
     archive.writestr(name, buffer.getvalue())
     return np.asarray(image)
-
-
-def subset(art: Path | str, output: Path | str, concepts: Iterable[str], styles: Sequence[str]):
-    """An archive of some of the concepts and styles of another, without skin tones of other styles."""
-    wanted = set(concepts)
-    with zipfile.ZipFile(art) as whole, write_whole(output) as partial, zipfile.ZipFile(partial, "w") as part:
-        index = json.loads(whole.read(INDEX))
-        kept = [entry for entry in index["concepts"] if entry["key"] in wanted]
-        for entry in kept:
-            entry["drawings"] = {s: entry["drawings"][s] for s in styles if s in entry["drawings"]}
-            for style, drawing in entry["drawings"].items():
-                for tone in (None, *drawing["tones"]):
-                    name = _file_name(style, entry["key"], tone)
-                    part.writestr(name, whole.read(name))
-        part.writestr(INDEX, json.dumps({"styles": list(styles), "concepts": kept}))
-        part.writestr(NOTICE, whole.read(NOTICE))

@@ -110,7 +110,8 @@ def compare(scene: Scene, target: Scene) -> Score:
 @dataclass(frozen=True)
 class CaptionCase(Case):
     """A caption in any wording. `right`: names all concepts with their numbers, and neither style nor background is
-    wrong. `concept`: names all concepts, and no other."""
+    wrong. `concept`: names all concepts, and no other.
+    """
 
     scene: Scene = Scene(())
 

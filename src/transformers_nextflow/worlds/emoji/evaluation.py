@@ -204,7 +204,8 @@ class EmojiEvaluation:
     @torch.no_grad()
     def tokenizer(self) -> dict[str, float]:
         """What the tokenizer lets through on scenes of all concepts and styles: `psnr`, `ssim`, codebook statistics,
-        and how the judge reads reconstructions (`read_…`) and true renders (`read_…_ceiling`)."""
+        and how the judge reads reconstructions (`read_…`) and true renders (`read_…_ceiling`).
+        """
         model, rng = self.pipe.model.vq_model, np.random.default_rng(TOKENIZER_SEED)
         count = min(TOKENIZER_SCENES, 5 * self.limit)
         scenes = [
@@ -227,7 +228,8 @@ class EmojiEvaluation:
 
     def style_retrieval(self) -> dict[str, float]:
         """Style transfer of one thing on white: the share of images that are nearest, in the judge's features, to the
-        true target among all the world's drawings of that style. `ceiling`: that of reconstructed targets."""
+        true target among all the world's drawings of that style. `ceiling`: that of reconstructed targets.
+        """
         rng = np.random.default_rng(11)
         cases = [self._retrieval_case(rng) for _ in range(self.limit)]
         drawn, restored = [], self.reconstruct([render(case.after, self.world) for case in cases])
@@ -265,7 +267,8 @@ class EmojiEvaluation:
         """How near drawings of one thing on white are to the renders of training, in dB of PSNR: `to_nearest`, the mean
         to the nearest render, and `to_nearest_reconstructed`, the same for reconstructions of these renders, which is
         the most that the tokenizer can give. `is_asked`: share of the drawings whose nearest render shows what was
-        asked for, in any style. Pairs of concept and style that are held out count as no render of training."""
+        asked for, in any style. Pairs of concept and style that are held out count as no render of training.
+        """
         pairs = [pair for pair in self.world.pairs if not self.world.holds_out_style(*pair)]
         renders = np.stack([render(Scene((Sticker(*pair),)), self.world) for pair in pairs])
         asked = [pairs[i] for i in np.random.default_rng(5).permutation(len(pairs))[: self.limit]]

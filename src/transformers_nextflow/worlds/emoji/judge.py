@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ...utils.atomic_files import write_whole
-from ..conversations import Part
 from .coloring import HUES
 from .concepts import TONES
 from .scene import (
@@ -133,12 +132,6 @@ class Judge(nn.Module):
             scenes.append(Scene(stickers, read_background(array), grid, SQUARE))
             start += len(taken)
         return scenes
-
-    def read_parts(self, parts: Sequence[Part]) -> tuple[Part, ...]:
-        """An answer with its images read as scenes."""
-        images = [part for part in parts if not isinstance(part, str)]
-        scenes = iter(self.read(images)) if images else iter(())
-        return tuple(part if isinstance(part, str) else next(scenes) for part in parts)
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[np.ndarray | Image.Image]) -> torch.Tensor:

@@ -41,7 +41,7 @@ RELATION_TEMPLATES = {
     "below": (" below ", " under ", " underneath "),
 }
 SIZES = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
-SYNONYM, KEYWORDS, STYLED, STYLE_FIRST, ON_BACKGROUND, PLACED, SIZED = 0.3, 0.06, 0.55, 0.3, 0.5, 0.5, 0.5
+SYNONYM, KEYWORDS, STYLED, STYLE_FIRST, ON_BACKGROUND, PLACED = 0.3, 0.06, 0.55, 0.3, 0.5, 0.5
 # Words that names go before: "sheaf of rice" has sheaves, "fish cake with swirl" fish cakes.
 PREPOSITIONS = (
     "of",
@@ -148,6 +148,7 @@ def name_of(rng: np.random.Generator | None, concept: str, world: World) -> str:
 
 
 def style_word(rng: np.random.Generator | None, style: str) -> str:
+    """How a text calls a style."""
     return _wording(rng, STYLE_WORDS.get(style, (style,)))
 
 
@@ -213,8 +214,7 @@ def grouped_items(scene: Scene, world: World, **changes) -> tuple[Item, ...]:
 def caption(scene: Scene, world: World) -> str:
     """Describes a scene in full, always in the same wording: kinds, numbers, colours, style, background."""
     relation = relation_of(scene) if len(scene.concepts) == 2 and len(scene.stickers) == 2 else None
-    items = tuple(replace(item, turn=item.turn) for item in grouped_items(scene, world))
-    return write_caption(None, Requirement(items, relation, scene.background), world)
+    return write_caption(None, Requirement(grouped_items(scene, world), relation, scene.background), world)
 
 
 def relation_of(scene: Scene) -> str:

@@ -18,6 +18,7 @@ Question = tuple[str, str, tuple[str, ...]]
 
 
 def names(concept: str, world: World) -> tuple[str, ...]:
+    """All names of a concept; the first is the one in answers."""
     return world.art.concepts[concept].names
 
 

@@ -128,6 +128,7 @@ class Scene:
 
 
 def cells_of(grid: Cell) -> tuple[Cell, ...]:
+    """The places (row, column) of a grid, in reading order."""
     return tuple((row, column) for row in range(grid[0]) for column in range(grid[1]))
 
 
@@ -190,13 +191,6 @@ class World:
 
     def name(self, concept: str) -> str:
         return self.art.concepts[concept].name
-
-    @cached_property
-    def groups(self) -> dict[str, tuple[str, ...]]:
-        """Group → keys of the world's concepts."""
-        own = set(self.concepts)
-        groups = {group: tuple(k for k in keys if k in own) for group, keys in self.art.groups.items()}
-        return {group: keys for group, keys in groups.items() if keys}
 
     @cached_property
     def indices(self) -> dict[str, int]:
@@ -374,6 +368,7 @@ def counted(sticker: Sticker, count: int) -> tuple[tuple[Sticker, ...], Cell]:
 
 
 def random_ratio(rng: np.random.Generator, world: World) -> Cell:
+    """The form of an image: square, or one of the world's others."""
     others = [ratio for ratio in world.ratios if ratio != SQUARE]
     return choose(rng, others) if others and rng.random() < WIDE else SQUARE
 
