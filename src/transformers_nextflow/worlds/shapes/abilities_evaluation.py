@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ...evaluation.image_metrics import contact_sheet, to_uint8
 from ...pipeline_nextflow import NextFlowPipeline
 from ...utils.atomic_files import write_whole
+from ..conversations import Part
 from . import (
     Case,
     Scene,
@@ -34,7 +35,6 @@ from . import (
     sequence,
     text_to_image_suite,
 )
-from .conversations import Part
 from .language import CATEGORIES
 from .tokenizer_suite import pixels_of
 
