@@ -21,6 +21,7 @@ from .scale_schedule import ScaleSchedule
 from .sequence.fused_cross_entropy import called_cross_entropy, fused_cross_entropy
 from .sequence.layout import (
     SequenceLayout,
+    check_num_positions,
     layout_batch,
     layout_sequence,
     num_codes_read,
@@ -257,7 +258,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             raise ValueError("Give either input_ids or inputs_embeds.")
         if input_ids is None:
             input_ids = text_ids(inputs_embeds, image_tokens, image_grids)
-        mask, start = _last_columns(attention_mask, input_ids), 0
+        mask, start, reach = _last_columns(attention_mask, input_ids), 0, 0
         if position_ids is None and not is_empty(past_key_values):
             if getattr(past_key_values, "holds_images", False):
                 # Images take fewer positions than slots, so the cache's length does not tell where to go on.
@@ -265,6 +266,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
                     "A pass on a cache that holds images needs position_ids; see layout_sequence, or call generate."
                 )
             start, length = past_key_values.get_seq_length(), input_ids.shape[1]
+            reach = 0 if torch.is_tensor(start) else start + length
             if mask is not None:
                 if not torch.is_tensor(start) and attention_mask.shape[1] != start + length:
                     raise ValueError(
@@ -272,7 +274,11 @@ class NextFlowModel(NextFlowPreTrainedModel):
                         f"and {length} behind them."
                     )
                 start = attention_mask[:, :-length].sum(1, keepdim=True)
-        return layout_batch(self.config, input_ids, mask, image_tokens, image_grids, seq_idx, start)
+        layout = layout_batch(self.config, input_ids, mask, image_tokens, image_grids, seq_idx, start)
+        if reach > self.config.text_config.max_position_embeddings:
+            # Padding takes none. Nothing is waited for as long as all columns would have one.
+            check_num_positions(int(layout.position_ids.max()) + 1, self.config)
+        return layout
 
     @takes_the_cache
     @can_return_tuple

@@ -91,9 +91,7 @@ class NextFlowCollator:
 
     def _encode(self, row: dict) -> EncodedRow:
         sample = read_row(row, self.root)
-        return encode_sample(
-            sample, self.processor, self.codebook_size, self.tokenizer_fingerprint, self.max_positions
-        )
+        return encode_sample(sample, self.processor, self.codebook_size, self.tokenizer_fingerprint, self.max_positions)
 
     def _padded(self, rows: list[EncodedRow]) -> dict[str, torch.Tensor]:
         batch = self._empty(len(rows), max(len(row.ids) for row in rows))
