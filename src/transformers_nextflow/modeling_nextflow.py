@@ -383,6 +383,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         text_config = config.text_config
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.visual_head = nn.Linear(text_config.hidden_size, config.vq_config.codebook_size, bias=False)
+        # Told from settings that were lost: a new model has none of its own.
+        self.generation_config.image_sampling = {}
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
