@@ -231,7 +231,7 @@ def test_settings_of_an_optimizer_are_checked_wherever_they_come_from(tmp_path):
     optimizer.param_groups[0]["lr"] = INF
     arguments = training_arguments(tmp_path, rows())
     own = {"train_dataset": rows(), "processing_class": tiny_processor(), "optimizers": (optimizer, None)}
-    with pytest.raises(ValueError, match=r"optimizer\[0\].initial_lr must be a finite number, got inf"):
+    with pytest.raises(ValueError, match=r"optimizer\[0\].lr must be a finite number, got inf"):
         NextFlowTrainer(model, arguments, **own).train()
 
 
