@@ -1,6 +1,7 @@
 """NextFlow: one decoder-only transformer over text tokens and images drawn scale by scale (paper, section 2)."""
 
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ from .sequence.scale_attention import ScaleAttentionMixin
 from .sequence.scale_masked import ScaleMaskedMixin
 from .utils.offloading import ExecutionDeviceMixin
 from .utils.older_transformers import CACHE, takes_the_cache
-from .utils.saved_adapters import load_adapters
+from .utils.saved_adapters import forget_adapters, load_adapters
 from .utils.strict_loading import StrictLoadingMixin
 
 
@@ -136,6 +137,11 @@ class NextFlowPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTrain
         if path is not None:
             load_adapters(model, path, **kwargs)
         return (model, info) if output_loading_info else model
+
+    @wraps(PreTrainedModel.save_pretrained)
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        forget_adapters(save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def train(self, mode: bool = True):
         super().train(mode)
