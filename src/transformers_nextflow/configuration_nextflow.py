@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, Qwen2_5_VLTextConfig
 
 from .scale_schedule import SQUARE_SIDES, ScaleSchedules
+from .utils.finite_numbers import check_finite
 
 
 RESAMPLINGS = ("area", "bicubic", "bilinear", "nearest", "rotary")
@@ -111,7 +112,8 @@ class NextFlowVQConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Raises `ValueError` for values that do not fit together."""
+        """Raises `ValueError` for values that do not fit together, and for numbers that are not finite."""
+        check_finite(vars(self) | {"semantic_config": vars(self.semantic_config)})
         for name in ("codebook_size", "semantic_code_dim", "pixel_code_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -195,7 +197,8 @@ class NextFlowConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Raises `ValueError` for values that do not fit together."""
+        """Raises `ValueError` for values that do not fit together, and for numbers that are not finite."""
+        check_finite(vars(self) | {"text_config": vars(self.text_config)})
         for name in ("boi_token_id", "eoi_token_id", "image_token_id"):
             if not 0 <= getattr(self, name) < self.text_config.vocab_size:
                 raise ValueError(

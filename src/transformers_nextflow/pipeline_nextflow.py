@@ -28,7 +28,7 @@ from .pipelines.requests import ImageInput, ImageRequest
 from .processing_nextflow import NextFlowProcessor
 from .sequence.padding import pad_codes
 from .utils.atomic_files import write_whole
-from .utils.saved_adapters import HUB_OPTIONS, is_adapted, save_adapters, unwrapped, without_adapters
+from .utils.saved_adapters import HUB_OPTIONS, is_adapted, unwrapped, with_adapters_beside
 from .utils.short_repr import short_repr
 
 
@@ -178,11 +178,10 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
         pipeline, model = self, self.unwrapped_model
         if is_adapted(model):
             pipeline = copy.copy(self)
-            pipeline.model = without_adapters(model)
+            pipeline.model = with_adapters_beside(model)
         # First, so that they are there when the folder is uploaded.
         with write_whole(Path(save_directory) / "pipeline.py") as partial:
             partial.write_text(PIPELINE_FILE)
-        save_adapters(model, Path(save_directory) / "model")
         DiffusionPipeline.save_pretrained(pipeline, save_directory, **kwargs)
 
     def to_json_string(self) -> str:

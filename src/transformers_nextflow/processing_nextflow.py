@@ -9,7 +9,12 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpa
 
 from .configuration_nextflow import NextFlowConfig
 from .image_processing_nextflow import flatten_images
-from .sequence.chat_encoding import check_spells_out_no_special_tokens, encode_chats, encode_text
+from .sequence.chat_encoding import (
+    check_spells_out_no_special_tokens,
+    encode_chats,
+    encode_text,
+    gather_special_tokens,
+)
 from .sequence.padding import pad_left
 from .tokenization_nextflow import CHAT_TEMPLATE, add_image_tokens
 from .utils.older_transformers import SANITIZES_CONTROL_TOKENS
@@ -86,6 +91,8 @@ class NextFlowProcessor(ProcessorMixin):
         gives, like every text that the processor is called on, is read with all special tokens in it.
         """
         conversation = expand_videos(conversation)
+        if tokenize:
+            conversation = gather_special_tokens(self.tokenizer, conversation)
         if tokenize and SANITIZES_CONTROL_TOKENS:
             kwargs.setdefault("sanitize_control_tokens", True)
         elif tokenize:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ def encode_chats(
     """
     special = _special_tokens(tokenizer)
     rendered, spans = render_jinja_template(
-        conversations=[_marked(list(chat), special) for chat in chats],
+        conversations=[_marked(_gathered(list(chat), special), special) for chat in chats],
         chat_template=chat_template,
         return_assistant_tokens_mask=with_answers,
         **tokenizer.special_tokens_map | template_kwargs,
@@ -57,6 +58,12 @@ def encode_chats(
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text that stands outside of any template, such as a given answer."""
     return _encode(tokenizer, _marked(text, _special_tokens(tokenizer)), []).ids
+
+
+def gather_special_tokens(tokenizer: PreTrainedTokenizerBase, conversation: Any) -> Any:
+    """Messages, or lists of them, in which no special token is spelled out by several text parts, as by "<|im_" and
+    "end|>" together: it moves into the part in which it begins."""
+    return _gathered(conversation, _special_tokens(tokenizer))
 
 
 def check_spells_out_no_special_tokens(tokenizer: PreTrainedTokenizerBase, value: Any):
@@ -107,6 +114,25 @@ def _marked(value: Any, special: re.Pattern) -> Any:
     if isinstance(value, dict):
         return {key: _marked(inner, special) for key, inner in value.items()}
     return [_marked(inner, special) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _gathered(value: Any, special: re.Pattern) -> Any:
+    if isinstance(value, dict):
+        return {key: _gathered(inner, special) for key, inner in value.items()}
+    if not isinstance(value, list | tuple):
+        return value
+    parts = [_gathered(inner, special) for inner in value]
+    texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    for first, text in enumerate(texts):
+        # What is rendered side by side.
+        run = list(takewhile(lambda following: isinstance(following, str), texts[first:]))
+        if len(run) > 1:
+            matches = special.finditer("".join(run))
+            moved = next((m.end() - len(text) for m in matches if m.start() < len(text) < m.end()), 0)
+            for place, following in enumerate(run[1:], first + 1):
+                taken = following[:moved]
+                texts[first], texts[place], moved = texts[first] + taken, following[len(taken) :], moved - len(taken)
+    return [part | {"text": text} if isinstance(text, str) else part for part, text in zip(parts, texts)]
 
 
 def _strings(value: Any) -> list[str]:

@@ -184,6 +184,8 @@ class NextFlowTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrain
             collator.tokenizer_fingerprint = broadcast_object_list(fingerprint)[0]
         if isinstance(collator, NextFlowCollator) and collator.codebook_size is None:
             collator.codebook_size = model.config.vq_config.codebook_size
+        if isinstance(collator, NextFlowCollator) and collator.max_positions is None:
+            collator.max_positions = model.config.text_config.max_position_embeddings
         if args.packing != "padding" and rows is not None:
             choose_attention(model, args.device, _schedules_of(rows, collator))
             kwargs["train_dataset"] = packed(rows, collator, model.config, args)
