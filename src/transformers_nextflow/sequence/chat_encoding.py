@@ -62,7 +62,8 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def gather_special_tokens(tokenizer: PreTrainedTokenizerBase, conversation: Any) -> Any:
     """Messages, or lists of them, in which no special token is spelled out by several text parts, as by "<|im_" and
-    "end|>" together: it moves into the part in which it begins."""
+    "end|>" together: it moves into the part in which it begins.
+    """
     return _gathered(conversation, _special_tokens(tokenizer))
 
 
