@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, Qwen2_5_VLTextConfig
 
 from .scale_schedule import SQUARE_SIDES, ScaleSchedules
+from .utils.atomic_files import saved_whole
 
 
 RESAMPLINGS = ("area", "bicubic", "bilinear", "nearest", "rotary")
@@ -61,6 +62,7 @@ class NextFlowVQConfig(PreTrainedConfig):
     """
 
     model_type = "nextflow_vq"
+    save_pretrained = saved_whole(PreTrainedConfig.save_pretrained)
     base_config_key = "vq_config"
     sub_configs = {"semantic_config": AutoConfig}
 
@@ -170,6 +172,7 @@ class NextFlowConfig(PreTrainedConfig):
     """
 
     model_type = "nextflow"
+    save_pretrained = saved_whole(PreTrainedConfig.save_pretrained)
     sub_configs = {"text_config": Qwen2_5_VLTextConfig, "vq_config": NextFlowVQConfig}
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
 

@@ -14,6 +14,7 @@ from transformers.image_utils import PILImageResampling, SizeDict, is_torch_tens
 from transformers.processing_utils import Unpack
 
 from .scale_schedule import SQUARE_SIDES, ScaleSchedule, ScaleSchedules
+from .utils.atomic_files import saved_whole
 from .utils.short_repr import short_repr
 
 
@@ -69,6 +70,7 @@ class NextFlowImageProcessorPil(PilBackend):
 
     model_input_names = ["pixel_values", "image_grids"]
     valid_kwargs = NextFlowImageProcessorKwargs
+    save_pretrained = saved_whole(PilBackend.save_pretrained)
 
     do_convert_rgb = True
     do_resize = True

@@ -32,6 +32,7 @@ from .sequence.loss import LossTargets, loss_targets, nextflow_loss, num_trained
 from .sequence.packed_attention import packed_causal_mask
 from .sequence.scale_attention import ScaleAttentionMixin
 from .sequence.scale_masked import ScaleMaskedMixin
+from .utils.atomic_files import saved_whole
 from .utils.offloading import ExecutionDeviceMixin
 from .utils.older_transformers import CACHE, takes_the_cache
 from .utils.saved_adapters import load_adapters
@@ -112,6 +113,7 @@ class NextFlowVisualEmbedding(nn.Module):
 
 class NextFlowPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTrainedModel):
     config: NextFlowConfig
+    save_pretrained = saved_whole(PreTrainedModel.save_pretrained)
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True

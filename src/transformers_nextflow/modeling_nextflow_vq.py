@@ -19,6 +19,7 @@ from .multiscale_quantizer import (
     resample,
 )
 from .scale_schedule import Grid, ScaleSchedule
+from .utils.atomic_files import saved_whole
 from .utils.offloading import ExecutionDeviceMixin, onloaded
 from .utils.strict_loading import StrictLoadingMixin
 
@@ -65,6 +66,7 @@ CODE_PARTS = ("semantic_encoder", "semantic_projection", "pixel_encoder", "quant
 
 class NextFlowVQPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTrainedModel):
     config: NextFlowVQConfig
+    save_pretrained = saved_whole(PreTrainedModel.save_pretrained)
     base_model_prefix = "vq_model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)

@@ -7,7 +7,6 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,7 +26,8 @@ from .pipelines.calls import PipelineCallsMixin
 from .pipelines.conversations import ConversationMixin
 from .pipelines.requests import ImageInput, ImageRequest
 from .processing_nextflow import NextFlowProcessor
-from .utils.atomic_files import write_whole
+from .utils.atomic_files import write_into
+from .utils.saved_adapters import FOLDER as ADAPTERS
 from .utils.saved_adapters import HUB_OPTIONS, is_adapted, save_adapters, unwrapped, without_adapters
 from .utils.short_repr import short_repr
 
@@ -179,11 +179,11 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
         if is_adapted(model):
             pipeline = copy.copy(self)
             pipeline.model = without_adapters(model)
-        # First, so that they are there when the folder is uploaded.
-        with write_whole(Path(save_directory) / "pipeline.py") as partial:
-            partial.write_text(PIPELINE_FILE)
-        save_adapters(model, Path(save_directory) / "model")
-        DiffusionPipeline.save_pretrained(pipeline, save_directory, **kwargs)
+        with write_into(save_directory, replaced=[f"model/{ADAPTERS}"]) as folder:
+            # First, so that they are there when the folder is uploaded.
+            (folder / "pipeline.py").write_text(PIPELINE_FILE)
+            save_adapters(model, folder / "model")
+            DiffusionPipeline.save_pretrained(pipeline, str(folder), **kwargs)
 
     def to_json_string(self) -> str:
         # Where a `pipeline.py` lies beside the index, `DiffusionPipeline` takes the class from it.

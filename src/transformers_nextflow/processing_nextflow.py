@@ -11,6 +11,7 @@ from .configuration_nextflow import NextFlowConfig
 from .image_processing_nextflow import flatten_images
 from .sequence.chat_encoding import check_spells_out_no_special_tokens, encode_chats, encode_text
 from .tokenization_nextflow import CHAT_TEMPLATE, add_image_tokens
+from .utils.atomic_files import saved_whole
 from .utils.older_transformers import SANITIZES_CONTROL_TOKENS
 from .utils.short_repr import short_repr
 from .video_processing_nextflow import expand_videos
@@ -31,6 +32,7 @@ class NextFlowProcessor(ProcessorMixin):
         caption_request: what a user asks to have an image described, as the model was trained on it.
     """
 
+    save_pretrained = saved_whole(ProcessorMixin.save_pretrained)
     text_kwargs = {"padding_side": "left"}
 
     def __init__(

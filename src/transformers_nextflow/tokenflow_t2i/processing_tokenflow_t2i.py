@@ -8,6 +8,7 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from ..processing_nextflow import check_prompts, pad_left
+from ..utils.atomic_files import saved_whole
 
 
 class TokenFlowT2IProcessor(ProcessorMixin):
@@ -34,6 +35,7 @@ class TokenFlowT2IProcessor(ProcessorMixin):
         self.max_text_tokens = max_text_tokens
         super().__init__(image_processor, tokenizer)
 
+    save_pretrained = saved_whole(ProcessorMixin.save_pretrained)
     # The model reads no images and writes no text.
     think_prefix = None
 
