@@ -16,6 +16,7 @@ from ..generation.sequence_writer import Prompts
 from ..generation_nextflow import InterleavedGenerationOutput
 from ..processing_nextflow import check_prompts
 from ..sequence.chat_encoding import encode_text
+from ..sequence.messages import check_conversation
 from ..utils.evaluation_mode import evaluation_mode
 from ..utils.short_repr import short_repr
 from .requests import ImageInput, ImageRequest, pixels_of_size, requested_schedule
@@ -198,6 +199,8 @@ class ConversationMixin:
             raise ValueError("chat has no image_guidance_scale; leave it at 1, or edit by calling the pipeline.")
         is_batch = isinstance(messages[0], list | tuple)
         conversations = messages if is_batch else [messages]
+        for number, conversation in enumerate(conversations):
+            check_conversation(conversation, f"messages[{number}]" if is_batch else "messages")
         inputs = self.processor.apply_chat_template(
             conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
             processor_kwargs={"padding": True},
@@ -274,6 +277,9 @@ def _scripts(prompt, num_frames: int | None) -> list[list[str]]:
             f"prompt must be a video's text, its frames' texts, or a list of either, got {short_repr(prompt)}."
         )
     videos = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+    for script in videos:
+        if isinstance(script, list | tuple):
+            check_prompts(script)
     given = [isinstance(video, list | tuple) for video in videos]
     if any(given) and not all(given):
         raise ValueError("A batch holds either prompts of videos or lists of texts, not both; call video twice.")
