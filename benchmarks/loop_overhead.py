@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from transformers_nextflow import ImageSampling, NextFlowForConditionalGeneration
 from transformers_nextflow.evaluation.results import write_result
-from transformers_nextflow.generation import image_codes, sequence_writer
+from transformers_nextflow.generation import image_codes, scale_loop, sequence_writer
 from transformers_nextflow.generation.cached_sequences import CachedSequences
 from transformers_nextflow.generation.image_codes import ImageCodes
 from transformers_nextflow.modeling_nextflow import NextFlowModel
@@ -78,7 +78,7 @@ OTHER_PARTS = [
     (CachedSequences, "keep", "end of guidance"),
     (NextFlowModel, "layout_batch", "prefill: layout"),
     (sequence_writer, "join_prompts", "join of both prompts"),
-    (sequence_writer, "guide_over_contexts", "guidance"),
+    (scale_loop, "guide_over_contexts", "guidance"),
     (image_codes, "sample_codes", "draw of codes"),
     (ScaleSchedules, "for_size", "schedule of the size"),
 ]

@@ -24,7 +24,7 @@ from transformers_nextflow import ImageSampling
 from transformers_nextflow.evaluation.results import write_result
 from transformers_nextflow.generation.image_codes import ImageCodes
 from transformers_nextflow.generation.prefix_likelihood import prefix_log_probabilities
-from transformers_nextflow.generation.sequence_writer import Prompts
+from transformers_nextflow.generation.prompts import Prompts
 from transformers_nextflow.scale_schedule import SQUARE_SIDES
 from transformers_nextflow.trainers.rl.prefix_objective import scale_shares
 

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from transformers_nextflow import NextFlowVQConfig, NextFlowVQModel
-from transformers_nextflow.trainers.tokenizer.vq_trainer import STAGES, NextFlowVQTrainer, NextFlowVQTrainingArguments
+from transformers_nextflow.trainers.tokenizer.stages import STAGES
+from transformers_nextflow.trainers.tokenizer.vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
 from transformers_nextflow.worlds.shapes.scene import World, cell_labels, random_scene, render
 
 
@@ -129,7 +130,7 @@ class ShapesVQTrainer(NextFlowVQTrainer):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--steps", type=int, nargs=4, default=(100, 600, 450, 900), metavar=STAGES)
+    parser.add_argument("--steps", type=int, nargs=4, default=(100, 600, 450, 900), metavar=tuple(STAGES))
     parser.add_argument("--batch_size", type=int, default=64, help="images a step and process")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--model", help="continue from this tokenizer; 0 steps leave a stage out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 import warnings
@@ -15,6 +16,7 @@ import typer
 from PIL import Image
 from safetensors import SafetensorError
 
+from .evaluation.suites import SUITES
 from .utils.atomic_files import write_whole
 
 
@@ -267,7 +269,7 @@ def score(
 @app.command()
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a model, or a repository of the Hub.")],
-    suite: Annotated[str, typer.Option(help="What is scored: shapes.")] = "shapes",
+    suite: Annotated[str, typer.Option(help=f"What is scored: {', '.join(SUITES)}.")] = "shapes",
     limit: Annotated[int | None, typer.Option(min=1, help="Cases of each kind at most.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 4,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the scores.")] = None,
@@ -276,11 +278,7 @@ def evaluate(
 ):
     """Score a checkpoint: suite, category, score."""
     with errors_in_one_line():
-        if suite != "shapes":
-            raise ValueError(f"There is no suite {suite!r}; there is: shapes.")
-        from .worlds.shapes.evaluation import evaluate_shapes
-
-        scores = evaluate_shapes(checkpoint, limit=limit, seeds=seeds, sheets=sheets, device=device)
+        scores = SUITES[suite](checkpoint, limit=limit, seeds=seeds, sheets=sheets, device=device)
         if json_file is not None:
             from .evaluation.results import write_result
 
@@ -365,7 +363,7 @@ def check_codes(output: Annotated[Path, typer.Argument(help="Folder that extract
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A file of recipes/.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe of the package by its name, or a file; see `recipes`.")],
     model: Annotated[str, typer.Option(help="Folder that the stage starts from: `final` of the stage before.")],
     data: Annotated[Path, typer.Option(help="A .jsonl or .parquet file, or a folder; see docs/data.md.")],
     output: Annotated[Path, typer.Option(help="Folder for checkpoints; `final` in it is the outcome.")],
@@ -381,6 +379,20 @@ def train(
         except ImportError as error:
             raise ValueError("Training needs accelerate: pip install transformers-nextflow[train].") from error
         run_recipe(load_recipe(recipe, changes), model, data, output, resume)
+
+
+@app.command()
+def recipes(copy: Annotated[Path | None, typer.Option(help="Folder to which they are copied, to be changed.")] = None):
+    """Name the recipes that the package brings, or copy them, with settings of accelerate for many devices."""
+    with errors_in_one_line():
+        from .trainers.recipes import RECIPES, recipe_names
+
+        if copy is not None:
+            if copy.exists():
+                raise ValueError(f"{copy} is there already; name a new folder.")
+            with write_whole(copy) as partial:
+                shutil.copytree(RECIPES, partial, dirs_exist_ok=True)
+    typer.echo("\n".join(recipe_names()))
 
 
 def main():

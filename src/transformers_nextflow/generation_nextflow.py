@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -13,9 +13,11 @@ from transformers.utils import ModelOutput
 
 from .generation.image_codes import ImageCodes
 from .generation.interleaved import InterleavedGenerationOutput, InterleavedLoop, InterleavedStreamer
+from .generation.prompts import Prompts
 from .generation.region_editing import KeptRegion
 from .generation.sampling import Generators, ImageSampling
-from .generation.sequence_writer import Prompts, ScaleCallback, SequenceWriter
+from .generation.scale_loop import ScaleCallback
+from .generation.sequence_writer import SequenceWriter
 from .generation.stored_sampling import SAMPLINGS, StoredSamplingMixin
 from .generation.text import TextGenerationMixin
 from .scale_schedule import ScaleSchedule
@@ -30,6 +32,12 @@ TEXT_SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "stop_strings", "
 OTHER_SETTINGS = {
     "max_new_tokens", "bos_token_id", "pad_token_id", "transformers_version", *SAMPLINGS,
 }  # fmt: skip
+
+# What to give where a context of guidance is missing.
+REMEDIES = {
+    "negative": "an empty prompt, or guidance_scale=1",
+    "unconditional": "the negative prompt without images, or image_guidance_scale=1",
+}
 
 
 @dataclass
@@ -78,8 +86,8 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
             input_ids: (B, L) prompts, left padded, that end with `<boi>`.
             attention_mask: (B, L).
             image_sizes: (height, width) in pixels of each image; they may differ.
-            negative_input_ids, negative_attention_mask: (B, L') what guidance leads away from; they end with `<boi>`
-                and hold all images of the prompts, or none.
+            negative_input_ids, negative_attention_mask: (B, L') negative prompts, which guidance needs; they end with
+                `<boi>` and hold all images of the prompts, or none.
             unconditional_input_ids, unconditional_attention_mask: (B, L'') the negative prompts without their images,
                 with which the guidance of images compares.
             pixel_values, image_tokens, image_grids: images in the prompts, as in `forward`.
@@ -92,19 +100,21 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
 
         Raises:
             ValueError: if the prompts do not end with `<boi>`, sizes, generators or given codes do not match them,
-                guidance has nothing to lead away from, or prompts and images take more positions than the model has.
+                guidance comes without negative prompts, or prompts and images take more positions than the model has.
         """
         sampling = sampling or self.default_image_sampling
         schedules = self._schedules(image_sizes, len(input_ids))
         self._check_at_boi("input_ids", input_ids)
         drawing = ImageCodes(self, schedules, sampling, generator, given_image_tokens, region)
         writer = self.sequence_writer(
-            input_ids, attention_mask, negative_input_ids=negative_input_ids,
-            negative_attention_mask=negative_attention_mask, unconditional_input_ids=unconditional_input_ids,
-            unconditional_attention_mask=unconditional_attention_mask, pixel_values=pixel_values,
-            image_tokens=image_tokens, image_grids=image_grids, schedules=schedules, sampling=sampling,
+            Prompts(input_ids, attention_mask, image_tokens, image_grids),
+            Prompts(negative_input_ids, negative_attention_mask),
+            Prompts(unconditional_input_ids, unconditional_attention_mask),
+            schedules=schedules,
+            sampling=sampling,
             room=[schedule.num_positions(self.config.read_last_scale) - 1 for schedule in schedules],
-        )  # fmt: skip
+            pixel_values=pixel_values,
+        )
         scales = writer.draw(drawing, range(len(schedules)), callback, go_on=False)
         return ImageGenerationOutput(
             image_tokens=drawing.image_tokens[:, : max(drawing.counts(scales - 1))],
@@ -152,8 +162,8 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
                 alone.
             image_sizes: (height, width) in pixels of the images of each row. Default: the size of the row's last
                 image; where it has none, the model's largest square.
-            negative_input_ids, negative_attention_mask: (B, L') what guidance leads away from at every image; they
-                end with `<boi>`. Without guidance they are not needed.
+            negative_input_ids, negative_attention_mask: (B, L') negative prompts of every image; they end with `<boi>`.
+                Without guidance they are not needed.
             unconditional_input_ids, unconditional_attention_mask: (B, L'') as in `generate_images`.
             sampling: of images; default: the checkpoint's own, from its generation config.
             generator: one for all, or one for each row: then a row depends on its own seed alone.
@@ -186,13 +196,14 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
             schedules = self._last_schedules(input_ids, attention_mask, image_grids)
         read_last = self.config.read_last_scale
         writer = self.sequence_writer(
-            input_ids, attention_mask, negative_input_ids=negative_input_ids,
-            negative_attention_mask=negative_attention_mask, unconditional_input_ids=unconditional_input_ids,
-            unconditional_attention_mask=unconditional_attention_mask, pixel_values=pixel_values,
-            image_tokens=image_tokens, image_grids=image_grids,
-            schedules=schedules if max_images > 0 else [], sampling=sampling,
+            Prompts(input_ids, attention_mask, image_tokens, image_grids),
+            Prompts(negative_input_ids, negative_attention_mask),
+            Prompts(unconditional_input_ids, unconditional_attention_mask),
+            schedules=schedules if max_images > 0 else [],
+            sampling=sampling,
             room=[max_new_tokens + max_images * schedule.num_positions(read_last) for schedule in schedules],
-        )  # fmt: skip
+            pixel_values=pixel_values,
+        )
         return InterleavedLoop(
             writer, max_new_tokens=max_new_tokens, min_images=min_images, max_images=max_images,
             schedules=schedules, sampling=sampling, generator=generator, text=text, tokenizer=tokenizer,
@@ -214,71 +225,52 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
 
     def sequence_writer(
         self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
+        prompts: Prompts,
+        negative: Prompts,
+        unconditional: Prompts,
         *,
         schedules: Sequence[ScaleSchedule],
         sampling: ImageSampling,
         room: Sequence[int],
-        negative_input_ids: torch.LongTensor | None = None,
-        negative_attention_mask: torch.Tensor | None = None,
-        unconditional_input_ids: torch.LongTensor | None = None,
-        unconditional_attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        image_tokens: torch.Tensor | None = None,
-        image_grids: torch.Tensor | None = None,
     ) -> SequenceWriter:
-        """Read prompts, and what the guidance of images with these schedules and settings leads away from.
+        """Read prompts, and the negative ones that the guidance of images with these schedules and settings needs.
 
-        The arguments are those of `generate_images`; `schedules` are of what will be drawn, one for each row if
-        anything is, and `room` is how many positions will be taken behind each prompt at most.
+        Args:
+            prompts: with their images as codes, or with the grids of `pixel_values`.
+            negative, unconditional: as in `generate_images`; without `input_ids` where they were not given.
+            schedules: of what will be drawn, one for each row if anything is.
+            room: how many positions will be taken behind each prompt at most.
         """
-        device = input_ids.device
-        room = torch.tensor(room, device=device)
-        if image_tokens is None and pixel_values is not None:
-            # Looked at before the images are encoded, which is the most work.
-            layout = layout_sequence(input_ids, attention_mask, self.model.schedules_of(image_grids), self.config)
-            check_room(layout, room, self.config)
-            image_tokens = self.get_image_tokens(pixel_values, image_grids)
-        masks = {
-            "": attention_mask,
-            "negative_": negative_attention_mask,
-            "unconditional_": unconditional_attention_mask,
-        }
-        for name, mask in masks.items():
-            if mask is not None and not bool(mask[:, -1].all()):
+        device = prompts.input_ids.device
+        prompts = replace(prompts, room=torch.tensor(room, device=device))
+        given = {"": prompts, "negative_": negative, "unconditional_": unconditional}
+        for name, part in given.items():
+            if part.attention_mask is not None and not bool(part.attention_mask[:, -1].all()):
                 raise ValueError(f"{name}input_ids are padded on the right; what goes on is padded on the left.")
-        prompts = Prompts(input_ids, attention_mask, image_tokens, image_grids, room)
-        images_guided = any(sampling.is_guided(s.num_scales, "image_guidance_scale") for s in schedules)
+        if prompts.image_tokens is None and pixel_values is not None:
+            # Looked at before the images are encoded, which is the most work.
+            read = self.model.schedules_of(prompts.image_grids)
+            layout = layout_sequence(prompts.input_ids, prompts.attention_mask, read, self.config)
+            check_room(layout, prompts.room, self.config)
+            prompts = replace(prompts, image_tokens=self.get_image_tokens(pixel_values, prompts.image_grids))
         # One image at a time is compared with a context.
         images = torch.tensor([s.num_positions(self.config.read_last_scale) - 1 for s in schedules], device=device)
-        contexts = []
-        if images_guided or any(sampling.is_guided(s.num_scales) for s in schedules):
-            remedy = "an empty prompt, or guidance_scale=1"
-            contexts.append(
-                self._context("negative", remedy, prompts, images, negative_input_ids, negative_attention_mask)
-            )
-        if images_guided:
-            remedy = "the negative prompt without images, or image_guidance_scale=1"
-            contexts.append(
-                self._context(
-                    "unconditional", remedy, prompts, images, unconditional_input_ids, unconditional_attention_mask
-                )
-            )
+        names = sampling.contexts(schedule.num_scales for schedule in schedules)
+        contexts = [self._context(name, given[f"{name}_"], prompts, images) for name in names]
         return SequenceWriter(self, prompts, contexts)
 
-    def _context(self, name: str, remedy: str, prompts: Prompts, room, input_ids, attention_mask) -> Prompts:
-        if input_ids is None:
-            raise ValueError(f"Guidance needs {name}_input_ids; take {remedy}.")
-        self._check_at_boi(f"{name}_input_ids", input_ids)
-        if len(input_ids) != len(prompts.input_ids):
-            raise ValueError(f"{len(prompts.input_ids)} prompts came with {len(input_ids)} {name}_input_ids.")
-        found, of_prompts = (int((ids == self.config.eoi_token_id).sum()) for ids in (input_ids, prompts.input_ids))
-        if found == 0:
-            return Prompts(input_ids, attention_mask, room=room)
-        if found != of_prompts:
+    def _context(self, name: str, context: Prompts, prompts: Prompts, room: torch.Tensor) -> Prompts:
+        if context.input_ids is None:
+            raise ValueError(f"Guidance needs {name}_input_ids; take {REMEDIES[name]}.")
+        self._check_at_boi(f"{name}_input_ids", context.input_ids)
+        if len(context.input_ids) != len(prompts.input_ids):
+            raise ValueError(f"{len(prompts.input_ids)} prompts came with {len(context.input_ids)} {name}_input_ids.")
+        found, of_prompts = (int((p.input_ids == self.config.eoi_token_id).sum()) for p in (context, prompts))
+        if found not in (0, of_prompts):
             raise ValueError(f"{name}_input_ids hold the {of_prompts} images of the prompts, or none; got {found}.")
-        return Prompts(input_ids, attention_mask, prompts.image_tokens, prompts.image_grids, room)
+        images = (prompts.image_tokens, prompts.image_grids) if found else (None, None)
+        return Prompts(context.input_ids, context.attention_mask, *images, room)
 
     def _last_schedules(self, input_ids, attention_mask, image_grids) -> list[ScaleSchedule]:
         """Of each row that of its last image; where it has none, the model's largest square's."""

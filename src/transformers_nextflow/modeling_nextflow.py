@@ -30,6 +30,7 @@ from .sequence.layout import (
 )
 from .sequence.loss import LossTargets, loss_targets, nextflow_loss, num_trained_positions, warn_of_miscounting
 from .sequence.packed_attention import packed_causal_mask
+from .sequence.padding import pad_codes
 from .sequence.scale_attention import ScaleAttentionMixin
 from .sequence.scale_masked import ScaleMaskedMixin
 from .utils.atomic_files import saved_whole
@@ -196,7 +197,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             pixels = pixel_values[chosen, :, : grid[0] * patch_size, : grid[1] * patch_size]
             for index, row in zip(chosen, self.vq_model.encode(pixels).image_tokens):
                 tokens[index] = row
-        return nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=-1)
+        return pad_codes(tokens)
 
     @torch.no_grad()
     def decode_image_tokens(self, image_tokens: torch.Tensor, image_grids: torch.Tensor) -> list[torch.Tensor]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 from transformers.utils import cached_file
 
@@ -26,6 +25,7 @@ from .pipelines.calls import PipelineCallsMixin
 from .pipelines.conversations import ConversationMixin
 from .pipelines.requests import ImageInput, ImageRequest
 from .processing_nextflow import NextFlowProcessor
+from .sequence.padding import pad_codes
 from .utils.atomic_files import write_into
 from .utils.saved_adapters import FOLDER as ADAPTERS
 from .utils.saved_adapters import HUB_OPTIONS, is_adapted, save_adapters, unwrapped, without_adapters
@@ -207,12 +207,13 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
     ):
         """Raises `ValueError` for inputs that do not fit together; the processor looks at the prompts themselves."""
         counts = [schedule.num_scales for schedule in request.schedules]
-        if any(request.negative_prompts) and not any(sampling.is_guided(count) for count in counts):
+        contexts = sampling.contexts(counts)
+        if any(request.negative_prompts) and not contexts:
             raise ValueError(
                 "A negative_prompt works through guidance alone, and guidance_scale is 1 at all scales; give another "
                 "guidance_scale, or no negative_prompt."
             )
-        if request.images is None and any(sampling.is_guided(count, "image_guidance_scale") for count in counts):
+        if request.images is None and "unconditional" in contexts:
             raise ValueError("image_guidance_scale leads towards input images; give image=, or leave it at 1.")
         for name, value in (("num_images_per_prompt", num_images_per_prompt), ("num_candidates", num_candidates)):
             if not isinstance(value, int) or value < 1:
@@ -342,7 +343,8 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
                     return not self.interrupt
 
                 options = {"sampling": sampling, "generator": generator, "callback": after_scale}
-                inputs, thoughts = self._drawing_inputs(request, sampling), None
+                answer = self.processor.think_prefix if think else None
+                inputs, thoughts = self._drawing_inputs(request, sampling, answer), None
                 if think:
                     drawn, thoughts = self._think(request, inputs, max_thought_tokens, thought_temperature, options)
                 else:
@@ -371,10 +373,11 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
             output = NextFlowPipelineOutput(self._images(pixels, output_type), image_tokens, thoughts, scores)
         return output if return_dict else output.to_tuple()
 
-    def _drawing_inputs(self, request: ImageRequest, sampling: ImageSampling) -> dict:
-        """Arguments of `generate_images`."""
+    def _drawing_inputs(self, request: ImageRequest, sampling: ImageSampling, answer: str | None = None) -> dict:
+        """Arguments of `generate_images`; or, with an `answer` that begins with text, of `generate_interleaved`."""
         device, patch_size = self.model.device, self.processor.image_processor.patch_size
-        inputs = self.processor.apply_image_prompt(request.prompts, request.images).to(device)
+        start = {} if answer is None else {"answer": answer}
+        inputs = self.processor.apply_image_prompt(request.prompts, request.images, **start).to(device)
         inputs["image_sizes"] = [schedule.image_size(patch_size) for schedule in request.schedules]
         inputs |= self._negative_inputs(request, sampling)
         if request.pixels is not None:
@@ -384,7 +387,7 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
                     codes[: schedule.offsets[request.num_kept_scales]]
                     for codes, schedule in zip(self._own_codes(request), request.schedules)
                 ]
-                inputs["given_image_tokens"] = pad_sequence(codes, batch_first=True, padding_value=-1)
+                inputs["given_image_tokens"] = pad_codes(codes)
             if request.regions is not None:
                 regions = [region.to(device) for region in request.regions]
                 inputs["region"] = KeptRegion(self.model.vq_model, pixels, regions)
@@ -409,15 +412,10 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
                 )
 
     def _negative_inputs(self, request: ImageRequest, sampling: ImageSampling) -> dict:
-        """What guidance leads away from: the negative prompts with the images, and without them."""
-        counts, inputs = [schedule.num_scales for schedule in request.schedules], {}
-        images_guided = any(sampling.is_guided(count, "image_guidance_scale") for count in counts)
-        if images_guided or any(sampling.is_guided(count) for count in counts):
-            inputs["negative"] = request.images
-        if images_guided:
-            inputs["unconditional"] = None
+        """The negative prompts that guidance needs, with the images of the prompts and without them."""
         result = {}
-        for name, images in inputs.items():
+        for name in sampling.contexts(schedule.num_scales for schedule in request.schedules):
+            images = request.images if name == "negative" else None
             prompts = self.processor.apply_image_prompt(request.negative_prompts, images, allow_empty=True)
             for part in ("input_ids", "attention_mask"):
                 result[f"{name}_{part}"] = prompts[part].to(self.model.device)
@@ -427,10 +425,6 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
         self, request: ImageRequest, inputs: dict, max_thought_tokens: int, temperature: float, options: dict
     ) -> tuple[ImageGenerationOutput, list[str]]:
         """Reasoning, then an image, on one cache; the images and the reasonings."""
-        processor = self.processor
-        inputs |= processor.apply_image_prompt(request.prompts, request.images, answer=processor.think_prefix).to(
-            self.model.device
-        )
         output = self.model.generate_interleaved(
             **inputs, **options, min_images=1, max_images=1, max_new_tokens=max_thought_tokens, do_sample=True,
             temperature=temperature,
@@ -439,7 +433,7 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
         for ids, pieces in zip(output.input_ids, output.segments):
             number = next(index for index, piece in enumerate(pieces) if piece.image is not None)
             written = [token for piece in pieces[:number] for token in ids[piece.start : piece.stop].tolist()]
-            thoughts.append(processor.decode(written, skip_special_tokens=True).strip())
+            thoughts.append(self.processor.decode(written, skip_special_tokens=True).strip())
             images.append(pieces[number].image)
         return ImageGenerationOutput(output.image_tokens[images], output.image_grids[images]), thoughts
 
@@ -454,7 +448,7 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
 
     def _callback_kwargs(self, state: ScaleState, names: Sequence[str], output_type: str) -> dict:
         make = {
-            "image_tokens": lambda: pad_sequence(state.image_tokens, batch_first=True, padding_value=-1),
+            "image_tokens": lambda: pad_codes(state.image_tokens),
             "preview": lambda: self._images(state.preview(), output_type),
         }
         return {name: make[name]() for name in names}

@@ -16,6 +16,7 @@ from .sequence.chat_encoding import (
     encode_text,
     template_errors,
 )
+from .sequence.padding import pad_left
 from .tokenization_nextflow import CHAT_TEMPLATE, add_image_tokens, check_text
 from .utils.atomic_files import saved_whole
 from .utils.older_transformers import SANITIZES_CONTROL_TOKENS
@@ -261,13 +262,3 @@ def check_prompts(prompts: str | Sequence[str], allow_empty: bool = False) -> li
             raise ValueError(f"Prompt {index} is empty ({prompt!r}); say what is to be drawn.")
         check_text(prompt, f"Prompt {index}")
     return list(prompts)
-
-
-def pad_left(rows: Sequence[list[int]], pad_token_id: int) -> dict[str, list[list[int]]]:
-    """Rows of token ids as `input_ids` and `attention_mask` (rows, length), padded on the left."""
-    length = max(map(len, rows))
-    padding = [length - len(row) for row in rows]
-    return {
-        "input_ids": [[pad_token_id] * pad + row for pad, row in zip(padding, rows)],
-        "attention_mask": [[0] * pad + [1] * len(row) for pad, row in zip(padding, rows)],
-    }

@@ -14,13 +14,16 @@ from tiny import tiny_vq_config
 from tiny_tokenflow_t2i import tiny_t2i_model, tiny_t2i_processor, tiny_t2i_tokenizer
 
 from transformers_nextflow import NextFlowPipeline, NextFlowVQModel, TokenFlowT2IForConditionalGeneration
+from transformers_nextflow.conversion import tokenflow_t2i as converter
 from transformers_nextflow.conversion.checkpoints import fingerprint
 from transformers_nextflow.conversion.tokenflow import convert_tokenflow, tokenflow_config
+from transformers_nextflow.conversion.tokenflow_t2i import KEYS, TEXT_FIELDS, expected_layout, t2i_config
+from transformers_nextflow.conversion.tokenflow_t2i import convert_tokenflow_t2i as convert
+from transformers_nextflow.conversion.tokenflow_t2i import export_tokenflow_t2i as convert_back
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "conversion"))
-import convert_tokenflow_t2i  # noqa: E402
-from convert_tokenflow_t2i import KEYS, TEXT_FIELDS, convert, convert_back, expected_layout, main, t2i_config  # noqa: E402
+from convert_tokenflow_t2i import main  # noqa: E402
 
 
 CODES = len(random_released("clipb", positions=196)["quantize.embedding_vqkd.weight"])
@@ -162,7 +165,7 @@ def test_a_killed_run_goes_on_and_one_from_other_weights_does_not(model, vq_fold
         raise Killed
 
     with monkeypatch.context() as context:
-        context.setattr(convert_tokenflow_t2i, "check_written", killed)
+        context.setattr(converter, "check_written", killed)
         with pytest.raises(Killed):
             convert(tmp_path / "released", vq_folder, tmp_path / "ours", "50KB")
     shard = next((tmp_path / "ours.partial").glob("model-00001-*"))

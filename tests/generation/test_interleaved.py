@@ -13,7 +13,8 @@ from transformers import GenerationConfig
 
 from transformers_nextflow import ImageSampling, InterleavedStreamer, ScaleState
 from transformers_nextflow.generation.image_codes import ImageCodes
-from transformers_nextflow.generation.sequence_writer import Prompts, SequenceWriter
+from transformers_nextflow.generation.prompts import Prompts
+from transformers_nextflow.generation.sequence_writer import SequenceWriter
 
 
 GREEDY = ImageSampling(temperature=0)

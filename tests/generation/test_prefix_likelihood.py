@@ -12,8 +12,9 @@ from transformers_nextflow.generation.prefix_likelihood import (
     code_log_probabilities,
     prefix_log_probabilities,
 )
+from transformers_nextflow.generation.prompts import Prompts
 from transformers_nextflow.generation.sampling import truncate_logits
-from transformers_nextflow.generation.sequence_writer import Prompts, SequenceWriter
+from transformers_nextflow.generation.sequence_writer import SequenceWriter
 
 
 TEXTS = ["a red circle", "two blue squares and a green star"]

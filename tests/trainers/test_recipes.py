@@ -19,11 +19,11 @@ from transformers_nextflow.cli import app
 from transformers_nextflow.data import BadRowError, extract_codes, open_rows
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer
 from transformers_nextflow.trainers.recipe_data import StageImages, StageRows, as_caption, without_prompt
-from transformers_nextflow.trainers.recipes import load_recipe, run_recipe
+from transformers_nextflow.trainers.recipes import RECIPES, load_recipe, recipe_names, run_recipe
 from transformers_nextflow.trainers.recipes import make_trainer as trainer_of
 
 
-FOLDER = Path(__file__).parents[2] / "recipes"
+FOLDER = RECIPES
 # Paper, table 2.
 RATES = {"alignment": 1e-3, "pretrain_256": 1e-4, "pretrain_512": 1e-4, "pretrain_1024": 1e-4}
 RATES |= {"continued": 5e-5, "sft": 1e-5}
@@ -286,3 +286,10 @@ def test_the_files_for_accelerate_are_what_it_reads():
     for path in FOLDER.glob("accelerate/*.yaml"):
         config = load_config_from_file(str(path))
         assert (config.num_processes, config.mixed_precision) == (8, "bf16")
+
+
+def test_recipes_have_names_and_other_names_are_refused():
+    assert load_recipe("sft") == load_recipe(RECIPES / "sft.yaml")
+    with pytest.raises(ValueError, match="sftt is neither a file nor a recipe; there are alignment, continued"):
+        load_recipe("sftt")
+    assert recipe_names() == sorted(path.stem for path in RECIPES.glob("*.yaml"))

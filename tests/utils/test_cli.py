@@ -249,3 +249,11 @@ def test_a_image_that_cannot_be_written_to_its_end_leaves_the_one_before(checkpo
     monkeypatch.setattr(Image.Image, "save", full)
     assert run("generate", "a star", "--output", "out.png", "--model", checkpoint).exit_code != 0
     assert (tmp_path / "out.png").read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_recipes_are_named_and_copied(tmp_path):
+    result = run("recipes", "--copy", str(tmp_path / "mine"))
+    assert result.exit_code == 0 and "sft" in result.output.split()
+    assert (tmp_path / "mine" / "accelerate" / "fsdp2.yaml").is_file() and (tmp_path / "mine" / "sft.yaml").is_file()
+    result = run("recipes", "--copy", str(tmp_path / "mine"))
+    assert result.exit_code == 2 and "is there already" in result.output

@@ -55,6 +55,7 @@ class ImageCodes:
         image_tokens: (B, N) codes, -1 where none is drawn yet.
         guidance: of each scale, two parts (text, image); each a number, or (B, 1, 1) where the images differ.
         last_guided_scale: counted from 0; -1 without guidance.
+        rounds: the settings of each time that a scale is drawn: NextFlow draws once.
 
     Raises:
         ValueError: for generators that are none, or not as many as the images; for given codes that are none, or do
@@ -72,6 +73,7 @@ class ImageCodes:
     ):
         check_generators(generator, len(schedules))
         self.model, self.schedules, self.sampling, self.generator = model, tuple(schedules), sampling, generator
+        self.rounds = [sampling]
         self.region, device = region, model.device
         # Images of one size are handled at once; an index of all rows is a slice, which copies nothing.
         distinct, rows = set(schedules), range(len(schedules))
@@ -132,7 +134,11 @@ class ImageCodes:
         values = [of_schedule[schedule] for schedule in self.schedules]
         return torch.tensor(values, device=self.model.device)[:, None, None]
 
-    def slots(self, scale: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def num_rounds(self, scale: int) -> int:
+        """How often a scale is drawn. The first one has no slots that could read its codes."""
+        return len(self.rounds) if scale > 0 else 1
+
+    def slots(self, scale: int, round_: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The slots of a scale, counted from 0, as [`CachedSequences.read_slots`] takes them: embeddings, coordinates,
         which are occupied. Images with smaller grids, or done, have empty slots.
         """
@@ -161,7 +167,7 @@ class ImageCodes:
                 scale_ids[rows] = scale_numbers[schedule]
         return embedding(joined, scale_ids, self._scale_counts), coordinates, occupied
 
-    def draw(self, scale: int, logits: torch.Tensor):
+    def draw(self, scale: int, logits: torch.Tensor, round_: int = 0):
         """Draw the codes of a scale from logits (B, n, V) for the images whose given ones do not reach so far."""
         for schedule, rows in self.groups.items():
             if scale < schedule.num_scales:
@@ -169,7 +175,7 @@ class ImageCodes:
                 rows = self._without_given(rows, stop)
                 if rows:
                     own = logits if rows == slice(None) else logits[rows, : stop - start]
-                    self.image_tokens[rows, start:stop] = self._draw(scale, own, rows, schedule)
+                    self.image_tokens[rows, start:stop] = self._draw(scale, own, rows, schedule, self.rounds[round_])
 
     def _without_given(self, rows: slice | list[int], stop: int) -> slice | list[int]:
         """Those of a group's rows whose codes up to `stop` are not all given."""
@@ -179,14 +185,14 @@ class ImageCodes:
         missing = [row for row in members if self._num_given[row] < stop]
         return rows if len(missing) == len(members) else missing
 
-    def _draw(self, scale: int, logits: torch.Tensor, rows: slice | list[int], schedule: ScaleSchedule) -> torch.Tensor:
+    def _draw(self, scale: int, logits: torch.Tensor, rows, schedule: ScaleSchedule, sampling: ImageSampling):
         if self.region is not None:
             codes_before = self.image_tokens[rows, : schedule.offsets[scale]]
             logits = self.region.condition(logits, codes_before, rows, schedule)
         sources = self.generator
         if isinstance(sources, Sequence) and isinstance(rows, list):
             sources = [sources[row] for row in rows]
-        drawn = sample_codes(logits, **self.sampling.drawing_at(scale, schedule.num_scales), generator=sources)
+        drawn = sample_codes(logits, **sampling.drawing_at(scale, schedule.num_scales), generator=sources)
         if self.region is not None:
             drawn = self.region.keep_outside(drawn, codes_before, rows, schedule)
         return drawn

@@ -12,9 +12,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StopStringCr
 from transformers.utils import ModelOutput
 
 from ..scale_schedule import ScaleSchedule
+from ..sequence.padding import padded_rows
 from .image_codes import ImageCodes, ScaleState
 from .sampling import Generators, ImageSampling, check_generators, sample_codes
-from .sequence_writer import ScaleCallback, SequenceWriter
+from .scale_loop import ScaleCallback
+from .sequence_writer import SequenceWriter
 
 
 @dataclass(frozen=True)
@@ -214,10 +216,8 @@ class InterleavedLoop:
         rows = [row for row in rows if self.written[row]]
         if self.stop is None or not rows:
             return []
-        longest = max(len(self.written[row]) for row in rows)
-        pad = self.config.text_config.pad_token_id or 0
-        ids = [[pad] * (longest - len(self.written[row])) + self.written[row] for row in rows]
-        return [row for row, is_stopped in zip(rows, self.stop(torch.tensor(ids), None).tolist()) if is_stopped]
+        ids, _ = padded_rows([self.written[row] for row in rows], self.config.text_config.pad_token_id or 0)
+        return [row for row, is_stopped in zip(rows, self.stop(ids, None).tolist()) if is_stopped]
 
     def _draw(self, rows: list[int]):
         drawing = ImageCodes(self.model, [self.schedules[row] for row in rows], self.sampling, self._generator_of(rows))

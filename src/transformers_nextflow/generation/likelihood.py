@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..processing_nextflow import NextFlowProcessor, pad_left
+from ..processing_nextflow import NextFlowProcessor
 from ..sequence.chat_encoding import encode_text
 from ..sequence.loss import IGNORE_INDEX, loss_targets
+from ..sequence.padding import padded_rows
 from ..utils.evaluation_mode import in_evaluation_mode
 from .cached_sequences import CachedSequences
 
@@ -97,7 +98,9 @@ def score_answers(
     starts = processor.prompt_ids(questions, [[grid] for grid in image_grids.tolist()])
     ends = [[*encode_text(tokenizer, answer), tokenizer.eos_token_id] for answer in answers]
     sequences, asked = _read_images(model, processor, starts, image_tokens, image_grids, list(map(len, ends)))
-    input_ids, occupied = _padded([row + end for row, end in zip(asked, ends)], processor, image_tokens.device)
+    input_ids, occupied = padded_rows(
+        [row + end for row, end in zip(asked, ends)], processor.tokenizer.pad_token_id, image_tokens.device
+    )
     hidden_states = sequences.read_tokens(input_ids, occupied)
     counts = torch.tensor([len(end) for end in ends], device=image_tokens.device)
     columns = torch.arange(input_ids.shape[1] - 1, device=image_tokens.device)
@@ -122,7 +125,9 @@ def _read_images(
     distinct, places = images.unique(dim=0, return_inverse=True)
     ends = [start.index(processor.eoi_token_id) + 1 for start in starts]
     heads = {place: start[:end] for place, start, end in zip(places.tolist(), starts, ends)}
-    rows = _padded([heads[place] for place in range(len(distinct))], processor, image_tokens.device)
+    rows = padded_rows(
+        [heads[place] for place in range(len(distinct))], processor.tokenizer.pad_token_id, image_tokens.device
+    )
     asked = [start[end:] for start, end in zip(starts, ends)]
     following = places.new_tensor([len(ids) + count for ids, count in zip(asked, num_answer_tokens)])
     room = following.new_zeros(len(distinct)).scatter_reduce(0, places, following, "amax")
@@ -149,17 +154,11 @@ def score_images(
 def _score(model, processor, starts, ends, image_tokens, image_grids) -> LogLikelihoods:
     """What `ends` add to `starts`, rows of token ids."""
     rows = [start + end for start, end in zip(starts, ends)]
-    input_ids, attention_mask = _padded(rows, processor, image_tokens.device)
+    input_ids, attention_mask = padded_rows(rows, processor.tokenizer.pad_token_id, image_tokens.device)
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     for row, end in enumerate(ends):
         labels[row, -len(end) :] = input_ids[row, -len(end) :]
     return log_likelihoods(model, input_ids, labels, attention_mask, image_tokens, image_grids)
-
-
-def _padded(rows: list[list[int]], processor: NextFlowProcessor, device: torch.device) -> list[torch.Tensor]:
-    """Rows of token ids as a batch (B, L), padded on the left, and which tokens count (B, L)."""
-    padded = pad_left(rows, processor.tokenizer.pad_token_id)
-    return [torch.tensor(values, device=device) for values in padded.values()]
 
 
 def _check_counts(image_grids: torch.Tensor, **texts: Sequence[str]):

@@ -17,8 +17,8 @@ from transformers.masking_utils import create_causal_mask
 from ..scale_schedule import ScaleSchedule
 from ..utils.older_transformers import CACHE
 from .image_codes import ImageCodes
+from .prompts import Prompts, join_prompts
 from .sampling import guide_over_contexts, truncate_logits
-from .sequence_writer import Prompts, join_prompts
 
 
 @dataclass(frozen=True)

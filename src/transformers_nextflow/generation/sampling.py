@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Real
 
@@ -118,6 +118,17 @@ class ImageSampling:
     def is_guided(self, num_scales: int, part: str = "guidance_scale") -> bool:
         """Whether any scale needs the part's unconditional rows in the batch."""
         return any(self.guidance_at(scale, num_scales, part) != 1 for scale in range(num_scales))
+
+    def contexts(self, scale_counts: Iterable[int]) -> tuple[str, ...]:
+        """What guidance compares the prompts of images of so many scales with, the fullest first.
+
+        "negative" is the negative prompt with the prompt's images, "unconditional" is the same without images.
+        """
+        counts = set(scale_counts)
+        images_guided = any(self.is_guided(count, "image_guidance_scale") for count in counts)
+        if images_guided:
+            return "negative", "unconditional"
+        return ("negative",) if any(self.is_guided(count) for count in counts) else ()
 
 
 def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float | torch.Tensor) -> torch.Tensor:

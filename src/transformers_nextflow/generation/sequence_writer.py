@@ -2,60 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from ..sequence.padding import pad_codes, padded_rows
 from .cached_sequences import CachedSequences
-from .image_codes import ImageCodes, ScaleState
-from .sampling import guide_over_contexts
-
-
-ScaleCallback = Callable[[nn.Module, int, ScaleState], bool | None]
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Rows (B, L) of tokens, padded on the left, with the images in them, row by row.
-
-    Args:
-        input_ids: (B, L).
-        attention_mask: (B, L); `None` for all.
-        image_tokens: (num_images, N) codes.
-        image_grids: (num_images, 2) final grids.
-        room: (B,) int64, how many positions may follow each row; `None` for none.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor | None = None
-    image_tokens: torch.Tensor | None = None
-    image_grids: torch.Tensor | None = None
-    room: torch.Tensor | None = None
-
-    def rows(self) -> list[list[int]]:
-        """The tokens of each row, without padding."""
-        if self.attention_mask is None:
-            return self.input_ids.tolist()
-        return [ids[keep].tolist() for ids, keep in zip(self.input_ids, self.attention_mask.bool())]
-
-    def distinct(self) -> tuple[Prompts, torch.Tensor | None]:
-        """The prompts without their repetitions, and where each row is among them (B,); `None` where all rows stay.
-
-        Images drawn from one prompt share it, and what guidance leads away from is one prompt for all. Rows that hold
-        images are not compared.
-        """
-        if self.image_grids is not None:
-            return self, None
-        mask = torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
-        rows, places = torch.cat([self.input_ids, mask], dim=1).unique(dim=0, return_inverse=True)
-        if len(rows) == len(places):
-            return self, None
-        room = self.room
-        if room is not None:
-            room = room.new_zeros(len(rows)).scatter_reduce(0, places, room, "amax")
-        return Prompts(*rows.chunk(2, dim=1), room=room), places
+from .image_codes import ImageCodes
+from .prompts import Prompts, join_prompts
+from .scale_loop import ScaleCallback, draw_scales
 
 
 class SequenceWriter:
@@ -117,16 +73,13 @@ class SequenceWriter:
 
     def append(self, tokens: Sequence[Sequence[int]]):
         """Go on with given tokens, which may be none for a row, and may end with `<boi>` but hold no image."""
-        longest = max(map(len, tokens))
-        if longest == 0:
+        if not any(tokens):
             return
         for row, ids in enumerate(tokens):
             self.tokens[row] += ids
-        rows = [list(ids) for ids in tokens] + [[]] * (self._rows.numel() - len(tokens))  # contexts read nothing
-        input_ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in rows], device=self._rows.device)
-        occupied = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows]
-        everyone = all(len(ids) == longest for ids in rows)
-        self._read(input_ids, None if everyone else torch.tensor(occupied, device=self._rows.device))
+        rows = [*tokens, *[[]] * (self._rows.numel() - len(tokens))]  # contexts read nothing
+        input_ids, occupied = padded_rows(rows, 0, self._rows.device)
+        self._read(input_ids, occupied if len(set(map(len, rows))) > 1 else None)
 
     def _read(self, input_ids: torch.Tensor, occupied: torch.Tensor | None, steps: torch.Tensor | None = None):
         """Read tokens (R, n), of which those that count (R, n) stand last in their row; `None` for all."""
@@ -152,23 +105,11 @@ class SequenceWriter:
         readers = self._rows[:, images]
         if len(readers) > 1:
             self._refresh_contexts(images)
-        hidden_states, origins = self._last[readers], self.sequences.slot_origins(readers)
-        for scale in range(drawing.num_scales):
-            if scale > 0:
-                embeds, coordinates, occupied = drawing.slots(scale)
-                hidden_states = self.sequences.read_slots(embeds, origins + coordinates, occupied, readers)
-            logits = guide_over_contexts(self.model.visual_head(hidden_states).float(), drawing.guidance[scale])
-            drawing.draw(scale, logits)
-            if callback is not None and callback(self.model, scale, drawing.state(scale, logits)) is False:
-                self._take(drawing, rows)
-                return scale + 1
-            if not go_on and scale == drawing.last_guided_scale < drawing.num_scales - 1:
-                self.sequences.keep(self._rows[0])
-                self._rows, readers, origins = self._rows[:1], readers[:1], origins[:, :1]
+        scales = draw_scales(self.model, drawing, self.sequences, self._last[readers], readers, callback, go_on)
         self._take(drawing, rows)
-        if go_on:
+        if go_on and scales == drawing.num_scales:
             self._close(drawing, rows)
-        return drawing.num_scales
+        return scales
 
     def _take(self, drawing: ImageCodes, rows: Sequence[int]):
         """Enter the images into the rows' tokens, closed."""
@@ -206,36 +147,10 @@ class SequenceWriter:
     def finished(self) -> Prompts:
         """All that was read and written, as `forward` takes it: (B, L), padded on the left."""
         pad, device = self.config.text_config.pad_token_id or 0, self._rows.device
-        longest = max(map(len, self.tokens))
-        missing = [longest - len(ids) for ids in self.tokens]
         codes = [codes for row in self.image_tokens for codes in row]
         grids = [grid for row in self.image_grids for grid in row]
         return Prompts(
-            input_ids=torch.tensor([[pad] * n + ids for n, ids in zip(missing, self.tokens)], device=device),
-            attention_mask=torch.tensor([[0] * n + [1] * (longest - n) for n in missing], device=device),
-            image_tokens=nn.utils.rnn.pad_sequence(codes, batch_first=True, padding_value=-1) if codes else None,
+            *padded_rows(self.tokens, pad, device),
+            image_tokens=pad_codes(codes),
             image_grids=torch.tensor(grids, device=device) if grids else None,
         )
-
-
-def join_prompts(parts: Sequence[Prompts]) -> Prompts:
-    """Batches of different lengths as one, padded on the left."""
-    if len(parts) == 1:
-        return parts[0]
-    length = max(part.input_ids.shape[1] for part in parts)
-    joined, masks = [], []
-    for part in parts:
-        mask = torch.ones_like(part.input_ids) if part.attention_mask is None else part.attention_mask
-        missing = length - part.input_ids.shape[1]
-        joined.append(nn.functional.pad(part.input_ids, (missing, 0), value=0))
-        masks.append(nn.functional.pad(mask, (missing, 0), value=0))
-    images = [part for part in parts if part.image_grids is not None]
-    codes = [row for part in images for row in part.image_tokens]
-    rooms = [torch.zeros_like(part.input_ids[:, 0]) if part.room is None else part.room for part in parts]
-    return Prompts(
-        torch.cat(joined),
-        torch.cat(masks),
-        nn.utils.rnn.pad_sequence(codes, batch_first=True, padding_value=-1) if codes else None,
-        torch.cat([part.image_grids for part in images]) if codes else None,
-        torch.cat(rooms),
-    )

@@ -11,8 +11,8 @@ from PIL import Image
 from ..generation.image_codes import ImageCodes
 from ..generation.interleaved import InterleavedStreamer
 from ..generation.likelihood import score_answers, score_images
+from ..generation.prompts import Prompts
 from ..generation.sampling import ImageSampling, PerScale
-from ..generation.sequence_writer import Prompts
 from ..generation_nextflow import InterleavedGenerationOutput
 from ..processing_nextflow import check_prompts
 from ..sequence.chat_encoding import encode_text
@@ -96,12 +96,11 @@ class ConversationMixin:
         request = ImageRequest.build(self.processor, prompts, negative_prompt, image, None, size, None, False, False)
         self.check_inputs(request, sampling, 1, 1, generator, "pil", ())
         with self._call():
-            inputs = self._drawing_inputs(request, sampling)
             given = 0 if image is None else 1
             if given:
                 firsts = _first_frames(self.processor, request)
-                # The answer begins with what changes after the first frame.
-                inputs |= self.processor.apply_image_prompt(prompts, request.images, answer="").to(self.model.device)
+            # After a given frame the answer begins with what changes.
+            inputs = self._drawing_inputs(request, sampling, "" if given else None)
             if is_scripted:
                 finished = self._draw_script(scripts, given, inputs, request, sampling, generator)
             else:
@@ -122,7 +121,6 @@ class ConversationMixin:
         """Frames with given texts between them."""
         tokenizer, boi = self.processor.tokenizer, self.processor.boi_token_id
         read_last = self.processor.read_last_scale
-        inputs.pop("image_sizes")
         texts = [[encode_text(tokenizer, text) for text in script[1:]] for script in scripts]
         # The prompts of videos without a first frame end with its <boi>.
         room = [
@@ -130,7 +128,13 @@ class ConversationMixin:
             for row, schedule in zip(texts, request.schedules)
         ]
         with evaluation_mode(self.model):
-            writer = self.model.sequence_writer(**inputs, schedules=request.schedules, sampling=sampling, room=room)
+            writer = self.model.sequence_writer(
+                *(Prompts.from_inputs(inputs, prefix) for prefix in ("", "negative_", "unconditional_")),
+                schedules=request.schedules,
+                sampling=sampling,
+                room=room,
+                pixel_values=inputs.get("pixel_values"),
+            )
             for frame in range(given, len(scripts[0])):
                 if frame > 0:
                     writer.append([[*row[frame - 1], boi] for row in texts])

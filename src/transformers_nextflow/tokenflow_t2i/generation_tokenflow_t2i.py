@@ -9,8 +9,9 @@ import torch
 
 from ..generation.cached_sequences import CachedSequences
 from ..generation.image_codes import ImageCodes
-from ..generation.sampling import Generators, ImageSampling, guide_over_contexts
-from ..generation.sequence_writer import Prompts, ScaleCallback, join_prompts
+from ..generation.prompts import Prompts, join_prompts
+from ..generation.sampling import Generators, ImageSampling
+from ..generation.scale_loop import ScaleCallback, draw_scales
 from ..generation_nextflow import ImageGenerationOutput
 from ..sequence.layout import check_num_positions
 from ..utils.evaluation_mode import in_evaluation_mode
@@ -54,24 +55,28 @@ class PromptedSequences(CachedSequences):
         self.valid = None if bool(mask.all()) else mask
         return self.model.read(input_ids, attention_mask, past_key_values=self.cache, use_cache=True).last_hidden_state
 
+    def slot_origins(self, rows: torch.Tensor) -> torch.Tensor:
+        """The position of the last token of each prompt, (1, C, B, 1)."""
+        return self.position[rows][None]
+
     def read_slots(
-        self, embeds: torch.Tensor, coordinates: torch.Tensor, occupied: torch.Tensor | None, rows: torch.Tensor
+        self, embeds: torch.Tensor, position_ids: torch.Tensor, occupied: torch.Tensor | None, rows: torch.Tensor
     ) -> torch.Tensor:
-        """Read the slots (B, n, D) of a scale; `coordinates` (n,) are their places behind the prompt's last token.
+        """Read the slots (B, n, D) of a scale at `position_ids` (1, C, B, n).
 
         All `rows` (C, B) read; returns hidden states (C, B, n, D).
         """
         embeds = embeds.expand(len(rows), -1, -1, -1).flatten(0, 1)
-        return self._read(embeds, self.position + coordinates, occupied).unflatten(0, rows.shape)
+        return self._read(embeds, position_ids.flatten(0, 2), occupied).unflatten(0, rows.shape)
 
     def read_slots_again(
-        self, embeds: torch.Tensor, coordinates: torch.Tensor, occupied: torch.Tensor | None, rows: torch.Tensor
+        self, embeds: torch.Tensor, position_ids: torch.Tensor, occupied: torch.Tensor | None, rows: torch.Tensor
     ) -> torch.Tensor:
         """Read the slots of the scale read last with other embeddings; what comes later sees the first reading."""
         first, valid = [(layer.keys, layer.values) for layer in self.cache.layers], self.valid
         self.cache.crop(-embeds.shape[1])
         self.valid = None if valid is None else valid[:, : -embeds.shape[1]]
-        hidden_states = self.read_slots(embeds, coordinates, occupied, rows)
+        hidden_states = self.read_slots(embeds, position_ids, occupied, rows)
         for layer, (keys, values) in zip(self.cache.layers, first):
             layer.keys, layer.values = keys, values
         self.valid = valid
@@ -81,9 +86,13 @@ class PromptedSequences(CachedSequences):
 class RefinedImageCodes(ImageCodes):
     """Images of one size; their slots read all scales before, and in refinement their own codes too."""
 
-    def slots(self, scale: int, with_own_codes: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def __init__(self, model, schedules, sampling: ImageSampling, generator: Generators, given_image_tokens):
+        super().__init__(model, schedules, sampling, generator, given_image_tokens)
+        self.rounds = getattr(sampling, "rounds", [sampling])
+
+    def slots(self, scale: int, round_: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         (schedule,) = self.groups
-        embeds = self.model.embed_slots(self.image_tokens, scale, with_own_codes)
+        embeds = self.model.embed_slots(self.image_tokens, scale, with_own_codes=round_ > 0)
         start, stop = schedule.offsets[scale : scale + 2]
         return embeds, torch.arange(start, stop, device=embeds.device), None
 
@@ -113,7 +122,7 @@ class TokenFlowT2IDrawingMixin:
             input_ids: (B, L) prompts, left padded.
             attention_mask: (B, L).
             image_sizes: (height, width) in pixels of each image: the model's own, which is the default.
-            negative_input_ids, negative_attention_mask: (B, L') what guidance leads away from.
+            negative_input_ids, negative_attention_mask: (B, L') the negative prompts, which guidance needs.
             sampling: default: `config.image_sampling`.
             generator: one for all, or one for each image.
             callback: `callback(model, scale, state)` after each scale, counted from 0; `False` stops the drawing.
@@ -128,35 +137,21 @@ class TokenFlowT2IDrawingMixin:
             raise ValueError(f"TokenFlow-t2i draws from text alone and does not take {', '.join(given)}.")
         sampling = sampling or self.default_image_sampling
         schedules = [self.config.schedule] * len(input_ids)
-        num_scales = self.config.schedule.num_scales
-        if sampling.is_guided(num_scales, "image_guidance_scale"):
+        contexts = sampling.contexts([self.config.schedule.num_scales])
+        if "unconditional" in contexts:
             raise ValueError("TokenFlow-t2i reads no images; leave image_guidance_scale at 1.")
-        prompts = [(input_ids, attention_mask)]
-        if sampling.is_guided(num_scales):
-            prompts.append((negative_input_ids, negative_attention_mask))
+        prompts = [Prompts(input_ids, attention_mask)]
+        if contexts:
+            prompts.append(Prompts(negative_input_ids, negative_attention_mask))
         self._check_prompts(prompts, image_sizes)
 
         drawing = RefinedImageCodes(self, schedules, sampling, generator, given_image_tokens)
-        sequences, joined = PromptedSequences(self), join_prompts([Prompts(*part) for part in prompts])
+        sequences, joined = PromptedSequences(self), join_prompts(prompts)
         rows = torch.arange(len(joined.input_ids), device=input_ids.device).view(len(prompts), -1)
         hidden_states = sequences.read(joined.input_ids, joined.attention_mask)[:, -1:].unflatten(0, rows.shape)
-        for scale in range(num_scales):
-            if scale > 0:
-                hidden_states = sequences.read_slots(*drawing.slots(scale), rows)
-            rounds = getattr(sampling, "rounds", [sampling])
-            for index, options in enumerate(rounds if scale > 0 else rounds[:1]):
-                drawing.sampling = options
-                if index > 0:
-                    hidden_states = sequences.read_slots_again(*drawing.slots(scale, with_own_codes=True), rows)
-                logits = guide_over_contexts(self.visual_head(hidden_states).float(), drawing.guidance[scale])
-                drawing.draw(scale, logits)
-            if scale == drawing.last_guided_scale:
-                sequences.keep(rows[0])
-                rows = rows[:1]
-            if callback is not None and callback(self, scale, drawing.state(scale, logits)) is False:
-                break
+        scales = draw_scales(self, drawing, sequences, hidden_states, rows, callback, go_on=False)
         return ImageGenerationOutput(
-            image_tokens=drawing.image_tokens[:, : max(drawing.counts(scale))],
+            image_tokens=drawing.image_tokens[:, : max(drawing.counts(scales - 1))],
             image_grids=torch.tensor([schedule.final_grid for schedule in schedules], device=input_ids.device),
         )
 
@@ -169,7 +164,7 @@ class TokenFlowT2IDrawingMixin:
     default_editing_sampling = default_image_sampling
 
     def _check_prompts(self, prompts, image_sizes):
-        count, size = len(prompts[0][0]), self.config.image_size
+        count, size = len(prompts[0].input_ids), self.config.image_size
         if count < 1:
             raise ValueError("There is no prompt: input_ids have no rows.")
         for other in image_sizes or []:
@@ -179,11 +174,10 @@ class TokenFlowT2IDrawingMixin:
                 )
         if image_sizes is not None and len(image_sizes) != count:
             raise ValueError(f"{count} prompts came with {len(image_sizes)} image_sizes; give one for each.")
-        if any(ids is None for ids, _ in prompts):
+        if any(part.input_ids is None for part in prompts):
             raise ValueError("Guidance needs negative_input_ids; take an empty prompt, or guidance_scale=1.")
-        for ids, mask in prompts:
-            if len(ids) != count:
-                raise ValueError(f"{count} prompts came with {len(ids)} negative ones.")
-            length = ids.shape[1] if mask is None else int(mask.sum(1).max())
+        for part in prompts:
+            if len(part.input_ids) != count:
+                raise ValueError(f"{count} prompts came with {len(part.input_ids)} negative ones.")
             # The first slot is the prompt's last token.
-            check_num_positions(length + self.config.schedule.num_tokens - 1, self.config)
+            check_num_positions(int(part.mask.sum(1).max()) + self.config.schedule.num_tokens - 1, self.config)

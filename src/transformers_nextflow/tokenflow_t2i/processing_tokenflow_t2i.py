@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from ..processing_nextflow import check_prompts, pad_left
+from ..processing_nextflow import check_prompts
+from ..sequence.padding import pad_left
 from ..utils.atomic_files import saved_whole
 
 

@@ -12,6 +12,7 @@ from ..data.rows import ROW_NUMBER, read_row
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedule
 from ..sequence.loss import IGNORE_INDEX
+from ..sequence.padding import pad_codes
 from .packing import SampleSize
 
 
@@ -137,7 +138,7 @@ class NextFlowCollator:
             )
         for name, kind in (("image_tokens", "read"), ("image_labels", "written")):
             images = [torch.tensor(image) for own in codes for image in getattr(own, kind)]
-            batch[name] = torch.nn.utils.rnn.pad_sequence(images, batch_first=True, padding_value=-1)
+            batch[name] = pad_codes(images)
         return batch
 
     def _schedule(self, grid: tuple[int, int]) -> ScaleSchedule:

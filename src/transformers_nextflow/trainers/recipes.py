@@ -1,4 +1,4 @@
-"""Stages of the paper's training as files: what is trained, at which level, with which arguments (`recipes/*.yaml`)."""
+"""Stages of the paper's training as files: what is trained, at which level, with which arguments (`recipes/`)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ from ..utils.atomic_files import write_whole
 from .collator import NextFlowCollator
 from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
 from .recipe_data import StageImages, StageRows
+from .tokenizer.stages import STAGES
 from .tokenizer.vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
 
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 KINDS = ("transformer", "tokenizer")
 PARTS = ("visual_embedding", "heads", "text_embedding", "backbone")
 
@@ -68,13 +70,28 @@ class Recipe:
             raise ValueError("A tokenizer's recipe needs the level (resolution) of its images.")
 
 
-def load_recipe(path: str | os.PathLike, changes: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """The recipe of a file, with `name=value` changes: of the recipe's own fields, else of its `arguments`.
+def recipe_names() -> list[str]:
+    """Of the recipes that the package brings."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe_file(recipe: str | os.PathLike) -> Path:
+    """A file as it is, or the one of a recipe that the package brings. Raises `ValueError` for neither."""
+    if Path(recipe).is_file():
+        return Path(recipe)
+    if str(recipe) not in recipe_names():
+        raise ValueError(f"{recipe} is neither a file nor a recipe; there are {', '.join(recipe_names())}.")
+    return RECIPES / f"{recipe}.yaml"
+
+
+def load_recipe(recipe: str | os.PathLike, changes: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """A recipe by its file or name, with `name=value` changes: of its own fields, else of its `arguments`.
 
     Raises:
         ValueError: for what is no recipe, a name that it does not know, or a change that is no `name=value`.
     """
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    path = recipe_file(recipe)
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{path} is no recipe; it must hold `kind` and `arguments`.")
     own = {f.name for f in fields(Recipe)}
@@ -168,7 +185,7 @@ def _transformer_trainer(recipe: Recipe, folder, data, output) -> NextFlowTraine
 def _tokenizer_trainer(recipe: Recipe, folder, data, output) -> NextFlowVQTrainer:
     args = _arguments(NextFlowVQTrainingArguments, recipe, output)
     model = load_vision_tokenizer(folder)
-    teacher = Teacher(model) if args.stage in ("joint", "codebook") else None
+    teacher = Teacher(model) if STAGES[args.stage].learns_codes else None
     if recipe.decoder_width != 1:
         model = with_wider_decoder(model, recipe.decoder_width)
     source, root = open_rows(data)

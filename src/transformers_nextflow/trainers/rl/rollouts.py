@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
 from ...generation.image_codes import ImageCodes
+from ...generation.prompts import Prompts
 from ...generation.sampling import Generators, ImageSampling
-from ...generation.sequence_writer import Prompts, SequenceWriter
+from ...generation.sequence_writer import SequenceWriter
 from ...pipelines.requests import requested_schedule
-from ...processing_nextflow import NextFlowProcessor, check_prompts, pad_left
+from ...processing_nextflow import NextFlowProcessor, check_prompts
 from ...scale_schedule import Grid, ScaleSchedule
+from ...sequence.padding import pad_codes, padded_rows
 from ...utils.evaluation_mode import in_evaluation_mode
 
 
@@ -24,7 +25,7 @@ class Rollout:
     """One drawn image.
 
     Args:
-        contexts: token ids of the prompt, then of what guidance leads away from, as [`SequenceWriter`] takes it.
+        contexts: token ids of the prompt, then of its negative prompts, as [`SequenceWriter`] takes it.
         input_tokens, input_grids: codes (N,) and final grids of the images in the prompt.
         schedule: of the drawn image.
         image_tokens: its codes (N,), or those of the scales drawn so far.
@@ -69,10 +70,9 @@ def generate_rollouts(
         requested_schedule(processor, (row.get("height"), row.get("width")), found[-1] if found else None)
         for row, found in zip(rows, images)
     ]
-    encoded = [
-        processor.apply_image_prompt(texts, shown, allow_empty=True)
-        for texts, shown in _asked(prompts, images, schedules, sampling)
-    ]
+    names, empty = sampling.contexts(schedule.num_scales for schedule in schedules), [""] * len(prompts)
+    asked = [(prompts, images), *((empty, images if name == "negative" else None) for name in names)]
+    encoded = [processor.apply_image_prompt(texts, shown, allow_empty=True) for texts, shown in asked]
     contexts = list(zip(*(Prompts(e["input_ids"], e["attention_mask"]).rows() for e in encoded)))
     check_lengths(prompts, [row[0] for row in contexts], max_prompt_length)
 
@@ -98,7 +98,7 @@ def continue_rollouts(
 ) -> tuple[list[Rollout], list[Image.Image]]:
     """Draw what is missing of images whose `image_tokens` hold the first whole scales, or nothing yet."""
     schedules = [rollout.schedule for rollout in begun]
-    given = pad_sequence([rollout.image_tokens for rollout in begun], batch_first=True, padding_value=-1)
+    given = pad_codes([rollout.image_tokens for rollout in begun])
     drawing = ImageCodes(model, schedules, sampling, generator, given)
     writer = SequenceWriter(model, *_prompts_and_contexts(begun, processor, model.device))
     writer.draw(drawing, range(len(begun)), go_on=False)
@@ -109,21 +109,6 @@ def continue_rollouts(
         for rollout, codes in zip(begun, drawing.image_tokens)
     ]
     return rollouts, images
-
-
-def _asked(prompts: list[str], images: list[list], schedules: list[ScaleSchedule], sampling: ImageSampling):
-    """Texts and images of the prompts, then of what guidance leads away from."""
-    guided, images_guided = (
-        any(sampling.is_guided(schedule.num_scales, part) for schedule in schedules)
-        for part in ("guidance_scale", "image_guidance_scale")
-    )
-    empty = [""] * len(prompts)
-    asked = [(prompts, images)]
-    if guided or images_guided:
-        asked.append((empty, images))
-    if images_guided:
-        asked.append((empty, None))
-    return asked
 
 
 def check_lengths(prompts: Sequence[str], rows: Sequence[list[int]], limit: int | None):
@@ -142,7 +127,7 @@ def as_drawn(
     """Prompts, contexts and drawing of finished rollouts, as `prefix_log_probabilities` takes them."""
     prompts, contexts = _prompts_and_contexts(rollouts, processor, model.device)
     drawing = ImageCodes(model, [rollout.schedule for rollout in rollouts], sampling)
-    codes = pad_sequence([rollout.image_tokens for rollout in rollouts], batch_first=True, padding_value=-1)
+    codes = pad_codes([rollout.image_tokens for rollout in rollouts])
     drawing.image_tokens = codes.to(model.device)
     return prompts, contexts, drawing
 
@@ -160,17 +145,13 @@ def _padded(
     rollouts: Sequence[Rollout], rows: list[list[int]], processor: NextFlowProcessor, device: torch.device
 ) -> Prompts:
     """Rows of token ids as a batch, with the images of those that hold any."""
-    padded = {
-        name: torch.tensor(values, device=device)
-        for name, values in pad_left(rows, processor.tokenizer.pad_token_id).items()
-    }
     holding = [rollout for rollout, row in zip(rollouts, rows) if processor.eoi_token_id in row]
     codes = [codes.to(device) for rollout in holding for codes in rollout.input_tokens]
     grids = [grid for rollout in holding for grid in rollout.input_grids]
     room = [rollout.schedule.num_positions(processor.read_last_scale) - 1 for rollout in rollouts]
     return Prompts(
-        **padded,
-        image_tokens=pad_sequence(codes, batch_first=True, padding_value=-1) if codes else None,
+        *padded_rows(rows, processor.tokenizer.pad_token_id, device),
+        image_tokens=pad_codes(codes),
         image_grids=torch.tensor(grids, device=device) if grids else None,
         room=torch.tensor(room, device=device),
     )

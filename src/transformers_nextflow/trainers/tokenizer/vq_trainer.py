@@ -23,9 +23,9 @@ from ..runs.resumable_training import ResumableTrainingMixin
 from ..runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights
 from .adversarial import Adversary
 from .codebook_care import initialize_codebook, revive_dead_codes
+from .stages import STAGES
 
 
-STAGES = ("pixel", "joint", "codebook", "decoder")
 CONTACT_SHEET_COLUMNS = 12
 TRAINER_FILE = "vq_trainer.pt"
 
@@ -35,9 +35,9 @@ class NextFlowVQTrainingArguments(CheckedArguments, TrainingArguments):
     """`TrainingArguments` and what the tokenizer's stages need; see also [`CheckedArguments`].
 
     Args:
-        stage: "pixel" trains the pixel branch as a plain autoencoder; "joint" all parts; "codebook" starts the
-            codebooks from k-means and trains them and the decoders on the latents as they are; "decoder" trains the
-            pixel decoder alone, on the codes as they are.
+        stage: a name of `STAGES`, which says what is trained and on which losses: "pixel" trains the pixel branch as a
+            plain autoencoder; "joint" all parts; "codebook" starts the codebooks from k-means and trains them and the
+            decoders on the latents as they are; "decoder" trains the pixel decoder only, on the codes as they are.
         autoencoder_share: share of the joint stage's steps before the codes come in. Then the codebooks start from
             k-means over the latents. 0 goes on from the codebooks as they are; 1 leaves them to the codebook stage.
         scale_dropout: share of the images that are decoded from their first scales only, a number of them drawn
@@ -75,7 +75,7 @@ class NextFlowVQTrainingArguments(CheckedArguments, TrainingArguments):
         super().__post_init__()
         self.remove_unused_columns = False
         if self.stage not in STAGES:
-            raise ValueError(f"stage must be one of {STAGES}, got {self.stage!r}.")
+            raise ValueError(f"stage must be one of {tuple(STAGES)}, got {self.stage!r}.")
 
 
 class ImageCollator:
@@ -117,7 +117,8 @@ class NextFlowVQTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTra
             raise ValueError("perceptual_weight > 0 needs `perceptual=`, for instance lpips.LPIPS(net='vgg').")
         if args.adversarial_weight and discriminator is None:
             raise ValueError("adversarial_weight > 0 needs `discriminator=`, for instance PatchDiscriminator().")
-        freeze_for_stage(model, args.stage)
+        self.stage = STAGES[args.stage]
+        self.stage.freeze(model)
         # It may come out of a model, where it was at rest.
         leave_out_of_sharding(model, False)
         check_trained_weights(model, args)
@@ -153,24 +154,15 @@ class NextFlowVQTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTra
     @property
     def quantizes(self) -> bool:
         """Whether codes take part at this step."""
-        stage = self.args.stage
-        return stage in ("codebook", "decoder") or (stage == "joint" and self.progress >= self.args.autoencoder_share)
-
-    @property
-    def _first_quantized_step(self) -> int:
-        return round(self.args.autoencoder_share * self.state.max_steps) if self.args.stage == "joint" else 0
-
-    @property
-    def _starts_codebook(self) -> bool:
-        stage = self.args.stage
-        return stage == "codebook" or (stage == "joint" and 0 < self.args.autoencoder_share < 1)
+        waits = self.stage.after_autoencoder and self.progress < self.args.autoencoder_share
+        return self.stage.quantizes and not waits
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, pixels = self.args, inputs["pixel_values"]
         noise = args.latent_noise if self.model.training else 0.0
         output = model(pixels, num_scales=self._draw_num_scales(pixels), quantize=self.quantizes, latent_noise=noise)
         losses = {"pixel_loss": args.pixel_weight * self.pixel_loss(output, inputs)}
-        if args.stage in ("joint", "codebook"):
+        if self.stage.learns_codes:
             losses["semantic_loss"] = args.semantic_weight * self.semantic_loss(output, inputs)
             codebook_loss = output.codebook_loss + self._core.config.commitment_weight * output.commitment_loss
             losses["codebook_loss"] = args.codebook_weight * codebook_loss
@@ -187,8 +179,7 @@ class NextFlowVQTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTra
         return (loss, output) if return_outputs else loss
 
     def _draw_num_scales(self, pixels: torch.Tensor) -> torch.Tensor | None:
-        # The decoder stage sees whole images: it polishes what is drawn, not the previews.
-        if self.args.stage not in ("joint", "codebook") or not self.model.training:
+        if not self.stage.learns_codes or not self.model.training:
             return None
         num_scales = self._core.schedule_of(pixels).num_scales
         drawn = torch.randint(1, num_scales + 1, (len(pixels),), device=pixels.device)
@@ -203,12 +194,13 @@ class NextFlowVQTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTra
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         args, step = self.args, self.state.global_step
-        if self._starts_codebook and step == self._first_quantized_step:
+        first = self.stage.first_quantized_step(args.autoencoder_share, self.state.max_steps)
+        if self.stage.starts_codebook(args.autoencoder_share) and step == first:
             # The same images and the same seed on every process: no broadcast is needed.
             rows = [self.train_dataset[i] for i in range(min(args.kmeans_images, len(self.train_dataset)))]
             pixels = self.data_collator([{"pixel_values": row["pixel_values"]} for row in rows])["pixel_values"]
             initialize_codebook(self._core, pixels.to(args.device), args.kmeans_shares, seed=args.seed)
-        revives = args.stage in ("joint", "codebook") and args.revive_every and step % args.revive_every == 0
+        revives = self.stage.learns_codes and args.revive_every and step % args.revive_every == 0
         # With gradient accumulation a step has several calls; the first revives.
         if revives and self._used is not None and step > self._counted_from:
             used = self.accelerator.reduce(self._used, "sum")
@@ -287,16 +279,3 @@ class NextFlowVQTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTra
                 contact_sheet([[Image.fromarray(image) for image in row] for row in sheet]).save(partial)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))
-
-
-def freeze_for_stage(model: NextFlowVQModel, stage: str):
-    """Leaves trainable what a stage trains: the pixel branch, everything, codes and decoders, or the pixel decoder."""
-    trained = {
-        "pixel": [model.pixel_encoder, model.pixel_decoder],
-        "joint": [model],
-        "codebook": [model.quantizer, model.pixel_decoder, model.semantic_decoder],
-        "decoder": [model.pixel_decoder],
-    }[stage]
-    model.requires_grad_(False)
-    for module in trained:
-        module.requires_grad_(True)

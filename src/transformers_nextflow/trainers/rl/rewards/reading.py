@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
 from ....generation.likelihood import score_answers
 from ....processing_nextflow import NextFlowProcessor
+from ....sequence.padding import pad_codes
 
 
 Ask = Callable[[str], Sequence[tuple[str, str]]]
@@ -45,7 +45,7 @@ def reading_reward(model: nn.Module, processor: NextFlowProcessor, ask: Ask, bat
             scores = score_answers(
                 model,
                 processor,
-                pad_sequence(codes, batch_first=True, padding_value=-1),
+                pad_codes(codes),
                 torch.tensor([image_grids[row] for row in rows[chosen]], device=model.device),
                 list(texts),
                 list(answers),
