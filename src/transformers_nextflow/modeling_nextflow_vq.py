@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_nextflow import NextFlowVQConfig
+from .configuration_nextflow import NORM_GROUPS, NextFlowVQConfig
 from .multiscale_quantizer import (
     NextFlowVQQuantizer,
     SelfCorrection,
@@ -479,7 +479,7 @@ class PatchDecoder(nn.Module):
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels), channels, eps=1e-6)
+    return nn.GroupNorm(min(NORM_GROUPS, channels), channels, eps=1e-6)
 
 
 class ResidualConvolution(nn.Module):

@@ -17,6 +17,7 @@ from ..sequence.messages import read_message
 from ..utils.field_errors import FieldError, shown
 from ..utils.image_files import read_image
 from ..utils.plain_values import as_list
+from ..utils.short_repr import short_path
 from ..video_processing_nextflow import read_frames
 from .row_codes import ImageCodes, read_codes
 from .row_errors import BadImageError, BadRowError
@@ -145,14 +146,19 @@ def open_rows(source: str | os.PathLike) -> tuple[Sequence[dict], Path]:
     if source.suffix in (".jsonl", ".json") and source.is_file():
         return JsonLines(source), source.parent
     parquet = [source] if source.suffix == ".parquet" else sorted(source.glob("*.parquet")) if source.is_dir() else []
-    if source.exists() and (parquet or (source / "dataset_info.json").is_file()):
+    if os.path.exists(source) and (parquet or (source / "dataset_info.json").is_file()):
         datasets = import_extra("datasets")
         files = [str(file) for file in parquet]
-        rows = datasets.Dataset.from_parquet(files) if files else datasets.load_from_disk(str(source))
+        try:
+            rows = datasets.Dataset.from_parquet(files) if files else datasets.load_from_disk(str(source))
+        except Exception as error:  # of pyarrow and datasets, each its own
+            raise ValueError(f"{short_path(source)} cannot be read as rows: {error}") from error
         if isinstance(getattr(rows.features.get("images"), "feature", None), datasets.Image):
             # Decoded by us, so that a broken image is told by its row and field.
             rows = rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
         return rows, source
+    if not os.path.exists(source):
+        raise ValueError(f"There is no file or folder {short_path(source)}.")
     raise ValueError(f"{source} is no .jsonl or .parquet file, and no folder of .parquet files or of save_to_disk.")
 
 

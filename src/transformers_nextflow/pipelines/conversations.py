@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from PIL import Image
@@ -18,6 +18,7 @@ from ..processing_nextflow import check_prompts
 from ..sequence.chat_encoding import encode_text
 from ..sequence.messages import check_conversation
 from ..utils.evaluation_mode import evaluation_mode
+from ..utils.known_names import check_names, checks_names
 from ..utils.short_repr import short_repr
 from .requests import ImageInput, ImageRequest, pixels_of_size, requested_schedule
 
@@ -46,6 +47,12 @@ class NextFlowScores:
 
     image_given_text: torch.Tensor
     text_given_image: torch.Tensor
+
+
+MOST_FRAMES = 1024
+# What `video` takes.
+SAMPLING_NAMES = [f.name for f in fields(ImageSampling)]
+VIDEO_NAMES = ("prompt", "image", "num_frames", "negative_prompt", "height", "width", "generator")
 
 
 class ConversationMixin:
@@ -84,6 +91,7 @@ class ConversationMixin:
                 `__call__` refuses.
         """
         self._check_reads("video")
+        check_names(sampling, [*VIDEO_NAMES, *SAMPLING_NAMES], "NextFlowPipeline.video")
         scripts = _scripts(prompt, num_frames)
         is_scripted = not isinstance(prompt, str) and isinstance(prompt[0], list | tuple)
         prompts = [script[0] for script in scripts]
@@ -196,6 +204,8 @@ class ConversationMixin:
             raise ValueError(
                 f"messages must be a list of messages, or a list of such lists, got {short_repr(messages)}."
             )
+        if not isinstance(max_images, int) or not isinstance(min_images, int):
+            raise ValueError(f"min_images and max_images are whole numbers, got {min_images!r} and {max_images!r}.")
         # Guidance compares with nothing said and shown at once.
         if sampling is None:
             sampling = replace(self.model.default_image_sampling, image_guidance_scale=1.0)
@@ -241,6 +251,7 @@ class ConversationMixin:
                 content.append({"type": "image", "image": self.processor.post_process_images(pixels)[0]})
         return {"role": "assistant", "content": content}
 
+    @checks_names
     @torch.no_grad()
     def score(self, images: Sequence[ImageInput], prompts: Sequence[str]) -> NextFlowScores:
         """How well images and prompts fit, judged by the model itself.
@@ -274,8 +285,11 @@ class ConversationMixin:
 
 def _scripts(prompt, num_frames: int | None) -> list[list[str]]:
     """Of each video its prompt, and the texts between its frames where they are given."""
-    if num_frames is not None and not isinstance(num_frames, int):
-        raise ValueError(f"num_frames must be a whole number from 2, got {num_frames!r}.")
+    if num_frames is not None and (not isinstance(num_frames, int) or num_frames > MOST_FRAMES):
+        raise ValueError(
+            f"num_frames must be a whole number from 2 to {MOST_FRAMES}, since every frame is drawn after all earlier "
+            f"ones; got {short_repr(num_frames)}."
+        )
     if not isinstance(prompt, str) and not (isinstance(prompt, list | tuple) and prompt):
         raise ValueError(
             f"prompt must be a video's text, its frames' texts, or a list of either, got {short_repr(prompt)}."

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from enum import Enum
 from numbers import Integral, Real
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from .known_names import check_names
 from .short_repr import short_repr
@@ -25,7 +27,7 @@ def read_typed(kind: type[T], values: Any, what: str) -> T:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{what} must hold names with values, got {short_repr(values)}.")
-    hints = get_type_hints(kind)
+    hints = hints_of(kind)
     check_names(values, [f.name for f in fields(kind)], what)
     needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in needed if name not in values]:
@@ -35,6 +37,19 @@ def read_typed(kind: type[T], values: Any, what: str) -> T:
         return kind(**{name: _with_tuples(value, hints[name]) for name, value in values.items()})
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
+
+
+def hints_of(kind: type) -> dict[str, Any]:
+    """The types of a dataclass's names, those of its bases included; `Any` for one that cannot be told."""
+    hints: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        known = vars(sys.modules[base.__module__])
+        for name, hint in inspect.get_annotations(base).items():
+            try:
+                hints[name] = eval(hint, dict(known)) if isinstance(hint, str) else hint
+            except NameError:
+                hints[name] = Any
+    return hints
 
 
 def check_types(values: Mapping[str, Any], hints: Mapping[str, Any], what: str):
@@ -48,6 +63,8 @@ def is_of_type(value: Any, hint: Any) -> bool:
     """Whether a value is of an annotated type. Whole numbers are numbers, truth values are none; a list will do for a
     tuple, and its text for an `Enum`. Of types that are not known here every value is."""
     origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
     if hint is None or hint is type(None):
         return value is None
     if origin in (Union, types.UnionType):
@@ -61,7 +78,7 @@ def is_of_type(value: Any, hint: Any) -> bool:
     if origin in (dict, Mapping) or hint is dict:
         return isinstance(value, Mapping) and all(is_of_type(v, inner[1]) for v in value.values() if len(inner) == 2)
     if not isinstance(hint, type):
-        return True
+        return True  # of what has an origin that is not known here
     if hint in (int, float):
         return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
     if issubclass(hint, Enum) and isinstance(value, str):
