@@ -16,7 +16,8 @@ from transformers.activations import ACT2FN
 from .scale_schedule import SQUARE_SIDES, ScaleSchedules
 from .utils.atomic_files import saved_whole
 from .utils.short_repr import short_repr
-from .utils.typed_values import check_types
+from .utils.trained_on import TrainedOn
+from .utils.typed_values import check_types, read_typed
 
 
 RESAMPLINGS = ("area", "bicubic", "bilinear", "nearest", "rotary")
@@ -276,6 +277,8 @@ class NextFlowConfig(PreTrainedConfig):
         accumulate_features: slots read the sum over all earlier scales (as VAR) in place of the last one alone.
         rope_range: the range of the spatial coordinates of a square image, the paper's constant C (section 2.2).
         scale_loss_alpha: a token of an h x w grid weighs (h*w)^-alpha in the loss (section 3.1).
+        trained_on: what a checkpoint says of its training, the values of a `TrainedOn`: a pipeline warns of what lies
+            outside. A training of the model takes it away.
     """
 
     model_type = "nextflow"
@@ -295,6 +298,7 @@ class NextFlowConfig(PreTrainedConfig):
     scale_loss_alpha: float = 0.9
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    trained_on: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs):
         # The default vocabulary is Qwen2.5-VL's with <boi> and <eoi>.
@@ -322,6 +326,8 @@ class NextFlowConfig(PreTrainedConfig):
                 f"text_config.layer_types are {sorted(set(self.text_config.layer_types))}, but the scales of an image "
                 "need full_attention in every layer; set text_config.use_sliding_window to False."
             )
+        if self.trained_on is not None:
+            read_typed(TrainedOn, self.trained_on, "trained_on")
         self._check_backbone()
         frequencies = self.text_config.hidden_size // self.text_config.num_attention_heads // 2
         sections = self.text_config.rope_parameters.get("mrope_section", MROPE_SECTION)

@@ -23,6 +23,7 @@ from .image_processing_nextflow import OUTPUT_TYPES
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .pipelines.calls import PipelineCallsMixin
 from .pipelines.conversations import ConversationMixin
+from .pipelines.outside import OutsideWarningsMixin
 from .pipelines.requests import ImageInput, ImageRequest
 from .processing_nextflow import NextFlowProcessor
 from .sequence.padding import pad_codes
@@ -97,7 +98,7 @@ class NextFlowPipelineOutput(BaseOutput):
     candidate_scores: torch.Tensor | None = None
 
 
-class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline):
+class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMixin, DiffusionPipeline):
     """Draws images from prompts and from other images, videos, and answers in text and images.
 
     >>> pipe = NextFlowPipeline.from_pretrained("checkpoints/nextflow-shapes")
@@ -342,6 +343,7 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
             request, sampling, num_images_per_prompt, num_candidates, generator, output_type,
             callback_on_step_end_tensor_inputs,
         )  # fmt: skip
+        self._warn_of_request(request)
         if num_candidates > 1 and candidate_scorer is None:
             self._check_reads("To rank candidates without a candidate_scorer")
         request = request.repeat(num_images_per_prompt * num_candidates)
@@ -395,6 +397,8 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
         inputs = self.processor.apply_image_prompt(request.prompts, request.images, **start).to(device)
         inputs["image_sizes"] = [schedule.image_size(patch_size) for schedule in request.schedules]
         inputs |= self._negative_inputs(request, sampling)
+        if "pixel_values" in inputs and request.pixels is None:
+            self._warn_of_images(self._images_of(inputs["pixel_values"], inputs["image_grids"]))
         if request.pixels is not None:
             pixels = [pixels.to(device) for pixels in request.pixels]
             if request.num_kept_scales is not None:
@@ -403,6 +407,7 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
                     for codes, schedule in zip(self._own_codes(request), request.schedules)
                 ]
                 inputs["given_image_tokens"] = pad_codes(codes)
+            self._warn_of_images(pixels)
             if request.regions is not None:
                 regions = [region.to(device) for region in request.regions]
                 inputs["region"] = KeptRegion(self.model.vq_model, pixels, regions)

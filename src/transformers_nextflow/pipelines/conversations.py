@@ -20,6 +20,7 @@ from ..sequence.messages import check_conversation
 from ..utils.evaluation_mode import evaluation_mode
 from ..utils.known_names import check_names, checks_names
 from ..utils.short_repr import short_repr
+from .outside import texts_of_messages
 from .requests import ImageInput, ImageRequest, pixels_of_size, requested_schedule
 
 
@@ -103,6 +104,7 @@ class ConversationMixin:
         sampling, size = self._sampling(True, **sampling), (height, width)
         request = ImageRequest.build(self.processor, prompts, negative_prompt, image, None, size, None, False, False)
         self.check_inputs(request, sampling, 1, 1, generator, "pil", ())
+        self._warn_of_request(request)
         with self._call():
             given = 0 if image is None else 1
             if given:
@@ -220,6 +222,7 @@ class ConversationMixin:
             processor_kwargs={"padding": True},
         )  # fmt: skip
         inputs, sizes = dict(inputs), {}
+        self._warn_of_texts([text for conversation in conversations for text in texts_of_messages(conversation)])
         if max_images > 0:
             negative = self.processor.apply_image_prompt([""] * len(conversations), allow_empty=True)
             inputs |= {f"negative_{name}": value for name, value in negative.items()}
@@ -229,6 +232,8 @@ class ConversationMixin:
             sizes = {"image_sizes": [size] * len(conversations)}
         with self._call():
             inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+            if "pixel_values" in inputs:
+                self._warn_of_images(self._images_of(inputs["pixel_values"], inputs["image_grids"]))
             output = self.model.generate_interleaved(
                 **inputs, **sizes, max_new_tokens=max_new_tokens, min_images=min_images, max_images=max_images,
                 sampling=sampling, generator=generator, streamer=streamer, tokenizer=self.processor.tokenizer,

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, is_peft_model
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import logging
 
 from ..configuration_nextflow import NextFlowConfig
 from ..data.rows import NumberedRows
@@ -30,6 +31,9 @@ from .runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights, 
 from .runs.training_record import processor_differences
 from .trained_means import TrainedMeans, parts_of
 from .unsupported_arguments import check_trainer_arguments, check_training_arguments
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -137,6 +141,14 @@ class NextFlowTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrain
     """
 
     args: NextFlowTrainingArguments
+
+    def train(self, *args, **kwargs):
+        """As in [`ResumableTrainingMixin`]. What a config says of an earlier training (`trained_on`) goes with this one;
+        an adapter leaves it, since it leaves the model."""
+        if not is_peft_model(self.model) and getattr(self.model.config, "trained_on", None) is not None:
+            logger.warning("trained_on, what the model's config says of its training, ends with this training.")
+            self.model.config.trained_on = None
+        return super().train(*args, **kwargs)
 
     def __init__(self, model: NextFlowForConditionalGeneration, args: NextFlowTrainingArguments, **kwargs):
         if not isinstance(args, NextFlowTrainingArguments):
