@@ -88,7 +88,7 @@ def generate(
 ):
     """Draw an image for each prompt, all of them in one batch."""
     with errors_in_one_line():
-        paths = _image_paths(output, len(prompts) * num_images)
+        _check_image_path(output, len(prompts) * num_images)
         if previews is not None:
             check_output_folder(previews)
         pipeline = _load_pipeline(model, device, dtype)
@@ -115,11 +115,9 @@ def generate(
         )
         seconds = time.perf_counter() - start
 
-        _save(drawn.images, paths, scale)
+        paths = _save(drawn.images, output, scale)
         for number, stage in enumerate(stages, start=1):
-            own = _numbered(previews / f"{output.stem}-scale-{number}{output.suffix}", len(stage))
-            _save(stage, own, scale)
-            paths += own
+            paths += _save(stage, previews / f"{output.stem}-scale-{number}{output.suffix}", scale)
     for thought in drawn.thoughts or []:
         typer.echo(f"Thought: {thought}")
     _tell(seconds, paths)
@@ -146,7 +144,7 @@ def edit(
 ):
     """Edit an image, inside a mask or as a whole; or draw from several images."""
     with errors_in_one_line():
-        paths = _image_paths(output, num_images)
+        _check_image_path(output, num_images)
         _check_files(images + ([mask] if mask else []))
         pipeline = _load_pipeline(model, device, dtype)
         _check_enlarged(pipeline, scale, height, width)
@@ -165,7 +163,7 @@ def edit(
             generator=_generators(pipeline, seed, num_images * num_candidates),
         )
         seconds = time.perf_counter() - start
-        _save(drawn.images, paths, scale)
+        paths = _save(drawn.images, output, scale)
     _tell(seconds, paths)
 
 
@@ -190,7 +188,7 @@ def vary(
 ):
     """Draw variations of an image."""
     with errors_in_one_line():
-        paths = _image_paths(output, num_images)
+        _check_image_path(output, num_images)
         _check_files([image])
         pipeline = _load_pipeline(model, device, dtype)
         _check_enlarged(pipeline, scale)
@@ -205,7 +203,7 @@ def vary(
             generator=_generators(pipeline, seed, num_images),
         )
         seconds = time.perf_counter() - start
-        _save(drawn.images, paths, scale)
+        paths = _save(drawn.images, output, scale)
     _tell(seconds, paths)
 
 
@@ -471,8 +469,8 @@ def _tell(seconds: float, paths: list[Path]):
     typer.echo("\n".join(map(str, paths)))
 
 
-def _image_paths(output: Path, count: int) -> list[Path]:
-    """Where images will be written: asked before the drawing, which would be lost."""
+def _check_image_path(output: Path, count: int):
+    """Whether images can be written: asked before the drawing, which would be lost."""
     extension = output.suffix.lower()
     if Image.registered_extensions().get(extension) not in Image.SAVE:
         raise ValueError(f"{short_path(output)} has no extension of an image that can be written; take .png.")
@@ -481,10 +479,8 @@ def _image_paths(output: Path, count: int) -> list[Path]:
         Image.new("RGB", (16, 16)).save(io.BytesIO(), Image.registered_extensions()[extension])
     except Exception as error:
         raise ValueError(f"Images cannot be written as {extension} ({error}); take .png.") from error
-    paths = _numbered(output, count)
-    for path in paths if count < 100 else paths[:1]:
+    for path in _numbered(output, min(count, 100)):
         check_output_file(path)
-    return paths
 
 
 def _numbered(path: Path, count: int) -> list[Path]:
@@ -492,9 +488,9 @@ def _numbered(path: Path, count: int) -> list[Path]:
     return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
 
 
-def _save(images: list[Image.Image], paths: list[Path], scale: int):
+def _save(images: list[Image.Image], output: Path, scale: int) -> list[Path]:
     """Save every image that can be saved. Raises `OSError` that says where the others are."""
-    refused = []
+    paths, refused = _numbered(output, len(images)), []
     for image, path in zip(images, paths):
         try:
             write_anyway(path, _enlarge(image, scale).save)
@@ -502,10 +498,13 @@ def _save(images: list[Image.Image], paths: list[Path], scale: int):
             refused.append(str(error))
     if refused:
         raise OSError(" ".join(refused))
+    return paths
 
 
 def _check_enlarged(pipeline: NextFlowPipeline, scale: int, height: int | None = None, width: int | None = None):
     """Raises `ValueError` for images that would take more memory than an image for viewing should."""
+    if scale == 1:
+        return
     side = max(pipeline.processor.image_processor.scale_schedules.resolutions)
     pixels = (height or side) * (width or side)
     if pixels * scale**2 > MOST_PIXELS:

@@ -301,8 +301,7 @@ def _scripts(prompt, num_frames: int | None) -> list[list[str]]:
         )
     videos = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
     for script in videos:
-        if isinstance(script, list | tuple):
-            check_prompts(script)
+        check_prompts(script if isinstance(script, list | tuple) else [script])
     given = [isinstance(video, list | tuple) for video in videos]
     if any(given) and not all(given):
         raise ValueError("A batch holds either prompts of videos or lists of texts, not both; call video twice.")

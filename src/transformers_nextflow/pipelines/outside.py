@@ -45,8 +45,8 @@ class OutsideWarningsMixin:
         if others := stated.other_sizes(sizes):
             own = " and ".join("x".join(map(str, size)) for size in stated.sizes)
             self._warn_outside(
-                "size", f"The image is of {others[0]} pixels (height x width), and this checkpoint was trained on {own} "
-                "only; what it draws in other sizes may be wrong.",
+                "size", f"The image has {others[0]} pixels (height x width), and all those of its training "
+                f"had {own}; what this checkpoint draws in other sizes may be wrong.",
             )  # fmt: skip
 
     def _warn_of_images(self, images: Sequence[torch.Tensor]):

@@ -143,8 +143,8 @@ class NextFlowTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrain
     args: NextFlowTrainingArguments
 
     def train(self, *args, **kwargs):
-        """As in [`ResumableTrainingMixin`]. What a config says of an earlier training (`trained_on`) goes with this one;
-        an adapter leaves it, since it leaves the model."""
+        """As in [`ResumableTrainingMixin`]. What a config says of an earlier training (`trained_on`) ends with this
+        one; an adapter leaves it, since it leaves the model."""
         if not is_peft_model(self.model) and getattr(self.model.config, "trained_on", None) is not None:
             logger.warning("trained_on, what the model's config says of its training, ends with this training.")
             self.model.config.trained_on = None

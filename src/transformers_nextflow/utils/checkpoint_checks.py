@@ -64,15 +64,22 @@ def check_index(folder: str | os.PathLike):
             raise ValueError(f"{file} names {_some(outside)}, outside of its folder; fetch it again from its source.")
 
 
-def check_amount(model: nn.Module, files: Iterable[str]):
-    """Raises `ValueError` where files of safetensors hold less than half of what a model of the config needs: random
-    values for the rest may take long, and are refused afterwards."""
-    stored, files = 0, [Path(file) for file in files]
-    if any(file.suffix != ".safetensors" for file in files):
+def check_shapes(model: nn.Module, files: Iterable[str]):
+    """Raises `ValueError` naming tensors in files of safetensors that have another shape than a model of the config, or
+    where they hold less than half of what it needs: random values for the rest may take long, and are refused
+    afterwards."""
+    stored, files, expected, wrong = 0, [Path(file) for file in files], model.state_dict(), []
+    if any(file.suffix != ".safetensors" or file.name.startswith("adapter_") for file in files):
         return
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            stored += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+            for name in tensors.keys():
+                shape = tensors.get_slice(name).get_shape()
+                stored += math.prod(shape)
+                if name in expected and shape != list(expected[name].shape):
+                    wrong.append(f"{name} {tuple(shape)} instead of {tuple(expected[name].shape)}")
+    if wrong:
+        raise ValueError(f"The checkpoint holds {_some(wrong)}; does the config belong to it?")
     needed = sum(parameter.numel() for parameter in model.parameters())
     if 2 * stored < needed:
         raise ValueError(

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import click
 import typer
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
@@ -20,8 +19,8 @@ from yaml import YAMLError
 DEBUG = "TRANSFORMERS_NEXTFLOW_DEBUG"
 # What a user can mend, beside errors of the system; libraries have classes of their own for broken files.
 MENDABLE = (ImportError, OSError, SafetensorError, StrictDataclassError, TemplateError, ValueError, YAMLError)
-# Left to typer and its relatives.
-PASSED = (BrokenPipeError, click.ClickException, click.exceptions.Exit, typer.Abort)
+# Left to typer.
+PASSED = (BrokenPipeError, typer.Abort, typer.BadParameter, typer.Exit)
 MOST_CHARACTERS = 1000
 
 
@@ -39,6 +38,8 @@ def errors_in_one_line() -> Iterator[None]:
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get(DEBUG):
             raise
+        if isinstance(error, KeyboardInterrupt):
+            print(file=sys.stderr)  # after the terminal's own ^C, or the bar of the work
         print(one_line(error), file=sys.stderr)
         raise typer.Exit(_exit_code(error)) from error
 

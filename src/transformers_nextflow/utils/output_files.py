@@ -17,9 +17,9 @@ def check_output_file(path: str | os.PathLike, write: Callable[[Path], object] =
         write: tries to write a file to the path that it is given, as the results will be written.
     """
     path = _checked(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike `Path`'s own, without an error for a path that is too long
         raise ValueError(f"{short_path(path)} is a folder; name a file.")
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{short_path(path)} is a device or a pipe; name a file.")
     _try(path, write)
 
@@ -27,7 +27,7 @@ def check_output_file(path: str | os.PathLike, write: Callable[[Path], object] =
 def check_output_folder(path: str | os.PathLike):
     """Raises `ValueError` if `path` is no folder, or none can be made there, or nothing can be written to it."""
     path = _checked(path)
-    if path.exists() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isdir(path):
         raise ValueError(f"{short_path(path)} is a file; name a folder.")
     _try(path / "file", Path.touch)
 
@@ -43,7 +43,7 @@ def _try(path: Path, write: Callable[[Path], object]):
     """Write a file of the same name in a hidden folder in the nearest folder that is there."""
     try:
         there = next(folder for folder in path.parents if os.path.lexists(folder))
-        if not there.is_dir():
+        if not os.path.isdir(there):
             raise ValueError(f"{short_path(there)} is no folder, so {short_path(path)} cannot be written.")
         with tempfile.TemporaryDirectory(prefix=".try.", dir=there) as folder:
             trial = Path(folder) / path.relative_to(there)

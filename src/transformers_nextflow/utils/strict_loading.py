@@ -7,10 +7,10 @@ import os
 from transformers import PreTrainedModel
 
 from .checkpoint_checks import (
-    check_amount,
     check_complete,
     check_floats,
     check_index,
+    check_shapes,
     check_weights,
     loading_errors,
 )
@@ -41,8 +41,8 @@ class StrictLoadingMixin:
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs):
-        if load_config.hf_quantizer is None and state_dict is None:
-            check_amount(model, checkpoint_files or ())
+        if load_config.hf_quantizer is None and not (state_dict or load_config.ignore_mismatched_sizes):
+            check_shapes(model, checkpoint_files or ())
         info, offloaded = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, **kwargs
         )
