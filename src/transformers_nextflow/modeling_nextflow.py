@@ -1,7 +1,6 @@
 """NextFlow: one decoder-only transformer over text tokens and images drawn scale by scale (paper, section 2)."""
 
 from dataclasses import dataclass
-from functools import wraps
 
 import torch
 from torch import nn
@@ -36,9 +35,11 @@ from .sequence.padding import pad_codes
 from .sequence.scale_attention import ScaleAttentionMixin
 from .sequence.scale_masked import ScaleMaskedMixin
 from .sequence.scale_sdpa import plan_attention
+from .utils.atomic_files import saved_whole
 from .utils.offloading import ExecutionDeviceMixin
 from .utils.older_transformers import CACHE, takes_the_cache
-from .utils.saved_adapters import forget_adapters, load_adapters
+from .utils.saved_adapters import FOLDER as ADAPTERS
+from .utils.saved_adapters import load_adapters
 from .utils.strict_loading import StrictLoadingMixin
 
 
@@ -118,6 +119,8 @@ class NextFlowPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTrain
     """What the models of this family share: how they load, are placed on devices, and start."""
 
     config: NextFlowConfig
+    # Adapters that lie beside weights belong to those.
+    save_pretrained = saved_whole(PreTrainedModel.save_pretrained, replaced=[ADAPTERS])
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
@@ -141,11 +144,6 @@ class NextFlowPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTrain
         if path is not None:
             load_adapters(model, path, **kwargs)
         return (model, info) if output_loading_info else model
-
-    @wraps(PreTrainedModel.save_pretrained)
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        forget_adapters(save_directory)
-        super().save_pretrained(save_directory, *args, **kwargs)
 
     def train(self, mode: bool = True):
         super().train(mode)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jinja2 import TemplateError
 
 from ..image_processing_nextflow import NextFlowImageProcessorPil
 from ..processing_nextflow import NextFlowProcessor
@@ -62,8 +61,8 @@ def encode_sample(
     grids, pixels = read_images(sample, image_processor, image_processor.scale_schedules, codebook_size, fingerprint)
     try:
         encoded = encode_messages(processor, sample.messages)
-    except (TemplateError, ValueError) as error:
-        raise BadRowError("messages", f"they cannot be written as a conversation: {error}") from error
+    except ValueError as error:
+        raise BadRowError("messages", str(error)) from error
     remaining = list(grids)
     ids, labels, positions = [], [], len(encoded[0])
     for token, trained in zip(*encoded):

@@ -13,6 +13,7 @@ from transformers.utils import PROCESSOR_NAME, has_file
 from ..image_processing_nextflow import NextFlowImageProcessorPil
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedules
+from ..utils.checkpoint_checks import loading_errors
 from .row_codes import TOKENS
 from .row_encoding import encode_sample, read_images
 from .row_errors import BadImageError, BadRowError
@@ -137,8 +138,9 @@ def validate_source(
     vq_model = load_vision_tokenizer(model)
     config = vq_model.config
     # A tokenizer's folder has none.
-    processor = AutoProcessor.from_pretrained(model) if has_file(model, PROCESSOR_NAME) else None
-    text_config = getattr(AutoConfig.from_pretrained(model), "text_config", None)
+    with loading_errors(model):
+        processor = AutoProcessor.from_pretrained(model) if has_file(model, PROCESSOR_NAME) else None
+        text_config = getattr(AutoConfig.from_pretrained(model), "text_config", None)
     return validate_rows(
         rows, root, config.scale_schedules, config.codebook_size, tokenizer_fingerprint(vq_model), on_bad_image,
         processor, getattr(text_config, "max_position_embeddings", None),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..tokenization_nextflow import CLOSE, OPEN
+from ..tokenization_nextflow import CLOSE, OPEN, check_text
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,26 @@ def encode_chats(
         template_kwargs: such as `add_generation_prompt`.
 
     Raises:
-        ValueError: for text that holds one of the two noncharacters that mark special tokens here.
+        ValueError: for a text that no tokenizer reads (`text_fault`), and what the template refuses.
     """
     special = _special_tokens(tokenizer)
-    rendered, spans = render_jinja_template(
-        conversations=[_marked(_gathered(list(chat), special), special) for chat in chats],
-        chat_template=chat_template,
-        return_assistant_tokens_mask=with_answers,
-        **tokenizer.special_tokens_map | template_kwargs,
-    )
+    with template_errors():
+        rendered, spans = render_jinja_template(
+            conversations=[_marked(_gathered(list(chat), special), special) for chat in chats],
+            chat_template=chat_template,
+            return_assistant_tokens_mask=with_answers,
+            **tokenizer.special_tokens_map | template_kwargs,
+        )
     return [_encode(tokenizer, text, own) for text, own in zip(rendered, spans or [[]] * len(rendered))]
+
+
+@contextmanager
+def template_errors() -> Iterator[None]:
+    """What Jinja says to a chat template, or the template to a conversation, becomes a `ValueError`."""
+    try:
+        yield
+    except TemplateError as error:
+        raise ValueError(f"The conversation cannot be written by the chat template: {error}") from error
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -74,6 +86,12 @@ def check_spells_out_no_special_tokens(tokenizer: PreTrainedTokenizerBase, value
             f"The conversation spells out {found[0]}, which this version of transformers would obey; leave it out, or "
             "upgrade transformers."
         )
+
+
+def check_texts(conversation: Any):
+    """Raises `ValueError` for a text in a conversation that no tokenizer reads."""
+    for text in _strings(conversation):
+        check_text(text)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, marked: str, answers: Sequence[tuple[int, int]]) -> EncodedChat:
@@ -109,8 +127,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
 def _marked(value: Any, special: re.Pattern) -> Any:
     """Every string in messages with its special tokens between marks."""
     if isinstance(value, str):
-        if OPEN in value or CLOSE in value:
-            raise ValueError(f"The text holds U+FDD0 or U+FDD1, which are no characters: {value[:200]!r}.")
+        check_text(value)
         return special.sub(rf"{OPEN}\g<0>{CLOSE}", value)
     if isinstance(value, dict):
         return {key: _marked(inner, special) for key, inner in value.items()}

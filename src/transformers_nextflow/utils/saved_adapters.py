@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 from functools import wraps
 from pathlib import Path
 
@@ -87,11 +85,6 @@ def with_adapters_beside(model: nn.Module) -> nn.Module:
 
     plain.save_pretrained = save_pretrained
     return plain
-
-
-def forget_adapters(folder: str | os.PathLike):
-    """Remove what `with_adapters_beside` wrote into a folder: it belongs to the weights that were saved with it."""
-    shutil.rmtree(Path(folder) / FOLDER, ignore_errors=True)
 
 
 def _save_adapters(model: nn.Module, folder: Path):
