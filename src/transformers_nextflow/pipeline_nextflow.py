@@ -427,7 +427,7 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
                 warnings.warn(
                     f"{found} for prompt {number} {same}: the first {request.num_kept_scales} scales, which are kept, "
                     "leave little to chance. Keep fewer scales, give a higher temperature, or take another seed.",
-                    stacklevel=3,
+                    stacklevel=4,  # who called the pipeline, behind torch.no_grad
                 )
 
     def _negative_inputs(self, request: ImageRequest, sampling: ImageSampling) -> dict:

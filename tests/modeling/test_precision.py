@@ -422,6 +422,11 @@ def test_weights_to_be_trained_in_half_precision_are_refused_with_the_remedy(opt
     assert trainer.evaluate(rows())["eval_loss"] > 0
 
 
+def test_a_model_of_which_nothing_is_trained_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="All weights are frozen"):
+        make_trainer(tmp_path, tiny_model().requires_grad_(False), rows()).train()
+
+
 def test_a_tokenizer_is_not_trained_in_half_precision(tmp_path):
     with pytest.raises(ValueError, match="pixel_decoder.* is bfloat16"):
         make_vq_trainer(tmp_path, tiny_vq_model().to(torch.bfloat16), stage="decoder")

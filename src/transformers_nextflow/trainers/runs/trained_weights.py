@@ -24,9 +24,11 @@ def check_trained_weights(model: nn.Module, args: TrainingArguments):
 
 
 class TrainedInFloat32Mixin:
-    """Refuses to train weights in half precision, for trainers on `Trainer`."""
+    """Refuses to train weights in half precision, or none at all, for trainers on `Trainer`."""
 
     def create_optimizer(self, *args, **kwargs):
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError("All weights are frozen, so nothing would be trained; set requires_grad of some.")
         check_trained_weights(self.model, self.args)
         return super().create_optimizer(*args, **kwargs)
 
