@@ -107,8 +107,8 @@ def transformer_steps(arguments, device: str, dtype: torch.dtype):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="random", help=f"a checkpoint, or one of {list(RANDOM_BACKBONES)}")
-    parser.add_argument("--level", type=int, default=512, help="pixels a side of the images")
-    parser.add_argument("--images", type=int, default=2, help="in a batch")
+    parser.add_argument("--level", type=int, default=256, help="pixels a side of the images")
+    parser.add_argument("--images", type=int, default=4, help="in a batch")
     parser.add_argument("--attention", nargs="+", help="default: scale_sdpa and sdpa, on CUDA flex_attention too")
     parser.add_argument("--lora", action="store_true", help="train adapters only")
     parser.add_argument("--checkpointing", action="store_true", help="keep no activations of layers")
