@@ -15,6 +15,7 @@ from transformers import PrinterCallback, Qwen2_5_VLTextConfig, TrainerCallback
 
 from transformers_nextflow import (
     ImageSampling,
+    NextFlowConfig,
     NextFlowForConditionalGeneration,
     NextFlowProcessor,
     NextFlowVQModel,
@@ -114,14 +115,19 @@ def small_model(
     **settings,
 ) -> NextFlowForConditionalGeneration:
     """A transformer 96 wide, of 4 layers, with random weights; `settings` are `NextFlowConfig`'s."""
-    config = model_config(vq_model, processor)
-    config.text_config = Qwen2_5_VLTextConfig(**(config.text_config.to_dict() | SIZE))
-    for name, value in settings.items():
-        setattr(config, name, value)
+    config = small_config(model_config(vq_model, processor), **settings)
     torch.manual_seed(seed)
     model = model_class._from_config(config, attn_implementation="eager")
     model.load_vision_tokenizer(vq_model)
     return model
+
+
+def small_config(config: NextFlowConfig, **settings) -> NextFlowConfig:
+    """A config with a backbone 96 wide, of 4 layers; `settings` are `NextFlowConfig`'s."""
+    config.text_config = Qwen2_5_VLTextConfig(**(config.text_config.to_dict() | SIZE))
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return config
 
 
 def train(
@@ -132,9 +138,13 @@ def train(
     held_out: Dataset,
     seed: int,
     budget: Budget,
+    curve: Curve | None = None,
 ) -> list[Point]:
-    """Train on the rows for the budget's steps. Returns the curve: scores before, meanwhile and after."""
-    curve = Curve(processor, world, budget, seed)
+    """Train on the rows for the budget's steps. Returns the curve: scores before, meanwhile and after.
+
+    `curve` scores drawings of another world than the shapes.
+    """
+    curve = curve or Curve(processor, world, budget, seed)
     with TemporaryDirectory() as folder:
         args = NextFlowTrainingArguments(
             output_dir=folder,
@@ -183,12 +193,21 @@ class Curve(TrainerCallback):
         self.prompts = text_to_image_suite(world, budget.prompts)
         self.points: list[Point] = []
 
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of all images."""
+        return self.world.canvas, self.world.canvas
+
+    def drawing_scores(self, model: NextFlowForConditionalGeneration) -> dict[str, float]:
+        """Scores of drawings."""
+        return drawing_scores(model, self.processor, self.world, self.prompts, self.seed)
+
     def on_evaluate(self, args, state, control, metrics, model, **kwargs):
-        schedule = model.config.vq_config.scale_schedules.for_size(self.world.canvas, self.world.canvas)
+        schedule = model.config.vq_config.scale_schedules.for_size(*self.image_size())
         scales = [metrics[f"eval_scale_{scale}_loss"] for scale in range(1, schedule.num_scales + 1)]
-        losses = {"text_loss": metrics["eval_text_loss"]} | code_losses(scales, schedule.tokens_per_scale)
-        drawn = drawing_scores(model.eval(), self.processor, self.world, self.prompts, self.seed)
-        self.points.append({"step": state.global_step} | drawn | losses)
+        # Where nothing but images is trained on there is no loss of words.
+        words = {"text_loss": metrics["eval_text_loss"]} if "eval_text_loss" in metrics else {}
+        losses = words | code_losses(scales, schedule.tokens_per_scale)
+        self.points.append({"step": state.global_step} | self.drawing_scores(model.eval()) | losses)
 
 
 def code_losses(scale_losses: Sequence[float], tokens_per_scale: Sequence[int]) -> dict[str, float]:

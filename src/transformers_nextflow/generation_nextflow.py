@@ -24,6 +24,7 @@ from .generation.text import TextGenerationMixin
 from .scale_schedule import ScaleSchedule
 from .sequence.layout import check_room, layout_sequence
 from .utils.evaluation_mode import in_evaluation_mode
+from .utils.known_names import checks_names, nearest_name
 
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -39,6 +40,12 @@ REMEDIES = {
     "negative": "an empty prompt, or guidance_scale=1",
     "unconditional": "the negative prompt without images, or image_guidance_scale=1",
 }
+
+
+def _with_nearest(name: str) -> str:
+    known = (*TEXT_SETTINGS, "max_new_tokens", "generator", "sampling", "max_images", "height", "width")
+    nearest = nearest_name(name, known)
+    return f"{name} (did you mean {nearest}?)" if nearest else name
 
 
 @dataclass
@@ -80,6 +87,7 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
         fuse = self.device.type == "cuda" if fuse is None else fuse
         self.compiled_drawing = CompiledDrawing(self, fuse) if enabled else None
 
+    @checks_names
     @in_evaluation_mode
     @torch.no_grad()
     def generate_images(
@@ -203,8 +211,8 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
         unknown = sorted((set(kwargs) - set(TEXT_SETTINGS)) | (set(given) - set(TEXT_SETTINGS) - OTHER_SETTINGS))
         if unknown:
             raise ValueError(
-                f"Text is not written with {', '.join(unknown)}: its settings are {', '.join(TEXT_SETTINGS)}. How "
-                "images are drawn is sampling=ImageSampling(…)."
+                f"Text is not written with {', '.join(map(_with_nearest, unknown))}: its settings are "
+                f"{', '.join(TEXT_SETTINGS)}. How images are drawn is sampling=ImageSampling(…)."
             )
         text = copy.deepcopy(generation_config or self.generation_config)
         text.update(**kwargs)

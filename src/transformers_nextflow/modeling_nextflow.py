@@ -21,6 +21,7 @@ from .scale_schedule import ScaleSchedule
 from .sequence.fused_cross_entropy import called_cross_entropy, fused_cross_entropy
 from .sequence.layout import (
     SequenceLayout,
+    check_num_positions,
     layout_batch,
     layout_sequence,
     num_codes_read,
@@ -34,8 +35,10 @@ from .sequence.padding import pad_codes
 from .sequence.scale_attention import ScaleAttentionMixin
 from .sequence.scale_masked import ScaleMaskedMixin
 from .sequence.scale_sdpa import plan_attention
+from .utils.atomic_files import saved_whole
 from .utils.offloading import ExecutionDeviceMixin
 from .utils.older_transformers import CACHE, takes_the_cache
+from .utils.saved_adapters import FOLDER as ADAPTERS
 from .utils.saved_adapters import load_adapters
 from .utils.strict_loading import StrictLoadingMixin
 
@@ -116,6 +119,8 @@ class NextFlowPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTrain
     """What the models of this family share: how they load, are placed on devices, and start."""
 
     config: NextFlowConfig
+    # Adapters that lie beside weights belong to those.
+    save_pretrained = saved_whole(PreTrainedModel.save_pretrained, replaced=[ADAPTERS])
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
@@ -270,7 +275,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             raise ValueError("Give either input_ids or inputs_embeds.")
         if input_ids is None:
             input_ids = text_ids(inputs_embeds, image_tokens, image_grids)
-        mask, start = _last_columns(attention_mask, input_ids), 0
+        mask, start, reach = _last_columns(attention_mask, input_ids), 0, 0
         if position_ids is None and not is_empty(past_key_values):
             if getattr(past_key_values, "holds_images", False):
                 # Images take fewer positions than slots, so the cache's length does not tell where to go on.
@@ -278,6 +283,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
                     "A pass on a cache that holds images needs position_ids; see layout_sequence, or call generate."
                 )
             start, length = past_key_values.get_seq_length(), input_ids.shape[1]
+            reach = 0 if torch.is_tensor(start) else start + length
             if mask is not None:
                 if not torch.is_tensor(start) and attention_mask.shape[1] != start + length:
                     raise ValueError(
@@ -285,7 +291,11 @@ class NextFlowModel(NextFlowPreTrainedModel):
                         f"and {length} behind them."
                     )
                 start = attention_mask[:, :-length].sum(1, keepdim=True)
-        return layout_batch(self.config, input_ids, mask, image_tokens, image_grids, seq_idx, start)
+        layout = layout_batch(self.config, input_ids, mask, image_tokens, image_grids, seq_idx, start)
+        if reach > self.config.text_config.max_position_embeddings:
+            # Padding takes none. Nothing is waited for as long as all columns would have one.
+            check_num_positions(int(layout.position_ids.max()) + 1, self.config)
+        return layout
 
     @takes_the_cache
     @can_return_tuple
@@ -398,6 +408,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         text_config = config.text_config
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.visual_head = nn.Linear(text_config.hidden_size, config.vq_config.codebook_size, bias=False)
+        # Told from settings that were lost: a new model has none of its own.
+        self.generation_config.image_sampling = {}
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:

@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_nextflow import NextFlowVQConfig
+from .configuration_nextflow import NORM_GROUPS, NextFlowVQConfig
 from .multiscale_quantizer import (
     NextFlowVQQuantizer,
     SelfCorrection,
@@ -20,6 +20,7 @@ from .multiscale_quantizer import (
 from .resampling import resample
 from .scale_schedule import Grid, ScaleSchedule
 from .striped_convolutions import add_convolved, convolve, convolve_enlarged
+from .utils.atomic_files import saved_whole
 from .utils.offloading import ExecutionDeviceMixin, onloaded
 from .utils.strict_loading import StrictLoadingMixin
 
@@ -73,6 +74,7 @@ class NextFlowVQPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTra
     """What vision tokenizers share: how they load, are placed on devices, and start."""
 
     config: NextFlowVQConfig
+    save_pretrained = saved_whole(PreTrainedModel.save_pretrained)
     base_model_prefix = "vq_model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -501,7 +503,7 @@ class PatchDecoder(nn.Module):
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels), channels, eps=1e-6)
+    return nn.GroupNorm(min(NORM_GROUPS, channels), channels, eps=1e-6)
 
 
 class ResidualConvolution(nn.Module):

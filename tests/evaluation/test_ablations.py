@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_emoji
 import torch
-from tiny import tiny_config
+from tiny import tiny_config, tiny_vq_config
 
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +21,9 @@ import training  # noqa: E402
 from jobs import Budget, Cache, Job, do_jobs  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
+from transformers_nextflow import NextFlowVQModel  # noqa: E402
 from transformers_nextflow.sequence.loss import LossTargets  # noqa: E402
+from transformers_nextflow.worlds.emoji.judge import Judge, Vocabulary  # noqa: E402
 
 
 ARMS = {
@@ -192,3 +195,24 @@ def test_self_correction_changes_what_is_read_of_drawings_and_keeps_a_quarter_of
         [row["image_labels"] for row in images]
     )
     assert 0.3 < changed.float().mean() < 0.8
+
+
+def test_the_emoji_ablation_runs_on_the_small_paths_tokenizer(tmp_path, monkeypatch):
+    emoji = importlib.import_module("emoji_features")
+    world = tiny_emoji.tiny_world(side=16, plain=True)
+    torch.manual_seed(0)
+    NextFlowVQModel(tiny_vq_config()).save_pretrained(tmp_path / "tokenizer")
+    Judge(Vocabulary(world.concepts, world.styles), width=4).save(tmp_path / "judge")
+    world.save(tmp_path / "judge" / "world.json")
+    places = {"TOKENIZER": "tokenizer", "JUDGE": "judge", "START": "start"}
+    for name, folder in places.items():
+        monkeypatch.setattr(emoji, name, tmp_path / folder)
+    monkeypatch.setattr(emoji, "ART", tiny_emoji.FIXTURES / "art.zip")
+    monkeypatch.setattr(emoji, "HELD_OUT_ROWS", 8)
+    emoji.DATA.write_start(str(tmp_path / "tokenizer"), emoji.DATA.SIZES["small"], world, tmp_path / "start", count=20)
+    arms = {
+        settings: emoji.run(0, Budget(2, 1), Cache(tmp_path), *settings) for settings in ((0.0, False), (0.6, True))
+    }
+    assert all([point["step"] for point in curve] == [0, 1, 2] for curve in arms.values())
+    losses = {curve[-1]["code_loss"] for curve in arms.values()}
+    assert len(losses) == 2 and all(0 <= curve[-1]["concept"] <= 1 for curve in arms.values())

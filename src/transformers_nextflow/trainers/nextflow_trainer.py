@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, is_peft_model
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import logging
 
 from ..configuration_nextflow import NextFlowConfig
 from ..data.rows import NumberedRows
@@ -33,6 +34,7 @@ from .trained_means import TrainedMeans, parts_of
 from .unsupported_arguments import check_trainer_arguments, check_training_arguments
 
 
+logger = logging.get_logger(__name__)
 # Rows whose images decide which attention is the fastest.
 LOOKED_AT_ROWS = 64
 
@@ -157,6 +159,15 @@ class NextFlowTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrain
 
     args: NextFlowTrainingArguments
 
+    def train(self, *args, **kwargs):
+        """As in [`ResumableTrainingMixin`]. What a config says of an earlier training (`trained_on`) ends with this
+        one; an adapter leaves it, since it leaves the model.
+        """
+        if not is_peft_model(self.model) and getattr(self.model.config, "trained_on", None) is not None:
+            logger.warning("trained_on, what the model's config says of its training, ends with this training.")
+            self.model.config.trained_on = None
+        return super().train(*args, **kwargs)
+
     def __init__(self, model: NextFlowForConditionalGeneration, args: NextFlowTrainingArguments, **kwargs):
         if not isinstance(args, NextFlowTrainingArguments):
             raise ValueError(
@@ -184,6 +195,8 @@ class NextFlowTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrain
             collator.tokenizer_fingerprint = broadcast_object_list(fingerprint)[0]
         if isinstance(collator, NextFlowCollator) and collator.codebook_size is None:
             collator.codebook_size = model.config.vq_config.codebook_size
+        if isinstance(collator, NextFlowCollator) and collator.max_positions is None:
+            collator.max_positions = model.config.text_config.max_position_embeddings
         if args.packing != "padding" and rows is not None:
             choose_attention(model, args.device, _schedules_of(rows, collator))
             kwargs["train_dataset"] = packed(rows, collator, model.config, args)

@@ -1,16 +1,17 @@
 """The shapes world: scenes, their language, an exact checker and the scores made of it."""
 
+from ..conversations import Exchange, answering, drawing, images_of, message, sequence, texts_of, thinking, to_messages
+from ..held_out import is_reserved
+from ..score_tables import metric_table
 from .abilities import ABILITIES, CAPTION_REQUEST, held_out_cases, training_case
-from .cases import Case, may_be_trained_on, metric_table, read_images
+from .cases import Case, may_be_trained_on, read_images
 from .checker import read
-from .conversations import Exchange, answering, drawing, images_of, message, sequence, texts_of, thinking, to_messages
 from .edits import changed_region, edit_example, follow_up_edit
 from .language import (
     CATEGORIES,
     caption,
     drawing_example,
     is_full_caption,
-    is_reserved,
     located_caption,
     parse_caption,
 )

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..conversations import answering, drawing, images_of
+from ..held_out import is_reserved
 from .analogies import analogy_case
 from .cases import AnswerCase, CaptionCase, Case, DrawingCase, may_be_trained_on
-from .conversations import answering, drawing, images_of
 from .edits import edit_case
-from .language import draw_category, drawing_example, is_reserved, random_category
+from .language import draw_category, drawing_example, random_category
 from .questions import question_example
 from .scene import World
 from .stories import story_case

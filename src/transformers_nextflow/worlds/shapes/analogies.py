@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..conversations import drawing
 from .cases import EditCase
-from .conversations import drawing
 from .events import exchange
 from .scene import Object, Scene, World, choose, random_background, random_cells, random_object, random_scene
 

@@ -5,23 +5,24 @@ The same cases are training examples and, where their texts are reserved, evalua
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 
 from ...tokenization_nextflow import THINK_PREFIX
+from ..conversations import Exchange, Part, images_of, texts_of
+from ..held_out import is_reserved
+from ..score_tables import Score
 from .checker import read
-from .conversations import Exchange, Part, images_of, texts_of
 from .events import happen
-from .language import is_full_caption, is_reserved, located_caption, parse_caption, parse_located_caption
+from .language import is_full_caption, located_caption, parse_caption, parse_located_caption
 from .questions import verdict
 from .requirement import Requirement, check
 from .scene import Object, Scene, World
 
 
-Score = dict[str, float]
 # In a thought: between its steps, and between what is to be drawn and where it goes.
 THOUGHT_STEP_END, PLAN_BEGIN = "; ", ": "
 
@@ -224,23 +225,6 @@ def came_true(sentence: str, before: Scene, after: Scene, world: World) -> bool:
     """Whether a sentence tells what happens between two images."""
     told = _reads(sentence, lambda text: happen(text, before, world))
     return told is not None and same(told, after)
-
-
-def metric_table(results: Iterable[tuple[str, Score]]) -> dict[str, float]:
-    """Means per category and over the categories: of `right` under the category's own name, of others with a suffix."""
-    by_metric: dict[str, dict[str, list[float]]] = {}
-    for category, score in results:
-        for metric, value in score.items():
-            by_metric.setdefault(metric, {}).setdefault(category, []).append(value)
-    if not by_metric:
-        raise ValueError("There are no results to score.")
-    table = {}
-    for metric, by_category in by_metric.items():
-        suffix = "" if metric == "right" else f"_{metric}"
-        means = {category: float(np.mean(values)) for category, values in by_category.items()}
-        table |= {f"{category}{suffix}": mean for category, mean in means.items()}
-        table[f"overall{suffix}"] = float(np.mean(list(means.values())))
-    return table
 
 
 def _text(output: Sequence[Part]) -> str:

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..conversations import drawing
 from .cases import EditCase, key_of, layout
-from .conversations import drawing
 from .events import exchange
 from .language import item_phrase, place_phrase
 from .requirement import Item

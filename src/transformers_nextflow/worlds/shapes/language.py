@@ -6,7 +6,6 @@ colour, a place, the background) is uniform in the scene. Every wording is a tem
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..held_out import is_reserved
 from .requirement import RELATIONS, Item, Requirement
 from .scene import Object, Scene, World, choose, random_background, random_cells, random_object
 
@@ -23,7 +23,6 @@ CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", 
 MIXTURE = {**dict(zip(CATEGORIES, (0.06, 0.1, 0.18, 0.06, 0.2, 0.12))), "mixed": 0.28}
 PLACED, PLACEABLE = 0.5, ("single_object", "two_objects", "colors", "color_attribution", "mixed")  # 31%
 COLORED, SIZED, ON_BACKGROUND = 0.7, 0.5, 0.3
-RESERVED = 10  # one caption in so many is kept for evaluation
 
 NUMBER_WORDS = ("two", "three", "four", "five", "six", "seven", "eight", "nine")
 NUMBERS = {number: (word, str(number)) for number, word in enumerate(NUMBER_WORDS, start=2)}
@@ -45,11 +44,6 @@ RELATION_TEMPLATES = {
 }
 CORNER_TEMPLATES = ("in the {corner} corner", "in the {corner}")
 CELL_TEMPLATES = ("in row {row} column {column}", "at row {row} column {column}")
-
-
-def is_reserved(text: str) -> bool:
-    """Whether a caption is kept for evaluation and never trained on."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % RESERVED == 0
 
 
 def _wording(rng: np.random.Generator | None, options):

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..conversations import sequence
 from .cases import StoryCase
-from .conversations import sequence
 from .edits import free_cell, named_objects
 from .events import background_turns, comes, goes_to, happen, leaves, turns
 from .language import caption, located_caption

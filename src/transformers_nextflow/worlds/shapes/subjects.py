@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..conversations import drawing
 from .cases import DrawingCase
-from .conversations import drawing
 from .language import group_items, item_phrase, join_phrases, place_phrase
 from .requirement import RELATIONS, Requirement
 from .scene import Object, Scene, World, choose, random_background, random_cells, random_object

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .cases import metric_table
-from .language import CATEGORIES, caption, draw_category, is_full_caption, is_reserved, located_caption
+from ..held_out import is_reserved
+from ..score_tables import metric_table
+from .language import CATEGORIES, caption, draw_category, is_full_caption, located_caption
 from .questions import QUESTIONS, question_of_kind, verdict
 from .requirement import CheckResult, Requirement
 from .scene import Scene, World, random_scene, render

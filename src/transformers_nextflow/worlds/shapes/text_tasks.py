@@ -6,8 +6,8 @@ from collections import Counter
 
 import numpy as np
 
+from ..conversations import answering
 from .cases import AnswerCase, key_of
-from .conversations import answering
 from .edits import edit_example
 from .language import caption, located_caption, plural
 from .questions import question_about

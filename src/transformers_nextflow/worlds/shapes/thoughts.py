@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..conversations import drawing, thinking
 from .cases import PLAN_BEGIN, THOUGHT_STEP_END, DrawingCase
-from .conversations import drawing, thinking
 from .language import (
     NUMBERS,
     RELATION_TEMPLATES,

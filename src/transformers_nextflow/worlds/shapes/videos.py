@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..conversations import answering, sequence
 from .cases import AnswerCase, VideoCase
-from .conversations import answering, sequence
 from .edits import named_objects
 from .events import STEPS, STILL, exchange, grows, moves, name_of, next_size, step, turns
 from .language import located_items, place_phrase, write_caption

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ...tokenization_nextflow import THINK_PREFIX
+from ..tokenization_nextflow import THINK_PREFIX
 
 
 Part = Any

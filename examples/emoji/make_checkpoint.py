@@ -1,0 +1,159 @@
+"""Assemble a checkpoint of the emoji world: a pipeline folder with its card, sheets and NOTICE, 48 MiB at most.
+
+    python examples/emoji/make_checkpoint.py --model runs/emoji/transformer-128/final SAMPLING
+    transformers-nextflow evaluate checkpoints/nextflow-emoji --suite emoji --json benchmarks/results/emoji.json \
+        --sheets checkpoints/nextflow-emoji
+    python examples/emoji/make_checkpoint.py --model runs/emoji/transformer-128/final SAMPLING \
+        --results benchmarks/results/emoji.json
+
+Weights are written in bfloat16, those that decide about codes in float32. Training goes on from `--model`, which is
+float32 throughout, and never from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from huggingface_hub import ModelCardData
+from transformers import GenerationConfig
+
+from transformers_nextflow import ImageSampling, NextFlowPipeline
+from transformers_nextflow.worlds.emoji import Art
+from transformers_nextflow.worlds.emoji.evaluation import ART
+
+
+MAX_BYTES = 48 * 2**20
+SHEET, WIDGET_PROMPT = "drawing.png", "a rocket, 3d style"
+INTRODUCTION = """\
+# NextFlow on the emoji world
+
+A NextFlow ([arXiv 2601.02204](https://arxiv.org/abs/2601.02204)) that draws emoji in the styles of several sets: one
+transformer that draws scale by scale, changes styles, edits, and answers questions. It has {total:.1f} million
+parameters, {vision:.1f} million of them in the vision tokenizer, and was trained from scratch on
+{concepts} concepts. It knows nothing but them.
+
+![drawings of held-out prompts]({sheet})
+
+```python
+import torch
+from transformers_nextflow import NextFlowPipeline
+
+pipe = NextFlowPipeline.from_pretrained("checkpoints/nextflow-emoji")
+image = pipe("{prompt}", generator=torch.Generator().manual_seed(0)).images[0]
+pipe("the same in flat", image=image).images[0].save("image.png")
+```
+"""
+SCORES = """\
+## Scores
+
+From `{command}` at commit {commit}, on {device}. A judge, a small network trained on true renders, reads what is drawn.
+`ceiling` are its scores of the true renders, `reconstructed` those of the true renders once through the vision
+tokenizer. Names with a suffix are parts of what is `right`; the suites `held_out_…` are scenes with a pair of concept
+and style, concept and colour, concept and concept, or concept and number that no training image shows.
+"""
+MEMORISATION = """\
+How near drawings of one thing on white are to the nearest render of training: {to_nearest:.1f} dB of PSNR, where
+reconstructions of these renders have {to_nearest_reconstructed:.1f} dB. The renders are what there is to learn: an
+emoji of a set in its style *is* a training image, so drawings of seen pairs are meant to come near, and are derived
+works of the sets below.
+"""
+
+
+def card(pipe: NextFlowPipeline, results: dict | None, art: Art) -> str:
+    """The model card; without results it has no scores."""
+    data = ModelCardData(
+        license="other",
+        license_name="emoji-sets",
+        license_link="NOTICE",
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["nextflow", "text-to-image", "image-to-image", "next-scale-prediction", "emoji"],
+        widget=[{"text": WIDGET_PROMPT, "output": {"url": SHEET}}],
+    )
+    introduction = INTRODUCTION.format(
+        total=pipe.model.num_parameters() / 1e6,
+        vision=pipe.model.vq_model.num_parameters() / 1e6,
+        concepts=len(art.concepts),
+        sheet=SHEET,
+        prompt=WIDGET_PROMPT,
+    )
+    parts = [f"---\n{data.to_yaml()}\n---\n", introduction]
+    if results is not None:
+        machine = results["machine"]
+        parts.append(SCORES.format(device=machine["gpu"] or machine["cpu"], **results))
+        parts += [score_table(name, scores) for name, scores in results.items() if _is_suite(name, scores)]
+        parts.append(MEMORISATION.format(**results["memorisation"]))
+    parts.append(f"## Licences\n\n{art.notice}")
+    return "\n".join(parts)
+
+
+def _is_suite(name: str, scores) -> bool:
+    return isinstance(scores, dict) and name not in ("machine", "stages", "memorisation")
+
+
+def score_table(name: str, scores: dict) -> str:
+    """A row for each score of a suite, with its ceilings beside it."""
+    ceilings = [title for title in ("ceiling", "reconstructed") if isinstance(scores.get(title), dict)]
+    header = [name, "score", *ceilings]
+    lines = [header, ["---"] * len(header)]
+    for category, score in scores.items():
+        if isinstance(score, dict) or "_scale_" in category:
+            continue
+        beside = [f"{scores[title][category]:.3f}" if category in scores[title] else "" for title in ceilings]
+        lines.append([category, f"{score:.3f}", *beside])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def save_checkpoint(pipe: NextFlowPipeline, text: str, notice: str, output: Path):
+    """Write the folder. Raises `ValueError`, and writes nothing, if it would exceed `MAX_BYTES`."""
+    with TemporaryDirectory() as folder:
+        pipe.save_pretrained(folder)
+        (Path(folder) / "README.md").write_text(text, encoding="utf-8")
+        (Path(folder) / "NOTICE").write_text(notice, encoding="utf-8")
+        size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+        if size > MAX_BYTES:
+            raise ValueError(f"{output} would take {size / 2**20:.1f} MiB, more than {MAX_BYTES / 2**20:.0f}.")
+        shutil.copytree(folder, output, dirs_exist_ok=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="`final` of the last stage")
+    parser.add_argument("--art", type=Path, default=ART)
+    parser.add_argument("--output", type=Path, default=Path("checkpoints/nextflow-emoji"))
+    parser.add_argument("--results", type=Path, help="scores from `evaluate --json`, for the card")
+    for name, default in (("guidance_scale", 2.0), ("temperature", 0.8), ("editing_guidance_scale", 1.5)):
+        parser.add_argument(
+            f"--{name}", type=float, nargs="+", default=[default], help="one number, or one for a scale"
+        )
+    arguments = parser.parse_args()
+
+    def setting(name: str):
+        values = getattr(arguments, name)
+        return values[0] if len(values) == 1 else values
+
+    pipe, art = NextFlowPipeline.from_pretrained(arguments.model), Art(arguments.art)
+    sampling = ImageSampling(guidance_scale=setting("guidance_scale"), temperature=setting("temperature"))
+    editing = ImageSampling(guidance_scale=setting("editing_guidance_scale"), temperature=setting("temperature"))
+    tokenizer = pipe.processor.tokenizer
+    pipe.model.generation_config = GenerationConfig(
+        image_sampling=sampling.to_dict(),
+        editing_sampling=editing.to_dict(),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    pipe.model.config.vq_config._name_or_path = ""  # a folder of this machine
+    pipe.model.to(torch.bfloat16)  # but for the parts that decide about codes
+    results = json.loads(arguments.results.read_text()) if arguments.results else None
+    save_checkpoint(pipe, card(pipe, results, art), art.notice, arguments.output)
+    size = sum(path.stat().st_size for path in arguments.output.rglob("*") if path.is_file())
+    print(f"{arguments.output}: {size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The whole path at small scale on two cores, from the archive of drawings to scores, within about 45 minutes.
+
+    python examples/emoji/make_art.py --output runs/emoji/art.zip
+    OMP_NUM_THREADS=1 python examples/emoji/small.py --art runs/emoji/art.zip --output runs/emoji/small
+
+64 pixels, 60 concepts, three styles, the patch kind of pixel branch. It tests the recipe; the product wants a GPU. A
+stage has its minutes: a short run tells how long a step takes on this machine at this hour, and with it how many steps
+there will be. A stage that is done is not done again, and trainings go on from their newest checkpoint, so the same
+command goes on after a kill. Writes `benchmarks/results/emoji_small.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from transformers_nextflow import ImageSampling
+from transformers_nextflow.evaluation.results import write_result
+from transformers_nextflow.worlds.emoji.evaluation import evaluate_emoji
+
+
+ROOT = Path(__file__).parents[2]
+HERE, RECIPES = Path(__file__).parent, Path(__file__).parent / "recipes"
+RESULTS = ROOT / "benchmarks" / "results"
+# Minutes of each stage; starting processes takes a few more in all.
+MINUTES = {"judges": 3.5, "tokenizer": 10.0, "decoder": 2.0, "data": 1.5, "transformer": 20.0, "scores": 4.0}
+TIMED_STEPS = 12
+DECAY_SHARE = 0.45
+SAMPLES = 24_000
+CORRECTION = {"share": 0.3, "top_k": 4}
+PROCESSES = 2
+# What the transformer is trained on (`make_data.MIXTURES`) is what is scored; settings chosen beforehand, not tuned.
+ABILITIES = ("drawing", "caption", "question")
+LIMIT = 100
+SAMPLING = ImageSampling(guidance_scale=2.0, temperature=0.8)
+TOGETHER = ["--set", "use_cpu=true", "--set", "ddp_backend=gloo"]
+
+
+class SmallPath:
+    """The stages, in a folder; `minutes` and `steps` of what was done lie in its `stages.json`."""
+
+    def __init__(self, art: Path, output: Path, share: float):
+        self.art, self.output, self.share = art, output, share
+        self.file = output / "stages.json"
+        self.done: dict[str, dict] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        self.common = ["--size", "small", "--art", str(art)]
+
+    def stage(self, name: str, work):
+        """Do a stage, unless it is done, and note how long it took; `work()` returns what else is noted."""
+        if name in self.done:
+            return
+        print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
+        start = time.perf_counter()
+        noted = work() or {}
+        self.done[name] = {"minutes": round((time.perf_counter() - start) / 60, 2)} | noted
+        self.file.write_text(json.dumps(self.done, indent=2))
+
+    def log(self, name: str):
+        return open(self.output / f"{name}.log", "ab")
+
+    def judges(self):
+        """The judge, and a second one for the perceptual loss, side by side."""
+        minutes = str(MINUTES["judges"] * self.share)
+        runs = []
+        for seed, folder in ((0, "judge"), (2, "judge-2")):
+            command = [str(HERE / "train_judge.py"), *self.common, "--output", str(self.output / folder)]
+            command += ["--minutes", minutes, "--seed", str(seed)]
+            runs.append(subprocess.Popen([sys.executable, *command], stdout=self.log(folder), stderr=self.log(folder)))
+        if any([run.wait() for run in runs]):
+            raise RuntimeError(f"Training a judge failed: see {self.output}/judge*.log.")
+
+    def train(self, name: str, command: list[str], timed: list[str] = (), settings=lambda steps: []) -> dict:
+        """Train for the minutes of a stage, in two processes; returns the number of steps and what one took."""
+        together = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}"]
+        # Chosen once: a training that is gone on with must have the steps that it began with.
+        plan = self.output / f"{name}.json"
+        if not plan.is_file():
+            short = [*together, *command, "--output", str(self.output / f"{name}-timed"), *TOGETHER, *timed]
+            self.run(f"{name}-timed", [*short, "--set", f"max_steps={TIMED_STEPS}"])
+            log = (self.output / f"{name}-timed.log").read_text()
+            seconds = 1 / float(re.findall(r"'train_steps_per_second': '?([\d.]+)", log)[-1])
+            steps = max(TIMED_STEPS, round(60 * MINUTES[name] * self.share / seconds))
+            plan.write_text(json.dumps({"steps": steps, "seconds_a_step": round(seconds, 3)}))
+        planned = json.loads(plan.read_text())
+        folder = self.output / name
+        again = ["--resume"] if list(folder.glob("checkpoint-*")) else []
+        run = [*together, *command, "--output", str(folder), *TOGETHER, *again]
+        self.run(name, [*run, "--set", f"max_steps={planned['steps']}", *settings(planned["steps"])])
+        return planned
+
+    def run(self, name: str, command: list[str]):
+        with self.log(name) as log:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            if subprocess.run(command, stdout=log, stderr=log, env=environment, cwd=ROOT).returncode:
+                raise RuntimeError(f"The stage {name} failed: see {self.output / name}.log.")
+
+    def tokenizer(self) -> dict:
+        command = [str(HERE / "train_tokenizer.py"), str(RECIPES / "small_tokenizer.yaml"), *self.common]
+        command += ["--set", "ddp_find_unused_parameters=true"]
+        # Timed with codes, which take longer than none.
+        return self.train("tokenizer", command, ["--set", "autoencoder_share=0"])
+
+    def decoder(self) -> dict:
+        command = [str(HERE / "train_tokenizer.py"), str(RECIPES / "small_decoder.yaml"), *self.common]
+        command += ["--model", str(self.output / "tokenizer" / "final"), "--judge", str(self.output / "judge-2")]
+        command += ["--set", "ddp_find_unused_parameters=true"]
+        return self.train("decoder", command, ["--set", "eval_strategy='no'"])
+
+    def data(self):
+        command = [sys.executable, str(HERE / "make_data.py"), *self.common]
+        command += ["--tokenizer", str(self.output / "decoder" / "final"), "--output", str(self.output / "data")]
+        command += ["--samples", str(round(SAMPLES * self.share)), "--processes", str(PROCESSES)]
+        command += ["--start", str(self.output / "start"), "--correction_share", str(CORRECTION["share"])]
+        self.run("data", [*command, "--correction_top_k", str(CORRECTION["top_k"])])
+
+    def transformer(self) -> dict:
+        command = ["-m", "transformers_nextflow.cli", "train", str(RECIPES / "small_transformer.yaml")]
+        command += ["--model", str(self.output / "start"), "--data", str(self.output / "data")]
+
+        def decay(steps: int) -> list[str]:
+            values = f"{{num_decay_steps: {round(DECAY_SHARE * steps)}, decay_type: linear, min_lr_ratio: 0.0}}"
+            return ["--set", f"lr_scheduler_kwargs={values}"]
+
+        return self.train("transformer", command, settings=decay)
+
+    def scores(self):
+        scores = evaluate_emoji(
+            str(self.output / "transformer" / "final"),
+            max(4, round(LIMIT * self.share)),
+            sheets=self.output / "sheets",
+            art=self.art,
+            judge=self.output / "judge",
+            abilities=ABILITIES,
+            sampling=SAMPLING,
+        )
+        (self.output / "scores.json").write_text(json.dumps(scores, indent=2))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--art", type=Path, default=Path("runs/emoji/art.zip"))
+    parser.add_argument("--output", type=Path, default=Path("runs/emoji/small"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--share", type=float, default=1.0, help="of all minutes and samples, to try the path")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = SmallPath(arguments.art.absolute(), arguments.output.absolute(), arguments.share)
+    work = (path.judges, path.tokenizer, path.decoder, path.data, path.transformer, path.scores)
+    for name, stage in zip(MINUTES, work):
+        path.stage(name, stage)
+    scores = json.loads((path.output / "scores.json").read_text())
+    minutes = sum(stage["minutes"] for stage in path.done.values())
+    values = {"minutes": round(minutes, 1), "stages": path.done, **scores}
+    print(json.dumps(values, indent=2))
+    print("written:", write_result(arguments.results / "emoji_small.json", values))
+
+
+if __name__ == "__main__":
+    main()

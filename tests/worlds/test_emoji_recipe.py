@@ -1,0 +1,285 @@
+"""The recipe of the emoji world (`examples/emoji`): its scripts on tiny models, and what its full size comes to."""
+
+import argparse
+import importlib
+import json
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model, tiny_processor, tiny_vq_config
+from tiny_emoji import FIXTURES, key, tiny_art, tiny_world
+
+from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGeneration, NextFlowPipeline, NextFlowVQModel
+from transformers_nextflow.data import validate_rows
+from transformers_nextflow.modeling_nextflow_vq import CODE_PARTS
+from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainingArguments, NextFlowVQTrainingArguments
+from transformers_nextflow.trainers.recipes import load_recipe
+from transformers_nextflow.worlds.conversations import images_of
+from transformers_nextflow.worlds.emoji import Item, Requirement, Scene, Sticker
+from transformers_nextflow.worlds.emoji.judge import Judge, Vocabulary
+from transformers_nextflow.worlds.emoji.rewards import judge_reward
+
+
+FOLDER = Path(__file__).parents[2] / "examples" / "emoji"
+RECIPES = sorted((FOLDER / "recipes").glob("*.yaml"))
+SCRIPTS = ("sizes", "make_data", "train_tokenizer", "train_judge", "lora", "rl", "make_checkpoint", "small")
+WORLD = tiny_world(side=16)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a script by its name; other recipes have scripts of the same names, which are left as they were."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = {name: sys.modules.pop(name, None) for name in SCRIPTS}
+    yield importlib.import_module
+    for name in SCRIPTS:
+        sys.modules.pop(name, None)
+        if before[name] is not None:
+            sys.modules[name] = before[name]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("emoji") / "tokenizer"
+    torch.manual_seed(0)
+    NextFlowVQModel(tiny_vq_config()).save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_size(sizes):
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 2, 2]},
+    }
+    return replace(sizes.FULL, text=text, vocabulary=400)
+
+
+# --- Recipes and sizes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_names_arguments_that_there_are(path):
+    recipe = load_recipe(path)
+    kind = NextFlowTrainingArguments if recipe.kind == "transformer" else NextFlowVQTrainingArguments
+    assert set(recipe.arguments) <= {field.name for field in fields(kind)}
+    assert recipe.level in (64, 128)
+    kind(output_dir="unused", **(recipe.arguments | {"bf16": False, "use_cpu": True}))
+
+
+def test_the_full_checkpoint_fits_into_48_mib(script):
+    sizes = script("sizes")
+    tokenizer = tiny_processor().tokenizer
+    with torch.device("meta"):
+        text = sizes.text_config(sizes.FULL, tokenizer)
+        text.vocab_size = sizes.FULL.vocabulary
+        model = NextFlowForConditionalGeneration(
+            NextFlowConfig(
+                text_config=text,
+                vq_config=sizes.tokenizer_config(sizes.FULL),
+                boi_token_id=0,
+                eoi_token_id=1,
+                image_token_id=2,
+                tie_word_embeddings=True,
+            )
+        )
+    total = 0
+    for name, weight in model.named_parameters():
+        of_codes = ".vq_model." in f".{name}" and any(part in name for part in CODE_PARTS)
+        total += weight.numel() * (4 if of_codes else 2)
+    assert 35 * 2**20 < total < 47.5 * 2**20, total / 2**20
+
+
+def test_both_sizes_draw_the_images_of_their_worlds(script):
+    sizes = script("sizes")
+    for size in (sizes.SMALL, sizes.FULL):
+        schedules = sizes.tokenizer_config(size).scale_schedules
+        for side in size.sides:
+            world = sizes.world_of(size, tiny_art(), side)
+            assert all(world.size(ratio) in schedules.all_sizes() for ratio in world.ratios)
+            assert sizes.KEPT_STYLE not in world.styles
+
+
+# --- Scripts ------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_all_abilities_are_valid_and_train(script, tokenizer, tmp_path, monkeypatch):
+    make_data, sizes = script("make_data"), script("sizes")
+    monkeypatch.setattr(make_data, "_world", lambda *_: WORLD)
+    monkeypatch.setitem(make_data.MIXTURES, "full", dict.fromkeys(make_data.MIXTURES["full"], 0.1))
+    correction = make_data.SelfCorrection(4, 0.3)
+    rows = list(make_data.rows(tokenizer, "full", "unused", 16, 40, 0, [0], correction))
+    make_data.write_start(tokenizer, tiny_size(sizes), WORLD, tmp_path / "start", count=50)
+    report = validate_rows(rows, model=tmp_path / "start")
+    assert report.rows == 40 and not report.problems
+    pipe = NextFlowPipeline.from_pretrained(tmp_path / "start")
+    assert pipe.processor.caption_request == "describe the image." and pipe.processor.think_prefix == "think:"
+    assert pipe.model.config.tie_word_embeddings
+    loss = pipe.model(**NextFlowCollator(pipe.processor)(rows[:8])).loss
+    assert torch.isfinite(loss)
+
+
+def test_scenes_of_several_sizes_are_encoded_in_their_order(script, tokenizer):
+    make_data = script("make_data")
+    world = tiny_world(side=16, ratios=((16, 16), (12, 20)))
+    model = NextFlowVQModel.from_pretrained(tokenizer).eval()
+    scenes = [Scene((Sticker(key(n), "3d"),), ratio=r) for n in ("dog", "cat") for r in ((16, 16), (12, 20))]
+    with torch.no_grad():
+        together = make_data.encode_scenes(model, scenes, world, None, torch.Generator())
+        alone = [make_data.encode_scenes(model, [scene], world, None, torch.Generator())[0] for scene in scenes]
+    assert together == alone
+
+
+@pytest.mark.parametrize("stage", ["small_tokenizer", "small_decoder"])
+def test_a_stage_of_the_tokenizer_trains(script, tokenizer, tmp_path, monkeypatch, stage):
+    train_tokenizer = script("train_tokenizer")
+    monkeypatch.setattr(train_tokenizer, "world_of", lambda *_: tiny_world(side=16, ratios=((16, 16), (12, 20))))
+    torch.manual_seed(0)
+    Judge(Vocabulary(WORLD.concepts, WORLD.styles), width=4).save(tmp_path / "judge")
+    config = tiny_vq_config(semantic_target_dim=train_tokenizer.SEMANTIC_DIM)
+    NextFlowVQModel(config).save_pretrained(tmp_path / "model")
+    changes = ["max_steps=2", "per_device_train_batch_size=4", "kmeans_images=16", "kmeans_shares=null", "use_cpu=true"]
+    changes += ["logging_steps=1", "eval_strategy='no'", "adversarial_weight=0.1", "adversarial_start=0.0"]
+    arguments = argparse.Namespace(
+        recipe=FOLDER / "recipes" / f"{stage}.yaml",
+        changes=changes,
+        size="small",
+        art=None,
+        model=tmp_path / "model",
+        output=tmp_path / "out",
+        judge=tmp_path / "judge",
+    )
+    trainer = train_tokenizer.make_trainer(arguments)
+    before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name.split(".")[0] for name, weight in trainer.model.named_parameters() if not weight.equal(before[name])}
+    parts = {"pixel_decoder"} if stage == "small_decoder" else {"pixel_encoder", "semantic_encoder", "semantic_decoder"}
+    assert parts <= moved and (stage != "small_decoder" or moved == parts)
+    logged = set().union(*trainer.state.log_history)
+    wanted = {"small_tokenizer": "semantic_loss", "small_decoder": "perceptual_loss"}[stage]
+    assert {"pixel_loss", "adversarial_loss", wanted} <= logged
+
+
+def test_batches_of_images_have_one_ratio_and_the_first_ones_are_square(script):
+    train_tokenizer = script("train_tokenizer")
+    world = tiny_world(side=16, ratios=((16, 16), (12, 20), (20, 12)))
+    images = train_tokenizer.EmojiImages(world, 10_000, seed=0, batch_size=4, square=8)
+    shapes = [tuple(images[i]["pixel_values"].shape[1:]) for i in range(120)]
+    assert set(shapes[:8]) == {(16, 16)} and len(set(shapes)) == 3
+    assert all(len(set(shapes[i : i + 4])) == 1 for i in range(0, 120, 4))
+    assert images[50]["concepts"].shape == tuple(side // 4 for side in shapes[50])
+    with pytest.raises(IndexError):
+        images[10_000]
+
+
+def test_a_perceptual_distance_is_zero_between_equal_images_only(script):
+    train_tokenizer = script("train_tokenizer")
+    judge = Judge(Vocabulary(WORLD.concepts, WORLD.styles), width=4)
+    distance = train_tokenizer.JudgePerceptual(judge)
+    a, b = torch.rand(2, 3, 32, 32).mul(2).sub(1), torch.rand(2, 3, 32, 32).mul(2).sub(1)
+    assert distance(a, a).tolist() == [0, 0] and (distance(a, b) > 0).all()
+    assert not any(p.requires_grad for p in distance.parameters())
+
+
+def test_a_judge_is_trained_and_saved_with_its_world(script, tmp_path, monkeypatch, capsys):
+    train_judge = script("train_judge")
+    monkeypatch.setattr(train_judge, "world_of", lambda size, art, side=None: WORLD)
+    monkeypatch.setattr(train_judge, "CEILING_SCENES", 5)
+    monkeypatch.setattr(train_judge, "SCENES", 4)
+    arguments = ["--size", "small", "--art", FIXTURES / "art.zip", "--output", tmp_path / "judge", "--steps", 2]
+    monkeypatch.setattr(sys, "argv", ["train_judge.py", *map(str, arguments)])
+    train_judge.main()
+    assert Judge.load(tmp_path / "judge").vocabulary.concepts == WORLD.concepts
+    assert json.loads((tmp_path / "judge" / "world.json").read_text())["side"] == 16
+    assert '"layout"' in capsys.readouterr().out
+
+
+def test_a_lesson_shows_some_drawings_and_asks_for_others(script, monkeypatch):
+    lora = script("lora")
+    old = tiny_world(side=16, styles=("twemoji", "flat", "3d"))
+    monkeypatch.setattr(lora, "SHOWN_OF_STYLE", 5)
+    lesson = lora.lesson_of("style", tiny_art(), old, 100, 0)
+    assert len(lesson.shown) == 5 and len(lesson.asked) > 5 and not set(lesson.shown) & set(lesson.asked)
+    assert {style for _, style in lesson.shown + lesson.asked} == {"streamline"}
+    with pytest.raises(ValueError, match="was to be new"):
+        lora.lesson_of("style", tiny_art(), tiny_world(side=16), 100, 0)
+    monkeypatch.setattr(lora, "KEPT_CONCEPT", "rocket")
+    with pytest.raises(ValueError, match="was to be new"):
+        lora.lesson_of("concept", tiny_art(), old, 100, 0)
+
+
+def test_a_recogniser_names_what_it_has_seen(script):
+    lora = script("lora")
+    torch.manual_seed(0)
+    recogniser = lora.Recogniser(Judge(Vocabulary(WORLD.concepts, WORLD.styles), width=8), WORLD)
+    pairs = [WORLD.pairs[i] for i in (0, 7, 30)]
+    images = [lora.render(Scene((Sticker(*pair),)), WORLD) for pair in pairs]
+    assert recogniser.name(images) == pairs
+
+
+def test_the_reward_is_the_mean_of_all_that_is_scored():
+    dog, cat = (Scene((Sticker(key(name), "3d"),), "pink") for name in ("dog", "cat"))
+
+    class Reader:
+        def read(self, images):
+            return images
+
+    asked = Requirement((Item(key("dog"), "3d"),), background="pink").to_json()
+    reward = judge_reward(Reader())
+    assert reward(["", ""], [dog, cat], requirement=[asked, asked]) == [1.0, pytest.approx(1 / 5)]
+
+
+def test_prompts_for_rl_hold_nothing_that_is_held_out(script):
+    rl = script("rl")
+    prompts = rl.training_prompts(WORLD, 20, seed=0)
+    assert len(set(prompts["prompt"])) > 15
+    assert all(Requirement.from_json(text).items for text in prompts["requirement"])
+
+
+def test_a_checkpoint_has_its_card_notice_and_index(script, tmp_path, monkeypatch):
+    make_checkpoint = script("make_checkpoint")
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_processor().save_pretrained(tmp_path / "model")
+    suite = {"single": 0.5, "overall": 0.5, "ceiling": {"single": 0.98}, "reconstructed": {"single": 0.9}}
+    results = {"text_to_image": suite, "tokenizer": {"psnr": 29.5, "usage_scale_1": 0.1}, "command": "evaluate",
+               "memorisation": {"to_nearest": 20.0, "to_nearest_reconstructed": 25.0, "is_asked": 0.5},
+               "commit": "abc", "machine": {"gpu": None, "cpu": "a processor"}}  # fmt: skip
+    (tmp_path / "emoji.json").write_text(json.dumps(results))
+    arguments = ["--model", tmp_path / "model", "--art", FIXTURES / "art.zip", "--output", tmp_path / "out"]
+    arguments += ["--results", tmp_path / "emoji.json", "--temperature", 0.7]
+    monkeypatch.setattr(sys, "argv", ["make_checkpoint.py", *map(str, arguments)])
+    make_checkpoint.main()
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| single | 0.500 | 0.980 | 0.900 |" in text and "| psnr | 29.500 |" in text and "Streamline" in text
+    assert (tmp_path / "out" / "model_index.json").is_file() and (tmp_path / "out" / "NOTICE").is_file()
+    pipe = NextFlowPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.model.dtype == torch.bfloat16 and pipe.model.vq_model.quantizer.codebook.dtype == torch.float32
+    assert pipe.model.default_image_sampling.temperature == 0.7
+    monkeypatch.setattr(make_checkpoint, "MAX_BYTES", 1000)
+    with pytest.raises(ValueError, match="more than 0 MiB"):
+        make_checkpoint.main()
+
+
+def test_a_stage_of_the_small_path_is_done_once(script, tmp_path):
+    small = script("small")
+    for _ in range(2):
+        path = small.SmallPath(tmp_path / "art.zip", tmp_path, share=1.0)
+        path.stage("data", lambda: {"rows": 3})
+        path.stage("data", lambda: pytest.fail("done again"))
+    assert json.loads((tmp_path / "stages.json").read_text())["data"]["rows"] == 3
+    assert sum(small.MINUTES.values()) < 45
+
+
+def test_conversations_go_on_about_their_last_image(script):
+    make_data = script("make_data")
+    lengths = [len(make_data.sample(np.random.default_rng(i), WORLD, "full", "question")) for i in range(10)]
+    assert set(lengths) <= {3, 4, 5} and len(set(lengths)) > 1
+    exchanges = make_data.sample(np.random.default_rng(0), WORLD, "full", "question")
+    assert not any(images_of(exchange.asked + exchange.answer) for exchange in exchanges[1:])
