@@ -13,6 +13,12 @@ from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGenerati
 CHECKPOINT = "checkpoints/nextflow-shapes"
 RESULTS = Path(__file__).parent / "results"
 PRESET_7B = "nextflow-7b"
+PRESETS = {
+    "nextflow-0.5b": NextFlowConfig.nextflow_0_5b,
+    "nextflow-1.5b": NextFlowConfig.nextflow_1_5b,
+    "nextflow-3b": NextFlowConfig.nextflow_3b,
+    PRESET_7B: NextFlowConfig.nextflow_7b,
+}
 # "random" has the size of the bundled checkpoint; a billion parameters are the least that keep a large GPU busy.
 RANDOM_BACKBONES = {
     "random": {
@@ -93,13 +99,13 @@ def load_model(
 ) -> NextFlowForConditionalGeneration:
     """A checkpoint, or a key of `RANDOM_BACKBONES`, in evaluation mode; with `sides`, on another schedule.
 
-    Or `PRESET_7B` with random weights, on its own schedule.
+    Or one of `PRESETS` with random weights, on its own schedule.
     """
-    if name == PRESET_7B:
+    if name in PRESETS:
         if sides is not None:
-            raise ValueError(f"{PRESET_7B} keeps the paper's schedule, got sides {sides}.")
+            raise ValueError(f"{name} keeps the paper's schedule, got sides {sides}.")
         with torch.device(device):
-            return NextFlowForConditionalGeneration._from_config(NextFlowConfig.nextflow_7b(), dtype=dtype).eval()
+            return NextFlowForConditionalGeneration._from_config(PRESETS[name](), dtype=dtype).eval()
     if name in RANDOM_BACKBONES:
         config, weights = random_config(name), {}
     else:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from backbone import PRESET_7B, RANDOM_BACKBONES, RESULTS, load_model, random_prompt
+from backbone import PRESET_7B, PRESETS, RANDOM_BACKBONES, RESULTS, load_model, random_prompt
 from raster_vs_scale import PROMPT_LENGTH, drawing_costs, seconds_of
 from rl_cost import PeakMemory
 
@@ -138,7 +138,7 @@ def found(cases: list[dict], size: int, **wanted) -> float:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    models = [PRESET_7B, *RANDOM_BACKBONES]
+    models = [*PRESETS, *RANDOM_BACKBONES]
     parser.add_argument("--model", default=PRESET_7B, help=f"a checkpoint, or one of {models}")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024], help="of the images, in pixels")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="images at once; 1 among them")

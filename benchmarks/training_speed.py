@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from backbone import PRESET_7B, RANDOM_BACKBONES, RESULTS, load_model
+from backbone import PRESETS, RANDOM_BACKBONES, RESULTS, load_model
 from drawing_on_gpu import ceilings
 from resampling import least_seconds, scenes, small_tokenizer, tokenizer_step, transformer_batch
 
@@ -72,9 +72,8 @@ def trained(model: NextFlowForConditionalGeneration, lora: bool, dtype: torch.dt
     return MuonWithAdamW(model, lr=1e-4, orthogonalize_dtype=dtype)
 
 
-def transformer_steps(
-    arguments, device: str, dtype: torch.dtype
-) -> tuple[dict, NextFlowForConditionalGeneration, dict]:
+def transformer_steps(arguments, device: str, dtype: torch.dtype):
+    """Steps by packing and attention, the model, and the batches of each packing."""
     sides = tuple(side for side in SQUARE_SIDES if side <= arguments.level // 16)
     # Adapters lie beside weights that rest, which may be of half precision.
     model = load_model(arguments.model, sides, sides[-1:], device, dtype if arguments.lora else torch.float32).train()
@@ -108,8 +107,8 @@ def transformer_steps(
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="random", help=f"a checkpoint, or one of {list(RANDOM_BACKBONES)}")
-    parser.add_argument("--level", type=int, default=512, help="pixels a side of the images")
-    parser.add_argument("--images", type=int, default=2, help="in a batch")
+    parser.add_argument("--level", type=int, default=256, help="pixels a side of the images")
+    parser.add_argument("--images", type=int, default=4, help="in a batch")
     parser.add_argument("--attention", nargs="+", help="default: scale_sdpa and sdpa, on CUDA flex_attention too")
     parser.add_argument("--lora", action="store_true", help="train adapters only")
     parser.add_argument("--checkpointing", action="store_true", help="keep no activations of layers")
@@ -120,8 +119,8 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--results", default=RESULTS, help="folder of the result file")
     arguments = parser.parse_args()
-    if arguments.model == PRESET_7B:
-        parser.error(f"{PRESET_7B} keeps its own schedule; give a checkpoint")
+    if arguments.model in PRESETS:
+        parser.error(f"{arguments.model} keeps its own schedule; give a checkpoint")
     device, dtype = arguments.device, getattr(torch, arguments.dtype)
     on_cuda = torch.device(device).type == "cuda"
     arguments.attention = arguments.attention or [SCALE_SDPA, "sdpa", *(["flex_attention"] if on_cuda else [])]

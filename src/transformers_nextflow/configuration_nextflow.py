@@ -364,16 +364,49 @@ class NextFlowConfig(PreTrainedConfig):
 
     @classmethod
     def nextflow_7b(cls) -> NextFlowConfig:
-        """The paper's model: the backbone of Qwen2.5-VL-7B, 32,768 codes, the 256, 512 and 1024 levels."""
-        text_config = Qwen2_5_VLTextConfig(
-            vocab_size=152066,
-            hidden_size=3584,
-            intermediate_size=18944,
-            num_hidden_layers=28,
-            num_attention_heads=28,
-            num_key_value_heads=4,
-            max_position_embeddings=128000,
-            rms_norm_eps=1e-6,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        """The paper's model: the backbone of Qwen2.5-VL-7B, 32,768 codes, the 256, 512 and 1024 levels.
+
+        A start from Qwen2.5-7B or Qwen2.5-VL-7B is under Apache-2.0.
+        """
+        return cls._after_qwen(
+            hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+            num_key_value_heads=4, max_position_embeddings=128000,
+        )  # fmt: skip
+
+    @classmethod
+    def nextflow_3b(cls) -> NextFlowConfig:
+        """The backbone of Qwen2.5-3B and Qwen2.5-VL-3B, all else as `nextflow_7b`.
+
+        A start from either is under the Qwen Research License, which allows no commercial use; random weights are free.
+        """
+        return cls._after_qwen(
+            hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+            num_key_value_heads=2, tie_word_embeddings=True,
+        )  # fmt: skip
+
+    @classmethod
+    def nextflow_1_5b(cls) -> NextFlowConfig:
+        """The backbone of Qwen2.5-1.5B, all else as `nextflow_7b`. A start from it is under Apache-2.0."""
+        return cls._after_qwen(
+            hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+            num_key_value_heads=2, tie_word_embeddings=True,
+        )  # fmt: skip
+
+    @classmethod
+    def nextflow_0_5b(cls) -> NextFlowConfig:
+        """The backbone of Qwen2.5-0.5B, all else as `nextflow_7b`. A start from it is under Apache-2.0."""
+        return cls._after_qwen(
+            hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+            num_key_value_heads=2, tie_word_embeddings=True, mrope_section=(8, 12, 12),
+        )  # fmt: skip
+
+    @classmethod
+    def _after_qwen(cls, tie_word_embeddings: bool = False, mrope_section=MROPE_SECTION, **sizes) -> NextFlowConfig:
+        """The paper's tokenizer and levels around a backbone of these sizes, with one vocabulary for all."""
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(mrope_section)}
+        sizes = {"vocab_size": 152066, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6} | sizes
+        return cls(
+            text_config=Qwen2_5_VLTextConfig(rope_parameters=rope, **sizes),
+            vq_config=NextFlowVQConfig(levels=[[256, 12], [512, 16], [1024, 18]]),
+            tie_word_embeddings=tie_word_embeddings,
         )
-        return cls(text_config=text_config, vq_config=NextFlowVQConfig(levels=[[256, 12], [512, 16], [1024, 18]]))

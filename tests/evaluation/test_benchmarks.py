@@ -21,6 +21,7 @@ import continue_after_image  # noqa: E402
 import drawing_on_gpu  # noqa: E402
 import fused_loss  # noqa: E402
 import loop_overhead  # noqa: E402
+import memory_tiers  # noqa: E402
 import packing  # noqa: E402
 import raster_vs_scale  # noqa: E402
 import resampling  # noqa: E402
@@ -136,6 +137,13 @@ def test_training_speed_compares_attentions_and_counts_what_the_model_multiplies
     forward = training_speed.operations(model, batch) / 3 - head
     # The masked pass computes pairs that nobody attends, and the connector is left out.
     assert 0.9 < forward / counted < 1
+
+
+def test_memory_grows_with_model_image_and_precision(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory_tiers, "PRESETS", {"nextflow-0.5b": backbone.PRESETS["nextflow-0.5b"]})
+    cases = written_by(memory_tiers, monkeypatch, tmp_path)["tiers"]
+    by = {(case["size"], case["weights"]): case["gib"] for case in cases}
+    assert by[256, "bf16"] < by[1024, "bf16"] and by[1024, "4 bits"] < by[1024, "int8"] < by[1024, "bf16"]
 
 
 def test_interpolation_is_compared_with_that_of_torch(tmp_path, monkeypatch):

@@ -387,6 +387,21 @@ def test_loading_a_tokenizer_starts_the_visual_embeddings_from_its_codebooks():
     assert torch.equal(model.vq_model.encode(pixels).image_tokens, other.vq_model.encode(pixels).image_tokens)
 
 
+@pytest.mark.parametrize(
+    "preset, parameters",
+    # Qwen2.5's own counts, whose vocabulary has 151,936 tokens and whose head is tied; no norm of heads, no vision.
+    [("nextflow_0_5b", 494_032_768), ("nextflow_1_5b", 1_543_714_304), ("nextflow_3b", 3_085_938_688)],
+)
+def test_smaller_presets_have_the_backbones_of_qwen(preset, parameters):
+    config = getattr(NextFlowConfig, preset)()
+    with torch.device("meta"):
+        model = NextFlowForConditionalGeneration(config)
+    backbone = sum(p.numel() for p in model.model.language_model.parameters())
+    assert backbone == parameters + (152066 - 151936) * config.text_config.hidden_size
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    assert config.vq_config.scale_schedules.build(level=1024).num_tokens == 10084
+
+
 def test_preset_of_the_paper_builds_on_the_meta_device():
     config = NextFlowConfig.nextflow_7b()
     with torch.device("meta"):

@@ -1,0 +1,117 @@
+"""What drawing takes of a GPU's memory, for presets, kinds of weights and sizes of images; which cards have that much.
+
+    python benchmarks/memory_tiers.py
+    python benchmarks/memory_tiers.py --measure nextflow-7b 1024 24
+
+Computed, for one image with guidance, from parameters on the meta device: weights (the vision tokenizer's encoders in
+float32 and all else in bfloat16; int8 and 4 bits hold for the linear layers of the backbone), keys and values of two
+rows behind prompts of 64 tokens, the logits of the last scale, and what CUDA and its allocator take. `--measure` draws
+with random bfloat16 weights on a GPU whose memory is limited, in the process, to so many GiB, and prints the peak.
+Writes `results/memory_tiers.json`: `tiers`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from backbone import PRESETS, RESULTS, load_model, random_prompt
+from rl_cost import PeakMemory
+
+from transformers_nextflow import ImageSampling, NextFlowConfig, NextFlowForConditionalGeneration
+from transformers_nextflow.evaluation.results import write_result
+from transformers_nextflow.modeling_nextflow_vq import CODE_PARTS
+
+
+# Of a card's memory so much is free.
+FREE_SHARE = 0.95
+CARDS, SIZES = (8, 12, 16, 24, 48, 80), (256, 512, 1024)
+# Bytes of a parameter of a quantised layer, scales included: one in float32 a row, one in float32 for 64 parameters.
+KINDS = {"bf16": 2.0, "int8": 1.0, "4 bits": 0.5 + 4 / 64}
+PROMPT_LENGTH, ROWS = 64, 2
+# Context, kernels and what the allocator cannot give out again.
+OVERHEAD = 2**30
+# A logit in bytes: of each row in bfloat16 and in float32, and guided. With keys and values that makes 3.1 GiB for the
+# 7B model at 1024², where 2.9 were measured on an H100 (`results/drawing_on_gpu.json`).
+LOGIT_BYTES = ROWS * (2 + 4) + 4
+
+
+def weights(config: NextFlowConfig) -> dict[str, int]:
+    """Bytes of the weights by kind."""
+    with torch.device("meta"):
+        model = NextFlowForConditionalGeneration(config)
+    tokenizer, layers = model.model.vq_model, model.model.language_model.layers
+    linear = sum(p.numel() for p in layers.parameters() if p.ndim == 2)
+    exact = sum(p.numel() for part in CODE_PARTS for p in getattr(tokenizer, part).parameters())
+    rest = sum(p.numel() for p in model.parameters()) - linear - exact
+    return {kind: int(linear * each + exact * 4 + rest * 2) for kind, each in KINDS.items()}
+
+
+def drawing(config: NextFlowConfig, size: int) -> int:
+    """Bytes that drawing an image takes beside the weights."""
+    text, schedule = config.text_config, config.vq_config.scale_schedules.for_size(size, size)
+    head_dim = text.hidden_size // text.num_attention_heads
+    columns = PROMPT_LENGTH + schedule.num_slots(config.read_last_scale)
+    cached = ROWS * columns * text.num_hidden_layers * 2 * text.num_key_value_heads * head_dim * 2
+    logits = schedule.tokens_per_scale[-1] * config.vq_config.codebook_size * LOGIT_BYTES
+    return cached + logits
+
+
+def tiers() -> list[dict]:
+    cases = []
+    for name, preset in PRESETS.items():
+        config = preset()
+        by_kind = weights(config)
+        for size in SIZES:
+            beside = drawing(config, size)
+            for kind, taken in by_kind.items():
+                gib = (taken + beside + OVERHEAD) / 2**30
+                cards = [card for card in CARDS if FREE_SHARE * card >= gib]
+                cases.append({"preset": name, "size": size, "weights": kind, "gib": gib, "fits": cards[:1]})
+    return cases
+
+
+def table(cases: list[dict]) -> str:
+    """Of each preset and kind of weights the GiB at each size, and the smallest card for the largest."""
+    lines = ["| preset | weights | " + " | ".join(f"{size}²" for size in SIZES) + " | smallest card for 1024² |"]
+    lines.append("|---|---|" + "---:|" * (len(SIZES) + 1))
+    for name in PRESETS:
+        for kind in KINDS:
+            own = [case for case in cases if (case["preset"], case["weights"]) == (name, kind)]
+            figures = " | ".join(f"{case['gib']:.1f}" for case in own)
+            card = own[-1]["fits"]
+            lines.append(f"| {name} | {kind} | {figures} | {f'{card[0]} GB' if card else 'none'} |")
+    return "\n".join(lines)
+
+
+def measured(name: str, size: int, limit: float) -> float:
+    """GiB that drawing an image takes at most on a GPU limited to `limit` GiB; out of memory is an error."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / total))
+    with PeakMemory("cuda") as memory:
+        model = load_model(name, device="cuda", dtype=torch.bfloat16)
+        ids = random_prompt(model.config, PROMPT_LENGTH, "cuda")
+        output = model.generate_images(
+            ids, image_sizes=[(size, size)], negative_input_ids=ids, sampling=ImageSampling(guidance_scale=5.0)
+        )
+        model.decode_image_tokens(output.image_tokens, output.image_grids)
+    return memory.bytes / 2**30
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", nargs=3, metavar=("PRESET", "SIZE", "GIB"), help="on a GPU, under this limit")
+    parser.add_argument("--results", default=RESULTS, help="folder of the result file")
+    arguments = parser.parse_args()
+    if arguments.measure:
+        name, size, limit = arguments.measure
+        print(f"{name} at {size}²: {measured(name, int(size), float(limit)):.2f} GiB of {limit}")
+        return
+    cases = tiers()
+    print(table(cases))
+    print("written:", write_result(Path(arguments.results) / "memory_tiers.json", {"tiers": cases, "computed": True}))
+
+
+if __name__ == "__main__":
+    main()
