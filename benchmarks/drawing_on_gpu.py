@@ -1,11 +1,16 @@
-"""One image from a large model on a GPU: seconds and memory, beside the least that the card could take.
+"""Images from a large model on a GPU, plain and compiled: seconds and memory, beside the least that it could take.
 
     python benchmarks/drawing_on_gpu.py
+    python benchmarks/drawing_on_gpu.py --model random --device cpu --dtype float32 --sizes 64 --batches 1 4
 
-Batch 1 with guidance: two rows in each forward pass, a prompt of 16 tokens in each. The weights are random: the time
-does not depend on them. What the card can do is measured first, by a large matrix product and a large copy. The floor
-is the sum over the passes of whichever takes longer, their operations at that rate or their bytes at that bandwidth.
-Writes `results/drawing_on_gpu.json`.
+Each size and batch is drawn with guidance behind prompts and negative prompts of 16 tokens, and again behind a prompt
+of 60 tokens and a negative one of 8, the usual case, by the plain way and by `compile_drawing`. The weights are random:
+the time does not depend on them. What the card can do is measured first, by a large matrix product and a large copy.
+The floor is the sum over the passes of whichever takes longer, their operations at that rate or their bytes at that
+bandwidth. In the same run a diffusion transformer of diffusers (SD3's kind) of the same width and about as many
+parameters takes 18 steps on latents of 8 pixels a cell with guidance, as it is and, on CUDA, under `torch.compile`.
+Writes `results/drawing_on_gpu.json`, on a CPU `results/drawing_on_cpu.json`: `cases`, and as ratios of the largest size
+at batch 1 `compiled_speedup`, `unequal_over_equal` and `speedup_over_diffusion`.
 """
 
 from __future__ import annotations
@@ -20,11 +25,16 @@ from backbone import PRESET_7B, RANDOM_BACKBONES, RESULTS, load_model, random_pr
 from raster_vs_scale import PROMPT_LENGTH, drawing_costs, seconds_of
 from rl_cost import PeakMemory
 
-from transformers_nextflow import ImageSampling
+from transformers_nextflow import ImageSampling, NextFlowForConditionalGeneration
 from transformers_nextflow.evaluation.results import write_result
 
 
 MATRIX_SIDE = 8192
+# Tokens of prompt and negative prompt.
+PROMPTS = {"equal": (PROMPT_LENGTH, PROMPT_LENGTH), "unequal": (60, 8)}
+DIFFUSION_STEPS = 18
+# Tokens of text that the diffusion transformer reads, pixels a side of a cell of its latents, and their channels.
+TEXT_LENGTH, LATENT_CELL, LATENT_CHANNELS = 64, 8, 16
 
 
 def median_seconds(run: Callable[[], object], device: str, repeats: int) -> float:
@@ -43,61 +53,143 @@ def ceilings(device: str, dtype: torch.dtype, side: int, repeats: int) -> tuple[
     return rate, 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device, repeats)
 
 
-def measure(name: str, size: int, device: str, dtype: torch.dtype, repeats: int, matrix_side: int) -> dict:
-    rate, bandwidth = ceilings(device, dtype, matrix_side, repeats)
-    model = load_model(name, device=device, dtype=dtype)
-    config, ids = model.config, random_prompt(model.config, PROMPT_LENGTH, device)
+def measure(
+    model: NextFlowForConditionalGeneration, size: int, batch: int, prompts: str, compiled: bool, repeats: int
+) -> dict:
+    """One case: seconds for the codes and for the pixels of a batch, and peak memory beside the weights."""
+    config, device = model.config, str(model.device)
+    length, negative_length = PROMPTS[prompts]
+    ids, negative = (random_prompt(config, count, device).expand(batch, -1) for count in (length, negative_length))
     schedule = config.vq_config.scale_schedules.for_size(size, size)
     sampling = ImageSampling(guidance_scale=5.0)
+    model.compile_drawing(compiled)
 
     def draw() -> torch.Tensor:
-        output = model.generate_images(ids, image_sizes=[(size, size)], negative_input_ids=ids, sampling=sampling)
-        return output.image_tokens
+        return model.generate_images(
+            ids, image_sizes=[(size, size)] * batch, negative_input_ids=negative, sampling=sampling
+        ).image_tokens
 
-    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     with PeakMemory(device) as memory:
         codes = draw()
-        grids = torch.tensor([schedule.final_grid], device=device)
         seconds = median_seconds(draw, device, repeats)
-        decoding = median_seconds(lambda: model.model.decode_image_tokens(codes, grids), device, repeats)
-    costs = drawing_costs(config, PROMPT_LENGTH, schedule.tokens_per_scale[1:], dtype.itemsize, batch=2)
-    floor = sum(max(cost.operations / rate, cost.bytes / bandwidth) for cost in costs)
+        grids = torch.tensor([schedule.final_grid] * batch, device=device)
+        decoding = median_seconds(lambda: model.decode_image_tokens(codes, grids), device, repeats)
+    model.compile_drawing(False)
     return {
-        "seconds": seconds + decoding,
+        "size": size,
+        "batch": batch,
+        "prompts": prompts,
+        "compiled": compiled,
         "codes_seconds": seconds,
         "decoding_seconds": decoding,
-        "peak_gib": (weights + memory.bytes) / 2**30,
-        "weights_gib": weights / 2**30,
-        "floor_seconds": floor,
-        "share_of_floor": floor / seconds,
-        "passes": len(costs),
-        "operations": sum(cost.operations for cost in costs),
-        "bytes": sum(cost.bytes for cost in costs),
-        "operations_per_second": rate,
-        "bytes_per_second": bandwidth,
+        "peak_gib": memory.bytes / 2**30,
     }
+
+
+def floor_of(model: NextFlowForConditionalGeneration, case: dict, rate: float, bandwidth: float) -> float:
+    """Seconds for the codes of a case that the card takes at least; prompts are counted by the longer one."""
+    counts = model.config.vq_config.scale_schedules.for_size(case["size"], case["size"]).tokens_per_scale[1:]
+    length = max(PROMPTS[case["prompts"]])
+    costs = drawing_costs(model.config, length, counts, model.dtype.itemsize, batch=2 * case["batch"])
+    return sum(max(cost.operations / rate, cost.bytes / bandwidth) for cost in costs)
+
+
+@torch.no_grad()
+def diffusion_seconds(model: NextFlowForConditionalGeneration, size: int, repeats: int, compiled: bool) -> float:
+    """18 steps with guidance of a diffusion transformer as wide, and about as large, as the model's backbone."""
+    from diffusers import SD3Transformer2DModel
+
+    text, device, dtype = model.config.text_config, model.device, model.dtype
+    head_dim = text.hidden_size // text.num_attention_heads
+    wanted = sum(weight.numel() for weight in model.model.language_model.layers.parameters())
+
+    def transformer(layers: int) -> SD3Transformer2DModel:
+        return SD3Transformer2DModel(
+            sample_size=size // LATENT_CELL, in_channels=LATENT_CHANNELS, num_layers=layers,
+            attention_head_dim=head_dim, num_attention_heads=text.num_attention_heads, joint_attention_dim=512,
+            caption_projection_dim=text.hidden_size, pooled_projection_dim=512, out_channels=LATENT_CHANNELS,
+            pos_embed_max_size=size // LATENT_CELL,
+        )  # fmt: skip
+
+    with torch.device("meta"):
+        two, three = (sum(p.numel() for p in transformer(layers).parameters()) for layers in (2, 3))
+    with torch.device(device):
+        network = transformer(max(2, round(wanted / (three - two)))).to(dtype).eval()
+        latents = torch.randn(2, LATENT_CHANNELS, size // LATENT_CELL, size // LATENT_CELL, dtype=dtype)
+        words, pooled = torch.randn(2, TEXT_LENGTH, 512, dtype=dtype), torch.randn(2, 512, dtype=dtype)
+        times = torch.linspace(1000, 1, DIFFUSION_STEPS)
+    step = torch.compile(network) if compiled else network
+
+    def draw() -> torch.Tensor:
+        x = latents
+        for time in times:
+            conditional, unconditional = step(x, words, pooled, time.expand(2), return_dict=False)[0].chunk(2)
+            x = x - (unconditional + 5 * (conditional - unconditional)) / DIFFUSION_STEPS
+        return x
+
+    return median_seconds(draw, str(device), repeats)
+
+
+def found(cases: list[dict], size: int, **wanted) -> float:
+    """Seconds for the codes of one image."""
+    wanted |= {"size": size, "batch": 1}
+    return next(case["codes_seconds"] for case in cases if all(case[name] == value for name, value in wanted.items()))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = [PRESET_7B, *RANDOM_BACKBONES]
     parser.add_argument("--model", default=PRESET_7B, help=f"a checkpoint, or one of {models}")
-    parser.add_argument("--size", type=int, default=1024, help="of the image, in pixels")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024], help="of the images, in pixels")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="images at once; 1 among them")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--repeats", type=int, default=5, help="drawings of which the median counts")
     parser.add_argument("--matrix_side", type=int, default=MATRIX_SIDE, help="of the product that shows the rate")
     parser.add_argument("--results", default=RESULTS, help="folder of the result file")
     arguments = parser.parse_args()
+    if 1 not in arguments.batches:
+        parser.error("--batches needs 1, of which the ratios are")
 
-    dtype = getattr(torch, arguments.dtype)
-    figures = measure(
-        arguments.model, arguments.size, arguments.device, dtype, arguments.repeats, arguments.matrix_side
-    )
-    for name, value in figures.items():
-        print(f"{name:>22}  {value:,.4g}")
-    values = figures | {"model": arguments.model, "size": arguments.size, "dtype": arguments.dtype}
-    print("written:", write_result(Path(arguments.results) / "drawing_on_gpu.json", values, arguments.device))
+    device, dtype, repeats = arguments.device, getattr(torch, arguments.dtype), arguments.repeats
+    rate, bandwidth = ceilings(device, dtype, arguments.matrix_side, repeats)
+    model, cases = load_model(arguments.model, device=device, dtype=dtype), []
+    for size in arguments.sizes:
+        for batch in arguments.batches:
+            for prompts in PROMPTS:
+                for compiled in (False, True):
+                    case = measure(model, size, batch, prompts, compiled, repeats)
+                    case["share_of_floor"] = floor_of(model, case, rate, bandwidth) / case["codes_seconds"]
+                    cases.append(case)
+                    print(
+                        f"{size:>5}² batch {batch}, {prompts:<7} prompts, {('plain', 'compiled')[compiled]:<8} "
+                        f"{case['codes_seconds']:>7.3f} s codes, {case['decoding_seconds']:>7.3f} s pixels, "
+                        f"{case['peak_gib']:>5.2f} GiB, {case['share_of_floor']:.0%} of the floor"
+                    )
+    largest, on_cuda = max(arguments.sizes), torch.device(device).type == "cuda"
+    diffusion = {
+        name: diffusion_seconds(model, largest, repeats, name == "compiled")
+        for name in ("plain", *(["compiled"] if on_cuda else []))
+    }
+    ours = found(cases, largest, prompts="unequal", compiled=True)
+    ratios = {
+        "compiled_speedup": found(cases, largest, prompts="unequal", compiled=False) / ours,
+        "unequal_over_equal": ours / found(cases, largest, prompts="equal", compiled=True),
+        "speedup_over_diffusion": min(diffusion.values()) / ours,
+    }
+    print(f"diffusion, {DIFFUSION_STEPS} steps: {diffusion}", *(f"{n} {v:.2f}" for n, v in ratios.items()), sep="\n")
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    values = ratios | {
+        "model": arguments.model,
+        "dtype": arguments.dtype,
+        "weights_gib": weights / 2**30,
+        "operations_per_second": rate,
+        "bytes_per_second": bandwidth,
+        "diffusion_seconds": diffusion,
+        "cases": cases,
+    }
+    name = "drawing_on_gpu.json" if on_cuda else "drawing_on_cpu.json"
+    print("written:", write_result(Path(arguments.results) / name, values, device))
 
 
 if __name__ == "__main__":

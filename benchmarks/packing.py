@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowImageProcessorPil, NextFlowProcessor
 from transformers_nextflow.evaluation.results import write_result
-from transformers_nextflow.sequence.packed_attention import PACKED_SDPA
+from transformers_nextflow.sequence.scale_sdpa import SCALE_SDPA
 from transformers_nextflow.trainers import CostModel, NextFlowCollator, PackedDataset
 
 
@@ -128,7 +128,7 @@ def figures_of(packing: str, samples: int, budgets: dict) -> dict:
     model, processor = make_model()
     collator, rows = NextFlowCollator(processor), make_rows(processor, samples)
     batches, useful, costs = batches_of(packing, rows, collator, CostModel.from_config(model.config), budgets)
-    model.set_attn_implementation("sdpa" if packing == "padding" else PACKED_SDPA)
+    model.set_attn_implementation("sdpa" if packing == "padding" else SCALE_SDPA)
     places = sum(batch["input_ids"].numel() for batch in batches)
     position = WAYS.index(packing)
     with tqdm(total=places + batches[0]["input_ids"].numel(), unit="token", desc=packing, position=position) as bar:

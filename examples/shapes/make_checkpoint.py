@@ -24,6 +24,8 @@ from huggingface_hub import ModelCardData
 from transformers import AutoProcessor, GenerationConfig
 
 from transformers_nextflow import ImageSampling, NextFlowForConditionalGeneration, NextFlowVQModel
+from transformers_nextflow.worlds.shapes import World
+from transformers_nextflow.worlds.shapes.statement import trained_on
 
 
 MAX_BYTES = 25_000_000
@@ -298,6 +300,7 @@ def main():
         pad_token_id=processor.tokenizer.pad_token_id,
     )
     model.config.vq_config._name_or_path = ""  # a folder of this machine
+    model.config.trained_on = trained_on(World())
     card = None
     if arguments.results:
         layouts = tuple(map(read_results, arguments.layouts)) if arguments.layouts else None

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from PIL import Image
-from safetensors import SafetensorError
 
 from .evaluation.suites import SUITES
-from .utils.atomic_files import write_whole
+from .utils.atomic_files import write_anyway, write_whole
+from .utils.image_files import regular_file
+from .utils.one_line_errors import DEBUG, end_on_termination, errors_in_one_line
+from .utils.output_files import check_output_file, check_output_folder
+from .utils.short_repr import short_path
 
 
 if TYPE_CHECKING:
@@ -34,6 +37,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# Of an image that is enlarged for viewing: a quarter of a gigabyte.
+MOST_PIXELS = 2**26
+VIDEO_EXTENSIONS = (".gif", ".mp4")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Model = Annotated[str, typer.Option(help="Folder of a model or a pipeline, or a repository of the Hub.")]
@@ -45,9 +51,18 @@ Output = Annotated[Path, typer.Option(help="Where the image goes; several are nu
 GuidanceScale = Annotated[float | None, typer.Option(help="1 is none; default: the checkpoint's own.")]
 NumImages = Annotated[int, typer.Option(help="Images for each prompt.")]
 NumCandidates = Annotated[int, typer.Option(help="Drawn for each image that is kept, the best one.")]
-Seed = Annotated[int, typer.Option(help="Of the first image; the next ones count on from it.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32, help="Of the first image; the next ones count on from it.")]
 Scale = Annotated[int, typer.Option(min=1, help="Enlarge each pixel so many times, for viewing.")]
 Pixels = Annotated[int | None, typer.Option(help="Pixels; default: the input image's, or the model's largest square.")]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option(help=f"Show tracebacks, as {DEBUG}=1 does.")] = False):
+    if debug:
+        os.environ[DEBUG] = "1"
+    # What a model or a file's name holds may be no text in the terminal's encoding.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @app.command()
@@ -73,8 +88,11 @@ def generate(
 ):
     """Draw an image for each prompt, all of them in one batch."""
     with errors_in_one_line():
-        _check_extension(output)
+        _check_image_path(output, len(prompts) * num_images)
+        if previews is not None:
+            check_output_folder(previews)
         pipeline = _load_pipeline(model, device, dtype)
+        _check_enlarged(pipeline, scale, height, width)
         stages: list[list[Image.Image]] = []
 
         def keep_preview(pipeline, step, scale, callback_kwargs):
@@ -91,7 +109,7 @@ def generate(
             thought_temperature=thought_temperature,
             num_images_per_prompt=num_images,
             num_candidates=num_candidates,
-            generator=_generators(seed, len(prompts) * num_images * num_candidates),
+            generator=_generators(pipeline, seed, len(prompts) * num_images * num_candidates),
             callback_on_step_end=keep_preview if previews else None,
             callback_on_step_end_tensor_inputs=["preview"] if previews else [],
         )
@@ -126,9 +144,10 @@ def edit(
 ):
     """Edit an image, inside a mask or as a whole; or draw from several images."""
     with errors_in_one_line():
-        _check_extension(output)
+        _check_image_path(output, num_images)
         _check_files(images + ([mask] if mask else []))
         pipeline = _load_pipeline(model, device, dtype)
+        _check_enlarged(pipeline, scale, height, width)
         start = time.perf_counter()
         drawn = pipeline(
             instruction,
@@ -141,7 +160,7 @@ def edit(
             width=width,
             num_images_per_prompt=num_images,
             num_candidates=num_candidates,
-            generator=_generators(seed, num_images * num_candidates),
+            generator=_generators(pipeline, seed, num_images * num_candidates),
         )
         seconds = time.perf_counter() - start
         paths = _save(drawn.images, output, scale)
@@ -169,9 +188,10 @@ def vary(
 ):
     """Draw variations of an image."""
     with errors_in_one_line():
-        _check_extension(output)
+        _check_image_path(output, num_images)
         _check_files([image])
         pipeline = _load_pipeline(model, device, dtype)
+        _check_enlarged(pipeline, scale)
         start = time.perf_counter()
         drawn = pipeline(
             prompt,
@@ -180,7 +200,7 @@ def vary(
             guidance_scale=guidance_scale,
             temperature=temperature,
             num_images_per_prompt=num_images,
-            generator=_generators(seed, num_images),
+            generator=_generators(pipeline, seed, num_images),
         )
         seconds = time.perf_counter() - start
         paths = _save(drawn.images, output, scale)
@@ -210,6 +230,7 @@ def video(
         check_video_path(output)
         _check_files([first_frame] if first_frame else [])
         pipeline = _load_pipeline(model, device, dtype)
+        _check_enlarged(pipeline, scale, height, width)
         start = time.perf_counter()
         drawn = pipeline.video(
             texts[0] if len(texts) == 1 else [texts],
@@ -218,7 +239,7 @@ def video(
             guidance_scale=guidance_scale,
             height=height,
             width=width,
-            generator=_generators(seed, 1),
+            generator=_generators(pipeline, seed, 1),
         )
         seconds = time.perf_counter() - start
         write_frames([_enlarge(frame, scale) for frame in drawn.frames[0]], output, frames_per_second)
@@ -240,7 +261,7 @@ def describe(
     with errors_in_one_line():
         _check_files(images)
         pipeline = _load_pipeline(model, device, dtype)
-        kinds = ["video" if path.suffix.lower() in (".gif", ".mp4") else "image" for path in images]
+        kinds = ["video" if path.suffix.lower() in VIDEO_EXTENSIONS else "image" for path in images]
         content = [{"type": kind, kind: str(path)} for kind, path in zip(kinds, images)]
         content.append({"type": "text", "text": question or pipeline.processor.caption_request})
         message = {"role": "user", "content": content}
@@ -278,6 +299,10 @@ def evaluate(
 ):
     """Score a checkpoint: suite, category, score."""
     with errors_in_one_line():
+        if json_file is not None:
+            check_output_file(json_file)
+        if sheets is not None:
+            check_output_folder(sheets)
         scores = SUITES[suite](checkpoint, limit=limit, seeds=seeds, sheets=sheets, device=device)
         if json_file is not None:
             from .evaluation.results import write_result
@@ -342,6 +367,7 @@ def extract_codes(
     with errors_in_one_line():
         from .data.code_extraction import extract_codes
 
+        check_output_folder(output)
         settings = {"shard_size": shard_size, "level": level, "top_k": top_k, "token_share": token_share, "seed": seed}
         settings |= {"batch_size": batch_size, "on_bad_image": on_bad_image}
         totals = extract_codes(source, tokenizer, output, processes, device, **settings)
@@ -371,6 +397,7 @@ def train(
     changes: Annotated[
         list[str], typer.Option("--set", help="name=value of the recipe or of its arguments; may be repeated.")
     ] = [],  # noqa: B006  (typer copies it)
+    profile: Annotated[bool, typer.Option(help="Measure some steps by torch.profiler; see docs/training.md.")] = False,
 ):
     """Train a stage of the recipe; several processes by `accelerate launch -m transformers_nextflow.cli train …`."""
     with errors_in_one_line():
@@ -378,7 +405,8 @@ def train(
             from .trainers.recipes import load_recipe, run_recipe
         except ImportError as error:
             raise ValueError("Training needs accelerate: pip install transformers-nextflow[train].") from error
-        run_recipe(load_recipe(recipe, changes), model, data, output, resume)
+        check_output_folder(output)
+        run_recipe(load_recipe(recipe, changes), model, data, output, resume, profile)
 
 
 @app.command()
@@ -398,20 +426,8 @@ def recipes(copy: Annotated[Path | None, typer.Option(help="Folder to which they
 def main():
     """Entry point of the console script."""
     warnings.formatwarning = lambda message, *_, **__: f"Warning: {' '.join(str(message).split())}\n"
+    end_on_termination()
     app(prog_name="transformers-nextflow")
-
-
-@contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """What the user can mend is told in a line on stderr, with exit code 2; a defect keeps its traceback.
-
-    An extra that is not installed is an ImportError that says what to install.
-    """
-    try:
-        yield
-    except (ImportError, OSError, SafetensorError, ValueError) as error:  # safetensors has its own for a full disk
-        print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise typer.Exit(2) from error
 
 
 def _load_pipeline(model: str, device: str | None, dtype: str) -> NextFlowPipeline:
@@ -429,7 +445,7 @@ def _load_pipeline(model: str, device: str | None, dtype: str) -> NextFlowPipeli
     try:
         pipeline = NextFlowPipeline.from_pretrained(model, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise OSError(f"No model can be loaded from {model}: {error}") from error
+        raise OSError(f"No model can be loaded from {short_path(model)}: {error}") from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return pipeline.to(device)
@@ -437,16 +453,16 @@ def _load_pipeline(model: str, device: str | None, dtype: str) -> NextFlowPipeli
         raise ValueError(f"Device {device!r} cannot be used: {error}") from error
 
 
-def _generators(seed: int, count: int) -> list[torch.Generator]:
+def _generators(pipeline: NextFlowPipeline, seed: int, count: int) -> list[torch.Generator]:
     import torch
 
+    pipeline.check_batch_size(count)  # before so many generators are made
     return [torch.Generator().manual_seed(seed + index) for index in range(count)]
 
 
 def _check_files(paths: list[Path]):
     for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no image file {path}.")
+        regular_file(path, "video" if path.suffix.lower() in VIDEO_EXTENSIONS else "image")
 
 
 def _tell(seconds: float, paths: list[Path]):
@@ -454,19 +470,50 @@ def _tell(seconds: float, paths: list[Path]):
     typer.echo("\n".join(map(str, paths)))
 
 
-def _check_extension(output: Path):
-    # Asked before the drawing: it would be lost.
-    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"{output} has no extension of an image that can be written; take .png.")
+def _check_image_path(output: Path, count: int):
+    """Whether images can be written: asked before the drawing, which would be lost."""
+    extension = output.suffix.lower()
+    if Image.registered_extensions().get(extension) not in Image.SAVE:
+        raise ValueError(f"{short_path(output)} has no extension of an image that can be written; take .png.")
+    try:
+        # Some formats are known, and cannot be written all the same, or not in colours.
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), Image.registered_extensions()[extension])
+    except Exception as error:
+        raise ValueError(f"Images cannot be written as {extension} ({error}); take .png.") from error
+    for path in _numbered(output, min(count, 100)):
+        check_output_file(path)
 
 
-def _save(images: list[Image.Image], path: Path, scale: int) -> list[Path]:
-    """Save one image as `path`, several with their number before the extension."""
-    paths = [path] if len(images) == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(len(images))]
-    for image, target in zip(images, paths):
-        with write_whole(target) as partial:
-            _enlarge(image, scale).save(partial)
+def _numbered(path: Path, count: int) -> list[Path]:
+    """The path of one image, or of several with their numbers before the extension."""
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
+
+
+def _save(images: list[Image.Image], output: Path, scale: int) -> list[Path]:
+    """Save every image that can be saved. Raises `OSError` that says where the others are."""
+    paths, refused = _numbered(output, len(images)), []
+    for image, path in zip(images, paths):
+        try:
+            write_anyway(path, _enlarge(image, scale).save)
+        except OSError as error:
+            refused.append(str(error))
+    if refused:
+        raise OSError(" ".join(refused))
     return paths
+
+
+def _check_enlarged(pipeline: NextFlowPipeline, scale: int, height: int | None = None, width: int | None = None):
+    """Raises `ValueError` for images that would take more memory than an image for viewing should."""
+    if scale == 1:
+        return
+    side = max(pipeline.processor.image_processor.scale_schedules.resolutions)
+    pixels = (height or side) * (width or side)
+    if pixels * scale**2 > MOST_PIXELS:
+        most = max(1, int((MOST_PIXELS / pixels) ** 0.5))
+        raise ValueError(
+            f"--scale {scale} makes images of more than {MOST_PIXELS} pixels, a quarter of a gigabyte each; "
+            f"take {most} at most."
+        )
 
 
 def _enlarge(image: Image.Image, scale: int) -> Image.Image:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+import inspect
+from collections.abc import Sequence
+from contextlib import contextmanager
+from functools import lru_cache, wraps
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, Qwen2_5_VLTextConfig
+from transformers.activations import ACT2FN
 
 from .scale_schedule import SQUARE_SIDES, ScaleSchedules
+from .utils.atomic_files import saved_whole
+from .utils.finite_numbers import check_finite
+from .utils.short_repr import short_repr
+from .utils.trained_on import TrainedOn
+from .utils.typed_values import check_types, read_typed
 
 
 RESAMPLINGS = ("area", "bicubic", "bilinear", "nearest", "rotary")
@@ -20,6 +30,20 @@ CHOICES = {
 }
 
 
+FROM_ONE = (
+    "codebook_size", "semantic_code_dim", "pixel_code_dim", "pixel_channels", "pixel_latent_dim",
+    "pixel_decoder_channels", "semantic_decoder_heads", "semantic_target_dim",
+)  # fmt: skip
+FROM_ZERO = (
+    "pixel_num_res_blocks", "pixel_decoder_num_res_blocks", "semantic_decoder_depth", "semantic_distance_weight",
+    "pixel_distance_weight", "commitment_weight", "initializer_range",
+)  # fmt: skip
+TEXT_FROM_ONE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings",
+)  # fmt: skip
+# Of the group norms between convolutions; fewer channels have one group each.
+NORM_GROUPS = 32
 # What transformers takes where a config gives none.
 MROPE_SECTION = (16, 24, 24)
 
@@ -27,6 +51,60 @@ MROPE_SECTION = (16, 24, 24)
 _scale_schedules = lru_cache(maxsize=64)(ScaleSchedules)
 
 
+def value_errors(config_class: type) -> type:
+    """A config class that raises `ValueError`s in one line: for values of other types than its annotations, which
+    `strict` does not read where they are postponed, and for whatever `strict` itself refuses.
+    """
+    init, assign = config_class.__init__, config_class.__setattr__
+    hints = inspect.get_annotations(config_class, eval_str=True)
+
+    @contextmanager
+    def checked(values: dict[str, Any]):
+        try:
+            check_types(values, hints, config_class.__name__)
+            yield
+        except StrictDataclassError as error:
+            raise ValueError(" ".join(str(error).split())) from error
+
+    @wraps(init)
+    def checked_init(self, *args, **kwargs):
+        with checked(kwargs):
+            try:
+                init(self, *args, **kwargs)
+            except (AttributeError, LookupError, TypeError) as error:
+                raise ValueError(f"{config_class.__name__} cannot be made of such values: {error}") from error
+
+    @wraps(assign)
+    def checked_assign(self, name: str, value: Any):
+        with checked({name: value}):
+            assign(self, name, value)
+
+    config_class.__init__, config_class.__setattr__ = checked_init, checked_assign
+    return config_class
+
+
+def config_from(value: Any, name: str, config_class: type) -> Any:
+    """A config from a dict, or as it is. Raises `ValueError` naming it for anything else."""
+    if isinstance(value, dict):
+        return config_class(**value)
+    if not isinstance(value, config_class):
+        raise ValueError(f"{name} must be a {config_class.__name__} or its values, got {short_repr(value)}.")
+    return value
+
+
+def _check_at_least(config: PreTrainedConfig, least: int, names: Sequence[str], prefix: str = ""):
+    for name in names:
+        value = getattr(config, name)
+        if not least <= value < float("inf"):
+            raise ValueError(f"{prefix}{name} must be at least {least}, got {value}.")
+
+
+def _check_activation(name: str, value: str):
+    if value not in ACT2FN:
+        raise ValueError(f"{name} {value!r} is no activation of transformers; take gelu_pytorch_tanh or silu.")
+
+
+@value_errors
 @strict
 class NextFlowVQConfig(PreTrainedConfig):
     r"""Configuration of [`NextFlowVQModel`], the dual-codebook multi-scale tokenizer (paper, section 2.1).
@@ -61,6 +139,7 @@ class NextFlowVQConfig(PreTrainedConfig):
     """
 
     model_type = "nextflow_vq"
+    save_pretrained = saved_whole(PreTrainedConfig.save_pretrained)
     base_config_key = "vq_config"
     sub_configs = {"semantic_config": AutoConfig}
 
@@ -107,14 +186,17 @@ class NextFlowVQConfig(PreTrainedConfig):
             }
         if isinstance(self.semantic_config, dict):
             semantic = dict(self.semantic_config)
+            if not isinstance(semantic.get("model_type"), str):
+                raise ValueError("semantic_config has no model_type; name one of transformers' vision towers.")
             self.semantic_config = AutoConfig.for_model(semantic.pop("model_type"), **semantic)
+        self.semantic_config = config_from(self.semantic_config, "semantic_config", PreTrainedConfig)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Raises `ValueError` for values that do not fit together."""
-        for name in ("codebook_size", "semantic_code_dim", "pixel_code_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        """Raises `ValueError` for values that do not fit together, and for numbers that are not finite."""
+        check_finite(vars(self) | {"semantic_config": vars(self.semantic_config)})
+        _check_at_least(self, 1, FROM_ONE)
+        _check_at_least(self, 0, FROM_ZERO)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
@@ -124,22 +206,52 @@ class NextFlowVQConfig(PreTrainedConfig):
                 f"semantic_layer counts from the last of {layers} layers, -1, to the embeddings, {-layers - 1}; "
                 f"got {self.semantic_layer}."
             )
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1 pixel, got {self.image_size}.")
-        if (
-            self.pixel_encoder_type == "convolutional"
-            and 2 ** (len(self.pixel_channel_multipliers) - 1) != self.patch_size
-        ):
-            raise ValueError(
-                f"{len(self.pixel_channel_multipliers)} pixel_channel_multipliers bring an image down by "
-                f"{2 ** (len(self.pixel_channel_multipliers) - 1)}, but patch_size is {self.patch_size}."
-            )
-        if self.semantic_decoder_hidden_size % self.semantic_decoder_heads:
+        self.scale_schedules  # raises for scales and levels that do not fit
+        self._check_tower()
+        if self.pixel_encoder_type == "convolutional":
+            self._check_convolutions()
+        _check_activation("semantic_decoder_hidden_act", self.semantic_decoder_hidden_act)
+        if self.semantic_decoder_hidden_size < 1 or self.semantic_decoder_hidden_size % self.semantic_decoder_heads:
             raise ValueError(
                 f"semantic_decoder_hidden_size {self.semantic_decoder_hidden_size} is not a multiple of "
                 f"semantic_decoder_heads {self.semantic_decoder_heads}."
             )
-        self.scale_schedules  # raises for scales and levels that do not fit
+
+    def _check_tower(self):
+        tower = self.semantic_config
+        if not hasattr(type(tower), "patch_size") or not hasattr(tower, "num_attention_heads"):
+            raise ValueError(f"semantic_config is a {tower.model_type}, which is no vision tower of patches.")
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "patch_size", "image_size"):
+            value = getattr(tower, name, 1)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"semantic_config.{name} must be a whole number from 1, got {short_repr(value)}.")
+        if tower.hidden_size % tower.num_attention_heads:
+            raise ValueError(
+                f"semantic_config.hidden_size {tower.hidden_size} is not a multiple of its num_attention_heads "
+                f"{tower.num_attention_heads}."
+            )
+        if getattr(tower, "num_channels", 3) != 3 or getattr(tower, "image_size", tower.patch_size) < tower.patch_size:
+            raise ValueError("semantic_config must read 3 channels, and images of at least one patch.")
+        if self.image_size is not None and self.image_size // tower.patch_size != self.scales[-1]:
+            raise ValueError(
+                f"image_size {self.image_size} gives {self.image_size // tower.patch_size} patches of "
+                f"semantic_config.patch_size {tower.patch_size} a side, but the finest grid has {self.scales[-1]}."
+            )
+
+    def _check_convolutions(self):
+        if 2 ** (len(self.pixel_channel_multipliers) - 1) != self.patch_size:
+            raise ValueError(
+                f"{len(self.pixel_channel_multipliers)} pixel_channel_multipliers bring an image down by "
+                f"{2 ** (len(self.pixel_channel_multipliers) - 1)}, but patch_size is {self.patch_size}."
+            )
+        for name in ("pixel_channels", "pixel_decoder_channels"):
+            for multiplier in self.pixel_channel_multipliers:
+                width = getattr(self, name) * multiplier
+                if width < 1 or (width > NORM_GROUPS and width % NORM_GROUPS):
+                    raise ValueError(
+                        f"{name} {getattr(self, name)} times {multiplier} of pixel_channel_multipliers gives {width} "
+                        f"channels, which are normalised in {NORM_GROUPS} groups; take a multiple of {NORM_GROUPS}."
+                    )
 
     @property
     def code_dim(self) -> int:
@@ -151,6 +263,7 @@ class NextFlowVQConfig(PreTrainedConfig):
         return _scale_schedules(tuple(self.scales), self.patch_size, levels)
 
 
+@value_errors
 @strict
 class NextFlowConfig(PreTrainedConfig):
     r"""Configuration of [`NextFlowForConditionalGeneration`].
@@ -167,9 +280,12 @@ class NextFlowConfig(PreTrainedConfig):
         accumulate_features: slots read the sum over all earlier scales (as VAR) in place of the last one alone.
         rope_range: the range of the spatial coordinates of a square image, the paper's constant C (section 2.2).
         scale_loss_alpha: a token of an h x w grid weighs (h*w)^-alpha in the loss (section 3.1).
+        trained_on: what a checkpoint says of its training, the values of a `TrainedOn`: a pipeline warns of what lies
+            outside. A training of the model takes it away.
     """
 
     model_type = "nextflow"
+    save_pretrained = saved_whole(PreTrainedConfig.save_pretrained)
     sub_configs = {"text_config": Qwen2_5_VLTextConfig, "vq_config": NextFlowVQConfig}
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
@@ -185,17 +301,19 @@ class NextFlowConfig(PreTrainedConfig):
     scale_loss_alpha: float = 0.9
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    trained_on: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs):
         # The default vocabulary is Qwen2.5-VL's with <boi> and <eoi>.
         defaults = {"text_config": {"vocab_size": 152066}, "vq_config": {}}
         for name, config_class in self.sub_configs.items():
             value = defaults[name] if getattr(self, name) is None else getattr(self, name)
-            setattr(self, name, config_class(**value) if isinstance(value, dict) else value)
+            setattr(self, name, config_from(value, name, config_class))
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Raises `ValueError` for values that do not fit together."""
+        """Raises `ValueError` for values that do not fit together, and for numbers that are not finite."""
+        check_finite(vars(self) | {"text_config": vars(self.text_config)})
         for name in ("boi_token_id", "eoi_token_id", "image_token_id"):
             if not 0 <= getattr(self, name) < self.text_config.vocab_size:
                 raise ValueError(
@@ -204,19 +322,39 @@ class NextFlowConfig(PreTrainedConfig):
                 )
         if len({self.boi_token_id, self.eoi_token_id, self.image_token_id}) < 3:
             raise ValueError("boi_token_id, eoi_token_id and image_token_id must differ.")
-        if self.rope_range <= 0:
+        _check_at_least(self, 0, ("rope_range", "initializer_range"))
+        if self.rope_range == 0:
             raise ValueError(f"rope_range must be positive, got {self.rope_range}.")
         if set(self.text_config.layer_types) - {"full_attention"}:
             raise ValueError(
                 f"text_config.layer_types are {sorted(set(self.text_config.layer_types))}, but the scales of an image "
                 "need full_attention in every layer; set text_config.use_sliding_window to False."
             )
+        if self.trained_on is not None:
+            read_typed(TrainedOn, self.trained_on, "trained_on")
+        self._check_backbone()
         frequencies = self.text_config.hidden_size // self.text_config.num_attention_heads // 2
         sections = self.text_config.rope_parameters.get("mrope_section", MROPE_SECTION)
         if sum(sections) != frequencies:
             raise ValueError(
                 f"mrope_section {list(sections)} shares out {sum(sections)} frequencies, but heads of "
                 f"{2 * frequencies} channels have {frequencies}; correct text_config.rope_parameters."
+            )
+
+    def _check_backbone(self):
+        text = self.text_config
+        _check_at_least(text, 1, TEXT_FROM_ONE, "text_config.")
+        _check_at_least(text, 0, ("initializer_range",), "text_config.")
+        _check_activation("text_config.hidden_act", text.hidden_act)
+        if text.hidden_size % text.num_attention_heads or text.num_attention_heads % text.num_key_value_heads:
+            raise ValueError(
+                f"text_config.hidden_size {text.hidden_size}, num_attention_heads {text.num_attention_heads} and "
+                f"num_key_value_heads {text.num_key_value_heads} must each be a multiple of the next."
+            )
+        if len(text.layer_types) != text.num_hidden_layers:
+            raise ValueError(
+                f"text_config.layer_types names {len(text.layer_types)} layers, of {text.num_hidden_layers} that there "
+                "are by num_hidden_layers."
             )
 
     @property

@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from .generation.compiled_drawing import CompiledDrawing
 from .generation.image_codes import ImageCodes
 from .generation.interleaved import InterleavedGenerationOutput, InterleavedLoop, InterleavedStreamer
 from .generation.prompts import Prompts
@@ -23,6 +24,7 @@ from .generation.text import TextGenerationMixin
 from .scale_schedule import ScaleSchedule
 from .sequence.layout import check_room, layout_sequence
 from .utils.evaluation_mode import in_evaluation_mode
+from .utils.known_names import checks_names, nearest_name
 
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -38,6 +40,12 @@ REMEDIES = {
     "negative": "an empty prompt, or guidance_scale=1",
     "unconditional": "the negative prompt without images, or image_guidance_scale=1",
 }
+
+
+def _with_nearest(name: str) -> str:
+    known = (*TEXT_SETTINGS, "max_new_tokens", "generator", "sampling", "max_images", "height", "width")
+    nearest = nearest_name(name, known)
+    return f"{name} (did you mean {nearest}?)" if nearest else name
 
 
 @dataclass
@@ -59,6 +67,27 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
     All of them run in evaluation mode, whatever mode the model is in.
     """
 
+    # Set by `compile_drawing`.
+    compiled_drawing: CompiledDrawing | None = None
+
+    def compile_drawing(self, enabled: bool = True, fuse: bool | None = None):
+        """Draw by recorded scales from now on: key-value buffers of fixed size, and on CUDA one captured graph a scale.
+
+        A kind of drawing (size, number of images, guided or not, length of the prompts up to 64, 128, 256 … tokens) is
+        recorded when it first comes; its next ones are played. Codes are those of the plain way. Images of different
+        sizes in a batch, several images in a conversation, other attentions than "scale_sdpa" and offloaded models go
+        the plain way, which the log says. Adapters that are loaded later ask for this call again.
+
+        Text is written so by transformers itself: `generate(…, cache_implementation="static")`.
+
+        Args:
+            enabled: `False` takes the plain way again, and frees recordings and buffers.
+            fuse: compile the backbone by `torch.compile`, inside of the graphs; default: on CUDA.
+        """
+        fuse = self.device.type == "cuda" if fuse is None else fuse
+        self.compiled_drawing = CompiledDrawing(self, fuse) if enabled else None
+
+    @checks_names
     @in_evaluation_mode
     @torch.no_grad()
     def generate_images(
@@ -182,8 +211,8 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
         unknown = sorted((set(kwargs) - set(TEXT_SETTINGS)) | (set(given) - set(TEXT_SETTINGS) - OTHER_SETTINGS))
         if unknown:
             raise ValueError(
-                f"Text is not written with {', '.join(unknown)}: its settings are {', '.join(TEXT_SETTINGS)}. How "
-                "images are drawn is sampling=ImageSampling(…)."
+                f"Text is not written with {', '.join(map(_with_nearest, unknown))}: its settings are "
+                f"{', '.join(TEXT_SETTINGS)}. How images are drawn is sampling=ImageSampling(…)."
             )
         text = copy.deepcopy(generation_config or self.generation_config)
         text.update(**kwargs)

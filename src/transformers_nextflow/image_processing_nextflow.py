@@ -1,7 +1,6 @@
 """Images to pixel values and back, with PIL and numpy only: no torchvision is needed."""
 
 import math
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TypedDict
@@ -14,6 +13,8 @@ from transformers.image_utils import PILImageResampling, SizeDict, is_torch_tens
 from transformers.processing_utils import Unpack
 
 from .scale_schedule import SQUARE_SIDES, ScaleSchedule, ScaleSchedules
+from .utils.atomic_files import saved_whole
+from .utils.image_files import read_image
 from .utils.short_repr import short_repr
 
 
@@ -54,9 +55,10 @@ class NextFlowImageProcessorPil(PilBackend):
     rest is cut off evenly on both sides. What a file says of its orientation is obeyed, transparent pixels are put on
     white, 16-bit values are brought to 8 bits.
 
-    Images are PIL images, paths, URLs, numpy arrays (height, width, channels; also channels first) or torch tensors
-    (channels, height, width; also channels last), of uint8, of uint16, or of floats in [0, 1], which are rounded to 8
-    bits; greys may come as (height, width). A list may hold lists, and an array with four axes is a list of images.
+    Images are PIL images, paths, URLs, bytes, open files, base64 (see `read_image`), numpy arrays (height, width,
+    channels; also channels first) or torch tensors (channels, height, width; also channels last), of uint8, of uint16,
+    or of floats in [0, 1], which are rounded to 8 bits; greys may come as (height, width). A list may hold lists, and
+    an array with four axes is a list of images.
 
     Floats lie in [0, 1] with `do_rescale` and without it. Values of 8 bits need `do_rescale` to be normalised, unless
     `image_mean` and `image_std` are in their unit.
@@ -69,6 +71,7 @@ class NextFlowImageProcessorPil(PilBackend):
 
     model_input_names = ["pixel_values", "image_grids"]
     valid_kwargs = NextFlowImageProcessorKwargs
+    save_pretrained = saved_whole(PilBackend.save_pretrained)
 
     do_convert_rgb = True
     do_resize = True
@@ -129,31 +132,19 @@ class NextFlowImageProcessorPil(PilBackend):
         return super().preprocess(images, **kwargs)
 
     def fetch_images(self, images):
-        """Open the paths and URLs among `images`. Arrays come to three axes, with which the library's processors count:
-        those with four become lists, and greys get an axis of channels.
+        """Read what is no array among `images`, by `read_image`. Arrays come to three axes, with which the library's
+        processors count: those with four become lists, and greys get an axis of channels.
         """
         if isinstance(images, list | tuple):
             return [self.fetch_images(entry) for entry in images]
-        if isinstance(images, str | os.PathLike):
-            return self._open(images)
-        axes = getattr(images, "ndim", None)
-        if axes not in (2, 3, 4) and not isinstance(images, Image.Image):
-            raise ValueError(
-                f"An image is a PIL image, a path, a URL, or an array or a tensor with 2 or 3 axes, got "
-                f"{short_repr(images)}."
-            )
+        if not _is_array(images):
+            return read_image(images)
+        axes = images.ndim
+        if axes not in (2, 3, 4):
+            raise ValueError(f"An image is an array or a tensor with 2 or 3 axes, got {short_repr(images)}.")
         if axes == 2:
             return images[None] if is_torch_tensor(images) else images[..., None]
         return list(images) if axes == 4 else images
-
-    def _open(self, path) -> Image.Image:
-        # The library's own loader drops transparency, so files are opened here.
-        if isinstance(path, os.PathLike) or os.path.isfile(path):
-            try:
-                return Image.open(path)
-            except OSError as error:
-                raise ValueError(f"{os.fspath(path)} cannot be read as an image: {error}") from error
-        return super().fetch_images(path)
 
     def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs) -> np.ndarray:
         """One image of any kind as (3, height, width) uint8."""
@@ -163,8 +154,6 @@ class NextFlowImageProcessorPil(PilBackend):
                 image = Image.fromarray(_as_uint8(np.asarray(image)))
             elif image.mode in SIXTEEN_BIT_MODES:
                 image = Image.fromarray(_as_uint8(_as_uint16(np.asarray(image))))
-        elif not hasattr(image, "ndim"):
-            raise ValueError(f"it is {short_repr(image)}, not a PIL image, a path, a URL, an array or a tensor.")
         else:
             channels_first = is_torch_tensor(image) if input_data_format is None else "first" in str(input_data_format)
             if is_torch_tensor(image):
@@ -237,7 +226,13 @@ class NextFlowImageProcessorPil(PilBackend):
 
     def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
         # The library's prints an array that it does not take, and does not take greys without an axis of channels.
-        return [self._open(i) if isinstance(i, str | os.PathLike) else i for i in flatten_images(images)]
+        found = []
+        for index, image in enumerate(flatten_images(images)):
+            try:
+                found.append(image if _is_array(image) else read_image(image))
+            except ValueError as error:
+                raise ValueError(f"Image {index} cannot be read: {error}") from error
+        return found
 
     def _preprocess_image_like_inputs(self, images, *args, **kwargs) -> BatchFeature:
         images = self._prepare_images_structure(images)
@@ -248,10 +243,9 @@ class NextFlowImageProcessorPil(PilBackend):
     def _prepare_image_like_inputs(self, images, *args, **kwargs) -> list[np.ndarray]:
         arrays = []
         for index, image in enumerate(self._prepare_images_structure(images)):
-            # PIL reads a file's pixels only now, so this is where a truncated file shows.
             try:
                 arrays.append(self.process_image(image, *args, **kwargs))
-            except (OSError, SyntaxError, ValueError) as error:
+            except Exception as error:  # what a file says of its orientation is read here
                 name = f"{index} ({image.filename})" if getattr(image, "filename", "") else str(index)
                 raise ValueError(f"Image {name} cannot be read: {error}") from error
         return arrays
@@ -303,6 +297,10 @@ def flatten_images(images) -> list:
     if isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4:
         return [image for entry in images for image in flatten_images(entry)]
     return [images]
+
+
+def _is_array(image) -> bool:
+    return hasattr(image, "ndim") and not isinstance(image, memoryview)
 
 
 def _holds_floats(image) -> bool:

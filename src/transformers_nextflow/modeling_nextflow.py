@@ -15,12 +15,13 @@ from transformers.utils import can_return_tuple
 from .configuration_nextflow import NextFlowConfig
 from .generation.cached_sequences import check_cache, is_empty
 from .generation_nextflow import NextFlowGenerationMixin
-from .modeling_nextflow_vq import NextFlowVQModel, frozen_vision_tokenizer
+from .modeling_nextflow_vq import NextFlowVQModel, frozen_vision_tokenizer, images_at_once
 from .resampling import resample
 from .scale_schedule import ScaleSchedule
 from .sequence.fused_cross_entropy import called_cross_entropy, fused_cross_entropy
 from .sequence.layout import (
     SequenceLayout,
+    check_num_positions,
     layout_batch,
     layout_sequence,
     num_codes_read,
@@ -33,8 +34,11 @@ from .sequence.packed_attention import packed_causal_mask
 from .sequence.padding import pad_codes
 from .sequence.scale_attention import ScaleAttentionMixin
 from .sequence.scale_masked import ScaleMaskedMixin
+from .sequence.scale_sdpa import plan_attention
+from .utils.atomic_files import saved_whole
 from .utils.offloading import ExecutionDeviceMixin
 from .utils.older_transformers import CACHE, takes_the_cache
+from .utils.saved_adapters import FOLDER as ADAPTERS
 from .utils.saved_adapters import load_adapters
 from .utils.strict_loading import StrictLoadingMixin
 
@@ -115,6 +119,8 @@ class NextFlowPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTrain
     """What the models of this family share: how they load, are placed on devices, and start."""
 
     config: NextFlowConfig
+    # Adapters that lie beside weights belong to those.
+    save_pretrained = saved_whole(PreTrainedModel.save_pretrained, replaced=[ADAPTERS])
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
@@ -190,12 +196,16 @@ class NextFlowModel(NextFlowPreTrainedModel):
     @torch.no_grad()
     def get_image_tokens(self, pixel_values: torch.Tensor, image_grids: torch.Tensor) -> torch.Tensor:
         """Codes (num_images, N) of images (num_images, 3, H, W) that were padded right and bottom; -1 pads codes."""
-        patch_size = self.config.vq_config.patch_size
+        config = self.config.vq_config
+        patch_size = config.patch_size
         tokens: list[torch.Tensor | None] = [None] * len(image_grids)
         for grid in sorted({tuple(grid) for grid in image_grids.tolist()}):
             chosen = [i for i, other in enumerate(image_grids.tolist()) if tuple(other) == grid]
             pixels = pixel_values[chosen, :, : grid[0] * patch_size, : grid[1] * patch_size]
-            for index, row in zip(chosen, self.vq_model.encode(pixels).image_tokens):
+            schedule = config.scale_schedules.for_size(*pixels.shape[-2:])
+            parts = pixels.split(images_at_once(config, config.pixel_channels, schedule, size=4))
+            codes = torch.cat([self.vq_model.encode(part).image_tokens for part in parts])
+            for index, row in zip(chosen, codes):
                 tokens[index] = row
         return pad_codes(tokens)
 
@@ -205,9 +215,14 @@ class NextFlowModel(NextFlowPreTrainedModel):
 
         The codes may cover only the first whole scales of every image: a preview.
         """
-        images = []
-        for row, schedule in zip(image_tokens, self.schedules_of(image_grids)):
-            images.append(self.vq_model.decode(row[row >= 0][None], schedule)[0])
+        counts = (image_tokens >= 0).sum(1).tolist()
+        kinds = list(zip(self.schedules_of(image_grids), counts))
+        images: list[torch.Tensor | None] = [None] * len(kinds)
+        for schedule, count in dict.fromkeys(kinds):
+            chosen = [index for index, kind in enumerate(kinds) if kind == (schedule, count)]
+            pixels = self.vq_model.decode(image_tokens[chosen, :count], schedule)
+            for index, image in zip(chosen, pixels):
+                images[index] = image
         return images
 
     def embed_images(self, image_tokens: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
@@ -260,7 +275,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             raise ValueError("Give either input_ids or inputs_embeds.")
         if input_ids is None:
             input_ids = text_ids(inputs_embeds, image_tokens, image_grids)
-        mask, start = _last_columns(attention_mask, input_ids), 0
+        mask, start, reach = _last_columns(attention_mask, input_ids), 0, 0
         if position_ids is None and not is_empty(past_key_values):
             if getattr(past_key_values, "holds_images", False):
                 # Images take fewer positions than slots, so the cache's length does not tell where to go on.
@@ -268,6 +283,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
                     "A pass on a cache that holds images needs position_ids; see layout_sequence, or call generate."
                 )
             start, length = past_key_values.get_seq_length(), input_ids.shape[1]
+            reach = 0 if torch.is_tensor(start) else start + length
             if mask is not None:
                 if not torch.is_tensor(start) and attention_mask.shape[1] != start + length:
                     raise ValueError(
@@ -275,7 +291,11 @@ class NextFlowModel(NextFlowPreTrainedModel):
                         f"and {length} behind them."
                     )
                 start = attention_mask[:, :-length].sum(1, keepdim=True)
-        return layout_batch(self.config, input_ids, mask, image_tokens, image_grids, seq_idx, start)
+        layout = layout_batch(self.config, input_ids, mask, image_tokens, image_grids, seq_idx, start)
+        if reach > self.config.text_config.max_position_embeddings:
+            # Padding takes none. Nothing is waited for as long as all columns would have one.
+            check_num_positions(int(layout.position_ids.max()) + 1, self.config)
+        return layout
 
     @takes_the_cache
     @can_return_tuple
@@ -349,10 +369,18 @@ class NextFlowModel(NextFlowPreTrainedModel):
 
     def _causal_mask(self, inputs_embeds, attention_mask, past_key_values, block_ids):
         """The mask of embeddings (B, L, D) behind a cache: causal, and both ways within a block (B, L)."""
+        config = self.language_model.config
+        # Of what goes on no value is looked at, so that no token that is generated waits for the device. A static cache
+        # has more keys than those at hand.
+        begins = is_empty(past_key_values) and not getattr(past_key_values, "is_compileable", False)
+        if begins and (attention_mask is None or attention_mask.shape == block_ids.shape):
+            samples = torch.zeros_like(block_ids) if attention_mask is None else attention_mask.long() - 1
+            if (plan := plan_attention(config, samples, block_ids, block_ids.shape[1])) is not None:
+                return plan
         if block_ids is not None and past_key_values is not None:
             block_ids = nn.functional.pad(block_ids, (int(past_key_values.get_seq_length()), 0), value=-1)
         return create_causal_mask(
-            config=self.language_model.config,
+            config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             **{CACHE: past_key_values},
@@ -380,6 +408,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         text_config = config.text_config
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.visual_head = nn.Linear(text_config.hidden_size, config.vq_config.codebook_size, bias=False)
+        # Told from settings that were lost: a new model has none of its own.
+        self.generation_config.image_sampling = {}
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:

@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_nextflow import NextFlowVQConfig
+from .configuration_nextflow import NORM_GROUPS, NextFlowVQConfig
 from .multiscale_quantizer import (
     NextFlowVQQuantizer,
     SelfCorrection,
@@ -19,6 +19,8 @@ from .multiscale_quantizer import (
 )
 from .resampling import resample
 from .scale_schedule import Grid, ScaleSchedule
+from .striped_convolutions import add_convolved, convolve, convolve_enlarged
+from .utils.atomic_files import saved_whole
 from .utils.offloading import ExecutionDeviceMixin, onloaded
 from .utils.strict_loading import StrictLoadingMixin
 
@@ -59,6 +61,11 @@ class NextFlowVQOutput(ModelOutput):
     commitment_loss: torch.FloatTensor | None = None
 
 
+# What several images at once take beside the weights, and how many of the largest tensors live at once.
+BYTES_AT_ONCE = 3 * 2**29
+TENSORS_AT_ONCE = 5
+# Tensors of a decoder that are larger than this are made by stripes.
+WHOLE_BYTES = 2**27
 # The parts of the tokenizer that decide which code an image gets: in float32, whatever the rest of a model runs in.
 CODE_PARTS = ("semantic_encoder", "semantic_projection", "pixel_encoder", "quantizer")
 
@@ -67,6 +74,7 @@ class NextFlowVQPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTra
     """What vision tokenizers share: how they load, are placed on devices, and start."""
 
     config: NextFlowVQConfig
+    save_pretrained = saved_whole(PreTrainedModel.save_pretrained)
     base_model_prefix = "vq_model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -261,7 +269,12 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
 
     def decode(self, image_tokens: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
         """Images (B, 3, H, W) in [-1, 1] from codes (B, n) of all scales, or of the first ones (a preview)."""
-        return self.decode_features(self.quantizer.decode(image_tokens, schedule)).clamp(-1, 1)
+        features = self.quantizer.decode(image_tokens, schedule)
+        if torch.is_grad_enabled():
+            return self.decode_features(features).clamp(-1, 1)
+        config, size = self.config, next(self.pixel_decoder.parameters()).element_size()
+        parts = features.split(images_at_once(config, config.pixel_decoder_channels, schedule, size))
+        return torch.cat([self.decode_features(part).clamp(-1, 1) for part in parts])
 
     def decode_features(self, features: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W), not clamped, from a sum of code vectors (B, C, h, w)."""
@@ -311,6 +324,17 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
             codebook_loss=codebook_loss,
             commitment_loss=commitment_loss,
         )
+
+
+def images_at_once(config: NextFlowVQConfig, channels: int, schedule: ScaleSchedule, size: int) -> int:
+    """How many images a pixel branch of so many channels, of `size` bytes each, works on at once: as many as take
+    `BYTES_AT_ONCE`, or one.
+    """
+    height, width = schedule.image_size(config.patch_size)
+    elements = channels * height * width
+    if config.pixel_encoder_type == "patch":  # wide in cells alone
+        elements = 2 * channels * schedule.final_grid[0] * schedule.final_grid[1] + 3 * height * width
+    return max(1, BYTES_AT_ONCE // (TENSORS_AT_ONCE * elements * size))
 
 
 def frozen_vision_tokenizer(config: NextFlowVQConfig) -> NextFlowVQModel:
@@ -479,7 +503,7 @@ class PatchDecoder(nn.Module):
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels), channels, eps=1e-6)
+    return nn.GroupNorm(min(NORM_GROUPS, channels), channels, eps=1e-6)
 
 
 class ResidualConvolution(nn.Module):
@@ -497,6 +521,13 @@ class ResidualConvolution(nn.Module):
         residual = self.shortcut(hidden_states)
         hidden_states = self.conv1(F.silu(self.norm1(hidden_states)))
         return residual + self.conv2(F.silu(self.norm2(hidden_states)))
+
+    def by_stripes(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The same without gradients, with two large tensors in memory; the input may be overwritten."""
+        inner = convolve(hidden_states, self.conv1, self.norm1)
+        residual = self.shortcut(hidden_states)
+        add_convolved(residual, inner, self.conv2, self.norm2)
+        return residual
 
 
 class GridAttention(nn.Module):
@@ -566,7 +597,27 @@ class ConvolutionalDecoder(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(B, pixel_code_dim, h, w) → (B, 3, H, W)."""
-        return self.layers(self.input_projection(features))
+        hidden_states = self.input_projection(features)
+        return self.layers(hidden_states) if torch.is_grad_enabled() else self._by_stripes(hidden_states)
+
+    def _by_stripes(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the layers give, large tensors by stripes."""
+        layers = iter(self.layers)
+        for layer in layers:
+            # Enlarging and norms are followed by the convolution that reads them.
+            enlarged = 4 if isinstance(layer, nn.Upsample) else 1
+            if enlarged * hidden_states.nbytes <= WHOLE_BYTES:
+                hidden_states = layer(hidden_states)
+            elif isinstance(layer, nn.Upsample):
+                hidden_states = convolve_enlarged(hidden_states, next(layers))
+            elif isinstance(layer, nn.GroupNorm):
+                next(layers)
+                hidden_states = convolve(hidden_states, next(layers), norm=layer)
+            elif isinstance(layer, ResidualConvolution):
+                hidden_states = layer.by_stripes(hidden_states)
+            else:
+                hidden_states = layer(hidden_states)
+        return hidden_states
 
 
 def _as_weights_of(decoder: nn.Module, features: torch.Tensor) -> torch.Tensor:

@@ -164,7 +164,6 @@ class NextFlowVQQuantizer(nn.Module):
         target = resample(residual, grid, self.config.downsample).permute(0, 2, 3, 1)
         return target, self.normalize(target) if self.config.normalize_codes else target
 
-    @outside_of_autocast
     def nearest(self, residual: torch.Tensor, grid: Grid) -> torch.Tensor:
         """The nearest codes (B, h_k * w_k) of a residual (B, C, h, w) on a grid."""
         compared = self.targets(residual.float(), grid)[1]
@@ -196,7 +195,6 @@ class NextFlowVQQuantizer(nn.Module):
             )
         return [F.embedding(codes, codebook).permute(0, 3, 1, 2) for codes in grids]
 
-    @outside_of_autocast
     def decode(self, image_tokens: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
         """The sum (B, C, h, w) on the final grid of the codes (B, n) of all scales, or of the first ones."""
         vectors = self.lookup(image_tokens, schedule)

@@ -7,7 +7,6 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,11 +23,15 @@ from .image_processing_nextflow import OUTPUT_TYPES
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .pipelines.calls import PipelineCallsMixin
 from .pipelines.conversations import ConversationMixin
+from .pipelines.outside import OutsideWarningsMixin
 from .pipelines.requests import ImageInput, ImageRequest
 from .processing_nextflow import NextFlowProcessor
 from .sequence.padding import pad_codes
-from .utils.atomic_files import write_whole
-from .utils.saved_adapters import HUB_OPTIONS, is_adapted, save_adapters, unwrapped, without_adapters
+from .utils.atomic_files import write_into
+from .utils.checkpoint_checks import loading_errors
+from .utils.known_names import checks_names
+from .utils.saved_adapters import FOLDER as ADAPTERS
+from .utils.saved_adapters import HUB_OPTIONS, is_adapted, unwrapped, with_adapters_beside
 from .utils.short_repr import short_repr
 
 
@@ -95,7 +98,7 @@ class NextFlowPipelineOutput(BaseOutput):
     candidate_scores: torch.Tensor | None = None
 
 
-class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline):
+class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMixin, DiffusionPipeline):
     """Draws images from prompts and from other images, videos, and answers in text and images.
 
     >>> pipe = NextFlowPipeline.from_pretrained("checkpoints/nextflow-shapes")
@@ -113,6 +116,8 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
     """
 
     model_cpu_offload_seq = "model"
+    # Images that one call draws, all in one batch; more would rather fill the memory than end.
+    max_batch_size = 1024
     _callback_tensor_inputs = ["image_tokens", "preview"]
 
     def __init__(self, model: NextFlowForConditionalGeneration, processor: NextFlowProcessor):
@@ -149,16 +154,17 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
         def holds(name: str) -> bool:
             return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_options) is not None
 
-        is_pipeline = not (holds("config.json") or holds("adapter_config.json"))
-        if model is None:
-            subfolder = "model" if is_pipeline else ""
-            model = AutoModelForMultimodalLM.from_pretrained(path, subfolder=subfolder, **kwargs)
-        if processor is None:
-            # An adapter's folder need not hold one.
-            source = path if is_pipeline or holds("processor_config.json") else model.name_or_path
-            subfolder = "processor" if is_pipeline else ""
-            processor = AutoProcessor.from_pretrained(source, subfolder=subfolder, **hub_options)
-        pipeline = cls(model=model, processor=processor)
+        with loading_errors(path):
+            is_pipeline = not (holds("config.json") or holds("adapter_config.json"))
+            if model is None:
+                subfolder = "model" if is_pipeline else ""
+                model = AutoModelForMultimodalLM.from_pretrained(path, subfolder=subfolder, **kwargs)
+            if processor is None:
+                # An adapter's folder need not hold one.
+                source = path if is_pipeline or holds("processor_config.json") else model.name_or_path
+                subfolder = "processor" if is_pipeline else ""
+                processor = AutoProcessor.from_pretrained(source, subfolder=subfolder, **hub_options)
+            pipeline = cls(model=model, processor=processor)
         pipeline.register_to_config(_name_or_path=str(path))
         return pipeline
 
@@ -178,12 +184,11 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
         pipeline, model = self, self.unwrapped_model
         if is_adapted(model):
             pipeline = copy.copy(self)
-            pipeline.model = without_adapters(model)
-        # First, so that they are there when the folder is uploaded.
-        with write_whole(Path(save_directory) / "pipeline.py") as partial:
-            partial.write_text(PIPELINE_FILE)
-        save_adapters(model, Path(save_directory) / "model")
-        DiffusionPipeline.save_pretrained(pipeline, save_directory, **kwargs)
+            pipeline.model = with_adapters_beside(model)
+        with write_into(save_directory, replaced=[f"model/{ADAPTERS}"]) as folder:
+            # First, so that they are there when the folder is uploaded.
+            (folder / "pipeline.py").write_text(PIPELINE_FILE)
+            DiffusionPipeline.save_pretrained(pipeline, str(folder), **kwargs)
 
     def to_json_string(self) -> str:
         # Where a `pipeline.py` lies beside the index, `DiffusionPipeline` takes the class from it.
@@ -216,9 +221,10 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
         if request.images is None and "unconditional" in contexts:
             raise ValueError("image_guidance_scale leads towards input images; give image=, or leave it at 1.")
         for name, value in (("num_images_per_prompt", num_images_per_prompt), ("num_candidates", num_candidates)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number from 1, got {value}.")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number from 1, got {short_repr(value)}.")
         count = num_images_per_prompt * num_candidates
+        self.check_batch_size(len(request.prompts) * count)
         check_generators(generator, len(request.prompts) * count)
         if (kept := request.num_kept_scales) is not None and count > 1:
             if not all(any(sampling.is_sampled_at(scale, n) for scale in range(kept, n)) for n in counts):
@@ -238,11 +244,20 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
                 f"callback_on_step_end_tensor_inputs is a list of {self._callback_tensor_inputs}, got {wanted!r}."
             )
 
+    def check_batch_size(self, count: int):
+        """Raises `ValueError` for more images in one batch than `max_batch_size`, which may be set."""
+        if count > self.max_batch_size:
+            raise ValueError(
+                f"{count} images would be drawn in one batch, which takes memory for all at once; draw at most "
+                f"{self.max_batch_size} in a call, or set max_batch_size of the pipeline."
+            )
+
     def _check_reads(self, purpose: str):
         """Raises `ValueError` if the model draws alone, as TokenFlow-t2i does."""
         if not hasattr(self.processor, "caption_request"):
             raise ValueError(f"{purpose} takes a model that reads images; {type(self.model).__name__} draws alone.")
 
+    @checks_names
     @torch.no_grad()
     def __call__(
         self,
@@ -327,6 +342,7 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
             request, sampling, num_images_per_prompt, num_candidates, generator, output_type,
             callback_on_step_end_tensor_inputs,
         )  # fmt: skip
+        self._warn_of_request(request)
         if num_candidates > 1 and candidate_scorer is None:
             self._check_reads("To rank candidates without a candidate_scorer")
         request = request.repeat(num_images_per_prompt * num_candidates)
@@ -380,6 +396,8 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
         inputs = self.processor.apply_image_prompt(request.prompts, request.images, **start).to(device)
         inputs["image_sizes"] = [schedule.image_size(patch_size) for schedule in request.schedules]
         inputs |= self._negative_inputs(request, sampling)
+        if "pixel_values" in inputs and request.pixels is None:
+            self._warn_of_images(self._images_of(inputs["pixel_values"], inputs["image_grids"]))
         if request.pixels is not None:
             pixels = [pixels.to(device) for pixels in request.pixels]
             if request.num_kept_scales is not None:
@@ -388,6 +406,7 @@ class NextFlowPipeline(ConversationMixin, PipelineCallsMixin, DiffusionPipeline)
                     for codes, schedule in zip(self._own_codes(request), request.schedules)
                 ]
                 inputs["given_image_tokens"] = pad_codes(codes)
+            self._warn_of_images(pixels)
             if request.regions is not None:
                 regions = [region.to(device) for region in request.regions]
                 inputs["region"] = KeptRegion(self.model.vq_model, pixels, regions)

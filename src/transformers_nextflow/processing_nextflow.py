@@ -9,9 +9,17 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpa
 
 from .configuration_nextflow import NextFlowConfig
 from .image_processing_nextflow import flatten_images
-from .sequence.chat_encoding import check_spells_out_no_special_tokens, encode_chats, encode_text
+from .sequence.chat_encoding import (
+    check_spells_out_no_special_tokens,
+    check_texts,
+    encode_chats,
+    encode_text,
+    gather_special_tokens,
+    template_errors,
+)
 from .sequence.padding import pad_left
-from .tokenization_nextflow import CHAT_TEMPLATE, add_image_tokens
+from .tokenization_nextflow import CHAT_TEMPLATE, add_image_tokens, check_text
+from .utils.atomic_files import saved_whole
 from .utils.older_transformers import SANITIZES_CONTROL_TOKENS
 from .utils.short_repr import short_repr
 from .video_processing_nextflow import expand_videos
@@ -32,6 +40,7 @@ class NextFlowProcessor(ProcessorMixin):
         caption_request: what a user asks to have an image described, as the model was trained on it.
     """
 
+    save_pretrained = saved_whole(ProcessorMixin.save_pretrained)
     text_kwargs = {"padding_side": "left"}
 
     def __init__(
@@ -85,14 +94,18 @@ class NextFlowProcessor(ProcessorMixin):
         `tokenize=True` special tokens that messages spell out are read as plain text. The text that `tokenize=False`
         gives, like every text that the processor is called on, is read with all special tokens in it.
         """
+        check_texts(conversation)
         conversation = expand_videos(conversation)
+        if tokenize:
+            conversation = gather_special_tokens(self.tokenizer, conversation)
         if tokenize and SANITIZES_CONTROL_TOKENS:
             kwargs.setdefault("sanitize_control_tokens", True)
         elif tokenize:
             check_spells_out_no_special_tokens(self.tokenizer, conversation)
-        output = super().apply_chat_template(
-            conversation, chat_template, *args, tokenize=tokenize, return_dict=return_dict, **kwargs
-        )
+        with template_errors():
+            output = super().apply_chat_template(
+                conversation, chat_template, *args, tokenize=tokenize, return_dict=return_dict, **kwargs
+            )
         if return_assistant_tokens_mask and tokenize and return_dict:
             chats = [conversation] if isinstance(conversation[0], dict) else conversation
             output["assistant_masks"] = self._answer_masks(chats, output, chat_template or self.chat_template)
@@ -118,6 +131,10 @@ class NextFlowProcessor(ProcessorMixin):
     def validate_inputs(self, images=None, text=None, **kwargs):
         if text is not None:
             texts = [text] if isinstance(text, str) else text
+            if not isinstance(texts, list | tuple) or not all(isinstance(one, str) for one in texts):
+                raise ValueError(f"text must be a string or a list of strings, got {short_repr(text)}.")
+            for index, one in enumerate(texts):
+                check_text(one, f"Text {index}")
             placeholders = [sample.count(self.image_token) for sample in texts]
             rows = images if isinstance(images, list | tuple) else [] if images is None else [images]
             nested = bool(rows) and all(isinstance(row, list | tuple) for row in rows)
@@ -247,4 +264,5 @@ def check_prompts(prompts: str | Sequence[str], allow_empty: bool = False) -> li
             )
         if not prompt.strip() and not allow_empty:
             raise ValueError(f"Prompt {index} is empty ({prompt!r}); say what is to be drawn.")
+        check_text(prompt, f"Prompt {index}")
     return list(prompts)

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .utils.short_repr import short_repr
+
 
 PAD_TOKEN = "<|endoftext|>"
 EOS_TOKEN = "<|im_end|>"
@@ -50,6 +52,24 @@ CHAT_TEMPLATE = """
     {{- "<|im_start|>assistant\\n" -}}
 {%- endif -%}
 """.strip()
+
+
+def text_fault(text: str) -> str | None:
+    """Why no tokenizer reads a text, as "holds …"; `None` if it does."""
+    if OPEN in text or CLOSE in text:
+        return f"holds U+FDD0 or U+FDD1, which are no characters: {short_repr(text)}"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"holds one half of a surrogate pair at {error.start}, which is no character: {short_repr(text)}"
+        return f"{half}; it may come from bytes that are not UTF-8"
+    return None
+
+
+def check_text(text: str, name: str = "The text"):
+    """Raises `ValueError` for a text that no tokenizer reads."""
+    if fault := text_fault(text):
+        raise ValueError(f"{name} {fault}.")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool = False) -> PreTrainedTokenizerFast:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageSequence
 
-from .utils.atomic_files import write_whole
+from .utils.atomic_files import write_anyway
+from .utils.image_files import check_pixels, regular_file
+from .utils.output_files import check_output_file
+from .utils.short_repr import short_path, short_repr
 
 
 Video = Sequence[Image.Image] | str | os.PathLike
+# Of all frames of a file: 3 GiB, since they are held at once.
+MOST_PIXELS = 2**30
 
 
 def read_frames(video: Video) -> list[Image.Image]:
@@ -27,8 +32,12 @@ def read_frames(video: Video) -> list[Image.Image]:
     """
     if isinstance(video, str | os.PathLike):
         frames = _read_file(Path(video))
-    else:
+    elif isinstance(video, Sequence) and not isinstance(video, bytes | bytearray | memoryview):
         frames = list(video)
+    elif getattr(video, "ndim", 0) == 4:
+        frames = list(video)
+    else:
+        raise ValueError(f"A video is a list of images, or the path of a file, got {short_repr(video)}.")
     if not frames:
         raise ValueError("A video needs at least one frame, got none.")
     sizes = {getattr(frame, "size", None) if isinstance(frame, Image.Image) else np.shape(frame) for frame in frames}
@@ -55,13 +64,13 @@ def write_frames(frames: Sequence[Image.Image], path: str | os.PathLike, frames_
     if path.suffix.lower() == ".gif":
         first, *others = _without_repetitions([_of_full_colour(frame) for frame in frames])
         duration = 10 * round(100 / frames_per_second)
-        with write_whole(path) as partial:
-            first.save(partial, save_all=True, append_images=others, duration=duration, loop=0)
+        options = {"save_all": True, "append_images": others, "duration": duration, "loop": 0}
+        write_anyway(path, lambda partial: first.save(partial, **options))
     else:
         # Blocks of 16 pixels would have the encoder resize small images.
         arrays = [np.asarray(frame.convert("RGB")) for frame in frames]
-        with write_whole(path) as partial:
-            _imageio().mimwrite(partial, arrays, fps=frames_per_second, macro_block_size=1)
+        options = {"fps": frames_per_second, "macro_block_size": 1}
+        write_anyway(path, lambda partial: _imageio().mimwrite(partial, arrays, **options))
 
 
 def _without_repetitions(frames: Sequence[Image.Image]) -> list[Image.Image]:
@@ -81,23 +90,26 @@ def check_video_path(path: str | os.PathLike):
     """Raises what `write_frames` raises for a path, before there are frames."""
     suffix = Path(path).suffix.lower()
     if suffix not in (".gif", ".mp4"):
-        raise ValueError(f"Videos are written as .gif or .mp4, got {Path(path).name}.")
+        raise ValueError(f"Videos are written as .gif or .mp4, got {short_path(Path(path).name)}.")
+    check_output_file(path)
     if suffix == ".mp4":
         _imageio()
 
 
 def expand_videos(conversation: Sequence) -> list:
     """Messages, or a batch of them, with every video replaced by its frames; other parts are left alone."""
+    if not isinstance(conversation, list | tuple):
+        raise ValueError(f"A conversation is a list of messages with role and content, got {short_repr(conversation)}.")
     return [_expand(entry) if isinstance(entry, dict) else expand_videos(entry) for entry in conversation]
 
 
 def _expand(message: dict) -> dict:
     content = message.get("content")
-    if not isinstance(content, list | tuple) or all("video" not in part for part in content):
+    if not isinstance(content, list | tuple) or all("video" not in part for part in content if isinstance(part, dict)):
         return message
     parts = []
     for part in content:
-        if "video" in part:
+        if isinstance(part, dict) and "video" in part:
             parts += [{"type": "image", "image": frame} for frame in read_frames(part["video"])]
         else:
             parts.append(part)
@@ -105,16 +117,33 @@ def _expand(message: dict) -> dict:
 
 
 def _read_file(path: Path) -> list[Image.Image]:
-    if not path.is_file():
-        raise ValueError(f"There is no video {path}.")
+    regular_file(path, "video")
+    frames, pixels = [], 0
     try:
-        if path.suffix.lower() == ".mp4":
-            return [Image.fromarray(frame) for frame in _imageio().mimread(path, memtest=False)]
-        with Image.open(path) as video:
-            # What transparency stands for is the image processor's to say.
-            return [_of_full_colour(frame) for frame in ImageSequence.Iterator(video)]
-    except (OSError, RuntimeError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as a video: {error}") from error
+        for frame in _frames_of(path):
+            check_pixels(*frame.size, f"A frame of {path}")
+            pixels += frame.width * frame.height
+            if pixels > MOST_PIXELS:
+                raise ValueError(
+                    f"its frames have more than {MOST_PIXELS} pixels together; cut it, or make it smaller."
+                )
+            frames.append(frame)
+    except ImportError:
+        raise
+    except Exception as error:  # decoders of broken files raise what comes
+        raise ValueError(f"{path} cannot be read as a video: {str(error) or type(error).__name__}") from error
+    return frames
+
+
+def _frames_of(path: Path) -> Iterator[Image.Image]:
+    if path.suffix.lower() == ".mp4":
+        with _imageio().get_reader(path) as video:
+            yield from map(Image.fromarray, video.iter_data())
+        return
+    with Image.open(path) as video:
+        check_pixels(*video.size, f"A frame of {path}")
+        # What transparency stands for is the image processor's to say.
+        yield from map(_of_full_colour, ImageSequence.Iterator(video))
 
 
 def _of_full_colour(frame: Image.Image) -> Image.Image:

@@ -18,6 +18,7 @@ from transformers_nextflow.data import (
     read_row,
     tokenizer_fingerprint,
     validate_rows,
+    vision_tokenizer,
 )
 from transformers_nextflow.data.segments import encode_messages
 from transformers_nextflow.trainers import NextFlowCollator
@@ -320,6 +321,23 @@ def test_a_fingerprint_tells_every_weight_that_decides_codes():
         weight.view(-1)[-1] += 1
         assert (tokenizer_fingerprint(model) == before) == ("_decoder." in name), name
         weight.copy_(kept)
+
+
+@pytest.mark.parametrize(
+    "change, interpolates",
+    [
+        ({}, True),
+        ({"downsample": "rotary", "upsample": "rotary"}, False),
+        ({"downsample": "rotary", "upsample": "rotary", "image_size": 20}, True),
+        ({"downsample": "nearest", "upsample": "bilinear"}, True),
+    ],
+    ids=["area and bicubic", "rotary", "resized pixels", "bilinear"],
+)
+def test_a_fingerprint_tells_how_a_tokenizer_interpolates_where_it_does(change, interpolates, monkeypatch):
+    model = tiny_model(vq_config=change).vq_model
+    before = tokenizer_fingerprint(model)
+    monkeypatch.setattr(vision_tokenizer, "RESAMPLED_BY", {})
+    assert (tokenizer_fingerprint(model) != before) == interpolates
 
 
 def test_a_fingerprint_does_not_ask_for_decoders_and_training():

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from test_trainer import CODES, codes, conversation, drawing, make_trainer, question, text
+from test_trainer import CODES, codes, conversation, drawing, make_trainer, question, text, training_arguments
 from tiny import tiny_model, tiny_processor
 from torch.utils.data import DataLoader
 
@@ -16,7 +16,7 @@ from transformers_nextflow.data import BadRowError, read_row, tokenizer_fingerpr
 from transformers_nextflow.data.row_errors import BadImageError
 from transformers_nextflow.data.rows import JsonLines, NumberedRows
 from transformers_nextflow.data.validation import validate_source
-from transformers_nextflow.trainers import NextFlowCollator
+from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer
 from transformers_nextflow.trainers.recipe_data import StageImages, StageRows
 
 
@@ -321,9 +321,40 @@ def test_the_folder_of_a_model_has_texts_checked_by_its_template(folder, tmp_pat
     MODEL.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"messages": [{"role": "system", "content": "one"}]}\n')
-    with pytest.raises(BadRowError, match="^messages: they cannot be written as a conversation: no system") as refused:
+    with pytest.raises(BadRowError, match="^messages: .* cannot be written by the chat template: no system") as refused:
         NextFlowCollator(processor)([{"messages": [{"role": "system", "content": "one"}]}])
     assert validate_source(tmp_path / "rows.jsonl", str(tmp_path)).problems == [f"row 0, {refused.value}"]
+
+
+@pytest.mark.parametrize("packing", [{}, {"packing": "length", "packing_budget": 200}])
+@pytest.mark.parametrize("read_last_scale", [False, True])
+def test_a_row_of_more_positions_than_the_model_has_is_named(read_last_scale, packing, tmp_path):
+    # Text and two images of five positions, one more each where the last scale is read.
+    long = QUESTION | {
+        "messages": conversation([{"type": "image"}, text("one"), {"type": "image"}], [text("two")]),
+        "image_tokens": [codes(1), codes(2)],
+        "image_grids": [[4, 4], [4, 4]],
+    }
+    processor, rows = tiny_processor(read_last_scale=read_last_scale), [QUESTION, long]
+    ids = NextFlowCollator(processor).encode(long)[0]
+    positions = len(ids) - ids.count(processor.image_token_id) + 2 * (3 + read_last_scale)
+    expected = rf"row 1, messages: they take {positions} positions, but the model has {positions - 1} \(max_position"
+    for limit in (positions, positions - 1):
+        model = tiny_model(text_config={"max_position_embeddings": limit}, read_last_scale=read_last_scale)
+        options = packing | {"per_device_train_batch_size": 1 if packing else 2, "learning_rate": 0.0}
+        args = training_arguments(tmp_path / "run", rows, **options)
+        folder = tmp_path / str(limit)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        datasets.Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+        problems = validate_source(tmp_path / "rows.jsonl", str(folder)).problems
+        if limit == positions:
+            NextFlowTrainer(model, args, train_dataset=rows, processing_class=processor).train()
+            assert problems == []
+        else:
+            with pytest.raises(BadRowError, match="^" + expected) as refused:
+                NextFlowTrainer(model, args, train_dataset=rows, processing_class=processor).train()
+            assert problems == [str(refused.value)]
 
 
 def test_a_template_that_leaves_images_out_is_told():

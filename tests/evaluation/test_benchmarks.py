@@ -23,6 +23,8 @@ import fused_loss  # noqa: E402
 import loop_overhead  # noqa: E402
 import packing  # noqa: E402
 import raster_vs_scale  # noqa: E402
+import resampling  # noqa: E402
+import training_speed  # noqa: E402
 
 
 SIDES = (1, 2, 3, 4)
@@ -100,10 +102,54 @@ def test_guidance_takes_twice_the_operations_and_reads_the_weights_once(model):
     assert (two.passes, two.bytes) == (1, one.bytes + keys)
 
 
-def test_drawing_on_a_gpu_measures_a_image_and_its_floor():
-    figures = drawing_on_gpu.measure("random", 64, "cpu", torch.float32, repeats=1, matrix_side=64)
-    assert figures["passes"] == 7 and figures["seconds"] == figures["codes_seconds"] + figures["decoding_seconds"]
-    assert figures["share_of_floor"] > 0 and figures["peak_gib"] >= figures["weights_gib"] > 0
+def written_by(module, monkeypatch, tmp_path, *arguments) -> dict:
+    """What a benchmark writes with these arguments."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *arguments, "--results", str(tmp_path)])
+    module.main()
+    (file,) = tmp_path.glob("*.json")
+    return json.loads(file.read_text())
+
+
+def test_drawing_on_a_gpu_compares_ways_prompts_and_a_diffusion_transformer(tmp_path, monkeypatch):
+    small = ["--model", "random", "--device", "cpu", "--dtype", "float32", "--sizes", "64", "--batches", "1", "2"]
+    values = written_by(drawing_on_gpu, monkeypatch, tmp_path, *small, "--repeats", "1", "--matrix_side", "64")
+    assert (tmp_path / "drawing_on_cpu.json").exists() and len(values["cases"]) == 8
+    assert all(case["share_of_floor"] > 0 and case["decoding_seconds"] > 0 for case in values["cases"])
+    assert {"compiled_speedup", "unequal_over_equal", "speedup_over_diffusion"} <= set(values)
+
+
+def test_training_speed_compares_attentions_and_counts_what_the_model_multiplies(tmp_path, monkeypatch):
+    small = ["--level", "64", "--images", "2", "--tokenizer_batch", "1", "--repeats", "1"]
+    monkeypatch.setattr(training_speed, "MATRIX_SIDE", {"cpu": 64})
+    values = written_by(training_speed, monkeypatch, tmp_path, *small)
+    assert set(values["maskless_speedup"]) == {"padded", "packed"} and values["images_per_second"] > 0
+    assert len(values["ways"]) == 4
+
+    model = backbone.load_model("random", SIDES, (4,)).train()
+    model.set_attn_implementation("eager")
+    batch = resampling.transformer_batch(model, 2, "cpu")
+    with FlopCounterMode(display=False) as counter:
+        model.model(**{name: batch[name] for name in ("input_ids", "image_tokens", "image_grids")})
+    counted = counter.get_total_flops()
+    text = model.config.text_config
+    head = 2 * 2 * model.config.vocab_size * text.hidden_size * 30
+    forward = training_speed.operations(model, batch) / 3 - head
+    # The masked pass computes pairs that nobody attends, and the connector is left out.
+    assert 0.9 < forward / counted < 1
+
+
+def test_interpolation_is_compared_with_that_of_torch(tmp_path, monkeypatch):
+    monkeypatch.setattr(resampling, "SIDES", (1, 2, 16))
+    values = written_by(resampling, monkeypatch, tmp_path, "--batch", "1", "--repeats", "1", "--images", "2")
+    assert (
+        values["largest_difference"] < 1e-6
+        and values["images"] == 2
+        and set(values["step_speedup"])
+        == {
+            "tokenizer",
+            "transformer",
+        }
+    )
 
 
 def test_the_7b_preset_keeps_its_schedule():

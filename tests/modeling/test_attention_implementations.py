@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from transformers_nextflow import ImageSampling, NextFlowForConditionalGeneration, TokenFlowT2IForConditionalGeneration
-from transformers_nextflow.sequence.packed_attention import PACKED_SDPA
+from transformers_nextflow.sequence.scale_sdpa import SCALE_SDPA
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer
 
 
@@ -46,7 +46,7 @@ def from_config(implementation):
 
 WAYS = {
     "loaded, inner": (lambda folder: loaded(folder, INNER), "sdpa", "eager"),
-    "loaded, outer": (lambda folder: loaded(folder, {"": "eager"}), "eager", "sdpa"),
+    "loaded, outer": (lambda folder: loaded(folder, {"": "eager"}), "eager", SCALE_SDPA),
     "from config": (lambda _: from_config(INNER), "sdpa", "eager"),
     "in the config": (lambda _: tiny_model(attn_implementation=INNER), "sdpa", "eager"),
     "set, inner": (lambda _: changed(INNER), "sdpa", "eager"),
@@ -88,7 +88,7 @@ def test_tokenflow_t2i_masks_as_its_backbone_attends():
 
 def test_packing_keeps_an_attention_that_was_asked_for_the_backbone_alone(tmp_path):
     args = arguments(tmp_path, packing="length", packing_budget=300)
-    for setting, expected in ((INNER, "eager"), ({"": "eager"}, PACKED_SDPA)):
+    for setting, expected in ((INNER, "eager"), ({"": "eager"}, SCALE_SDPA)):
         model = tiny_model(attn_implementation=setting)
         NextFlowTrainer(model, args, train_dataset=numbered_rows(6), data_collator=NextFlowCollator(tiny_processor()))
         assert model.config.text_config._attn_implementation == expected

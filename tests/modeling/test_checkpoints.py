@@ -180,6 +180,42 @@ def test_a_lost_generation_config_is_warned_of(folder):
         assert load(folder, generation_config=given).default_image_sampling.guidance_scale == 3
 
 
+def test_a_new_model_has_no_settings_to_lose(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load(tmp_path).save_pretrained(tmp_path / "again")
+        assert load(tmp_path / "again").default_image_sampling == ImageSampling()
+
+
+def test_a_generation_config_that_ends_no_text_is_warned_of(folder):
+    file = folder / "generation_config.json"
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in stored.items() if name != "eos_token_id"}))
+    with pytest.warns(UserWarning, match="no eos_token_id in generation_config.json of .*/model: text goes on"):
+        assert load(folder).generation_config.eos_token_id is None
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda config: config.update(rope_range=float("nan")), "rope_range"),
+        (lambda config: config["text_config"]["rope_parameters"].update(rope_theta=float("inf")), "rope_theta"),
+        (lambda config: config["text_config"].update(rms_norm_eps=float("nan")), "text_config.rms_norm_eps"),
+        (lambda config: config["vq_config"].update(pixel_distance_weight=float("nan")), "pixel_distance_weight"),
+        (lambda config: config["vq_config"]["semantic_config"].update(layer_norm_eps=float("nan")), "layer_norm_eps"),
+    ],
+)
+def test_a_config_with_a_number_that_is_not_finite_is_refused_by_name(folder, change, name):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+    with pytest.raises(Exception, match=f"{name} must be a finite number") as error:
+        load(folder)
+    assert "finite" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -1,5 +1,7 @@
 """What samples or scores gives the same in training mode, with dropout and gradient checkpointing, as in evaluation."""
 
+import threading
+
 import pytest
 import torch
 from PIL import Image
@@ -85,3 +87,23 @@ def test_the_mode_comes_back_after_an_error_and_evaluation_is_left_alone():
     with evaluation_mode(model):
         assert not any(module.training for module in model.modules())
     assert not model.training
+
+
+def test_training_mode_comes_back_when_the_last_of_several_calls_in_threads_ends():
+    model, other = tiny_model().train(), tiny_model().train()
+    begun, ends = threading.Event(), threading.Event()
+
+    def call():
+        with evaluation_mode(model.model):
+            begun.set()
+            ends.wait()
+
+    thread = threading.Thread(target=call)
+    with evaluation_mode(model):
+        thread.start()
+        begun.wait()
+    # The call on a part goes on, and another model has nothing to do with it.
+    assert not any(module.training for module in model.model.modules()) and model.training and other.training
+    ends.set()
+    thread.join()
+    assert [module.training for module in model.modules()] == [module.training for module in other.modules()]

@@ -155,9 +155,9 @@ def test_a_truncated_file_is_refused_by_name(processor, tmp_path):
     path = tmp_path / "cut.png"
     Image.fromarray(noise()).save(path)
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match=r"Image 1 \(.*cut.png\) cannot be read: .*truncated"):
+    with pytest.raises(ValueError, match="Image 1 cannot be read: .*cut.png .*truncated"):
         processor([Image.new("RGB", (64, 64)), Image.open(path)])
-    with pytest.raises(ValueError, match="Image 0 .* cannot be read"):
+    with pytest.raises(ValueError, match="cut.png cannot be read as an image: .*truncated"):
         processor(str(path))
     path.write_bytes(path.read_bytes()[:4])
     with pytest.raises(ValueError, match="cut.png cannot be read as an image"):

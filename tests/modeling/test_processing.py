@@ -157,7 +157,7 @@ def test_arrays_are_counted_as_the_images_that_they_hold():
     for images, message in (
         (np.stack([array, array]), r"hold \[1\] .* given 2 images"),
         (np.zeros((1, 1, 64, 64, 3)), r"with 2 or 3 axes, got <ndarray of shape"),
-        ([[5]], "with 2 or 3 axes, got 5"),
+        ([[5]], "it is 5, not a PIL image"),
     ):
         with pytest.raises(ValueError, match=message):
             processor(text=token, images=images)

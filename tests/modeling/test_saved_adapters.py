@@ -4,8 +4,9 @@ import peft
 import pytest
 import torch
 from tiny import tiny_model, tiny_processor, tiny_tokenizer
+from transformers import AutoModelForMultimodalLM
 
-from transformers_nextflow import NextFlowPipeline
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowPipeline
 from transformers_nextflow.adapters import lora_config
 
 
@@ -102,3 +103,32 @@ def test_prompt_learning_is_refused():
     model.peft_config["default"] = config
     with pytest.raises(ValueError, match="cannot draw"):
         NextFlowPipeline(model, tiny_processor())
+
+
+def test_weights_that_are_saved_over_a_folder_with_adapters_stay_without_them(tmp_path):
+    pipeline(wrapped()).save_pretrained(tmp_path)
+    other = tiny_model(seed=3)
+    other.save_pretrained(tmp_path / "model")
+    assert torch.equal(codes(NextFlowPipeline.from_pretrained(tmp_path)), codes(pipeline(other)))
+
+
+def test_options_of_saving_reach_a_model_with_adapters(tmp_path):
+    pipeline(wrapped()).save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 1
+
+
+def test_an_adapter_whose_base_holds_adapters_is_loaded_as_it_was_saved(tmp_path):
+    pipeline(wrapped()).save_pretrained(tmp_path)
+    model = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "model")
+    expected = {"again": codes(pipeline(model))}
+    model.save_pretrained(tmp_path / "again")  # the active adapter only, as transformers does
+    model.add_adapter(lora_config(model, 3, init_lora_weights=False), "more")
+    model.set_adapter("more")
+    expected["more"] = codes(pipeline(model))
+    model.save_pretrained(tmp_path / "more")
+    assert not torch.equal(*expected.values())
+    for name, found in expected.items():
+        tiny_processor().save_pretrained(tmp_path / name)
+        for load in (NextFlowForConditionalGeneration, AutoModelForMultimodalLM):
+            assert torch.equal(codes(pipeline(load.from_pretrained(tmp_path / name))), found)
+        assert torch.equal(codes(NextFlowPipeline.from_pretrained(tmp_path / name)), found)

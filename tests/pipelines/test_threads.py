@@ -66,9 +66,13 @@ DEEDS = [
 ]
 
 
+@pytest.mark.parametrize("mode", ["evaluation", "training"])
 @pytest.mark.parametrize("share", ["a pipeline", "a model"])
-def test_eight_threads_give_what_one_after_the_other_gives_and_leave_no_trace(share):
+def test_eight_threads_give_what_one_after_the_other_gives_and_leave_no_trace(share, mode):
     pipe = quiet(NextFlowPipeline(tiny_model(), tiny_processor()))
+    if mode == "training":
+        pipe.model.gradient_checkpointing_enable()
+        pipe.model.train()
     other = pipe if share == "a pipeline" else quiet(NextFlowPipeline(pipe.model, tiny_processor()))
     model, before = pipe.model, pipe.model.config.to_dict()
     pipes = [(pipe, other)[number % 2] for number in range(8)]
@@ -79,6 +83,7 @@ def test_eight_threads_give_what_one_after_the_other_gives_and_leave_no_trace(sh
         assert at_once(during) == expected
         assert model.config.to_dict() == before
     assert [deed(pipe) for deed in DEEDS] == expected
+    assert model.training == (mode == "training")
     assert model.config.text_config.to_diff_dict().keys() == tiny_model().config.text_config.to_diff_dict().keys()
 
 

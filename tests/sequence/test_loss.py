@@ -290,11 +290,25 @@ def test_the_fused_loss_equals_the_plain_one_in_value_and_gradient(held, monkeyp
         assert float((gradient - expected).norm() / expected.norm()) < 1e-5
 
 
+def test_blocks_that_are_filled_up_to_places_of_a_gpu_change_nothing(monkeypatch):
+    monkeypatch.setattr(fused_cross_entropy, "logits_at_once", lambda device: (50 * 7, 8))
+    widths, blocks = [], fused_cross_entropy._blocks
+    monkeypatch.setattr(
+        fused_cross_entropy, "_blocks", lambda *args: (widths.append(b[3].shape[1]) or b for b in blocks(*args))
+    )
+    (total, each, gradients), (fused_total, fused_each, fused) = plain_and_fused(*random_targets())
+    assert set(widths) == {8} and len(widths) == 2 * (5 + 3)
+    torch.testing.assert_close(fused_total, total, rtol=1e-5, atol=0)
+    torch.testing.assert_close(fused_each, each, rtol=1e-5, atol=1e-6)
+    for gradient, expected in zip(fused, gradients):
+        assert float((gradient - expected).norm() / expected.norm()) < 1e-5
+
+
 def test_the_fused_loss_holds_no_more_logits_at_once_than_it_says(monkeypatch):
     monkeypatch.setattr(fused_cross_entropy, "LOGITS_AT_ONCE", 50 * 7)
     sizes, blocks = [], fused_cross_entropy._blocks
     monkeypatch.setattr(
-        fused_cross_entropy, "_blocks", lambda *args: (sizes.append(b[2].numel()) or b for b in blocks(*args))
+        fused_cross_entropy, "_blocks", lambda *args: (sizes.append(b[3].numel()) or b for b in blocks(*args))
     )
     list(plain_and_fused(*random_targets()))
     assert max(sizes) == 50 * 7 and sum(sizes) == 2 * 50 * 63

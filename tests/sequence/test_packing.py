@@ -10,7 +10,7 @@ from test_trainer import codes, conversation, drawing, question, text
 from tiny import free_port, tiny_config, tiny_model, tiny_processor
 
 from transformers_nextflow.scale_schedule import ScaleSchedules
-from transformers_nextflow.sequence.packed_attention import PACKED_SDPA
+from transformers_nextflow.sequence.scale_sdpa import SCALE_SDPA
 from transformers_nextflow.trainers import (
     CostModel,
     NextFlowCollator,
@@ -55,7 +55,7 @@ def check_packed_equals_padded(model, processor, rows, **options):
 # In one row -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("implementation", [*ATTENTIONS, PACKED_SDPA])
+@pytest.mark.parametrize("implementation", [*ATTENTIONS, SCALE_SDPA])
 def test_packed_samples_have_the_logits_and_losses_of_padded_ones(implementation):
     model, processor = tiny_model(), tiny_processor()
     model.set_attn_implementation(implementation)
@@ -74,7 +74,7 @@ def test_packing_holds_for_every_layout(options):
     check_packed_equals_padded(model, processor, mixed_rows(processor))
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", PACKED_SDPA])
+@pytest.mark.parametrize("implementation", ["sdpa", SCALE_SDPA])
 def test_no_sample_of_a_row_depends_on_another(implementation):
     model, processor = tiny_model(), tiny_processor()
     model.set_attn_implementation(implementation)
@@ -98,7 +98,7 @@ def test_packed_gradients_are_those_of_padding_also_with_checkpointing():
     packed, padded = packed_and_padded(processor, mixed_rows(processor))
     for batch, checkpointing in ((padded, False), (packed, False), (packed, True)):
         model = tiny_model()
-        model.set_attn_implementation(PACKED_SDPA)
+        model.set_attn_implementation(SCALE_SDPA)
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable()
@@ -233,7 +233,7 @@ def test_an_epoch_trains_on_every_row_once_within_the_budget(packing, stream, tm
     rows, collator = numbered_rows(30), NextFlowCollator(tiny_processor())
     args = arguments(tmp_path, packing=packing, packing_budget=300, **({"max_steps": 16} if stream else {}))
     trainer = Recorder(tiny_model(), args, train_dataset=Stream(rows) if stream else rows, data_collator=collator)
-    assert trainer.model.config._attn_implementation == PACKED_SDPA
+    assert trainer.model.config.text_config._attn_implementation == SCALE_SDPA
     trainer.train()
     seen = [number for step in trainer.seen for number in step]
     if stream:

@@ -222,6 +222,19 @@ def test_settings_that_no_training_can_follow_are_refused_by_name(make, name, va
         make(tmp_path, *arguments, **{name: value})
 
 
+def test_settings_of_an_optimizer_are_checked_wherever_they_come_from(tmp_path):
+    trainer = make_trainer(tmp_path, tiny_model(), rows(), optim="sgd", optim_args="momentum=nan")
+    with pytest.raises(ValueError, match=r"optimizer\[0\].momentum must be a finite number, got nan"):
+        trainer.train()
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.param_groups[0]["lr"] = INF
+    arguments = training_arguments(tmp_path, rows())
+    own = {"train_dataset": rows(), "processing_class": tiny_processor(), "optimizers": (optimizer, None)}
+    with pytest.raises(ValueError, match=r"optimizer\[0\].lr must be a finite number, got inf"):
+        NextFlowTrainer(model, arguments, **own).train()
+
+
 def test_settings_that_change_after_they_were_made_are_checked_again(tmp_path):
     trainer = make_trainer(tmp_path, tiny_model(), rows())
     trainer.args.learning_rate = NAN
@@ -230,10 +243,12 @@ def test_settings_that_change_after_they_were_made_are_checked_again(tmp_path):
 
 
 def test_weights_of_losses_in_a_config_and_shares_of_a_recipe_are_checked(tmp_path):
+    model, vq_model = tiny_model(), tiny_vq_model()
+    model.config.scale_loss_alpha, vq_model.config.commitment_weight = NAN, INF
     with pytest.raises(ValueError, match="config.scale_loss_alpha must be a finite number, got nan"):
-        make_trainer(tmp_path, tiny_model(scale_loss_alpha=NAN), rows())
+        make_trainer(tmp_path, model, rows())
     with pytest.raises(ValueError, match="config.commitment_weight must be a finite number, got inf"):
-        make_vq_trainer(tmp_path, tiny_vq_model(commitment_weight=INF))
+        make_vq_trainer(tmp_path, vq_model)
     with pytest.raises(ValueError, match="caption_share and empty_share must lie in"):
         Recipe("transformer", caption_share=NAN)
 

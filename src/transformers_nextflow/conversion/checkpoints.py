@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from ..configuration_nextflow import NextFlowVQConfig
-from ..utils.checkpoint_checks import FLOATS, is_finite, read_json
+from ..utils.checkpoint_checks import FLOATS, is_finite, read_json, unsafe_pickle
+from ..utils.one_line_errors import tells_what_is_kept
 
 
 INDEX = "model.safetensors.index.json"
@@ -209,14 +210,9 @@ def read_state_dict(path: Path | str, allowed: Iterable[type] = ()) -> State:
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's own words go on to advise opening it all the same.
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if found is None and not _begins_as_pickle(path):
+        if "GLOBAL" not in str(error) and not _begins_as_pickle(path):
             raise ValueError(f"{path} cannot be read; is it whole, or a pointer of Git LFS?") from error
-        raise ValueError(
-            f"{path} is no pickle of tensors alone and was not opened: it holds {found[1] if found else 'more'}. Where "
-            "you trust it, save its tensors as safetensors."
-        ) from error
+        raise ValueError(unsafe_pickle(path, error)) from error
     except (RuntimeError, EOFError, OSError, LookupError, ValueError, AttributeError) as error:
         # torch takes what is no archive for an old pickle, and stumbles over its bytes in many ways.
         raise ValueError(f"{path} cannot be read; is it whole? {error}") from error
@@ -382,8 +378,11 @@ def new_folder(target: Path | str, plan: dict | None = None) -> Iterator[Path]:
     partial.mkdir(parents=True, exist_ok=True)
     unfinished.write_text(described)
     unfinished.replace(partial / PLAN)
+    then = "begins anew" if plan is None else "goes on"
+    kept = f"What is written is kept in {partial}, where the same command {then}."
     try:
-        yield partial
+        with tells_what_is_kept(lambda: kept):
+            yield partial
     except ValueError:
         shutil.rmtree(partial)
         raise

@@ -116,9 +116,11 @@ def convert_qwen2_5_vl(
         config = nextflow_config(qwen_config, tokenizer, vq_config or NextFlowConfig.nextflow_7b().vq_config)
     start = NextFlowStart(open_checkpoint(source), config, rows, vq_model, seed)
     config.dtype = widest_dtype(start.layout[key] for key in start.source_keys)
-    generation_config = None
     if (source / "generation_config.json").is_file():
         generation_config = GenerationConfig.from_pretrained(source)
+    else:
+        generation_config = GenerationConfig.from_model_config(config)
+    generation_config.image_sampling = {}  # nobody has chosen any
 
     plan = {
         "source": [str(source.resolve()), fingerprint(source)],
@@ -134,8 +136,7 @@ def convert_qwen2_5_vl(
 
     with new_folder(output, plan) as folder:
         config.save_pretrained(folder)
-        if generation_config is not None:
-            generation_config.save_pretrained(folder)
+        generation_config.save_pretrained(folder)
         processor.save_pretrained(folder)
         text = CARD.format(source=base_model or source.name, name=output.name)
         tags = ["text-to-image", "image-text-to-text", "next-scale-prediction"]

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -24,6 +25,9 @@ from tqdm import tqdm
 from ..image_processing_nextflow import NextFlowImageProcessorPil
 from ..multiscale_quantizer import SelfCorrection
 from ..utils.atomic_files import write_whole
+from ..utils.checkpoint_checks import read_json
+from ..utils.one_line_errors import tells_what_is_kept
+from ..utils.typed_values import read_typed
 from .row_codes import CLEAN_TOKENS, FINGERPRINT, GRIDS, LABELS, TOKENS, code_fields, encoded_images
 from .row_encoding import read_pixels
 from .rows import Sample, import_extra, open_rows, read_row
@@ -129,7 +133,8 @@ def extract_codes(
     output = Path(output)
     _begin(extraction, output)
     missing = [shard for shard in extraction.shards if not _is_whole(output, shard)]
-    with tqdm(total=len(extraction.shards), initial=len(extraction.shards) - len(missing), unit="shard") as progress:
+    progress = tqdm(total=len(extraction.shards), initial=len(extraction.shards) - len(missing), unit="shard")
+    with tells_what_is_kept(lambda: _kept(output, progress.n, progress.total)), progress:
         for _ in _write_shards(missing, extraction, output, device, processes):
             progress.update()
     return check_codes(output) | {"found": len(extraction.shards) - len(missing)}
@@ -144,11 +149,14 @@ def check_codes(output: str | os.PathLike) -> dict[str, int]:
     output = Path(output)
     if not (output / SETTINGS).is_file():
         raise ValueError(f"{output} holds no {SETTINGS}; is it a folder of extract-codes?")
-    shards = Extraction(**json.loads((output / SETTINGS).read_text())).shards
+    shards = read_typed(Extraction, read_json(output / SETTINGS), f"{output / SETTINGS}").shards
     bad = [_shard(output, shard).name for shard in shards if not _is_whole(output, shard)]
     if bad:
         raise ValueError(f"{output}: {', '.join(bad)} lack or are damaged; extract once more, the others stay.")
-    notes = [json.loads(_note(output, shard).read_text()) for shard in shards]
+    notes = [read_json(_note(output, shard)) for shard in shards]
+    for shard, note in zip(shards, notes):
+        if not all(isinstance(note.get(name), int) for name in ("rows", "skipped")):
+            raise ValueError(f"{_note(output, shard)} does not count its rows; remove it, and extract once more.")
     return {name: sum(note[name] for note in notes) for name in ("rows", "skipped")} | {"shards": len(notes)}
 
 
@@ -162,7 +170,7 @@ def _begin(extraction: Extraction, output: Path):
             raise ValueError(f"{output} holds codes without {SETTINGS}; take an empty folder.")
         with write_whole(path) as partial:
             partial.write_text(json.dumps(asdict(extraction), indent=2) + "\n")
-    begun = json.loads(path.read_text())
+    begun = read_json(path)
     for name, value in asdict(extraction).items():
         # The tokenizer may have moved: its fingerprint says whether it is the same.
         if begun.get(name) != value and name != "tokenizer":
@@ -198,6 +206,7 @@ _worker: _Encoder
 
 def _start_worker(extraction: Extraction, device: str):
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
     torch.set_num_threads(1)
     _worker = _Encoder(extraction, device)
 
@@ -308,6 +317,10 @@ def _write_parquet(rows: list[dict], path: Path):
     parquet.write_table(pa.Table.from_pylist(rows, pa.schema(fields)), path)
 
 
+def _kept(output: Path, done: int, count: int) -> str:
+    return f"{done} of {count} shards are kept in {output}; the same command goes on with the others."
+
+
 def _shard(output: Path, shard: int) -> Path:
     return output / f"codes-{shard:06d}.parquet"
 
@@ -318,8 +331,8 @@ def _note(output: Path, shard: int) -> Path:
 
 def _is_whole(output: Path, shard: int) -> bool:
     try:
-        return json.loads(_note(output, shard).read_text())["sha256"] == _hash(_shard(output, shard))
-    except (FileNotFoundError, ValueError):  # the latter: a note that is no JSON
+        return read_json(_note(output, shard)).get("sha256") == _hash(_shard(output, shard))
+    except (FileNotFoundError, ValueError):  # the latter: no note, or one that is no JSON
         return False
 
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from ..modeling_nextflow_vq import NextFlowVQEncoderOutput
 from ..scale_schedule import Grid, ScaleSchedule, ScaleSchedules
-from .row_errors import BadRowError, shown
+from ..utils.field_errors import shown
+from ..utils.plain_values import as_list, plain
+from .row_errors import BadRowError
 
 
 TOKENS, LABELS, CLEAN_TOKENS, GRIDS = "image_tokens", "image_labels", "image_clean_tokens", "image_grids"
@@ -133,14 +134,6 @@ def schedule_of(schedules: ScaleSchedules, grid: Grid, place: str) -> ScaleSched
         raise BadRowError(place, f"{list(grid)} is no final grid: {error}") from error
 
 
-def as_list(value: Any) -> list | None:
-    """Lists, tuples, arrays, tensors and Arrow's lists as a list of their entries; `None` for anything else."""
-    value = _plain(value)
-    if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim):
-        return list(value)
-    return None
-
-
 def _arrays(row: dict, name: str, count: int | None, optional: bool = False) -> list[np.ndarray | None]:
     """The arrays (N,) of a field, one for each image; `optional`: `None` for an image that has a null."""
     value = row.get(name)
@@ -161,7 +154,7 @@ def _arrays(row: dict, name: str, count: int | None, optional: bool = False) -> 
 
 def _whole_numbers(value: Any, place: str) -> np.ndarray:
     """A list or array of whole numbers as int64 (N,). Nothing is rounded, and a truth value is no number."""
-    value = _plain(value)
+    value = plain(value)
     if isinstance(value, np.ndarray) and value.dtype == object:
         value = value.tolist()
     if isinstance(value, list | tuple):
@@ -181,16 +174,6 @@ def _whole_numbers(value: Any, place: str) -> np.ndarray:
     if value.size and int(value.max()) > np.iinfo(np.int64).max:
         raise BadRowError(place, f"holds numbers beyond any codebook: {value.max()}")
     return np.ascontiguousarray(value, dtype=np.int64)
-
-
-def _plain(value: Any) -> Any:
-    """Tensors as arrays, Arrow's lists as lists, anything else as it is."""
-    if isinstance(value, torch.Tensor):
-        return (value.float() if value.is_floating_point() else value).detach().cpu().numpy()
-    for convert in ("as_py", "to_pylist"):
-        if hasattr(value, convert):
-            return getattr(value, convert)()
-    return value
 
 
 def _check_fellows(index: int, tokens: np.ndarray, labels: np.ndarray | None, clean: np.ndarray | None, trained: bool):

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jinja2 import TemplateError
 
 from ..image_processing_nextflow import NextFlowImageProcessorPil
 from ..processing_nextflow import NextFlowProcessor
@@ -43,24 +42,29 @@ class EncodedRow:
 
 
 def encode_sample(
-    sample: Sample, processor: NextFlowProcessor, codebook_size: int | None = None, fingerprint: str | None = None
+    sample: Sample,
+    processor: NextFlowProcessor,
+    codebook_size: int | None = None,
+    fingerprint: str | None = None,
+    max_positions: int | None = None,
 ) -> EncodedRow:
     """What a model with this processor reads of a row, and what it learns.
 
     Args:
         codebook_size, fingerprint: of the tokenizer that codes must come from; `None`: not checked.
+        max_positions: how many positions the model has; `None`: not checked.
 
     Raises:
-        BadRowError: naming the field, for images or texts that cannot be used.
+        BadRowError: naming the field, for images or texts that cannot be used, or that take too many positions.
     """
     image_processor = processor.image_processor
     grids, pixels = read_images(sample, image_processor, image_processor.scale_schedules, codebook_size, fingerprint)
     try:
         encoded = encode_messages(processor, sample.messages)
-    except (TemplateError, ValueError) as error:
-        raise BadRowError("messages", f"they cannot be written as a conversation: {error}") from error
+    except ValueError as error:
+        raise BadRowError("messages", str(error)) from error
     remaining = list(grids)
-    ids, labels = [], []
+    ids, labels, positions = [], [], len(encoded[0])
     for token, trained in zip(*encoded):
         tokens = answer = [token]
         if token == processor.image_token_id:
@@ -69,12 +73,17 @@ def encode_sample(
             grid = remaining.pop(0)
             tokens = processor.image_placeholder_ids(*grid)
             # Slots that read the last scale predict nothing.
-            predicting = 1 + image_processor.schedule_for_grid(*grid).num_slots()
+            schedule = image_processor.schedule_for_grid(*grid)
+            positions += schedule.num_positions(processor.read_last_scale) - 1
+            predicting = 1 + schedule.num_slots()
             answer = tokens[:predicting] + [IGNORE_INDEX] * (len(tokens) - predicting - 1) + tokens[-1:]
         ids += tokens
         labels += answer if trained else [IGNORE_INDEX] * len(tokens)
     if remaining:
         raise BadRowError("messages", f"the chat template leaves out {len(remaining)} of {len(grids)} images")
+    if max_positions is not None and positions > max_positions:
+        those = f"they take {positions} positions, but the model has {max_positions} (max_position_embeddings)"
+        raise BadRowError("messages", f"{those}; shorten the texts, or give fewer images")
     # One label for each trained position, as trainers count them; nothing predicts the first token.
     return EncodedRow(ids, [IGNORE_INDEX, *labels[1:]], grids, sample, pixels)
 

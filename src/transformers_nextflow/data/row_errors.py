@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import reprlib
-from typing import Any
+from ..utils.field_errors import FieldError
 
 
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 80
-
-
-class BadRowError(ValueError):
+class BadRowError(FieldError):
     """A row that cannot be used; `field` says where in it, as `messages[0].content[1].image`."""
-
-    # `problem` may be left out, since processes hand an error on as its whole message.
-    def __init__(self, field: str, problem: str = ""):
-        message = f"{field}: {problem}" if problem else field
-        # A half of a surrogate pair, as in a path, could not be printed.
-        super().__init__(message.encode("utf-8", "backslashreplace").decode())
-        self.field, self.problem = field, problem
 
     def of_row(self, number: int) -> BadRowError:
         """The same error, named with the row's number."""
@@ -27,11 +15,3 @@ class BadRowError(ValueError):
 
 class BadImageError(BadRowError):
     """An image that is missing, does not decode, or has a ratio that is not drawn."""
-
-
-def shown(value: Any) -> str:
-    """A value as an error shows it: in one line, and cut where it is long."""
-    try:
-        return " ".join(_REPR.repr(value).split())
-    except ValueError:  # Python writes no numbers of more than 4,300 digits
-        return f"a {type(value).__name__} that is too long to show"

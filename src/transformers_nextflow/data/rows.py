@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -12,16 +11,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from ..tokenization_nextflow import CLOSE, OPEN
+from ..sequence.messages import read_message
+from ..utils.field_errors import FieldError, shown
+from ..utils.image_files import read_image
+from ..utils.plain_values import as_list
+from ..utils.short_repr import short_path
 from ..video_processing_nextflow import read_frames
-from .row_codes import ImageCodes, as_list, read_codes
-from .row_errors import BadImageError, BadRowError, shown
+from .row_codes import ImageCodes, read_codes
+from .row_errors import BadImageError, BadRowError
 
 
-ROLES = ("system", "user", "assistant")
 ROW_NUMBER = "row_number"
 
 
@@ -109,7 +110,10 @@ def read_messages(row: dict) -> list[dict]:
     messages = as_list(row.get("messages"))
     if not messages:
         raise BadRowError("messages", f"must be a list of at least one message, got {shown(row.get('messages'))}")
-    return [_read_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    try:
+        return [read_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    except FieldError as error:
+        raise BadRowError(error.field, error.problem) from error
 
 
 def check_is_row(row: Any):
@@ -125,16 +129,8 @@ def load_image(image: Any, field: str = "image") -> Image.Image:
         BadImageError: if the file is missing or is no image.
     """
     try:
-        if isinstance(image, Image.Image):
-            image.load()
-            return image
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            opened.load()
-            return opened.copy() if getattr(opened, "n_frames", 1) == 1 else opened.convert("RGBA")
-    except UnidentifiedImageError as error:
-        raise BadImageError(field, "the image cannot be read: it is no image of a known kind") from error
-    # PIL's decoders of broken files raise what comes: SyntaxError, struct.error, IndexError and more.
-    except Exception as error:
+        return read_image(image)
+    except ValueError as error:
         raise BadImageError(field, f"the image cannot be read: {error}") from error
 
 
@@ -151,14 +147,19 @@ def open_rows(source: str | os.PathLike) -> tuple[Sequence[dict], Path]:
     if source.suffix in (".jsonl", ".json") and source.is_file():
         return JsonLines(source), source.parent
     parquet = [source] if source.suffix == ".parquet" else sorted(source.glob("*.parquet")) if source.is_dir() else []
-    if source.exists() and (parquet or (source / "dataset_info.json").is_file()):
+    if os.path.exists(source) and (parquet or (source / "dataset_info.json").is_file()):
         datasets = import_extra("datasets")
         files = [str(file) for file in parquet]
-        rows = datasets.Dataset.from_parquet(files) if files else datasets.load_from_disk(str(source))
+        try:
+            rows = datasets.Dataset.from_parquet(files) if files else datasets.load_from_disk(str(source))
+        except Exception as error:  # of pyarrow and datasets, each its own
+            raise ValueError(f"{short_path(source)} cannot be read as rows: {error}") from error
         if isinstance(getattr(rows.features.get("images"), "feature", None), datasets.Image):
             # Decoded by us, so that a broken image is told by its row and field.
             rows = rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
         return rows, source
+    if not os.path.exists(source):
+        raise ValueError(f"There is no file or folder {short_path(source)}.")
     raise ValueError(f"{source} is no .jsonl or .parquet file, and no folder of .parquet files or of save_to_disk.")
 
 
@@ -218,31 +219,6 @@ class NumberedRows:
         return (self[index] for index in range(len(self)))
 
 
-def _read_message(message: Any, place: str) -> dict:
-    if not isinstance(message, dict):
-        raise BadRowError(place, f"must be an object with role and content, got {shown(message)}")
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or role not in ROLES:
-        raise BadRowError(f"{place}.role", f"must be one of {ROLES}, got {shown(role)}")
-    _check_names(message, ("role", "content"), place, "message")
-    if isinstance(content, str):
-        parts = [{"type": "text", "text": _text(content, f"{place}.content")}]
-    elif not (given := as_list(content)):
-        raise BadRowError(f"{place}.content", f"must be a text or a list of parts, got {shown(content)}")
-    else:
-        parts = [_read_part(part, f"{place}.content[{number}]") for number, part in enumerate(given)]
-    return {"role": role, "content": parts} | _train_flag(message, place)
-
-
-def _read_part(part: Any, place: str) -> dict:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(kind, str) or kind not in ("text", "image", "video"):
-        raise BadRowError(f"{place}.type", f"must be text, image or video, got {shown(part)}")
-    _check_names(part, ("type", kind), place, f"part of type {kind}")
-    value = _text(part.get("text"), f"{place}.text") if kind == "text" else part.get(kind)
-    return {"type": kind} | ({} if value is None else {kind: value}) | _train_flag(part, place)
-
-
 def _take_part(sample: Sample, part: dict, place: str, root: Path) -> list[dict]:
     """The part as the sample holds it, with its images put there."""
     kind = part["type"]
@@ -256,37 +232,6 @@ def _take_part(sample: Sample, part: dict, place: str, root: Path) -> list[dict]
     sample.fields += fields
     flag = {"train": part["train"]} if "train" in part else {}
     return [{"type": "image"} | flag for _ in images]
-
-
-def _check_names(holder: dict, names: tuple[str, ...], place: str, kind: str):
-    """What training would pass over is refused: a misspelt flag, a second image, a thought beside the content.
-
-    Empty values are Arrow's and TRL's stand-ins for none.
-    """
-    for name, value in holder.items():
-        if name not in (*names, "train") and value is not None and not (isinstance(value, str | list) and not value):
-            allowed = ", ".join((*names, "train"))
-            raise BadRowError(f"{place}.{name}", f"a {kind} holds {allowed} and nothing else, got {shown(value)}")
-
-
-def _text(text: Any, place: str) -> str:
-    if not isinstance(text, str):
-        raise BadRowError(place, f"must be a string, got {shown(text)}")
-    if OPEN in text or CLOSE in text:
-        raise BadRowError(place, f"holds U+FDD0 or U+FDD1, which are no characters: {shown(text)}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        problem = f"holds one half of a surrogate pair at {error.start}, which is no character: {shown(text)}"
-        raise BadRowError(place, problem) from error
-    return text
-
-
-def _train_flag(holder: dict, place: str) -> dict:
-    flag = holder.get("train")
-    if flag is not None and not isinstance(flag, bool | np.bool_):
-        raise BadRowError(f"{place}.train", f"must be true or false, got {shown(flag)}")
-    return {} if flag is None else {"train": bool(flag)}
 
 
 def _frames(video: Any, place: str, root: Path) -> tuple[list, list[str]]:

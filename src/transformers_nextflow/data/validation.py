@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 from transformers.utils import PROCESSOR_NAME, has_file
 
 from ..image_processing_nextflow import NextFlowImageProcessorPil
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedules
+from ..utils.checkpoint_checks import loading_errors
 from .row_codes import TOKENS
 from .row_encoding import encode_sample, read_images
 from .row_errors import BadImageError, BadRowError
@@ -83,6 +84,7 @@ def validate_rows(
     fingerprint: str | None = None,
     on_bad_image: str = "stop",
     processor: NextFlowProcessor | None = None,
+    max_positions: int | None = None,
 ) -> ValidationReport:
     """Read every row as training does, and decode every image that training would; nothing is raised for what rows
     hold.
@@ -93,6 +95,7 @@ def validate_rows(
         on_bad_image: whether rows with an image that does not decode are problems ("stop") or left out ("skip").
         processor: of the model that is to be trained; without one, texts are not written with its chat template.
             `schedules` are its image processor's then.
+        max_positions: how many positions that model has; `None`, or without a processor: not checked.
     """
     check_on_bad_image(on_bad_image)
     if processor is not None:
@@ -110,7 +113,7 @@ def validate_rows(
             sample = read_row(row, root)
             report.images += sample.num_images
             if processor is not None:
-                encode_sample(sample, processor, codebook_size, fingerprint).check_learned()
+                encode_sample(sample, processor, codebook_size, fingerprint, max_positions).check_learned()
             else:
                 read_images(sample, image_processor, schedules, codebook_size, fingerprint)
                 sample.check_learned()
@@ -135,10 +138,12 @@ def validate_source(
     vq_model = load_vision_tokenizer(model)
     config = vq_model.config
     # A tokenizer's folder has none.
-    processor = AutoProcessor.from_pretrained(model) if has_file(model, PROCESSOR_NAME) else None
+    with loading_errors(model):
+        processor = AutoProcessor.from_pretrained(model) if has_file(model, PROCESSOR_NAME) else None
+        text_config = getattr(AutoConfig.from_pretrained(model), "text_config", None)
     return validate_rows(
         rows, root, config.scale_schedules, config.codebook_size, tokenizer_fingerprint(vq_model), on_bad_image,
-        processor,
+        processor, getattr(text_config, "max_position_embeddings", None),
     )  # fmt: skip
 
 

@@ -9,12 +9,17 @@ import os
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..configuration_nextflow import NextFlowVQConfig
+from ..configuration_nextflow import NextFlowConfig, NextFlowVQConfig
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import CODE_PARTS, NextFlowVQModel
+from ..utils.checkpoint_checks import loading_errors
 from ..utils.offloading import onloaded
 
 
+# How features are brought to other grids. Torch's kernels, which came before, round otherwise: of 1,000 images one got
+# other codes (`benchmarks/resampling.py`). Nearest and rotary resampling are as they were.
+RESAMPLED_BY = {"resampling": "matrices"}
+KEPT_RESAMPLINGS = {"nearest", "rotary"}
 # Settings of decoders and of training; all others may change which code an image gets.
 NOT_OF_CODES = {
     "pixel_decoder_channels", "pixel_decoder_num_res_blocks", "semantic_decoder_depth", "semantic_decoder_heads",
@@ -25,8 +30,12 @@ NOT_OF_CODES = {
 
 def load_vision_tokenizer(folder: str | os.PathLike) -> NextFlowVQModel:
     """The tokenizer in the folder (or repository) of a tokenizer or of a whole model, in float32."""
-    if AutoConfig.from_pretrained(folder).model_type == NextFlowVQConfig.model_type:
+    with loading_errors(folder):
+        model_type = AutoConfig.from_pretrained(folder).model_type
+    if model_type == NextFlowVQConfig.model_type:
         return NextFlowVQModel.from_pretrained(folder, dtype=torch.float32).eval()
+    if model_type != NextFlowConfig.model_type:
+        raise ValueError(f"{folder} holds a model of type {model_type!r}, not a NextFlow or a vision tokenizer.")
     # The rest of a large model would fill the memory in float32.
     return NextFlowForConditionalGeneration.from_pretrained(folder).vq_model.float().eval()
 
@@ -41,6 +50,9 @@ def tokenizer_fingerprint(vq_model: NextFlowVQModel) -> str:
     """
     config, tower = vq_model.config, vq_model.config.semantic_config
     settings = _code_settings(config) | {"semantic_config": _code_settings(tower), "tower": tower.model_type}
+    resizes_pixels = config.image_size is not None or getattr(tower, "patch_size", None) != config.patch_size
+    if resizes_pixels or not {config.downsample, config.upsample} <= KEPT_RESAMPLINGS:
+        settings |= RESAMPLED_BY
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     with onloaded(vq_model.modules()):
         weights = vq_model.state_dict()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+
+from ..utils.atomic_files import write_anyway
 
 
 def psnr(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
@@ -49,3 +53,11 @@ def contact_sheet(rows: Sequence[Sequence[Image.Image]], margin: int = 4) -> Ima
         for left, image in enumerate(row):
             sheet.paste(image, (margin + left * width, margin + top * height))
     return sheet
+
+
+def save_sheet(rows: Sequence[Sequence[Image.Image]], path: Path):
+    """Write a contact sheet. Where that fails a warning says why, since the scores beside it are worth more."""
+    try:
+        write_anyway(path, contact_sheet(rows).save)
+    except OSError as error:
+        warnings.warn(str(error), stacklevel=2)

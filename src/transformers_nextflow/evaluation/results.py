@@ -13,16 +13,19 @@ from pathlib import Path
 import torch
 import transformers
 
-from ..utils.atomic_files import write_whole
+from ..utils.atomic_files import write_anyway
 
 
 def write_result(path: Path | str, values: dict, device: str = "cpu") -> Path:
-    """Write `values` and their origin (command, commit, machine) as JSON; returns the path."""
+    """Write `values` and their origin (command, commit, machine) as JSON; returns the path.
+
+    Raises:
+        OSError: if it cannot be written there; the message says where the result is then.
+    """
     path = Path(path)
     script = ["python", sys.argv[0]] if sys.argv[0].endswith(".py") else [Path(sys.argv[0]).name]
     origin = {"command": shlex.join([*script, *sys.argv[1:]]), "commit": commit(), "machine": machine(device)}
-    with write_whole(path) as partial:
-        partial.write_text(json.dumps(values | origin, indent=2) + "\n")
+    write_anyway(path, lambda partial: partial.write_text(json.dumps(values | origin, indent=2) + "\n"))
     return path
 
 

@@ -10,6 +10,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, eager_mask, sdpa_mask
 
 from ..sequence.layout import check_room
+from ..sequence.scale_sdpa import plan_behind
 from ..utils.older_transformers import CACHE
 
 
@@ -40,6 +41,7 @@ class CachedSequences:
     Attributes:
         position: (R, 1) float32, of the token that each row read last; slots do not change it.
         valid: (R, past) int64, the columns that count; `None` while all do.
+        padding: of each row how many columns on its left do not count; `None` where others do not either.
     """
 
     def __init__(self, model: nn.Module):
@@ -47,6 +49,7 @@ class CachedSequences:
         self.cache = DynamicCache(config=model.language_model.config)
         self.position: torch.Tensor | None = None
         self.valid: torch.Tensor | None = None
+        self.padding: list[int] | None = None
 
     def read(
         self,
@@ -65,8 +68,7 @@ class CachedSequences:
         self.position = layout.position_ids[0, :, -1:]
         if room is not None:
             check_room(layout, room, self.model.config)
-        # A mask of ones would only keep the kernels from their fast path.
-        self.valid = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
+        self._begin(len(input_ids), attention_mask)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=self.valid,
@@ -77,6 +79,15 @@ class CachedSequences:
             use_cache=True,
         )
         return outputs.last_hidden_state
+
+    def _begin(self, rows: int, attention_mask: torch.Tensor | None):
+        """Take in which columns of the prompts, padded on the left, count."""
+        self.padding, self.valid = [0] * rows, None
+        # A mask of ones would only keep the kernels from their fast path.
+        if attention_mask is not None and not bool(attention_mask.all()):
+            empty = attention_mask == 0
+            is_left = not bool((empty[:, 1:] & ~empty[:, :-1]).any())
+            self.padding, self.valid = empty.sum(1).tolist() if is_left else None, attention_mask
 
     def slot_origins(self, rows: torch.Tensor) -> torch.Tensor:
         """Where the slots of images (B) count from in `rows` (C, B) that read them: (3, C, B, 1)."""
@@ -142,6 +153,7 @@ class CachedSequences:
         if self.valid is None:
             self.valid = row_mask.new_ones(len(row_mask), self.cache.get_seq_length(), dtype=torch.long)
         self.valid[row_mask, start:] = 0
+        self.padding = None
         self.position = torch.where(row_mask[:, None], position, self.position)
 
     def keep(self, rows: Sequence[int]):
@@ -151,6 +163,8 @@ class CachedSequences:
         self.position = self.position[rows]
         if self.valid is not None:
             self.valid = self.valid[rows]
+        if self.padding is not None:
+            self.padding = [self.padding[row] for row in rows.tolist()]
 
     def _among_all(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Values (r, …) of some rows as (R, …), zero for the others."""
@@ -163,6 +177,8 @@ class CachedSequences:
         occupied: torch.Tensor | None,
         is_causal: bool = False,
     ) -> torch.Tensor:
+        if occupied is not None:
+            self.padding = None
         if self.valid is None and occupied is not None:
             self.valid = occupied.new_ones(len(occupied), self.cache.get_seq_length())
         if self.valid is not None and occupied is None:
@@ -184,6 +200,11 @@ class CachedSequences:
         config, count = self.model.language_model.config, embeds.shape[1]
         form = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation]
         is_causal = is_causal and count > 1
+        if self.padding is not None and (self.valid is not None or is_causal):
+            columns = self.cache.get_seq_length() + count
+            plan = plan_behind(config, self.padding, count, columns, is_causal, embeds.device)
+            if plan is not None:
+                return plan
         if is_causal or form not in (sdpa_mask, eager_mask):
             past = self.cache.get_seq_length()
             blocks = torch.full((len(embeds), past + count), -1, device=embeds.device)

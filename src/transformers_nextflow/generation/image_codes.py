@@ -11,6 +11,7 @@ from torch import nn
 
 from ..scale_schedule import ScaleSchedule
 from ..sequence.layout import batch_slots
+from ..sequence.padding import pad_codes
 from .region_editing import KeptRegion
 from .sampling import Generators, ImageSampling, check_generators, sample_codes
 
@@ -34,8 +35,8 @@ class ScaleState:
 
     def preview(self) -> list[torch.Tensor]:
         """Images, each (3, H, W) in [-1, 1], from the scales drawn so far."""
-        vq_model = self.model.vq_model
-        return [vq_model.decode(t[None], s)[0] for t, s in zip(self.image_tokens, self.schedules)]
+        grids = torch.tensor([schedule.final_grid for schedule in self.schedules])
+        return self.model.decode_image_tokens(pad_codes(self.image_tokens), grids)
 
 
 class ImageCodes:

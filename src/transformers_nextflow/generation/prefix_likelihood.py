@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 from ..scale_schedule import ScaleSchedule
+from ..sequence.scale_sdpa import plan_attention
 from ..utils.older_transformers import CACHE
 from .image_codes import ImageCodes
 from .prompts import Prompts, join_prompts
@@ -175,14 +176,13 @@ def _prefix_logits(model, forward, prompts, contexts, drawing, num_scales) -> to
 
 def _read(model, forward, embeds, positions, blocks, masks, count, cache) -> torch.Tensor:
     """Logits of the last `count` columns; `blocks` and `masks` are of the cached columns too."""
-    embeds = torch.cat(embeds, 1)
-    attention_mask = create_causal_mask(
-        config=model.model.language_model.config,
-        inputs_embeds=embeds,
-        attention_mask=torch.cat(masks, 1),
-        **{CACHE: cache},
-        block_sequence_ids=torch.cat(blocks, 1),
-    )
+    embeds, mask, block_ids = (torch.cat(parts, 1) for parts in (embeds, masks, blocks))
+    config = model.model.language_model.config
+    attention_mask = plan_attention(config, mask - 1, block_ids, embeds.shape[1])
+    if attention_mask is None:
+        attention_mask = create_causal_mask(
+            config=config, inputs_embeds=embeds, attention_mask=mask, **{CACHE: cache}, block_sequence_ids=block_ids
+        )
     return forward(
         inputs_embeds=embeds,
         attention_mask={"full_attention": attention_mask},

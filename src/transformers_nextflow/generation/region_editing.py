@@ -81,7 +81,6 @@ class KeptRegion:
         noise = self._noise(rows, schedule, scale)[:, None, None]
         return logits - share * fine_cells * distances.view(logits.shape) / (2 * noise)
 
-    @outside_of_autocast
     def keep_outside(
         self, drawn: torch.Tensor, codes_before: torch.Tensor, rows: slice | Sequence[int], schedule: ScaleSchedule
     ) -> torch.Tensor:

@@ -9,6 +9,7 @@ from numbers import Real
 
 import torch
 
+from ..utils.known_names import check_names
 from ..utils.short_repr import short_repr
 
 
@@ -72,9 +73,7 @@ class ImageSampling:
         if not isinstance(settings, Mapping):
             raise ValueError(f"The settings of the scale loop are a dict, got {short_repr(settings)}.")
         names = [field.name for field in fields(cls)]
-        unknown = [name for name in settings if name not in names]
-        if unknown:
-            raise ValueError(f"There are no settings {unknown} of the scale loop; there are {names}.")
+        check_names(settings, names, "The scale loop")
         return cls(**settings)
 
     def to_dict(self) -> dict:

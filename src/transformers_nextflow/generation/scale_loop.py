@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -13,6 +14,26 @@ from .sampling import guide_over_contexts
 
 
 ScaleCallback = Callable[[nn.Module, int, ScaleState], bool | None]
+
+
+class PlainScales:
+    """The scales of images (B) as they are read behind what `sequences` have read; `rows` (C, B) are theirs."""
+
+    def __init__(self, drawing: ImageCodes, sequences: CachedSequences, rows: torch.Tensor):
+        self.drawing, self.sequences, self.rows = drawing, sequences, rows
+        self.origins = sequences.slot_origins(rows)
+
+    def read(self, scale: int, round_: int = 0) -> torch.Tensor:
+        """Hidden states (C, B, n, D) of the slots of a scale, counted from 0."""
+        embeds, coordinates, occupied = self.drawing.slots(scale, round_)
+        read = self.sequences.read_slots if round_ == 0 else self.sequences.read_slots_again
+        return read(embeds, self.origins + coordinates, occupied, self.rows)
+
+    def leave_contexts(self):
+        """Go on without the rows that only guidance needs."""
+        self.sequences.keep(self.rows[0])
+        self.rows = torch.arange(self.rows.shape[1], device=self.rows.device)[None]
+        self.origins = self.origins[:, :1]
 
 
 def draw_scales(
@@ -31,23 +52,22 @@ def draw_scales(
         rows: (C, B) int64, the rows of `sequences` that they are of.
         callback: `callback(model, scale, state)` after each scale, counted from 0; `False` stops the drawing.
         go_on: whether anything is read afterwards. If not, rows that only guidance needs leave the cache after its
-            last scale.
+            last scale, and the scales may be compiled ones.
 
     Returns:
         The number of scales drawn; fewer than all where the callback stopped.
     """
-    origins = sequences.slot_origins(rows)
-    for scale in range(drawing.num_scales):
-        for round_ in range(drawing.num_rounds(scale)):
-            if scale > 0:
-                embeds, coordinates, occupied = drawing.slots(scale, round_)
-                read = sequences.read_slots if round_ == 0 else sequences.read_slots_again
-                hidden_states = read(embeds, origins + coordinates, occupied, rows)
-            logits = guide_over_contexts(model.visual_head(hidden_states).float(), drawing.guidance[scale])
-            drawing.draw(scale, logits, round_)
-        if callback is not None and callback(model, scale, drawing.state(scale, logits)) is False:
-            return scale + 1
-        if not go_on and scale == drawing.last_guided_scale < drawing.num_scales - 1:
-            sequences.keep(rows[0])
-            rows, origins = torch.arange(rows.shape[1], device=rows.device)[None], origins[:, :1]
+    compiled = None if go_on else getattr(model, "compiled_drawing", None)
+    with nullcontext() if compiled is None else compiled.scales(drawing, sequences, rows) as recorded:
+        scales = recorded or PlainScales(drawing, sequences, rows)
+        for scale in range(drawing.num_scales):
+            for round_ in range(drawing.num_rounds(scale)):
+                if scale > 0:
+                    hidden_states = scales.read(scale, round_)
+                logits = guide_over_contexts(model.visual_head(hidden_states).float(), drawing.guidance[scale])
+                drawing.draw(scale, logits, round_)
+            if callback is not None and callback(model, scale, drawing.state(scale, logits)) is False:
+                return scale + 1
+            if not go_on and scale == drawing.last_guided_scale < drawing.num_scales - 1:
+                scales.leave_contexts()
     return drawing.num_scales

@@ -25,7 +25,15 @@ class StoredSamplingMixin:
         super().adjust_generation_fn(generation_config, from_auto_class, from_pipeline, source, **kwargs)
         for name in stored.keys() & SAMPLINGS:
             setattr(self.generation_config, name, stored[name])
-        self._check_samplings(f"{GENERATION_CONFIG_NAME} of {source}" if is_stored else "generation_config")
+        file = f"{GENERATION_CONFIG_NAME} of {source}" if is_stored else "generation_config"
+        self._check_samplings(file)
+        end = self.config.text_config.eos_token_id
+        if is_stored and self.generation_config.eos_token_id is None and end is not None:
+            warnings.warn(
+                f"There is no eos_token_id in {file}: text goes on until its limit, though the model ends its turns "
+                f"with {end}.",
+                stacklevel=2,
+            )
 
     def _check_samplings(self, file: str):
         """Raises `ValueError` for settings of sampling that cannot be used, and warns where there are none."""

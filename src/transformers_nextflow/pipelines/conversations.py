@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from PIL import Image
@@ -16,8 +16,11 @@ from ..generation.sampling import ImageSampling, PerScale
 from ..generation_nextflow import InterleavedGenerationOutput
 from ..processing_nextflow import check_prompts
 from ..sequence.chat_encoding import encode_text
+from ..sequence.messages import check_conversation
 from ..utils.evaluation_mode import evaluation_mode
+from ..utils.known_names import check_names, checks_names
 from ..utils.short_repr import short_repr
+from .outside import texts_of_messages
 from .requests import ImageInput, ImageRequest, pixels_of_size, requested_schedule
 
 
@@ -45,6 +48,12 @@ class NextFlowScores:
 
     image_given_text: torch.Tensor
     text_given_image: torch.Tensor
+
+
+MOST_FRAMES = 1024
+# What `video` takes.
+SAMPLING_NAMES = [f.name for f in fields(ImageSampling)]
+VIDEO_NAMES = ("prompt", "image", "num_frames", "negative_prompt", "height", "width", "generator")
 
 
 class ConversationMixin:
@@ -83,6 +92,7 @@ class ConversationMixin:
                 `__call__` refuses.
         """
         self._check_reads("video")
+        check_names(sampling, [*VIDEO_NAMES, *SAMPLING_NAMES], "NextFlowPipeline.video")
         scripts = _scripts(prompt, num_frames)
         is_scripted = not isinstance(prompt, str) and isinstance(prompt[0], list | tuple)
         prompts = [script[0] for script in scripts]
@@ -94,6 +104,7 @@ class ConversationMixin:
         sampling, size = self._sampling(True, **sampling), (height, width)
         request = ImageRequest.build(self.processor, prompts, negative_prompt, image, None, size, None, False, False)
         self.check_inputs(request, sampling, 1, 1, generator, "pil", ())
+        self._warn_of_request(request)
         with self._call():
             given = 0 if image is None else 1
             if given:
@@ -195,6 +206,8 @@ class ConversationMixin:
             raise ValueError(
                 f"messages must be a list of messages, or a list of such lists, got {short_repr(messages)}."
             )
+        if not isinstance(max_images, int) or not isinstance(min_images, int):
+            raise ValueError(f"min_images and max_images are whole numbers, got {min_images!r} and {max_images!r}.")
         # Guidance compares with nothing said and shown at once.
         if sampling is None:
             sampling = replace(self.model.default_image_sampling, image_guidance_scale=1.0)
@@ -202,11 +215,14 @@ class ConversationMixin:
             raise ValueError("chat has no image_guidance_scale; leave it at 1, or edit by calling the pipeline.")
         is_batch = isinstance(messages[0], list | tuple)
         conversations = messages if is_batch else [messages]
+        for number, conversation in enumerate(conversations):
+            check_conversation(conversation, f"messages[{number}]" if is_batch else "messages")
         inputs = self.processor.apply_chat_template(
             conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
             processor_kwargs={"padding": True},
         )  # fmt: skip
         inputs, sizes = dict(inputs), {}
+        self._warn_of_texts([text for conversation in conversations for text in texts_of_messages(conversation)])
         if max_images > 0:
             negative = self.processor.apply_image_prompt([""] * len(conversations), allow_empty=True)
             inputs |= {f"negative_{name}": value for name, value in negative.items()}
@@ -216,6 +232,8 @@ class ConversationMixin:
             sizes = {"image_sizes": [size] * len(conversations)}
         with self._call():
             inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+            if "pixel_values" in inputs:
+                self._warn_of_images(self._images_of(inputs["pixel_values"], inputs["image_grids"]))
             output = self.model.generate_interleaved(
                 **inputs, **sizes, max_new_tokens=max_new_tokens, min_images=min_images, max_images=max_images,
                 sampling=sampling, generator=generator, streamer=streamer, tokenizer=self.processor.tokenizer,
@@ -238,6 +256,7 @@ class ConversationMixin:
                 content.append({"type": "image", "image": self.processor.post_process_images(pixels)[0]})
         return {"role": "assistant", "content": content}
 
+    @checks_names
     @torch.no_grad()
     def score(self, images: Sequence[ImageInput], prompts: Sequence[str]) -> NextFlowScores:
         """How well images and prompts fit, judged by the model itself.
@@ -271,13 +290,18 @@ class ConversationMixin:
 
 def _scripts(prompt, num_frames: int | None) -> list[list[str]]:
     """Of each video its prompt, and the texts between its frames where they are given."""
-    if num_frames is not None and not isinstance(num_frames, int):
-        raise ValueError(f"num_frames must be a whole number from 2, got {num_frames!r}.")
+    if num_frames is not None and (not isinstance(num_frames, int) or num_frames > MOST_FRAMES):
+        raise ValueError(
+            f"num_frames must be a whole number from 2 to {MOST_FRAMES}, since every frame is drawn after all earlier "
+            f"ones; got {short_repr(num_frames)}."
+        )
     if not isinstance(prompt, str) and not (isinstance(prompt, list | tuple) and prompt):
         raise ValueError(
             f"prompt must be a video's text, its frames' texts, or a list of either, got {short_repr(prompt)}."
         )
     videos = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+    for script in videos:
+        check_prompts(script if isinstance(script, list | tuple) else [script])
     given = [isinstance(video, list | tuple) for video in videos]
     if any(given) and not all(given):
         raise ValueError("A batch holds either prompts of videos or lists of texts, not both; call video twice.")

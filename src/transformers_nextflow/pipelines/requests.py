@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -11,9 +14,10 @@ from PIL import Image
 
 from ..processing_nextflow import NextFlowProcessor, check_prompts
 from ..scale_schedule import ScaleSchedule
+from ..utils.short_repr import short_repr
 
 
-ImageInput = Image.Image | np.ndarray | torch.Tensor | str
+ImageInput = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike | bytes | BinaryIO
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class ImageRequest:
             regions = _regions(processor, mask_image, last_images, prompt)
         if num_kept_scales is not None:
             least = min(schedule.num_scales for schedule in schedules)
-            if not isinstance(num_kept_scales, int) or not 0 < num_kept_scales <= least:
+            if type(num_kept_scales) is not int or not 0 < num_kept_scales <= least:
                 raise ValueError(f"num_kept_scales must be from 1 to the {least} scales, got {num_kept_scales}.")
             # What is kept stands in the image that is drawn; the prompt is one for the image as a whole.
             images = None
@@ -139,6 +143,9 @@ def requested_schedule(processor, size: tuple[int | None, int | None], image: Im
     Raises:
         ValueError: for a size that is not drawn.
     """
+    for name, value in zip(("height", "width"), size):
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+            raise ValueError(f"{name} must be a whole number of pixels, got {short_repr(value)}.")
     image_processor = processor.image_processor
     schedules = image_processor.scale_schedules
     if image is not None:

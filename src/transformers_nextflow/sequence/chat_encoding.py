@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..tokenization_nextflow import CLOSE, OPEN
+from ..tokenization_nextflow import CLOSE, OPEN, check_text
 
 
 @dataclass(frozen=True)
@@ -42,21 +45,38 @@ def encode_chats(
         template_kwargs: such as `add_generation_prompt`.
 
     Raises:
-        ValueError: for text that holds one of the two noncharacters that mark special tokens here.
+        ValueError: for a text that no tokenizer reads (`text_fault`), and what the template refuses.
     """
     special = _special_tokens(tokenizer)
-    rendered, spans = render_jinja_template(
-        conversations=[_marked(list(chat), special) for chat in chats],
-        chat_template=chat_template,
-        return_assistant_tokens_mask=with_answers,
-        **tokenizer.special_tokens_map | template_kwargs,
-    )
+    with template_errors():
+        rendered, spans = render_jinja_template(
+            conversations=[_marked(_gathered(list(chat), special), special) for chat in chats],
+            chat_template=chat_template,
+            return_assistant_tokens_mask=with_answers,
+            **tokenizer.special_tokens_map | template_kwargs,
+        )
     return [_encode(tokenizer, text, own) for text, own in zip(rendered, spans or [[]] * len(rendered))]
+
+
+@contextmanager
+def template_errors() -> Iterator[None]:
+    """What Jinja says to a chat template, or the template to a conversation, becomes a `ValueError`."""
+    try:
+        yield
+    except TemplateError as error:
+        raise ValueError(f"The conversation cannot be written by the chat template: {error}") from error
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text that stands outside of any template, such as a given answer."""
     return _encode(tokenizer, _marked(text, _special_tokens(tokenizer)), []).ids
+
+
+def gather_special_tokens(tokenizer: PreTrainedTokenizerBase, conversation: Any) -> Any:
+    """Messages, or lists of them, in which no special token is spelled out by several text parts, as by "<|im_" and
+    "end|>" together: it moves into the part in which it begins.
+    """
+    return _gathered(conversation, _special_tokens(tokenizer))
 
 
 def check_spells_out_no_special_tokens(tokenizer: PreTrainedTokenizerBase, value: Any):
@@ -66,6 +86,12 @@ def check_spells_out_no_special_tokens(tokenizer: PreTrainedTokenizerBase, value
             f"The conversation spells out {found[0]}, which this version of transformers would obey; leave it out, or "
             "upgrade transformers."
         )
+
+
+def check_texts(conversation: Any):
+    """Raises `ValueError` for a text in a conversation that no tokenizer reads."""
+    for text in _strings(conversation):
+        check_text(text)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, marked: str, answers: Sequence[tuple[int, int]]) -> EncodedChat:
@@ -101,12 +127,30 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
 def _marked(value: Any, special: re.Pattern) -> Any:
     """Every string in messages with its special tokens between marks."""
     if isinstance(value, str):
-        if OPEN in value or CLOSE in value:
-            raise ValueError(f"The text holds U+FDD0 or U+FDD1, which are no characters: {value[:200]!r}.")
+        check_text(value)
         return special.sub(rf"{OPEN}\g<0>{CLOSE}", value)
     if isinstance(value, dict):
         return {key: _marked(inner, special) for key, inner in value.items()}
     return [_marked(inner, special) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _gathered(value: Any, special: re.Pattern) -> Any:
+    if isinstance(value, dict):
+        return {key: _gathered(inner, special) for key, inner in value.items()}
+    if not isinstance(value, list | tuple):
+        return value
+    parts = [_gathered(inner, special) for inner in value]
+    texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    for first, text in enumerate(texts):
+        # What is rendered side by side.
+        run = list(takewhile(lambda following: isinstance(following, str), texts[first:]))
+        if len(run) > 1:
+            matches = special.finditer("".join(run))
+            moved = next((m.end() - len(text) for m in matches if m.start() < len(text) < m.end()), 0)
+            for place, following in enumerate(run[1:], first + 1):
+                taken = following[:moved]
+                texts[first], texts[place], moved = texts[first] + taken, following[len(taken) :], moved - len(taken)
+    return [part | {"text": text} if isinstance(text, str) else part for part, text in zip(parts, texts)]
 
 
 def _strings(value: Any) -> list[str]:

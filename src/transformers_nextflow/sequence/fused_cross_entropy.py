@@ -16,8 +16,12 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
-# Logits that are held at once: 64 MiB in float32, and about three times as much for what is made of them.
+# Logits that are held at once: 64 MiB in float32, and about three times as much for what is made of them; on a GPU as
+# many as this share of its memory holds.
 LOGITS_AT_ONCE = 2**24
+SHARE_OF_MEMORY = 1 / 128
+# Products in half precision on a GPU are fast where the rows of their results begin at such places.
+ALIGNMENT = 64
 # A head that is called reads all its weights for each block of positions, so these are larger: 256 MiB.
 CALLED_LOGITS_AT_ONCE = 2**26
 
@@ -48,7 +52,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         hidden, heads = hidden_states.to(dtype), [matrix.to(dtype) for matrix in matrices]
         normaliser = torch.full(classes.shape, -torch.inf, device=classes.device)
         own, largest = torch.zeros_like(normaliser), normaliser
-        for _, _, logits, index, inside in _blocks(hidden, heads, classes):
+        for _, _, _, logits, index, inside in _blocks(hidden, heads, classes):
             normaliser = torch.logaddexp(normaliser, logits.logsumexp(-1))
             largest = torch.maximum(largest, logits.amax(-1))
             own = torch.where(inside, logits.gather(1, index[:, None])[:, 0], own)
@@ -58,14 +62,16 @@ class _FusedCrossEntropy(torch.autograd.Function):
         to_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
         to_heads = [torch.empty_like(head) if need else None for head, need in zip(heads, needs_matrices)]
         if needs_hidden or any(needs_matrices):
-            for head, rows, logits, index, inside in _blocks(hidden, heads, classes):
+            for head, rows, matrix, logits, index, inside in _blocks(hidden, heads, classes):
                 gradient = logits.sub_(normaliser[:, None]).exp_()
                 gradient.scatter_add_(1, index[:, None], -inside[:, None].float())
                 gradient = gradient.mul_(weights[:, None]).to(dtype)
                 if needs_hidden:
-                    to_hidden += gradient @ heads[head][rows]
-                if needs_matrices[head]:
+                    to_hidden += gradient @ matrix
+                if needs_matrices[head] and len(matrix) == rows.stop - rows.start:
                     torch.mm(gradient.T, hidden, out=to_heads[head][rows])
+                elif needs_matrices[head]:
+                    to_heads[head][rows] = (gradient.T @ hidden)[: rows.stop - rows.start]
         # They wait for the backward pass in the types of what they are gradients of.
         inputs, gradients = (hidden_states, *matrices), (to_hidden, *to_heads)
         ctx.save_for_backward(*(g if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs)))
@@ -81,19 +87,35 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
 def _blocks(
     hidden: torch.Tensor, heads: Sequence[torch.Tensor], classes: torch.Tensor
-) -> Iterator[tuple[int, slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Block by block: which head, which of its rows, their logits (n, rows) in float32; and for each position the
-    column (n,) of its class, and whether (n,) it lies in this block.
+) -> Iterator[tuple[int, slice, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Block by block: which head, which of its rows, these (m, D), and their logits (n, m) in float32; and for each
+    position the column (n,) of its class, and whether (n,) it lies in this block.
+
+    On a GPU m is a multiple of `ALIGNMENT`: rows of zeros fill up a head, and no class has their logits.
     """
-    size = max(1, LOGITS_AT_ONCE // max(1, len(hidden)))
+    at_once, alignment = logits_at_once(hidden.device)
+    size = max(1, at_once // max(1, len(hidden)))
+    size += -size % alignment
     offset = 0
     for number, head in enumerate(heads):
         for start in range(0, len(head), size):
             rows = slice(start, min(start + size, len(head)))
+            count = rows.stop - start
+            matrix = nn.functional.pad(head[rows], (0, 0, 0, -count % alignment)) if count % alignment else head[rows]
+            logits = (hidden @ matrix.T).float()
+            logits[:, count:] = -torch.inf
             index = classes - offset - start
-            inside = (index >= 0) & (index < rows.stop - start)
-            yield number, rows, (hidden @ head[rows].T).float(), index.clamp(0, rows.stop - start - 1), inside
+            inside = (index >= 0) & (index < count)
+            yield number, rows, matrix, logits, index.clamp(0, count - 1), inside
         offset += len(head)
+
+
+def logits_at_once(device: torch.device) -> tuple[int, int]:
+    """How many logits are held at once on a device, and of what the number of classes in a block is a multiple."""
+    if device.type != "cuda":
+        return LOGITS_AT_ONCE, 1
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(LOGITS_AT_ONCE, int(memory * SHARE_OF_MEMORY) // 4), ALIGNMENT
 
 
 def called_cross_entropy(

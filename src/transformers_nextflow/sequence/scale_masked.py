@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from .scale_sdpa import SCALE_SDPA
+
 
 class ScaleMaskedMixin:
     """For the backbones of transformers. Their own config's implementation decides the form of a mask; the config
@@ -15,8 +17,13 @@ class ScaleMaskedMixin:
     _supports_flash_attn = False
 
     def get_correct_attn_implementation(self, requested_attention: str | None, *args, **kwargs) -> str:
-        """As transformers has it. Raises `ValueError` for an implementation that no mask function belongs to."""
+        """As transformers has it, with "scale_sdpa" where it would take "sdpa" unasked.
+
+        Raises `ValueError` for an implementation that no mask function belongs to.
+        """
         implementation = super().get_correct_attn_implementation(requested_attention, *args, **kwargs)
+        if requested_attention is None and implementation == "sdpa":
+            return SCALE_SDPA
         # transformers gives no mask to an attention without a function for it. Continuous batching makes its own.
         if implementation not in ALL_MASK_ATTENTION_FUNCTIONS and not implementation.startswith("paged|"):
             raise ValueError(

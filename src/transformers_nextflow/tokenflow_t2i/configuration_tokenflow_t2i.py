@@ -7,10 +7,12 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PreTrainedConfig
 
-from ..configuration_nextflow import NextFlowVQConfig
+from ..configuration_nextflow import NextFlowVQConfig, config_from, value_errors
 from ..scale_schedule import ScaleSchedule
+from ..utils.atomic_files import saved_whole
 
 
+@value_errors
 @strict
 class TokenFlowT2IConfig(PreTrainedConfig):
     r"""Configuration of [`TokenFlowT2IForConditionalGeneration`].
@@ -27,6 +29,7 @@ class TokenFlowT2IConfig(PreTrainedConfig):
     """
 
     model_type = "tokenflow_t2i"
+    save_pretrained = saved_whole(PreTrainedConfig.save_pretrained)
     sub_configs = {"text_config": LlamaConfig, "vq_config": NextFlowVQConfig}
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
@@ -45,7 +48,7 @@ class TokenFlowT2IConfig(PreTrainedConfig):
         vq = {"scales": (1, 2, 4, 6, 8, 10, 12, 14, 16)}
         for name, default in (("text_config", text), ("vq_config", vq)):
             value = default if getattr(self, name) is None else getattr(self, name)
-            setattr(self, name, self.sub_configs[name](**value) if isinstance(value, dict) else value)
+            setattr(self, name, config_from(value, name, self.sub_configs[name]))
         if self.image_sampling is None:
             # What the released script draws with: its guidance of 7.5 counts from the conditional side.
             self.image_sampling = {"guidance_scale": 8.5, "guidance_ramp": True, "top_k": 600, "top_p": 0.6}

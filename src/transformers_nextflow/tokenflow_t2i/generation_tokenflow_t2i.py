@@ -52,7 +52,7 @@ class PromptedSequences(CachedSequences):
         """Read prompts (R, L), padded on the left; returns hidden states (R, L, D)."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         self.position = mask.sum(-1, keepdim=True) - 1
-        self.valid = None if bool(mask.all()) else mask
+        self._begin(len(mask), mask)
         return self.model.read(input_ids, attention_mask, past_key_values=self.cache, use_cache=True).last_hidden_state
 
     def slot_origins(self, rows: torch.Tensor) -> torch.Tensor:

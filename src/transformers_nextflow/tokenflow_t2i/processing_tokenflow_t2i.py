@@ -9,6 +9,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from ..processing_nextflow import check_prompts
 from ..sequence.padding import pad_left
+from ..utils.atomic_files import saved_whole
 
 
 class TokenFlowT2IProcessor(ProcessorMixin):
@@ -35,6 +36,7 @@ class TokenFlowT2IProcessor(ProcessorMixin):
         self.max_text_tokens = max_text_tokens
         super().__init__(image_processor, tokenizer)
 
+    save_pretrained = saved_whole(ProcessorMixin.save_pretrained)
     # The model reads no images and writes no text.
     think_prefix = None
 

@@ -36,6 +36,7 @@ class NextFlowCollator:
         root: what paths of images are relative to.
         tokenizer_fingerprint, codebook_size: codes of rows that name another tokenizer or lie outside the codebook are
             refused; `NextFlowTrainer` sets them to its model's. `None`: not checked.
+        max_positions: rows that take more positions are refused; likewise.
     """
 
     def __init__(
@@ -45,9 +46,11 @@ class NextFlowCollator:
         root: str | os.PathLike = ".",
         tokenizer_fingerprint: str | None = None,
         codebook_size: int | None = None,
+        max_positions: int | None = None,
     ):
         self.processor, self.pad_to_multiple_of, self.root = processor, pad_to_multiple_of, root
         self.tokenizer_fingerprint, self.codebook_size = tokenizer_fingerprint, codebook_size
+        self.max_positions = max_positions
 
     @property
     def settings(self) -> dict:
@@ -89,7 +92,7 @@ class NextFlowCollator:
 
     def _encode(self, row: dict) -> EncodedRow:
         sample = read_row(row, self.root)
-        return encode_sample(sample, self.processor, self.codebook_size, self.tokenizer_fingerprint)
+        return encode_sample(sample, self.processor, self.codebook_size, self.tokenizer_fingerprint, self.max_positions)
 
     def _padded(self, rows: list[EncodedRow]) -> dict[str, torch.Tensor]:
         batch = self._empty(len(rows), max(len(row.ids) for row in rows))

@@ -8,19 +8,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, is_peft_model
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import logging
 
 from ..configuration_nextflow import NextFlowConfig
 from ..data.rows import NumberedRows
 from ..data.vision_tokenizer import tokenizer_fingerprint
-from ..modeling_nextflow import NextFlowForConditionalGeneration, NextFlowTextModel
+from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..processing_nextflow import NextFlowProcessor
+from ..scale_schedule import ScaleSchedule
 from ..sequence.loss import IGNORE_INDEX
-from ..sequence.packed_attention import PACKED_SDPA
 from .collator import NextFlowCollator
+from .device_settings import CheckpointedLayers, choose_attention, compile_layers, use_liger
 from .optimizers import MuonWithAdamW
 from .packing import PACKINGS, CostModel, PackedDataset, PackedStream
 from .runs.checked_arguments import CheckedArguments
@@ -32,6 +34,11 @@ from .trained_means import TrainedMeans, parts_of
 from .unsupported_arguments import check_trainer_arguments, check_training_arguments
 
 
+logger = logging.get_logger(__name__)
+# Rows whose images decide which attention is the fastest.
+LOOKED_AT_ROWS = 64
+
+
 @dataclass
 class NextFlowTrainingArguments(CheckedArguments, TrainingArguments):
     """`TrainingArguments` and what NextFlow adds; see also [`CheckedArguments`]. Those that are not carried out are a
@@ -39,7 +46,10 @@ class NextFlowTrainingArguments(CheckedArguments, TrainingArguments):
 
     Args:
         muon: step the hidden matrices with Muon and the rest with AdamW, in place of `optim`.
-        compile_layers: compile each layer of the backbone by itself.
+        compile_layers: compile each layer of the backbone by itself; default: on CUDA. Where they are not, CUDA uses
+            the kernels of Liger if it is installed.
+        checkpoint_every: with `gradient_checkpointing`, only every so many-th layer keeps no activations: less is
+            computed twice, in more memory.
         packing: how a process's batch is made. "padding": `per_device_train_batch_size` rows, padded to the longest.
             "length": one row of samples with `packing_budget` positions at most. "compute": one row of samples that
             cost `packing_budget` at most by [`CostModel`], where a position costs 1 and attention comes on top.
@@ -47,7 +57,8 @@ class NextFlowTrainingArguments(CheckedArguments, TrainingArguments):
     """
 
     muon: bool = field(default=False)
-    compile_layers: bool = field(default=False)
+    compile_layers: bool | None = field(default=None)
+    checkpoint_every: int = field(default=1)
     packing: str = field(default="padding", metadata={"choices": PACKINGS})
     packing_budget: int | None = field(default=None)
     prediction_loss_only: bool = field(default=True)
@@ -72,6 +83,10 @@ class NextFlowTrainingArguments(CheckedArguments, TrainingArguments):
                 "This processor has no bfloat16 units: bf16=True is many times slower than float32; leave it out.",
                 stacklevel=2,
             )
+        if self.checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}.")
+        if self.checkpoint_every > 1 and not self.gradient_checkpointing:
+            raise ValueError(f"checkpoint_every={self.checkpoint_every} is for gradient_checkpointing=True; set that.")
         self.label_names = self.label_names or ["labels"]
         check_training_arguments(self)
         # Of a stream each process takes its own batches, which cannot be cut into rows.
@@ -98,6 +113,12 @@ def packed(
     if hasattr(rows, "__len__"):
         return PackedDataset(rows, cost, args.packing_budget, args.seed)
     return PackedStream(rows, cost, args.packing_budget)
+
+
+def _schedules_of(rows, collator: NextFlowCollator) -> list[ScaleSchedule]:
+    """Of the images in the first rows; a stream is not looked into."""
+    count = min(len(rows), LOOKED_AT_ROWS) if hasattr(rows, "__len__") else 0
+    return [schedule for index in range(count) for schedule in collator.size(rows[index]).schedules]
 
 
 def _collator_of(processor: NextFlowProcessor | None) -> NextFlowCollator:
@@ -138,6 +159,15 @@ class NextFlowTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrain
 
     args: NextFlowTrainingArguments
 
+    def train(self, *args, **kwargs):
+        """As in [`ResumableTrainingMixin`]. What a config says of an earlier training (`trained_on`) ends with this
+        one; an adapter leaves it, since it leaves the model.
+        """
+        if not is_peft_model(self.model) and getattr(self.model.config, "trained_on", None) is not None:
+            logger.warning("trained_on, what the model's config says of its training, ends with this training.")
+            self.model.config.trained_on = None
+        return super().train(*args, **kwargs)
+
     def __init__(self, model: NextFlowForConditionalGeneration, args: NextFlowTrainingArguments, **kwargs):
         if not isinstance(args, NextFlowTrainingArguments):
             raise ValueError(
@@ -154,22 +184,21 @@ class NextFlowTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrain
             check_trained_weights(model, args)
         if hasattr(rows, "__len__") and not isinstance(rows, PackedDataset):
             rows = kwargs["train_dataset"] = NumberedRows(rows)
-        if args.compile_layers:
-            # An adapter may wrap the model.
-            backbone = next(module for module in model.modules() if isinstance(module, NextFlowTextModel))
-            for layer in backbone.layers:
-                layer.compile(dynamic=True)
+        on_cuda = args.device.type == "cuda"
+        if on_cuda if args.compile_layers is None else args.compile_layers:
+            compile_layers(model)
+        elif on_cuda:
+            use_liger(model)
         if isinstance(collator, NextFlowCollator) and collator.tokenizer_fingerprint is None:
             # The first process's: others may have no weights yet.
             fingerprint = [tokenizer_fingerprint(model.vq_model) if args.process_index == 0 else None]
             collator.tokenizer_fingerprint = broadcast_object_list(fingerprint)[0]
         if isinstance(collator, NextFlowCollator) and collator.codebook_size is None:
             collator.codebook_size = model.config.vq_config.codebook_size
+        if isinstance(collator, NextFlowCollator) and collator.max_positions is None:
+            collator.max_positions = model.config.text_config.max_position_embeddings
         if args.packing != "padding" and rows is not None:
-            if model.config.text_config._attn_implementation == "sdpa" and not args.compile_layers:
-                # The same attention, at the cost of the samples and not of the whole row. Compiled layers would be
-                # compiled anew for each number of samples.
-                model.set_attn_implementation({"": PACKED_SDPA, "text_config": PACKED_SDPA})
+            choose_attention(model, args.device, _schedules_of(rows, collator))
             kwargs["train_dataset"] = packed(rows, collator, model.config, args)
         super().__init__(model=model, args=args, **kwargs)
         if args.n_gpu > 1:
@@ -177,6 +206,8 @@ class NextFlowTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrain
                 f"One process has {args.n_gpu} GPUs, over which batches of images cannot be divided; start one process "
                 "for each with torchrun or accelerate launch, or show it one by CUDA_VISIBLE_DEVICES."
             )
+        if args.checkpoint_every > 1:
+            self.add_callback(CheckpointedLayers(args.checkpoint_every))
         self._trained, self._evaluated = TrainedMeans(), TrainedMeans()
         self._new_rows = math.inf
         evaluated = self.eval_dataset

@@ -93,16 +93,19 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for alike in of_one_kind(parameters):
             # 0.2 · sqrt(longer side) is the root mean square of AdamW's updates (Moonlight, 2025).
             rate = group["lr"] * 0.2 * max(alike[0].shape) ** 0.5
-            directions = torch.stack([self._nesterov(parameter, group["momentum"]) for parameter in alike])
-            for parameter, direction in zip(alike, orthogonalize(directions, self.orthogonalize_dtype)):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=rate)
+            directions = orthogonalize(self._nesterov(alike, group["momentum"]), self.orthogonalize_dtype)
+            torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_sub_(alike, list(directions.unbind()), alpha=rate)
 
-    def _nesterov(self, parameter: nn.Parameter, momentum: float) -> torch.Tensor:
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(state["momentum"], momentum)
+    def _nesterov(self, alike: list[nn.Parameter], momentum: float) -> torch.Tensor:
+        """Directions (n, rows, columns) of parameters of one kind."""
+        for parameter in alike:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in alike]
+        momenta = [self.state[parameter]["momentum"] for parameter in alike]
+        torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+        return torch.stack(torch._foreach_lerp(gradients, momenta, momentum))
 
     def _adamw(self, parameters: list[nn.Parameter], group: dict):
         for parameter in parameters:

@@ -20,8 +20,14 @@ from ..image_processing_nextflow import NextFlowImageProcessorPil
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQModel
 from ..utils.atomic_files import write_whole
+from ..utils.checkpoint_checks import loading_errors
+from ..utils.known_names import check_names
+from ..utils.one_line_errors import tells_what_is_kept
+from ..utils.short_repr import short_path, short_repr
+from ..utils.typed_values import check_types, hints_of, is_of_type, read_typed
 from .collator import NextFlowCollator
 from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
+from .profiling import ProfiledSteps
 from .recipe_data import StageImages, StageRows
 from .tokenizer.stages import STAGES
 from .tokenizer.vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
@@ -80,10 +86,10 @@ def recipe_names() -> list[str]:
 
 def recipe_file(recipe: str | os.PathLike) -> Path:
     """A file as it is, or the one of a recipe that the package brings. Raises `ValueError` for neither."""
-    if Path(recipe).is_file():
+    if os.path.isfile(recipe):
         return Path(recipe)
     if str(recipe) not in recipe_names():
-        raise ValueError(f"{recipe} is neither a file nor a recipe; there are {', '.join(recipe_names())}.")
+        raise ValueError(f"{short_path(recipe)} is neither a file nor a recipe; there are {', '.join(recipe_names())}.")
     return RECIPES / f"{recipe}.yaml"
 
 
@@ -94,31 +100,31 @@ def load_recipe(recipe: str | os.PathLike, changes: list[str] | tuple[str, ...] 
         ValueError: for what is no recipe, a name that it does not know, or a change that is no `name=value`.
     """
     path = recipe_file(recipe)
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no recipe, since it is no text in UTF-8: {error}.") from error
+    values = _from_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path} is no recipe; it must hold `kind` and `arguments`.")
-    own = {f.name for f in fields(Recipe)}
-    if unknown := sorted(set(values) - own):
-        raise ValueError(f"{path} has {unknown}; a recipe has {sorted(own)}.")
+    if values.get("arguments") is None:
+        values["arguments"] = {}
     for change in changes:
         name, separator, value = change.partition("=")
         if not separator:
-            raise ValueError(f"A change is written name=value, got {change!r}.")
-        target = values if name in own else values.setdefault("arguments", {})
-        target[name] = yaml.safe_load(value)
-    arguments = values.get("arguments") or {}
-    values["arguments"] = {name: _number(value) for name, value in arguments.items()}
-    if "train" in values:
-        values["train"] = tuple(values["train"])
-    return Recipe(**values)
+            raise ValueError(f"A change is written name=value, got {short_repr(change)}.")
+        target = values if name in {f.name for f in fields(Recipe)} else values["arguments"]
+        if not isinstance(target, dict):
+            break  # refused below
+        target[name] = _from_yaml(value, f"The change {short_repr(change)}")
+    return read_typed(Recipe, values, str(path))
 
 
-def _number(value: Any) -> Any:
-    # YAML takes 1e-4, without a point, for a text.
+def _from_yaml(text: str, what: str) -> Any:
     try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ValueError(f"{what} is no YAML: {error}") from error
 
 
 def train_only(model: NextFlowForConditionalGeneration, parts: tuple[str, ...]):
@@ -156,21 +162,47 @@ def make_trainer(
     return make(recipe, model, data, output)
 
 
-def run_recipe(recipe: Recipe, model, data, output, resume: bool = False):
-    """Train a stage and write `output/final`, from which the next one starts; `resume` from the newest checkpoint."""
+def run_recipe(recipe: Recipe, model, data, output, resume: bool = False, profile: bool = False):
+    """Train a stage and write `output/final`, from which the next one starts.
+
+    Args:
+        resume: from the newest checkpoint.
+        profile: measure some steps and write them to `output/profile`, see [`ProfiledSteps`].
+    """
     trainer = make_trainer(recipe, model, data, output)
-    trainer.train(resume_from_checkpoint=resume or None)
+    if profile:
+        trainer.add_callback(ProfiledSteps(Path(output) / "profile"))
+    with tells_what_is_kept(lambda: _newest(trainer)):
+        trainer.train(resume_from_checkpoint=resume or None)
     final = Path(output) / "final"
     # All processes take part, but only some write.
     with write_whole(final) if trainer.args.should_save else nullcontext(final) as folder:
         trainer.save_model(str(folder))
 
 
+def _newest(trainer) -> str:
+    checkpoint = trainer.last_checkpoint()
+    if checkpoint is None:
+        return "No checkpoint had been written."
+    return f"The newest checkpoint is {checkpoint}; the same command with --resume goes on from it."
+
+
 def _arguments(kind: type, recipe: Recipe, output):
-    known = {f.name for f in fields(kind)}
-    if unknown := sorted(set(recipe.arguments) - known):
-        raise ValueError(f"{kind.__name__} knows no {unknown}; is it misspelt in the recipe?")
-    return kind(output_dir=str(output), **recipe.arguments)
+    hints, what = hints_of(kind), f"{kind.__name__}, of which the recipe gives arguments,"
+    check_names(recipe.arguments, [f.name for f in fields(kind) if f.init], what)
+    arguments = {name: _number(value, hints[name]) for name, value in recipe.arguments.items()}
+    check_types(arguments, hints, "The arguments of the recipe")
+    return kind(output_dir=str(output), **arguments)
+
+
+def _number(value: Any, hint: Any) -> Any:
+    # YAML takes 1e-4, without a point, for a text.
+    if isinstance(value, str) and is_of_type(0.5, hint) and not is_of_type(value, hint):
+        try:
+            return float(value)
+        except ValueError:
+            pass  # told with its name
+    return value
 
 
 def _transformer_trainer(recipe: Recipe, folder, data, output) -> NextFlowTrainer:
@@ -179,7 +211,8 @@ def _transformer_trainer(recipe: Recipe, folder, data, output) -> NextFlowTraine
         folder, dtype=torch.float32, attn_implementation=recipe.attention
     )
     train_only(model, recipe.train)
-    processor = AutoProcessor.from_pretrained(folder)
+    with loading_errors(folder):
+        processor = AutoProcessor.from_pretrained(folder)
     processor.image_processor.level = recipe.level
     source, root = open_rows(data)
     rows = StageRows(source, processor, recipe.level, recipe.caption_share, recipe.empty_share, args.seed)

@@ -2,30 +2,223 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
+
+
+# Files of weights, or their index: all of one name and variant are replaced together, whatever their number.
+WEIGHTS = re.compile(r"(.*?)(?:-\d{5}-of-\d{5})?(\.bin|\.safetensors)(?:\.index(.*)\.json)?")
+# What both systems call the swap of two names.
+SWAP = 2
 
 
 @contextmanager
 def write_whole(path: str | os.PathLike) -> Iterator[Path]:
     """Where to write what becomes `path`, a file or a folder, when the block ends without an error.
 
-    What `path` held stays until then. The folder around it is made if it lacks. After a kill a hidden folder
-    `.NAME.…` with the unfinished part may stay beside it.
+    What `path` held stays until the new one stands, and a link stays a link: what it names is written. The folder
+    around it is made if it lacks. After a kill a hidden folder `.NAME.…` with the unfinished or the old part may stay
+    beside it.
 
     >>> with write_whole("image.png") as partial:
     ...     image.save(partial)
+
+    Raises:
+        OSError: for a file in the place of a folder, and the other way round.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # In a folder of its own, so that it keeps its name: writers of images and videos read the format from it.
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        partial = Path(folder) / path.name
+    with _hidden_folder(path, path.parent) as folder:
+        partial = folder / path.name
         yield partial
-        if partial.is_dir():
-            shutil.rmtree(path, ignore_errors=True)  # a folder cannot take the place of one that is not empty
-        partial.replace(path)
+        if partial.is_dir() and path.exists():
+            swap_folders(partial, path)
+        else:
+            partial.replace(path)
+
+
+@contextmanager
+def write_into(folder: str | os.PathLike, replaced: Collection[str] = ()) -> Iterator[Path]:
+    """An empty folder of the same name to write into; its files come to `folder` when the block ends without an error.
+
+    Other files in `folder` stay, but for weights where new ones are written. All files come at once, by a swap of
+    folders. File by file, each whole, they come to a folder that cannot be swapped: one with folders that are not
+    written, the current one, a mounted one, or on a system without links or the swap.
+
+    Args:
+        replaced: names of folders, as `model/adapters`, that do not stay.
+    """
+    target = Path(os.path.realpath(folder))
+    target.mkdir(parents=True, exist_ok=True)
+    parent = target.parent if _may_be_swapped(target) else target
+    with _hidden_folder(target, parent) as hidden:
+        new = hidden / target.name
+        new.mkdir()
+        yield new
+        if parent == target.parent and _link_what_stays(target, new, replaced):
+            swap_folders(new, target)
+        else:
+            _move_files(new, target, replaced)
+
+
+def swap_folders(new: Path, old: Path):
+    """Exchange what two folders on one file system hold, in one step where the system can (Linux, macOS).
+
+    Elsewhere `old` is aside for a moment, under the name of `new` with `.old` behind.
+
+    Raises:
+        OSError: if `old` is a file.
+    """
+    if not old.is_dir():
+        raise NotADirectoryError(f"{old} is a file; remove it, or take another folder.")
+    if not _swap_in_one_step(new, old):
+        aside = new.with_name(f"{new.name}.old")
+        old.rename(aside)
+        try:
+            new.rename(old)
+        except OSError:
+            aside.rename(old)
+            raise
+        aside.rename(new)
+
+
+def write_anyway(path: str | os.PathLike, write: Callable[[Path], object]):
+    """The result of long work: `write(partial)` the file `path`, or where that fails the same file somewhere else.
+
+    Raises:
+        OSError: if it is somewhere else now, or nowhere; the message says where and why.
+    """
+    path = Path(path)
+    try:
+        with write_whole(path) as partial:
+            write(partial)
+    except OSError as error:
+        for folder in (path.parent, Path.cwd(), Path(tempfile.gettempdir())):
+            rescued = _free_name(folder / path.name)
+            try:
+                with write_whole(rescued) as partial:
+                    write(partial)
+            except OSError:
+                continue
+            raise OSError(f"{path} cannot be written ({error}). The result is kept in {rescued}.") from error
+        raise
+
+
+def saved_whole(save_pretrained: Callable, replaced: Collection[str] = ()) -> Callable:
+    """A library's `save_pretrained` that leaves the folder as it was until all is written; see `write_into`, also for
+    `replaced`.
+
+    It raises `ValueError` for a path that is a file.
+    """
+
+    @wraps(save_pretrained)
+    def save(self, save_directory: str | os.PathLike, *args, **kwargs):
+        if os.path.isfile(save_directory):
+            raise ValueError(f"{save_directory} is a file; name a folder to save to.")
+        # Several processes write one folder together.
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 or not kwargs.get("is_main_process", True):
+            for name in replaced if kwargs.get("is_main_process", True) else ():
+                shutil.rmtree(Path(save_directory) / name, ignore_errors=True)
+            return save_pretrained(self, save_directory, *args, **kwargs)
+        with write_into(save_directory, replaced) as folder:
+            written = save_pretrained(self, str(folder), *args, **kwargs)
+        if isinstance(written, list | tuple):
+            written = type(written)(str(path).replace(str(folder), str(save_directory)) for path in written)
+        return written
+
+    return save
+
+
+@contextmanager
+def _hidden_folder(path: Path, parent: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name[:60]}.", dir=parent) as folder:
+        yield Path(folder)
+
+
+def _swap_in_one_step(first: Path, second: Path) -> bool:
+    names = os.fsencode(first), os.fsencode(second)
+    try:
+        libc = ctypes.CDLL(None)
+        if sys.platform == "darwin":
+            return libc.renamex_np(*names, SWAP) == 0
+        current = -100  # what relative names count from
+        return libc.renameat2(current, names[0], current, names[1], SWAP) == 0
+    except (AttributeError, OSError, TypeError):
+        return False
+
+
+def _may_be_swapped(folder: Path) -> bool:
+    is_current = Path.cwd().is_relative_to(folder)
+    return not (is_current or os.path.ismount(folder)) and os.access(folder.parent, os.W_OK)
+
+
+def _link_what_stays(old: Path, new: Path, replaced: Collection[str]) -> bool:
+    """Link the files that stay into the new folder; whether that is all of them."""
+    folders = [path for path in old.iterdir() if _is_folder(path) and path.name not in replaced]
+    if any(not (new / path.name).is_dir() for path in folders):
+        return False
+    try:
+        for path in _staying(old, new, replaced):
+            os.link(path, new / path.name, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        return False
+    return all(_link_what_stays(path, new / path.name, _inside(replaced, path.name)) for path in folders)
+
+
+def _move_files(new: Path, old: Path, replaced: Collection[str]):
+    written = {path.name for path in new.iterdir()}
+    kept = {path.name for path in _staying(old, new, replaced)} | written
+    for path in sorted(new.iterdir()):
+        if _is_folder(path):
+            (old / path.name).mkdir(exist_ok=True)
+            _move_files(path, old / path.name, _inside(replaced, path.name))
+        else:
+            path.replace(old / path.name)
+    for path in old.iterdir():
+        if not _is_folder(path):
+            if path.name not in kept:
+                path.unlink()
+        elif path.name in replaced and path.name not in written:
+            shutil.rmtree(path)
+
+
+def _staying(old: Path, new: Path, replaced: Collection[str]) -> list[Path]:
+    """The files of the old folder that are not written anew, nor replaced."""
+    weights = {_weights(path.name) for path in new.iterdir()} - {None}
+    return [
+        path
+        for path in old.iterdir()
+        if not _is_folder(path)
+        and path.name not in replaced
+        and not os.path.lexists(new / path.name)
+        and _weights(path.name) not in weights
+    ]
+
+
+def _weights(name: str) -> tuple[str, str] | None:
+    """Name with variant, and extension, of what a file holds the weights of, or a part of them, or their index."""
+    match = WEIGHTS.fullmatch(name)
+    return match and (match[1] + (match[3] or ""), match[2])
+
+
+def _inside(names: Collection[str], folder: str) -> list[str]:
+    """Those of the names that lie in a folder, as it names them."""
+    return [name.removeprefix(f"{folder}/") for name in names if name.startswith(f"{folder}/")]
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _free_name(path: Path) -> Path:
+    numbers = iter(range(1, sys.maxsize))
+    return next(free for n in numbers if not os.path.lexists(free := path.with_stem(f"{path.stem}.{n}")))

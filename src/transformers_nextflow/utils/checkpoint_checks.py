@@ -3,19 +3,89 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import pickle
+import re
 import zipfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
+from .short_repr import short_path
+
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SAFETENSORS_FLOATS = dict(zip(("F64", "F32", "BF16", "F16"), FLOATS))
 # Tensors that an error names.
 MOST_NAMED = 5
+
+
+@contextmanager
+def loading_errors(folder: object) -> Iterator[None]:
+    """Whatever libraries say to the files of a checkpoint becomes a `ValueError` that names it.
+
+    Errors of the system, which name their file, of memory, and of packages that lack stay what they are.
+    """
+    try:
+        yield
+    except (ImportError, MemoryError, OSError, ValueError, torch.OutOfMemoryError):
+        raise
+    except pickle.UnpicklingError as error:
+        raise ValueError(unsafe_pickle(folder, error)) from error
+    except Exception as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"{short_path(folder)} cannot be loaded: a file in it is damaged, or its config belongs to other files. "
+            f"{told}"
+        ) from error
+
+
+def unsafe_pickle(path: object, error: Exception) -> str:
+    """The message for a pickle that holds more than tensors; torch's own goes on to advise opening it all the same."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return (
+        f"{short_path(path)} is no pickle of tensors alone and was not opened: it holds {found[1] if found else 'more'}"
+        ". Where you trust it, save its tensors as safetensors."
+    )
+
+
+def check_index(folder: str | os.PathLike):
+    """Raises `ValueError` for an index of weights in a folder that names files outside of it, or is none."""
+    for file in Path(folder).glob("*.index*.json"):
+        names = read_json(file).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError(f"{file} is no index of weights: it has no weight_map, name to file; fetch it again.")
+        if outside := sorted({name for name in names.values() if not name or os.path.basename(name) != name}):
+            raise ValueError(f"{file} names {_some(outside)}, outside of its folder; fetch it again from its source.")
+
+
+def check_shapes(model: nn.Module, files: Iterable[str]):
+    """Raises `ValueError` naming tensors in files of safetensors that have another shape than a model of the config, or
+    where they hold less than half of what it needs: random values for the rest may take long, and are refused
+    afterwards.
+    """
+    stored, files, expected, wrong = 0, [Path(file) for file in files], model.state_dict(), []
+    if any(file.suffix != ".safetensors" or file.name.startswith("adapter_") for file in files):
+        return
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                shape = tensors.get_slice(name).get_shape()
+                stored += math.prod(shape)
+                if name in expected and shape != list(expected[name].shape):
+                    wrong.append(f"{name} {tuple(shape)} instead of {tuple(expected[name].shape)}")
+    if wrong:
+        raise ValueError(f"The checkpoint holds {_some(wrong)}; does the config belong to it?")
+    needed = sum(parameter.numel() for parameter in model.parameters())
+    if 2 * stored < needed:
+        raise ValueError(
+            f"The checkpoint holds {stored} numbers, and a model of its config {needed}; does the config belong to it?"
+        )
 
 
 def check_complete(missing: Collection[str]):
@@ -65,7 +135,7 @@ def read_json(path: Path | str) -> dict:
         raise ValueError(f"There is no file {path}.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON; is it whole? {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__} in place of an object; fetch it again.")

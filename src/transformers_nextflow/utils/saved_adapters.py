@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
-from functools import partial
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -51,8 +50,9 @@ def is_adapted(model: nn.Module) -> bool:
     return any(part in WRAPPED for name, _ in model.named_modules() for part in name.split("."))
 
 
-def without_adapters(model: nn.Module) -> nn.Module:
-    """A view of an unwrapped model that saves the model itself: its weights are the same tensors.
+def with_adapters_beside(model: nn.Module) -> nn.Module:
+    """A view of an unwrapped model that saves the model itself, and its adapters beside; its weights are the same
+    tensors.
 
     Raises:
         ValueError: for adapters that are merged into the weights they stand beside, and for quantised weights.
@@ -75,15 +75,19 @@ def without_adapters(model: nn.Module) -> nn.Module:
     state_dict = {name: weights[name] for name in own_names}
     plain = copy.copy(model)
     plain._hf_peft_config_loaded = False
-    # Names as the weights have them now; what loaded an adapter has left its own renaming on the model.
-    options = {"state_dict": state_dict, "save_original_format": False}
-    plain.save_pretrained = partial(type(model).save_pretrained, plain, **options)
+
+    @wraps(model.save_pretrained)  # diffusers looks up which options it takes
+    def save_pretrained(folder, *args, **kwargs):
+        # Names as the weights have them now; what loaded an adapter has left its own renaming on the model.
+        options = {"state_dict": state_dict, "save_original_format": False}
+        type(model).save_pretrained(plain, folder, *args, **(kwargs | options))
+        _save_adapters(model, Path(folder))
+
+    plain.save_pretrained = save_pretrained
     return plain
 
 
-def save_adapters(model: nn.Module, folder: Path):
-    """Write the adapters of an unwrapped model into the folder of its weights, in place of any that are there."""
-    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+def _save_adapters(model: nn.Module, folder: Path):
     names = list(getattr(model, "peft_config", {}))
     if not names:
         return
@@ -100,7 +104,7 @@ def save_adapters(model: nn.Module, folder: Path):
 
 
 def load_adapters(model: nn.Module, path, subfolder: str = "", **kwargs):
-    """Load the adapters, if there are any, that `save_adapters` wrote into the folder of the model's weights.
+    """Load the adapters, if there are any, that lie beside the model's weights (`with_adapters_beside`).
 
     Args:
         path, subfolder: a folder or a repository of the Hub, and the place in it.
@@ -109,7 +113,8 @@ def load_adapters(model: nn.Module, path, subfolder: str = "", **kwargs):
     options = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
     place = f"{subfolder}/{FOLDER}".lstrip("/")
     index = cached_file(path, INDEX, subfolder=place, _raise_exceptions_for_missing_entries=False, **options)
-    if index is None:
+    if index is None or hasattr(model, "peft_config"):
+        # Where the adapter of another folder was asked for, transformers has loaded it: it was the only active one.
         return
     try:
         from peft import PeftConfig

@@ -19,3 +19,9 @@ _short.maxstring = _short.maxother = 80
 def short_repr(value) -> str:
     """`repr` in a line: arrays and tensors by their shape, long texts and lists cut."""
     return _short.repr(value)
+
+
+def short_path(path) -> str:
+    """A path as it can be printed; the middle of a very long one is cut."""
+    text = str(path).encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+    return text if len(text) <= 300 else f"{text[:100]} … {text[-100:]}"

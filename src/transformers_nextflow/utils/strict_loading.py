@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 from transformers import PreTrainedModel
 
-from .checkpoint_checks import check_complete, check_floats, check_weights
+from .checkpoint_checks import (
+    check_complete,
+    check_floats,
+    check_index,
+    check_shapes,
+    check_weights,
+    loading_errors,
+)
 
 
 class StrictLoadingMixin:
@@ -15,7 +24,11 @@ class StrictLoadingMixin:
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         """As in transformers. Raises `ValueError` naming tensors that are missing, or that are no finite floats."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        with loading_errors(path):
+            if path is not None and os.path.isdir(folder := os.path.join(path, kwargs.get("subfolder") or "")):
+                check_index(folder)
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         check_complete(info["missing_keys"])
         check_weights(model)
         return (model, info) if output_loading_info else model
@@ -29,6 +42,8 @@ class StrictLoadingMixin:
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs):
+        if load_config.hf_quantizer is None and not (state_dict or load_config.ignore_mismatched_sizes):
+            check_shapes(model, checkpoint_files or ())
         info, offloaded = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, **kwargs
         )

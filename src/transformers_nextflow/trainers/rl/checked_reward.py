@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import math
 from collections.abc import Callable, Iterable, Set
@@ -60,8 +61,11 @@ def _check_reward(name: str, index: int, reward) -> float | None:
     return value
 
 
-def checked(function: Callable) -> Callable:
+def checked(function: Callable, timeout: float | None = None) -> Callable:
     """A reward function, sync or async, whose answers go through `check_rewards`; it keeps its name.
+
+    Args:
+        timeout: seconds after which an async one that has not answered is a `ValueError`.
 
     Raises:
         ValueError: for what is no function, such as a model or its name.
@@ -79,7 +83,14 @@ def checked(function: Callable) -> Callable:
     if inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(inner.__call__):
 
         async def reward(*, completions, **kwargs):
-            return check_rewards(name, await function(completions=completions, **kwargs), len(completions))
+            try:
+                rewards = await asyncio.wait_for(function(completions=completions, **kwargs), timeout)
+            except TimeoutError as error:
+                raise ValueError(
+                    f"The reward {name!r} did not answer within reward_timeout={timeout} seconds; set another, or look "
+                    "why it waits."
+                ) from error
+            return check_rewards(name, rewards, len(completions))
 
     else:
 

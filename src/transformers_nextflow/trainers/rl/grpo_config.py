@@ -62,6 +62,8 @@ class NextFlowGRPOConfig(CheckedArguments, GRPOConfig):
         max_advantage: advantages are cut at so many standard deviations.
         max_prompt_length: in tokens, the slots of images included; a longer prompt raises an error, before training
             where it is the text that is too long, else when it is drawn.
+        reward_timeout: seconds after which an async reward that has not answered ends the training; `None` waits for
+            ever. A reward that is not async cannot be ended from outside.
     """
 
     rules = ((("beta", "fine_beta", "epsilon", "epsilon_high", "continuation_eta"), *NOT_NEGATIVE),)
@@ -86,6 +88,7 @@ class NextFlowGRPOConfig(CheckedArguments, GRPOConfig):
     kl_logging_steps: int | None = field(default=None)
     max_advantage: float = field(default=5.0)
     max_prompt_length: int | None = field(default=None)
+    reward_timeout: float | None = field(default=1800)
 
     def __post_init__(self):
         if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
@@ -99,9 +102,10 @@ class NextFlowGRPOConfig(CheckedArguments, GRPOConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        for name in ("max_advantage", "continuation_eta"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        for name in ("max_advantage", "continuation_eta", "reward_timeout"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}.")
         if self.beta == 0 and (self.fine_beta or self.kl_logging_steps):
             raise ValueError(
                 "fine_beta and kl_logging_steps compare with a reference, which beta=0 leaves out; set beta."

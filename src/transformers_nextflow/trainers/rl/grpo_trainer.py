@@ -132,7 +132,7 @@ class NextFlowGRPOTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteT
         beta, args.beta = args.beta, args.beta if is_adapted else 0.0
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         super().__init__(
-            model=model, reward_funcs=[checked(function) for function in reward_funcs], args=args,
+            model=model, reward_funcs=[checked(function, args.reward_timeout) for function in reward_funcs], args=args,
             train_dataset=train_dataset, processing_class=processing_class, peft_config=peft_config, **kwargs,
         )  # fmt: skip
         self.beta = args.beta = beta

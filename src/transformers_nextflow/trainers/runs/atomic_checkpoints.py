@@ -8,6 +8,8 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ...utils.atomic_files import swap_folders
+
 
 PARTIAL = "partial-checkpoint"
 # In a checkpoint of a training that was begun anew, or went on from an earlier step, in the same folder.
@@ -48,10 +50,11 @@ class AtomicCheckpointMixin:
             self.state.best_model_checkpoint = str(target)
             self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
         if target.exists():  # of an earlier training in this folder
-            target.rename(run_dir / PARTIAL / SUPERSEDED)
-        partial.rename(target)
-        shutil.rmtree(run_dir / PARTIAL)
+            swap_folders(partial, target)
+        else:
+            partial.rename(target)
         self._rotate(run_dir)
+        shutil.rmtree(run_dir / PARTIAL)
 
     def _rotate(self, run_dir: Path):
         """As transformers rotates, but superseded checkpoints go first, and the others by their steps: times of files
@@ -62,7 +65,8 @@ class AtomicCheckpointMixin:
         kept = {checkpoints[-1].name, Path(self.state.best_model_checkpoint or checkpoints[-1]).name}
         surplus = len(checkpoints) - max(limit, len(kept)) if limit > 0 else 0
         for checkpoint in [c for c in checkpoints if c.name not in kept][: max(surplus, 0)]:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+            # Its name goes first: a checkpoint that is removed in part is none.
+            checkpoint.rename(run_dir / PARTIAL / f"surplus-{checkpoint.name}")
 
     def supersede_checkpoints(self, start: Path | None) -> list[str]:
         """Mark the checkpoints that do not lead to what is trained from here on, from `start` or from the beginning.

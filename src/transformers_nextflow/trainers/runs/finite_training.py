@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers.utils import logging
 
-from .checked_arguments import check_finite
+from ...utils.finite_numbers import check_finite
 
 
 logger = logging.get_logger(__name__)

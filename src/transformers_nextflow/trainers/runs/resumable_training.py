@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from ...utils.finite_numbers import check_finite
 from ...utils.folder_lock import hold_folder
 from .atomic_checkpoints import PARTIAL, AtomicCheckpointMixin, checkpoints_in, is_superseded
 from .training_record import changes_since, training_record, write_record
@@ -126,6 +127,7 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
         # All is loaded, and nothing has begun: no callback, no evaluation.
         if self.state.global_step >= self.state.max_steps:
             raise _AlreadyFinished
+        check_finite({"optimizer": _settings_of(self.optimizer)})
         self.check_weights(at_start=True)
         if self.args.should_save and (superseded := self.supersede_checkpoints(self._start)):
             logger.warning(

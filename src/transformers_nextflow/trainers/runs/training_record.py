@@ -37,7 +37,7 @@ HARMLESS = {
     "do_eval", "do_predict", "torch_empty_cache_steps", "include_num_input_tokens_seen", "ddp_timeout", "debug",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "dataloader_multiprocessing_context", "enable_jit_checkpoint", "restore_callback_states_from_checkpoint",
-    "num_completions_to_print", "max_nonfinite_steps", "use_cpu",
+    "num_completions_to_print", "max_nonfinite_steps", "use_cpu", "reward_timeout",
 }  # fmt: skip
 HARMLESS_FAMILIES = ("logging_", "log_", "save_", "hub_", "trackio_")
 # Arguments of the resuming itself, and of the process.
@@ -45,7 +45,7 @@ NOT_RECORDED = {"resume_from_checkpoint", "resume_with_changes", "local_rank"}
 # What transformers notes in a config, or sets in it, without a meaning for the training of a model that is at hand.
 NOT_OF_CONFIG = {
     "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "bos_token_id",
-    "eos_token_id", "pad_token_id", "_attn_implementation", "_attn_implementation_internal",
+    "eos_token_id", "pad_token_id", "trained_on", "_attn_implementation", "_attn_implementation_internal",
 }  # fmt: skip
 
 

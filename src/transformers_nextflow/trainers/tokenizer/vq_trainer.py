@@ -129,7 +129,8 @@ class NextFlowVQTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTra
         if args.adversarial_weight:
             self.adversary = Adversary(discriminator.to(args.device), learning_rate=args.learning_rate)
         self.model_accepts_loss_kwargs = False
-        self._losses: dict[str, list[float]] = {}
+        # On the device until they are logged.
+        self._losses: dict[str, list[torch.Tensor | float]] = {}
         # Codes in use since `_counted_from`, the step of the last revival.
         self._used: torch.Tensor | None = None
         self._counted_from = 0
@@ -172,7 +173,7 @@ class NextFlowVQTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTra
             losses["adversarial_loss"] = args.adversarial_weight * self.adversary.loss(output.reconstruction, pixels)
         self.note(losses)
         for name, value in losses.items():
-            self._losses.setdefault(name, []).append(float(value.detach()))
+            self._losses.setdefault(name, []).append(value.detach())
         if self.model.training and output.image_tokens is not None:
             self._count_codes(output.image_tokens)
         loss = sum(losses.values())
@@ -249,7 +250,7 @@ class NextFlowVQTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTra
     def log(self, logs: dict[str, float], start_time: float | None = None):
         if "loss" in logs:
             for name, values in self._losses.items():
-                logs[name] = sum(values) / len(values)
+                logs[name] = float(sum(values) / len(values))
             self._losses.clear()
         super().log(logs, start_time)
 

@@ -15,9 +15,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ...evaluation.image_metrics import contact_sheet, to_uint8
+from ...evaluation.image_metrics import save_sheet, to_uint8
 from ...pipeline_nextflow import NextFlowPipeline
-from ...utils.atomic_files import write_whole
 from ..conversations import Part
 from . import (
     Case,
@@ -232,8 +231,7 @@ class AbilitiesEvaluation:
         for name, rows in self._shown.items():
             rows = [[p.resize((size, size), Image.Resampling.NEAREST) for p in row] for row in rows if row]
             if rows:
-                with write_whole(folder / f"{name}.png") as partial:
-                    contact_sheet(rows).save(partial)
+                save_sheet(rows, folder / f"{name}.png")
 
 
 def _generator(seed: int, index: int) -> torch.Generator:

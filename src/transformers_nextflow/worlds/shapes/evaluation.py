@@ -11,11 +11,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import AutoProcessor
 
-from ...evaluation.image_metrics import contact_sheet, to_uint8
+from ...evaluation.image_metrics import save_sheet, to_uint8
 from ...generation.sampling import ImageSampling
 from ...modeling_nextflow import NextFlowForConditionalGeneration
 from ...processing_nextflow import NextFlowProcessor
-from ...utils.atomic_files import write_whole
+from ...utils.checkpoint_checks import loading_errors
 from . import (
     CheckResult,
     Prompt,
@@ -153,8 +153,7 @@ class ShapesEvaluation:
         if sheet is not None:
             size = WORLD.canvas * SHEET_ENLARGEMENT
             rows = [[p.resize((size, size), Image.Resampling.NEAREST) for p in row] for row in shown.values()]
-            with write_whole(sheet) as partial:
-                contact_sheet(rows).save(partial)
+            save_sheet(rows, sheet)
         return drawing_score_table(results)
 
 
@@ -176,7 +175,8 @@ def evaluate_shapes(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = NextFlowForConditionalGeneration.from_pretrained(checkpoint).to(device)
-    processor = AutoProcessor.from_pretrained(checkpoint)
+    with loading_errors(checkpoint):
+        processor = AutoProcessor.from_pretrained(checkpoint)
     evaluation = ShapesEvaluation(model, processor, limit or 100, seeds)
     suites: dict[str, Callable[[], dict]] = {
         "text_to_image": lambda: evaluation.text_to_image(sheets and Path(sheets) / "text_to_image.png"),

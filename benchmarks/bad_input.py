@@ -1,0 +1,93 @@
+"""What becomes of bad inputs: the cases of the tests by kind and outcome, of this code and of an earlier one.
+
+    python benchmarks/bad_input.py --before FOLDER
+
+FOLDER is a checkout of the earlier code; without it only this one is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from transformers_nextflow.evaluation.results import write_result
+
+
+ROOT = Path(__file__).parents[1]
+MODULES = ("files_and_images", "words_and_calls", "checkpoints_and_recipes")
+# Run with the code to be measured on the path, in a process of its own; its last line are the counts.
+COUNT = """
+import importlib, json, pathlib, resource, sys, tempfile
+# What fills the memory fails in its own process.
+resource.setrlimit(resource.RLIMIT_AS, (10 * 2**30, 10 * 2**30))
+sys.path[:0] = {paths}
+import bad_input
+counts, missed = {{}}, []
+with tempfile.TemporaryDirectory() as folder:
+    model, shared = bad_input.make_model(pathlib.Path(folder) / "model"), {{}}
+    for name in {modules}:
+        for case in importlib.import_module(name).CASES:
+            place = pathlib.Path(tempfile.mkdtemp(dir=folder))
+            outcome, told = bad_input.outcome(case, bad_input.Place(place, model, shared))
+            kind = counts.setdefault(case.kind, {{"cases": 0, "as expected": 0}})
+            kind["cases"] += 1
+            kind["as expected"] += outcome == case.expected
+            kind[outcome] = kind.get(outcome, 0) + 1
+            if outcome != case.expected:
+                missed.append([case.name, outcome, told[:200]])
+print()
+print(json.dumps([counts, missed]))
+"""
+
+
+def count(code: Path) -> tuple[dict[str, dict[str, int]], list]:
+    """Kind → outcome → number of cases, of the code in a checkout; and the cases that came out otherwise."""
+    paths = [str(ROOT / "tests" / "bad_input"), str(ROOT / "tests")]
+    environment = os.environ | {
+        "PYTHONPATH": str(code / "src"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", COUNT.format(paths=paths, modules=MODULES)],
+            env=environment, cwd=folder, capture_output=True, text=True, errors="replace",
+        )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"The cases could not be run on {code}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", type=Path, help="checkout of earlier code")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--show", action="store_true", help="print the cases that came out otherwise than expected")
+    arguments = parser.parse_args()
+    values, columns = {}, {"after": ROOT} | ({"before": arguments.before.resolve()} if arguments.before else {})
+    for column, code in columns.items():
+        values[column], missed = count(code)
+        for case in missed if arguments.show else ():
+            print(column, *case, sep=" | ")
+    for kind, own in values["after"].items():
+        row = [f"{own['as expected']} of {own['cases']}"]
+        if "before" in values:
+            row.insert(0, f"{values['before'][kind]['as expected']} of {own['cases']}")
+        print(f"{kind:<36} {' → '.join(row)}")
+    for column, kinds in values.items():
+        kinds["all"] = {name: sum(kind.get(name, 0) for kind in kinds.values()) for name in _names(kinds)}
+        print(column, kinds["all"])
+    print(write_result(arguments.results / "bad_input.json", values))
+
+
+def _names(kinds: dict) -> list[str]:
+    return sorted({name for kind in kinds.values() for name in kind})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Drawing whose scales are recorded once and played again: key-value buffers of fixed size, a captured graph a scale.
+
+Small scales are bound by starting kernels. A CUDA graph starts all of a scale's at once; what stays outside is the pass
+over the prompt, the head, the guidance and the sample. Prompts stand at the right end of a part of the buffers whose
+size is one of few, so that a recording serves all prompts that fit there, of equal or unequal length.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from ..scale_schedule import ScaleSchedule
+from ..sequence.ragged_keys import RaggedKeys
+from ..sequence.scale_sdpa import SCALE_SDPA
+from ..utils.older_transformers import CACHE
+from .cached_sequences import CachedSequences
+from .image_codes import ImageCodes
+from .sampling import ImageSampling
+
+
+logger = logging.get_logger(__name__)
+# Prompts of up to so many columns share recordings; longer ones take the next multiple of the last.
+PROMPT_COLUMNS = (64, 128, 256, 512, 1024)
+# Kinds of drawings whose recordings and buffers are kept; the one that was used longest ago goes first.
+KEPT_KINDS = 4
+WARM_UPS = 2
+
+
+def prompt_columns(length: int) -> int:
+    """The columns that buffers have for prompts of at most `length` tokens."""
+    last = PROMPT_COLUMNS[-1]
+    return next((size for size in PROMPT_COLUMNS if size >= length), -(-length // last) * last)
+
+
+class Recording:
+    """A function of tensors that stay where they are, which is played again and again.
+
+    On CUDA it is captured as a graph; elsewhere each play calls it again.
+    """
+
+    def __init__(self, run: Callable[[], torch.Tensor], device: torch.device, pool=None):
+        self.run, self.graph = run, None
+        if device.type == "cuda":
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):  # compiles kernels and takes what they keep
+                    run()
+            torch.cuda.current_stream(device).wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=pool):
+                self.result = run()
+
+    def play(self) -> torch.Tensor:
+        if self.graph is None:
+            return self.run()
+        self.graph.replay()
+        return self.result
+
+
+class Buffers:
+    """Keys and values of all layers, (R, columns, heads, D) each: prompts on the left, slots behind `left` columns."""
+
+    def __init__(self, cache, left: int, slots: int):
+        self.left = left
+
+        def like(states: torch.Tensor) -> torch.Tensor:
+            rows, heads, _, channels = states.shape
+            return states.new_zeros(rows, left + slots, heads, channels).transpose(1, 2)
+
+        self.layers = [(like(layer.keys), like(layer.values)) for layer in cache.layers]
+
+    def take(self, cache):
+        """Copy what prompts left in a cache to the right end of the part for prompts."""
+        for buffers, layer in zip(self.layers, cache.layers):
+            for buffer, states in zip(buffers, (layer.keys, layer.values)):
+                buffer[:, :, self.left - states.shape[2] : self.left].copy_(states)
+
+
+class BuffersOfScale:
+    """The buffers as the cache of one pass over the first `rows`, which writes columns from `start` on."""
+
+    def __init__(self, buffers: Buffers, rows: int, start: int):
+        self.buffers, self.rows, self.start = buffers, rows, start
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args, **kwargs):
+        buffers = [buffer[: self.rows] for buffer in self.buffers.layers[layer]]
+        for buffer, states in zip(buffers, (keys, values)):
+            buffer[:, :, self.start : self.start + states.shape[2]].copy_(states)
+        return tuple(buffers)
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.start
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a recording depends on."""
+
+    schedules: tuple[ScaleSchedule, ...]
+    contexts: int
+    left: int
+    device: torch.device
+    dtype: torch.dtype
+    weights: int
+
+
+class RecordedScales:
+    """The scales of one kind of drawing; the interface is that of `PlainScales`."""
+
+    def __init__(self, model: nn.Module, backbone: Callable, kind: Kind, cache):
+        self.model, self.backbone, self.kind = model, backbone, kind
+        (schedule,) = set(kind.schedules)
+        self.codes = ImageCodes(model, kind.schedules, ImageSampling())
+        self.buffers = Buffers(cache, kind.left, schedule.offsets[-1])
+        self.starts = torch.zeros(kind.contexts * len(kind.schedules), dtype=torch.int32, device=kind.device)
+        self.origins = torch.zeros(3, kind.contexts, len(kind.schedules), 1, device=kind.device)
+        self.recordings: dict[tuple[int, int], Recording] = {}
+        self.pool = torch.cuda.graph_pool_handle() if kind.device.type == "cuda" else None
+
+    def begin(self, drawing: ImageCodes, sequences: CachedSequences, rows: torch.Tensor):
+        """Take in the prompts of a drawing."""
+        self.drawing, self.contexts = drawing, self.kind.contexts
+        self.buffers.take(sequences.cache)
+        unused = self.kind.left - sequences.cache.get_seq_length()
+        self.starts.copy_(torch.tensor([unused + padding for padding in sequences.padding], dtype=torch.int32))
+        self.origins.copy_(sequences.slot_origins(rows))
+
+    def read(self, scale: int, round_: int = 0) -> torch.Tensor:
+        """Hidden states (C, B, n, D) of the slots of a scale, counted from 0; valid until it is read again."""
+        self.codes.image_tokens.copy_(self.drawing.image_tokens)
+        key = (scale, self.contexts)
+        if key not in self.recordings:
+            self.recordings[key] = Recording(lambda: self._pass(*key), self.kind.device, self.pool)
+        return self.recordings[key].play()
+
+    def leave_contexts(self):
+        """Go on without the rows that only guidance needs."""
+        self.contexts = 1
+
+    def _pass(self, scale: int, contexts: int) -> torch.Tensor:
+        embeds, coordinates, _ = self.codes.slots(scale)
+        (schedule,) = self.codes.groups
+        rows, start, count = contexts * len(embeds), self.kind.left + schedule.offsets[scale], embeds.shape[1]
+        # Scale 0 has no slots, so that those of scale 1 come first.
+        start -= schedule.offsets[1]
+        ragged = RaggedKeys(self.starts[:rows], start + count)
+        outputs = self.backbone(
+            inputs_embeds=embeds.expand(contexts, -1, -1, -1).flatten(0, 1),
+            attention_mask={"full_attention": ragged},
+            position_ids=(self.origins[:, :contexts] + coordinates).flatten(1, 2),
+            **{CACHE: BuffersOfScale(self.buffers, rows, start)},
+            use_cache=True,
+            both_ways=True,
+        )
+        return outputs.last_hidden_state.unflatten(0, (contexts, -1))
+
+
+class CompiledDrawing:
+    """The recordings of a model, made as drawings come; see `NextFlowForConditionalGeneration.compile_drawing`.
+
+    Args:
+        model: the [`NextFlowForConditionalGeneration`] that draws.
+        fuse: compile the backbone, so that its elementwise operations are fused inside of the graphs.
+    """
+
+    def __init__(self, model: nn.Module, fuse: bool):
+        self.model = model
+        language_model = model.model.language_model
+        self.backbone = torch.compile(language_model, dynamic=True) if fuse else language_model
+        self.kinds: OrderedDict[Kind, RecordedScales] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def scales(
+        self, drawing: ImageCodes, sequences: CachedSequences, rows: torch.Tensor
+    ) -> Iterator[RecordedScales | None]:
+        """The recorded scales of a drawing; `None`, with a word in the log, where there can be none."""
+        reason = self._reason_against(drawing, sequences, rows)
+        if reason is None and not self._lock.acquire(blocking=False):
+            reason = "another thread draws on them"
+        if reason is not None:
+            logger.warning(f"This drawing does not use the compiled scales: {reason}.")
+            yield None
+            return
+        try:
+            recorded = self._recorded(drawing, sequences, len(rows))
+            recorded.begin(drawing, sequences, rows)
+            yield recorded
+        finally:
+            self._lock.release()
+
+    def _reason_against(self, drawing: ImageCodes, sequences: CachedSequences, rows: torch.Tensor) -> str | None:
+        if len(drawing.groups) > 1:
+            return "its images differ in size"
+        if sequences.padding is None:
+            return "its rows have read different columns"
+        if rows.numel() != len(sequences.padding):
+            return "some rows do not draw"
+        implementation = self.model.model.language_model.config._attn_implementation
+        if implementation != SCALE_SDPA:
+            return f"attn_implementation is {implementation!r}, not {SCALE_SDPA!r}"
+        if any(hasattr(module, "_hf_hook") for module in self.model.modules()):
+            return "the model is offloaded or spread over devices"
+        return None
+
+    def _recorded(self, drawing: ImageCodes, sequences: CachedSequences, contexts: int) -> RecordedScales:
+        weight = next(self.model.model.language_model.parameters())
+        left = prompt_columns(sequences.cache.get_seq_length())
+        # A weight that lies elsewhere, after a move or a cast, is another model to a graph.
+        kind = Kind(drawing.schedules, contexts, left, weight.device, weight.dtype, weight.data_ptr())
+        if kind not in self.kinds:
+            while len(self.kinds) >= KEPT_KINDS:
+                self.kinds.popitem(last=False)
+            self.kinds[kind] = RecordedScales(self.model, self.backbone, kind, sequences.cache)
+        self.kinds.move_to_end(kind)
+        return self.kinds[kind]

@@ -1,0 +1,100 @@
+"""Warnings of prompts and images that lie outside of what a checkpoint says that it was trained on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from ..evaluation.image_metrics import psnr
+from ..utils.saved_adapters import is_adapted
+from ..utils.trained_on import TrainedOn
+from ..utils.typed_values import read_typed
+from .requests import ImageRequest
+
+
+# Unknown words that a warning names.
+MOST_NAMED = 5
+
+
+class OutsideWarningsMixin:
+    """Warns a [`NextFlowPipeline`]'s user of each kind of thing once. Checkpoints without a statement, and such with
+    adapters, which were trained on more, are left alone.
+    """
+
+    def _warn_of_request(self, request: ImageRequest):
+        patch_size = self.processor.image_processor.patch_size
+        self._warn_of_texts(request.prompts, [schedule.image_size(patch_size) for schedule in request.schedules])
+
+    def _warn_of_texts(self, texts: Iterable[str], sizes: Iterable[tuple[int, int]] = ()):
+        """Of texts, and of sizes (height, width) of what is drawn."""
+        stated, texts = self._trained_on(), list(texts)
+        if stated is None:
+            return
+        if words := stated.unknown_words(texts):
+            named = ", ".join(map(repr, words[:MOST_NAMED])) + (" and more" if len(words) > MOST_NAMED else "")
+            self._warn_outside(
+                "words", f"The prompt has words that this checkpoint has never seen: {named}. {_knows(stated)}, and "
+                "draws something of it whatever else is asked for.",
+            )  # fmt: skip
+        if phrases := stated.too_many(texts):
+            self._warn_outside(
+                "count", f"The prompt asks for {phrases[0]!r}, and this checkpoint has never seen more than "
+                f"{stated.most} of one kind; it will draw another number.",
+            )  # fmt: skip
+        if others := stated.other_sizes(sizes):
+            own = " and ".join("x".join(map(str, size)) for size in stated.sizes)
+            self._warn_outside(
+                "size", f"The image has {others[0]} pixels (height x width), and all those of its training "
+                f"had {own}; what this checkpoint draws in other sizes may be wrong.",
+            )  # fmt: skip
+
+    def _warn_of_images(self, images: Sequence[torch.Tensor]):
+        """Of images (3, H, W) in [-1, 1] that are given, by what the tokenizer makes of them."""
+        stated, vq_model = self._trained_on(), self.unwrapped_model.vq_model
+        if stated is None or stated.lowest_psnr is None or "image" in self._told_outside:
+            return
+        for number, image in enumerate(images):
+            pixels = image[None].to(vq_model.device, torch.float32)
+            decoded = vq_model.decode(vq_model.encode(pixels).image_tokens, vq_model.schedule_of(pixels))
+            reached = psnr(decoded / 2 + 0.5, pixels / 2 + 0.5).item()
+            if stated.is_other_image(reached):
+                self._warn_outside(
+                    "image", f"Image {number} is of another kind than those that this checkpoint was trained on: its "
+                    f"own tokenizer reproduces it at {reached:.0f} dB, and its own images at {stated.lowest_psnr:.0f} "
+                    f"and more. {_knows(stated)}, and reads nothing else.",
+                )  # fmt: skip
+                return
+
+    def _images_of(self, pixel_values: torch.Tensor, image_grids: torch.Tensor) -> list[torch.Tensor]:
+        """Images (3, H, W) out of a batch (num_images, 3, height, width) in which they are padded."""
+        patch_size = self.unwrapped_model.config.vq_config.patch_size
+        sizes = (image_grids * patch_size).tolist()
+        return [image[:, :height, :width] for image, (height, width) in zip(pixel_values, sizes)]
+
+    def _trained_on(self) -> TrainedOn | None:
+        model = self.unwrapped_model
+        stated = getattr(model.config, "trained_on", None)
+        return None if stated is None or is_adapted(model) else read_typed(TrainedOn, stated, "trained_on")
+
+    @property
+    def _told_outside(self) -> set[str]:
+        return self.__dict__.setdefault("_kinds_told_outside", set())
+
+    def _warn_outside(self, kind: str, message: str):
+        if kind not in self._told_outside:
+            self._told_outside.add(kind)
+            warnings.warn(message, stacklevel=4)
+
+
+def _knows(stated: TrainedOn) -> str:
+    return f"It knows only {stated.domain}"
+
+
+def texts_of_messages(messages: Iterable[dict]) -> list[str]:
+    """What users say in a conversation."""
+    contents = [message["content"] for message in messages if message["role"] != "assistant"]
+    parts = [[content] if isinstance(content, str) else content for content in contents]
+    texts = [part if isinstance(part, str) else part.get("text") for row in parts for part in row]
+    return [text for text in texts if isinstance(text, str)]

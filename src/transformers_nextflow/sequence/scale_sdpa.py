@@ -1,0 +1,235 @@
+"""Scaled dot product attention of the scales of images, without a mask: "scale_sdpa", the backbone's default.
+
+The queries of a scale see all keys of their sample up to the end of that scale. So a pass over whole images, causal in
+text and both ways within a scale, is one exact call for each run of text and each scale, of the kernels that know no
+mask; padding and other samples of the row are never read. Where many small calls would take longer than one with a mask
+(short rows, small images), there is one with a mask.
+
+An [`AttentionPlan`] stands in the place of a mask. Without one, "scale_sdpa" is transformers' "sdpa".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import nn
+from torch.nn.attention.bias import causal_lower_right
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .ragged_keys import RaggedKeys, attend_ragged
+
+
+SCALE_SDPA = "scale_sdpa"
+# What starting a call takes, in products of one channel of a query with one of a key that are made meanwhile; measured
+# on CPU (a twentieth to a fifth of a millisecond), an estimate for GPUs.
+CALL_COST = {"cpu": 2**19, "cuda": 2**29}
+# How much longer a pair of query and key takes under a mask.
+MASKED_COST = 1.25
+
+
+@dataclass(frozen=True)
+class Run:
+    """Queries of a sample that are read in one call: they see the sample's first `keys` keys.
+
+    With `is_causal` the last query sees all of these, and each one before it one less.
+    """
+
+    queries: int
+    keys: int
+    is_causal: bool = False
+
+    @property
+    def pairs(self) -> int:
+        return self.queries * self.keys - self.is_causal * self.queries * (self.queries - 1) // 2
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Columns of a row that see each other, and their queries, run by run; no runs are padding.
+
+    With a key-value cache there are fewer queries than keys: those of the last columns.
+    """
+
+    queries: int
+    keys: int
+    runs: tuple[Run, ...] = ()
+
+
+Row = tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Which calls make the attention of a batch.
+
+    Args:
+        groups: how many rows follow each other with the same samples, and these.
+        masks: of the samples of each group those (1, 1, queries, keys) under which one call reads all runs; `None`
+            where each run has its own.
+    """
+
+    groups: tuple[tuple[int, Row], ...]
+    masks: tuple[tuple[torch.Tensor | None, ...], ...]
+
+
+def plan_attention(
+    config: PreTrainedConfig, samples: torch.Tensor, block_ids: torch.Tensor | None, num_queries: int
+) -> AttentionPlan | None:
+    """The plan of rows whose last `num_queries` columns are read behind those in a cache.
+
+    Waits for the device once, where the columns lie on one.
+
+    Args:
+        config: of the backbone.
+        samples: (B, columns) int64, of which sample of its row a column is; -1 for padding.
+        block_ids: (B, columns) int64, a number of its own for each scale, -1 elsewhere; `None` for text.
+
+    Returns:
+        `None` where one mask over all rows takes less time, where the columns of a sample do not lie side by side,
+        for other implementations than "scale_sdpa", and in a graph that is being compiled.
+    """
+    if config._attn_implementation != SCALE_SDPA or torch.compiler.is_compiling():
+        return None
+    block_ids = torch.full_like(samples, -1) if block_ids is None else block_ids
+    rows = [_row(*ids, num_queries) for ids in zip(*torch.stack([samples, block_ids]).tolist())]
+    return plan_rows(config, rows, block_ids) if all(row is not None for row in rows) else None
+
+
+def plan_behind(
+    config: PreTrainedConfig, padding: Sequence[int], num_queries: int, columns: int, is_causal: bool, device
+) -> AttentionPlan | None:
+    """The plan of rows whose last `num_queries` of `columns` read all but the `padding` columns on the left of each.
+
+    Returns `None` as `plan_attention`.
+    """
+    if config._attn_implementation != SCALE_SDPA or torch.compiler.is_compiling():
+        return None
+
+    def row(left: int) -> Row:
+        run = Run(num_queries, columns - left, is_causal and num_queries > 1)
+        return (Sample(0, left), Sample(num_queries, columns - left, (run,)))
+
+    return plan_rows(config, [row(left) for left in padding], torch.empty(0, device=device))
+
+
+def plan_rows(config: PreTrainedConfig, rows: Sequence[Row], block_ids: torch.Tensor) -> AttentionPlan | None:
+    """The cheapest calls for rows; `None` where that is one mask over all of them."""
+    call = CALL_COST["cpu" if block_ids.device.type == "cpu" else "cuda"] / config.hidden_size
+    groups, masks, cost, first_row = [], [], 0.0, 0
+    for row, same in groupby(rows):
+        count = len(list(same))
+        groups.append((count, row))
+        masks.append([])
+        start = 0
+        for sample in row:
+            run_by_run = sum(count * run.pairs + call for run in sample.runs)
+            # One run is as one call either way.
+            at_once = count * sample.queries * sample.keys * MASKED_COST + call
+            is_masked = len(sample.runs) > 1 and at_once < run_by_run
+            columns = slice(start, start + sample.keys)
+            masks[-1].append(_mask(block_ids[first_row, columns], sample.queries) if is_masked else None)
+            cost += at_once if is_masked else run_by_run
+            start += sample.keys
+        first_row += count
+    queries, columns = (sum(getattr(sample, name) for sample in rows[0]) for name in ("queries", "keys"))
+    if len(groups) > 1 and len(rows) * queries * columns * MASKED_COST + call < cost:
+        return None
+    return AttentionPlan(tuple(groups), tuple(map(tuple, masks)))
+
+
+def _row(samples: list[int], block_ids: list[int], num_queries: int) -> Row | None:
+    """The samples of the columns of a row; `None` where one is not whole."""
+    past, start, row, seen = len(samples) - num_queries, 0, [], set()
+    for sample, columns in groupby(zip(samples, block_ids), key=lambda column: column[0]):
+        blocks = [block for _, block in columns]
+        keys = len(blocks)
+        if sample in seen:
+            return None
+        if sample >= 0:
+            seen.add(sample)
+        skipped = min(max(past - start, 0), keys)  # columns of which only keys are left
+        runs, end = [], skipped
+        for block, same in groupby(blocks[skipped:]):
+            length = len(list(same))
+            end += length
+            runs.append(Run(length, end, is_causal=block < 0 and length > 1))
+        row.append(Sample(keys - skipped, keys, tuple(runs) if sample >= 0 else ()))
+        start += keys
+    return tuple(row)
+
+
+def _mask(block_ids: torch.Tensor, num_queries: int) -> torch.Tensor:
+    """(1, 1, queries, keys) bool of a sample with blocks (keys,): causal, and both ways within a block."""
+    of_queries = block_ids[-num_queries:, None]
+    places = torch.arange(len(block_ids), device=block_ids.device)
+    same = (of_queries == block_ids) & (of_queries >= 0)
+    return (same | (places <= places[-num_queries:, None]))[None, None]
+
+
+def scale_sdpa_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: AttentionPlan | RaggedKeys | torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention (B, L, H, D) of queries, keys and values (B, H, L, D), by a plan, over ragged keys, or as transformers
+    has it.
+    """
+    if isinstance(attention_mask, RaggedKeys):
+        return attend_ragged(module, query, key, value, attention_mask, **kwargs), None
+    if not isinstance(attention_mask, AttentionPlan):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    kwargs.pop("is_causal", None)
+    return _attend_by_plan(module, query, key, value, attention_mask, **kwargs), None
+
+
+# Layers that are compiled would be compiled anew for each plan.
+@torch.compiler.disable
+def _attend_by_plan(module, query, key, value, plan: AttentionPlan, **kwargs) -> torch.Tensor:
+    counts = [count for count, _ in plan.groups]
+    parts = zip(*(states.split(counts) for states in (query, key, value)), plan.groups, plan.masks)
+    outputs = [_attend_row(module, q, k, v, row, masks, **kwargs) for q, k, v, (_, row), masks in parts]
+    return _joined(outputs, 0)
+
+
+def _attend_row(module, query, key, value, row: Row, masks, **kwargs) -> torch.Tensor:
+    # Split and not sliced, so that the gradient of a sample is not as large as that of its row.
+    queries = query.split([sample.queries for sample in row], dim=2)
+    keys, values = (states.split([sample.keys for sample in row], dim=2) for states in (key, value))
+    samples = zip(queries, keys, values, row, masks)
+    return _joined([_attend_sample(module, *states, **kwargs) for states in samples if states[0].shape[2]], 1)
+
+
+def _attend_sample(module, query, key, value, sample: Sample, mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
+    if mask is not None:
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+    if not sample.runs:
+        return query.transpose(1, 2).new_zeros(query.transpose(1, 2).shape)
+    parts = zip(query.split([run.queries for run in sample.runs], dim=2), sample.runs)
+    outputs = [_attend(module, q, key[:, :, : run.keys], value[:, :, : run.keys], run, **kwargs) for q, run in parts]
+    return _joined(outputs, 1)
+
+
+def _attend(module, query, key, value, run: Run, **kwargs) -> torch.Tensor:
+    if run.is_causal and run.queries < run.keys:
+        output = nn.functional.scaled_dot_product_attention(
+            query, key, value, causal_lower_right(run.queries, run.keys), dropout_p=kwargs.get("dropout", 0.0),
+            scale=kwargs.get("scaling"), enable_gqa=query.shape[1] > key.shape[1],
+        )  # fmt: skip
+        return output.transpose(1, 2)
+    return sdpa_attention_forward(module, query, key, value, None, is_causal=run.is_causal, **kwargs)[0]
+
+
+def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+AttentionInterface.register(SCALE_SDPA, scale_sdpa_attention_forward)
+AttentionMaskInterface.register(SCALE_SDPA, sdpa_mask)

@@ -1,0 +1,26 @@
+"""Numbers of settings, wherever they stand in them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from numbers import Real
+from typing import Any
+
+
+def check_finite(settings: dict[str, Any]):
+    """Raises `ValueError` that names a number in the settings, or in lists and dicts in them, that is not finite."""
+    for name, value in _numbers(settings):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}.")
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, Real]]:
+    if isinstance(value, Real):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _numbers(inner, f"{name}[{index}]")

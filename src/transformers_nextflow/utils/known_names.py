@@ -1,0 +1,75 @@
+"""Names that are not known, and what was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+
+
+# What other libraries call ours, and what ours has instead of what they have.
+ELSEWHERE: dict[str, str] = {
+    "seed": "generator",
+    "random_seed": "generator",
+    "num_inference_steps": "the number of scales, which follows from height and width",
+    "steps": "the number of scales, which follows from height and width",
+    "strength": "num_kept_scales, or mask_image",
+    "guidance": "guidance_scale",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "true_cfg_scale": "guidance_scale",
+    "images": "image",
+    "input_image": "image",
+    "init_image": "image",
+    "mask": "mask_image",
+    "prompts": "prompt",
+    "size": "height and width",
+    "num_images": "num_images_per_prompt",
+    "n": "num_images_per_prompt",
+    "batch_size": "num_images_per_prompt",
+    "callback": "callback_on_step_end",
+    "max_length": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "scorer": "candidate_scorer",
+    "frames": "num_frames",
+    "lr": "learning_rate",
+    "batch": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+}
+
+
+def nearest_name(name: object, known: Iterable[str]) -> str | None:
+    """The known name that was probably meant, if there is one; or in words what stands for it."""
+    known = list(known)
+    stands_for = ELSEWHERE.get(str(name))
+    if stands_for is not None and (stands_for in known or " " in stands_for):
+        return stands_for
+    return next(iter(difflib.get_close_matches(str(name), known, n=1)), None)
+
+
+def check_names(given: Iterable[object], known: Iterable[str], what: str):
+    """Raises `ValueError` for a name that is not known, with the nearest one.
+
+    Args:
+        what: has the names, as "NextFlowPipeline.video".
+    """
+    known = list(known)
+    for name in given:
+        if name not in known:
+            nearest = nearest_name(name, known)
+            remedy = f"did you mean {nearest}?" if nearest else f"there are {', '.join(known)}."
+            raise ValueError(f"{what} has no {str(name)[:80]!r}; {remedy}")
+
+
+def checks_names(function: Callable) -> Callable:
+    """A function that takes no further keywords, and says for an unknown one what was probably meant."""
+    parameters: Mapping[str, inspect.Parameter] = inspect.signature(function).parameters
+    known = [name for name in parameters if name != "self"]
+
+    @wraps(function)
+    def checked(*args, **kwargs):
+        check_names(kwargs, known, function.__qualname__.removesuffix(".__call__"))
+        return function(*args, **kwargs)
+
+    return checked

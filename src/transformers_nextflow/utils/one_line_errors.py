@@ -1,0 +1,83 @@
+"""Where the command line turns whatever was raised into one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import typer
+from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+from yaml import YAMLError
+
+
+# Set to anything, errors keep their tracebacks.
+DEBUG = "TRANSFORMERS_NEXTFLOW_DEBUG"
+# What a user can mend, beside errors of the system; libraries have classes of their own for broken files.
+MENDABLE = (ImportError, OSError, SafetensorError, StrictDataclassError, TemplateError, ValueError, YAMLError)
+# Left to typer.
+PASSED = (BrokenPipeError, typer.Abort, typer.BadParameter, typer.Exit)
+MOST_CHARACTERS = 1000
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """What is raised in the block is told in a line on stderr, without a traceback; `DEBUG` in the environment shows
+    it.
+
+    The exit code is 2 for what a user can mend, 1 for anything else, and 128 and its number after a signal.
+    """
+    try:
+        yield
+    except PASSED:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get(DEBUG):
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            print(file=sys.stderr)  # after the terminal's own ^C, or the bar of the work
+        print(one_line(error), file=sys.stderr)
+        raise typer.Exit(_exit_code(error)) from error
+
+
+def one_line(error: BaseException) -> str:
+    """The line, for people; of a defect it names the class and how to see more."""
+    told = " ".join(part for part in [str(error), *getattr(error, "__notes__", ())] if part)
+    # Halves of surrogate pairs, as in the names of files, cannot be printed.
+    told = " ".join(told.encode("utf-8", "backslashreplace").decode().split()) or type(error).__name__
+    if len(told) > MOST_CHARACTERS:
+        told = f"{told[: MOST_CHARACTERS // 2]} … {told[-MOST_CHARACTERS // 2 :]}"
+    if isinstance(error, KeyboardInterrupt):
+        return f"Interrupted. {' '.join(getattr(error, '__notes__', ())) or 'Nothing was written.'}"
+    if isinstance(error, MENDABLE):
+        return f"Error: {told}"
+    return f"Error: {type(error).__name__}: {told} (unexpected; {DEBUG}=1 shows where)"
+
+
+@contextmanager
+def tells_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
+    """When the block is interrupted, as by Ctrl-C, the exception says in a note what is kept of its work."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(kept())
+        raise
+
+
+def end_on_termination():
+    """A request to terminate ends the process as Ctrl-C does: what is written in part is cleared away."""
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(number: int, frame):
+    raise KeyboardInterrupt(number)
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
+    return 2 if isinstance(error, MENDABLE) else 1

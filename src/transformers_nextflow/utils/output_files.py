@@ -1,0 +1,54 @@
+"""Whether there is a place for results, asked before the work that makes them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from .short_repr import short_path
+
+
+def check_output_file(path: str | os.PathLike, write: Callable[[Path], object] = Path.touch):
+    """Raises `ValueError` if no file can be written to `path`; nothing is left there, and what is there stays.
+
+    Args:
+        write: tries to write a file to the path that it is given, as the results will be written.
+    """
+    path = _checked(path)
+    if os.path.isdir(path):  # unlike `Path`'s own, without an error for a path that is too long
+        raise ValueError(f"{short_path(path)} is a folder; name a file.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{short_path(path)} is a device or a pipe; name a file.")
+    _try(path, write)
+
+
+def check_output_folder(path: str | os.PathLike):
+    """Raises `ValueError` if `path` is no folder, or none can be made there, or nothing can be written to it."""
+    path = _checked(path)
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise ValueError(f"{short_path(path)} is a file; name a folder.")
+    _try(path / "file", Path.touch)
+
+
+def _checked(path: str | os.PathLike) -> Path:
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError) as error:  # a NUL
+        raise ValueError(f"{short_path(path)} is no path: {error}") from error
+
+
+def _try(path: Path, write: Callable[[Path], object]):
+    """Write a file of the same name in a hidden folder in the nearest folder that is there."""
+    try:
+        there = next(folder for folder in path.parents if os.path.lexists(folder))
+        if not os.path.isdir(there):
+            raise ValueError(f"{short_path(there)} is no folder, so {short_path(path)} cannot be written.")
+        with tempfile.TemporaryDirectory(prefix=".try.", dir=there) as folder:
+            trial = Path(folder) / path.relative_to(there)
+            trial.parent.mkdir(parents=True, exist_ok=True)
+            write(trial)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"{short_path(path)} cannot be written: {reason}; take another place.") from error

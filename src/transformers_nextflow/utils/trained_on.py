@@ -1,0 +1,72 @@
+"""What a checkpoint says of its training, so that what lies outside of it can be told."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+WORD = re.compile(r"[^\W\d_]+|\d+")
+NUMBER_WORDS = "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
+NUMBERS = {word: number for number, word in enumerate(NUMBER_WORDS, start=2)}
+# Between a number and what is counted, they say that something else is: "six minus four stars".
+OPERATIONS = {"minus", "plus", "times", "more", "fewer", "less", "than", "of", "and", "after"}
+# From its own images' lowest signal-to-noise ratio down to where an image is taken for another kind, in dB.
+MARGIN = 5.0
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """The statement that a config may hold as `trained_on`.
+
+    Args:
+        domain: what its images show, as "images of one to four flat shapes"; it goes on a message of "it knows only …".
+        words: of all prompts, in small letters; `None` for an open vocabulary.
+        sizes: (height, width) in pixels of its images; `None` for all that are drawn.
+        most: the largest number of objects of one kind, and `counted` the words for several of them.
+        lowest_psnr: of its own images' reconstructions by its vision tokenizer, in dB.
+    """
+
+    domain: str
+    words: tuple[str, ...] | None = None
+    sizes: tuple[tuple[int, ...], ...] | None = None
+    most: int | None = None
+    counted: tuple[str, ...] = ()
+    lowest_psnr: float | None = None
+
+    def unknown_words(self, texts: Iterable[str]) -> list[str]:
+        """Words of texts that no prompt of the training had, numbers left out."""
+        if self.words is None:
+            return []
+        found = [word for text in texts for word in words_of(text) if not (word.isdigit() or word in NUMBERS)]
+        return [word for word in dict.fromkeys(found) if word not in set(self.words)]
+
+    def too_many(self, texts: Iterable[str]) -> list[str]:
+        """What texts ask for in a larger number than the training had, as "five red stars"."""
+        return [phrase for text in texts if self.most is not None for phrase in self._too_many(words_of(text))]
+
+    def _too_many(self, words: list[str]) -> Iterable[str]:
+        for start, word in enumerate(words):
+            number = int(word[:9]) if word.isdigit() else NUMBERS.get(word, 0)
+            for stop in range(start + 1, min(start + 4, len(words))) if number > self.most else ():
+                if words[stop] in OPERATIONS or words[stop] in NUMBERS:
+                    break
+                if words[stop] in self.counted:
+                    yield " ".join(words[start : stop + 1])
+                    break
+
+    def other_sizes(self, sizes: Iterable[tuple[int, int]]) -> list[str]:
+        """Sizes (height, width) that no image of the training had, as "32x128"."""
+        if self.sizes is None:
+            return []
+        return [f"{h}x{w}" for h, w in dict.fromkeys(sizes) if [h, w] not in [list(size) for size in self.sizes]]
+
+    def is_other_image(self, psnr: float) -> bool:
+        """Whether the tokenizer reproduces an image so much worse than its own that it is of another kind."""
+        return self.lowest_psnr is not None and psnr < self.lowest_psnr - MARGIN
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, in small letters."""
+    return WORD.findall(text.lower())

@@ -1,0 +1,105 @@
+"""Values that come from files, checked against the types of a dataclass."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from enum import Enum
+from numbers import Integral, Real
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from .known_names import check_names
+from .short_repr import short_repr
+
+
+T = TypeVar("T")
+
+
+def read_typed(kind: type[T], values: Any, what: str) -> T:
+    """A dataclass from what a file holds for it; lists become tuples where it has tuples.
+
+    Raises:
+        ValueError: that begins with `what`, for no mapping, unknown and missing names, values of another type, and what
+            the class itself refuses.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{what} must hold names with values, got {short_repr(values)}.")
+    hints = hints_of(kind)
+    check_names(values, [f.name for f in fields(kind)], what)
+    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in needed if name not in values]:
+        raise ValueError(f"{what} lacks {', '.join(missing)}.")
+    check_types(values, hints, what)
+    try:
+        return kind(**{name: _with_tuples(value, hints[name]) for name, value in values.items()})
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
+def hints_of(kind: type) -> dict[str, Any]:
+    """The types of a dataclass's names, those of its bases included; `Any` for one that cannot be told."""
+    hints: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        known = vars(sys.modules[base.__module__])
+        for name, hint in inspect.get_annotations(base).items():
+            try:
+                hints[name] = eval(hint, dict(known)) if isinstance(hint, str) else hint
+            except NameError:
+                hints[name] = Any
+    return hints
+
+
+def check_types(values: Mapping[str, Any], hints: Mapping[str, Any], what: str):
+    """Raises `ValueError` naming a value that is not of the type that its name has in `hints`."""
+    for name, value in values.items():
+        if name in hints and not is_of_type(value, hints[name]):
+            raise ValueError(f"{what}: {name} must be {_in_words(hints[name])}, got {short_repr(value)}.")
+
+
+def is_of_type(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type. Whole numbers are numbers, truth values are none; a list will do for a
+    tuple, and its text for an `Enum`. Of types that are not known here every value is.
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if hint is None or hint is type(None):
+        return value is None
+    if origin in (Union, types.UnionType):
+        return any(is_of_type(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin in (list, tuple, Sequence) or hint in (list, tuple):
+        if not isinstance(value, list | tuple):
+            return False
+        return all(is_of_type(entry, inner[0]) for entry in value) if len(set(inner) - {Ellipsis}) == 1 else True
+    if origin in (dict, Mapping) or hint is dict:
+        return isinstance(value, Mapping) and all(is_of_type(v, inner[1]) for v in value.values() if len(inner) == 2)
+    if not isinstance(hint, type):
+        return True  # of what has an origin that is not known here
+    if hint in (int, float):
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    if issubclass(hint, Enum) and isinstance(value, str):
+        return value in [member.value for member in hint]
+    return isinstance(value, hint)
+
+
+def _with_tuples(value: Any, hint: Any) -> Any:
+    is_tuple = get_origin(hint) is tuple or any(get_origin(one) is tuple for one in get_args(hint))
+    return tuple(value) if is_tuple and isinstance(value, list) else value
+
+
+def _in_words(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "nothing"}
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_in_words(one) for one in get_args(hint))
+    if get_origin(hint) in (list, tuple, Sequence):
+        return "a list" + "".join(f" of {_in_words(one)}" for one in get_args(hint)[:1])
+    if get_origin(hint) is dict or hint is dict:
+        return "names with values"
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return f"one of {', '.join(str(member.value) for member in hint)}"
+    return names.get(hint, getattr(hint, "__name__", str(hint)))

@@ -1,0 +1,176 @@
+"""After a kill at any moment the old or the new is there, whole."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_code_extraction import contents, extract, make_source
+from tiny import tiny_vq_config
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from transformers_nextflow import NextFlowVQModel
+from transformers_nextflow.conversion.siglip2 import convert_siglip2
+
+
+KILLS = 20
+# The imports of a task take far longer than its work, so that one process is forked from for all kills. Each child does
+# the work again and again, with a number that all files of one piece of work hold.
+PROCESS = """
+import itertools, os, pathlib, random, signal, sys, time
+{task}
+chance = random.Random(0)
+for kill in range({kills}):
+    child = os.fork()
+    if not child:
+        sys.stderr = open(os.devnull, "w")
+        for number in itertools.count(1000 * kill + 1000):
+            work(str(number))
+    time.sleep(chance.uniform(*{seconds}))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    print("killed", flush=True)
+    sys.stdin.readline()
+"""
+TASKS = {
+    "save_pretrained": """
+from transformers_nextflow.utils.atomic_files import saved_whole
+class Saved:
+    @saved_whole
+    def save_pretrained(self, folder):
+        for name in ("config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+            with open(folder + "/" + name, "w") as file:
+                file.write(self.number)
+                file.flush()
+def work(number):
+    Saved.number = number
+    Saved().save_pretrained("place")
+""",
+    "final": """
+from transformers_nextflow.utils.atomic_files import write_whole
+def work(number):
+    with write_whole("place") as folder:
+        folder.mkdir()
+        for name in "abc":
+            (folder / name).write_text(number)
+""",
+    "evaluate --json": """
+from transformers_nextflow.evaluation import results
+results.commit = results._cpu_model = lambda: None
+def work(number):
+    results.write_result("place/scores.json", {"number": number, "end": number})
+""",
+    "rotation": """
+import shutil
+from unittest import mock
+from transformers_nextflow.trainers.runs.atomic_checkpoints import PARTIAL, AtomicCheckpointMixin
+class Trained(AtomicCheckpointMixin):
+    args = mock.Mock(save_total_limit=2)
+    state = mock.Mock(best_model_checkpoint=None)
+def work(number):
+    run, name = pathlib.Path("place"), f"checkpoint-{int(number) % 3 + 1}"
+    shutil.rmtree(run / PARTIAL, ignore_errors=True)
+    (run / PARTIAL / name).mkdir(parents=True)
+    for part in "abc":
+        (run / PARTIAL / name / part).write_text(number)
+    Trained()._publish(run, name)
+""",
+}
+CONVERTER = """
+sys.path[:0] = {paths}
+import torch
+from pathlib import Path
+from tiny import tiny_vq_config
+from transformers_nextflow.conversion.siglip2 import convert_siglip2
+torch.set_num_threads(1)
+def work(number):
+    convert_siglip2(Path("source"), Path("target-" + number), tiny_vq_config())
+"""
+EXTRACTION = """
+import torch
+from transformers_nextflow.data import extract_codes
+torch.set_num_threads(1)
+def work(number):
+    extract_codes("rows.jsonl", "tokenizer", f"codes-{int(number) // 1000 % 4}", shard_size=1, top_k=4)
+    time.sleep(60)
+"""
+
+
+def killed(task: str, folder: Path, seconds: tuple[float, float]) -> Iterator[int]:
+    """Kill processes that do a task, each after so many seconds, and yield each time."""
+    command = [sys.executable, "-c", PROCESS.format(task=task, kills=KILLS, seconds=seconds)]
+    with subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        for kill in range(KILLS):
+            assert process.stdout.readline() == "killed\n"
+            yield kill
+            process.stdin.write("\n")
+            process.stdin.flush()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_after_a_kill_the_old_or_the_new_is_whole(task, tmp_path):
+    seen = set()
+    for _ in killed(TASKS[task], tmp_path, (0.002, 0.03)):
+        place = tmp_path / "place"
+        folders = list(place.glob("checkpoint-*")) if task == "rotation" else [place] if place.exists() else []
+        for folder in folders:
+            files = [path for path in folder.iterdir() if not path.name.startswith(".")]
+            contents = {path.read_text() for path in files}
+            # Before the first piece of work is done there is nothing.
+            assert len(contents) == 1 or not (seen or files)
+            assert len(files) == (1 if task == "evaluate --json" else 3) or not seen
+            assert task != "evaluate --json" or all(content.endswith("}\n") for content in contents)
+            seen |= contents
+    assert len(seen) > 5
+
+
+def test_after_a_kill_there_is_no_converted_model_or_a_whole_one(tmp_path):
+    tower = tiny_vq_config().semantic_config.to_dict()
+    SiglipVisionModel(SiglipVisionConfig(**tower)).save_pretrained(tmp_path / "source")
+    found = set()
+    for _ in killed(CONVERTER.format(paths=[str(Path(__file__).parents[1])]), tmp_path, (0.05, 0.5)):
+        for target in set(tmp_path.glob("target-????*")) - found:
+            if not target.name.endswith(".partial"):
+                NextFlowVQModel.from_pretrained(target)
+                found.add(target)
+    # A run that was killed is begun again.
+    for partial in list(tmp_path.glob("target-*.partial"))[:1]:
+        NextFlowVQModel.from_pretrained(convert_siglip2(tmp_path / "source", partial.with_suffix(""), tiny_vq_config()))
+
+
+def test_after_kills_an_extraction_goes_on_to_the_same_codes(tmp_path):
+    make_source(tmp_path)
+    extract(tmp_path, "expected", shard_size=1)
+    for _ in killed(EXTRACTION, tmp_path, (0.02, 0.2)):
+        pass
+    for output in sorted(tmp_path.glob("codes-?")):
+        extract(tmp_path, output.name, shard_size=1)
+        assert contents(output) == contents(tmp_path / "expected")
+
+
+COMMAND = """
+import sys
+from transformers_nextflow.cli import main
+sys.argv = ["transformers-nextflow", "extract-codes", "rows.jsonl", "--tokenizer", "tokenizer", "--output", "codes"]
+sys.argv += ["--shard-size", "1"]
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_long_work_in_one_line_that_says_what_is_kept(number, tmp_path):
+    make_source(tmp_path, 400)
+    process = subprocess.Popen([sys.executable, "-c", COMMAND], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("codes/codes-*.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    errors = process.communicate()[1]
+    last = errors.strip().splitlines()[-1]
+    assert process.returncode == 128 + number
+    assert last.startswith("Interrupted. ") and "of 400 shards are kept in codes" in last
+    assert "Traceback" not in errors and not [name for name in os.listdir(tmp_path / "codes") if name.startswith(".")]
