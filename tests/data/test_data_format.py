@@ -189,7 +189,7 @@ def test_the_command_validates_files_and_datasets(folder):
     saved = CliRunner().invoke(app, ["validate-data", str(folder / "saved")])
     assert saved.exit_code == 1 and "row 1, images[0]: the image cannot be read" in saved.stderr
     nothing = CliRunner().invoke(app, ["validate-data", str(folder / "none.jsonl")])
-    assert nothing.exit_code == 2 and "none.jsonl is no .jsonl or .parquet file" in nothing.stderr
+    assert nothing.exit_code == 2 and "There is no file or folder" in nothing.stderr
 
 
 # What is trained on ---------------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def test_a_fingerprint_outlives_half_precision_and_new_decoders_but_no_other_cha
     [
         {"semantic_layer": -2},
         {"levels": [[12, 3], [16, 4]]},
-        {"image_size": 20},
+        {"image_size": 18},
         {"semantic_config": tiny_vq_config().semantic_config.to_dict() | {"num_attention_heads": 4}},
         {"semantic_config": tiny_vq_config().semantic_config.to_dict() | {"hidden_act": "relu"}},
     ],

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
 
 from ..configuration_nextflow import NextFlowVQConfig
 from ..modeling_nextflow_vq import NextFlowVQModel
@@ -206,7 +205,7 @@ def config_of(
         values["semantic_decoder_heads"] = semantic_decoder_heads
     try:
         return tokenflow_config(name, semantic_config=semantic, **values)
-    except StrictDataclassError as error:
+    except ValueError as error:
         raise ValueError(f"The widths in the file do not fit together: {error}") from error
 
 

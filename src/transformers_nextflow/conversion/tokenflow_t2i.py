@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer
 
 from ..configuration_nextflow import NextFlowVQConfig
@@ -104,7 +103,7 @@ def t2i_config(released: dict, vq_config: NextFlowVQConfig) -> TokenFlowT2IConfi
         return TokenFlowT2IConfig(
             text_config=text, vq_config=vq_config, image_token_start=start, released_config=released
         )
-    except (StrictDataclassError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"The config does not describe a TokenFlow-t2i: {error}") from error
 
 

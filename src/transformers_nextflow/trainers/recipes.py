@@ -34,7 +34,7 @@ from .tokenizer.vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-KINDS = ("transformer", "tokenizer")
+KINDS = {"transformer": NextFlowTrainingArguments, "tokenizer": NextFlowVQTrainingArguments}
 PARTS = ("visual_embedding", "heads", "text_embedding", "backbone")
 
 
@@ -66,7 +66,10 @@ class Recipe:
 
     def __post_init__(self):
         if self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}.")
+            raise ValueError(f"kind must be one of {tuple(KINDS)}, got {self.kind!r}.")
+        known = KINDS[self.kind]
+        check_names(self.arguments, [f.name for f in fields(known) if f.init], f"{known.__name__}, or arguments,")
+        check_types(self.arguments, hints_of(known), "arguments")
         if unknown := sorted(set(self.train) - set(PARTS)):
             raise ValueError(f"train names parts of {PARTS}, got {unknown}.")
         shares = (self.caption_share, self.empty_share, self.caption_share + self.empty_share)
@@ -117,7 +120,20 @@ def load_recipe(recipe: str | os.PathLike, changes: list[str] | tuple[str, ...] 
         if not isinstance(target, dict):
             break  # refused below
         target[name] = _from_yaml(value, f"The change {short_repr(change)}")
+    if isinstance(values["arguments"], dict) and (known := KINDS.get(str(values.get("kind")))):
+        hints = hints_of(known)
+        values["arguments"] = {name: _number(value, hints.get(name)) for name, value in values["arguments"].items()}
     return read_typed(Recipe, values, str(path))
+
+
+def _number(value: Any, hint: Any) -> Any:
+    # YAML takes 1e-4, without a point, for a text.
+    if isinstance(value, str) and is_of_type(0.5, hint) and not is_of_type(value, hint):
+        try:
+            return float(value)
+        except ValueError:
+            pass  # told with its name
+    return value
 
 
 def _from_yaml(text: str, what: str) -> Any:
@@ -187,26 +203,8 @@ def _newest(trainer) -> str:
     return f"The newest checkpoint is {checkpoint}; the same command with --resume goes on from it."
 
 
-def _arguments(kind: type, recipe: Recipe, output):
-    hints, what = hints_of(kind), f"{kind.__name__}, of which the recipe gives arguments,"
-    check_names(recipe.arguments, [f.name for f in fields(kind) if f.init], what)
-    arguments = {name: _number(value, hints[name]) for name, value in recipe.arguments.items()}
-    check_types(arguments, hints, "The arguments of the recipe")
-    return kind(output_dir=str(output), **arguments)
-
-
-def _number(value: Any, hint: Any) -> Any:
-    # YAML takes 1e-4, without a point, for a text.
-    if isinstance(value, str) and is_of_type(0.5, hint) and not is_of_type(value, hint):
-        try:
-            return float(value)
-        except ValueError:
-            pass  # told with its name
-    return value
-
-
 def _transformer_trainer(recipe: Recipe, folder, data, output) -> NextFlowTrainer:
-    args = _arguments(NextFlowTrainingArguments, recipe, output)
+    args = NextFlowTrainingArguments(output_dir=str(output), **recipe.arguments)
     model = NextFlowForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=recipe.attention
     )
@@ -221,7 +219,7 @@ def _transformer_trainer(recipe: Recipe, folder, data, output) -> NextFlowTraine
 
 
 def _tokenizer_trainer(recipe: Recipe, folder, data, output) -> NextFlowVQTrainer:
-    args = _arguments(NextFlowVQTrainingArguments, recipe, output)
+    args = NextFlowVQTrainingArguments(output_dir=str(output), **recipe.arguments)
     model = load_vision_tokenizer(folder)
     teacher = Teacher(model) if STAGES[args.stage].learns_codes else None
     if recipe.decoder_width != 1:

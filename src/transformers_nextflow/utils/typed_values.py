@@ -97,7 +97,8 @@ def _in_words(hint: Any) -> str:
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_in_words(one) for one in get_args(hint))
     if get_origin(hint) in (list, tuple, Sequence):
-        return "a list" + "".join(f" of {_in_words(one)}" for one in get_args(hint)[:1])
+        several = {int: "whole numbers", float: "numbers", str: "texts"}
+        return "a list" + "".join(f" of {several[one]}" for one in get_args(hint)[:1] if one in several)
     if get_origin(hint) is dict or hint is dict:
         return "names with values"
     if isinstance(hint, type) and issubclass(hint, Enum):

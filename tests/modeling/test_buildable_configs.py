@@ -1,0 +1,60 @@
+"""A config that cannot be built is refused when it is made, by the name of what is wrong."""
+
+import copy
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_text_config, tiny_vq_config
+
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowVQConfig, NextFlowVQModel
+
+
+VALUES = (-1, 0, 3, 24, 7.5, float("nan"), "x", True, [], [3], {}, None)
+VQ = tiny_vq_config().to_dict()
+OWN = [name for name in VQ if name in vars(NextFlowVQConfig)["__annotations__"]]
+KINDS = {
+    "patch": {"pixel_encoder_type": "patch"},
+    "convolutional": {"pixel_encoder_type": "convolutional", "pixel_channel_multipliers": [1, 2, 2]},
+}
+TOWER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "patch_size")
+
+
+def buildable(model_class, values: dict) -> bool:
+    """Whether a model's config is made; if it is, so is the model."""
+    try:
+        config = model_class.config_class(**values)
+    except ValueError:
+        return False
+    with torch.device("meta"):
+        model_class(config)
+    return True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", OWN)
+def test_a_tokenizers_config_is_refused_or_built(kind, name):
+    for value in VALUES:
+        buildable(NextFlowVQModel, VQ | KINDS[kind] | {name: value})
+
+
+@pytest.mark.parametrize("name", TOWER)
+def test_a_towers_config_is_refused_or_built(name):
+    for value in VALUES:
+        tower = VQ["semantic_config"] | {name: value}
+        buildable(NextFlowVQModel, VQ | {"semantic_config": tower})
+
+
+@pytest.mark.parametrize("name", tiny_text_config())
+def test_a_backbones_config_is_refused_or_built(name):
+    config = tiny_config().to_dict()
+    values = {key: config[key] for key in config if key not in ("model_type", "transformers_version")}
+    for value in VALUES:
+        changed = copy.deepcopy(values)
+        changed["text_config"][name] = value
+        buildable(NextFlowForConditionalGeneration, changed)
+
+
+def test_what_may_be_built_is_built():
+    assert buildable(NextFlowVQModel, VQ)
+    assert buildable(NextFlowVQModel, VQ | KINDS["convolutional"] | {"pixel_channels": 32})
+    assert not buildable(NextFlowVQModel, VQ | KINDS["convolutional"] | {"pixel_channels": 48})

@@ -1,0 +1,62 @@
+"""What the bundled checkpoint says of its training holds, and no prompt of the training lies outside."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from transformers_nextflow.utils.trained_on import TrainedOn
+from transformers_nextflow.utils.typed_values import read_typed
+from transformers_nextflow.worlds.shapes import ABILITIES, World, texts_of, training_case
+from transformers_nextflow.worlds.shapes.statement import trained_on
+
+
+WORLD = World()
+BUNDLED = Path(__file__).parents[2] / "checkpoints" / "nextflow-shapes" / "config.json"
+
+
+@pytest.fixture(scope="module")
+def stated() -> TrainedOn:
+    return read_typed(TrainedOn, json.loads(BUNDLED.read_text())["trained_on"], "trained_on")
+
+
+def test_the_bundled_checkpoint_says_what_its_world_says():
+    assert json.loads(BUNDLED.read_text())["trained_on"] == trained_on(WORLD)
+
+
+def test_no_prompt_of_the_training_lies_outside(stated):
+    rng = np.random.default_rng(1)
+    for ability in ABILITIES:
+        texts = [text for _ in range(100) for text in texts_of(training_case(rng, WORLD, ability).exchange.asked)]
+        assert not stated.unknown_words(texts) and not stated.too_many(texts), ability
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "phrases"),
+    [
+        ("a photo of a cat", ["cat"], []),
+        ("A Red CIRCLE", [], []),
+        ("five red stars", [], ["five red stars"]),
+        ("12 stars and 4 rings", [], ["12 stars"]),
+        ("six minus four stars", [], []),
+        ("five stars and nine blue circles", [], ["five stars", "nine blue circles"]),
+        ("", [], []),
+    ],
+)
+def test_words_and_numbers_outside_are_named(stated, text, words, phrases):
+    assert stated.unknown_words([text]) == words and stated.too_many([text]) == phrases
+
+
+def test_sizes_and_images_outside_are_told(stated):
+    assert stated.other_sizes([(64, 64), (32, 128)]) == ["32x128"]
+    assert stated.is_other_image(12.0) and not stated.is_other_image(26.0)
+
+
+def test_a_statement_is_typed():
+    with pytest.raises(ValueError, match="trained_on: words must be a list of texts or nothing, got 5"):
+        tiny_config(trained_on={"domain": "shapes", "words": 5})
+    with pytest.raises(ValueError, match="trained_on has no 'word'; did you mean words"):
+        tiny_config(trained_on={"domain": "shapes", "word": ["a"]})
+    assert tiny_config(trained_on={"domain": "shapes"}).trained_on == {"domain": "shapes"}
