@@ -232,6 +232,8 @@ class NextFlowVQConfig(PreTrainedConfig):
             )
         if getattr(tower, "num_channels", 3) != 3 or getattr(tower, "image_size", tower.patch_size) < tower.patch_size:
             raise ValueError("semantic_config must read 3 channels, and images of at least one patch.")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1 pixel, got {self.image_size}.")
         if self.image_size is not None and self.image_size // tower.patch_size != self.scales[-1]:
             raise ValueError(
                 f"image_size {self.image_size} gives {self.image_size // tower.patch_size} patches of "

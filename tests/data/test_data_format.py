@@ -328,7 +328,7 @@ def test_a_fingerprint_tells_every_weight_that_decides_codes():
     [
         ({}, True),
         ({"downsample": "rotary", "upsample": "rotary"}, False),
-        ({"downsample": "rotary", "upsample": "rotary", "image_size": 20}, True),
+        ({"downsample": "rotary", "upsample": "rotary", "image_size": 18}, True),
         ({"downsample": "nearest", "upsample": "bilinear"}, True),
     ],
     ids=["area and bicubic", "rotary", "resized pixels", "bilinear"],

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, split_torch_state_dict_into_shards
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -182,7 +183,7 @@ def config_errors(folder: Path | str) -> Iterator[None]:
     """Whatever transformers says to the values in a folder's `config.json` becomes a `ValueError` that names it."""
     try:
         yield
-    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+    except (StrictDataclassError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{Path(folder) / 'config.json'} does not describe its model; correct it. {told}") from error
 

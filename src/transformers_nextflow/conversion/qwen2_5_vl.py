@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, Qwen2_5_VLConfig
 
 from ..configuration_nextflow import NextFlowConfig, NextFlowVQConfig
@@ -177,7 +176,7 @@ def _check_chat_template(processor: NextFlowProcessor, folder: Path):
     turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]
     try:
         processor.apply_chat_template(turns, tokenize=False)
-    except TemplateError as error:
+    except ValueError as error:
         raise ValueError(f"The chat template of {folder} cannot be rendered; correct it. {error}") from error
     if "{% generation %}" not in processor.chat_template:
         warnings.warn(
