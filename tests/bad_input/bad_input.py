@@ -26,7 +26,6 @@ from transformers_nextflow.cli import app
 # What may become of an input. The first three are asked for.
 RIGHT, REFUSED, WARNED = "right", "refused", "warned"
 TRACEBACK, UNHELPFUL, ACCEPTED, LOST, HUNG = "traceback", "unhelpful", "accepted", "lost", "hung"
-OUTCOMES = (RIGHT, REFUSED, WARNED, TRACEBACK, UNHELPFUL, ACCEPTED, LOST, HUNG)
 SECONDS = 30
 BUNDLED = Path(__file__).parents[2] / "checkpoints" / "nextflow-shapes"
 
