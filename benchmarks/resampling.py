@@ -53,7 +53,7 @@ def interpolate(features: torch.Tensor, grid: Grid, mode: str) -> torch.Tensor:
 @contextlib.contextmanager
 def by_kernels():
     """The whole package resamples by torch's kernels."""
-    names = ("multiscale_quantizer", "modeling_nextflow", "modeling_nextflow_vq")
+    names = ("vision_tokenizer.multiscale_quantizer", "modeling_nextflow", "modeling_nextflow_vq")
     with contextlib.ExitStack() as stack:
         for name in names:
             stack.enter_context(patch(f"transformers_nextflow.{name}.resample", interpolate))

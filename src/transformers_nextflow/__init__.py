@@ -20,13 +20,13 @@ from .generation_nextflow import ImageGenerationOutput
 from .image_processing_nextflow import NextFlowImageProcessorPil
 from .modeling_nextflow import NextFlowForConditionalGeneration, NextFlowModel
 from .modeling_nextflow_vq import NextFlowVQModel
-from .multiscale_quantizer import SelfCorrection
 from .processing_nextflow import NextFlowProcessor
 from .scale_schedule import ScaleSchedule, ScaleSchedules
 from .tokenflow_t2i.configuration_tokenflow_t2i import TokenFlowT2IConfig
 from .tokenflow_t2i.generation_tokenflow_t2i import RefinedImageSampling
 from .tokenflow_t2i.modeling_tokenflow_t2i import TokenFlowT2IForConditionalGeneration
 from .tokenflow_t2i.processing_tokenflow_t2i import TokenFlowT2IProcessor
+from .vision_tokenizer.multiscale_quantizer import SelfCorrection
 
 
 __version__ = "0.1.0"

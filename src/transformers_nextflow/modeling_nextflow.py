@@ -16,7 +16,6 @@ from .configuration_nextflow import NextFlowConfig
 from .generation.cached_sequences import check_cache, is_empty
 from .generation_nextflow import NextFlowGenerationMixin
 from .modeling_nextflow_vq import NextFlowVQModel, frozen_vision_tokenizer, images_at_once
-from .resampling import resample
 from .scale_schedule import ScaleSchedule
 from .sequence.fused_cross_entropy import called_cross_entropy, fused_cross_entropy
 from .sequence.layout import (
@@ -41,6 +40,7 @@ from .utils.older_transformers import CACHE, takes_the_cache
 from .utils.saved_adapters import FOLDER as ADAPTERS
 from .utils.saved_adapters import load_adapters
 from .utils.strict_loading import StrictLoadingMixin
+from .vision_tokenizer.resampling import resample
 
 
 @dataclass

@@ -5,24 +5,24 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, PreTrainedModel, SiglipVisionConfig
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.models.siglip.modeling_siglip import SiglipEncoder
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_nextflow import NORM_GROUPS, NextFlowVQConfig
-from .multiscale_quantizer import (
+from .configuration_nextflow import NextFlowVQConfig
+from .scale_schedule import Grid, ScaleSchedule
+from .utils.atomic_files import saved_whole
+from .utils.offloading import ExecutionDeviceMixin, onloaded
+from .utils.strict_loading import StrictLoadingMixin
+from .vision_tokenizer.multiscale_quantizer import (
     NextFlowVQQuantizer,
     SelfCorrection,
     check_float32,
     outside_of_autocast,
 )
-from .resampling import resample
-from .scale_schedule import Grid, ScaleSchedule
-from .striped_convolutions import add_convolved, convolve, convolve_enlarged
-from .utils.atomic_files import saved_whole
-from .utils.offloading import ExecutionDeviceMixin, onloaded
-from .utils.strict_loading import StrictLoadingMixin
+from .vision_tokenizer.pixel_branches import PIXEL_BRANCHES
+from .vision_tokenizer.resampling import resample
+from .vision_tokenizer.semantic_decoder import LearnedPositions, SemanticDecoder
 
 
 @dataclass
@@ -64,8 +64,6 @@ class NextFlowVQOutput(ModelOutput):
 # What several images at once take beside the weights, and how many of the largest tensors live at once.
 BYTES_AT_ONCE = 3 * 2**29
 TENSORS_AT_ONCE = 5
-# Tensors of a decoder that are larger than this are made by stripes.
-WHOLE_BYTES = 2**27
 # The parts of the tokenizer that decide which code an image gets: in float32, whatever the rest of a model runs in.
 CODE_PARTS = ("semantic_encoder", "semantic_projection", "pixel_encoder", "quantizer")
 
@@ -133,10 +131,10 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         self.semantic_projection = nn.Sequential(
             nn.Linear(semantic_dim, semantic_dim), nn.Tanh(), nn.Linear(semantic_dim, config.semantic_code_dim)
         )
-        convolutional = config.pixel_encoder_type == "convolutional"
-        self.pixel_encoder = (ConvolutionalEncoder if convolutional else PatchEncoder)(config)
+        pixel_encoder, pixel_decoder = PIXEL_BRANCHES[config.pixel_encoder_type]
+        self.pixel_encoder = pixel_encoder(config)
         self.quantizer = NextFlowVQQuantizer(config)
-        self.pixel_decoder = (ConvolutionalDecoder if convolutional else PatchDecoder)(config)
+        self.pixel_decoder = pixel_decoder(config)
         self.semantic_decoder = SemanticDecoder(config)
         self.keep_codes_in_float32()
         self.post_init()
@@ -374,250 +372,6 @@ def codebook_statistics(image_tokens: torch.Tensor, schedule: ScaleSchedule, cod
     for scale, codes in enumerate(schedule.split(image_tokens), start=1):
         result[f"usage_scale_{scale}"], result[f"perplexity_scale_{scale}"] = statistics(codes)
     return result
-
-
-class SemanticDecoder(nn.Module):
-    """A ViT that reproduces the teacher's features."""
-
-    def __init__(self, config: NextFlowVQConfig):
-        super().__init__()
-        hidden = config.semantic_decoder_hidden_size
-        encoder_config = SiglipVisionConfig(
-            hidden_size=hidden,
-            intermediate_size=4 * hidden,
-            num_hidden_layers=config.semantic_decoder_depth,
-            num_attention_heads=config.semantic_decoder_heads,
-            hidden_act=config.semantic_decoder_hidden_act,
-            attn_implementation="sdpa",  # pyrefly: ignore[unexpected-keyword]
-        )
-        self.input_projection = nn.Linear(config.semantic_code_dim, hidden)
-        learned = config.semantic_decoder_positions == "learned"
-        self.positions = LearnedPositions(config) if learned else SinusoidalPositions()
-        self.encoder = SiglipEncoder(encoder_config)
-        self.norm = nn.LayerNorm(hidden)
-        self.output_projection = nn.Sequential(
-            nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, config.semantic_target_dim)
-        )
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, semantic_code_dim, h, w) → (B, h, w, semantic_target_dim)."""
-        grid = features.shape[-2:]
-        hidden_states = self.input_projection(features.flatten(2).transpose(1, 2))
-        hidden_states = self.encoder(self.positions(hidden_states, grid)).last_hidden_state
-        hidden_states = hidden_states[:, -grid[0] * grid[1] :]
-        return self.output_projection(self.norm(hidden_states)).unflatten(1, grid)
-
-
-class SinusoidalPositions(nn.Module):
-    """Positions of any grid."""
-
-    def forward(self, hidden_states: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """(B, h*w, D) → the same with positions."""
-        return hidden_states + _grid_sinusoids(grid, hidden_states)
-
-
-class LearnedPositions(nn.Module):
-    """A class token and learned positions of the square finest grid: TokenFlow's semantic decoder."""
-
-    def __init__(self, config: NextFlowVQConfig):
-        super().__init__()
-        self.grid = config.scale_schedules.build().final_grid
-        hidden = config.semantic_decoder_hidden_size
-        self.class_token = nn.Parameter(torch.empty(1, 1, hidden))
-        self.positions = nn.Parameter(torch.empty(1, 1 + self.grid[0] * self.grid[1], hidden))
-
-    def forward(self, hidden_states: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """(B, h*w, D) → (B, 1 + h*w, D), the class token first. Raises `ValueError` for another grid."""
-        if tuple(grid) != self.grid:
-            raise ValueError(
-                f"The semantic decoder learned positions of the grid {self.grid} alone, got {tuple(grid)}."
-            )
-        class_token = self.class_token.expand(len(hidden_states), -1, -1)
-        return torch.cat([class_token, hidden_states], dim=1) + self.positions
-
-
-def _grid_sinusoids(grid: Grid, like: torch.Tensor) -> torch.Tensor:
-    """(1, h*w, D): half the channels tell the row, half the column, both relative to the grid's geometric mean."""
-    height, width = grid
-    quarter = like.shape[-1] // 4
-    frequencies = torch.pi * 2.0 ** torch.linspace(0, 6, quarter, device=like.device)
-    side = (height * width) ** 0.5
-    rows = ((torch.arange(height, device=like.device) + 0.5) / side)[:, None] * frequencies
-    columns = ((torch.arange(width, device=like.device) + 0.5) / side)[:, None] * frequencies
-    rows = torch.cat([rows.sin(), rows.cos()], -1)[:, None].expand(-1, width, -1)
-    columns = torch.cat([columns.sin(), columns.cos()], -1)[None].expand(height, -1, -1)
-    table = torch.cat([rows, columns], -1).flatten(0, 1)
-    return F.pad(table, (0, like.shape[-1] - table.shape[-1]))[None].to(like.dtype)
-
-
-class ResidualMLP(nn.Module):
-    """x + MLP(norm(x)) on (B, h, w, C): what a 1x1 convolution does, as a matrix product."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.expand = nn.Linear(width, 2 * width)
-        self.contract = nn.Linear(2 * width, width)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states + self.contract(F.gelu(self.expand(self.norm(hidden_states)), approximate="tanh"))
-
-
-class PatchEncoder(nn.Module):
-    """Patches through matrix products: each cell sees its own pixels alone. Fast on small machines."""
-
-    def __init__(self, config: NextFlowVQConfig):
-        super().__init__()
-        self.patch_size = config.patch_size
-        self.input_projection = nn.Linear(3 * config.patch_size**2, config.pixel_channels)
-        self.blocks = nn.ModuleList(ResidualMLP(config.pixel_channels) for _ in range(config.pixel_num_res_blocks))
-        self.output_projection = nn.Linear(config.pixel_channels, config.pixel_code_dim)
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) → (B, pixel_code_dim, h, w)."""
-        hidden_states = self.input_projection(F.pixel_unshuffle(pixel_values, self.patch_size).permute(0, 2, 3, 1))
-        for block in self.blocks:
-            hidden_states = block(hidden_states)
-        return self.output_projection(hidden_states).permute(0, 3, 1, 2)
-
-
-class PatchDecoder(nn.Module):
-    """The way back of `PatchEncoder`, with one 3x3 convolution that lets neighbours agree."""
-
-    def __init__(self, config: NextFlowVQConfig):
-        super().__init__()
-        width = config.pixel_decoder_channels
-        self.patch_size = config.patch_size
-        self.input_projection = nn.Conv2d(config.pixel_code_dim, width, 3, padding=1)
-        self.blocks = nn.ModuleList(ResidualMLP(width) for _ in range(config.pixel_decoder_num_res_blocks))
-        self.norm = nn.LayerNorm(width)
-        self.output_projection = nn.Linear(width, 3 * config.patch_size**2)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, pixel_code_dim, h, w) → (B, 3, H, W)."""
-        hidden_states = self.input_projection(features).permute(0, 2, 3, 1)
-        for block in self.blocks:
-            hidden_states = block(hidden_states)
-        pixels = self.output_projection(self.norm(hidden_states)).permute(0, 3, 1, 2)
-        return F.pixel_shuffle(pixels, self.patch_size)
-
-
-def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(NORM_GROUPS, channels), channels, eps=1e-6)
-
-
-class ResidualConvolution(nn.Module):
-    """VQGAN's residual block: norm, SiLU, 3x3, twice."""
-
-    def __init__(self, channels_in: int, channels_out: int):
-        super().__init__()
-        self.norm1 = _group_norm(channels_in)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2 = _group_norm(channels_out)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        self.shortcut = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        residual = self.shortcut(hidden_states)
-        hidden_states = self.conv1(F.silu(self.norm1(hidden_states)))
-        return residual + self.conv2(F.silu(self.norm2(hidden_states)))
-
-    def by_stripes(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The same without gradients, with two large tensors in memory; the input may be overwritten."""
-        inner = convolve(hidden_states, self.conv1, self.norm1)
-        residual = self.shortcut(hidden_states)
-        add_convolved(residual, inner, self.conv2, self.norm2)
-        return residual
-
-
-class GridAttention(nn.Module):
-    """VQGAN's one-headed self-attention over all cells."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.norm = _group_norm(channels)
-        self.query, self.key, self.value, self.output = (nn.Conv2d(channels, channels, 1) for _ in range(4))
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        grid = hidden_states.shape[-2:]
-        normed = self.norm(hidden_states)
-        query, key, value = (
-            layer(normed).flatten(2).transpose(1, 2)[:, None] for layer in (self.query, self.key, self.value)
-        )
-        attended = F.scaled_dot_product_attention(query, key, value)[:, 0].transpose(1, 2).unflatten(2, grid)
-        return hidden_states + self.output(attended)
-
-
-class ConvolutionalEncoder(nn.Module):
-    """VQGAN's encoder; attention at the lowest resolution alone."""
-
-    def __init__(self, config: NextFlowVQConfig):
-        super().__init__()
-        widths = [config.pixel_channels * multiplier for multiplier in config.pixel_channel_multipliers]
-        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, padding=1)]
-        channels = widths[0]
-        for level, width in enumerate(widths):
-            lowest = level == len(widths) - 1
-            for _ in range(config.pixel_num_res_blocks):
-                layers += [ResidualConvolution(channels, width)] + [GridAttention(width)] * lowest
-                channels = width
-            if not lowest:
-                # Pads right and bottom by one, so that cells stay aligned with the pixels they stand for.
-                layers += [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2)]
-        layers += [ResidualConvolution(channels, channels), GridAttention(channels)]
-        layers += [ResidualConvolution(channels, channels), _group_norm(channels), nn.SiLU()]
-        layers += [nn.Conv2d(channels, config.pixel_latent_dim, 3, padding=1)]
-        self.layers = nn.Sequential(*layers)
-        self.output_projection = nn.Conv2d(config.pixel_latent_dim, config.pixel_code_dim, 1)
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) → (B, pixel_code_dim, h, w)."""
-        return self.output_projection(self.layers(pixel_values))
-
-
-class ConvolutionalDecoder(nn.Module):
-    """VQGAN's decoder; the double capacity of the paper's last stage is twice its channels."""
-
-    def __init__(self, config: NextFlowVQConfig):
-        super().__init__()
-        widths = [config.pixel_decoder_channels * multiplier for multiplier in config.pixel_channel_multipliers][::-1]
-        channels = widths[0]
-        self.input_projection = nn.Conv2d(config.pixel_code_dim, config.pixel_latent_dim, 1)
-        layers: list[nn.Module] = [nn.Conv2d(config.pixel_latent_dim, channels, 3, padding=1)]
-        layers += [ResidualConvolution(channels, channels), GridAttention(channels)]
-        layers += [ResidualConvolution(channels, channels)]
-        for level, width in enumerate(widths):
-            for _ in range(config.pixel_decoder_num_res_blocks):
-                layers += [ResidualConvolution(channels, width)] + [GridAttention(width)] * (level == 0)
-                channels = width
-            if level < len(widths) - 1:
-                layers += [nn.Upsample(scale_factor=2.0, mode="nearest"), nn.Conv2d(channels, channels, 3, padding=1)]
-        layers += [_group_norm(channels), nn.SiLU(), nn.Conv2d(channels, 3, 3, padding=1)]
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, pixel_code_dim, h, w) → (B, 3, H, W)."""
-        hidden_states = self.input_projection(features)
-        return self.layers(hidden_states) if torch.is_grad_enabled() else self._by_stripes(hidden_states)
-
-    def _by_stripes(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What the layers give, large tensors by stripes."""
-        layers = iter(self.layers)
-        for layer in layers:
-            # Enlarging and norms are followed by the convolution that reads them.
-            enlarged = 4 if isinstance(layer, nn.Upsample) else 1
-            if enlarged * hidden_states.nbytes <= WHOLE_BYTES:
-                hidden_states = layer(hidden_states)
-            elif isinstance(layer, nn.Upsample):
-                hidden_states = convolve_enlarged(hidden_states, next(layers))
-            elif isinstance(layer, nn.GroupNorm):
-                next(layers)
-                hidden_states = convolve(hidden_states, next(layers), norm=layer)
-            elif isinstance(layer, ResidualConvolution):
-                hidden_states = layer.by_stripes(hidden_states)
-            else:
-                hidden_states = layer(hidden_states)
-        return hidden_states
 
 
 def _as_weights_of(decoder: nn.Module, features: torch.Tensor) -> torch.Tensor:

@@ -35,8 +35,8 @@ from transformers_nextflow.conversion.tokenflow import (
     to_tokenflow,
     tokenflow_config,
 )
-from transformers_nextflow.modeling_nextflow_vq import SemanticDecoder
-from transformers_nextflow.multiscale_quantizer import NextFlowVQQuantizer
+from transformers_nextflow.vision_tokenizer.multiscale_quantizer import NextFlowVQQuantizer
+from transformers_nextflow.vision_tokenizer.semantic_decoder import SemanticDecoder
 
 
 DATA = Path(__file__).parents[1] / "fixtures" / "tokenflow"

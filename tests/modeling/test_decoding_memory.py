@@ -8,8 +8,10 @@ from tiny import tiny_model, tiny_vq_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from transformers_nextflow import NextFlowVQConfig, NextFlowVQModel, modeling_nextflow_vq, striped_convolutions
-from transformers_nextflow.modeling_nextflow_vq import ConvolutionalDecoder, images_at_once
+from transformers_nextflow import NextFlowVQConfig, NextFlowVQModel, modeling_nextflow_vq
+from transformers_nextflow.modeling_nextflow_vq import images_at_once
+from transformers_nextflow.vision_tokenizer import pixel_branches, striped_convolutions
+from transformers_nextflow.vision_tokenizer.pixel_branches import ConvolutionalDecoder
 
 
 def convolutional(**options) -> NextFlowVQModel:
@@ -34,7 +36,7 @@ def test_stripes_of_any_height_give_the_pixels_of_the_layers(rows, size, monkeyp
     model = convolutional()
     codes, schedule = random_codes(model, 2, size)
     expected = model.decode(codes, schedule).detach()
-    monkeypatch.setattr(modeling_nextflow_vq, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(pixel_branches, "WHOLE_BYTES", 0)
     monkeypatch.setattr(striped_convolutions, "STRIPE_BYTES", rows * 2 * 32 * 4 * size[1])
     with torch.no_grad():
         torch.testing.assert_close(model.decode(codes, schedule), expected, atol=2e-5, rtol=0)
@@ -46,7 +48,7 @@ def test_stripes_in_half_precision_are_as_near_to_float32_as_the_layers(monkeypa
     exact = model.decode(codes, schedule).detach()
     model.pixel_decoder.bfloat16()
     plain = model.decode(codes, schedule).detach()
-    monkeypatch.setattr(modeling_nextflow_vq, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(pixel_branches, "WHOLE_BYTES", 0)
     with torch.no_grad():
         striped = model.decode(codes, schedule)
     assert (striped - exact).abs().mean() <= 1.5 * (plain - exact).abs().mean()

@@ -6,9 +6,11 @@ from reference_nextflow import quantize
 from tiny import tiny_model, tiny_vq_config
 
 from transformers_nextflow import NextFlowVQModel, SelfCorrection
+from transformers_nextflow.configuration_nextflow import CHOICES
 from transformers_nextflow.data import load_vision_tokenizer
 from transformers_nextflow.modeling_nextflow_vq import codebook_statistics
-from transformers_nextflow.resampling import resample
+from transformers_nextflow.vision_tokenizer.pixel_branches import PIXEL_BRANCHES
+from transformers_nextflow.vision_tokenizer.resampling import resample
 
 
 CONVOLUTIONAL = {"pixel_encoder_type": "convolutional", "pixel_channels": 32, "pixel_channel_multipliers": (1, 1, 1)}
@@ -274,3 +276,7 @@ def test_codebook_statistics_count_codes_and_perplexity_by_scale():
     assert statistics["usage"] == 4 / 8
     assert statistics["perplexity_scale_1"] == pytest.approx(1) and statistics["perplexity_scale_2"] == pytest.approx(4)
     assert statistics["usage_scale_2"] == 4 / 8 and statistics["usage_scale_4"] == 1 / 8
+
+
+def test_every_pixel_branch_has_a_name_in_the_configuration():
+    assert tuple(PIXEL_BRANCHES) == CHOICES["pixel_encoder_type"]

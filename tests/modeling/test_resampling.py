@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from transformers_nextflow.resampling import interpolation_matrix, resample
 from transformers_nextflow.scale_schedule import SQUARE_SIDES
+from transformers_nextflow.vision_tokenizer.resampling import interpolation_matrix, resample
 
 
 MODES = ("area", "bicubic", "bilinear", "nearest")

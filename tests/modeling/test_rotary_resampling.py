@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from transformers_nextflow.resampling import resample
+from transformers_nextflow.vision_tokenizer.resampling import resample
 
 
 # (fine, coarse): nested, not nested, not square, one side alone.

@@ -14,8 +14,8 @@ from tiny import tiny_model, tiny_processor
 
 from transformers_nextflow import ImageSampling, KeptRegion, NextFlowPipeline
 from transformers_nextflow.generation.region_editing import NOISE_SHARE
-from transformers_nextflow.resampling import resample
 from transformers_nextflow.video_processing_nextflow import read_frames, write_frames
+from transformers_nextflow.vision_tokenizer.resampling import resample
 
 
 GREEDY = {"temperature": 0}

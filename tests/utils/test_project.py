@@ -42,8 +42,8 @@ def test_the_schedules_import_nothing_of_the_package_nor_of_transformers():
 # Lowest first; a file imports from its own room and from those before it.
 LAYERS = (
     ("utils", "scale_schedule"),
-    ("configuration_nextflow", "evaluation", "resampling", "striped_convolutions", "tokenization_nextflow"),
-    ("sequence", "multiscale_quantizer"),
+    ("configuration_nextflow", "evaluation", "tokenization_nextflow"),
+    ("sequence", "vision_tokenizer"),
     ("image_processing_nextflow", "video_processing_nextflow", "modeling_nextflow_vq"),
     ("processing_nextflow",),
     ("generation",),

@@ -23,11 +23,11 @@ import torch
 from tqdm import tqdm
 
 from ..image_processing_nextflow import NextFlowImageProcessorPil
-from ..multiscale_quantizer import SelfCorrection
 from ..utils.atomic_files import write_whole
 from ..utils.checkpoint_checks import read_json
 from ..utils.one_line_errors import tells_what_is_kept
 from ..utils.typed_values import read_typed
+from ..vision_tokenizer.multiscale_quantizer import SelfCorrection
 from .row_codes import CLEAN_TOKENS, FINGERPRINT, GRIDS, LABELS, TOKENS, code_fields, encoded_images
 from .row_encoding import read_pixels
 from .rows import Sample, import_extra, open_rows, read_row

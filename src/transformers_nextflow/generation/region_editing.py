@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..multiscale_quantizer import outside_of_autocast
-from ..resampling import resample
 from ..scale_schedule import ScaleSchedule
+from ..vision_tokenizer.multiscale_quantizer import outside_of_autocast
+from ..vision_tokenizer.resampling import resample
 
 
 # The share of what is left over that counts as noise: with more of it more edits succeed, with less the pixels outside

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from ...modeling_nextflow_vq import NextFlowVQModel
-from ...multiscale_quantizer import outside_of_autocast
-from ...resampling import resample
 from ...scale_schedule import ScaleSchedule
+from ...vision_tokenizer.multiscale_quantizer import outside_of_autocast
+from ...vision_tokenizer.resampling import resample
 
 
 KMEANS_STEPS = 15

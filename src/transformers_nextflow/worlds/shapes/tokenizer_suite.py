@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ...evaluation.image_metrics import psnr, ssim, to_uint8
 from ...modeling_nextflow_vq import NextFlowVQModel, codebook_statistics
-from ...resampling import resample
+from ...vision_tokenizer.resampling import resample
 from .checker import read
 from .scene import Scene, World, cell_labels, random_scene, render
 

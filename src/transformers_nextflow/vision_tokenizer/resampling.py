@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers.utils.generic import maybe_autocast
 
-from .scale_schedule import Grid
+from ..scale_schedule import Grid
 
 
 # Places a side of an image that rotary resampling tells apart: frequencies run from none to three cycles.

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils.generic import maybe_autocast
 
-from .configuration_nextflow import NextFlowVQConfig
+from ..configuration_nextflow import NextFlowVQConfig
+from ..scale_schedule import Grid, ScaleSchedule
+from ..utils.offloading import onloaded
 from .resampling import resample
-from .scale_schedule import Grid, ScaleSchedule
-from .utils.offloading import onloaded
 
 
 # Rows of the distance matrix held at once: 4,096 x 32,768 float32 are 512 MiB, the largest grid of the 1024 level.

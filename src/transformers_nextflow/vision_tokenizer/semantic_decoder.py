@@ -1,0 +1,86 @@
+"""The semantic decoder: latents of the semantic codes to the teacher's features."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import SiglipVisionConfig
+from transformers.models.siglip.modeling_siglip import SiglipEncoder
+
+from ..configuration_nextflow import NextFlowVQConfig
+from ..scale_schedule import Grid
+
+
+class SemanticDecoder(nn.Module):
+    """A ViT that reproduces the teacher's features."""
+
+    def __init__(self, config: NextFlowVQConfig):
+        super().__init__()
+        hidden = config.semantic_decoder_hidden_size
+        encoder_config = SiglipVisionConfig(
+            hidden_size=hidden,
+            intermediate_size=4 * hidden,
+            num_hidden_layers=config.semantic_decoder_depth,
+            num_attention_heads=config.semantic_decoder_heads,
+            hidden_act=config.semantic_decoder_hidden_act,
+            attn_implementation="sdpa",  # pyrefly: ignore[unexpected-keyword]
+        )
+        self.input_projection = nn.Linear(config.semantic_code_dim, hidden)
+        learned = config.semantic_decoder_positions == "learned"
+        self.positions = LearnedPositions(config) if learned else SinusoidalPositions()
+        self.encoder = SiglipEncoder(encoder_config)
+        self.norm = nn.LayerNorm(hidden)
+        self.output_projection = nn.Sequential(
+            nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, config.semantic_target_dim)
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, semantic_code_dim, h, w) → (B, h, w, semantic_target_dim)."""
+        grid = features.shape[-2:]
+        hidden_states = self.input_projection(features.flatten(2).transpose(1, 2))
+        hidden_states = self.encoder(self.positions(hidden_states, grid)).last_hidden_state
+        hidden_states = hidden_states[:, -grid[0] * grid[1] :]
+        return self.output_projection(self.norm(hidden_states)).unflatten(1, grid)
+
+
+class SinusoidalPositions(nn.Module):
+    """Positions of any grid."""
+
+    def forward(self, hidden_states: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """(B, h*w, D) → the same with positions."""
+        return hidden_states + _grid_sinusoids(grid, hidden_states)
+
+
+class LearnedPositions(nn.Module):
+    """A class token and learned positions of the square finest grid: TokenFlow's semantic decoder."""
+
+    def __init__(self, config: NextFlowVQConfig):
+        super().__init__()
+        self.grid = config.scale_schedules.build().final_grid
+        hidden = config.semantic_decoder_hidden_size
+        self.class_token = nn.Parameter(torch.empty(1, 1, hidden))
+        self.positions = nn.Parameter(torch.empty(1, 1 + self.grid[0] * self.grid[1], hidden))
+
+    def forward(self, hidden_states: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """(B, h*w, D) → (B, 1 + h*w, D), the class token first. Raises `ValueError` for another grid."""
+        if tuple(grid) != self.grid:
+            raise ValueError(
+                f"The semantic decoder learned positions of the grid {self.grid} alone, got {tuple(grid)}."
+            )
+        class_token = self.class_token.expand(len(hidden_states), -1, -1)
+        return torch.cat([class_token, hidden_states], dim=1) + self.positions
+
+
+def _grid_sinusoids(grid: Grid, like: torch.Tensor) -> torch.Tensor:
+    """(1, h*w, D): half the channels tell the row, half the column, both relative to the grid's geometric mean."""
+    height, width = grid
+    quarter = like.shape[-1] // 4
+    frequencies = torch.pi * 2.0 ** torch.linspace(0, 6, quarter, device=like.device)
+    side = (height * width) ** 0.5
+    rows = ((torch.arange(height, device=like.device) + 0.5) / side)[:, None] * frequencies
+    columns = ((torch.arange(width, device=like.device) + 0.5) / side)[:, None] * frequencies
+    rows = torch.cat([rows.sin(), rows.cos()], -1)[:, None].expand(-1, width, -1)
+    columns = torch.cat([columns.sin(), columns.cos()], -1)[None].expand(height, -1, -1)
+    table = torch.cat([rows, columns], -1).flatten(0, 1)
+    return F.pad(table, (0, like.shape[-1] - table.shape[-1]))[None].to(like.dtype)
