@@ -27,10 +27,11 @@ import torch.nn.functional as F
 from backbone import RESULTS, random_config, random_prompt, with_sides
 from tqdm import tqdm
 
-from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowVQConfig, NextFlowVQModel, resampling
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowVQConfig, NextFlowVQModel
 from transformers_nextflow.evaluation.results import write_result
 from transformers_nextflow.scale_schedule import SQUARE_SIDES, Grid
 from transformers_nextflow.trainers.tokenizer.codebook_care import initialize_codebook
+from transformers_nextflow.vision_tokenizer.resampling import resample
 from transformers_nextflow.worlds.shapes.scene import World, random_scene
 from transformers_nextflow.worlds.shapes.tokenizer_suite import pixels_of
 
@@ -89,7 +90,7 @@ def least_seconds(ways: dict[str, Callable[[], object]], repeats: int, device: s
 
 def compare_grids(batch: int, repeats: int, device: str) -> tuple[dict, dict[str, float]]:
     """Seconds of each mode in both ways, summed over the grids, and each way's largest difference to float64."""
-    ways, seconds = {"matrices": resampling.resample, "kernels": interpolate}, {}
+    ways, seconds = {"matrices": resample, "kernels": interpolate}, {}
     largest = dict.fromkeys(ways, 0.0)
     for mode, direction in tqdm(MODES, unit="mode"):
         sums = dict.fromkeys(ways, 0.0)

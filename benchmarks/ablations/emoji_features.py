@@ -28,7 +28,7 @@ from transformers_nextflow import (
     NextFlowVQModel,
     SelfCorrection,
 )
-from transformers_nextflow.evaluation.image_metrics import to_uint8
+from transformers_nextflow.evaluation.image_metrics import generator_of, to_uint8
 from transformers_nextflow.worlds.emoji import Art, World, held_out_cases, training_case
 from transformers_nextflow.worlds.emoji.cases import Case
 from transformers_nextflow.worlds.emoji.judge import Judge
@@ -88,7 +88,7 @@ class EmojiCurve(Curve):
                 **self.processor.apply_image_prompt([case.asked[0] for case in cases]),
                 image_sizes=[self.image_size()] * len(cases),
                 sampling=ImageSampling(),
-                generator=[torch.Generator().manual_seed(100_000 * self.seed + start + i) for i in range(len(cases))],
+                generator=[generator_of(self.seed, start + i) for i in range(len(cases))],
             )
             images = to_uint8(torch.stack(model.decode_image_tokens(output.image_tokens, output.image_grids)))
             scores = (case.score((scene,), self.world) for case, scene in zip(cases, self.judge.read(list(images))))

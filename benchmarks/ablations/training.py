@@ -22,7 +22,7 @@ from transformers_nextflow import (
     SelfCorrection,
 )
 from transformers_nextflow.data import encoded_images
-from transformers_nextflow.evaluation.image_metrics import to_uint8
+from transformers_nextflow.evaluation.image_metrics import generator_of, to_uint8
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer, NextFlowTrainingArguments
 from transformers_nextflow.worlds.shapes import (
     Exchange,
@@ -240,7 +240,7 @@ def drawing_scores(
             **processor.apply_image_prompt([prompt.text for prompt in batch]),
             image_sizes=[(world.canvas, world.canvas)] * len(batch),
             sampling=ImageSampling(),
-            generator=[torch.Generator().manual_seed(100_000 * seed + start + i) for i in range(len(batch))],
+            generator=[generator_of(seed, start + i) for i in range(len(batch))],
         )
         images = to_uint8(torch.stack(model.decode_image_tokens(output.image_tokens, output.image_grids)))
         results += [

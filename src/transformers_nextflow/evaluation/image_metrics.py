@@ -16,8 +16,17 @@ from ..utils.atomic_files import write_anyway
 
 def psnr(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio (B,) in dB of images (B, 3, H, W) in [0, 1]; equal images give 100 dB."""
-    error = (images.float() - references.float()).square().flatten(1).mean(1)
-    return -10 * error.clamp_min(1e-10).log10()
+    return decibels((images.float() - references.float()).square().flatten(1).mean(1))
+
+
+def decibels(squared_error: torch.Tensor | float) -> torch.Tensor:
+    """The PSNR in dB of a mean squared error of values in [0, 1]; an error of none gives 100 dB."""
+    return -10 * torch.as_tensor(squared_error).clamp_min(1e-10).log10()
+
+
+def generator_of(seed: int, index: int) -> torch.Generator:
+    """What draws image `index` of a seed in the suites: it depends on these two only, whatever is drawn beside it."""
+    return torch.Generator().manual_seed(100_000 * seed + index)
 
 
 def ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:

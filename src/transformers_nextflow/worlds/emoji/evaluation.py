@@ -16,11 +16,10 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ...evaluation.image_metrics import contact_sheet, psnr, ssim, to_uint8
+from ...evaluation.image_metrics import decibels, generator_of, psnr, save_sheet, ssim, to_uint8
 from ...generation.sampling import ImageSampling
 from ...modeling_nextflow_vq import codebook_statistics
 from ...pipeline_nextflow import NextFlowPipeline
-from ...utils.atomic_files import write_whole
 from ..conversations import Part, images_of
 from ..score_tables import Score, metric_table
 from .abilities import ABILITIES, WORDING, held_out_cases
@@ -165,7 +164,7 @@ class EmojiEvaluation:
         groups = [list(group) for _, group in itertools.groupby(numbered, key=form)]
         batches = [group[i : i + BATCH_SIZE] for group in groups for i in range(0, len(group), BATCH_SIZE)]
         for seed, batch in tqdm(list(itertools.product(range(seeds), batches)), desc=description):
-            generators = [torch.Generator().manual_seed(100_000 * seed + index) for index, _ in batch]
+            generators = [generator_of(seed, index) for index, _ in batch]
             yield seed, [case for _, case in batch], generators
 
     def _results(self, cases: Sequence[Case], answers: Answers) -> list[tuple[str, Score]]:
@@ -308,8 +307,7 @@ class EmojiEvaluation:
             wide = len(rows[0]) == 1
             flat = [image for row in rows for image in row]
             shown = [flat[i : i + SHEET_ROWS] for i in range(0, len(flat), SHEET_ROWS)] if wide else rows[:SHEET_ROWS]
-            with write_whole(Path(folder) / f"{name}.png") as partial:
-                contact_sheet(shown).save(partial)
+            save_sheet(shown, Path(folder) / f"{name}.png")
 
 
 def _pixels(images: Sequence[np.ndarray]) -> torch.Tensor:
@@ -320,7 +318,7 @@ def _nearest(image: np.ndarray, renders: np.ndarray) -> tuple[int, float]:
     """Which of the renders (n, H, W, 3) an image is nearest to, and how near, in dB."""
     errors = np.array([np.square(np.float32(image) - one).mean() for one in renders])
     index = int(errors.argmin())
-    return index, float(-10 * np.log10(max(errors[index] / 255**2, 1e-10)))
+    return index, float(decibels(errors[index] / 255**2))
 
 
 def evaluate_emoji(

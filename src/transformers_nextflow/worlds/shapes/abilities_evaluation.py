@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ...evaluation.image_metrics import save_sheet, to_uint8
+from ...evaluation.image_metrics import decibels, generator_of, save_sheet, to_uint8
 from ...pipeline_nextflow import NextFlowPipeline
 from ..conversations import Part
 from . import (
@@ -150,8 +150,8 @@ class AbilitiesEvaluation:
             )  # fmt: skip
             equal += [np.array_equal(a[kept], b[kept]) for a, b, kept in zip(pasted, inputs, outside)]
         return metric_table(results) | {
-            "psnr_outside": _psnr(errors),
-            "psnr_outside_bound": _psnr(bounds),
+            "psnr_outside": float(decibels(np.concatenate(errors).mean() / 255**2)),
+            "psnr_outside_bound": float(decibels(np.concatenate(bounds).mean() / 255**2)),
             "pasted_equal": float(np.mean(equal)),
         }
 
@@ -171,7 +171,7 @@ class AbilitiesEvaluation:
             for seed, start in itertools.product(range(self.seeds), range(0, len(prompts), BATCH_SIZE)):
                 batch = prompts[start : start + BATCH_SIZE]
                 generators = [
-                    _generator(seed, NUM_CANDIDATES * (start + i) + candidate)
+                    generator_of(seed, NUM_CANDIDATES * (start + i) + candidate)
                     for i, candidate in itertools.product(range(len(batch)), range(count))
                 ]
                 texts = [prompt.text for prompt in batch]
@@ -215,7 +215,7 @@ class AbilitiesEvaluation:
 
     def _generators(self, seed: int, batch: list[Case], cases: list[Case]) -> list[torch.Generator]:
         first = next(index for index, case in enumerate(cases) if case is batch[0])
-        return [_generator(seed, first + index) for index in range(len(batch))]
+        return [generator_of(seed, first + index) for index in range(len(batch))]
 
     def _results(self, cases: Sequence[Case], answers: Answers, sheet: str | None) -> list[tuple[str, dict]]:
         """Each case's category and score; `sheet` names the rows in which the first are shown."""
@@ -234,18 +234,9 @@ class AbilitiesEvaluation:
                 save_sheet(rows, folder / f"{name}.png")
 
 
-def _generator(seed: int, index: int) -> torch.Generator:
-    return torch.Generator().manual_seed(100_000 * seed + index)
-
-
 def _pil(image: Scene | Image.Image) -> Image.Image:
     return Image.fromarray(render(image, WORLD)) if isinstance(image, Scene) else image
 
 
 def _content(part: Part) -> dict:
     return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": _pil(part)}
-
-
-def _psnr(squared_errors: list[np.ndarray]) -> float:
-    """Of all values together, in dB; equal ones give 100 dB."""
-    return float(-10 * np.log10(max(np.concatenate(squared_errors).mean() / 255**2, 1e-10)))

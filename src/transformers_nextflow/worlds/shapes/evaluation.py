@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import AutoProcessor
 
-from ...evaluation.image_metrics import save_sheet, to_uint8
+from ...evaluation.image_metrics import generator_of, save_sheet, to_uint8
 from ...generation.sampling import ImageSampling
 from ...modeling_nextflow import NextFlowForConditionalGeneration
 from ...processing_nextflow import NextFlowProcessor
@@ -116,7 +116,7 @@ class ShapesEvaluation:
                 negative_attention_mask=empty.attention_mask,
                 image_sizes=[(WORLD.canvas, WORLD.canvas)] * len(texts),
                 sampling=self.sampling,
-                generator=[torch.Generator().manual_seed(100_000 * seed + start + i) for i in range(len(texts))],
+                generator=[generator_of(seed, start + i) for i in range(len(texts))],
                 given_image_tokens=None if given_codes is None else given_codes[start : start + BATCH_SIZE],
             )
             images += self.model.decode_image_tokens(output.image_tokens, output.image_grids)
