@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from library_versions import matching_peft
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from reference_nextflow import as_batch
 from test_generation import silence
@@ -51,6 +52,7 @@ def test_learned_prompts_train_on_text(kind):
     torch.testing.assert_close(outputs.loss, -log_probabilities.gather(-1, ids[:, -count:, None]).mean())
 
 
+@matching_peft
 @pytest.mark.parametrize("kind", ["prompt", "p-tuning", "prefix"])
 def test_text_behind_learned_prompts_is_that_of_full_passes(kind):
     model = prompt_learning(kind)
@@ -61,6 +63,7 @@ def test_text_behind_learned_prompts_is_that_of_full_passes(kind):
         assert torch.equal(model.generate(**inputs, **GREEDY)[:, 4:], expected[: len(chosen)])
 
 
+@matching_peft
 def test_a_learned_prefix_may_stand_before_images():
     model = prompt_learning("prefix")
     config = model.get_base_model().config

@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+from library_versions import matching_peft
 from tiny import tiny_model, tiny_processor, tiny_tokenizer
 from transformers import AutoModelForMultimodalLM
 
@@ -77,6 +78,7 @@ def codes(pipe: NextFlowPipeline) -> torch.Tensor:
     return pipe("one", guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).image_tokens
 
 
+@matching_peft
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_saved_pipeline_generates_with_its_adapters(kind, tmp_path):
     pipe = pipeline(MODELS[kind]())
@@ -117,6 +119,7 @@ def test_options_of_saving_reach_a_model_with_adapters(tmp_path):
     assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 1
 
 
+@matching_peft
 def test_an_adapter_whose_base_holds_adapters_is_loaded_as_it_was_saved(tmp_path):
     pipeline(wrapped()).save_pretrained(tmp_path)
     model = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "model")
