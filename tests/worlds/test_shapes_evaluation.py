@@ -125,7 +125,7 @@ def test_right_answers_score_one_and_others_count_against_their_own_kind(model, 
     cases = understanding_cases(shapes_evaluation.WORLD, 2, seed=0)
     evaluation = ShapesEvaluation(model, processor, limit=2)
     for wrong_kind in ("none", "color", "caption"):
-        texts = iter("?" if case.kind == wrong_kind else case.answer for case in cases)
+        texts = iter("?" if case.kind == wrong_kind else case.answer[0] for case in cases)
         monkeypatch.setattr(evaluation, "answer", lambda images, questions, t=texts: [next(t) for _ in questions])
         table = evaluation.understanding()
         assert {kind for kind, score in table.items() if score == 0} == {wrong_kind} - {"none"}

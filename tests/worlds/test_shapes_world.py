@@ -28,22 +28,22 @@ from transformers_nextflow.worlds.shapes import (
     is_full_caption,
     is_reserved,
     located_caption,
+    metric_table,
     parse_caption,
     question_about,
     question_example,
     random_scene,
     read,
     render,
-    score_table,
     text_to_image_prompts,
     text_to_image_suite,
     understanding_cases,
     video_example,
 )
+from transformers_nextflow.worlds.shapes.cases import AnswerCase
 from transformers_nextflow.worlds.shapes.edits import edit_kinds
 from transformers_nextflow.worlds.shapes.language import draw_category, write_caption
 from transformers_nextflow.worlds.shapes.questions import QUESTIONS, question_of_kind, verdict
-from transformers_nextflow.worlds.shapes.suites import UnderstandingCase
 
 
 WORLD = World()
@@ -281,10 +281,10 @@ def test_relations_are_answered_with_the_places_first():
 
 
 def test_answers_are_judged_by_what_they_come_to():
-    case = UnderstandingCase("relation", None, None, "is the star above the ring?", "row 1 and row 2: yes")
+    case = AnswerCase("relation", ("is the star above the ring?",), ("row 1 and row 2: yes",))
     for text, right in (("row 1 and row 2: yes", True), ("row 1 and row 3: Yes ", True), ("yes", True),
                         ("row 1 and row 2: no", False), ("row 1 and row 2:", False), ("yes: no", False)):  # fmt: skip
-        assert case.is_right(text, WORLD) is right, text
+        assert case.score((text,), WORLD) == {"right": right}, text
 
 
 @pytest.mark.parametrize("kind", QUESTIONS)
@@ -345,19 +345,19 @@ def test_understanding_cases_carry_their_right_answers():
     cases = understanding_cases(WORLD, 10)
     assert Counter(case.kind for case in cases) == {kind: 10 for kind in (*QUESTIONS, *DESCRIPTIONS)}
     for case in cases:
-        assert case.is_right(case.answer, WORLD) and not case.is_right("a nothing", WORLD)
-        assert read(case.image, WORLD) == case.scene
-        assert case.kind not in DESCRIPTIONS or case.question == DESCRIPTIONS[case.kind][0]
+        assert case.score(case.answer, WORLD) == {"right": 1} and case.score(("a nothing",), WORLD) == {"right": 0}
+        assert case.kind not in DESCRIPTIONS or case.asked[1] == DESCRIPTIONS[case.kind][0]
 
 
 def test_scores_are_means_of_categories():
-    assert score_table([("a", True), ("a", False), ("b", True)]) == {"a": 0.5, "b": 1.0, "overall": 0.75}
+    results = [("a", {"right": 1.0}), ("a", {"right": 0.0}), ("b", {"right": 1.0})]
+    assert metric_table(results) == {"a": 0.5, "b": 1.0, "overall": 0.75}
     results = [("a", CheckResult(True, False)), ("b", CheckResult(True, True)), ("b", CheckResult(False, False))]
     assert drawing_score_table(results) == {
         "a": 1.0, "b": 0.5, "overall": 0.75, "a_strict": 0.0, "b_strict": 0.5, "overall_strict": 0.25,
     }  # fmt: skip
     with pytest.raises(ValueError, match="no results"):
-        score_table([])
+        metric_table([])
 
 
 # --- Edits and videos -----------------------------------------------------------------------------------------------

@@ -21,11 +21,9 @@ from .scene import HELD_OUT_PAIRS, UNKNOWN, CellLabels, Object, Scene, World, ce
 from .suites import (
     DESCRIPTIONS,
     Prompt,
-    UnderstandingCase,
     drawing_score_table,
     held_out_combinations,
     held_out_prompts,
-    score_table,
     text_to_image_prompts,
     text_to_image_suite,
     understanding_cases,
@@ -37,11 +35,11 @@ from .videos import video_example
 __all__ = [
     "CAPTION_REQUEST",
     "ABILITIES", "CATEGORIES", "Case", "CellLabels", "CheckResult", "DESCRIPTIONS", "Exchange", "HELD_OUT_PAIRS",
-    "Item", "Object", "Prompt", "Requirement", "Scene", "UNKNOWN", "UnderstandingCase", "World", "answering",
+    "Item", "Object", "Prompt", "Requirement", "Scene", "UNKNOWN", "World", "answering",
     "caption", "cell_labels", "changed_region", "check", "drawing", "drawing_example", "drawing_score_table",
     "edit_example", "video_example", "follow_up_edit", "held_out_cases", "held_out_combinations",
     "held_out_prompts", "is_full_caption", "is_reserved", "located_caption", "may_be_trained_on", "message",
     "metric_table", "parse_caption", "images_of", "question_about", "question_example", "random_scene", "read",
-    "read_images", "render", "score_table", "sequence", "text_to_image_prompts", "text_to_image_suite",
+    "read_images", "render", "sequence", "text_to_image_prompts", "text_to_image_suite",
     "texts_of", "think_first", "thinking", "to_messages", "training_case", "understanding_cases",
 ]  # fmt: skip

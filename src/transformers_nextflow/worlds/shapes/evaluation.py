@@ -24,8 +24,9 @@ from . import (
     drawing_example,
     drawing_score_table,
     held_out_combinations,
+    metric_table,
     read,
-    score_table,
+    render,
     text_to_image_suite,
     understanding_cases,
 )
@@ -94,9 +95,10 @@ class ShapesEvaluation:
         results = []
         for start in tqdm(range(0, len(cases), BATCH_SIZE), desc="understanding"):
             batch = cases[start : start + BATCH_SIZE]
-            answers = self.answer([case.image for case in batch], [case.question for case in batch])
-            results += [(case.kind, case.is_right(text, WORLD)) for case, text in zip(batch, answers)]
-        table = score_table(results)
+            scenes, questions = zip(*(case.asked for case in batch))
+            answers = self.answer([render(scene, WORLD) for scene in scenes], list(questions))
+            results += [(case.kind, case.score((text,), WORLD)) for case, text in zip(batch, answers)]
+        table = metric_table(results)
         return table | {"questions": float(np.mean([table[kind] for kind in QUESTIONS]))}
 
     def tokenizer(self) -> dict[str, float]:

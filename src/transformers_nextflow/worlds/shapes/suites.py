@@ -12,10 +12,11 @@ import numpy as np
 
 from ..held_out import is_reserved
 from ..score_tables import metric_table
-from .language import CATEGORIES, caption, draw_category, is_full_caption, located_caption
-from .questions import QUESTIONS, question_of_kind, verdict
+from .cases import AnswerCase
+from .language import CATEGORIES, caption, draw_category, located_caption
+from .questions import QUESTIONS, question_of_kind
 from .requirement import CheckResult, Requirement
-from .scene import Scene, World, random_scene, render
+from .scene import World, random_scene
 
 
 HELD_OUT_CATEGORIES = ("counting", "colors", "position", "color_attribution")  # those that name colours
@@ -33,23 +34,6 @@ class Prompt:
     category: str
     text: str
     requirement: Requirement
-
-
-@dataclass(frozen=True)
-class UnderstandingCase:
-    """An image (canvas, canvas, 3) uint8, what is asked of it and the right answer (of captions: one of many)."""
-
-    kind: str
-    scene: Scene
-    image: np.ndarray
-    question: str
-    answer: str
-
-    def is_right(self, text: str, world: World) -> bool:
-        """Whether `text` comes to the right answer; a description must say all that the right one says."""
-        if self.kind in DESCRIPTIONS:
-            return is_full_caption(text.strip(), self.answer, world)
-        return verdict(text) == verdict(self.answer)
 
 
 def _distinct_prompts(world: World, category: str, n: int, seed: int, allow_held_out: bool, accept) -> list[Prompt]:
@@ -96,22 +80,17 @@ def held_out_combinations(world: World, n: int = 100, seed: int = 0) -> list[Pro
     return [prompt for category in HELD_OUT_CATEGORIES for prompt in held_out_prompts(category, world, n, seed)]
 
 
-def understanding_cases(world: World, n: int = 100, seed: int = 0) -> list[UnderstandingCase]:
-    """`n` cases of each kind of question, and `n` images for each kind of description."""
+def understanding_cases(world: World, n: int = 100, seed: int = 0) -> list[AnswerCase]:
+    """`n` cases of each kind of question, and `n` images for each kind of description; each asks (scene, text)."""
     rng = np.random.default_rng(seed)
     cases = []
     for kind in QUESTIONS:
         for scene, question, answer in (question_of_kind(rng, world, kind) for _ in range(n)):
-            cases.append(UnderstandingCase(kind, scene, render(scene, world), question, answer))
+            cases.append(AnswerCase(kind, (scene, question), (answer,)))
     for kind, (request, describe) in DESCRIPTIONS.items():
         for scene in (random_scene(rng, world) for _ in range(n)):
-            cases.append(UnderstandingCase(kind, scene, render(scene, world), request, describe(scene, world)))
+            cases.append(AnswerCase(kind, (scene, request), (describe(scene, world),)))
     return cases
-
-
-def score_table(results: Iterable[tuple[str, bool]]) -> dict[str, float]:
-    """Share of right results per category, and `overall`, the mean of the categories."""
-    return metric_table((category, {"right": right}) for category, right in results)
 
 
 def drawing_score_table(results: Iterable[tuple[str, CheckResult]]) -> dict[str, float]:
