@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import contextmanager
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -13,12 +13,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, Qwen2_5_VLTextConfig
 from transformers.activations import ACT2FN
 
-from .scale_schedule import SQUARE_SIDES, ScaleSchedules
+from .scale_schedule import SQUARE_SIDES, ScaleSchedules, schedules_of
 from .utils.atomic_files import saved_whole
 from .utils.finite_numbers import check_finite
 from .utils.short_repr import short_repr
 from .utils.trained_on import TrainedOn
-from .utils.typed_values import check_types, read_typed
+from .utils.typed_values import check_types, is_of_type, read_typed
 
 
 RESAMPLINGS = ("area", "bicubic", "bilinear", "nearest", "rotary")
@@ -34,6 +34,9 @@ FROM_ONE = (
     "codebook_size", "semantic_code_dim", "pixel_code_dim", "pixel_channels", "pixel_latent_dim",
     "pixel_decoder_channels", "semantic_decoder_heads", "semantic_target_dim",
 )  # fmt: skip
+# Each layer is a module, so that more would rather fill the memory than be built.
+MOST_LAYERS = 1000
+LAYERS = ("pixel_num_res_blocks", "pixel_decoder_num_res_blocks", "semantic_decoder_depth")
 FROM_ZERO = (
     "pixel_num_res_blocks", "pixel_decoder_num_res_blocks", "semantic_decoder_depth", "semantic_distance_weight",
     "pixel_distance_weight", "commitment_weight", "initializer_range",
@@ -46,10 +49,6 @@ TEXT_FROM_ONE = (
 NORM_GROUPS = 32
 # What transformers takes where a config gives none.
 MROPE_SECTION = (16, 24, 24)
-
-# Kept, since every image asks for its schedule, and a config may change.
-_scale_schedules = lru_cache(maxsize=64)(ScaleSchedules)
-
 
 def value_errors(config_class: type) -> type:
     """A config class that raises `ValueError`s in one line: for values of other types than its annotations, which
@@ -97,6 +96,12 @@ def _check_at_least(config: PreTrainedConfig, least: int, names: Sequence[str], 
         value = getattr(config, name)
         if not least <= value < float("inf"):
             raise ValueError(f"{prefix}{name} must be at least {least}, got {value}.")
+
+
+def _check_layers(config: PreTrainedConfig, names: Sequence[str], prefix: str = ""):
+    for name in names:
+        if getattr(config, name) > MOST_LAYERS:
+            raise ValueError(f"{prefix}{name} must be at most {MOST_LAYERS}, got {getattr(config, name)}.")
 
 
 def _check_activation(name: str, value: str):
@@ -197,10 +202,14 @@ class NextFlowVQConfig(PreTrainedConfig):
         check_finite(vars(self) | {"semantic_config": vars(self.semantic_config)})
         _check_at_least(self, 1, FROM_ONE)
         _check_at_least(self, 0, FROM_ZERO)
+        _check_layers(self, LAYERS)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
         layers = getattr(self.semantic_config, "num_hidden_layers", None)
+        if layers is not None:
+            _check_at_least(self.semantic_config, 0, ("num_hidden_layers",), "semantic_config.")
+            _check_layers(self.semantic_config, ("num_hidden_layers",), "semantic_config.")
         if layers is not None and not -layers - 1 <= self.semantic_layer <= -1:
             raise ValueError(
                 f"semantic_layer counts from the last of {layers} layers, -1, to the embeddings, {-layers - 1}; "
@@ -261,8 +270,7 @@ class NextFlowVQConfig(PreTrainedConfig):
 
     @property
     def scale_schedules(self) -> ScaleSchedules:
-        levels = tuple((int(resolution), int(count)) for resolution, count in self.levels or ())
-        return _scale_schedules(tuple(self.scales), self.patch_size, levels)
+        return schedules_of(self)
 
 
 @value_errors
@@ -337,6 +345,15 @@ class NextFlowConfig(PreTrainedConfig):
         self._check_backbone()
         frequencies = self.text_config.hidden_size // self.text_config.num_attention_heads // 2
         sections = self.text_config.rope_parameters.get("mrope_section", MROPE_SECTION)
+        if not is_of_type(sections, tuple[int, ...]):
+            raise ValueError(
+                f"text_config.rope_parameters: mrope_section must hold whole numbers, got {short_repr(sections)}."
+            )
+        theta = self.text_config.rope_parameters.get("rope_theta", 1.0)
+        if not is_of_type(theta, float) or not theta > 0:
+            raise ValueError(
+                f"text_config.rope_parameters: rope_theta must be a number above 0, got {short_repr(theta)}."
+            )
         if sum(sections) != frequencies:
             raise ValueError(
                 f"mrope_section {list(sections)} shares out {sum(sections)} frequencies, but heads of "
@@ -346,6 +363,7 @@ class NextFlowConfig(PreTrainedConfig):
     def _check_backbone(self):
         text = self.text_config
         _check_at_least(text, 1, TEXT_FROM_ONE, "text_config.")
+        _check_layers(text, ("num_hidden_layers",), "text_config.")
         _check_at_least(text, 0, ("initializer_range",), "text_config.")
         _check_activation("text_config.hidden_act", text.hidden_act)
         if text.hidden_size % text.num_attention_heads or text.num_attention_heads % text.num_key_value_heads:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TypedDict
 
 import numpy as np
@@ -12,7 +11,7 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling, SizeDict, is_torch_tensor
 from transformers.processing_utils import Unpack
 
-from .scale_schedule import SQUARE_SIDES, ScaleSchedule, ScaleSchedules
+from .scale_schedule import SQUARE_SIDES, ScaleSchedule, ScaleSchedules, schedules_of
 from .utils.atomic_files import saved_whole
 from .utils.image_files import read_image
 from .utils.short_repr import short_repr
@@ -90,14 +89,15 @@ class NextFlowImageProcessorPil(PilBackend):
         **kwargs: Unpack[NextFlowImageProcessorKwargs],
     ):
         super().__init__(**kwargs)
-        self.scales = list(scales)
-        self.patch_size = patch_size
-        self.levels = None if levels is None else [list(level) for level in levels]
+        self.scales, self.patch_size, self.levels = scales, patch_size, levels
         self.scale_schedules  # raises for scales and levels that do not fit
+        # As JSON gives them back.
+        self.scales = list(scales)
+        self.levels = None if levels is None else [list(level) for level in levels]
 
     @property
     def scale_schedules(self) -> ScaleSchedules:
-        return _schedules(tuple(self.scales), self.patch_size, tuple(tuple(level) for level in self.levels or ()))
+        return schedules_of(self)
 
     @property
     def pixel_range(self) -> tuple[float, float]:
@@ -332,12 +332,6 @@ def _check_units(highest: float, mean: Sequence[float], std: Sequence[float]):
             f"{mean} and image_std {std}; 8-bit values take do_rescale=True and a rescale_factor of 1/255, and "
             "do_rescale=False is for floats in [0, 1]."
         )
-
-
-@lru_cache(maxsize=64)
-def _schedules(sides: tuple[int, ...], patch_size: int, levels: tuple[tuple[int, int], ...]) -> ScaleSchedules:
-    # Kept, since it remembers all its sizes once it has looked for one.
-    return ScaleSchedules(sides=sides, patch_size=patch_size, levels=levels)
 
 
 def _schedule(schedules: ScaleSchedules, height: int, width: int, do_resize: bool, level: int | None) -> ScaleSchedule:

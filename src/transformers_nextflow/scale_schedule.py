@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
+from numbers import Integral
 
 
 Grid = tuple[int, int]
@@ -26,6 +27,8 @@ BASE_GRIDS: tuple[Grid, ...] = (
     (25, 10), (26, 9), (27, 9), (28, 9), (29, 8), (30, 8), (31, 8), (32, 8),
 )  # fmt: skip
 MAX_ASPECT_RATIO = 4.0
+MOST_KEPT = 64
+_KEPT: dict[str, ScaleSchedules] = {}
 
 
 @dataclass(frozen=True)
@@ -119,13 +122,19 @@ class ScaleSchedules:
     levels: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(self, "sides", tuple(int(side) for side in self.sides))
+        sides, levels = _whole_numbers("scales", self.sides), self.levels
+        object.__setattr__(self, "sides", sides)
+        if not isinstance(levels, list | tuple) or not all(
+            isinstance(level, list | tuple) and len(level) == 2 for level in levels
+        ):
+            raise ValueError(f"levels must be a list of [resolution, number of scales], got {levels!r}.")
+        levels = tuple(_whole_numbers("levels", level) for level in levels)
+        _whole_numbers("patch_size", [self.patch_size])
         if not self.sides or self.sides[0] != 1 or list(self.sides) != sorted(self.sides):
             raise ValueError(f"The sides of the square grids start at 1 and never shrink, got {list(self.sides)}.")
         if self.patch_size < 1:
             raise ValueError(f"patch_size must be at least 1, got {self.patch_size}.")
-        levels = self.levels or ((self.sides[-1] * self.patch_size, len(self.sides)),)
-        levels = tuple(sorted((int(resolution), int(count)) for resolution, count in levels))
+        levels = tuple(sorted(levels or ((self.sides[-1] * self.patch_size, len(self.sides)),)))
         for resolution, count in levels:
             if not 1 <= count <= len(self.sides) or self.sides[count - 1] * self.patch_size != resolution:
                 allowed = sorted({side * self.patch_size for side in self.sides})
@@ -205,6 +214,30 @@ class ScaleSchedules:
                 f"The aspect ratio of {height}x{width} (height:width) lies outside 1:4 to 4:1; "
                 f"the nearest is {nearest}."
             )
+
+
+def schedules_of(settings) -> ScaleSchedules:
+    """The schedules of a config or an image processor, by its `scales`, `patch_size` and `levels`.
+
+    Raises:
+        ValueError: for values that are no whole numbers, or do not fit.
+    """
+    scales, levels = settings.scales, settings.levels
+    key = repr((scales, settings.patch_size, levels))
+    # Kept, since every image asks for its schedule, and a config may change.
+    if key not in _KEPT:
+        if len(_KEPT) >= MOST_KEPT:
+            _KEPT.clear()
+        _KEPT[key] = ScaleSchedules(scales, settings.patch_size, () if levels is None else levels)
+    return _KEPT[key]
+
+
+def _whole_numbers(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(values, list | tuple) and all(
+        isinstance(value, Integral) and not isinstance(value, bool) for value in values
+    ):
+        return tuple(map(int, values))
+    raise ValueError(f"{name} must hold whole numbers, got {values!r}.")
 
 
 @lru_cache(maxsize=1024)

@@ -11,10 +11,13 @@ import torch
 
 from ..utils.known_names import check_names
 from ..utils.short_repr import short_repr
+from ..utils.typed_values import is_of_type
 
 
 PerScale = Real | Sequence[Real]
 Generators = torch.Generator | Sequence[torch.Generator] | None
+# Beyond it differences of logits leave the range of half precision.
+MOST_GUIDANCE = 1000
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class ImageSampling:
 
     def __post_init__(self):
         checks = (
-            ("guidance_scale", lambda v: v >= 0, "at least 0 (1 is no guidance)"),
-            ("image_guidance_scale", lambda v: v >= 0, "at least 0 (1 is no guidance)"),
+            ("guidance_scale", lambda v: 0 <= v <= MOST_GUIDANCE, "at least 0 (1 is no guidance), at most 1000"),
+            ("image_guidance_scale", lambda v: 0 <= v <= MOST_GUIDANCE, "at least 0 (1 is no guidance), at most 1000"),
             ("temperature", lambda v: v >= 0, "at least 0 (0 takes the likeliest code)"),
             ("top_k", lambda v: v >= 1 and v == int(v), "a whole number from 1, or None for all codes"),
             ("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
@@ -60,8 +63,10 @@ class ImageSampling:
             for value in values if per_scale else [values]:
                 if name == "top_k" and value is None:
                     continue
-                if not isinstance(value, Real) or not math.isfinite(value) or not is_valid(value):
+                if not is_of_type(value, float) or not math.isfinite(value) or not is_valid(value):
                     raise ValueError(f"{name} must be {remedy}, got {short_repr(value)}.")
+        if not isinstance(self.guidance_ramp, bool):
+            raise ValueError(f"guidance_ramp must be True or False, got {short_repr(self.guidance_ramp)}.")
         if self.guidance_ramp and _is_sequence(self.guidance_scale):
             raise ValueError("guidance_ramp goes with a single guidance_scale; a sequence already says each scale's.")
 
@@ -183,6 +188,12 @@ def sample_codes(
         logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     # One random number a code on the cumulated probabilities; `torch.multinomial` takes one for each of the V classes.
     cumulated = truncate_logits(logits, top_k, top_p).softmax(-1).cumsum_(-1)
+    # On a GPU it would wait for the sums; on the CPU a broken one would end as an index out of range.
+    if cumulated.device.type == "cpu" and not bool(cumulated[..., -1].isfinite().all()):
+        raise ValueError(
+            "The model's logits hold NaN or infinity, so nothing can be drawn from them; take a smaller guidance_scale, "
+            "dtype=float32, or another checkpoint."
+        )
     threshold = _random_numbers((*logits.shape[:-1], 1), generator, logits.device) * cumulated[..., -1:]
     # Random numbers stay below one, hence thresholds below the sum: the first code above one always exists.
     return torch.searchsorted(cumulated, threshold, right=True).squeeze(-1)

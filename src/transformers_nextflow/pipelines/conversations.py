@@ -105,6 +105,7 @@ class ConversationMixin:
         request = ImageRequest.build(self.processor, prompts, negative_prompt, image, None, size, None, False, False)
         self.check_inputs(request, sampling, 1, 1, generator, "pil", ())
         self._warn_of_request(request)
+        self._warn_of_texts([text for script in scripts for text in script])
         with self._call():
             given = 0 if image is None else 1
             if given:
@@ -222,7 +223,6 @@ class ConversationMixin:
             processor_kwargs={"padding": True},
         )  # fmt: skip
         inputs, sizes = dict(inputs), {}
-        self._warn_of_texts([text for conversation in conversations for text in texts_of_messages(conversation)])
         if max_images > 0:
             negative = self.processor.apply_image_prompt([""] * len(conversations), allow_empty=True)
             inputs |= {f"negative_{name}": value for name, value in negative.items()}
@@ -230,6 +230,8 @@ class ConversationMixin:
             schedule = requested_schedule(self.processor, (height, width), None)
             size = schedule.image_size(self.processor.image_processor.patch_size)
             sizes = {"image_sizes": [size] * len(conversations)}
+        texts = [text for conversation in conversations for text in texts_of_messages(conversation)]
+        self._warn_of_texts(texts, sizes.get("image_sizes", ()))
         with self._call():
             inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
             if "pixel_values" in inputs:
@@ -278,8 +280,10 @@ class ConversationMixin:
         if (count := len(inputs["image_grids"])) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts came with {count} images in lists; give one image for each.")
         requests = [self.processor.caption_request] * len(prompts)
+        self._warn_of_texts(prompts)
         with self._call():
             inputs = inputs.to(self.model.device)
+            self._warn_of_images(self._images_of(inputs["pixel_values"], inputs["image_grids"]))
             codes = self.model.get_image_tokens(inputs["pixel_values"], inputs["image_grids"])
             scored = (self.unwrapped_model, self.processor, codes, inputs["image_grids"])
             return NextFlowScores(

@@ -25,7 +25,8 @@ class OutsideWarningsMixin:
 
     def _warn_of_request(self, request: ImageRequest):
         patch_size = self.processor.image_processor.patch_size
-        self._warn_of_texts(request.prompts, [schedule.image_size(patch_size) for schedule in request.schedules])
+        texts = [*request.prompts, *request.negative_prompts]
+        self._warn_of_texts(texts, [schedule.image_size(patch_size) for schedule in request.schedules])
 
     def _warn_of_texts(self, texts: Iterable[str], sizes: Iterable[tuple[int, int]] = ()):
         """Of texts, and of sizes (height, width) of what is drawn."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .short_repr import short_repr
 
-WORD = re.compile(r"[^\W\d_]+|\d+")
+
+# Signs beyond Latin-1 that are no punctuation, such as emoji, are words too.
+WORD = re.compile(r"[^\W\d_]+|\d+|[^\w\s\x00-\xff\u2000-\u206f\u3000-\u303f\ufe00-\ufe0f]")
 NUMBER_WORDS = "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
 NUMBERS = {word: number for number, word in enumerate(NUMBER_WORDS, start=2)}
 # Between a number and what is counted, they say that something else is: "six minus four stars".
@@ -35,11 +39,28 @@ class TrainedOn:
     counted: tuple[str, ...] = ()
     lowest_psnr: float | None = None
 
+    def __post_init__(self):
+        checks = {
+            "domain": (bool(self.domain.strip()), "say what its images show"),
+            "words": (self.words is None or bool(self.words), "be left out for an open vocabulary"),
+            "sizes": (
+                self.sizes is None
+                or bool(self.sizes) and all(len(size) == 2 and min(size) > 0 for size in self.sizes),
+                "hold pairs of height and width in pixels",
+            ),
+            "most": (self.most is None or self.most >= 1, "be a whole number from 1"),
+            "lowest_psnr": (self.lowest_psnr is None or math.isfinite(self.lowest_psnr), "be a finite number of dB"),
+        }
+        for name, (is_valid, remedy) in checks.items():
+            if not is_valid:
+                raise ValueError(f"{name} must {remedy}, got {short_repr(getattr(self, name))}.")
+
     def unknown_words(self, texts: Iterable[str]) -> list[str]:
-        """Words of texts that no prompt of the training had, numbers left out."""
+        """Words of texts that no prompt of the training had, numbers left out; texts of signs only count as a word."""
         if self.words is None:
             return []
-        found = [word for text in texts for word in words_of(text) if not (word.isdigit() or word in NUMBERS)]
+        said = [words_of(text) or text.split() for text in texts]
+        found = [word for words in said for word in words if not (word.isdecimal() or word in NUMBERS)]
         return [word for word in dict.fromkeys(found) if word not in set(self.words)]
 
     def too_many(self, texts: Iterable[str]) -> list[str]:
@@ -48,7 +69,7 @@ class TrainedOn:
 
     def _too_many(self, words: list[str]) -> Iterable[str]:
         for start, word in enumerate(words):
-            number = int(word[:9]) if word.isdigit() else NUMBERS.get(word, 0)
+            number = int(word[:9]) if word.isdecimal() else NUMBERS.get(word, 0)
             for stop in range(start + 1, min(start + 4, len(words))) if number > self.most else ():
                 if words[stop] in OPERATIONS or words[stop] in NUMBERS:
                     break

@@ -48,4 +48,4 @@ def prompt_words(world: World) -> tuple[str, ...]:
     for _ in range(CASES):
         words.update(words_of(question_example(rng, world)[1]))
     words.update(word for request, _ in DESCRIPTIONS.values() for word in words_of(request))
-    return tuple(sorted(word for word in words if not (word.isdigit() or word in NUMBERS)))
+    return tuple(sorted(word for word in words if not (word.isdecimal() or word in NUMBERS)))
