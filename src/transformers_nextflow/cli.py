@@ -18,7 +18,7 @@ from PIL import Image
 from .evaluation.suites import SUITES
 from .utils.atomic_files import write_anyway, write_whole
 from .utils.image_files import regular_file
-from .utils.one_line_errors import DEBUG, end_on_termination, errors_in_one_line
+from .utils.one_line_errors import DEBUG, end_on_termination, errors_in_one_line, tells_what_is_kept
 from .utils.output_files import check_output_file, check_output_folder
 from .utils.short_repr import short_path
 
@@ -39,6 +39,8 @@ app = typer.Typer(
 
 # Of an image that is enlarged for viewing: a quarter of a gigabyte.
 MOST_PIXELS = 2**26
+# Paths of results that are tried before the work; a pipeline draws no more images in a call.
+MOST_CHECKED = 1024
 VIDEO_EXTENSIONS = (".gif", ".mp4")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -91,8 +93,10 @@ def generate(
         _check_image_path(output, len(prompts) * num_images)
         if previews is not None:
             check_output_folder(previews)
+            # Of a model's last scale; the others' names are no longer.
+            _check_image_path(_preview(previews, output, 99), len(prompts) * num_images)
         pipeline = _load_pipeline(model, device, dtype)
-        _check_enlarged(pipeline, scale, height, width)
+        _check_enlarged(pipeline, scale, output, height, width)
         stages: list[list[Image.Image]] = []
 
         def keep_preview(pipeline, step, scale, callback_kwargs):
@@ -117,7 +121,7 @@ def generate(
 
         paths = _save(drawn.images, output, scale)
         for number, stage in enumerate(stages, start=1):
-            paths += _save(stage, previews / f"{output.stem}-scale-{number}{output.suffix}", scale)
+            paths += _save(stage, _preview(previews, output, number), scale)
     for thought in drawn.thoughts or []:
         typer.echo(f"Thought: {thought}")
     _tell(seconds, paths)
@@ -147,7 +151,7 @@ def edit(
         _check_image_path(output, num_images)
         _check_files(images + ([mask] if mask else []))
         pipeline = _load_pipeline(model, device, dtype)
-        _check_enlarged(pipeline, scale, height, width)
+        _check_enlarged(pipeline, scale, output, height, width)
         start = time.perf_counter()
         drawn = pipeline(
             instruction,
@@ -191,7 +195,7 @@ def vary(
         _check_image_path(output, num_images)
         _check_files([image])
         pipeline = _load_pipeline(model, device, dtype)
-        _check_enlarged(pipeline, scale)
+        _check_enlarged(pipeline, scale, output)
         start = time.perf_counter()
         drawn = pipeline(
             prompt,
@@ -230,7 +234,7 @@ def video(
         check_video_path(output)
         _check_files([first_frame] if first_frame else [])
         pipeline = _load_pipeline(model, device, dtype)
-        _check_enlarged(pipeline, scale, height, width)
+        _check_enlarged(pipeline, scale, output, height, width)
         start = time.perf_counter()
         drawn = pipeline.video(
             texts[0] if len(texts) == 1 else [texts],
@@ -416,6 +420,7 @@ def recipes(copy: Annotated[Path | None, typer.Option(help="Folder to which they
         from .trainers.recipes import RECIPES, recipe_names
 
         if copy is not None:
+            check_output_folder(copy)
             if copy.exists():
                 raise ValueError(f"{copy} is there already; name a new folder.")
             with write_whole(copy) as partial:
@@ -431,8 +436,9 @@ def main():
 
 
 def _load_pipeline(model: str, device: str | None, dtype: str) -> NextFlowPipeline:
-    import torch
     from transformers.utils import logging
+
+    from .utils.devices import on_device
 
     try:
         from .pipeline_nextflow import NextFlowPipeline
@@ -446,11 +452,7 @@ def _load_pipeline(model: str, device: str | None, dtype: str) -> NextFlowPipeli
         pipeline = NextFlowPipeline.from_pretrained(model, dtype=dtype)
     except (OSError, ValueError) as error:
         raise OSError(f"No model can be loaded from {short_path(model)}: {error}") from error
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return pipeline.to(device)
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"Device {device!r} cannot be used: {error}") from error
+    return on_device(pipeline, device)
 
 
 def _generators(pipeline: NextFlowPipeline, seed: int, count: int) -> list[torch.Generator]:
@@ -480,7 +482,7 @@ def _check_image_path(output: Path, count: int):
         Image.new("RGB", (16, 16)).save(io.BytesIO(), Image.registered_extensions()[extension])
     except Exception as error:
         raise ValueError(f"Images cannot be written as {extension} ({error}); take .png.") from error
-    for path in _numbered(output, min(count, 100)):
+    for path in _numbered(output, min(count, MOST_CHECKED)):
         check_output_file(path)
 
 
@@ -489,21 +491,31 @@ def _numbered(path: Path, count: int) -> list[Path]:
     return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
 
 
+def _preview(folder: Path, output: Path, number: int) -> Path:
+    return folder / f"{output.stem}-scale-{number}{output.suffix}"
+
+
 def _save(images: list[Image.Image], output: Path, scale: int) -> list[Path]:
     """Save every image that can be saved. Raises `OSError` that says where the others are."""
-    paths, refused = _numbered(output, len(images)), []
-    for image, path in zip(images, paths):
-        try:
-            write_anyway(path, _enlarge(image, scale).save)
-        except OSError as error:
-            refused.append(str(error))
+    paths, written, refused = _numbered(output, len(images)), [], []
+    with tells_what_is_kept(lambda: f"Written are {', '.join(map(str, written)) or 'none of the images'}."):
+        for image, path in zip(images, paths):
+            try:
+                write_anyway(path, _enlarge(image, scale).save)
+                written.append(path)
+            except (OSError, ValueError) as error:
+                refused.append(str(error))
     if refused:
         raise OSError(" ".join(refused))
     return paths
 
 
-def _check_enlarged(pipeline: NextFlowPipeline, scale: int, height: int | None = None, width: int | None = None):
-    """Raises `ValueError` for images that would take more memory than an image for viewing should."""
+def _check_enlarged(
+    pipeline: NextFlowPipeline, scale: int, output: Path, height: int | None = None, width: int | None = None
+):
+    """Raises `ValueError` for images that would take more memory than an image for viewing should, or than the format
+    of `output` holds.
+    """
     if scale == 1:
         return
     side = max(pipeline.processor.image_processor.scale_schedules.resolutions)
@@ -514,6 +526,15 @@ def _check_enlarged(pipeline: NextFlowPipeline, scale: int, height: int | None =
             f"--scale {scale} makes images of more than {MOST_PIXELS} pixels, a quarter of a gigabyte each; "
             f"take {most} at most."
         )
+    if image_format := Image.registered_extensions().get(output.suffix.lower()):
+        size = ((width or side) * scale, (height or side) * scale)
+        try:
+            Image.new("RGB", size).save(io.BytesIO(), image_format)
+        except Exception as error:
+            raise ValueError(
+                f"--scale {scale} makes images of {size[0]}x{size[1]} pixels, which {output.suffix} does not hold "
+                f"({error}); take less, or .png."
+            ) from error
 
 
 def _enlarge(image: Image.Image, scale: int) -> Image.Image:

@@ -50,6 +50,7 @@ NORM_GROUPS = 32
 # What transformers takes where a config gives none.
 MROPE_SECTION = (16, 24, 24)
 
+
 def value_errors(config_class: type) -> type:
     """A config class that raises `ValueError`s in one line: for values of other types than its annotations, which
     `strict` does not read where they are postponed, and for whatever `strict` itself refuses.

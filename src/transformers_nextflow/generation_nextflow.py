@@ -25,11 +25,17 @@ from .scale_schedule import ScaleSchedule
 from .sequence.layout import check_room, layout_sequence
 from .utils.evaluation_mode import in_evaluation_mode
 from .utils.known_names import checks_names, nearest_name
+from .utils.short_repr import short_repr
+from .utils.typed_values import check_types
 
 
 DEFAULT_MAX_NEW_TOKENS = 256
 # What `generate_interleaved` takes of a generation config.
 TEXT_SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "stop_strings", "eos_token_id")
+TEXT_TYPES = {
+    "do_sample": bool | None, "temperature": float | None, "top_k": int | None, "top_p": float | None,
+    "stop_strings": str | list[str] | None, "eos_token_id": int | list[int] | None,
+}  # fmt: skip
 # What such a config may hold beside them.
 OTHER_SETTINGS = {
     "max_new_tokens", "bos_token_id", "pad_token_id", "transformers_version", *SAMPLINGS,
@@ -46,6 +52,13 @@ def _with_nearest(name: str) -> str:
     known = (*TEXT_SETTINGS, "max_new_tokens", "generator", "sampling", "max_images", "height", "width")
     nearest = nearest_name(name, known)
     return f"{name} (did you mean {nearest}?)" if nearest else name
+
+
+def _check_text_settings(text: GenerationConfig, max_new_tokens: int | None, streamer):
+    given = {name: getattr(text, name) for name in TEXT_TYPES} | {"max_new_tokens": max_new_tokens}
+    check_types(given, TEXT_TYPES | {"max_new_tokens": int | None}, "generate_interleaved")
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise ValueError(f"streamer must have put and end, as transformers' TextStreamer, got {short_repr(streamer)}.")
 
 
 @dataclass
@@ -216,6 +229,7 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
             )
         text = copy.deepcopy(generation_config or self.generation_config)
         text.update(**kwargs)
+        _check_text_settings(text, max_new_tokens, streamer)
         if max_new_tokens is None:
             max_new_tokens = text.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
         sampling = sampling or self.default_image_sampling

@@ -33,6 +33,7 @@ from .utils.known_names import checks_names
 from .utils.saved_adapters import FOLDER as ADAPTERS
 from .utils.saved_adapters import HUB_OPTIONS, is_adapted, unwrapped, with_adapters_beside
 from .utils.short_repr import short_repr
+from .utils.typed_values import check_types, is_of_type
 
 
 try:
@@ -65,6 +66,20 @@ def _dtype_of_model(dtype):
     if unknown := sorted(dtype.keys() - {"model", "processor", "default"}):
         raise ValueError(f"A dict of dtype names model, processor or default, got {unknown[0]!r}.")
     return dtype.get("model", dtype.get("default", torch.float32))
+
+
+def _check_options(think: bool, max_thought_tokens: int, thought_temperature: float, **called):
+    """Raises `ValueError` for functions that are none, and for settings of a thought without one."""
+    check_types({"max_thought_tokens": max_thought_tokens}, {"max_thought_tokens": int}, "NextFlowPipeline")
+    if max_thought_tokens < 0:
+        raise ValueError(f"max_thought_tokens must be at least 0, got {max_thought_tokens}.")
+    if not is_of_type(thought_temperature, float) or not 0 <= thought_temperature < float("inf"):
+        raise ValueError(f"thought_temperature must be a number from 0, got {short_repr(thought_temperature)}.")
+    if thought_temperature and not think:
+        raise ValueError(f"thought_temperature={thought_temperature} is of a thought; add think, or leave it at 0.")
+    for name, function in called.items():
+        if function is not None and not callable(function):
+            raise ValueError(f"{name} must be a function, got {short_repr(function)}.")
 
 
 def _checked_scores(scores: Sequence[float] | torch.Tensor, count: int) -> torch.Tensor:
@@ -123,6 +138,11 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
     def __init__(self, model: NextFlowForConditionalGeneration, processor: NextFlowProcessor):
         super().__init__()
         own = unwrapped(model)  # raises for adapters that cannot draw
+        for name, part, method in (("model", own, "generate_images"), ("processor", processor, "apply_image_prompt")):
+            if not hasattr(part, method):
+                raise ValueError(
+                    f"{name} must be one of a NextFlow, or of a model that draws like it, got {type(part)}."
+                )
         if isinstance(processor, NextFlowProcessor):
             processor.check_fits(own.config)
         self.register_modules(model=model, processor=processor)
@@ -239,7 +259,7 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
                 f"Images of different sizes cannot be one array; take output_type='pil', not {output_type!r}."
             )
         wanted = callback_on_step_end_tensor_inputs
-        if isinstance(wanted, str) or not set(wanted) <= set(self._callback_tensor_inputs):
+        if not isinstance(wanted, list | tuple) or not set(wanted) <= set(self._callback_tensor_inputs):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs is a list of {self._callback_tensor_inputs}, got {wanted!r}."
             )
@@ -341,6 +361,10 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
         self.check_inputs(
             request, sampling, num_images_per_prompt, num_candidates, generator, output_type,
             callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
+        _check_options(
+            think, max_thought_tokens, thought_temperature,
+            candidate_scorer=candidate_scorer, callback_on_step_end=callback_on_step_end,
         )  # fmt: skip
         self._warn_of_request(request)
         if num_candidates > 1 and candidate_scorer is None:

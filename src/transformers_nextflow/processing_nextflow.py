@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 
@@ -22,7 +23,11 @@ from .tokenization_nextflow import CHAT_TEMPLATE, add_image_tokens, check_text
 from .utils.atomic_files import saved_whole
 from .utils.older_transformers import SANITIZES_CONTROL_TOKENS
 from .utils.short_repr import short_repr
+from .utils.typed_values import check_types
 from .video_processing_nextflow import expand_videos
+
+
+PROCESSOR_TYPES = {"read_last_scale": bool, "think_prefix": str | None, "caption_request": str}
 
 
 class NextFlowProcessor(ProcessorMixin):
@@ -52,6 +57,8 @@ class NextFlowProcessor(ProcessorMixin):
         think_prefix: str | None = None,
         caption_request: str = "describe the picture.",
     ):
+        given = {"read_last_scale": read_last_scale, "think_prefix": think_prefix, "caption_request": caption_request}
+        check_types(given, PROCESSOR_TYPES, type(self).__name__)
         add_image_tokens(tokenizer)
         self.image_token, self.image_token_id = tokenizer.image_token, tokenizer.image_token_id
         self.boi_token, self.boi_token_id = tokenizer.boi_token, tokenizer.boi_token_id
@@ -76,7 +83,10 @@ class NextFlowProcessor(ProcessorMixin):
         Raises:
             ValueError: if placeholders and images differ in number, or an image is not usable.
         """
-        return super().__call__(images=images, text=text, **kwargs)
+        try:
+            return super().__call__(images=images, text=text, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(" ".join(str(error).split())) from error
 
     def apply_chat_template(
         self,

@@ -200,7 +200,7 @@ def read_state_dict(path: Path | str, allowed: Iterable[type] = ()) -> State:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"There is no file {path}.")
+        raise ValueError(f"There is no file {path}, or it is a pipe or a device.")
     if path.suffix == ".json":
         raise ValueError(f"{path} holds no weights; give the folder that it is in.")
     if path.suffix == ".safetensors":
@@ -319,6 +319,8 @@ def open_checkpoint(folder: Path | str) -> ShardedCheckpoint:
 def read_layout(path: Path | str, allowed: Iterable[type] = ()) -> State:
     """Names, shapes and dtypes of one file as meta tensors. Arguments and errors are those of `read_state_dict`."""
     path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}, or it is a pipe or a device.")
     if path.suffix != ".safetensors":
         return {key: tensor.to("meta") for key, tensor in _tensors(read_state_dict(path, allowed))}
     with _safetensors_errors(path), safe_open(path, framework="pt") as file:

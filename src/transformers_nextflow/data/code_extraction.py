@@ -25,6 +25,7 @@ from tqdm import tqdm
 from ..image_processing_nextflow import NextFlowImageProcessorPil
 from ..utils.atomic_files import write_whole
 from ..utils.checkpoint_checks import read_json
+from ..utils.devices import on_device
 from ..utils.one_line_errors import tells_what_is_kept
 from ..utils.typed_values import read_typed
 from ..vision_tokenizer.multiscale_quantizer import SelfCorrection
@@ -40,6 +41,8 @@ SETTINGS = "extraction.json"
 ROW_FORMAT = 2
 # Batches of images that are held at once; their sizes are many.
 MOST_WAITING = 8
+# Seeds of shards, which follow from it, are numbers of 64 bits.
+MOST_SEED = 2**32
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Extraction:
         check_on_bad_image(self.on_bad_image)
         if min(self.shard_size, self.batch_size) < 1:
             raise ValueError(f"shard_size and batch_size start at 1, got {self.shard_size} and {self.batch_size}.")
+        if abs(self.seed) > MOST_SEED:
+            raise ValueError(f"seed must lie between -{MOST_SEED} and {MOST_SEED}, got {self.seed}.")
 
     @property
     def self_correction(self) -> SelfCorrection | None:
@@ -127,9 +132,13 @@ def extract_codes(
         ValueError: for a row that cannot be used, or an output folder of other settings.
         OSError: if a shard cannot be written; the finished ones stay.
     """
-    fingerprint = tokenizer_fingerprint(load_vision_tokenizer(tokenizer))
+    model = load_vision_tokenizer(tokenizer)
+    fingerprint = tokenizer_fingerprint(model)
     count = len(open_rows(source)[0])
     extraction = Extraction(str(Path(source).resolve()), count, str(tokenizer), fingerprint, **settings)
+    if extraction.level is not None:
+        model.config.scale_schedules.build(level=extraction.level)  # raises if there is no such level
+    on_device(torch.empty(0), device)  # raises if there is no such device
     output = Path(output)
     _begin(extraction, output)
     missing = [shard for shard in extraction.shards if not _is_whole(output, shard)]
@@ -220,7 +229,7 @@ class _Encoder:
 
     def __init__(self, extraction: Extraction, device: str):
         self.extraction = extraction
-        self.model = load_vision_tokenizer(extraction.tokenizer).to(device)
+        self.model = on_device(load_vision_tokenizer(extraction.tokenizer), device)
         config = self.model.config
         self.image_processor = NextFlowImageProcessorPil(
             scales=config.scales, patch_size=config.patch_size, levels=config.levels, level=extraction.level

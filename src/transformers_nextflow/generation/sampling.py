@@ -191,8 +191,8 @@ def sample_codes(
     # On a GPU it would wait for the sums; on the CPU a broken one would end as an index out of range.
     if cumulated.device.type == "cpu" and not bool(cumulated[..., -1].isfinite().all()):
         raise ValueError(
-            "The model's logits hold NaN or infinity, so nothing can be drawn from them; take a smaller guidance_scale, "
-            "dtype=float32, or another checkpoint."
+            "The model's logits hold NaN or infinity, so nothing can be drawn from them; take a smaller "
+            "guidance_scale, dtype=float32, or another checkpoint."
         )
     threshold = _random_numbers((*logits.shape[:-1], 1), generator, logits.device) * cumulated[..., -1:]
     # Random numbers stay below one, hence thresholds below the sum: the first code above one always exists.

@@ -20,6 +20,7 @@ from ..sequence.messages import check_conversation
 from ..utils.evaluation_mode import evaluation_mode
 from ..utils.known_names import check_names, checks_names
 from ..utils.short_repr import short_repr
+from ..utils.typed_values import is_of_type
 from .outside import texts_of_messages
 from .requests import ImageInput, ImageRequest, pixels_of_size, requested_schedule
 
@@ -207,9 +208,11 @@ class ConversationMixin:
             raise ValueError(
                 f"messages must be a list of messages, or a list of such lists, got {short_repr(messages)}."
             )
-        if not isinstance(max_images, int) or not isinstance(min_images, int):
+        if not is_of_type(max_images, int) or not is_of_type(min_images, int):
             raise ValueError(f"min_images and max_images are whole numbers, got {min_images!r} and {max_images!r}.")
         # Guidance compares with nothing said and shown at once.
+        if sampling is not None and not isinstance(sampling, ImageSampling):
+            raise ValueError(f"sampling must be an ImageSampling, got {short_repr(sampling)}.")
         if sampling is None:
             sampling = replace(self.model.default_image_sampling, image_guidance_scale=1.0)
         elif sampling.image_guidance_scale != 1:

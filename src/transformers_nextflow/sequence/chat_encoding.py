@@ -63,7 +63,7 @@ def template_errors() -> Iterator[None]:
     """What Jinja says to a chat template, or the template to a conversation, becomes a `ValueError`."""
     try:
         yield
-    except TemplateError as error:
+    except (TemplateError, ArithmeticError) as error:
         raise ValueError(f"The conversation cannot be written by the chat template: {error}") from error
 
 

@@ -78,6 +78,10 @@ class Recipe:
                 f"caption_share and empty_share must lie in [0, 1], with their sum, got {self.caption_share} and "
                 f"{self.empty_share}."
             )
+        if "output_dir" in self.arguments:
+            raise ValueError("output_dir is the folder that the training is given; leave it out of arguments.")
+        if self.decoder_width < 1:
+            raise ValueError(f"decoder_width must be at least 1, got {self.decoder_width}.")
         if self.kind == "tokenizer" and self.level is None:
             raise ValueError("A tokenizer's recipe needs the level (resolution) of its images.")
 

@@ -101,13 +101,13 @@ def write_anyway(path: str | os.PathLike, write: Callable[[Path], object]):
     try:
         with write_whole(path) as partial:
             write(partial)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         for folder in (path.parent, Path.cwd(), Path(tempfile.gettempdir())):
             rescued = _free_name(folder / path.name)
             try:
                 with write_whole(rescued) as partial:
                     write(partial)
-            except OSError:
+            except (OSError, ValueError):
                 continue
             raise OSError(f"{path} cannot be written ({error}). The result is kept in {rescued}.") from error
         raise

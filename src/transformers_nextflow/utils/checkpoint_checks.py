@@ -33,7 +33,11 @@ def loading_errors(folder: object) -> Iterator[None]:
     """
     try:
         yield
-    except (ImportError, MemoryError, OSError, ValueError, torch.OutOfMemoryError):
+    except OSError as error:
+        if str(folder) not in str(error):
+            error.add_note(f"It was looked for as {short_path(folder)}.")
+        raise
+    except (ImportError, MemoryError, ValueError, torch.OutOfMemoryError):
         raise
     except pickle.UnpicklingError as error:
         raise ValueError(unsafe_pickle(folder, error)) from error

@@ -53,6 +53,8 @@ def one_line(error: BaseException) -> str:
         told = f"{told[: MOST_CHARACTERS // 2]} … {told[-MOST_CHARACTERS // 2 :]}"
     if isinstance(error, KeyboardInterrupt):
         return f"Interrupted. {' '.join(getattr(error, '__notes__', ())) or 'Nothing was written.'}"
+    if _is_of_memory(error):
+        return f"Error: The memory is full: {told}; take fewer or smaller images, a smaller batch, or another device."
     if isinstance(error, MENDABLE):
         return f"Error: {told}"
     return f"Error: {type(error).__name__}: {told} (unexpected; {DEBUG}=1 shows where)"
@@ -80,4 +82,9 @@ def _terminate(number: int, frame):
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 128 + (error.args[0] if error.args else signal.SIGINT)
-    return 2 if isinstance(error, MENDABLE) else 1
+    return 2 if isinstance(error, MENDABLE) or _is_of_memory(error) else 1
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    # Torch's own class, which is not imported for commands that need no torch.
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

@@ -44,8 +44,7 @@ class TrainedOn:
             "domain": (bool(self.domain.strip()), "say what its images show"),
             "words": (self.words is None or bool(self.words), "be left out for an open vocabulary"),
             "sizes": (
-                self.sizes is None
-                or bool(self.sizes) and all(len(size) == 2 and min(size) > 0 for size in self.sizes),
+                self.sizes is None or bool(self.sizes) and all(len(size) == 2 and min(size) > 0 for size in self.sizes),
                 "hold pairs of height and width in pixels",
             ),
             "most": (self.most is None or self.most >= 1, "be a whole number from 1"),

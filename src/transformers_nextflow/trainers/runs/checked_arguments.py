@@ -19,6 +19,7 @@ SHARE = (lambda value: 0 <= value <= 1, "lie in [0, 1]")
 RULES: tuple[Rule, ...] = (
     (("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "max_nonfinite_steps"), *NOT_NEGATIVE),
     (("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), *FROM_ONE),
+    (("save_total_limit",), *FROM_ONE),
     (("adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "lie in [0, 1)"),
     (("adam_epsilon",), lambda value: value > 0, "be positive"),
 )

@@ -20,6 +20,7 @@ from ...evaluation.image_metrics import decibels, generator_of, psnr, save_sheet
 from ...generation.sampling import ImageSampling
 from ...modeling_nextflow_vq import codebook_statistics
 from ...pipeline_nextflow import NextFlowPipeline
+from ...utils.devices import on_device
 from ..conversations import Part, images_of
 from ..score_tables import Score, metric_table
 from .abilities import ABILITIES, WORDING, held_out_cases
@@ -351,7 +352,7 @@ def evaluate_emoji(
     """
     read_by = Judge.load(judge)
     pipe = NextFlowPipeline.from_pretrained(checkpoint)
-    pipe = pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipe = on_device(pipe, device)
     read_by.to(pipe.device)
     if sampling is not None:
         pipe.model.generation_config.image_sampling = sampling.to_dict()

@@ -16,6 +16,7 @@ from ...generation.sampling import ImageSampling
 from ...modeling_nextflow import NextFlowForConditionalGeneration
 from ...processing_nextflow import NextFlowProcessor
 from ...utils.checkpoint_checks import loading_errors
+from ...utils.devices import on_device
 from . import (
     CheckResult,
     Prompt,
@@ -175,8 +176,7 @@ def evaluate_shapes(
         sheets: folder for contact sheets.
         device: default: a GPU if there is one.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = NextFlowForConditionalGeneration.from_pretrained(checkpoint).to(device)
+    model = on_device(NextFlowForConditionalGeneration.from_pretrained(checkpoint), device)
     with loading_errors(checkpoint):
         processor = AutoProcessor.from_pretrained(checkpoint)
     evaluation = ShapesEvaluation(model, processor, limit or 100, seeds)
