@@ -6,10 +6,11 @@ import bad_input
 import checkpoints_and_recipes
 import files_and_images
 import pytest
+import settings_and_surroundings
 import words_and_calls
 
 
-MODULES = [files_and_images, words_and_calls, checkpoints_and_recipes]
+MODULES = [files_and_images, words_and_calls, checkpoints_and_recipes, settings_and_surroundings]
 CASES = [case for module in MODULES for case in module.CASES]
 
 
