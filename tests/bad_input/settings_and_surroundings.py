@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from bad_input import Case, Place, broken
-from checkpoints_and_recipes import TRANSFORMER, _config, _extract, _json, _recipe, _weights
+from checkpoints_and_recipes import MODELS, TRANSFORMER, TYPED, _config, _extract, _json, _recipe, _weights
+from files_and_images import OUTPUTS
 from PIL import Image
 from tiny import tiny_config, tiny_tokenizer, tiny_vq_config
-from words_and_calls import _outside, _seeded, user
+from words_and_calls import BOUNDS, CALLS, _outside, _seeded, user
 
 from transformers_nextflow import (
     NextFlowImageProcessorPil,
@@ -21,16 +22,13 @@ from transformers_nextflow import (
 )
 
 
-SETTINGS, DEVICES, MODELS, OUTPUTS = "Python API", "bounds", "model folders", "outputs"
-
-
 def _case(kind: str, name: str, act, *words: str) -> Case:
     return Case(kind, name, act, words)
 
 
 # --- Settings of calls --------------------------------------------------------------------------------------------
 
-CALLS = {
+SETTINGS = {
     "top_k": (True, "top_k", "True"),
     "top_p": (True, "top_p", "True"),
     "guidance_scale": (1e30, "guidance_scale", "1000"),
@@ -56,42 +54,42 @@ CHATS = {
 
 
 def _call(name: str) -> Case:
-    value, *words = CALLS[name]
-    return _case(SETTINGS, f"call {name}={value}", lambda p: p.pipe("a red circle", **{name: value}), *words)
+    value, *words = SETTINGS[name]
+    return _case(CALLS, f"call {name}={value}", lambda p: p.pipe("a red circle", **{name: value}), *words)
 
 
 def _chat(name: str) -> Case:
     value, *words = CHATS[name]
     given = {"max_images": 0, "max_new_tokens": 1, name: value}
-    return _case(SETTINGS, f"chat {name}={value}", lambda p: p.pipe.chat([user("a")], **given), *words)
+    return _case(CALLS, f"chat {name}={value}", lambda p: p.pipe.chat([user("a")], **given), *words)
 
 
 CALL_CASES = [
-    *map(_call, CALLS),
+    *map(_call, SETTINGS),
     *map(_chat, CHATS),
     _case(
-        SETTINGS, "a temperature of no thought", lambda p: p.pipe("a", thought_temperature=0.5),
+        CALLS, "a temperature of no thought", lambda p: p.pipe("a", thought_temperature=0.5),
         "thought_temperature", "think",
     ),
     _case(
-        SETTINGS, "video max_transition_tokens='x'",
+        CALLS, "video max_transition_tokens='x'",
         lambda p: p.pipe.video("a red circle", num_frames=2, max_transition_tokens="x"), "max_new_tokens",
     ),
     _case(
-        SETTINGS, "processor level='x'",
+        CALLS, "processor level='x'",
         lambda p: p.pipe.processor(text="<|image_pad|>", images=np.zeros((16, 16, 3), "u1"), level="x"), "level", "'x'",
     ),
-    _case(SETTINGS, "a pipeline without a model", lambda p: NextFlowPipeline(None, p.pipe.processor), "model"),
+    _case(CALLS, "a pipeline without a model", lambda p: NextFlowPipeline(None, p.pipe.processor), "model"),
     _case(
-        SETTINGS, "a pipeline of a tokenizer", lambda p: NextFlowPipeline(p.pipe.model, tiny_tokenizer()), "processor",
+        CALLS, "a pipeline of a tokenizer", lambda p: NextFlowPipeline(p.pipe.model, tiny_tokenizer()), "processor",
     ),
-    _case(SETTINGS, "scales: 5", lambda p: NextFlowImageProcessorPil(scales=5), "scales", "5"),
-    _case(SETTINGS, "scales: '12'", lambda p: NextFlowImageProcessorPil(scales="12"), "scales", "'12'"),
-    _case(SETTINGS, "scales of fractions", lambda p: NextFlowImageProcessorPil(scales=[1, 2.5]), "scales", "2.5"),
-    _case(SETTINGS, "patch_size='4'", lambda p: NextFlowImageProcessorPil(patch_size="4"), "patch_size", "'4'"),
-    _case(SETTINGS, "levels without scales", lambda p: NextFlowImageProcessorPil(levels=[[256]]), "levels", "256"),
+    _case(CALLS, "scales: 5", lambda p: NextFlowImageProcessorPil(scales=5), "scales", "5"),
+    _case(CALLS, "scales: '12'", lambda p: NextFlowImageProcessorPil(scales="12"), "scales", "'12'"),
+    _case(CALLS, "scales of fractions", lambda p: NextFlowImageProcessorPil(scales=[1, 2.5]), "scales", "2.5"),
+    _case(CALLS, "patch_size='4'", lambda p: NextFlowImageProcessorPil(patch_size="4"), "patch_size", "'4'"),
+    _case(CALLS, "levels without scales", lambda p: NextFlowImageProcessorPil(levels=[[256]]), "levels", "256"),
     _case(
-        SETTINGS, "think_prefix=5",
+        CALLS, "think_prefix=5",
         lambda p: NextFlowProcessor(NextFlowImageProcessorPil(), tiny_tokenizer(), think_prefix=5), "think_prefix", "5",
     ),
 ]  # fmt: skip
@@ -110,20 +108,20 @@ def _statement(**values):
 
 TOWER = tiny_vq_config().semantic_config.to_dict()
 CONFIG_CASES = [
-    _case(MODELS, "config: levels without scales", lambda p: tiny_vq_config(levels=[[16]]), "levels", "16"),
-    _case(MODELS, "config: levels of fractions", lambda p: tiny_vq_config(levels=[[16, 4.7]]), "levels", "4.7"),
-    _case(MODELS, "config: 10^9 layers", lambda p: tiny_vq_config(semantic_decoder_depth=10**9), "at most 1000"),
+    _case(TYPED, "config: levels without scales", lambda p: tiny_vq_config(levels=[[16]]), "levels", "16"),
+    _case(TYPED, "config: levels of fractions", lambda p: tiny_vq_config(levels=[[16, 4.7]]), "levels", "4.7"),
+    _case(TYPED, "config: 10^9 layers", lambda p: tiny_vq_config(semantic_decoder_depth=10**9), "at most 1000"),
     _case(
-        MODELS, "config: a tower of 10^9 layers",
+        TYPED, "config: a tower of 10^9 layers",
         lambda p: tiny_vq_config(semantic_config=TOWER | {"num_hidden_layers": 10**9}), "num_hidden_layers", "1000",
     ),
-    _case(MODELS, "config: rope_theta 0", lambda p: tiny_config(_rope(rope_theta=0)), "rope_theta", "0"),
-    _case(MODELS, "config: mrope_section of texts", lambda p: tiny_config(_rope(mrope_section=["a"])), "mrope_section"),
-    _case(MODELS, "statement: no domain", _statement(domain=" "), "domain"),
-    _case(MODELS, "statement: no words", _statement(words=[]), "words"),
-    _case(MODELS, "statement: sizes of one side", _statement(sizes=[[64]]), "sizes", "height and width"),
-    _case(MODELS, "statement: no sizes", _statement(sizes=[]), "sizes"),
-    _case(MODELS, "statement: -1 at most", _statement(most=-1), "most", "-1"),
+    _case(TYPED, "config: rope_theta 0", lambda p: tiny_config(_rope(rope_theta=0)), "rope_theta", "0"),
+    _case(TYPED, "config: mrope_section of texts", lambda p: tiny_config(_rope(mrope_section=["a"])), "mrope_section"),
+    _case(TYPED, "statement: no domain", _statement(domain=" "), "domain"),
+    _case(TYPED, "statement: no words", _statement(words=[]), "words"),
+    _case(TYPED, "statement: sizes of one side", _statement(sizes=[[64]]), "sizes", "height and width"),
+    _case(TYPED, "statement: no sizes", _statement(sizes=[]), "sizes"),
+    _case(TYPED, "statement: -1 at most", _statement(most=-1), "most", "-1"),
     _recipe("output_dir in arguments", TRANSFORMER, "output_dir", changes=("output_dir=x",)),
     _recipe("decoder_width=0", TRANSFORMER, "decoder_width", "0", changes=("decoder_width=0",)),
     _recipe("save_total_limit=-1", TRANSFORMER, "save_total_limit", "-1", changes=(
@@ -214,20 +212,20 @@ def _full(error: BaseException):
 
 
 DEVICE_CASES = [
-    _case(DEVICES, "generate --device meta", lambda p: p.draw("--device", "meta"), "'meta'"),
-    _case(DEVICES, "generate --device ''", lambda p: p.draw("--device", ""), "Device ''"),
-    _case(DEVICES, "extract-codes --device nowhere", _extraction("--device", "nowhere"), "'nowhere'"),
+    _case(BOUNDS, "generate --device meta", lambda p: p.draw("--device", "meta"), "'meta'"),
+    _case(BOUNDS, "generate --device ''", lambda p: p.draw("--device", ""), "Device ''"),
+    _case(BOUNDS, "extract-codes --device nowhere", _extraction("--device", "nowhere"), "'nowhere'"),
     _case(
-        DEVICES, "evaluate --device nowhere", lambda p: p.run("evaluate", p.model, "--device", "nowhere"), "'nowhere'"
+        BOUNDS, "evaluate --device nowhere", lambda p: p.run("evaluate", p.model, "--device", "nowhere"), "'nowhere'"
     ),
-    _case(DEVICES, "extract-codes --seed of 30 digits", _extraction("--seed", 10**30), "seed"),
+    _case(BOUNDS, "extract-codes --seed of 30 digits", _extraction("--seed", 10**30), "seed"),
     _case(
-        DEVICES, "extract-codes of no level leaves no rows out",
+        BOUNDS, "extract-codes of no level leaves no rows out",
         _extraction("--level", 7, "--on-bad-image", "skip"), "Level 7", "16",
     ),
-    _case(DEVICES, "generate --guidance-scale 3e38", lambda p: p.draw("--guidance-scale", "3e38"), "1000"),
-    _case(DEVICES, "the memory is full", _full(MemoryError()), "memory is full", "fewer"),
-    _case(DEVICES, "a GPU's memory is full", _full(torch.OutOfMemoryError("CUDA out of memory")), "fewer"),
+    _case(BOUNDS, "generate --guidance-scale 3e38", lambda p: p.draw("--guidance-scale", "3e38"), "1000"),
+    _case(BOUNDS, "the memory is full", _full(MemoryError()), "memory is full", "fewer"),
+    _case(BOUNDS, "a GPU's memory is full", _full(torch.OutOfMemoryError("CUDA out of memory")), "fewer"),
 ]  # fmt: skip
 
 
