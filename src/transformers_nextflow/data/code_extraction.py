@@ -40,6 +40,8 @@ SETTINGS = "extraction.json"
 ROW_FORMAT = 2
 # Batches of images that are held at once; their sizes are many.
 MOST_WAITING = 8
+# Tasks that Ray keeps account of.
+MOST_BLOCKS = 10_000
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def extract_codes(
     output: str | os.PathLike,
     processes: int = 1,
     device: str = "cpu",
+    engine: str = "local",
     **settings,
 ) -> dict[str, int]:
     """Encode the images of all rows.
@@ -118,24 +121,29 @@ def extract_codes(
         output: folder of the shards.
         processes: each takes a shard at a time.
         device: of the tokenizer.
+        engine: one of `ENGINES`: processes of this machine ("local"), or actors of Ray, of a cluster or of this
+            machine ("ray"). The shards are the same.
         settings: the other fields of [`Extraction`].
 
     Returns:
         `rows` written, `skipped`, `shards`, and `found`, shards that were there already.
 
     Raises:
-        ValueError: for a row that cannot be used, or an output folder of other settings.
+        ValueError: for a row that cannot be used, an output folder of other settings, or an unknown engine.
         OSError: if a shard cannot be written; the finished ones stay.
     """
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {tuple(ENGINES)}, got {engine!r}.")
     fingerprint = tokenizer_fingerprint(load_vision_tokenizer(tokenizer))
     count = len(open_rows(source)[0])
     extraction = Extraction(str(Path(source).resolve()), count, str(tokenizer), fingerprint, **settings)
-    output = Path(output)
+    # Other machines of a cluster do not share this one's working folder.
+    output = Path(output).absolute()
     _begin(extraction, output)
     missing = [shard for shard in extraction.shards if not _is_whole(output, shard)]
     progress = tqdm(total=len(extraction.shards), initial=len(extraction.shards) - len(missing), unit="shard")
     with tells_what_is_kept(lambda: _kept(output, progress.n, progress.total)), progress:
-        for _ in _write_shards(missing, extraction, output, device, processes):
+        for _ in ENGINES[engine](missing, extraction, output, device, processes):
             progress.update()
     return check_codes(output) | {"found": len(extraction.shards) - len(missing)}
 
@@ -180,7 +188,7 @@ def _begin(extraction: Extraction, output: Path):
             )
 
 
-def _write_shards(
+def _write_locally(
     shards: list[int], extraction: Extraction, output: Path, device: str, processes: int
 ) -> Iterator[int]:
     """Write the shards, and say of each when it is done; what is done stays if another one fails."""
@@ -198,6 +206,58 @@ def _write_shards(
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _write_by_ray(
+    shards: list[int], extraction: Extraction, output: Path, device: str, processes: int
+) -> Iterator[int]:
+    """The same by actors of Ray Data: of a shard whose actor is killed, another one makes the whole."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray, data = import_extra("ray", "ray"), import_extra("ray.data", "ray")
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False)
+    data.DataContext.get_current().enable_progress_bars = False  # there is one bar, of shards
+    numbers = data.from_items([{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), MOST_BLOCKS))
+    written = numbers.map_batches(
+        _ShardWriter,
+        fn_constructor_args=(extraction, device, output),
+        batch_size=1,
+        concurrency=processes,
+        num_cpus=1,
+        num_gpus=1 if device.startswith("cuda") else 0,
+    )
+    try:
+        for row in written.iter_rows():
+            yield row["shard"]
+    except ray.exceptions.RayError as error:
+        raise _own_error(error) from error
+
+
+class _ShardWriter:
+    """What an actor of Ray does."""
+
+    def __init__(self, extraction: Extraction, device: str, output: Path):
+        torch.set_num_threads(1)
+        self.encoder, self.output = _Encoder(extraction, device), output
+
+    def __call__(self, batch: dict) -> dict:
+        for shard in map(int, batch["shard"]):
+            if not _is_whole(self.output, shard):  # nor by an actor that was killed after it
+                self.encoder.write(shard, self.output)
+        return batch
+
+
+def _own_error(error: BaseException) -> BaseException:
+    """What was raised in an actor, out of what Ray wraps around it."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, ValueError | OSError) and not type(inner).__module__.startswith("ray"):
+            return inner
+        inner = inner.__cause__ or getattr(inner, "cause", None)
+    return error
+
+
+ENGINES = {"local": _write_locally, "ray": _write_by_ray}
 
 
 # Of a process of the pool.
