@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
@@ -214,47 +216,41 @@ def _write_by_ray(
     """The same by actors of Ray Data: of a shard whose actor is killed, another one makes the whole."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray, data = import_extra("ray", "ray"), import_extra("ray.data", "ray")
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False)
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     data.DataContext.get_current().enable_progress_bars = False  # there is one bar, of shards
     numbers = data.from_items([{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), MOST_BLOCKS))
     written = numbers.map_batches(
         _ShardWriter,
         fn_constructor_args=(extraction, device, output),
         batch_size=1,
-        concurrency=processes,
+        compute=data.ActorPoolStrategy(size=processes),
         num_cpus=1,
         num_gpus=1 if device.startswith("cuda") else 0,
     )
-    try:
-        for row in written.iter_rows():
-            yield row["shard"]
-    except ray.exceptions.RayError as error:
-        raise _own_error(error) from error
+    for row in written.iter_rows():
+        if row["error"]:
+            raise pickle.loads(row["error"])  # pickled by our own actor
+        yield row["shard"]
 
 
 class _ShardWriter:
-    """What an actor of Ray does."""
+    """What an actor of Ray does. What a user can mend goes back as a value, since Ray wraps what is raised."""
 
     def __init__(self, extraction: Extraction, device: str, output: Path):
         torch.set_num_threads(1)
         self.encoder, self.output = _Encoder(extraction, device), output
 
     def __call__(self, batch: dict) -> dict:
-        for shard in map(int, batch["shard"]):
-            if not _is_whole(self.output, shard):  # nor by an actor that was killed after it
+        (shard,) = map(int, batch["shard"])
+        error = b""
+        try:
+            if not _is_whole(self.output, shard):  # it may have been written by an actor that was killed after it
                 self.encoder.write(shard, self.output)
-        return batch
-
-
-def _own_error(error: BaseException) -> BaseException:
-    """What was raised in an actor, out of what Ray wraps around it."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, ValueError | OSError) and not type(inner).__module__.startswith("ray"):
-            return inner
-        inner = inner.__cause__ or getattr(inner, "cause", None)
-    return error
+        except (OSError, ValueError) as raised:
+            error = pickle.dumps(raised)
+        return {"shard": [shard], "error": [error]}
 
 
 ENGINES = {"local": _write_locally, "ray": _write_by_ray}

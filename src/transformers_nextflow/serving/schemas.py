@@ -21,6 +21,7 @@ MOST_CHARACTERS = 32_000
 # Images that a conversation shows.
 MOST_IMAGES = 16
 
+StopText = Annotated[str, Field(min_length=1, max_length=100)]
 Guidance = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
 
@@ -104,7 +105,7 @@ class ChatBody(Body):
     partial_images: Annotated[int, Field(ge=0, le=16)] = 0
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    stop: str | list[str] | None = None
+    stop: StopText | Annotated[list[StopText], Field(min_length=1, max_length=16)] | None = None
     n: Literal[1] = 1
     stream_options: dict | None = None
 
@@ -166,7 +167,7 @@ def region_of(mask: Image.Image) -> Image.Image:
 
 
 def _message(message: dict, place: str) -> dict:
-    role = {"developer": "system"}.get(message.get("role"), message.get("role"))
+    role = "system" if message.get("role") == "developer" else message.get("role")
     content = message.get("content")
     parts = [] if content is None else content
     if isinstance(parts, str):
