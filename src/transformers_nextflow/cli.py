@@ -470,7 +470,7 @@ def main():
 
 def _load_pipeline(model: str, device: str | None, dtype: str) -> NextFlowPipeline:
     try:
-        from .pipelines.loading import load_pipeline
+        from .serving.loading import load_pipeline
     except ImportError as error:
         raise ValueError(error) from error
     return load_pipeline(model, device, dtype)

@@ -18,7 +18,7 @@ pytest.importorskip("ray.serve", reason="needs the extra serve")
 
 from test_server_app import BUNDLED, png, seeded  # noqa: E402
 
-from transformers_nextflow.pipelines.loading import load_pipeline  # noqa: E402
+from transformers_nextflow.serving.loading import load_pipeline  # noqa: E402
 
 
 SECONDS = 120  # until it answers, on a machine that does other things too
@@ -43,7 +43,17 @@ def wait_until_it_answers(process: subprocess.Popen, port: int, log: Path):
 
 def test_the_command_serves_openais_client_and_ends_on_ctrl_c(tmp_path):
     port, log = free_port(), tmp_path / "log"
-    command = [sys.executable, "-m", "transformers_nextflow.cli", "serve", BUNDLED, "--port", str(port), "--name", "shapes"]
+    command = [
+        sys.executable,
+        "-m",
+        "transformers_nextflow.cli",
+        "serve",
+        BUNDLED,
+        "--port",
+        str(port),
+        "--name",
+        "shapes",
+    ]
     environment = os.environ | {"RAY_TMPDIR": "/tmp"}
     with open(log, "w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as process:
         try:
@@ -59,7 +69,10 @@ def test_the_command_serves_openais_client_and_ends_on_ctrl_c(tmp_path):
                     model="shapes", prompt="a red circle", stream=True, partial_images=1, extra_body={"seed": 3}
                 )
             )
-            assert [event.type for event in streamed] == ["image_generation.partial_image", "image_generation.completed"]
+            assert [event.type for event in streamed] == [
+                "image_generation.partial_image",
+                "image_generation.completed",
+            ]
             assert base64.b64decode(streamed[1].b64_json) == own
             edited = client.images.edit(model="shapes", image=("a.png", own), prompt="make it blue")
             assert base64.b64decode(edited.data[0].b64_json)[:4] == b"\x89PNG"

@@ -97,9 +97,9 @@ def deployment(settings: ServingSettings, replicas: int, max_replicas: int, cpus
 
 
 def _replica(settings: ServingSettings) -> FastAPI:
-    from ..pipelines.loading import load_pipeline
     from .app import PATHS, create_app
     from .jobs import Job
+    from .loading import load_pipeline
     from .worker import Worker
 
     pipeline = load_pipeline(settings.model, settings.device, settings.dtype)
