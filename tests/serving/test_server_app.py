@@ -241,7 +241,7 @@ def test_an_image_of_a_chat_comes_with_the_request(client, url):
         ([("image", b"no image")], "image"),
         ([("images", b"")], "images"),
         ([("image", png(Image.new("RGB", (64, 64)))), ("mask", png(Image.new("L", (8, 8))))], "8x8"),
-        ([("image", png(Image.new("RGB", (64, 64)))), *[("mask", png(Image.new("L", (8, 8))))] * 2], "at most one mask"),
+        ([("image", png(Image.new("RGB", (64, 64)))), *[("mask", png(Image.new("L", (8, 8))))] * 2], "at most one"),
     ],
 )  # fmt: skip
 def test_a_bad_edit_is_told_what_is_wrong_with_it(client, files, told):
