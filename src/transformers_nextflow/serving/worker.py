@@ -15,6 +15,7 @@ from ..generation.image_codes import ScaleState
 from ..generation.interleaved import InterleavedStreamer
 from ..pipeline_nextflow import NextFlowPipeline
 from ..pipelines.requests import ImageRequest
+from ..sequence.messages import check_conversation
 from .jobs import END, ChatJob, Finished, ImageJob, Job, Partial
 from .settings import ServingSettings
 
@@ -63,6 +64,8 @@ class Worker:
         """Raises `ValueError` for what the pipeline would refuse, before the job is in a batch with others."""
         if job.num_images > (most := self.settings.max_batch_size):
             raise ValueError(f"n must be at most {most}, the images of one batch, got {job.num_images}.")
+        if isinstance(job, ChatJob):
+            check_conversation(job.messages)
         if isinstance(job, ImageJob):
             options = dict(job.options)
             size, paste_back = (
