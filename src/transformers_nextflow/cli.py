@@ -42,7 +42,6 @@ MOST_PIXELS = 2**26
 # Paths of results that are tried before the work; a pipeline draws no more images in a call.
 MOST_CHECKED = 1024
 VIDEO_EXTENSIONS = (".gif", ".mp4")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Model = Annotated[str, typer.Option(help="Folder of a model or a pipeline, or a repository of the Hub.")]
 Device = Annotated[str | None, typer.Option(help="Device, as cpu or cuda:0; default: a GPU where there is one.")]
@@ -366,6 +365,9 @@ def extract_codes(
     on_bad_image: OnBadImage = "stop",
     device: Annotated[str, typer.Option(help="Of the tokenizer, as cpu or cuda:0.")] = "cpu",
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one size that are encoded at once.")] = 16,
+    engine: Annotated[
+        str, typer.Option(help="local: processes of this machine; ray: actors of a Ray cluster.")
+    ] = "local",
 ):
     """Encode the images of training data ahead of time: codes to read, and codes to write."""
     with errors_in_one_line():
@@ -374,7 +376,7 @@ def extract_codes(
         check_output_folder(output)
         settings = {"shard_size": shard_size, "level": level, "top_k": top_k, "token_share": token_share, "seed": seed}
         settings |= {"batch_size": batch_size, "on_bad_image": on_bad_image}
-        totals = extract_codes(source, tokenizer, output, processes, device, **settings)
+        totals = extract_codes(source, tokenizer, output, processes, device, engine, **settings)
     typer.echo(
         f"{totals['rows']} rows in {totals['shards']} shards ({totals['found']} were there), "
         f"{totals['skipped']} rows skipped"
@@ -389,6 +391,42 @@ def check_codes(output: Annotated[Path, typer.Argument(help="Folder that extract
 
         totals = check_codes(output)
     typer.echo(f"{totals['rows']} rows in {totals['shards']} shards, {totals['skipped']} rows skipped")
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Folder of a model or a pipeline, or a repository of the Hub.")],
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    name: Annotated[str, typer.Option(help="By which requests name the model; default: the folder's.")] = "",
+    replicas: Annotated[int, typer.Option(min=1, help="Copies of the model.")] = 1,
+    max_replicas: Annotated[int | None, typer.Option(help="Up to how many, while requests wait.")] = None,
+    cpus: Annotated[float | None, typer.Option(help="Of a replica; default: this machine's, shared out.")] = None,
+    gpus: Annotated[float | None, typer.Option(help="Of a replica, as 0.5; default: one where the device is.")] = None,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Images that are drawn in one batch.")] = 16,
+    batch_wait: Annotated[float, typer.Option(min=0, help="Seconds that an idle replica waits for more.")] = 0.01,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests at most that a replica accepts at once.")] = 64,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 300.0,
+    max_upload: Annotated[int, typer.Option(min=1, help="Bytes of a request at most.")] = 32 * 2**20,
+    metrics_port: Annotated[int | None, typer.Option(help="Of Prometheus' metrics; default: Ray chooses.")] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+):
+    """Serve a model by HTTP, as clients of OpenAI's API know it; see docs/serving.md."""
+    with errors_in_one_line():
+        try:
+            from .serving import ray_serve
+        except ImportError as error:
+            raise ValueError(error) from error
+        from .serving.settings import ServingSettings
+
+        settings = ServingSettings(
+            model, name, device, dtype, max_batch_size, batch_wait, max_waiting, timeout, max_upload
+        )
+        _load_pipeline(model, device, dtype)  # what is wrong with the folder is told here, not in a replica's log
+        ray_serve.start(settings, host, port, replicas, max_replicas, cpus, gpus, metrics_port)
+        typer.echo(f"{settings.name} answers at http://{host}:{port}/v1; Ctrl-C ends it.")
+        ray_serve.wait()
 
 
 @app.command()
@@ -436,23 +474,11 @@ def main():
 
 
 def _load_pipeline(model: str, device: str | None, dtype: str) -> NextFlowPipeline:
-    from transformers.utils import logging
-
-    from .utils.devices import on_device
-
     try:
-        from .pipeline_nextflow import NextFlowPipeline
+        from .serving.loading import load_pipeline
     except ImportError as error:
         raise ValueError(error) from error
-
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}.")
-    logging.disable_progress_bar()
-    try:
-        pipeline = NextFlowPipeline.from_pretrained(model, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise OSError(f"No model can be loaded from {short_path(model)}: {error}") from error
-    return on_device(pipeline, device)
+    return load_pipeline(model, device, dtype)
 
 
 def _generators(pipeline: NextFlowPipeline, seed: int, count: int) -> list[torch.Generator]:

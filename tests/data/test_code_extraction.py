@@ -334,3 +334,28 @@ def test_the_commands_extract_and_check(tmp_path):
     (tmp_path / "codes" / "codes-000001.parquet").unlink()
     checked = CliRunner().invoke(app, ["check-codes", str(tmp_path / "codes")])
     assert checked.exit_code == 2 and "codes-000001.parquet lack or are damaged" in checked.stderr
+
+
+def test_actors_of_ray_write_the_shards_that_processes_do(tmp_path):
+    ray = pytest.importorskip("ray")
+    make_source(tmp_path)
+    whole = extract(tmp_path)
+    assert extract(tmp_path, "by_ray", engine="ray", processes=2) == whole
+    assert contents(tmp_path / "by_ray") == contents(tmp_path / "codes")
+    # What is there is not made again, by whichever engine.
+    (tmp_path / "by_ray" / "codes-000001.parquet").unlink()
+    assert extract(tmp_path, "by_ray")["found"] == 2
+    # A row that cannot be used is told in the words of the local engine.
+    (tmp_path / "4-0.png").write_bytes(b"no image")
+    with pytest.raises(ValueError) as told:
+        extract(tmp_path, "locally")
+    with pytest.raises(ValueError) as told_by_ray:
+        extract(tmp_path, "by_ray_too", engine="ray")
+    assert str(told_by_ray.value) == str(told.value)
+    ray.shutdown()
+
+
+def test_an_engine_that_is_not_known_is_refused(tmp_path):
+    make_source(tmp_path)
+    with pytest.raises(ValueError, match="engine must be one of"):
+        extract(tmp_path, engine="spark")

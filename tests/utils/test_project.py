@@ -53,7 +53,7 @@ LAYERS = (
     ("pipelines",),
     ("pipeline_nextflow",),
     ("data",),
-    ("conversion", "trainers"),
+    ("conversion", "serving", "trainers"),
     ("worlds",),
     ("__init__", "cli"),
 )

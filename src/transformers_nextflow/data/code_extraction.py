@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
@@ -43,6 +45,8 @@ ROW_FORMAT = 2
 MOST_WAITING = 8
 # Seeds of shards, which follow from it, are numbers of 64 bits.
 MOST_SEED = 2**32
+# Tasks that Ray keeps account of.
+MOST_BLOCKS = 10_000
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ def extract_codes(
     output: str | os.PathLike,
     processes: int = 1,
     device: str = "cpu",
+    engine: str = "local",
     **settings,
 ) -> dict[str, int]:
     """Encode the images of all rows.
@@ -123,28 +128,34 @@ def extract_codes(
         output: folder of the shards.
         processes: each takes a shard at a time.
         device: of the tokenizer.
+        engine: one of `ENGINES`: processes of this machine ("local"), or actors of Ray, of a cluster or of this
+            machine ("ray"). The shards are the same.
         settings: the other fields of [`Extraction`].
 
     Returns:
         `rows` written, `skipped`, `shards`, and `found`, shards that were there already.
 
     Raises:
-        ValueError: for a row that cannot be used, or an output folder of other settings.
+        ValueError: for a row that cannot be used, an output folder of other settings, or an unknown engine.
         OSError: if a shard cannot be written; the finished ones stay.
     """
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {tuple(ENGINES)}, got {engine!r}.")
     model = load_vision_tokenizer(tokenizer)
     fingerprint = tokenizer_fingerprint(model)
     count = len(open_rows(source)[0])
     extraction = Extraction(str(Path(source).resolve()), count, str(tokenizer), fingerprint, **settings)
     if extraction.level is not None:
         model.config.scale_schedules.build(level=extraction.level)  # raises if there is no such level
-    on_device(torch.empty(0), device)  # raises if there is no such device
-    output = Path(output)
+    if engine == "local":
+        on_device(torch.empty(0), device)  # raises if there is no such device
+    # Other machines of a cluster do not share this one's working folder.
+    output = Path(output).absolute()
     _begin(extraction, output)
     missing = [shard for shard in extraction.shards if not _is_whole(output, shard)]
     progress = tqdm(total=len(extraction.shards), initial=len(extraction.shards) - len(missing), unit="shard")
     with tells_what_is_kept(lambda: _kept(output, progress.n, progress.total)), progress:
-        for _ in _write_shards(missing, extraction, output, device, processes):
+        for _ in ENGINES[engine](missing, extraction, output, device, processes):
             progress.update()
     return check_codes(output) | {"found": len(extraction.shards) - len(missing)}
 
@@ -189,7 +200,7 @@ def _begin(extraction: Extraction, output: Path):
             )
 
 
-def _write_shards(
+def _write_locally(
     shards: list[int], extraction: Extraction, output: Path, device: str, processes: int
 ) -> Iterator[int]:
     """Write the shards, and say of each when it is done; what is done stays if another one fails."""
@@ -207,6 +218,52 @@ def _write_shards(
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _write_by_ray(
+    shards: list[int], extraction: Extraction, output: Path, device: str, processes: int
+) -> Iterator[int]:
+    """The same by actors of Ray Data: of a shard whose actor is killed, another one makes the whole."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray, data = import_extra("ray", "ray"), import_extra("ray.data", "ray")
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    data.DataContext.get_current().enable_progress_bars = False  # there is one bar, of shards
+    numbers = data.from_items([{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), MOST_BLOCKS))
+    written = numbers.map_batches(
+        _ShardWriter,
+        fn_constructor_args=(extraction, device, output),
+        batch_size=1,
+        compute=data.ActorPoolStrategy(size=processes),
+        num_cpus=1,
+        num_gpus=1 if device.startswith("cuda") else 0,
+    )
+    for row in written.iter_rows():
+        if row["error"]:
+            raise pickle.loads(row["error"])  # pickled by our own actor
+        yield row["shard"]
+
+
+class _ShardWriter:
+    """What an actor of Ray does. What a user can mend goes back as a value, since Ray wraps what is raised."""
+
+    def __init__(self, extraction: Extraction, device: str, output: Path):
+        torch.set_num_threads(1)
+        self.encoder, self.output = _Encoder(extraction, device), output
+
+    def __call__(self, batch: dict) -> dict:
+        (shard,) = map(int, batch["shard"])
+        error = b""
+        try:
+            if not _is_whole(self.output, shard):  # it may have been written by an actor that was killed after it
+                self.encoder.write(shard, self.output)
+        except (OSError, ValueError) as raised:
+            error = pickle.dumps(raised)
+        return {"shard": [shard], "error": [error]}
+
+
+ENGINES = {"local": _write_locally, "ray": _write_by_ray}
 
 
 # Of a process of the pool.

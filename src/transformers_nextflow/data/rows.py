@@ -163,12 +163,12 @@ def open_rows(source: str | os.PathLike) -> tuple[Sequence[dict], Path]:
     raise ValueError(f"{source} is no .jsonl or .parquet file, and no folder of .parquet files or of save_to_disk.")
 
 
-def import_extra(name: str) -> ModuleType:
-    """A module of the extra "train". Raises `ValueError` that says how to install it."""
+def import_extra(name: str, extra: str = "train") -> ModuleType:
+    """A module of an extra. Raises `ValueError` that says how to install it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(f"This needs {name}: pip install transformers-nextflow[train].") from error
+        raise ValueError(f"This needs {name}: pip install transformers-nextflow[{extra}].") from error
 
 
 class JsonLines:

@@ -1,0 +1,286 @@
+"""The endpoints: OpenAI's of images and chats, answered by one worker."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from PIL import Image
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from .body_limits import BodyLimits, BodyRefused
+from .jobs import ChatJob, Finished, ImageJob, Job, Partial
+from .schemas import Body, ChatBody, EditBody, ImageBody, region_of, uploaded_image
+from .worker import TooManyRequests, Worker
+
+
+Answer = Partial | Finished | str
+# Called with the endpoint's path and the status of each answer.
+OnAnswer = Callable[[str, int], None]
+PATHS = ("/health", "/v1/models", "/v1/images/generations", "/v1/images/edits", "/v1/chat/completions")
+B = TypeVar("B", bound=Body)
+
+
+def create_app(worker: Worker, on_answer: OnAnswer = lambda path, status: None) -> FastAPI:
+    """The ASGI application of a replica.
+
+    Args:
+        worker: answers its requests.
+        on_answer: called with path and status of each request, for metrics.
+    """
+    settings = worker.settings
+    app = FastAPI(title=settings.name, docs_url=None, redoc_url=None)
+    app.add_middleware(BodyLimits, most_bytes=settings.max_upload, seconds=settings.timeout)
+    app.add_middleware(_CountedAnswers, on_answer=on_answer)
+    _answer_errors(app)
+
+    @app.get("/health")
+    async def health() -> dict:
+        return {"status": "ok", "waiting": worker.waiting}
+
+    @app.get("/v1/models")
+    async def models() -> dict:
+        return {"object": "list", "data": [{"id": settings.name, "object": "model", "created": 0, "owned_by": "local"}]}
+
+    @app.post("/v1/images/generations")
+    async def generate(request: Request) -> Response:
+        body = _checked(ImageBody, await _json(request), settings.name)
+        job = ImageJob(
+            prompt=body.prompt, negative_prompt=body.negative_prompt, seeds=body.seeds, options=body.options,
+            partial_images=body.partial_images if body.stream else 0,
+        )  # fmt: skip
+        return await _images(worker, job, body, "image_generation")
+
+    @app.post("/v1/images/edits")
+    async def edit(request: Request) -> Response:
+        async with request.form(max_files=17, max_part_size=settings.max_upload) as form:
+            fields = {name: value for name, value in form.multi_items() if not isinstance(value, UploadFile)}
+            files = [(name, await value.read()) for name, value in form.multi_items() if isinstance(value, UploadFile)]
+        body = _checked(EditBody, fields, settings.name)
+        images, mask = await run_in_threadpool(_uploads, files)
+        job = ImageJob(
+            prompt=body.prompt, negative_prompt=body.negative_prompt, seeds=body.seeds, options=body.options,
+            partial_images=body.partial_images if body.stream else 0, images=images, mask=mask,
+        )  # fmt: skip
+        return await _images(worker, job, body, "image_edit")
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        body = _checked(ChatBody, await _json(request), settings.name)
+        messages = await run_in_threadpool(lambda: body.conversation)
+        job = ChatJob(
+            messages=messages, seed=body.seed, options=body.options, is_streamed=body.stream,
+            partial_images=body.partial_images if body.stream else 0,
+        )  # fmt: skip
+        answers = await _started(worker, job)
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": settings.name}
+        if body.stream:
+            return _events(_chat_chunks(answers, head))
+        text, images = "", []
+        async for answer in answers:
+            if isinstance(answer, str):
+                text += answer
+            else:
+                images.append(_image_part(answer))
+        message = {"role": "assistant", "content": text} | ({"images": images} if images else {})
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        return JSONResponse(head | {"object": "chat.completion", "choices": [choice]})
+
+    return app
+
+
+class _CountedAnswers:
+    """ASGI middleware that tells the status of each answer."""
+
+    def __init__(self, app: Callable, on_answer: OnAnswer):
+        self.app, self.on_answer = app, on_answer
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable):
+        async def counted(message: dict):
+            if message["type"] == "http.response.start":
+                self.on_answer(scope["path"], message["status"])
+            await send(message)
+
+        await self.app(scope, receive, counted if scope["type"] == "http" else send)
+
+
+async def _started(worker: Worker, job: Job) -> AsyncIterator[Answer]:
+    """The answers of a job, whose first one is there: what is refused, is so before a status is sent."""
+    await run_in_threadpool(worker.check, job)
+    answers = worker.answers(job)
+    first = await anext(answers, None)
+
+    async def all_of_them() -> AsyncIterator[Answer]:
+        try:
+            if first is not None:
+                yield first
+            async for answer in answers:
+                yield answer
+        finally:
+            await answers.aclose()
+
+    return all_of_them()
+
+
+async def _images(worker: Worker, job: ImageJob, body: ImageBody, event: str) -> Response:
+    answers = await _started(worker, job)
+    if body.stream:
+        return _events(_image_events(answers, body, event))
+    finished = [answer async for answer in answers]
+    data = [{"b64_json": _encoded(answer.image, body), "seed": answer.seed} for answer in finished]
+    shared = {
+        "size": _size(finished[0].image),
+        "output_format": body.output_format,
+        "usage": _usage(worker, job, finished),
+    }
+    return JSONResponse({"created": int(time.time()), "data": data} | shared)
+
+
+async def _image_events(answers: AsyncIterator[Answer], body: ImageBody, event: str) -> AsyncIterator[str]:
+    common = {"output_format": body.output_format, "quality": "auto", "background": "opaque"}
+    async for answer in _told_errors(answers):
+        if isinstance(answer, dict):
+            yield _event(answer, "error")
+            return
+        common |= {
+            "created_at": int(time.time()),
+            "size": _size(answer.image),
+            "b64_json": _encoded(answer.image, body),
+        }
+        if isinstance(answer, Partial):
+            name, own = f"{event}.partial_image", {"partial_image_index": answer.index, "image_index": answer.number}
+        else:
+            name, own = f"{event}.completed", {"seed": answer.seed}
+        yield _event({"type": name} | common | own, name)
+
+
+async def _chat_chunks(answers: AsyncIterator[Answer], head: dict) -> AsyncIterator[str]:
+    def chunk(delta: dict, reason: str | None = None) -> str:
+        choices = [{"index": 0, "delta": delta, "finish_reason": reason}]
+        return _event(head | {"object": "chat.completion.chunk", "choices": choices})
+
+    yield chunk({"role": "assistant", "content": ""})
+    async for answer in _told_errors(answers):
+        if isinstance(answer, dict):
+            yield _event(answer)
+            return
+        yield chunk({"content": answer} if isinstance(answer, str) else {"images": [_image_part(answer)]})
+    yield chunk({}, "stop")
+    yield "data: [DONE]\n\n"
+
+
+async def _told_errors(answers: AsyncIterator[Answer]) -> AsyncIterator[Answer | dict]:
+    """The answers; what is raised after the status was sent, as the body of an error."""
+    try:
+        async for answer in answers:
+            yield answer
+    except Exception as error:
+        yield _error_of(error)[1]
+
+
+def _event(data: dict, name: str | None = None) -> str:
+    return (f"event: {name}\n" if name else "") + f"data: {json.dumps(data)}\n\n"
+
+
+def _events(events: AsyncIterator[str]) -> StreamingResponse:
+    return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+def _image_part(answer: Partial | Finished) -> dict:
+    content = io.BytesIO()
+    answer.image.save(content, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+    part = {"type": "image_url", "image_url": {"url": url}}
+    return part | ({"partial_image_index": answer.index} if isinstance(answer, Partial) else {})
+
+
+def _encoded(image: Image.Image, body: ImageBody) -> str:
+    content = io.BytesIO()
+    quality = (
+        {} if body.output_compression is None or body.output_format == "png" else {"quality": body.output_compression}
+    )
+    image.save(content, body.output_format, **quality)
+    return base64.b64encode(content.getvalue()).decode()
+
+
+def _size(image: Image.Image) -> str:
+    return f"{image.width}x{image.height}"
+
+
+def _usage(worker: Worker, job: ImageJob, finished: list[Finished]) -> dict:
+    text, drawn = len(worker.pipeline.processor.tokenizer(job.prompt)["input_ids"]), sum(f.num_tokens for f in finished)
+    details = {"text_tokens": text, "image_tokens": 0}
+    return {"input_tokens": text, "output_tokens": drawn, "total_tokens": text + drawn, "input_tokens_details": details}
+
+
+def _uploads(files: list[tuple[str, bytes]]) -> tuple[list[Image.Image], Image.Image | None]:
+    """Images and mask of a form."""
+    images, masks = [], []
+    for name, content in files:
+        if name.removesuffix("[]") not in ("image", "mask"):
+            raise ValueError(f"{name[:40]!r} is not known; the files of an edit are image and mask.")
+        (masks if name == "mask" else images).append(uploaded_image(content, name))
+    if not images or len(masks) > 1:
+        raise ValueError(f"An edit has at least one image and at most one mask, got {len(images)} and {len(masks)}.")
+    return images, region_of(masks[0]) if masks else None
+
+
+async def _json(request: Request) -> dict:
+    try:
+        body = json.loads(await request.body())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"The request's body is no JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise ValueError("The request's body must be an object.")
+    return body
+
+
+def _checked(kind: type[B], fields: dict[str, Any], name: str) -> B:
+    body = kind(**fields)
+    if body.model not in (None, name):
+        raise HTTPException(404, f"There is no model {body.model[:100]!r} here; the one that is served is {name!r}.")
+    return body
+
+
+def _error_of(error: Exception) -> tuple[int, dict]:
+    """Status and body of an error, as OpenAI's clients read them."""
+    param = None
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        param = ".".join(map(str, first["loc"]))
+        told = "this field is not known" if first["type"] == "extra_forbidden" else first["msg"]
+        status, message = 400, f"{param}: {told}"
+    elif isinstance(error, TooManyRequests):
+        status, message = 429, str(error)
+    elif isinstance(error, TimeoutError):
+        status, message = 504, "The answer took longer than the server's time limit."
+    elif isinstance(error, BodyRefused):
+        status, message = error.status, str(error)
+    elif isinstance(error, HTTPException):
+        status, message = error.status_code, str(error.detail)
+    elif isinstance(error, ValueError):
+        status, message = 400, str(error)
+    else:
+        status, message = 500, "The server failed at this request; its log says why."
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    return status, {"error": {"message": message, "type": kind, "param": param, "code": None}}
+
+
+def _answer_errors(app: FastAPI):
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        status, body = _error_of(error)
+        headers = {"Retry-After": str(error.retry_after)} if isinstance(error, TooManyRequests) else None
+        return JSONResponse(body, status, headers)
+
+    for kind in (ValueError, HTTPException, TooManyRequests, TimeoutError, BodyRefused, Exception):
+        app.add_exception_handler(kind, answer)

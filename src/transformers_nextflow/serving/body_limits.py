@@ -1,0 +1,50 @@
+"""Bodies of requests that are too long, or too long on their way."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+
+class BodyRefused(Exception):
+    """A body that is not read further; `status` is the one to answer with."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+class BodyLimits:
+    """ASGI middleware: what is received is counted and timed, before anything is kept of it.
+
+    Args:
+        app: the application within, which answers [`BodyRefused`].
+        most_bytes: of a body.
+        seconds: from the request's head to the end of its body.
+    """
+
+    def __init__(self, app: Callable, most_bytes: int, seconds: float):
+        self.app, self.most_bytes, self.seconds = app, most_bytes, seconds
+
+    async def __call__(self, scope: dict, receive: Callable[[], Awaitable[dict]], send: Callable):
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        end, count, whole = time.monotonic() + self.seconds, 0, False
+
+        async def limited() -> dict:
+            nonlocal count, whole
+            if whole:  # what follows tells that the client left, for which is waited as long as it takes
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
+            except TimeoutError as error:
+                raise BodyRefused(408, f"The request's body did not arrive within {self.seconds:g} seconds.") from error
+            count += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if count > self.most_bytes:
+                raise BodyRefused(413, f"The request has more than the {self.most_bytes} bytes that are read.")
+            return message
+
+        await self.app(scope, limited, send)

@@ -1,0 +1,34 @@
+"""A pipeline as commands and servers load it."""
+
+from __future__ import annotations
+
+from transformers.utils import logging
+
+from ..pipeline_nextflow import NextFlowPipeline
+from ..utils.devices import on_device
+from ..utils.short_repr import short_path
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_pipeline(model: str, device: str | None = None, dtype: str = "auto") -> NextFlowPipeline:
+    """Load a pipeline and bring it to its device.
+
+    Args:
+        model: folder of a model or a pipeline, or a repository of the Hub.
+        device: as "cpu" or "cuda:0"; default: a GPU where there is one.
+        dtype: one of `DTYPES`; "auto": as the weights are stored.
+
+    Raises:
+        OSError: if nothing can be loaded from there.
+        ValueError: for another dtype, and a device that cannot be used.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}.")
+    logging.disable_progress_bar()
+    try:
+        pipeline = NextFlowPipeline.from_pretrained(model, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise OSError(f"No model can be loaded from {short_path(model)}: {error}") from error
+    return on_device(pipeline, device)

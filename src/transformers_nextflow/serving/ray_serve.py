@@ -1,0 +1,138 @@
+"""Replicas on Ray Serve: what is batched, counted and scaled there, around the application of `app`."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from .settings import ServingSettings
+
+
+try:
+    # Nothing is told to the makers of Ray, unless the user says so.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import fastapi  # noqa: F401
+    import ray
+    from ray import serve
+    from ray.serve.metrics import Counter, Gauge, Histogram
+except ImportError as error:
+    raise ImportError("Serving needs Ray Serve: pip install transformers-nextflow[serve].") from error
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+APPLICATION = "nextflow"
+# Requests that a replica may hold beside those that it admitted: to be told 429, or how it is.
+MOST_REFUSED_AT_ONCE = 256
+SECONDS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
+
+
+def start(
+    settings: ServingSettings,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    replicas: int = 1,
+    max_replicas: int | None = None,
+    cpus: float | None = None,
+    gpus: float | None = None,
+    metrics_port: int | None = None,
+):
+    """Deploy a model on the Ray cluster of `RAY_ADDRESS`, or on one of this machine's own, and wait until it answers.
+
+    Args:
+        settings: of each replica.
+        host, port: where requests are received.
+        replicas, max_replicas: how many there are, and up to how many there may be while requests wait; default: no
+            more than `replicas`.
+        cpus, gpus: of each replica. Default: a GPU where the device is one, and this machine's cores shared out.
+        metrics_port: of Prometheus' metrics at `/metrics`; default: one that Ray chooses.
+
+    Raises:
+        ValueError: for counts out of range.
+    """
+    most = replicas if max_replicas is None else max_replicas
+    if replicas < 1 or most < replicas:
+        raise ValueError(f"There is at least 1 replica, and at most max_replicas, got {replicas} and {most}.")
+    gpus = float(_wants_gpu(settings)) if gpus is None else gpus
+    cpus = 1.0 if gpus else max(1.0, (os.cpu_count() or 1) // most) if cpus is None else cpus
+    if not ray.is_initialized():
+        ray.init(
+            _metrics_export_port=metrics_port, include_dashboard=False, log_to_driver=bool(os.environ.get("DEBUG"))
+        )
+    serve.start(http_options={"host": host, "port": port, "request_timeout_s": 2 * settings.timeout or None})
+    serve.run(deployment(settings, replicas, most, cpus, gpus), name=APPLICATION, route_prefix="/")
+
+
+def wait():
+    """Until Ctrl-C, which ends the server."""
+    try:
+        while True:
+            time.sleep(1)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def deployment(settings: ServingSettings, replicas: int, max_replicas: int, cpus: float, gpus: float) -> Any:
+    """The application for `serve.run`, as a Serve config file may name it too."""
+    scaling = {"num_replicas": replicas}
+    if max_replicas > replicas:
+        target = 2 * settings.max_batch_size  # one batch at work, and the next one
+        bounds = {"min_replicas": replicas, "max_replicas": max_replicas, "target_ongoing_requests": target}
+        scaling = {"autoscaling_config": bounds}
+
+    def build() -> FastAPI:  # in the replica
+        return _replica(settings)
+
+    options = {"num_cpus": cpus, "num_gpus": gpus}
+    return serve.deployment(
+        serve.ingress(build)(),
+        name="model",
+        ray_actor_options=options,
+        max_ongoing_requests=settings.max_waiting + MOST_REFUSED_AT_ONCE,
+        health_check_period_s=5,
+        **scaling,
+    ).bind()
+
+
+def _replica(settings: ServingSettings) -> FastAPI:
+    from .app import PATHS, create_app
+    from .jobs import Job
+    from .loading import load_pipeline
+    from .worker import Worker
+
+    pipeline = load_pipeline(settings.model, settings.device, settings.dtype)
+    worker = Worker(pipeline, settings)
+
+    @serve.batch(
+        max_batch_size=settings.max_batch_size,
+        batch_wait_timeout_s=settings.batch_wait,
+        batch_size_fn=lambda jobs: sum(job.num_images for job in jobs),
+    )
+    async def run(jobs: list[Job]) -> list[None]:
+        return await worker.run(jobs)
+
+    worker.schedule = run
+    answers = Counter("nextflow_answers", "Requests that were answered.", tag_keys=("path", "status"))
+    images = Counter("nextflow_images", "Images and answers of chats that were made.")
+    seconds = Histogram("nextflow_batch_seconds", "Seconds of a batch.", boundaries=SECONDS)
+    waiting = Gauge("nextflow_waiting", "Requests that were accepted and not yet answered.")
+
+    def after_batch(count: int, duration: float):
+        images.inc(count)
+        seconds.observe(duration)
+        waiting.set(worker.waiting)
+
+    worker.after_batch = after_batch
+    # A client may ask for any path: those that are not ours are one.
+    return create_app(
+        worker,
+        lambda path, status: answers.inc(tags={"path": path if path in PATHS else "other", "status": str(status)}),
+    )
+
+
+def _wants_gpu(settings: ServingSettings) -> bool:
+    import torch
+
+    return torch.cuda.is_available() if settings.device is None else settings.device.startswith("cuda")

@@ -1,0 +1,203 @@
+"""Bodies of requests: the fields of OpenAI's API that mean something here, and the sampling settings of this model.
+
+A field that is not known is refused, and so is a value that would not be followed; those that change nothing in the
+answer are taken and not looked at.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any, Literal
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from ..tokenization_nextflow import text_fault
+from ..utils.image_files import read_image
+
+
+MOST_SEEDS = 2**32
+MOST_CHARACTERS = 32_000
+# Images that a conversation shows.
+MOST_IMAGES = 16
+
+StopText = Annotated[str, Field(min_length=1, max_length=100)]
+Guidance = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+
+
+class Body(BaseModel):
+    """What all requests have."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=MOST_SEEDS)] = Field(default_factory=lambda: secrets.randbelow(MOST_SEEDS))
+    stream: bool = False
+    # Of the client's own bookkeeping.
+    user: str | None = None
+    safety_identifier: str | None = None
+    metadata: dict | None = None
+
+
+class ImageBody(Body):
+    """Body of `/v1/images/generations`."""
+
+    prompt: Annotated[str, Field(min_length=1, max_length=MOST_CHARACTERS)]
+    negative_prompt: Annotated[str, Field(max_length=MOST_CHARACTERS)] = ""
+    n: Annotated[int, Field(ge=1)] = 1
+    size: str = "auto"
+    partial_images: Annotated[int, Field(ge=0, le=16)] = 0
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+    guidance_scale: Guidance | None = None
+    guidance_ramp: bool | None = None
+    num_unguided_scales: Annotated[int, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    # Of other models; this one has nothing to choose.
+    response_format: Literal["b64_json"] | None = None
+    quality: Literal["auto"] = "auto"
+    background: Literal["auto", "opaque"] = "auto"
+    moderation: Literal["auto", "low"] = "auto"
+
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _is_text(cls, text: str) -> str:
+        if fault := text_fault(text):
+            raise ValueError(fault)
+        return text
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call."""
+        names = ("guidance_scale", "guidance_ramp", "num_unguided_scales", "temperature", "top_k", "top_p")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return given | size_of(self.size)
+
+    @property
+    def seeds(self) -> list[int]:
+        return [(self.seed + number) % MOST_SEEDS for number in range(self.n)]
+
+
+class EditBody(ImageBody):
+    """Fields of the form of `/v1/images/edits`, beside its files."""
+
+    image_guidance_scale: Guidance | None = None
+    paste_back: bool = False
+    input_fidelity: Literal["high", "low"] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        given = {} if self.image_guidance_scale is None else {"image_guidance_scale": self.image_guidance_scale}
+        return super().options | given | ({"paste_back": True} if self.paste_back else {})
+
+
+class ChatBody(Body):
+    """Body of `/v1/chat/completions`."""
+
+    messages: Annotated[list[dict], Field(min_length=1)]
+    modalities: list[Literal["text", "image"]] = ["text", "image"]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_images: Annotated[int, Field(ge=0, le=MOST_IMAGES)] = 1
+    size: str = "auto"
+    partial_images: Annotated[int, Field(ge=0, le=16)] = 0
+    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(min_length=1, max_length=16)] | None = None
+    n: Literal[1] = 1
+    stream_options: dict | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of the pipeline's `chat`."""
+        limit = self.max_completion_tokens or self.max_tokens
+        options: dict[str, Any] = {"max_images": self.max_images if "image" in self.modalities else 0}
+        options |= {} if limit is None else {"max_new_tokens": limit}
+        options |= {} if self.top_p is None else {"top_p": self.top_p}
+        options |= {} if self.stop is None else {"stop_strings": self.stop}
+        if self.temperature is not None:
+            options |= (
+                {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+            )
+        return options | size_of(self.size)
+
+    @property
+    def conversation(self) -> list[dict]:
+        """The messages as `NextFlowPipeline.chat` takes them, with images decoded.
+
+        Raises:
+            ValueError: naming the part, for what is no message of text and images, and for images that are not sent
+                with the request.
+        """
+        conversation = [_message(message, f"messages[{number}]") for number, message in enumerate(self.messages)]
+        count = sum(part["type"] == "image" for message in conversation for part in message["content"])
+        if count > MOST_IMAGES:
+            raise ValueError(f"messages show {count} images; at most {MOST_IMAGES} are read.")
+        return conversation
+
+
+def size_of(size: str) -> dict[str, int]:
+    """`height` and `width` of "WIDTHxHEIGHT"; of "auto" none."""
+    if size == "auto":
+        return {}
+    width, x, height = size.partition("x")
+    if not (x and all(side.isascii() and side.isdigit() and len(side) < 6 for side in (width, height))):
+        raise ValueError(f"size must be auto, or WIDTHxHEIGHT as in 256x256, got {size[:40]!r}.")
+    return {"height": int(height), "width": int(width)}
+
+
+def uploaded_image(content: bytes, place: str) -> Image.Image:
+    """The image that bytes hold. Raises `ValueError` naming `place`."""
+    try:
+        return read_image(content)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def region_of(mask: Image.Image) -> Image.Image:
+    """The mask as this pipeline has it, light where is to be drawn, of one whose transparent part is to be drawn.
+
+    A mask without an alpha channel is taken as it is.
+    """
+    if mask.mode in ("RGBA", "LA", "PA") or "transparency" in mask.info:
+        return mask.convert("RGBA").getchannel("A").point(lambda alpha: 255 - alpha)
+    return mask
+
+
+def _message(message: dict, place: str) -> dict:
+    role = "system" if message.get("role") == "developer" else message.get("role")
+    content = message.get("content")
+    parts = [] if content is None else content
+    if isinstance(parts, str):
+        parts = [{"type": "text", "text": parts}]
+    if not isinstance(parts, list):
+        raise ValueError(f"{place}.content must be a text or a list of parts.")
+    shown = message.get("images") or []  # as the answers of this server have them
+    if not isinstance(shown, list):
+        raise ValueError(f"{place}.images must be a list.")
+    unknown = sorted(message.keys() - {"role", "content", "images", "name", "refusal"})
+    if unknown:
+        raise ValueError(f"{place}.{unknown[0]} is not known; a message has role, content and images.")
+    read = [_part(part, f"{place}.content[{number}]") for number, part in enumerate(parts)]
+    read += [_part(part, f"{place}.images[{number}]") for number, part in enumerate(shown)]
+    # The pipeline checks roles and texts, and names their place.
+    return {"role": role, "content": read}
+
+
+def _part(part: Any, place: str) -> dict:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text":
+        return {"type": "text", "text": part.get("text")}
+    if kind != "image_url":
+        raise ValueError(f"{place}.type must be text or image_url, got {str(kind)[:40]!r}.")
+    holder = part.get("image_url")
+    url = holder.get("url") if isinstance(holder, dict) else None
+    # Neither the server's disk nor its network is read for a client.
+    if not isinstance(url, str) or not url.startswith("data:"):
+        raise ValueError(f"{place}.image_url.url must hold the image itself, data:image/png;base64,….")
+    try:
+        return {"type": "image", "image": read_image(url)}
+    except ValueError as error:
+        raise ValueError(f"{place}.image_url.url: {error}") from error

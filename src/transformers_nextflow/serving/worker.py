@@ -1,0 +1,242 @@
+"""What a replica does with requests: admits, batches and answers them with one pipeline in one thread."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from transformers.utils import logging
+
+from ..generation.image_codes import ScaleState
+from ..generation.interleaved import InterleavedStreamer
+from ..pipeline_nextflow import NextFlowPipeline
+from ..pipelines.requests import ImageRequest
+from ..sequence.messages import check_conversation
+from .jobs import END, ChatJob, Finished, ImageJob, Job, Partial
+from .settings import ServingSettings
+
+
+logger = logging.get_logger(__name__)
+
+
+class TooManyRequests(Exception):
+    """More requests wait than the replica admits; `retry_after` is a number of seconds."""
+
+    def __init__(self, retry_after: int):
+        super().__init__(f"Too many requests are waiting; try again in {retry_after} seconds.")
+        self.retry_after = retry_after
+
+
+class ClientLeft(Exception):
+    """Nobody waits for the answer."""
+
+
+class Worker:
+    """Answers requests. Images do not depend on their neighbours in a batch: each has a generator of its own.
+
+    Args:
+        pipeline: loaded, on its device.
+        settings: limits.
+        schedule: brings a job to `run`, in a batch with others; default: in a batch of its own.
+    """
+
+    def __init__(
+        self,
+        pipeline: NextFlowPipeline,
+        settings: ServingSettings,
+        schedule: Callable[[Job], Awaitable] | None = None,
+    ):
+        self.pipeline, self.settings = pipeline, settings
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.schedule = schedule or (lambda job: self.run([job]))
+        self.thread = ThreadPoolExecutor(1, "nextflow")
+        self.waiting = 0
+        # Of the last batch, for telling when to come again.
+        self.last_seconds = 1.0
+        # Called with the number of images and the seconds of each batch.
+        self.after_batch: Callable[[int, float], None] = lambda images, seconds: None
+
+    def check(self, job: Job):
+        """Raises `ValueError` for what the pipeline would refuse, before the job is in a batch with others."""
+        if job.num_images > (most := self.settings.max_batch_size):
+            raise ValueError(f"n must be at most {most}, the images of one batch, got {job.num_images}.")
+        if isinstance(job, ChatJob):
+            check_conversation(job.messages)
+        if isinstance(job, ImageJob):
+            options = dict(job.options)
+            size, paste_back = (
+                (options.pop("height", None), options.pop("width", None)),
+                options.pop("paste_back", False),
+            )
+            images = job.images or None
+            request = ImageRequest.build(
+                self.pipeline.processor,
+                job.prompt,
+                job.negative_prompt,
+                images,
+                job.mask,
+                size,
+                None,
+                False,
+                paste_back,
+            )
+            sampling = self.pipeline._sampling(bool(job.images), **options)
+            self.pipeline.check_inputs(request, sampling, 1, 1, None, "pil", ())
+
+    async def answers(self, job: Job) -> AsyncIterator[Partial | Finished | str]:
+        """What the job is answered, as it comes; leaving the iterator gives the job up.
+
+        Raises:
+            TooManyRequests: if it is not admitted.
+            TimeoutError: after `settings.timeout` seconds.
+            ValueError: for what the pipeline refuses.
+        """
+        if self.waiting >= self.settings.max_waiting:
+            batches = self.waiting / self.settings.max_batch_size
+            raise TooManyRequests(max(1, math.ceil(batches * self.last_seconds)))
+        self.waiting += 1
+        end = time.monotonic() + self.settings.timeout
+        # Not cancelled when the client leaves: the batch belongs to others too, and looks at `abandoned`.
+        task = asyncio.ensure_future(self.schedule(job))
+        task.add_done_callback(lambda task: _end_if_failed(task, job))
+        try:
+            while True:
+                answer = await asyncio.wait_for(job.answers.get(), max(0.0, end - time.monotonic()))
+                if answer is END:
+                    return
+                if isinstance(answer, Exception):
+                    raise answer
+                yield answer
+        finally:
+            job.abandoned = True
+            self.waiting -= 1
+
+    async def run(self, jobs: Sequence[Job]) -> list[None]:
+        """Answer a batch: jobs of one key in one call of the pipeline, the others after them."""
+        await asyncio.get_running_loop().run_in_executor(self.thread, self._run, jobs)
+        return [None] * len(jobs)
+
+    def _run(self, jobs: Sequence[Job]):
+        groups: dict[object, list[Job]] = {}
+        for job in jobs:
+            groups.setdefault(job.batch_key, []).append(job)
+        for group in groups.values():
+            self._run_group(group)
+
+    def _run_group(self, jobs: list[Job]):
+        jobs = [job for job in jobs if not job.abandoned]
+        if not jobs:
+            return
+        start = time.perf_counter()
+        try:
+            self._draw(jobs) if isinstance(jobs[0], ImageJob) else self._chat(jobs)
+        except ClientLeft:
+            return
+        except Exception as error:
+            if len(jobs) > 1:  # which of them it was, shows when each is alone
+                for job in jobs:
+                    self._run_group([job])
+                return
+            if not isinstance(error, ValueError):
+                logger.exception("A request failed.")
+            jobs[0].put(error)
+            return
+        for job in jobs:
+            job.put(END)
+        self.last_seconds = time.perf_counter() - start
+        self.after_batch(sum(job.num_images for job in jobs), self.last_seconds)
+
+    def _draw(self, jobs: list[ImageJob]):
+        owners = [(job, number) for job in jobs for number in range(job.num_images)]
+        inputs = {
+            "prompt": [job.prompt for job, _ in owners],
+            "negative_prompt": [job.negative_prompt for job, _ in owners],
+            "image": [job.images for job, _ in owners] if jobs[0].images else None,
+            "mask_image": None if jobs[0].mask is None else [job.mask for job, _ in owners],
+        }
+        with_previews = jobs[0].partial_images > 0
+
+        def after_scale(pipeline, step: int, scale: int, values: dict):
+            if all(job.abandoned for job in jobs):
+                pipeline._interrupt = True
+            elif with_previews:
+                for (job, number), image in zip(owners, values["preview"]):
+                    shown = preview_scales(self._num_scales(image), job.partial_images)
+                    if scale in shown:
+                        job.put(Partial(image, shown.index(scale), number))
+
+        drawn = self.pipeline(
+            **inputs,
+            **jobs[0].options,
+            generator=[_generator(job.seeds[number]) for job, number in owners],
+            callback_on_step_end=after_scale,
+            callback_on_step_end_tensor_inputs=["preview"] if with_previews else [],
+        )
+        for (job, number), image, tokens in zip(owners, drawn.images, drawn.image_tokens):
+            job.put(Finished(image, job.seeds[number], int((tokens >= 0).sum())))
+
+    def _chat(self, jobs: list[ChatJob]):
+        streamer = _Streamer(self.pipeline, jobs[0]) if jobs[0].is_streamed else None
+        messages = self.pipeline.chat(
+            [job.messages for job in jobs],
+            **jobs[0].options,
+            generator=[_generator(job.seed) for job in jobs],
+            streamer=streamer,
+            callback=lambda model, scale, state: not all(job.abandoned for job in jobs),
+        )
+        if streamer is not None:
+            return
+        for job, message in zip(jobs, messages):
+            for part in message["content"]:
+                job.put(part["text"] if part["type"] == "text" else Finished(part["image"], job.seed))
+
+    def _num_scales(self, image) -> int:
+        schedules = self.pipeline.processor.image_processor.scale_schedules
+        return schedules.for_size(image.height, image.width).num_scales
+
+
+class _Streamer(InterleavedStreamer):
+    """Hands what a conversation is answered to its job, piece by piece."""
+
+    def __init__(self, pipeline: NextFlowPipeline, job: ChatJob):
+        super().__init__(pipeline.processor.tokenizer, skip_special_tokens=True)
+        self.pipeline, self.job = pipeline, job
+
+    def put(self, value):
+        if self.job.abandoned:
+            raise ClientLeft
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        if text:
+            self.job.put(text)
+
+    def put_scale(self, state: ScaleState):
+        self._flush()
+        schedule = state.schedules[0]
+        scale = next(k for k in range(schedule.num_scales) if schedule.offsets[k + 1] == len(state.image_tokens[0]))
+        shown = preview_scales(schedule.num_scales, self.job.partial_images)
+        if not (state.is_finished or scale in shown):
+            return
+        image = self.pipeline.processor.post_process_images(state.preview())[0]
+        self.job.put(Finished(image, self.job.seed) if state.is_finished else Partial(image, shown.index(scale)))
+
+
+def preview_scales(num_scales: int, count: int) -> list[int]:
+    """After which scales `count` previews are shown, evenly and in order; never after the last, which is the image."""
+    count = min(count, num_scales - 1)
+    return [(index + 1) * num_scales // (count + 1) - 1 for index in range(count)]
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _end_if_failed(task: asyncio.Future, job: Job):
+    """What batching itself raised goes to whoever waits."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        job.put(error)

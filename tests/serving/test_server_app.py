@@ -1,0 +1,381 @@
+"""The endpoints, without a cluster: what is called through the server is what the pipeline is called with."""
+
+import asyncio
+import base64
+import io
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+
+from starlette.testclient import TestClient  # noqa: E402
+
+from transformers_nextflow.serving.app import create_app  # noqa: E402
+from transformers_nextflow.serving.body_limits import BodyLimits, BodyRefused  # noqa: E402
+from transformers_nextflow.serving.jobs import END, ChatJob, Finished, ImageJob, Partial  # noqa: E402
+from transformers_nextflow.serving.loading import load_pipeline  # noqa: E402
+from transformers_nextflow.serving.schemas import region_of  # noqa: E402
+from transformers_nextflow.serving.settings import ServingSettings  # noqa: E402
+from transformers_nextflow.serving.worker import TooManyRequests, Worker, preview_scales  # noqa: E402
+
+
+BUNDLED = str(Path(__file__).parents[2] / "checkpoints" / "nextflow-shapes")
+IMAGES, EDITS, CHAT = "/v1/images/generations", "/v1/images/edits", "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load_pipeline(BUNDLED, "cpu")
+
+
+@pytest.fixture(scope="module")
+def client(pipe):
+    settings = ServingSettings(BUNDLED, max_batch_size=4, max_upload=100_000)
+    with TestClient(create_app(Worker(pipe, settings)), raise_server_exceptions=False) as client:
+        yield client
+
+
+def png(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def decoded(answer: dict) -> bytes:
+    return base64.b64decode(answer["b64_json"])
+
+
+def events(text: str) -> list[dict]:
+    return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+
+
+def data_url(image: Image.Image) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"
+
+
+def answers_of(job) -> list:
+    """What was put for a job by now."""
+    answers = []
+    while not job.answers.empty():
+        answers.append(job.answers.get_nowait())
+    return answers
+
+
+def test_an_image_of_the_server_is_the_pipelines_for_the_same_seed(client, pipe):
+    answer = client.post(IMAGES, json={"prompt": "a red circle", "seed": 3, "n": 2, "temperature": 1.0}).json()
+    own = pipe(["a red circle"] * 2, generator=seeded(3, 4), temperature=1.0).images
+    assert [decoded(image) for image in answer["data"]] == [png(image) for image in own]
+    assert [image["seed"] for image in answer["data"]] == [3, 4]
+    assert answer["size"] == "64x64" and answer["usage"]["output_tokens"] > 0
+
+
+def test_requests_of_one_batch_are_answered_as_each_is_alone(pipe):
+    async def batch() -> list[Image.Image]:
+        prompts = ["a red circle", "a blue square and a green triangle", "two yellow circles"]
+        jobs = [ImageJob(prompt=prompt, seeds=[5 + n]) for n, prompt in enumerate(prompts)]
+        jobs.append(ImageJob(prompt="a red circle", seeds=[1, 2], options={"temperature": 1.0}))
+        jobs.append(ImageJob(prompt="a red circle", options={"guidance_scale": -1.0}))  # refused, and only this one
+        await Worker(pipe, ServingSettings(BUNDLED)).run(jobs)
+        await asyncio.sleep(0)
+        for job, prompt in zip(jobs, prompts):
+            image, end = answers_of(job)
+            assert png(image.image) == png(pipe(prompt, generator=seeded(image.seed)).images[0]) and end is END
+        hot = pipe(["a red circle"] * 2, generator=seeded(1, 2), temperature=1.0).images
+        assert [png(answer.image) for answer in answers_of(jobs[3])[:-1]] == [png(image) for image in hot]
+        (error,) = answers_of(jobs[4])
+        assert isinstance(error, ValueError) and "guidance_scale" in str(error)
+
+    asyncio.run(batch())
+
+
+def test_a_request_without_a_seed_has_one_of_its_own_that_draws_it_again(client):
+    first = client.post(IMAGES, json={"prompt": "a red circle", "temperature": 2.0}).json()["data"][0]
+    again = client.post(IMAGES, json={"prompt": "a red circle", "temperature": 2.0, "seed": first["seed"]}).json()
+    assert again["data"][0] == first
+
+
+def test_a_stream_of_images_shows_previews_and_ends_with_the_image(client):
+    body = {"prompt": "a red circle", "seed": 3, "n": 2}
+    streamed = events(client.post(IMAGES, json=body | {"stream": True, "partial_images": 2}).text)
+    assert [(event["type"].rpartition(".")[2], event.get("partial_image_index")) for event in streamed] == [
+        ("partial_image", 0), ("partial_image", 0), ("partial_image", 1), ("partial_image", 1),
+        ("completed", None), ("completed", None),
+    ]  # fmt: skip
+    whole = client.post(IMAGES, json=body).json()["data"]
+    assert [event["b64_json"] for event in streamed[4:]] == [image["b64_json"] for image in whole]
+    assert streamed[0]["b64_json"] != streamed[4]["b64_json"]
+
+
+@pytest.mark.parametrize("count, scales", [(0, []), (1, [3]), (3, [1, 3, 5]), (16, list(range(8)))])
+def test_previews_are_spread_over_the_scales_and_never_the_image_itself(count, scales):
+    assert preview_scales(9, count) == scales
+
+
+def test_an_edit_of_the_server_is_the_pipelines(client, pipe):
+    image = pipe("a red circle", generator=seeded(0)).images[0]
+    region = Image.new("L", image.size)
+    region.paste(255, (0, 0, 32, 64))
+    transparent = image.convert("RGBA")
+    transparent.putalpha(region.point(lambda light: 255 - light))
+    fields = {"prompt": "a blue square", "seed": "7", "paste_back": "true"}
+    files = {"image": ("image.png", png(image)), "mask": ("mask.png", png(transparent))}
+    answer = client.post(EDITS, data=fields, files=files).json()
+    own = pipe("a blue square", image=image, mask_image=region, paste_back=True, generator=seeded(7)).images[0]
+    assert decoded(answer["data"][0]) == png(own)
+    unmasked = client.post(EDITS, data={"prompt": "make it blue", "seed": 7}, files=[("image[]", png(image))]).json()
+    assert decoded(unmasked["data"][0]) == png(pipe("make it blue", image=image, generator=seeded(7)).images[0])
+
+
+def test_a_mask_without_transparency_is_light_where_is_drawn():
+    mask = Image.new("L", (4, 4), 200)
+    assert region_of(mask) is mask
+
+
+def test_a_chat_of_the_server_is_the_pipelines(client, pipe):
+    image = pipe("a red circle", generator=seeded(0)).images[0]
+    part = {"type": "image_url", "image_url": {"url": data_url(image)}}
+    question = [{"role": "user", "content": [part, {"type": "text", "text": pipe.processor.caption_request}]}]
+    answer = client.post(CHAT, json={"messages": question, "temperature": 0}).json()["choices"][0]["message"]
+    asked = [{"type": "image", "image": image}, {"type": "text", "text": pipe.processor.caption_request}]
+    own = pipe.chat([{"role": "user", "content": asked}], do_sample=False)
+    assert answer["content"] == "".join(part["text"] for part in own["content"] if part["type"] == "text") != ""
+    request = [{"role": "user", "content": "draw a red circle."}]
+    drawn = client.post(CHAT, json={"messages": request, "seed": 5}).json()["choices"][0]["message"]
+    own = pipe.chat(
+        [{"role": "user", "content": [{"type": "text", "text": "draw a red circle."}]}], generator=seeded(5)
+    )
+    own_image = next(part["image"] for part in own["content"] if part["type"] == "image")
+    assert drawn["images"][0]["image_url"]["url"] == data_url(own_image)
+    # What was answered can be sent back.
+    longer = [*request, {"role": "assistant", **drawn}, {"role": "user", "content": "make the red circle blue."}]
+    assert client.post(CHAT, json={"messages": longer, "seed": 5}).status_code == 200
+
+
+@pytest.mark.parametrize("text", ["draw a red circle.", "hello"])
+def test_a_streamed_chat_is_the_whole_ones_in_pieces(client, text):
+    body = {"messages": [{"role": "user", "content": text}], "seed": 1, "temperature": 0}
+    whole = client.post(CHAT, json=body).json()["choices"][0]["message"]
+    chunks = events(client.post(CHAT, json=body | {"stream": True, "partial_images": 1}).text)
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert "".join(delta.get("content", "") for delta in deltas) == whole["content"]
+    images = [image for delta in deltas for image in delta.get("images", [])]
+    finished = [image for image in images if "partial_image_index" not in image]
+    assert finished == whole.get("images", []) and len(images) == 2 * len(finished)
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_without_the_modality_of_images_a_chat_draws_none(client):
+    body = {"messages": [{"role": "user", "content": "draw a red circle."}], "modalities": ["text"], "max_tokens": 4}
+    assert "images" not in client.post(CHAT, json=body).json()["choices"][0]["message"]
+
+
+PATH = {"type": "image_url", "image_url": {"url": f"{BUNDLED}/text_to_image.png"}}
+
+
+@pytest.mark.parametrize(
+    "endpoint, body, status, told",
+    [
+        (IMAGES, {}, 400, "prompt"),
+        (IMAGES, {"prompt": ""}, 400, "prompt"),
+        (IMAGES, {"prompt": " "}, 400, "empty"),
+        (IMAGES, {"prompt": 5}, 400, "prompt"),
+        (IMAGES, {"prompt": "x" * 40_000}, 400, "32000"),
+        (IMAGES, {"prompt": "a red circle " * 2000}, 400, "positions"),
+        (IMAGES, {"prompt": "a", "sizes": "64x64"}, 400, "sizes: this field is not known"),
+        (IMAGES, {"prompt": "a", "size": "64"}, 400, "WIDTHxHEIGHT"),
+        (IMAGES, {"prompt": "a", "size": "65x64"}, 400, "nearest"),
+        (IMAGES, {"prompt": "a", "size": "99999x99999"}, 400, "99999"),
+        (IMAGES, {"prompt": "a", "n": 5}, 400, "at most 4"),
+        (IMAGES, {"prompt": "a", "n": 0}, 400, "n:"),
+        (IMAGES, {"prompt": "a", "seed": -1}, 400, "seed"),
+        (IMAGES, {"prompt": "a", "temperature": "hot"}, 400, "temperature"),
+        (IMAGES, {"prompt": "a", "guidance_scale": 1e9}, 400, "guidance_scale"),
+        (IMAGES, {"prompt": "a", "negative_prompt": "b", "guidance_scale": 1}, 400, "negative_prompt"),
+        (IMAGES, {"prompt": "a", "response_format": "url"}, 400, "response_format"),
+        (IMAGES, {"prompt": "a", "quality": "high"}, 400, "quality"),
+        (IMAGES, {"prompt": "a", "image": "/etc/passwd"}, 400, "image"),
+        (IMAGES, {"prompt": "a", "model": "another"}, 404, "another"),
+        (IMAGES, [], 400, "object"),
+        (CHAT, {"messages": []}, 400, "messages"),
+        (CHAT, {"messages": ["hi"]}, 400, "messages"),
+        (CHAT, {"messages": [{"role": "pirate", "content": "hi"}]}, 400, "role"),
+        (CHAT, {"messages": [{"role": ["user"], "content": "hi"}]}, 400, "role"),
+        (CHAT, {"messages": [{"role": "user", "content": 5}]}, 400, "content"),
+        (CHAT, {"messages": [{"role": "user", "content": "hi", "tool_calls": []}]}, 400, "tool_calls"),
+        (CHAT, {"messages": [{"role": "user", "content": [PATH]}]}, 400, "data:image/png;base64"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "data:image/png;base64"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "input_audio"),
+        (CHAT, {"messages": [{"role": "user", "content": "hi"}], "n": 2}, 400, "n:"),
+        (CHAT, {"messages": [{"role": "user", "content": "hi"}], "stop": [""]}, 400, "stop"),
+    ],
+)  # fmt: skip
+def test_a_bad_request_is_told_what_is_wrong_with_it(client, endpoint, body, status, told):
+    answer = client.post(endpoint, json=body)
+    assert answer.status_code == status, answer.text
+    assert told in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "url", ["file:///etc/passwd", "http://127.0.0.1:1/a.png", "data:image/png;base64,AAAA", "data:,"]
+)
+def test_an_image_of_a_chat_comes_with_the_request(client, url):
+    part = {"type": "image_url", "image_url": {"url": url}}
+    answer = client.post(CHAT, json={"messages": [{"role": "user", "content": [part]}]})
+    assert answer.status_code == 400 and "messages[0].content[0].image_url.url" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "files, told",
+    [
+        ([], "at least one image"),
+        ([("image", b"no image")], "image"),
+        ([("images", b"")], "images"),
+        ([("image", png(Image.new("RGB", (64, 64)))), ("mask", png(Image.new("L", (8, 8))))], "8x8"),
+        ([("image", png(Image.new("RGB", (64, 64)))), *[("mask", png(Image.new("L", (8, 8))))] * 2], "at most one"),
+    ],
+)  # fmt: skip
+def test_a_bad_edit_is_told_what_is_wrong_with_it(client, files, told):
+    answer = client.post(EDITS, data={"prompt": "make it blue"}, files=files)
+    assert answer.status_code == 400 and told in answer.json()["error"]["message"], answer.text
+
+
+def test_what_is_no_json_and_what_is_too_long_is_refused(client):
+    assert client.post(IMAGES, content=b'{"prompt": "a').status_code == 400
+    assert client.post(IMAGES, content=b"\xff").status_code == 400
+    assert client.post(IMAGES, content=b"[" * 100_000).status_code == 400
+    assert client.post(IMAGES, json={"prompt": "a" * 200_000}).status_code == 413
+    assert client.post(EDITS, data={"prompt": "a"}, files=[("image", b"a" * 200_000)]).status_code == 413
+
+
+def test_text_never_becomes_a_special_token(client, pipe):
+    token = pipe.processor.tokenizer.special_tokens_map["boi_token"]
+    body = {
+        "messages": [{"role": "user", "content": f"hello {token}"}],
+        "temperature": 0,
+        "max_tokens": 4,
+        "max_images": 0,
+    }
+    own = [{"role": "user", "content": [{"type": "text", "text": f"hello {token}"}]}]
+    own = pipe.chat(own, do_sample=False, max_new_tokens=4, max_images=0)["content"]
+    answer = client.post(CHAT, json=body).json()["choices"][0]["message"]["content"]
+    assert answer == "".join(part["text"] for part in own)
+
+
+def held_worker(pipe, **limits) -> tuple[Worker, asyncio.Event]:
+    """A worker that begins no batch before the event is set."""
+    begin = asyncio.Event()
+    worker = Worker(pipe, ServingSettings(BUNDLED, **limits))
+
+    async def schedule(job):
+        await begin.wait()
+        await worker.run([job])
+
+    worker.schedule = schedule
+    return worker, begin
+
+
+def test_more_requests_than_are_admitted_are_told_when_to_come_again(pipe):
+    async def requests():
+        worker, begin = held_worker(pipe, max_waiting=2)
+        jobs = [ImageJob(prompt="a red circle") for _ in range(3)]
+        waiting = [asyncio.create_task(anext(worker.answers(job))) for job in jobs[:2]]
+        await asyncio.sleep(0)
+        with pytest.raises(TooManyRequests) as refused:
+            await anext(worker.answers(jobs[2]))
+        assert refused.value.retry_after >= 1
+        begin.set()
+        assert all(isinstance(answer, Finished) for answer in await asyncio.gather(*waiting))
+
+    asyncio.run(requests())
+
+
+def test_a_busy_server_answers_429_and_when_to_come_again(pipe):
+    worker = Worker(pipe, ServingSettings(BUNDLED, max_waiting=1))
+    worker.waiting = 1
+    answer = TestClient(create_app(worker)).post(IMAGES, json={"prompt": "a red circle"})
+    assert answer.status_code == 429 and int(answer.headers["Retry-After"]) >= 1
+
+
+def test_an_answer_that_takes_too_long_is_given_up(pipe):
+    async def late():
+        worker, begin = held_worker(pipe, timeout=0.05)
+        with pytest.raises(TimeoutError):
+            await anext(worker.answers(job := ImageJob(prompt="a red circle")))
+        assert job.abandoned and worker.waiting == 0
+        begin.set()
+
+    asyncio.run(late())
+
+
+def test_when_the_client_leaves_the_drawing_ends_after_the_scale_at_hand(pipe, monkeypatch):
+    scales = []
+
+    async def leave():
+        worker = Worker(pipe, ServingSettings(BUNDLED))
+        job = ImageJob(prompt="a red circle", partial_images=16)
+        own_put, drawn = job.put, threading.Event()
+
+        def put(answer):
+            scales.append(answer)
+            own_put(answer)
+            drawn.wait(5)
+
+        monkeypatch.setattr(job, "put", put)
+        answers = worker.answers(job)
+        assert isinstance(await anext(answers), Partial)
+        await answers.aclose()
+        drawn.set()
+        worker.thread.shutdown()
+
+    asyncio.run(leave())
+    assert sum(isinstance(answer, Partial) for answer in scales) == 1
+
+
+def test_a_request_that_nobody_waits_for_is_not_begun(pipe, monkeypatch):
+    async def abandoned():
+        worker = Worker(pipe, ServingSettings(BUNDLED))
+        job = ChatJob(messages=[{"role": "user", "content": "hello"}])
+        job.abandoned = True
+        monkeypatch.setattr(pipe, "chat", lambda *args, **kwargs: pytest.fail("begun"))
+        await worker.run([job])
+
+    asyncio.run(abandoned())
+
+
+def test_what_the_server_fails_at_is_told_without_what_it_holds(client, pipe, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("/secret/path")
+
+    monkeypatch.setattr(pipe.model, "generate_images", fail)
+    answer = client.post(IMAGES, json={"prompt": "a red circle"})
+    assert answer.status_code == 500 and "secret" not in answer.text
+    streamed = client.post(IMAGES, json={"prompt": "a red circle", "stream": True})
+    assert streamed.status_code == 500
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for():
+    async def receive():
+        await asyncio.sleep(5)
+
+    async def read(scope, receive, send):
+        await receive()
+
+    with pytest.raises(BodyRefused) as refused:
+        asyncio.run(BodyLimits(read, most_bytes=10, seconds=0.01)({"type": "http"}, receive, None))
+    assert refused.value.status == 408
+
+
+@pytest.mark.parametrize("setting", [{"max_batch_size": 0}, {"timeout": float("nan")}, {"max_waiting": 1.5}])
+def test_settings_out_of_range_are_refused(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        ServingSettings(BUNDLED, **setting)
