@@ -414,10 +414,7 @@ def serve(
 ):
     """Serve a model by HTTP, as clients of OpenAI's API know it; see docs/serving.md."""
     with errors_in_one_line():
-        try:
-            from .serving import ray_serve
-        except ImportError as error:
-            raise ValueError(error) from error
+        from .serving import ray_serve
         from .serving.settings import ServingSettings
 
         settings = ServingSettings(
@@ -474,10 +471,8 @@ def main():
 
 
 def _load_pipeline(model: str, device: str | None, dtype: str) -> NextFlowPipeline:
-    try:
-        from .serving.loading import load_pipeline
-    except ImportError as error:
-        raise ValueError(error) from error
+    from .serving.loading import load_pipeline
+
     return load_pipeline(model, device, dtype)
 
 

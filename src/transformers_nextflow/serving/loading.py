@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from transformers.utils import logging
 
-from ..pipeline_nextflow import NextFlowPipeline
 from ..utils.devices import on_device
 from ..utils.short_repr import short_path
 
+
+if TYPE_CHECKING:
+    from ..pipeline_nextflow import NextFlowPipeline
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -21,9 +25,12 @@ def load_pipeline(model: str, device: str | None = None, dtype: str = "auto") ->
         dtype: one of `DTYPES`; "auto": as the weights are stored.
 
     Raises:
+        ImportError: without diffusers.
         OSError: if nothing can be loaded from there.
         ValueError: for another dtype, and a device that cannot be used.
     """
+    from ..pipeline_nextflow import NextFlowPipeline  # says which extra it needs
+
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}.")
     logging.disable_progress_bar()
