@@ -274,6 +274,10 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         parts = features.split(images_at_once(config, config.pixel_decoder_channels, schedule, size))
         return torch.cat([self.decode_features(part).clamp(-1, 1) for part in parts])
 
+    def reconstruct(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) in [-1, 1], through codes and back; their size must be one that is drawn."""
+        return self.decode(self.encode(pixel_values).image_tokens, self.schedule_of(pixel_values))
+
     def decode_features(self, features: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W), not clamped, from a sum of code vectors (B, C, h, w)."""
         pixels = self.pixel_decoder(_as_weights_of(self.pixel_decoder, features[:, self.config.semantic_code_dim :]))

@@ -15,7 +15,7 @@ import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +28,11 @@ from ..utils.checkpoint_checks import read_json
 from ..utils.one_line_errors import tells_what_is_kept
 from ..utils.typed_values import read_typed
 from ..vision_tokenizer.multiscale_quantizer import SelfCorrection
+from .columns import Columns
 from .row_codes import CLEAN_TOKENS, FINGERPRINT, GRIDS, LABELS, TOKENS, code_fields, encoded_images
 from .row_encoding import read_pixels
-from .rows import Sample, import_extra, open_rows, read_row
+from .rows import Sample, read_row
+from .sources import import_extra, open_rows
 from .validation import check_on_bad_image, usable_rows
 from .vision_tokenizer import load_vision_tokenizer, tokenizer_fingerprint
 
@@ -57,6 +59,7 @@ class Extraction:
             of the tokens of each scale.
         seed: of the draws.
         on_bad_image: "stop" or "skip".
+        image_column, caption_column, edited_image_column: of the source, see [`Columns`].
         row_format: of the shards; those of another one are not continued.
     """
 
@@ -71,6 +74,9 @@ class Extraction:
     token_share: float = 0.6
     seed: int = 0
     on_bad_image: str = "stop"
+    image_column: str | None = None
+    caption_column: str | None = None
+    edited_image_column: str | None = None
     row_format: int = ROW_FORMAT
 
     def __post_init__(self):
@@ -78,6 +84,10 @@ class Extraction:
         check_on_bad_image(self.on_bad_image)
         if min(self.shard_size, self.batch_size) < 1:
             raise ValueError(f"shard_size and batch_size start at 1, got {self.shard_size} and {self.batch_size}.")
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.image_column, self.caption_column, self.edited_image_column)
 
     @property
     def self_correction(self) -> SelfCorrection | None:
@@ -113,7 +123,7 @@ def extract_codes(
     Goes on where an earlier call with the same settings was cut off; the result is the same as uncut.
 
     Args:
-        source: `.jsonl` or `.parquet` file, or folder; see `open_rows`.
+        source: see `open_rows`.
         tokenizer: folder of a `NextFlowVQModel`, or of a model that holds one.
         output: folder of the shards.
         processes: each takes a shard at a time.
@@ -128,8 +138,9 @@ def extract_codes(
         OSError: if a shard cannot be written; the finished ones stay.
     """
     fingerprint = tokenizer_fingerprint(load_vision_tokenizer(tokenizer))
-    count = len(open_rows(source)[0])
-    extraction = Extraction(str(Path(source).resolve()), count, str(tokenizer), fingerprint, **settings)
+    place = str(Path(source).resolve() if os.path.exists(source) else source)
+    extraction = Extraction(place, 0, str(tokenizer), fingerprint, **settings)
+    extraction = replace(extraction, source_rows=len(open_rows(place, extraction.columns)[0]))
     output = Path(output)
     _begin(extraction, output)
     missing = [shard for shard in extraction.shards if not _is_whole(output, shard)]
@@ -225,7 +236,7 @@ class _Encoder:
         self.image_processor = NextFlowImageProcessorPil(
             scales=config.scales, patch_size=config.patch_size, levels=config.levels, level=extraction.level
         )
-        self.rows, self.root = open_rows(extraction.source)
+        self.rows, self.root = open_rows(extraction.source, extraction.columns)
 
     def write(self, shard: int, output: Path) -> int:
         """Write a shard and then its note, without which it does not count."""

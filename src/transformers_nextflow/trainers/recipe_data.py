@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageOps
@@ -20,10 +20,13 @@ from ..data.row_codes import (
     schedule_of,
 )
 from ..data.row_errors import BadImageError, BadRowError
-from ..data.rows import NumberedRows, check_is_row, load_image, read_messages, read_row
+from ..data.rows import NumberedRows, Sample, check_is_row, load_image, read_messages, read_row
 from ..image_processing_nextflow import NextFlowImageProcessorPil
 from ..processing_nextflow import NextFlowProcessor
 
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 class StageRows(Dataset):
     """Rows of the data format (docs/data.md) as a stage of the transformer takes them.
@@ -61,7 +64,13 @@ class StageRows(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict:
-        row = self.rows[index]
+        return self._stage_row(self.rows[index], index)
+
+    def stream(self) -> IterableDataset:
+        """The same rows where they are a stream of `datasets`."""
+        return self.rows.map(self._stage_row, with_indices=True)
+
+    def _stage_row(self, row: dict, index: int) -> dict:
         check_is_row(row)
         self._check_level(index, row)
         drawn = random.Random(f"{self.seed} {index}").random()
@@ -137,24 +146,29 @@ class StageImages(Dataset):
 
     def __init__(self, rows, root: Path, processor: NextFlowImageProcessorPil, level: int):
         processor.scale_schedules.for_size(level, level)  # raises for a size that is not drawn
-        self.processor, self.level = processor, level
-        # Each with where it stands, for errors.
-        self.images: list[tuple[str, Any]] = []
-        for number, row in enumerate(NumberedRows(rows)):
-            try:
-                sample = read_row(row, root)
-            except BadRowError as error:
-                raise error.of_row(number) from error
-            self.images += [(f"row {number}, {place}", own) for place, own in zip(sample.fields, sample.images)]
+        self.processor, self.level, self.rows, self.root = processor, level, NumberedRows(rows), root
+        # Row, number in it and path of each; what rows hold themselves is left there, since it may be more than fits.
+        self.images: list[tuple[int, int, Path | None]] = []
+        for number in range(len(rows)):
+            images = self._read(number).images
+            self.images += [(number, place, own if isinstance(own, Path) else None) for place, own in enumerate(images)]
         if not self.images:
             raise ValueError(f"The rows in {root} give no images; a tokenizer is not trained on codes.")
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def _read(self, number: int) -> Sample:
+        row = self.rows[number]
+        try:
+            return read_row(row, self.root)
+        except BadRowError as error:
+            raise error.of_row(number) from error
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        place, source = self.images[index]
-        loaded = load_image(source, place)
+        number, position, source = self.images[index]
+        place = f"row {number}, image {position}"
+        loaded = load_image(self._read(number).images[position] if source is None else source, place)
         try:
             image = self.processor.to_rgb(loaded)[0]
         except ValueError as error:
