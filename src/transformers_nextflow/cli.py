@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import sys
 import time
 import warnings
@@ -15,8 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from PIL import Image
 
+from .commands.data import check_codes, extract_codes, inspect, validate_data
+from .commands.training import init, recipes, train
 from .evaluation.suites import SUITES
-from .utils.atomic_files import write_anyway, write_whole
+from .utils.atomic_files import write_anyway
 from .utils.image_files import regular_file
 from .utils.one_line_errors import DEBUG, end_on_termination, errors_in_one_line
 from .utils.output_files import check_output_file, check_output_folder
@@ -311,116 +312,8 @@ def evaluate(
     typer.echo(json.dumps(scores, indent=2))
 
 
-@app.command()
-def inspect(
-    file: Annotated[Path, typer.Argument(help="A file of weights (safetensors, or a pickle of tensors), or a folder.")],
-):
-    """List the tensors of a file, and how far they are those of a NextFlow."""
-    with errors_in_one_line():
-        from .conversion.report import report
-
-        typer.echo(report(file))
-
-
-Source = Annotated[Path, typer.Argument(help="A .jsonl or .parquet file, or a folder; see docs/data.md.")]
-OnBadImage = Annotated[str, typer.Option(help="What an image that cannot be read does: stop, or skip its row.")]
-
-
-@app.command()
-def validate_data(
-    source: Source,
-    model: Annotated[
-        str | None, typer.Option(help="Folder of the model or vision tokenizer that codes are for.")
-    ] = None,
-    on_bad_image: OnBadImage = "stop",
-):
-    """Check training data: every row, every image, every code."""
-    with errors_in_one_line():
-        from .data.validation import validate_source
-
-        report = validate_source(source, model, on_bad_image)
-    for problem in report.problems + report.skipped_because:
-        typer.echo(problem, err=True)
-    typer.echo(
-        f"{report.rows} rows, {report.images} images, {report.skipped} rows skipped, {report.num_problems} problems"
-    )
-    if report.num_problems:
-        raise typer.Exit(1)
-
-
-@app.command()
-def extract_codes(
-    source: Source,
-    tokenizer: Annotated[str, typer.Option(help="Folder of a model or a vision tokenizer.")],
-    output: Annotated[Path, typer.Option(help="Folder of the shards; an interrupted one is finished.")],
-    processes: Annotated[int, typer.Option(min=1, help="How many shards are made at once.")] = 1,
-    shard_size: Annotated[int, typer.Option(min=1, help="Rows in a shard.")] = 1000,
-    level: Annotated[int | None, typer.Option(help="Resolution of all images; default: each one's nearest.")] = None,
-    top_k: Annotated[int, typer.Option(help="Nearest codes among which self-correction draws.")] = 10,
-    token_share: Annotated[float, typer.Option(help="Share of each scale's tokens that are drawn; 0 for none.")] = 0.6,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    on_bad_image: OnBadImage = "stop",
-    device: Annotated[str, typer.Option(help="Of the tokenizer, as cpu or cuda:0.")] = "cpu",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of one size that are encoded at once.")] = 16,
-):
-    """Encode the images of training data ahead of time: codes to read, and codes to write."""
-    with errors_in_one_line():
-        from .data.code_extraction import extract_codes
-
-        check_output_folder(output)
-        settings = {"shard_size": shard_size, "level": level, "top_k": top_k, "token_share": token_share, "seed": seed}
-        settings |= {"batch_size": batch_size, "on_bad_image": on_bad_image}
-        totals = extract_codes(source, tokenizer, output, processes, device, **settings)
-    typer.echo(
-        f"{totals['rows']} rows in {totals['shards']} shards ({totals['found']} were there), "
-        f"{totals['skipped']} rows skipped"
-    )
-
-
-@app.command()
-def check_codes(output: Annotated[Path, typer.Argument(help="Folder that extract-codes wrote.")]):
-    """Check that codes are complete and as they were written."""
-    with errors_in_one_line():
-        from .data.code_extraction import check_codes
-
-        totals = check_codes(output)
-    typer.echo(f"{totals['rows']} rows in {totals['shards']} shards, {totals['skipped']} rows skipped")
-
-
-@app.command()
-def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe of the package by its name, or a file; see `recipes`.")],
-    model: Annotated[str, typer.Option(help="Folder that the stage starts from: `final` of the stage before.")],
-    data: Annotated[Path, typer.Option(help="A .jsonl or .parquet file, or a folder; see docs/data.md.")],
-    output: Annotated[Path, typer.Option(help="Folder for checkpoints; `final` in it is the outcome.")],
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint of the same training.")] = False,
-    changes: Annotated[
-        list[str], typer.Option("--set", help="name=value of the recipe or of its arguments; may be repeated.")
-    ] = [],  # noqa: B006  (typer copies it)
-    profile: Annotated[bool, typer.Option(help="Measure some steps by torch.profiler; see docs/training.md.")] = False,
-):
-    """Train a stage of the recipe; several processes by `accelerate launch -m transformers_nextflow.cli train …`."""
-    with errors_in_one_line():
-        try:
-            from .trainers.recipes import load_recipe, run_recipe
-        except ImportError as error:
-            raise ValueError("Training needs accelerate: pip install transformers-nextflow[train].") from error
-        check_output_folder(output)
-        run_recipe(load_recipe(recipe, changes), model, data, output, resume, profile)
-
-
-@app.command()
-def recipes(copy: Annotated[Path | None, typer.Option(help="Folder to which they are copied, to be changed.")] = None):
-    """Name the recipes that the package brings, or copy them, with settings of accelerate for many devices."""
-    with errors_in_one_line():
-        from .trainers.recipes import RECIPES, recipe_names
-
-        if copy is not None:
-            if copy.exists():
-                raise ValueError(f"{copy} is there already; name a new folder.")
-            with write_whole(copy) as partial:
-                shutil.copytree(RECIPES, partial, dirs_exist_ok=True)
-    typer.echo("\n".join(recipe_names()))
+for command in (inspect, validate_data, extract_codes, check_codes, init, train, recipes):
+    app.command()(command)
 
 
 def main():

@@ -98,7 +98,9 @@ def _table(source: str | os.PathLike, path: Path, streaming: bool) -> Dataset | 
         folder = path / "train" if (path / "train").is_dir() else path
         # All files are named, since `datasets` would take some for those of a test set by their names.
         files = glob.escape(str(folder.absolute())) + "/**"
-        return import_extra("datasets").load_dataset("imagefolder", data_files=files, split="train", streaming=streaming)
+        return import_extra("datasets").load_dataset(
+            "imagefolder", data_files=files, split="train", streaming=streaming
+        )
     raise ValueError(f"{short_path(path)} is not {KINDS}.")
 
 

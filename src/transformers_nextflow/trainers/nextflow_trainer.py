@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
+from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
 from ..configuration_nextflow import NextFlowConfig
+from ..data.fitness import fit_of, images_of
+from ..data.row_codes import TOKENS
 from ..data.rows import NumberedRows
 from ..data.vision_tokenizer import tokenizer_fingerprint
 from ..modeling_nextflow import NextFlowForConditionalGeneration
@@ -37,6 +40,8 @@ from .unsupported_arguments import check_trainer_arguments, check_training_argum
 logger = logging.get_logger(__name__)
 # Rows whose images decide which attention is the fastest.
 LOOKED_AT_ROWS = 64
+# Rows whose images are reconstructed before an adapter is trained on them.
+FITTED_ROWS = 8
 
 
 @dataclass
@@ -121,6 +126,20 @@ def _schedules_of(rows, collator: NextFlowCollator) -> list[ScaleSchedule]:
     return [schedule for index in range(count) for schedule in collator.size(rows[index]).schedules]
 
 
+def _warn_of_images(model: nn.Module, rows, collator: NextFlowCollator):
+    """Tell of images that the vision tokenizer cannot hold, so that no adapter can either; of the first rows."""
+    config, image_processor = model.config, collator.processor.image_processor
+    stated = config.trained_on or {}
+    sample = [row for row in (rows[index] for index in range(min(len(rows), FITTED_ROWS))) if not row.get(TOKENS)]
+    images = list(images_of(sample, collator.root, FITTED_ROWS))
+    if images and not (fit := fit_of(model.vq_model, image_processor, images, stated.get("lowest_psnr"))).is_fit:
+        warnings.warn(
+            f"An adapter draws nothing that its tokenizer cannot hold, and {fit}. Train the tokenizer on such images "
+            "first, by the recipe tokenizer (docs/own_images.md).",
+            stacklevel=3,
+        )
+
+
 def _collator_of(processor: NextFlowProcessor | None) -> NextFlowCollator:
     if not isinstance(processor, NextFlowProcessor):
         raise ValueError(
@@ -197,6 +216,8 @@ class NextFlowTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrain
             collator.codebook_size = model.config.vq_config.codebook_size
         if isinstance(collator, NextFlowCollator) and collator.max_positions is None:
             collator.max_positions = model.config.text_config.max_position_embeddings
+        if is_peft_model(model) and isinstance(rows, NumberedRows) and isinstance(collator, NextFlowCollator):
+            _warn_of_images(model, rows, collator)
         if args.packing != "padding" and rows is not None:
             choose_attention(model, args.device, _schedules_of(rows, collator))
             kwargs["train_dataset"] = packed(rows, collator, model.config, args)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageOps
@@ -27,6 +27,7 @@ from ..processing_nextflow import NextFlowProcessor
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
+
 
 class StageRows(Dataset):
     """Rows of the data format (docs/data.md) as a stage of the transformer takes them.

@@ -44,8 +44,13 @@ def read_prompts(source: str | os.PathLike, columns: Columns | None = None) -> D
         raise ValueError(f"No row of {source} is answered by an image; RL needs prompts to draw from.")
     prompts = Dataset.from_dict({"prompt": [prompt for prompt, _ in found]})
     if not any(images for _, images in found):
-        return prompts.select(sorted({prompt: number for number, (prompt, _) in reversed([*enumerate(found)])}.values()))
-    images = [[{"bytes": i, "path": None} if isinstance(i, bytes) else {"bytes": None, "path": i} for i in own] for _, own in found]
+        return prompts.select(
+            sorted({prompt: number for number, (prompt, _) in reversed([*enumerate(found)])}.values())
+        )
+    images = [
+        [{"bytes": i, "path": None} if isinstance(i, bytes) else {"bytes": None, "path": i} for i in own]
+        for _, own in found
+    ]
     return prompts.add_column("images", images).cast_column("images", List(Image()))
 
 

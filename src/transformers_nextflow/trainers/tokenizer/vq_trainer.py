@@ -43,8 +43,8 @@ class NextFlowVQTrainingArguments(CheckedArguments, TrainingArguments):
         scale_dropout: share of the images that are decoded from their first scales only, a number of them drawn
             uniformly: half of all scales when it is 1.
         latent_noise: standard deviation of the noise on the latents' sum while there is no codebook.
-        pixel_weight, semantic_weight, codebook_weight, perceptual_weight, adversarial_weight: weights of the losses; with
-            a semantic_weight of 0 no teacher is needed.
+        pixel_weight, semantic_weight, codebook_weight, perceptual_weight, adversarial_weight: weights of the losses;
+            with a semantic_weight of 0 no teacher is needed.
         adversarial_start: share of the steps after which the discriminator joins.
         revive_every: steps between two revivals of codes that were not used in between; 0 never revives.
         kmeans_images: images, the first of the training set, from which the codebooks start.

@@ -41,7 +41,9 @@ def reward_named(name: str, model: NextFlowForConditionalGeneration, processor: 
     if not separator:
         return REWARDS[name](model, processor)
     if not Path(file).is_file():
-        raise ValueError(f"There is no file {file} with a reward; give file.py:function, or one of {', '.join(REWARDS)}.")
+        raise ValueError(
+            f"There is no file {file} with a reward; give file.py:function, or one of {', '.join(REWARDS)}."
+        )
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     if spec is None or spec.loader is None:
         raise ValueError(f"{file} is no file of Python; give file.py:function.")
