@@ -148,11 +148,12 @@ class StageImages(Dataset):
     def __init__(self, rows, root: Path, processor: NextFlowImageProcessorPil, level: int):
         processor.scale_schedules.for_size(level, level)  # raises for a size that is not drawn
         self.processor, self.level, self.rows, self.root = processor, level, NumberedRows(rows), root
-        # Row, number in it and path of each; what rows hold themselves is left there, since it may be more than fits.
-        self.images: list[tuple[int, int, Path | None]] = []
+        # Row, number in it, field and path of each; what rows hold themselves is left there: it may be more than fits.
+        self.images: list[tuple[int, int, str, Path | None]] = []
         for number in range(len(rows)):
-            images = self._read(number).images
-            self.images += [(number, place, own if isinstance(own, Path) else None) for place, own in enumerate(images)]
+            sample = self._read(number)
+            for position, (place, own) in enumerate(zip(sample.fields, sample.images)):
+                self.images.append((number, position, place, own if isinstance(own, Path) else None))
         if not self.images:
             raise ValueError(f"The rows in {root} give no images; a tokenizer is not trained on codes.")
 
@@ -167,8 +168,8 @@ class StageImages(Dataset):
             raise error.of_row(number) from error
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        number, position, source = self.images[index]
-        place = f"row {number}, image {position}"
+        number, position, field, source = self.images[index]
+        place = f"row {number}, {field}"
         loaded = load_image(self._read(number).images[position] if source is None else source, place)
         try:
             image = self.processor.to_rgb(loaded)[0]
