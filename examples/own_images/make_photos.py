@@ -63,7 +63,9 @@ def part(square: Image.Image, share: float, left: float, top: float) -> Image.Im
 def photographs() -> list[tuple[str, Image.Image]]:
     """Thirty captions, all of them different, with their images."""
     squares = [(what, photograph(package, name, middle)) for package, name, what, middle in PHOTOGRAPHS]
-    return [(f"a photo of {what}{which}", part(square, *box)) for what, square in squares for which, box in PARTS.items()]
+    return [
+        (f"a photo of {what}{which}", part(square, *box)) for what, square in squares for which, box in PARTS.items()
+    ]
 
 
 def kept_photographs() -> list[tuple[str, Image.Image]]:

@@ -127,7 +127,9 @@ def test_an_instruction_and_two_images_become_an_edit(tmp_path):
     table.to_parquet(tmp_path / "edits.parquet")
     rows, root = open_rows(tmp_path / "edits.parquet")
     samples = [read_row(row, root) for row in rows]
-    assert [[part["type"] for m in s.messages for part in m["content"]] for s in samples] == [["image", "text", "image"]] * 3
+    assert [[part["type"] for m in s.messages for part in m["content"]] for s in samples] == [
+        ["image", "text", "image"]
+    ] * 3
     assert [s.trained_images for s in samples] == [[False, True]] * 3
     colors = [[np.asarray(load_image(image))[0, 0].tolist() for image in s.images] for s in samples]
     assert colors[0] == [[255, 0, 0], [0, 255, 0]]
