@@ -139,6 +139,10 @@ class NumberedRows:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def set_epoch(self, epoch: int):
+        if hasattr(self.rows, "set_epoch"):
+            self.rows.set_epoch(epoch)
+
     def __getitem__(self, index: int) -> dict:
         try:
             row = self.rows[index]

@@ -38,7 +38,8 @@ class StageRows(Dataset):
         level: resolution that images with codes must have; `None` for any.
         caption_share: share of the drawings that are turned round.
         empty_share: share of the rows answered by an image alone whose prompt is left empty: the unconditional half
-            of guidance. Both shares come to 1 at most, and which rows they take depends on `seed` and the number alone.
+            of guidance. Both shares come to 1 at most, and which rows they take depends on `seed`, the number and the
+            epoch only: few rows that are seen often are all seen as they are, too.
 
     Raises:
         ValueError: on access, for a row with codes of another level, or what is no row; the message names it.
@@ -54,7 +55,7 @@ class StageRows(Dataset):
         seed: int = 0,
     ):
         self.rows, self.processor, self.level = rows, processor, level
-        self.caption_share, self.empty_share, self.seed = caption_share, empty_share, seed
+        self.caption_share, self.empty_share, self.seed, self.epoch = caption_share, empty_share, seed, 0
 
     @property
     def settings(self) -> dict:
@@ -63,6 +64,9 @@ class StageRows(Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
 
     def __getitem__(self, index: int) -> dict:
         return self._stage_row(self.rows[index], index)
@@ -74,7 +78,7 @@ class StageRows(Dataset):
     def _stage_row(self, row: dict, index: int) -> dict:
         check_is_row(row)
         self._check_level(index, row)
-        drawn = random.Random(f"{self.seed} {index}").random()
+        drawn = random.Random(f"{self.seed} {index}" + (f" {self.epoch}" if self.epoch else "")).random()
         if drawn < self.caption_share:
             return as_caption(row, self.processor.caption_request)
         return without_prompt(row) if drawn < self.caption_share + self.empty_share else row
