@@ -13,6 +13,7 @@ to a part of its own photograph than to any of the others. Writes `benchmarks/re
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -77,11 +79,8 @@ def reconstructions(model: Path, images: list[Image.Image]):
 
 def pixels(images: list[Image.Image], side: int) -> torch.Tensor:
     """(B, side, side, 3) in [0, 1]."""
-    sized = [image.resize((side, side), Image.Resampling.BICUBIC) for image in images]
-    return (
-        torch.stack([torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).view(side, side, 3) for i in sized])
-        / 255
-    )
+    sized = [np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)) for image in images]
+    return torch.from_numpy(np.stack(sized)) / 255
 
 
 def drawn_figures(drawn: list[Image.Image], photos: list[Image.Image]) -> dict[str, float]:
@@ -108,11 +107,10 @@ def main():
     before = reconstructions(ROOT / "checkpoints" / "nextflow-shapes", list(photos))
     after = reconstructions(folder / "runs/tokenizer/final", list(photos))
     others = reconstructions(folder / "runs/tokenizer/final", list(kept))
-    os.chdir(folder)  # an adapter names the folder of its model as it was given
-    pipe = NextFlowPipeline.from_pretrained("runs/lora/final")
-    drawn = pipe(
-        list(captions), generator=[torch.Generator().manual_seed(seed) for seed in range(len(captions))]
-    ).images
+    with contextlib.chdir(folder):  # an adapter names the folder of its model as it was given
+        pipe = NextFlowPipeline.from_pretrained("runs/lora/final")
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(captions))]
+    drawn = pipe(list(captions), generator=generators).images
 
     values = {
         "minutes": round(sum(seconds.values()) / 60, 2),
@@ -123,7 +121,7 @@ def main():
         "psnr_after_lowest": min(after.psnr),
         "psnr_of_other_parts": others.mean,
         **drawn_figures(drawn, list(photos)),
-        "adapter_mib": Path("runs/lora/final/adapter_model.safetensors").stat().st_size / 2**20,
+        "adapter_mib": (folder / "runs/lora/final/adapter_model.safetensors").stat().st_size / 2**20,
     }
     first = range(0, len(photos), len(PARTS))
     rows = [[fit.pairs[i][1] for i in first] for fit in (before, after)]

@@ -32,6 +32,7 @@ from .runs.checked_arguments import CheckedArguments
 from .runs.finite_training import FiniteTrainingMixin
 from .runs.resumable_training import ResumableTrainingMixin
 from .runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights, place_vision_tokenizer
+from .runs.training_card import TrainingCardMixin
 from .runs.training_record import processor_differences
 from .trained_means import TrainedMeans, parts_of
 from .unsupported_arguments import check_trainer_arguments, check_training_arguments
@@ -173,7 +174,7 @@ def _processor_to_save(collator, processor: NextFlowProcessor | None) -> NextFlo
     return processor or own
 
 
-class NextFlowTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrainingMixin, Trainer):
+class NextFlowTrainer(TrainingCardMixin, TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrainingMixin, Trainer):
     """Trains a [`NextFlowForConditionalGeneration`] on the batches of a [`NextFlowCollator`].
 
     Logs the text loss, the weighted image loss, each scale's own loss and the accuracies beside the total, in training

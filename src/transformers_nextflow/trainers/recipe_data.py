@@ -104,7 +104,7 @@ def as_caption(row: dict, request: str) -> dict:
     Raises:
         BadRowError: for codes sampled for self-correction without the clean ones, and what is no row.
     """
-    turns = _prompt_and_image(row)
+    turns = prompt_and_image(row)
     if turns is None or [part["type"] for part in turns[0]] != ["text"] or not turns[0][0]["text"]:
         return row
     turned = _with_turns(row, [*turns[1], {"type": "text", "text": request}], turns[0])
@@ -116,14 +116,14 @@ def as_caption(row: dict, request: str) -> dict:
 
 def without_prompt(row: dict) -> dict:
     """A row that is answered by an image alone with its texts left empty, images kept. Others as they are."""
-    turns = _prompt_and_image(row)
+    turns = prompt_and_image(row)
     if turns is None:
         return row
     emptied = [part | {"text": ""} if part["type"] == "text" else part for part in turns[0]]
     return _with_turns(row, emptied, turns[1])
 
 
-def _prompt_and_image(row: dict) -> tuple[list[dict], list[dict]] | None:
+def prompt_and_image(row: dict) -> tuple[list[dict], list[dict]] | None:
     """The user's parts, and the answer's, in a row of one turn each that is answered by one image; `None` for others.
 
     Rows that say what is trained on are left alone.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,14 +16,17 @@ from ..configuration_nextflow import NextFlowConfig
 from ..data.fitness import fit_of, images_of
 from ..data.sources import open_rows
 from ..data.vision_tokenizer import load_vision_tokenizer, tokenizer_fingerprint
+from ..evaluation.image_metrics import contact_sheet
 from ..image_processing_nextflow import NextFlowImageProcessorPil
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQModel
 from ..utils.checkpoint_checks import loading_errors
+from ..utils.evaluation_mode import evaluation_mode
 from .collator import NextFlowCollator
 from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
-from .recipe_data import StageImages, StageRows
+from .recipe_data import StageImages, StageRows, prompt_and_image
 from .recipes import Recipe
+from .rl.rollouts import generate_rollouts
 from .tokenizer.stages import STAGES
 from .tokenizer.vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
 
@@ -32,6 +36,9 @@ logger = logging.get_logger(__name__)
 WHOLE = {"visual_embedding": ["visual_embedding"], "heads": ["lm_head", "visual_head"]}
 # Images that say how well a new tokenizer does.
 LOOKED_AT = 64
+# What cards show: reconstructions, prompts, and images of each.
+RECONSTRUCTIONS, SAMPLES = "reconstructions.png", "samples.png"
+SHOWN, SHOWN_PROMPTS, OF_EACH = 12, 4, 4
 
 
 def make_trainer(
@@ -48,29 +55,91 @@ def make_trainer(
         ValueError: for arguments that the trainer does not know, or data that do not fit.
     """
     make = {"transformer": _transformer_trainer, "tokenizer": _tokenizer_trainer, "rl": _rl_trainer}[recipe.kind]
-    return make(recipe, model, data, output)
+    trainer = make(recipe, model, data, output)
+    trainer.dataset_name = None if os.path.exists(data) else str(data)
+    return trainer
 
 
 def save_outcome(trainer: Trainer, recipe: Recipe, start: str | os.PathLike, folder: str | os.PathLike):
-    """Write what was trained. A tokenizer that was taken out of a model lies in that model again, whose visual
-    embedding starts from the codebooks where the codes are others.
+    """Write what was trained, with a sheet of samples, or of reconstructions, that its card shows. A tokenizer that was
+    taken out of a model lies in that model again, whose visual embedding starts from the codebooks where the codes are
+    others.
     """
+    if recipe.kind == "tokenizer":
+        _save_tokenizer(trainer, start, Path(folder))
+        return
+    if trainer.args.should_save:
+        _draw_samples(trainer, Path(folder))
+    trainer.save_model(str(folder))
+
+
+def _save_tokenizer(trainer: Trainer, start: str | os.PathLike, folder: Path):
     with loading_errors(start):
         is_whole = AutoConfig.from_pretrained(start).model_type == NextFlowConfig.model_type
-    if recipe.kind != "tokenizer" or not is_whole:
+    if not trainer.args.should_save:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    vq_model = trainer.accelerator.unwrap_model(trainer.model)
+    rows = trainer.train_dataset
+    fit = fit_of(vq_model.eval(), rows.processor, images_of(rows.rows, rows.root, LOOKED_AT), None)
+    contact_sheet(list(zip(*fit.pairs[:SHOWN]))).save(folder / RECONSTRUCTIONS)
+    trainer.card_images = {RECONSTRUCTIONS: "images of the training above their reconstructions"}
+    trainer.card_results = {"psnr": round(fit.mean, 2)}
+    if not is_whole:
         trainer.save_model(str(folder))
-    elif trainer.args.should_save:
-        vq_model = trainer.accelerator.unwrap_model(trainer.model)
-        model = with_vision_tokenizer(start, vq_model)
-        images, root = trainer.train_dataset.rows, trainer.train_dataset.root
-        fit = fit_of(vq_model.eval(), trainer.train_dataset.processor, images_of(images, root, LOOKED_AT), None)
-        model.config.trained_on = {
-            "domain": "images like those that its vision tokenizer was trained on",
-            "lowest_psnr": round(min(fit.psnr), 2),
-        }
-        model.save_pretrained(folder)
-        with loading_errors(start):
-            AutoProcessor.from_pretrained(start).save_pretrained(folder)
+        return
+    model = with_vision_tokenizer(start, vq_model)
+    model.config.trained_on = {
+        "domain": "images like those that its vision tokenizer was trained on",
+        "lowest_psnr": round(min(fit.psnr), 2),
+    }
+    model.save_pretrained(folder)
+    with loading_errors(start):
+        AutoProcessor.from_pretrained(start).save_pretrained(folder)
+    trainer.write_training_card(folder, model)
+
+
+def _draw_samples(trainer: Trainer, folder: Path):
+    """A row of images for each of the first prompts that images answer; none where rows are a stream or packed, or
+    weights are in parts.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if any(hasattr(weight, "placements") or hasattr(weight, "ds_id") for weight in model.parameters()):
+        return
+    prompts = _first_prompts(trainer.train_dataset)
+    if not prompts:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    rows = [{"prompt": prompt} for prompt in prompts for _ in range(OF_EACH)]
+    generators = [torch.Generator().manual_seed(seed) for _ in prompts for seed in range(OF_EACH)]
+    with evaluation_mode(model):
+        processor, sampling = trainer.processing_class, base_model.default_image_sampling
+        _, images = generate_rollouts(base_model, processor, rows, sampling, generator=generators)
+    contact_sheet([images[start : start + OF_EACH] for start in range(0, len(images), OF_EACH)]).save(folder / SAMPLES)
+    trainer.card_prompts = tuple(prompts)
+    trainer.card_images = {SAMPLES: f"{OF_EACH} images of each of the prompts {', '.join(prompts)}"}
+
+
+def _first_prompts(rows) -> list[str]:
+    """Different prompts that are answered by an image only, of the first rows."""
+    found: dict[str, None] = {}
+    if not hasattr(rows, "__len__"):
+        return []
+    for number in range(min(len(rows), LOOKED_AT)):
+        row = rows[number]
+        if isinstance(row, list):
+            return []
+        if "prompt" in row:
+            parts = [{"type": "text", "text": row["prompt"]}] if not row.get("images") and not row.get("image") else []
+        else:
+            turns = prompt_and_image(row)
+            parts = [] if turns is None else turns[0]
+        if [part["type"] for part in parts] == ["text"] and parts[0]["text"]:
+            found.setdefault(parts[0]["text"])
+        if len(found) == SHOWN_PROMPTS:
+            break
+    return list(found)
 
 
 def with_vision_tokenizer(folder: str | os.PathLike, vq_model: NextFlowVQModel) -> NextFlowForConditionalGeneration:

@@ -21,6 +21,7 @@ from ..runs.checked_arguments import FROM_ONE, NOT_NEGATIVE, SHARE, CheckedArgum
 from ..runs.finite_training import FiniteTrainingMixin
 from ..runs.resumable_training import ResumableTrainingMixin
 from ..runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights
+from ..runs.training_card import TrainingCardMixin
 from .adversarial import Adversary
 from .codebook_care import initialize_codebook, revive_dead_codes
 from .stages import STAGES
@@ -90,7 +91,7 @@ class ImageCollator:
         return {name: torch.stack(column) for name, column in columns.items()}
 
 
-class NextFlowVQTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrainingMixin, Trainer):
+class NextFlowVQTrainer(TrainingCardMixin, TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrainingMixin, Trainer):
     """Trains a [`NextFlowVQModel`].
 
     Rows hold `pixel_values` (3, H, W) in [-1, 1] and whatever `semantic_loss` reads.
