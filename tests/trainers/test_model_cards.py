@@ -90,7 +90,7 @@ def test_the_card_of_a_tokenizer_has_its_psnr_as_the_hub_reads_results(start, ph
     card = card_of(tmp_path / "out" / "final", "reconstructions.png", "It knows only images like those")
     (result,) = card.data.eval_results
     assert result.metric_type == "psnr" and 0 < result.metric_value < 60 and result.dataset_type == "local"
-    assert (tmp_path / "out" / "final" / "reconstructions.png").is_file()
+    assert (tmp_path / "out" / "final" / "reconstructions.png").is_file() and "| semantic_weight | 0 |" in card.text
     tiny_model().vq_model.save_pretrained(tmp_path / "vq")
     run(
         "train",

@@ -123,14 +123,12 @@ class TrainingCardMixin:
         found = {}
         for name, value in values.items():
             one = known.get(name)
-            if one is None or name in NOT_SHOWN or name.startswith(HARMLESS_FAMILIES) or value in (None, False):
+            if one is None or name in NOT_SHOWN or name.startswith(HARMLESS_FAMILIES) or value is None:
                 continue
-            default = one.default if one.default is not MISSING else None
-            if one.default_factory is not MISSING:
-                default = one.default_factory()
+            default = one.default_factory() if one.default_factory is not MISSING else one.default
             if isinstance(value, dict):
                 value = {key: own for key, own in value.items() if own is not None}
-            if value != default and value not in ({}, [], ""):
+            if value != default and value not in ({}, [], "") and not (value is False and default is None):
                 found[name] = value if isinstance(value, int | float | str) else short_repr(value)
         return found
 
