@@ -74,7 +74,8 @@ def run_page(folder: Path) -> dict[str, float]:
 def reconstructions(model: Path, images: list[Image.Image]):
     vq_model = load_vision_tokenizer(model)
     pipe_processor = NextFlowPipeline.from_pretrained(ROOT / "checkpoints" / "nextflow-shapes").processor
-    return fit_of(vq_model, pipe_processor.image_processor, images, None)
+    processed = [pipe_processor.image_processor(image)["pixel_values"][0] for image in images]
+    return fit_of(vq_model, map(torch.as_tensor, processed))
 
 
 def pixels(images: list[Image.Image], side: int) -> torch.Tensor:

@@ -65,6 +65,16 @@ def test_a_saved_model_has_a_card_and_one_of_ones_own_stays(start, tmp_path):
     assert (start / "README.md").read_text() == HEAD
 
 
+def test_a_saved_pipeline_has_a_card_and_one_of_ones_own_stays(start, tmp_path):
+    pipe = NextFlowPipeline.from_pretrained(start)
+    pipe.save_pretrained(tmp_path / "pipe")
+    data = card_of(tmp_path / "pipe").data
+    assert (data.library_name, data.pipeline_tag) == ("diffusers", "text-to-image")
+    (tmp_path / "pipe" / "README.md").write_text(HEAD)
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert (tmp_path / "pipe" / "README.md").read_text() == HEAD
+
+
 def test_licence_language_and_base_are_told_on_and_folders_are_not(start, tmp_path):
     (start / "README.md").write_text(HEAD)
     NextFlowForConditionalGeneration.from_pretrained(start).save_pretrained(tmp_path / "again")

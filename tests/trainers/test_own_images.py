@@ -1,10 +1,13 @@
 """From a folder of captioned images to a LoRA that draws them, by commands only, at small size (docs/own_images.md)."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 import yaml
 from PIL import Image
 from tiny import tiny_model, tiny_processor
@@ -13,6 +16,7 @@ from typer.testing import CliRunner
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowPipeline, NextFlowVQModel
 from transformers_nextflow.cli import app
 from transformers_nextflow.data import tokenizer_fingerprint
+from transformers_nextflow.trainers import recipe_trainers
 from transformers_nextflow.trainers.beginnings import Machine, begin, look_at
 from transformers_nextflow.trainers.recipe_trainers import has_new_codes, make_trainer
 from transformers_nextflow.trainers.recipes import load_recipe
@@ -185,6 +189,35 @@ def test_a_lora_on_images_that_the_tokenizer_cannot_hold_warns(start, photos, tm
         make_trainer(recipe, start, photos, tmp_path / "out")
 
 
+def test_a_sheet_that_cannot_be_drawn_costs_no_training(start, photos, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(recipe_trainers, "generate_rollouts", broken)
+    run("train", "--model", start, "--data", photos, "--output", tmp_path / "out", *changes(**SHORT))
+    final = tmp_path / "out" / "final"
+    assert (final / "model.safetensors").is_file() and (final / "README.md").is_file()
+
+
+def test_a_wide_image_that_a_tokenizer_is_trained_on_keeps_no_outcome_from_being_written(start, tmp_path):
+    (tmp_path / "wide").mkdir()
+    Image.new("RGB", (160, 16), "red").save(tmp_path / "wide" / "a.png")
+    run(
+        "train",
+        "tokenizer",
+        "--model",
+        start,
+        "--data",
+        tmp_path / "wide",
+        "--output",
+        tmp_path / "out",
+        *changes(**SHORT),
+    )
+    assert (tmp_path / "out" / "final" / "reconstructions.png").is_file()
+    result = CliRunner().invoke(app, ["inspect", str(start), "--data", str(tmp_path / "wide")])
+    assert result.exit_code == 2 and "row 0, messages[1].content[0].image: " in result.stderr
+
+
 def test_streamed_rows_train_the_same_model(start, photos, tmp_path):
     weights = []
     for streaming in ([], ["--streaming"]):
@@ -232,3 +265,16 @@ def test_trainings_that_make_no_sense_are_refused_in_one_line(arguments, message
     command = ["train", *arguments, "--model", str(start), "--data", str(photos), "--output", str(tmp_path / "out")]
     result = CliRunner().invoke(app, [*command, *changes(use_cpu="true")])
     assert result.exit_code == 2 and message in result.stderr.splitlines()[-1], result.output
+
+
+def test_the_page_takes_ten_commands_at_most_which_the_command_line_knows():
+    page = (Path(__file__).parents[2] / "docs" / "own_images.md").read_text()
+    first, *others = re.findall(r"```bash\n(.*?)```", page, re.S)
+    assert len(first.splitlines()) <= 10
+    command = typer.main.get_command(app)
+    lines = [line for block in (first, *others) for line in block.splitlines()]
+    for line in lines:
+        program, *words = shlex.split(line)
+        if program == "transformers-nextflow":
+            name, known, rest = command.resolve_command(command.make_context(program, ["inspect", "x"]), words)
+            known.make_context(name, rest)  # raises for options that are not there

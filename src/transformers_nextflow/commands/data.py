@@ -32,7 +32,7 @@ def inspect(
         from transformers import AutoConfig
 
         from ..data.columns import Columns
-        from ..data.fitness import fit_of, images_of
+        from ..data.fitness import fit_of, pixels_of
         from ..data.sources import open_rows
         from ..data.vision_tokenizer import load_vision_tokenizer
         from ..evaluation.image_metrics import contact_sheet
@@ -46,7 +46,7 @@ def inspect(
         config = vq_model.config
         processor = NextFlowImageProcessorPil(config.scales, config.patch_size, config.levels)
         stated = getattr(AutoConfig.from_pretrained(file), "trained_on", None) or {}
-        fit = fit_of(vq_model, processor, images_of(rows, root, limit), stated.get("lowest_psnr"))
+        fit = fit_of(vq_model, pixels_of(rows, root, processor, limit), stated.get("lowest_psnr"))
         if sheet is not None:
             write_anyway(sheet, contact_sheet(list(zip(*fit.pairs))).save)
     typer.echo(f"In {file} {fit}.")

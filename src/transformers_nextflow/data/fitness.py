@@ -13,8 +13,9 @@ from ..evaluation.image_metrics import psnr, to_uint8
 from ..image_processing_nextflow import NextFlowImageProcessorPil
 from ..modeling_nextflow_vq import NextFlowVQModel
 from ..utils.trained_on import MARGIN
+from .row_encoding import read_pixels
 from .row_errors import BadRowError
-from .rows import load_image, read_row
+from .rows import read_row
 
 
 # Of a tokenizer that says nothing of its own images. A rule of thumb: photographs of 64 pixels are recognised above it.
@@ -57,27 +58,27 @@ class Fit:
 
 
 @torch.no_grad()
-def fit_of(
-    vq_model: NextFlowVQModel, processor: NextFlowImageProcessorPil, images: Iterable[Image.Image], own: float | None
-) -> Fit:
-    """Reconstruct images of any sizes.
+def fit_of(vq_model: NextFlowVQModel, images: Iterable[torch.Tensor], own: float | None = None) -> Fit:
+    """Reconstruct images (3, H, W) in [-1, 1], of any sizes that are drawn.
 
     Raises:
         ValueError: for no images.
     """
     fit = Fit(own=own)
     for image in images:
-        pixels = torch.as_tensor(processor(image)["pixel_values"]).to(vq_model.device, torch.float32)
+        pixels = image[None].to(vq_model.device, torch.float32)
         restored = vq_model.reconstruct(pixels).float()
-        fit.psnr.append(psnr(restored.clamp(-1, 1) / 2 + 0.5, pixels / 2 + 0.5).item())
+        fit.psnr.append(psnr(restored / 2 + 0.5, pixels / 2 + 0.5).item())
         fit.pairs.append(tuple(Image.fromarray(to_uint8(one[0])) for one in (pixels, restored)))
     if not fit.psnr:
         raise ValueError("There are no images to reconstruct; rows that hold codes only give none.")
     return fit
 
 
-def images_of(rows: Iterable[dict], root: str | os.PathLike, limit: int) -> Iterator[Image.Image]:
-    """The first images of rows, decoded; of each row all. Rows that hold codes only give none.
+def pixels_of(
+    rows: Iterable[dict], root: str | os.PathLike, processor: NextFlowImageProcessorPil, limit: int
+) -> Iterator[torch.Tensor]:
+    """The first images of rows as a model reads them, (3, H, W); of each row all. Rows that hold codes only give none.
 
     Raises:
         ValueError: naming row and field, for what cannot be used.
@@ -85,11 +86,11 @@ def images_of(rows: Iterable[dict], root: str | os.PathLike, limit: int) -> Iter
     count = 0
     for number, row in enumerate(rows):
         try:
-            sample = read_row(row, root)
-            for place, image in zip(sample.fields, sample.images):
-                yield load_image(image, place)
-                count += 1
-                if count == limit:
-                    return
+            _, images = read_pixels(read_row(row, root), processor)
         except BadRowError as error:
             raise error.of_row(number) from error
+        for image in images[: limit - count]:
+            yield torch.from_numpy(image)
+        count += len(images)
+        if count >= limit:
+            return

@@ -16,8 +16,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
 from ..configuration_nextflow import NextFlowConfig
-from ..data.fitness import fit_of, images_of
+from ..data.fitness import fit_of, pixels_of
 from ..data.row_codes import TOKENS
+from ..data.row_errors import BadRowError
 from ..data.rows import NumberedRows
 from ..data.vision_tokenizer import tokenizer_fingerprint
 from ..modeling_nextflow import NextFlowForConditionalGeneration
@@ -144,9 +145,13 @@ def _warn_of_images(model: nn.Module, rows, collator: NextFlowCollator):
     """Tell of images that the vision tokenizer cannot hold, so that no adapter can either; of the first rows."""
     config, image_processor = model.config, collator.processor.image_processor
     stated = config.trained_on or {}
-    sample = [row for row in (rows[index] for index in range(min(len(rows), FITTED_ROWS))) if not row.get(TOKENS)]
-    images = list(images_of(sample, collator.root, FITTED_ROWS))
-    if images and not (fit := fit_of(model.vq_model, image_processor, images, stated.get("lowest_psnr"))).is_fit:
+    try:
+        sample = [rows[index] for index in range(min(len(rows), FITTED_ROWS))]
+        sample = [row for row in sample if row.get(TOKENS) is None]
+        images = list(pixels_of(sample, collator.root, image_processor, FITTED_ROWS))
+    except BadRowError:
+        return  # told by its number where it is trained on
+    if images and not (fit := fit_of(model.vq_model, images, stated.get("lowest_psnr"))).is_fit:
         warnings.warn(
             f"An adapter draws nothing that its tokenizer cannot hold, and {fit}. Train the tokenizer on such images "
             "first, by the recipe tokenizer (docs/own_images.md).",

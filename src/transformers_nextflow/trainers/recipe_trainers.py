@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..adapters import lora_config
 from ..configuration_nextflow import NextFlowConfig
-from ..data.fitness import fit_of, images_of
+from ..data.fitness import fit_of
 from ..data.sources import open_rows
 from ..data.vision_tokenizer import load_vision_tokenizer, tokenizer_fingerprint
 from ..evaluation.image_metrics import contact_sheet
@@ -27,6 +27,7 @@ from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
 from .recipe_data import StageImages, StageRows, prompt_and_image
 from .recipes import Recipe
 from .rl.rollouts import generate_rollouts
+from .runs.trained_weights import is_sharded
 from .tokenizer.stages import STAGES
 from .tokenizer.vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
 
@@ -65,26 +66,30 @@ def save_outcome(trainer: Trainer, recipe: Recipe, start: str | os.PathLike, fol
     taken out of a model lies in that model again, whose visual embedding starts from the codebooks where the codes are
     others.
     """
-    if recipe.kind == "tokenizer":
+    is_written_alone = trainer.args.should_save and not is_sharded(trainer.accelerator.unwrap_model(trainer.model))
+    if recipe.kind == "tokenizer" and is_written_alone:
         _save_tokenizer(trainer, start, Path(folder))
         return
-    if trainer.args.should_save:
-        _draw_samples(trainer, Path(folder))
     trainer.save_model(str(folder))
+    if not is_written_alone:
+        return
+    try:
+        _draw_samples(trainer, Path(folder))
+    except Exception as error:  # the weights are worth more than a sheet
+        logger.warning(f"No samples could be drawn for the card: {error}")
+    trainer.write_training_card(folder)
 
 
 def _save_tokenizer(trainer: Trainer, start: str | os.PathLike, folder: Path):
-    with loading_errors(start):
-        is_whole = AutoConfig.from_pretrained(start).model_type == NextFlowConfig.model_type
-    if not trainer.args.should_save:
-        return
     folder.mkdir(parents=True, exist_ok=True)
-    vq_model = trainer.accelerator.unwrap_model(trainer.model)
-    rows = trainer.train_dataset
-    fit = fit_of(vq_model.eval(), rows.processor, images_of(rows.rows, rows.root, LOOKED_AT), None)
+    vq_model, images = trainer.accelerator.unwrap_model(trainer.model), trainer.train_dataset
+    shown = (images[index]["pixel_values"] for index in range(min(len(images), LOOKED_AT)))
+    fit = fit_of(vq_model.eval(), shown)
     contact_sheet(list(zip(*fit.pairs[:SHOWN]))).save(folder / RECONSTRUCTIONS)
     trainer.card_images = {RECONSTRUCTIONS: "images of the training above their reconstructions"}
     trainer.card_results = {"psnr": round(fit.mean, 2)}
+    with loading_errors(start):
+        is_whole = AutoConfig.from_pretrained(start).model_type == NextFlowConfig.model_type
     if not is_whole:
         trainer.save_model(str(folder))
         return
@@ -100,16 +105,10 @@ def _save_tokenizer(trainer: Trainer, start: str | os.PathLike, folder: Path):
 
 
 def _draw_samples(trainer: Trainer, folder: Path):
-    """A row of images for each of the first prompts that images answer; none where rows are a stream or packed, or
-    weights are in parts.
-    """
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if any(hasattr(weight, "placements") or hasattr(weight, "ds_id") for weight in model.parameters()):
-        return
-    prompts = _first_prompts(trainer.train_dataset)
+    """A row of images for each of the first prompts that images answer; none where rows are a stream or packed."""
+    model, prompts = trainer.accelerator.unwrap_model(trainer.model), _first_prompts(trainer.train_dataset)
     if not prompts:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
     rows = [{"prompt": prompt} for prompt in prompts for _ in range(OF_EACH)]
     generators = [torch.Generator().manual_seed(seed) for _ in prompts for seed in range(OF_EACH)]

@@ -139,13 +139,15 @@ class ModelCardMixin:
         stated = getattr(self.config, "trained_on", None)
         return text if stated is None else f"{text} It knows only {stated['domain']}."
 
-    def write_model_card(self, folder: str | os.PathLike):
+    def write_model_card(self, folder: str | os.PathLike, **data):
         """Write the card of the model by itself to a folder. What was told of the weights that it was loaded from, as
         their licence, is told on.
+
+        Args:
+            data: of the card's head, in place of the model's.
         """
-        head = head_after(
-            self.name_or_path, library_name="transformers", pipeline_tag=self.card_pipeline_tag, tags=list(TAGS)
-        )
+        data = {"library_name": "transformers", "pipeline_tag": self.card_pipeline_tag, "tags": list(TAGS)} | data
+        head = head_after(self.name_or_path, **data)
         use = self.card_use.format(prompt=EXAMPLE_PROMPT, extras="pipelines")
         write_card(folder, self.card_title, [self.card_text(), "## Use", use], **head)
 
