@@ -198,6 +198,13 @@ def test_an_empty_folder_is_told_what_may_stand_there(tmp_path):
         open_rows(tmp_path)
 
 
+def test_a_folder_with_a_file_of_rows_is_told_to_be_named_by_that_file(tmp_path):
+    with_lines(tmp_path / "data")
+    (tmp_path / "data" / "metadata.jsonl").rename(tmp_path / "data" / "rows.jsonl")
+    with pytest.raises(ValueError, match=r"holds rows\.jsonl; name that file, or call it metadata\.jsonl beside"):
+        open_rows(tmp_path / "data")
+
+
 def test_a_data_set_of_the_hub_is_asked_for_by_its_name(monkeypatch):
     table = datasets.Dataset.from_dict({"image": [{"bytes": png(c), "path": None} for c in COLORS], "text": CAPTIONS})
     asked = []

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 
+# Beside a folder's images, by the convention of `datasets`.
+METADATA = "metadata.jsonl"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 KINDS = "a .jsonl, .parquet or .tar file, a folder of those, of images or of save_to_disk, or a data set of the Hub"
 
@@ -94,6 +96,11 @@ def _table(source: str | os.PathLike, path: Path, streaming: bool) -> Dataset | 
         if kind == "parquet" and not streaming:
             return datasets.Dataset.from_parquet(files)
         return datasets.load_dataset(kind, data_files=files, split="train", streaming=streaming)
+    lines = [file.name for file in sorted(path.glob("*.jsonl"))] if path.is_dir() else []
+    if lines and not any(path.glob("metadata.*")):
+        raise ValueError(
+            f"{short_path(path)} holds {lines[0]}; name that file, or call it {METADATA} beside its images."
+        )
     if path.is_dir() and any(path.iterdir()):
         folder = path / "train" if (path / "train").is_dir() else path
         # All files are named, since `datasets` would take some for those of a test set by their names.

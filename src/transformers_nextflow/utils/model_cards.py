@@ -125,17 +125,14 @@ class ModelCardMixin:
     def card_text(self) -> str:
         """What the model is, in a paragraph."""
         vq_model = getattr(self, "vq_model", self)
-        vq_config, millions = vq_model.config, self.num_parameters() / 1e6
+        vq_config = vq_model.config
         sizes = " and ".join(map(str, vq_config.scale_schedules.resolutions))
-        text = (
-            f"{self.card_title} ([arXiv 2601.02204](https://arxiv.org/abs/2601.02204)). It has {millions:.1f} million"
-        )
-        text += " parameters, "
+        text = f"{self.card_title} ([arXiv 2601.02204](https://arxiv.org/abs/2601.02204)). "
+        text += f"It has {_in_words(self.num_parameters())} parameters, "
         if vq_model is not self:
-            text += f"{vq_model.num_parameters() / 1e6:.1f} million of them in the vision tokenizer, "
-        text += (
-            f"for images of {sizes} pixels in up to {len(vq_config.scales)} scales, of {vq_config.codebook_size} codes."
-        )
+            text += f"{_in_words(vq_model.num_parameters())} of them in the vision tokenizer, "
+        text += f"for images of {sizes} pixels in up to {len(vq_config.scales)} scales, of "
+        text += f"{vq_config.codebook_size} codes."
         stated = getattr(self.config, "trained_on", None)
         return text if stated is None else f"{text} It knows only {stated['domain']}."
 
@@ -167,6 +164,10 @@ def table(columns: tuple[str, str], values: dict[str, Any]) -> str:
     """A Markdown table of two columns."""
     rows = [f"| {name} | {_cell(value)} |" for name, value in values.items()]
     return "\n".join([f"| {columns[0]} | {columns[1]} |", "|---|---|", *rows])
+
+
+def _in_words(number: int) -> str:
+    return f"{number / 1e6:.1f} million" if number >= 1e6 else f"{number:,}"
 
 
 def _cell(value: Any) -> str:

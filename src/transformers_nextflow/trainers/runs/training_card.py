@@ -115,8 +115,10 @@ class TrainingCardMixin:
         return list(getattr(self, "reward_func_names", []))
 
     def _card_widget(self, images: dict[str, str]) -> list[dict] | None:
-        shown = [{"output": {"url": name}} for name in images][:1] or [{}]
-        return [{"text": prompt} | shown[0] for prompt in self.card_prompts] or None
+        first = next(iter(images), None)
+        return [
+            {"text": prompt} | ({"output": {"url": first}} if first else {}) for prompt in self.card_prompts
+        ] or None
 
     def _card_settings(self) -> dict[str, Any]:
         values, known = self.args.to_dict(), {f.name: f for f in fields(self.args)}
