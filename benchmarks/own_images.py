@@ -47,30 +47,28 @@ def commands() -> list[str]:
     return [line for line in block[1].splitlines() if line.startswith(("python examples", "transformers-nextflow"))]
 
 
-def run(command: str, folder: Path) -> dict[str, float]:
-    """Run a command of the page in a folder that has the clone's folders in it; seconds by the clock, and of a core."""
+def run(command: str, folder: Path) -> float:
+    """Run a command of the page in a folder that has the clone's folders in it; seconds by the clock."""
     program, *arguments = shlex.split(command)
     words = ["-m", "transformers_nextflow.cli"] if program == "transformers-nextflow" else []
     print(command, flush=True)
-    start, before = time.perf_counter(), os.times()
+    start = time.perf_counter()
     subprocess.run([sys.executable, *words, *arguments], cwd=folder, check=True)
-    after = os.times()
-    of_a_core = after.children_user + after.children_system - before.children_user - before.children_system
-    return {"seconds": round(time.perf_counter() - start, 1), "seconds_of_a_core": round(of_a_core, 1)}
+    return round(time.perf_counter() - start, 1)
 
 
-def run_page(folder: Path) -> dict[str, dict[str, float]]:
+def run_page(folder: Path) -> dict[str, float]:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("checkpoints", "examples"):
         if not (folder / name).exists():
             os.symlink(ROOT / name, folder / name)
-    file = folder / "times.json"
-    times = json.loads(file.read_text()) if file.is_file() else {}
+    file = folder / "seconds.json"
+    seconds = json.loads(file.read_text()) if file.is_file() else {}
     for command in commands():
-        if command not in times:
-            times[command] = run(command, folder)
-            file.write_text(json.dumps(times, indent=2))
-    return times
+        if command not in seconds:
+            seconds[command] = run(command, folder)
+            file.write_text(json.dumps(seconds, indent=2))
+    return seconds
 
 
 def reconstructions(model: Path, images: list[Image.Image]):
@@ -103,7 +101,7 @@ def main():
     parser.add_argument("--sheet", type=Path, default=ROOT / "docs" / "own_images.png")
     arguments = parser.parse_args()
     folder = arguments.folder.absolute()
-    times = run_page(folder)
+    seconds = run_page(folder)
 
     captions, photos = zip(*photographs())
     _, kept = zip(*kept_photographs())
@@ -116,9 +114,8 @@ def main():
     drawn = pipe(list(captions), generator=generators).images
 
     values = {
-        "minutes": round(sum(time["seconds"] for time in times.values()) / 60, 2),
-        "minutes_of_a_core": round(sum(time["seconds_of_a_core"] for time in times.values()) / 60, 2),
-        "commands": times,
+        "minutes": round(sum(seconds.values()) / 60, 2),
+        "seconds": seconds,
         "photographs": len(photos),
         "psnr_before": before.mean,
         "psnr_after": after.mean,
