@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from transformers import AutoProcessor, GenerationConfig
 
 from transformers_nextflow import ImageSampling, NextFlowForConditionalGeneration, NextFlowVQModel
@@ -34,6 +34,14 @@ SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
 EDITING_SAMPLING = ("guidance_scale", "image_guidance_scale", "temperature")
 SHEET = "text_to_image.png"
 WIDGET_PROMPT = "a red circle and a blue square"
+# What is asked for, with the sheet that shows such outcomes: drawing, an edit, a question about a video, a video.
+WIDGETS = {
+    WIDGET_PROMPT: SHEET,
+    "make the red circle green": "editing.png",
+    "what happens?": "video_question.png",
+    "the red circle moves right": "video.png",
+}
+MODEL_NAME = "NextFlow on the shapes world"
 SUITES = ("text_to_image", "held_out_combinations", "understanding", "tokenizer", "oracle")
 RECIPE = Path(__file__).with_name("README.md")
 
@@ -169,11 +177,21 @@ def model_card(model: NextFlowForConditionalGeneration, results: dict, layouts: 
     """
     data = ModelCardData(
         license="apache-2.0",
+        language="en",
         library_name="transformers",
         pipeline_tag="any-to-any",
         tags=["nextflow", "text-to-image", "image-text-to-text", "next-scale-prediction"],
-        widget=[{"text": WIDGET_PROMPT, "output": {"url": SHEET}}],
-    )
+        widget=[{"text": text, "output": {"url": sheet}} for text, sheet in WIDGETS.items()],
+        model_name=MODEL_NAME,
+        eval_results=[
+            EvalResult(
+                "any-to-any", "shapes-world", "shapes world", "accuracy", round(scores["overall"], 4),
+                dataset_config=suite, metric_name=f"{suite}, overall",
+            )
+            for suite, scores in results.items()
+            if isinstance(scores, dict) and "overall" in scores
+        ],
+    )  # fmt: skip
     sampling, editing = model.default_image_sampling.to_dict(), model.default_editing_sampling.to_dict()
     introduction = INTRODUCTION.format(
         total=model.num_parameters() / 1e6,

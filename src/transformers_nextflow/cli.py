@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import sys
 import time
 import warnings
@@ -15,8 +14,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from PIL import Image
 
+from .commands.data import check_codes, extract_codes, inspect, validate_data
+from .commands.options import Device, Dtype
+from .commands.serving import serve
+from .commands.training import init, recipes, train
 from .evaluation.suites import SUITES
-from .utils.atomic_files import write_anyway, write_whole
+from .utils.atomic_files import write_anyway
 from .utils.image_files import regular_file
 from .utils.one_line_errors import DEBUG, end_on_termination, errors_in_one_line, tells_what_is_kept
 from .utils.output_files import check_output_file, check_output_folder
@@ -44,8 +47,6 @@ MOST_CHECKED = 1024
 VIDEO_EXTENSIONS = (".gif", ".mp4")
 
 Model = Annotated[str, typer.Option(help="Folder of a model or a pipeline, or a repository of the Hub.")]
-Device = Annotated[str | None, typer.Option(help="Device, as cpu or cuda:0; default: a GPU where there is one.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: as the weights are stored.")]
 
 
 Output = Annotated[Path, typer.Option(help="Where the image goes; several are numbered.")]
@@ -314,153 +315,8 @@ def evaluate(
     typer.echo(json.dumps(scores, indent=2))
 
 
-@app.command()
-def inspect(
-    file: Annotated[Path, typer.Argument(help="A file of weights (safetensors, or a pickle of tensors), or a folder.")],
-):
-    """List the tensors of a file, and how far they are those of a NextFlow."""
-    with errors_in_one_line():
-        from .conversion.report import report
-
-        typer.echo(report(file))
-
-
-Source = Annotated[Path, typer.Argument(help="A .jsonl or .parquet file, or a folder; see docs/data.md.")]
-OnBadImage = Annotated[str, typer.Option(help="What an image that cannot be read does: stop, or skip its row.")]
-
-
-@app.command()
-def validate_data(
-    source: Source,
-    model: Annotated[
-        str | None, typer.Option(help="Folder of the model or vision tokenizer that codes are for.")
-    ] = None,
-    on_bad_image: OnBadImage = "stop",
-):
-    """Check training data: every row, every image, every code."""
-    with errors_in_one_line():
-        from .data.validation import validate_source
-
-        report = validate_source(source, model, on_bad_image)
-    for problem in report.problems + report.skipped_because:
-        typer.echo(problem, err=True)
-    typer.echo(
-        f"{report.rows} rows, {report.images} images, {report.skipped} rows skipped, {report.num_problems} problems"
-    )
-    if report.num_problems:
-        raise typer.Exit(1)
-
-
-@app.command()
-def extract_codes(
-    source: Source,
-    tokenizer: Annotated[str, typer.Option(help="Folder of a model or a vision tokenizer.")],
-    output: Annotated[Path, typer.Option(help="Folder of the shards; an interrupted one is finished.")],
-    processes: Annotated[int, typer.Option(min=1, help="How many shards are made at once.")] = 1,
-    shard_size: Annotated[int, typer.Option(min=1, help="Rows in a shard.")] = 1000,
-    level: Annotated[int | None, typer.Option(help="Resolution of all images; default: each one's nearest.")] = None,
-    top_k: Annotated[int, typer.Option(help="Nearest codes among which self-correction draws.")] = 10,
-    token_share: Annotated[float, typer.Option(help="Share of each scale's tokens that are drawn; 0 for none.")] = 0.6,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    on_bad_image: OnBadImage = "stop",
-    device: Annotated[str, typer.Option(help="Of the tokenizer, as cpu or cuda:0.")] = "cpu",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of one size that are encoded at once.")] = 16,
-    engine: Annotated[
-        str, typer.Option(help="local: processes of this machine; ray: actors of a Ray cluster.")
-    ] = "local",
-):
-    """Encode the images of training data ahead of time: codes to read, and codes to write."""
-    with errors_in_one_line():
-        from .data.code_extraction import extract_codes
-
-        check_output_folder(output)
-        settings = {"shard_size": shard_size, "level": level, "top_k": top_k, "token_share": token_share, "seed": seed}
-        settings |= {"batch_size": batch_size, "on_bad_image": on_bad_image}
-        totals = extract_codes(source, tokenizer, output, processes, device, engine, **settings)
-    typer.echo(
-        f"{totals['rows']} rows in {totals['shards']} shards ({totals['found']} were there), "
-        f"{totals['skipped']} rows skipped"
-    )
-
-
-@app.command()
-def check_codes(output: Annotated[Path, typer.Argument(help="Folder that extract-codes wrote.")]):
-    """Check that codes are complete and as they were written."""
-    with errors_in_one_line():
-        from .data.code_extraction import check_codes
-
-        totals = check_codes(output)
-    typer.echo(f"{totals['rows']} rows in {totals['shards']} shards, {totals['skipped']} rows skipped")
-
-
-@app.command()
-def serve(
-    model: Annotated[str, typer.Argument(help="Folder of a model or a pipeline, or a repository of the Hub.")],
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    name: Annotated[str, typer.Option(help="By which requests name the model; default: the folder's.")] = "",
-    replicas: Annotated[int, typer.Option(min=1, help="Copies of the model.")] = 1,
-    max_replicas: Annotated[int | None, typer.Option(help="Up to how many, while requests wait.")] = None,
-    cpus: Annotated[float | None, typer.Option(help="Of a replica; default: this machine's, shared out.")] = None,
-    gpus: Annotated[float | None, typer.Option(help="Of a replica, as 0.5; default: one where the device is.")] = None,
-    max_batch_size: Annotated[int, typer.Option(min=1, help="Images that are drawn in one batch.")] = 16,
-    batch_wait: Annotated[float, typer.Option(min=0, help="Seconds that an idle replica waits for more.")] = 0.01,
-    max_waiting: Annotated[int, typer.Option(min=1, help="Requests at most that a replica accepts at once.")] = 64,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 300.0,
-    max_upload: Annotated[int, typer.Option(min=1, help="Bytes of a request at most.")] = 32 * 2**20,
-    metrics_port: Annotated[int | None, typer.Option(help="Of Prometheus' metrics; default: Ray chooses.")] = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-):
-    """Serve a model by HTTP, as clients of OpenAI's API know it; see docs/serving.md."""
-    with errors_in_one_line():
-        from .serving import ray_serve
-        from .serving.settings import ServingSettings
-
-        settings = ServingSettings(
-            model, name, device, dtype, max_batch_size, batch_wait, max_waiting, timeout, max_upload
-        )
-        _load_pipeline(model, device, dtype)  # what is wrong with the folder is told here, not in a replica's log
-        ray_serve.start(settings, host, port, replicas, max_replicas, cpus, gpus, metrics_port)
-        typer.echo(f"{settings.name} answers at http://{host}:{port}/v1; Ctrl-C ends it.")
-        ray_serve.wait()
-
-
-@app.command()
-def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe of the package by its name, or a file; see `recipes`.")],
-    model: Annotated[str, typer.Option(help="Folder that the stage starts from: `final` of the stage before.")],
-    data: Annotated[Path, typer.Option(help="A .jsonl or .parquet file, or a folder; see docs/data.md.")],
-    output: Annotated[Path, typer.Option(help="Folder for checkpoints; `final` in it is the outcome.")],
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint of the same training.")] = False,
-    changes: Annotated[
-        list[str], typer.Option("--set", help="name=value of the recipe or of its arguments; may be repeated.")
-    ] = [],  # noqa: B006  (typer copies it)
-    profile: Annotated[bool, typer.Option(help="Measure some steps by torch.profiler; see docs/training.md.")] = False,
-):
-    """Train a stage of the recipe; several processes by `accelerate launch -m transformers_nextflow.cli train …`."""
-    with errors_in_one_line():
-        try:
-            from .trainers.recipes import load_recipe, run_recipe
-        except ImportError as error:
-            raise ValueError("Training needs accelerate: pip install transformers-nextflow[train].") from error
-        check_output_folder(output)
-        run_recipe(load_recipe(recipe, changes), model, data, output, resume, profile)
-
-
-@app.command()
-def recipes(copy: Annotated[Path | None, typer.Option(help="Folder to which they are copied, to be changed.")] = None):
-    """Name the recipes that the package brings, or copy them, with settings of accelerate for many devices."""
-    with errors_in_one_line():
-        from .trainers.recipes import RECIPES, recipe_names
-
-        if copy is not None:
-            check_output_folder(copy)
-            if copy.exists():
-                raise ValueError(f"{copy} is there already; name a new folder.")
-            with write_whole(copy) as partial:
-                shutil.copytree(RECIPES, partial, dirs_exist_ok=True)
-    typer.echo("\n".join(recipe_names()))
+for command in (inspect, validate_data, extract_codes, check_codes, init, train, recipes, serve):
+    app.command()(command)
 
 
 def main():

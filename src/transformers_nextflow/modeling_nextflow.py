@@ -35,6 +35,7 @@ from .sequence.scale_attention import ScaleAttentionMixin
 from .sequence.scale_masked import ScaleMaskedMixin
 from .sequence.scale_sdpa import plan_attention
 from .utils.atomic_files import saved_whole
+from .utils.model_cards import ModelCardMixin, with_card
 from .utils.offloading import ExecutionDeviceMixin
 from .utils.older_transformers import CACHE, takes_the_cache
 from .utils.saved_adapters import FOLDER as ADAPTERS
@@ -115,12 +116,12 @@ class NextFlowVisualEmbedding(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], -1) * self.config.initializer_range
 
 
-class NextFlowPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTrainedModel):
+class NextFlowPreTrainedModel(ModelCardMixin, StrictLoadingMixin, ExecutionDeviceMixin, PreTrainedModel):
     """What the models of this family share: how they load, are placed on devices, and start."""
 
     config: NextFlowConfig
     # Adapters that lie beside weights belong to those.
-    save_pretrained = saved_whole(PreTrainedModel.save_pretrained, replaced=[ADAPTERS])
+    save_pretrained = with_card(saved_whole(PreTrainedModel.save_pretrained, replaced=[ADAPTERS]))
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True

@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .configuration_nextflow import NextFlowVQConfig
 from .scale_schedule import Grid, ScaleSchedule
 from .utils.atomic_files import saved_whole
+from .utils.model_cards import TOKENIZER_USE, ModelCardMixin, with_card
 from .utils.offloading import ExecutionDeviceMixin, onloaded
 from .utils.strict_loading import StrictLoadingMixin
 from .vision_tokenizer.multiscale_quantizer import (
@@ -68,11 +69,12 @@ TENSORS_AT_ONCE = 5
 CODE_PARTS = ("semantic_encoder", "semantic_projection", "pixel_encoder", "quantizer")
 
 
-class NextFlowVQPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTrainedModel):
+class NextFlowVQPreTrainedModel(ModelCardMixin, StrictLoadingMixin, ExecutionDeviceMixin, PreTrainedModel):
     """What vision tokenizers share: how they load, are placed on devices, and start."""
 
     config: NextFlowVQConfig
-    save_pretrained = saved_whole(PreTrainedModel.save_pretrained)
+    save_pretrained = with_card(saved_whole(PreTrainedModel.save_pretrained))
+    card_title, card_pipeline_tag, card_use = "Vision tokenizer of NextFlow", None, TOKENIZER_USE
     base_model_prefix = "vq_model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -273,6 +275,10 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         config, size = self.config, next(self.pixel_decoder.parameters()).element_size()
         parts = features.split(images_at_once(config, config.pixel_decoder_channels, schedule, size))
         return torch.cat([self.decode_features(part).clamp(-1, 1) for part in parts])
+
+    def reconstruct(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) in [-1, 1], through codes and back; their size must be one that is drawn."""
+        return self.decode(self.encode(pixel_values).image_tokens, self.schedule_of(pixel_values))
 
     def decode_features(self, features: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W), not clamped, from a sum of code vectors (B, C, h, w)."""

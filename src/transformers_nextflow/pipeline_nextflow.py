@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from .sequence.padding import pad_codes
 from .utils.atomic_files import write_into
 from .utils.checkpoint_checks import loading_errors
 from .utils.known_names import checks_names
+from .utils.model_cards import CARD, card_first
 from .utils.saved_adapters import FOLDER as ADAPTERS
 from .utils.saved_adapters import HUB_OPTIONS, is_adapted, unwrapped, with_adapters_beside
 from .utils.short_repr import short_repr
@@ -202,13 +204,22 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
             ValueError: for adapters that are merged into weights and not unloaded, and for those of a quantised model.
         """
         pipeline, model = self, self.unwrapped_model
+        if kwargs.get("push_to_hub"):
+            card_first(self, kwargs.get("repo_id", os.path.basename(save_directory)), kwargs.get("token"))
+        has_card = os.path.exists(os.path.join(save_directory, CARD))
         if is_adapted(model):
             pipeline = copy.copy(self)
             pipeline.model = with_adapters_beside(model)
         with write_into(save_directory, replaced=[f"model/{ADAPTERS}"]) as folder:
             # First, so that they are there when the folder is uploaded.
             (folder / "pipeline.py").write_text(PIPELINE_FILE)
+            if not has_card:
+                self.write_model_card(folder)
             DiffusionPipeline.save_pretrained(pipeline, str(folder), **kwargs)
+
+    def write_model_card(self, folder):
+        """Write the card of the pipeline to a folder, as `model.write_model_card` does for the model by itself."""
+        self.unwrapped_model.write_model_card(folder, library_name="diffusers", pipeline_tag="text-to-image")
 
     def to_json_string(self) -> str:
         # Where a `pipeline.py` lies beside the index, `DiffusionPipeline` takes the class from it.

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 
 from transformers_nextflow.data import BadRowError, read_row, tokenizer_fingerprint, validate_rows
 from transformers_nextflow.data.row_errors import BadImageError
-from transformers_nextflow.data.rows import JsonLines, NumberedRows
+from transformers_nextflow.data.rows import NumberedRows
+from transformers_nextflow.data.sources import JsonLines
 from transformers_nextflow.data.validation import validate_source
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer
 from transformers_nextflow.trainers.recipe_data import StageImages, StageRows

@@ -19,8 +19,8 @@ from transformers_nextflow.cli import app
 from transformers_nextflow.data import BadRowError, extract_codes, open_rows
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer
 from transformers_nextflow.trainers.recipe_data import StageImages, StageRows, as_caption, without_prompt
+from transformers_nextflow.trainers.recipe_trainers import make_trainer as trainer_of
 from transformers_nextflow.trainers.recipes import RECIPES, load_recipe, recipe_names, run_recipe
-from transformers_nextflow.trainers.recipes import make_trainer as trainer_of
 
 
 FOLDER = RECIPES
@@ -55,7 +55,8 @@ def changed(before: torch.nn.Module, after: torch.nn.Module) -> set[str]:
 
 def test_the_files_say_what_the_paper_does():
     files = {path.stem for path in FOLDER.glob("*.yaml")}
-    assert files == {*RATES, "tokenizer_pixel", "tokenizer_joint", "tokenizer_decoder"}
+    of_small_machines = {"tokenizer", "transformer", "lora", "rl"}
+    assert files == {*RATES, "tokenizer_pixel", "tokenizer_joint", "tokenizer_decoder"} | of_small_machines
     for name, rate in RATES.items():
         recipe = load_recipe(FOLDER / f"{name}.yaml")
         assert recipe.arguments["learning_rate"] == rate and recipe.empty_share == 0.1
@@ -177,6 +178,29 @@ def test_the_two_shares_take_different_rows():
     first = [stage[i]["messages"][0]["content"][0] for i in range(len(stage))]
     captions, empty = (first.count(part) for part in ({"type": "image"}, text("")))
     assert 70 < captions < 130 and 160 < empty < 240
+
+
+def test_each_epoch_takes_other_rows_for_the_shares_and_a_training_that_goes_on_does_too(start, tmp_path):
+    rows = [drawing(caption, number) for number, caption in enumerate(["a", "b", "c", "d"])]
+    stage = StageRows(rows, tiny_processor(), empty_share=0.5)
+    seen = set()
+    for epoch in range(12):
+        stage.set_epoch(epoch)
+        seen |= {row["messages"][0]["content"][0]["text"] for row in (stage[index] for index in range(4))}
+    assert seen == {"", "a", "b", "c", "d"}
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    changes = [*SMALL, "max_steps=7", "save_steps=3", "empty_share=0.5", "learning_rate=1e-2", "save_total_limit=null"]
+    recipe = load_recipe("pretrain_256", changes)
+    trainer = trainer_of(recipe, start, data, tmp_path / "out")
+    told, rows_of_epoch = [], trainer.train_dataset.rows
+    set_epoch = rows_of_epoch.set_epoch
+    rows_of_epoch.set_epoch = lambda epoch: told.append(epoch) or set_epoch(epoch)
+    trainer.train()
+    assert list(dict.fromkeys(told)) == [0, 1, 2, 3]
+    again = trainer_of(recipe, start, data, tmp_path / "out")
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))  # in the middle of the second epoch
+    own = trainer.model.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in again.model.state_dict().items())
 
 
 def test_images_of_the_tokenizer_are_read_as_the_image_processor_reads_them(tmp_path):

@@ -55,6 +55,7 @@ LAYERS = (
     ("data",),
     ("conversion", "serving", "trainers"),
     ("worlds",),
+    ("commands",),
     ("__init__", "cli"),
 )
 

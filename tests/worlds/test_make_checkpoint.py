@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from tiny import tiny_model, tiny_processor
 from transformers import AutoProcessor
 
@@ -89,6 +90,10 @@ def test_the_model_card_tells_every_score_and_where_it_comes_from(run, tmp_path)
     for table in SCORES.values():
         for score in table.values():
             assert f"{score:.3f}" in text
+    results = ModelCard(card).data.eval_results
+    told = {one.dataset_config: one.metric_value for one in results}
+    assert told == {suite: scores["overall"] for suite, scores in SCORES.items() if "overall" in scores}
+    assert all(text in head for text in ("make the red circle green", "what happens?", "video.png", "language: en"))
     assert "top_p=0.9" in text and "train_transformer.py" in text
     assert json.loads((tmp_path / "shapes.json").read_text())["machine"]["cpu"] in text
 

@@ -16,8 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import torch
-import yaml
-from huggingface_hub import ModelCard, ModelCardData, split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from ..configuration_nextflow import NextFlowVQConfig
 from ..utils.checkpoint_checks import FLOATS, is_finite, read_json, unsafe_pickle
+from ..utils.model_cards import INHERITED, told_by, write_card
 from ..utils.one_line_errors import tells_what_is_kept
 
 
@@ -476,15 +476,13 @@ def write_model_card(
     """
     source = Path(source).absolute()  # and not resolved: files of the Hub's cache are links into another folder
     folder_of_source = source.parent if source.is_file() else source
-    data = {"license": "unknown"}
-    if (readme := folder_of_source / "README.md").is_file():
-        try:
-            told = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
-        except (yaml.YAMLError, ValueError) as error:
-            raise ValueError(f"The head of {readme} cannot be read; correct or remove it. {error}") from error
-        data |= {name: told[name] for name in ("license", "license_name", "license_link", "language") if name in told}
+    told = told_by(folder_of_source)
+    data = {"license": "unknown"} | {name: told[name] for name in INHERITED if name in told}
     cached = [part.removeprefix("models--").replace("--", "/") for part in source.parts if part.startswith("models--")]
-    card = ModelCardData(
+    write_card(
+        folder,
+        title,
+        [text],
         **data,
         base_model=base_model or (cached[-1] if cached else None),
         pipeline_tag=pipeline_tag,
@@ -492,4 +490,3 @@ def write_model_card(
         tags=["nextflow", *tags],
         widget=[{"text": prompt} for prompt in prompts] or None,
     )
-    (folder / "README.md").write_text(f"---\n{card.to_yaml()}\n---\n\n# {title}\n\n{text.strip()}\n", encoding="utf-8")

@@ -1,15 +1,18 @@
 """Training data: rows of messages, texts, images and videos, checked and encoded ahead of time (docs/data.md)."""
 
 from .code_extraction import check_codes, extract_codes
+from .columns import Columns
 from .row_codes import EncodedImage, ImageCodes, code_fields, encoded_images
 from .row_errors import BadRowError
-from .rows import Sample, load_image, open_rows, read_row
+from .rows import Sample, load_image, read_row
+from .sources import open_rows
 from .validation import ValidationReport, validate_rows
 from .vision_tokenizer import load_vision_tokenizer, tokenizer_fingerprint
 
 
 __all__ = [
     "BadRowError",
+    "Columns",
     "EncodedImage",
     "ImageCodes",
     "Sample",

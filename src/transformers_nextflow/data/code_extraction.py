@@ -17,7 +17,7 @@ import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +31,11 @@ from ..utils.devices import on_device
 from ..utils.one_line_errors import tells_what_is_kept
 from ..utils.typed_values import read_typed
 from ..vision_tokenizer.multiscale_quantizer import SelfCorrection
+from .columns import Columns
 from .row_codes import CLEAN_TOKENS, FINGERPRINT, GRIDS, LABELS, TOKENS, code_fields, encoded_images
 from .row_encoding import read_pixels
-from .rows import Sample, import_extra, open_rows, read_row
+from .rows import Sample, read_row
+from .sources import import_extra, open_rows
 from .validation import check_on_bad_image, usable_rows
 from .vision_tokenizer import load_vision_tokenizer, tokenizer_fingerprint
 
@@ -64,6 +66,7 @@ class Extraction:
             of the tokens of each scale.
         seed: of the draws.
         on_bad_image: "stop" or "skip".
+        image_column, caption_column, edited_image_column: of the source, see [`Columns`].
         row_format: of the shards; those of another one are not continued.
     """
 
@@ -78,6 +81,9 @@ class Extraction:
     token_share: float = 0.6
     seed: int = 0
     on_bad_image: str = "stop"
+    image_column: str | None = None
+    caption_column: str | None = None
+    edited_image_column: str | None = None
     row_format: int = ROW_FORMAT
 
     def __post_init__(self):
@@ -87,6 +93,10 @@ class Extraction:
             raise ValueError(f"shard_size and batch_size start at 1, got {self.shard_size} and {self.batch_size}.")
         if abs(self.seed) > MOST_SEED:
             raise ValueError(f"seed must lie between -{MOST_SEED} and {MOST_SEED}, got {self.seed}.")
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.image_column, self.caption_column, self.edited_image_column)
 
     @property
     def self_correction(self) -> SelfCorrection | None:
@@ -123,7 +133,7 @@ def extract_codes(
     Goes on where an earlier call with the same settings was cut off; the result is the same as uncut.
 
     Args:
-        source: `.jsonl` or `.parquet` file, or folder; see `open_rows`.
+        source: see `open_rows`.
         tokenizer: folder of a `NextFlowVQModel`, or of a model that holds one.
         output: folder of the shards.
         processes: each takes a shard at a time.
@@ -142,9 +152,9 @@ def extract_codes(
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {tuple(ENGINES)}, got {engine!r}.")
     model = load_vision_tokenizer(tokenizer)
-    fingerprint = tokenizer_fingerprint(model)
-    count = len(open_rows(source)[0])
-    extraction = Extraction(str(Path(source).resolve()), count, str(tokenizer), fingerprint, **settings)
+    place = str(Path(source).resolve() if os.path.exists(source) else source)
+    extraction = Extraction(place, 0, str(tokenizer), tokenizer_fingerprint(model), **settings)
+    extraction = replace(extraction, source_rows=len(open_rows(place, extraction.columns)[0]))
     if extraction.level is not None:
         model.config.scale_schedules.build(level=extraction.level)  # raises if there is no such level
     if engine == "local":
@@ -291,7 +301,7 @@ class _Encoder:
         self.image_processor = NextFlowImageProcessorPil(
             scales=config.scales, patch_size=config.patch_size, levels=config.levels, level=extraction.level
         )
-        self.rows, self.root = open_rows(extraction.source)
+        self.rows, self.root = open_rows(extraction.source, extraction.columns)
 
     def write(self, shard: int, output: Path) -> int:
         """Write a shard and then its note, without which it does not count."""

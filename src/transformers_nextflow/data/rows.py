@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from PIL import Image
@@ -17,7 +14,6 @@ from ..sequence.messages import read_message
 from ..utils.field_errors import FieldError, shown
 from ..utils.image_files import read_image
 from ..utils.plain_values import as_list
-from ..utils.short_repr import short_path
 from ..video_processing_nextflow import read_frames
 from .row_codes import ImageCodes, read_codes
 from .row_errors import BadImageError, BadRowError
@@ -134,70 +130,6 @@ def load_image(image: Any, field: str = "image") -> Image.Image:
         raise BadImageError(field, f"the image cannot be read: {error}") from error
 
 
-def open_rows(source: str | os.PathLike) -> tuple[Sequence[dict], Path]:
-    """The rows of a file or a folder, by number, and the folder that its images' paths are relative to.
-
-    A `.jsonl` file with images beside it, `.parquet` files or a folder of them, or a folder that
-    `Dataset.save_to_disk` wrote.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    source = Path(source)
-    if source.suffix in (".jsonl", ".json") and source.is_file():
-        return JsonLines(source), source.parent
-    parquet = [source] if source.suffix == ".parquet" else sorted(source.glob("*.parquet")) if source.is_dir() else []
-    if os.path.exists(source) and (parquet or (source / "dataset_info.json").is_file()):
-        datasets = import_extra("datasets")
-        files = [str(file) for file in parquet]
-        try:
-            rows = datasets.Dataset.from_parquet(files) if files else datasets.load_from_disk(str(source))
-        except Exception as error:  # of pyarrow and datasets, each its own
-            raise ValueError(f"{short_path(source)} cannot be read as rows: {error}") from error
-        if isinstance(getattr(rows.features.get("images"), "feature", None), datasets.Image):
-            # Decoded by us, so that a broken image is told by its row and field.
-            rows = rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
-        return rows, source
-    if not os.path.exists(source):
-        raise ValueError(f"There is no file or folder {short_path(source)}.")
-    raise ValueError(f"{source} is no .jsonl or .parquet file, and no folder of .parquet files or of save_to_disk.")
-
-
-def import_extra(name: str, extra: str = "train") -> ModuleType:
-    """A module of an extra. Raises `ValueError` that says how to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(f"This needs {name}: pip install transformers-nextflow[{extra}].") from error
-
-
-class JsonLines:
-    """Rows of a JSON Lines file, by number; empty lines are none."""
-
-    def __init__(self, path: Path):
-        self.path, self.offsets = path, []
-        with open(path, "rb") as file:
-            offset = 0
-            for line in file:
-                if line.strip():
-                    self.offsets.append(offset)
-                offset += len(line)
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    def __getitem__(self, index: int) -> dict:
-        with open(self.path, "rb") as file:
-            file.seek(self.offsets[index])
-            try:
-                return json.loads(file.readline())
-            except (ValueError, RecursionError) as error:
-                raise BadRowError("row", f"is no JSON: {error}") from error
-
-    def __iter__(self) -> Iterator[dict]:
-        return (self[index] for index in range(len(self)))
-
-
 class NumberedRows:
     """Rows by number that hold their number as `ROW_NUMBER`, so that an error in one can name it."""
 
@@ -206,6 +138,10 @@ class NumberedRows:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def set_epoch(self, epoch: int):
+        if hasattr(self.rows, "set_epoch"):
+            self.rows.set_epoch(epoch)
 
     def __getitem__(self, index: int) -> dict:
         try:

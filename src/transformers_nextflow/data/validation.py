@@ -14,10 +14,12 @@ from ..image_processing_nextflow import NextFlowImageProcessorPil
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedules
 from ..utils.checkpoint_checks import loading_errors
+from .columns import Columns
 from .row_codes import TOKENS
 from .row_encoding import encode_sample, read_images
 from .row_errors import BadImageError, BadRowError
-from .rows import Sample, open_rows, read_row
+from .rows import Sample, read_row
+from .sources import open_rows
 from .vision_tokenizer import load_vision_tokenizer, tokenizer_fingerprint
 
 
@@ -129,10 +131,13 @@ def validate_rows(
 
 
 def validate_source(
-    source: str | os.PathLike, model: str | None = None, on_bad_image: str = "stop"
+    source: str | os.PathLike,
+    model: str | None = None,
+    on_bad_image: str = "stop",
+    columns: Columns | None = None,
 ) -> ValidationReport:
-    """The report of a file or folder (see `open_rows`), for the model or the tokenizer in the folder `model`."""
-    rows, root = open_rows(source)
+    """The report of a source (see `open_rows`), for the model or the tokenizer in the folder `model`."""
+    rows, root = open_rows(source, columns)
     if model is None:
         return validate_rows(rows, root, on_bad_image=on_bad_image)
     vq_model = load_vision_tokenizer(model)

@@ -20,11 +20,12 @@ from ..utils.offloading import onloaded
 # other codes (`benchmarks/resampling.py`). Nearest and rotary resampling are as they were.
 RESAMPLED_BY = {"resampling": "matrices"}
 KEPT_RESAMPLINGS = {"nearest", "rotary"}
-# Settings of decoders and of training; all others may change which code an image gets.
+# Settings of decoders and of training, `use_cache` being set by transformers' `Trainer`; all others may change which
+# code an image gets.
 NOT_OF_CODES = {
     "pixel_decoder_channels", "pixel_decoder_num_res_blocks", "semantic_decoder_depth", "semantic_decoder_heads",
     "semantic_decoder_hidden_size", "semantic_decoder_hidden_act", "semantic_decoder_positions", "semantic_target_dim",
-    "commitment_weight", "initializer_range", "initializer_factor", "attention_dropout",
+    "commitment_weight", "initializer_range", "initializer_factor", "attention_dropout", "use_cache",
 }  # fmt: skip
 
 

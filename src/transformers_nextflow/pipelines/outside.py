@@ -58,8 +58,7 @@ class OutsideWarningsMixin:
             return
         for number, image in enumerate(images):
             pixels = image[None].to(vq_model.device, torch.float32)
-            decoded = vq_model.decode(vq_model.encode(pixels).image_tokens, vq_model.schedule_of(pixels))
-            reached = psnr(decoded / 2 + 0.5, pixels / 2 + 0.5).item()
+            reached = psnr(vq_model.reconstruct(pixels) / 2 + 0.5, pixels / 2 + 0.5).item()
             if stated.is_other_image(reached):
                 self._warn_outside(
                     "image", f"Image {number} is of another kind than those that this checkpoint was trained on: its "

@@ -102,6 +102,7 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
 
     config: TokenFlowT2IConfig
     input_modalities = ("text",)
+    card_title, card_pipeline_tag = "TokenFlow-t2i", "text-to-image"
     _no_split_modules = ["TokenFlowT2IDecoderLayer", "NextFlowVQModel"]
 
     def __init__(self, config: TokenFlowT2IConfig):

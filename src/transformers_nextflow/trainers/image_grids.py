@@ -14,6 +14,7 @@ from ..generation.sampling import ImageSampling
 from ..processing_nextflow import NextFlowProcessor
 from ..utils.atomic_files import write_whole
 from .rl.rollouts import generate_rollouts
+from .runs.trained_weights import is_sharded
 
 
 class ImageGrids(TrainerCallback):
@@ -59,7 +60,7 @@ class ImageGrids(TrainerCallback):
     def _save(self, args, state, model: nn.Module):
         if not state.is_world_process_zero:
             return
-        if any(hasattr(weight, "placements") or hasattr(weight, "ds_id") for weight in model.parameters()):
+        if is_sharded(model):
             raise ValueError("Weights are sharded (FSDP, ZeRO 3): no process can draw. Leave ImageGrids out.")
         base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
         was_training = model.training

@@ -9,12 +9,16 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
+from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
 from ..configuration_nextflow import NextFlowConfig
+from ..data.fitness import fit_of, pixels_of
+from ..data.row_codes import TOKENS
+from ..data.row_errors import BadRowError
 from ..data.rows import NumberedRows
 from ..data.vision_tokenizer import tokenizer_fingerprint
 from ..modeling_nextflow import NextFlowForConditionalGeneration
@@ -29,6 +33,7 @@ from .runs.checked_arguments import CheckedArguments
 from .runs.finite_training import FiniteTrainingMixin
 from .runs.resumable_training import ResumableTrainingMixin
 from .runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights, place_vision_tokenizer
+from .runs.training_card import TrainingCardMixin
 from .runs.training_record import processor_differences
 from .trained_means import TrainedMeans, parts_of
 from .unsupported_arguments import check_trainer_arguments, check_training_arguments
@@ -37,6 +42,8 @@ from .unsupported_arguments import check_trainer_arguments, check_training_argum
 logger = logging.get_logger(__name__)
 # Rows whose images decide which attention is the fastest.
 LOOKED_AT_ROWS = 64
+# Rows whose images are reconstructed before an adapter is trained on them.
+FITTED_ROWS = 8
 
 
 @dataclass
@@ -121,6 +128,37 @@ def _schedules_of(rows, collator: NextFlowCollator) -> list[ScaleSchedule]:
     return [schedule for index in range(count) for schedule in collator.size(rows[index]).schedules]
 
 
+class EpochOfRows(TrainerCallback):
+    """Tells rows that differ by epochs which one begins. accelerate tells samplers, and data sets in one process only.
+
+    Packs are not told: their rows are those that were measured.
+    """
+
+    def __init__(self, rows: NumberedRows):
+        self.rows = rows
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.rows.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+def _warn_of_images(model: nn.Module, rows, collator: NextFlowCollator):
+    """Tell of images that the vision tokenizer cannot hold, so that no adapter can either; of the first rows."""
+    config, image_processor = model.config, collator.processor.image_processor
+    stated = config.trained_on or {}
+    try:
+        sample = [rows[index] for index in range(min(len(rows), FITTED_ROWS))]
+        sample = [row for row in sample if row.get(TOKENS) is None]
+        images = list(pixels_of(sample, collator.root, image_processor, FITTED_ROWS))
+    except BadRowError:
+        return  # told by its number where it is trained on
+    if images and not (fit := fit_of(model.vq_model, images, stated.get("lowest_psnr"))).is_fit:
+        warnings.warn(
+            f"An adapter draws nothing that its tokenizer cannot hold, and {fit}. Train the tokenizer on such images "
+            "first, by the recipe tokenizer (docs/own_images.md).",
+            stacklevel=3,
+        )
+
+
 def _collator_of(processor: NextFlowProcessor | None) -> NextFlowCollator:
     if not isinstance(processor, NextFlowProcessor):
         raise ValueError(
@@ -141,7 +179,7 @@ def _processor_to_save(collator, processor: NextFlowProcessor | None) -> NextFlo
     return processor or own
 
 
-class NextFlowTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrainingMixin, Trainer):
+class NextFlowTrainer(TrainingCardMixin, TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrainingMixin, Trainer):
     """Trains a [`NextFlowForConditionalGeneration`] on the batches of a [`NextFlowCollator`].
 
     Logs the text loss, the weighted image loss, each scale's own loss and the accuracies beside the total, in training
@@ -197,6 +235,8 @@ class NextFlowTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrain
             collator.codebook_size = model.config.vq_config.codebook_size
         if isinstance(collator, NextFlowCollator) and collator.max_positions is None:
             collator.max_positions = model.config.text_config.max_position_embeddings
+        if is_peft_model(model) and isinstance(rows, NumberedRows) and isinstance(collator, NextFlowCollator):
+            _warn_of_images(model, rows, collator)
         if args.packing != "padding" and rows is not None:
             choose_attention(model, args.device, _schedules_of(rows, collator))
             kwargs["train_dataset"] = packed(rows, collator, model.config, args)
@@ -206,6 +246,8 @@ class NextFlowTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrain
                 f"One process has {args.n_gpu} GPUs, over which batches of images cannot be divided; start one process "
                 "for each with torchrun or accelerate launch, or show it one by CUDA_VISIBLE_DEVICES."
             )
+        if isinstance(self.train_dataset, NumberedRows):
+            self.add_callback(EpochOfRows(self.train_dataset))
         if args.checkpoint_every > 1:
             self.add_callback(CheckpointedLayers(args.checkpoint_every))
         self._trained, self._evaluated = TrainedMeans(), TrainedMeans()

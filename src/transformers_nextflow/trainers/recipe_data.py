@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageOps
@@ -20,9 +20,13 @@ from ..data.row_codes import (
     schedule_of,
 )
 from ..data.row_errors import BadImageError, BadRowError
-from ..data.rows import NumberedRows, check_is_row, load_image, read_messages, read_row
+from ..data.rows import NumberedRows, Sample, check_is_row, load_image, read_messages, read_row
 from ..image_processing_nextflow import NextFlowImageProcessorPil
 from ..processing_nextflow import NextFlowProcessor
+
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 
 class StageRows(Dataset):
@@ -34,7 +38,8 @@ class StageRows(Dataset):
         level: resolution that images with codes must have; `None` for any.
         caption_share: share of the drawings that are turned round.
         empty_share: share of the rows answered by an image alone whose prompt is left empty: the unconditional half
-            of guidance. Both shares come to 1 at most, and which rows they take depends on `seed` and the number alone.
+            of guidance. Both shares come to 1 at most, and which rows they take depends on `seed`, the number and the
+            epoch only: few rows that are seen often are all seen as they are, too.
 
     Raises:
         ValueError: on access, for a row with codes of another level, or what is no row; the message names it.
@@ -50,7 +55,7 @@ class StageRows(Dataset):
         seed: int = 0,
     ):
         self.rows, self.processor, self.level = rows, processor, level
-        self.caption_share, self.empty_share, self.seed = caption_share, empty_share, seed
+        self.caption_share, self.empty_share, self.seed, self.epoch = caption_share, empty_share, seed, 0
 
     @property
     def settings(self) -> dict:
@@ -60,11 +65,20 @@ class StageRows(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
     def __getitem__(self, index: int) -> dict:
-        row = self.rows[index]
+        return self._stage_row(self.rows[index], index)
+
+    def stream(self) -> IterableDataset:
+        """The same rows where they are a stream of `datasets`."""
+        return self.rows.map(self._stage_row, with_indices=True)
+
+    def _stage_row(self, row: dict, index: int) -> dict:
         check_is_row(row)
         self._check_level(index, row)
-        drawn = random.Random(f"{self.seed} {index}").random()
+        drawn = random.Random(f"{self.seed} {index}" + (f" {self.epoch}" if self.epoch else "")).random()
         if drawn < self.caption_share:
             return as_caption(row, self.processor.caption_request)
         return without_prompt(row) if drawn < self.caption_share + self.empty_share else row
@@ -90,7 +104,7 @@ def as_caption(row: dict, request: str) -> dict:
     Raises:
         BadRowError: for codes sampled for self-correction without the clean ones, and what is no row.
     """
-    turns = _prompt_and_image(row)
+    turns = prompt_and_image(row)
     if turns is None or [part["type"] for part in turns[0]] != ["text"] or not turns[0][0]["text"]:
         return row
     turned = _with_turns(row, [*turns[1], {"type": "text", "text": request}], turns[0])
@@ -102,14 +116,14 @@ def as_caption(row: dict, request: str) -> dict:
 
 def without_prompt(row: dict) -> dict:
     """A row that is answered by an image alone with its texts left empty, images kept. Others as they are."""
-    turns = _prompt_and_image(row)
+    turns = prompt_and_image(row)
     if turns is None:
         return row
     emptied = [part | {"text": ""} if part["type"] == "text" else part for part in turns[0]]
     return _with_turns(row, emptied, turns[1])
 
 
-def _prompt_and_image(row: dict) -> tuple[list[dict], list[dict]] | None:
+def prompt_and_image(row: dict) -> tuple[list[dict], list[dict]] | None:
     """The user's parts, and the answer's, in a row of one turn each that is answered by one image; `None` for others.
 
     Rows that say what is trained on are left alone.
@@ -137,24 +151,30 @@ class StageImages(Dataset):
 
     def __init__(self, rows, root: Path, processor: NextFlowImageProcessorPil, level: int):
         processor.scale_schedules.for_size(level, level)  # raises for a size that is not drawn
-        self.processor, self.level = processor, level
-        # Each with where it stands, for errors.
-        self.images: list[tuple[str, Any]] = []
-        for number, row in enumerate(NumberedRows(rows)):
-            try:
-                sample = read_row(row, root)
-            except BadRowError as error:
-                raise error.of_row(number) from error
-            self.images += [(f"row {number}, {place}", own) for place, own in zip(sample.fields, sample.images)]
+        self.processor, self.level, self.rows, self.root = processor, level, NumberedRows(rows), root
+        # Row, number in it, field and path of each; what rows hold themselves is left there: it may be more than fits.
+        self.images: list[tuple[int, int, str, Path | None]] = []
+        for number in range(len(rows)):
+            sample = self._read(number)
+            for position, (place, own) in enumerate(zip(sample.fields, sample.images)):
+                self.images.append((number, position, place, own if isinstance(own, Path) else None))
         if not self.images:
             raise ValueError(f"The rows in {root} give no images; a tokenizer is not trained on codes.")
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def _read(self, number: int) -> Sample:
+        row = self.rows[number]
+        try:
+            return read_row(row, self.root)
+        except BadRowError as error:
+            raise error.of_row(number) from error
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        place, source = self.images[index]
-        loaded = load_image(source, place)
+        number, position, field, source = self.images[index]
+        place = f"row {number}, {field}"
+        loaded = load_image(self._read(number).images[position] if source is None else source, place)
         try:
             image = self.processor.to_rgb(loaded)[0]
         except ValueError as error:

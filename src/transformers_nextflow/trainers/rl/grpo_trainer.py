@@ -21,6 +21,7 @@ from ...processing_nextflow import NextFlowProcessor
 from ..runs.finite_training import FiniteTrainingMixin
 from ..runs.resumable_training import ResumableTrainingMixin
 from ..runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights, place_vision_tokenizer
+from ..runs.training_card import TrainingCardMixin
 from .checked_reward import LARGEST_REWARD, checked
 from .grpo_config import NextFlowGRPOConfig
 from .prefix_objective import Box, box_mask, kl_to_reference, policy_terms, scale_shares
@@ -54,7 +55,9 @@ class PromptSampler(RepeatSampler):
         yield from super().__iter__()
 
 
-class NextFlowGRPOTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrainingMixin, GRPOTrainer):
+class NextFlowGRPOTrainer(
+    TrainingCardMixin, TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrainingMixin, GRPOTrainer
+):
     """Trains a [`NextFlowForConditionalGeneration`] on rewards of the images that it draws.
 
     As TRL's `GRPOTrainer`, with these differences. A row of the dataset has `prompt`, a text, and where an image is to
@@ -80,11 +83,6 @@ class NextFlowGRPOTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteT
 
     args: NextFlowGRPOConfig
     _tag_names = ["trl", "grpo", "nextflow"]
-    _name = "GRPO on the first scales"
-    _paper = {
-        "title": "NextFlow: Unified Sequential Modeling Activates Multimodal Understanding and Generation",
-        "id": "2601.02204",
-    }
 
     def __init__(
         self,

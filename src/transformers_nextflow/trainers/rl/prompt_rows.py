@@ -2,12 +2,56 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Image, IterableDataset, List
 
+from ...data.columns import Columns
+from ...data.row_errors import BadRowError
+from ...data.rows import is_trained, read_row
+from ...data.sources import JsonLines, open_rows
 from ...processing_nextflow import check_prompts
+
+
+def read_prompts(source: str | os.PathLike, columns: Columns | None = None) -> Dataset:
+    """Prompts for RL: the rows of a `.jsonl` file that have `prompt`, with all their fields, which rewards get; of
+    other sources (`open_rows`) the texts of each row that is answered by an image, and the images that it shows.
+
+    Raises:
+        ValueError: for what is no source, or rows of which none is answered by an image.
+    """
+    path = Path(source)
+    if path.suffix in (".jsonl", ".json") and path.is_file():
+        lines = JsonLines(path)
+        if len(lines) and isinstance(lines[0], dict) and "prompt" in lines[0] and "messages" not in lines[0]:
+            return Dataset.from_list(list(lines))
+    rows, root = open_rows(source, columns)
+    found = []
+    for number, row in enumerate(rows):
+        try:
+            sample = read_row(row, root)
+        except BadRowError as error:
+            raise error.of_row(number) from error
+        parts = [(part, is_trained(message, part)) for message in sample.messages for part in message["content"]]
+        prompt = " ".join(part["text"] for part, trained in parts if part["type"] == "text" and not trained).strip()
+        if prompt and any(sample.trained_images):
+            shown = [image for image, on in zip(sample.images, sample.trained_images) if not on]
+            found.append((prompt, [image if isinstance(image, bytes) else str(image) for image in shown]))
+    if not found:
+        raise ValueError(f"No row of {source} is answered by an image; RL needs prompts to draw from.")
+    prompts = Dataset.from_dict({"prompt": [prompt for prompt, _ in found]})
+    if not any(images for _, images in found):
+        return prompts.select(
+            sorted({prompt: number for number, (prompt, _) in reversed([*enumerate(found)])}.values())
+        )
+    images = [
+        [{"bytes": i, "path": None} if isinstance(i, bytes) else {"bytes": None, "path": i} for i in own]
+        for _, own in found
+    ]
+    return prompts.add_column("images", images).cast_column("images", List(Image()))
 
 
 def check_dataset(name: str, rows: Dataset | IterableDataset, needed: int):

@@ -23,6 +23,11 @@ def check_trained_weights(model: nn.Module, args: TrainingArguments):
             )
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether weights are in parts (FSDP, ZeRO 3), so that no process has a whole model."""
+    return any(hasattr(weight, "placements") or hasattr(weight, "ds_id") for weight in model.parameters())
+
+
 class TrainedInFloat32Mixin:
     """Refuses to train weights in half precision, or none at all, for trainers on `Trainer`."""
 

@@ -21,6 +21,7 @@ from ..runs.checked_arguments import FROM_ONE, NOT_NEGATIVE, SHARE, CheckedArgum
 from ..runs.finite_training import FiniteTrainingMixin
 from ..runs.resumable_training import ResumableTrainingMixin
 from ..runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights
+from ..runs.training_card import TrainingCardMixin
 from .adversarial import Adversary
 from .codebook_care import initialize_codebook, revive_dead_codes
 from .stages import STAGES
@@ -43,7 +44,8 @@ class NextFlowVQTrainingArguments(CheckedArguments, TrainingArguments):
         scale_dropout: share of the images that are decoded from their first scales only, a number of them drawn
             uniformly: half of all scales when it is 1.
         latent_noise: standard deviation of the noise on the latents' sum while there is no codebook.
-        pixel_weight, semantic_weight, codebook_weight, perceptual_weight, adversarial_weight: weights of the losses.
+        pixel_weight, semantic_weight, codebook_weight, perceptual_weight, adversarial_weight: weights of the losses;
+            with a semantic_weight of 0 no teacher is needed.
         adversarial_start: share of the steps after which the discriminator joins.
         revive_every: steps between two revivals of codes that were not used in between; 0 never revives.
         kmeans_images: images, the first of the training set, from which the codebooks start.
@@ -89,7 +91,7 @@ class ImageCollator:
         return {name: torch.stack(column) for name, column in columns.items()}
 
 
-class NextFlowVQTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrainingMixin, Trainer):
+class NextFlowVQTrainer(TrainingCardMixin, TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrainingMixin, Trainer):
     """Trains a [`NextFlowVQModel`].
 
     Rows hold `pixel_values` (3, H, W) in [-1, 1] and whatever `semantic_loss` reads.
@@ -143,7 +145,9 @@ class NextFlowVQTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTra
     def semantic_loss(self, output: NextFlowVQOutput, inputs: dict) -> torch.Tensor:
         """One minus the cosine to the teacher's features (TokenFlow, section 3.2)."""
         if self.teacher is None:
-            raise ValueError("The joint stage needs `teacher=` (or a subclass with its own `semantic_loss`).")
+            raise ValueError(
+                "The joint stage needs `teacher=` (or a subclass with its own `semantic_loss`), or semantic_weight=0."
+            )
         with torch.no_grad():
             target = self.teacher(inputs["pixel_values"])
         return 1 - F.cosine_similarity(output.semantic_features, target.float(), dim=-1).mean()
@@ -164,7 +168,8 @@ class NextFlowVQTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTra
         output = model(pixels, num_scales=self._draw_num_scales(pixels), quantize=self.quantizes, latent_noise=noise)
         losses = {"pixel_loss": args.pixel_weight * self.pixel_loss(output, inputs)}
         if self.stage.learns_codes:
-            losses["semantic_loss"] = args.semantic_weight * self.semantic_loss(output, inputs)
+            if args.semantic_weight:
+                losses["semantic_loss"] = args.semantic_weight * self.semantic_loss(output, inputs)
             codebook_loss = output.codebook_loss + self._core.config.commitment_weight * output.commitment_loss
             losses["codebook_loss"] = args.codebook_weight * codebook_loss
         if args.perceptual_weight:

@@ -1,0 +1,1 @@
+"""Commands of `transformers-nextflow` in files by their topics."""

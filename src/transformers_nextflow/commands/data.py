@@ -1,0 +1,131 @@
+"""Commands on data and weights: what is in them, whether they fit, codes ahead of time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..utils.one_line_errors import errors_in_one_line
+from ..utils.output_files import check_output_file, check_output_folder
+from .options import CaptionColumn, EditedImageColumn, ImageColumn, OnBadImage, Source
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A file of weights (safetensors, or a pickle of tensors), or a folder.")],
+    data: Annotated[
+        str | None, typer.Option(help="Images that its vision tokenizer shall hold: reconstruct some.")
+    ] = None,
+    sheet: Annotated[Path | None, typer.Option(help="With --data: image file for the originals above them.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="With --data: images at most.")] = 16,
+    image_column: ImageColumn = None,
+    edited_image_column: EditedImageColumn = None,
+):
+    """List the tensors of a file, and how far they are those of a NextFlow; or say whether a checkpoint fits images."""
+    with errors_in_one_line():
+        if data is None:
+            from ..conversion.report import report
+
+            typer.echo(report(file))
+            return
+        from transformers import AutoConfig
+
+        from ..data.columns import Columns
+        from ..data.fitness import fit_of, pixels_of
+        from ..data.sources import open_rows
+        from ..data.vision_tokenizer import load_vision_tokenizer
+        from ..evaluation.image_metrics import contact_sheet
+        from ..image_processing_nextflow import NextFlowImageProcessorPil
+        from ..utils.atomic_files import write_anyway
+
+        if sheet is not None:
+            check_output_file(sheet)
+        rows, root = open_rows(data, Columns(image_column, None, edited_image_column), needs_texts=False)
+        vq_model = load_vision_tokenizer(file)
+        config = vq_model.config
+        processor = NextFlowImageProcessorPil(config.scales, config.patch_size, config.levels)
+        stated = getattr(AutoConfig.from_pretrained(file), "trained_on", None) or {}
+        fit = fit_of(vq_model, pixels_of(rows, root, processor, limit), stated.get("lowest_psnr"))
+        if sheet is not None:
+            write_anyway(sheet, contact_sheet(list(zip(*fit.pairs))).save)
+    typer.echo(f"In {file} {fit}.")
+    if fit.is_fit:
+        typer.echo("It is fit for these images: train a LoRA, or the transformer.")
+    else:
+        typer.echo(
+            f"It is not fit for these images, below {fit.least:.0f} dB: nothing trained on top of it draws them "
+            f"better. Train it on them first: transformers-nextflow train tokenizer --model {file} --data {data} …"
+        )
+    if sheet is not None:
+        typer.echo(sheet)
+
+
+def validate_data(
+    source: Source,
+    model: Annotated[
+        str | None, typer.Option(help="Folder of the model or vision tokenizer that codes are for.")
+    ] = None,
+    on_bad_image: OnBadImage = "stop",
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    edited_image_column: EditedImageColumn = None,
+):
+    """Check training data: every row, every image, every code."""
+    with errors_in_one_line():
+        from ..data.columns import Columns
+        from ..data.validation import validate_source
+
+        columns = Columns(image_column, caption_column, edited_image_column)
+        report = validate_source(source, model, on_bad_image, columns)
+    for problem in report.problems + report.skipped_because:
+        typer.echo(problem, err=True)
+    typer.echo(
+        f"{report.rows} rows, {report.images} images, {report.skipped} rows skipped, {report.num_problems} problems"
+    )
+    if report.num_problems:
+        raise typer.Exit(1)
+
+
+def extract_codes(
+    source: Source,
+    tokenizer: Annotated[str, typer.Option(help="Folder of a model or a vision tokenizer.")],
+    output: Annotated[Path, typer.Option(help="Folder of the shards; an interrupted one is finished.")],
+    processes: Annotated[int, typer.Option(min=1, help="How many shards are made at once.")] = 1,
+    shard_size: Annotated[int, typer.Option(min=1, help="Rows in a shard.")] = 1000,
+    level: Annotated[int | None, typer.Option(help="Resolution of all images; default: each one's nearest.")] = None,
+    top_k: Annotated[int, typer.Option(help="Nearest codes among which self-correction draws.")] = 10,
+    token_share: Annotated[float, typer.Option(help="Share of each scale's tokens that are drawn; 0 for none.")] = 0.6,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    on_bad_image: OnBadImage = "stop",
+    device: Annotated[str, typer.Option(help="Of the tokenizer, as cpu or cuda:0.")] = "cpu",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one size that are encoded at once.")] = 16,
+    engine: Annotated[
+        str, typer.Option(help="local: processes of this machine; ray: actors of a Ray cluster.")
+    ] = "local",
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    edited_image_column: EditedImageColumn = None,
+):
+    """Encode the images of training data ahead of time: codes to read, and codes to write."""
+    with errors_in_one_line():
+        from ..data.code_extraction import extract_codes
+
+        check_output_folder(output)
+        settings = {"shard_size": shard_size, "level": level, "top_k": top_k, "token_share": token_share, "seed": seed}
+        settings |= {"batch_size": batch_size, "on_bad_image": on_bad_image, "image_column": image_column}
+        settings |= {"caption_column": caption_column, "edited_image_column": edited_image_column}
+        totals = extract_codes(source, tokenizer, output, processes, device, engine, **settings)
+    typer.echo(
+        f"{totals['rows']} rows in {totals['shards']} shards ({totals['found']} were there), "
+        f"{totals['skipped']} rows skipped"
+    )
+
+
+def check_codes(output: Annotated[Path, typer.Argument(help="Folder that extract-codes wrote.")]):
+    """Check that codes are complete and as they were written."""
+    with errors_in_one_line():
+        from ..data.code_extraction import check_codes
+
+        totals = check_codes(output)
+    typer.echo(f"{totals['rows']} rows in {totals['shards']} shards, {totals['skipped']} rows skipped")

@@ -1,0 +1,112 @@
+"""Commands that begin a model and train it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..utils.atomic_files import write_whole
+from ..utils.one_line_errors import errors_in_one_line
+from ..utils.output_files import check_output_folder
+from .options import CaptionColumn, Data, EditedImageColumn, ImageColumn
+
+
+@contextmanager
+def _with_training():
+    with errors_in_one_line():
+        try:
+            from ..trainers import recipes  # noqa: F401
+        except ImportError as error:
+            raise ValueError("Training needs accelerate: pip install transformers-nextflow[train].") from error
+        yield
+
+
+def init(
+    data: Data,
+    output: Annotated[Path, typer.Option(help="A new folder: config, processor, weights at random, recipes.")],
+    preset: Annotated[
+        str, typer.Option(help="How large at most: tiny (to try), small (two cores), base (a GPU).")
+    ] = "small",
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    edited_image_column: EditedImageColumn = None,
+):
+    """Begin a model of your own: schedule, tokenizer, sizes and recipes that fit your data and this machine."""
+    with _with_training():
+        from ..data.columns import Columns
+        from ..trainers.beginnings import begin
+
+        if output.exists():
+            raise ValueError(f"{output} is there already; name a new folder.")
+        check_output_folder(output)
+        columns = Columns(image_column, caption_column, edited_image_column)
+        choices = begin(data, output, preset, columns, seed)
+    for choice in choices:
+        typer.echo(f"- {choice}")
+    typer.echo(
+        f"Then: transformers-nextflow train tokenizer --model {output} --data {data} --output runs/tokenizer\n"
+        f"      transformers-nextflow train --model runs/tokenizer/final --data {data} --output runs/model"
+    )
+
+
+def train(
+    model: Annotated[str, typer.Option(help="Folder that the training starts from: `final` of the one before.")],
+    data: Data,
+    output: Annotated[Path, typer.Option(help="Folder for checkpoints; `final` in it is the outcome.")],
+    recipe: Annotated[
+        str | None,
+        typer.Argument(help="A recipe of the model or of the package by its name, or a file; see `recipes`."),
+    ] = None,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Train adapters; without a recipe by the one called lora.")
+    ] = False,
+    rl: Annotated[
+        bool, typer.Option("--rl", help="Train on rewards of what is drawn, by the recipe called rl.")
+    ] = False,
+    reward: Annotated[str | None, typer.Option(help="With --rl: reading, shapes, or file.py:function.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint of the same training.")] = False,
+    changes: Annotated[
+        list[str], typer.Option("--set", help="name=value of the recipe or of its arguments; may be repeated.")
+    ] = [],  # noqa: B006  (typer copies it)
+    streaming: Annotated[bool, typer.Option("--streaming", help="Read tables as they are asked for.")] = False,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    edited_image_column: EditedImageColumn = None,
+    profile: Annotated[bool, typer.Option(help="Measure some steps by torch.profiler; see docs/training.md.")] = False,
+):
+    """Train by a recipe; in several processes by `accelerate launch -m transformers_nextflow.cli train …`."""
+    with _with_training():
+        from ..trainers.recipes import load_recipe, run_recipe
+
+        check_output_folder(output)
+        name = recipe or ("rl" if rl else "lora" if lora else "transformer")
+        given = {"image_column": image_column, "caption_column": caption_column, "reward": reward}
+        given |= {"edited_image_column": edited_image_column, "streaming": streaming or None}
+        asked = load_recipe(name, changes, model, **given)
+        if rl and asked.kind != "rl":
+            raise ValueError(f"The recipe {name} is of the kind {asked.kind!r}; --rl takes one of the kind 'rl'.")
+        if lora and not asked.lora_rank:
+            asked = load_recipe(name, changes, model, **given, lora_rank=16)
+        run_recipe(asked, model, data, output, resume, profile)
+    if int(os.environ.get("RANK", 0)) == 0:
+        typer.echo(output / "final")
+
+
+def recipes(copy: Annotated[Path | None, typer.Option(help="Folder to which they are copied, to be changed.")] = None):
+    """Name the recipes that the package brings, or copy them, with settings of accelerate for many devices."""
+    with errors_in_one_line():
+        from ..trainers.recipes import RECIPES, recipe_names
+
+        if copy is not None:
+            check_output_folder(copy)
+            if copy.exists():
+                raise ValueError(f"{copy} is there already; name a new folder.")
+            with write_whole(copy) as partial:
+                shutil.copytree(RECIPES, partial, dirs_exist_ok=True)
+    typer.echo("\n".join(recipe_names()))

@@ -1,0 +1,96 @@
+"""Whether a vision tokenizer holds images: what it makes of some of them, in dB against its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+
+from ..evaluation.image_metrics import psnr, to_uint8
+from ..image_processing_nextflow import NextFlowImageProcessorPil
+from ..modeling_nextflow_vq import NextFlowVQModel
+from ..utils.trained_on import MARGIN
+from .row_encoding import read_pixels
+from .row_errors import BadRowError
+from .rows import read_row
+
+
+# Of a tokenizer that says nothing of its own images. A rule of thumb: photographs of 64 pixels are recognised above it.
+LEAST_PSNR = 18.0
+
+
+@dataclass
+class Fit:
+    """What a tokenizer makes of images.
+
+    Args:
+        psnr: of each reconstruction, in dB; more is better.
+        own: the lowest of its own images, where the checkpoint states it (`trained_on`).
+        pairs: (original, reconstruction) of each.
+    """
+
+    psnr: list[float] = field(default_factory=list)
+    own: float | None = None
+    pairs: list[tuple[Image.Image, Image.Image]] = field(default_factory=list)
+
+    @property
+    def mean(self) -> float:
+        return sum(self.psnr) / len(self.psnr)
+
+    @property
+    def least(self) -> float:
+        """The mean from which on it counts as fit."""
+        return LEAST_PSNR if self.own is None else self.own - MARGIN
+
+    @property
+    def is_fit(self) -> bool:
+        return self.mean >= self.least
+
+    def __str__(self) -> str:
+        own = "it says nothing of its own" if self.own is None else f"its own at {self.own:.1f} dB and more"
+        return (
+            f"the vision tokenizer reproduces {len(self.psnr)} of the images at {self.mean:.1f} dB on average "
+            f"(lowest {min(self.psnr):.1f}, highest {max(self.psnr):.1f}; {own})"
+        )
+
+
+@torch.no_grad()
+def fit_of(vq_model: NextFlowVQModel, images: Iterable[torch.Tensor], own: float | None = None) -> Fit:
+    """Reconstruct images (3, H, W) in [-1, 1], of any sizes that are drawn.
+
+    Raises:
+        ValueError: for no images.
+    """
+    fit = Fit(own=own)
+    for image in images:
+        pixels = image[None].to(vq_model.device, torch.float32)
+        restored = vq_model.reconstruct(pixels).float()
+        fit.psnr.append(psnr(restored / 2 + 0.5, pixels / 2 + 0.5).item())
+        fit.pairs.append(tuple(Image.fromarray(to_uint8(one[0])) for one in (pixels, restored)))
+    if not fit.psnr:
+        raise ValueError("There are no images to reconstruct; rows that hold codes only give none.")
+    return fit
+
+
+def pixels_of(
+    rows: Iterable[dict], root: str | os.PathLike, processor: NextFlowImageProcessorPil, limit: int
+) -> Iterator[torch.Tensor]:
+    """The first images of rows as a model reads them, (3, H, W); of each row all. Rows that hold codes only give none.
+
+    Raises:
+        ValueError: naming row and field, for what cannot be used.
+    """
+    count = 0
+    for number, row in enumerate(rows):
+        try:
+            _, images = read_pixels(read_row(row, root), processor)
+        except BadRowError as error:
+            raise error.of_row(number) from error
+        for image in images[: limit - count]:
+            yield torch.from_numpy(image)
+        count += len(images)
+        if count >= limit:
+            return

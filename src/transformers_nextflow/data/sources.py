@@ -1,0 +1,180 @@
+"""What people have, opened as rows: files of rows, folders of captioned images, tables, tars, data sets of the Hub."""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ..utils.short_repr import short_path
+from .columns import CLASS, Columns, ConversationRows
+from .row_errors import BadRowError
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+
+# Beside a folder's images, by the convention of `datasets`.
+METADATA = "metadata.jsonl"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+KINDS = "a .jsonl, .parquet or .tar file, a folder of those, of images or of save_to_disk, or a data set of the Hub"
+
+
+def open_rows(
+    source: str | os.PathLike,
+    columns: Columns | None = None,
+    streaming: bool = False,
+    needs_texts: bool = True,
+) -> tuple[Sequence[dict] | IterableDataset, Path]:
+    """The rows of a source (docs/data.md), and the folder that their images' paths are relative to.
+
+    Rows of `messages` are given as they are. Rows of an image and a caption, and those of an image, an instruction and
+    an edited image, become such.
+
+    Args:
+        source: a `.jsonl` file with images beside it; `.parquet` files; a folder of images with `metadata.jsonl`,
+            `.csv` or `.parquet`; WebDataset `.tar` files; a folder that `Dataset.save_to_disk` wrote; or the name of a
+            data set of the Hub, of which the split "train" is taken.
+        columns: which hold what; those that are not named are found by their names.
+        streaming: give tables as a stream of `datasets`, which reads them as they are asked for. Files of rows, and
+            what `save_to_disk` wrote, are read so anyway, by number.
+        needs_texts: whether images without captions are refused; else their prompts are empty.
+
+    Raises:
+        ValueError: for anything else, and for columns that are not there.
+    """
+    columns, path = columns or Columns(), Path(source)
+    if path.suffix in (".jsonl", ".json") and path.is_file():
+        return _file_of_rows(JsonLines(path), columns, needs_texts), path.parent
+    try:
+        table = _table(source, path, streaming)
+    except ValueError:
+        raise
+    except Exception as error:  # of pyarrow, datasets and the Hub, each its own
+        raise ValueError(f"{short_path(path)} cannot be read as rows: {error}") from error
+    return _table_of_rows(table, columns, needs_texts, short_path(path)), path if path.exists() else Path(".")
+
+
+def _file_of_rows(rows: JsonLines, columns: Columns, needs_texts: bool) -> Sequence[dict]:
+    try:
+        names = [] if len(rows) == 0 else list(rows[0])
+    except (BadRowError, TypeError):
+        names = []  # told with its number, where the row is used
+    if not columns.are_named and ("messages" in names or not names):
+        return rows
+    try:
+        found = columns.found_among(names)
+    except ValueError:
+        if columns.are_named:
+            raise
+        return rows  # refused row by row, for want of messages
+    _check_texts(found, needs_texts, names)
+    return ConversationRows(rows, found)
+
+
+def _table(source: str | os.PathLike, path: Path, streaming: bool) -> Dataset | IterableDataset:
+    if not os.path.exists(path):
+        if not HUB_NAME.fullmatch(str(source)):
+            raise ValueError(f"There is no file or folder {short_path(path)}, and it names no data set of the Hub.")
+        return import_extra("datasets").load_dataset(str(source), split="train", streaming=streaming)
+    if path.is_dir() and (path / "dataset_info.json").is_file():
+        return import_extra("datasets").load_from_disk(str(path))
+    for kind, suffix in (("parquet", ".parquet"), ("webdataset", ".tar")):
+        found = [path] if path.suffix == suffix else sorted(path.glob(f"*{suffix}")) if path.is_dir() else []
+        files = [str(file) for file in found if file.name != "metadata.parquet"]
+        if not files:
+            continue
+        datasets = import_extra("datasets")
+        if kind == "parquet" and not streaming:
+            return datasets.Dataset.from_parquet(files)
+        return datasets.load_dataset(kind, data_files=files, split="train", streaming=streaming)
+    lines = [file.name for file in sorted(path.glob("*.jsonl"))] if path.is_dir() else []
+    if lines and not any(path.glob("metadata.*")):
+        raise ValueError(
+            f"{short_path(path)} holds {lines[0]}; name that file, or call it {METADATA} beside its images."
+        )
+    if path.is_dir() and any(path.iterdir()):
+        folder = path / "train" if (path / "train").is_dir() else path
+        # All files are named, since `datasets` would take some for those of a test set by their names.
+        files = glob.escape(str(folder.absolute())) + "/**"
+        return import_extra("datasets").load_dataset(
+            "imagefolder", data_files=files, split="train", streaming=streaming
+        )
+    raise ValueError(f"{short_path(path)} is not {KINDS}.")
+
+
+def _table_of_rows(table: Dataset | IterableDataset, columns: Columns, needs_texts: bool, name: str):
+    datasets = import_extra("datasets")
+    features = table.features or {}
+    names = list(features or table.column_names or next(iter(table), {}))
+    images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    if isinstance(getattr(features.get("images"), "feature", None), datasets.Image):
+        # Decoded by us, so that a broken image is told by its row and field.
+        table = table.cast_column("images", datasets.List(datasets.Image(decode=False)))
+    for column in images:
+        table = table.cast_column(column, datasets.Image(decode=False))
+    if "messages" in names and not columns.are_named:
+        return table
+    try:
+        found = columns.found_among(names, images)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    label = features.get(CLASS if found.caption is None else found.caption)
+    classes = label.names if isinstance(label, datasets.ClassLabel) else None
+    if found.caption is None and classes is not None:
+        found = Columns(found.image, CLASS, found.edited_image)
+    _check_texts(found, needs_texts, names)
+    if isinstance(table, datasets.IterableDataset):
+        return table.map(partial(found.conversation, classes=classes), remove_columns=names)
+    return ConversationRows(table, found, classes)
+
+
+def _check_texts(columns: Columns, needed: bool, names: Sequence[str]):
+    if needed and columns.caption is None:
+        raise ValueError(
+            f"No column is known to hold captions; there are {', '.join(sorted(names))}. Name it by --caption-column; "
+            "beside a folder's images lies metadata.jsonl, with file_name and text in each line."
+        )
+
+
+def import_extra(name: str, extra: str = "train") -> ModuleType:
+    """A module of an extra. Raises `ValueError` that says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"This needs {name}: pip install transformers-nextflow[{extra}].") from error
+
+
+class JsonLines:
+    """Rows of a JSON Lines file, by number; empty lines are none."""
+
+    def __init__(self, path: Path):
+        self.path, self.offsets = path, []
+        with open(path, "rb") as file:
+            offset = 0
+            for line in file:
+                if line.strip():
+                    self.offsets.append(offset)
+                offset += len(line)
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __getitem__(self, index: int) -> Any:
+        with open(self.path, "rb") as file:
+            file.seek(self.offsets[index])
+            try:
+                return json.loads(file.readline())
+            except (ValueError, RecursionError) as error:
+                raise BadRowError("row", f"is no JSON: {error}") from error
+
+    def __iter__(self) -> Iterator[dict]:
+        return (self[index] for index in range(len(self)))

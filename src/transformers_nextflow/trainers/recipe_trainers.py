@@ -1,0 +1,292 @@
+"""The trainers of recipes, and what each leaves for the next."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoProcessor, Trainer
+from transformers.utils import logging
+
+from ..adapters import lora_config
+from ..configuration_nextflow import NextFlowConfig
+from ..data.fitness import fit_of
+from ..data.sources import open_rows
+from ..data.vision_tokenizer import load_vision_tokenizer, tokenizer_fingerprint
+from ..evaluation.image_metrics import contact_sheet
+from ..image_processing_nextflow import NextFlowImageProcessorPil
+from ..modeling_nextflow import NextFlowForConditionalGeneration
+from ..modeling_nextflow_vq import NextFlowVQModel
+from ..utils.checkpoint_checks import loading_errors
+from ..utils.evaluation_mode import evaluation_mode
+from .collator import NextFlowCollator
+from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
+from .recipe_data import StageImages, StageRows, prompt_and_image
+from .recipes import Recipe
+from .rl.rollouts import generate_rollouts
+from .runs.trained_weights import is_sharded
+from .tokenizer.stages import STAGES
+from .tokenizer.vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
+
+
+logger = logging.get_logger(__name__)
+# Parts of the transformer that an adapter's training trains whole, by their modules.
+WHOLE = {"visual_embedding": ["visual_embedding"], "heads": ["lm_head", "visual_head"]}
+# Images that say how well a new tokenizer does.
+LOOKED_AT = 64
+# What cards show: reconstructions, prompts, and images of each.
+RECONSTRUCTIONS, SAMPLES = "reconstructions.png", "samples.png"
+SHOWN, SHOWN_PROMPTS, OF_EACH = 12, 4, 4
+
+
+def make_trainer(
+    recipe: Recipe, model: str | os.PathLike, data: str | os.PathLike, output: str | os.PathLike
+) -> Trainer:
+    """The trainer of a recipe.
+
+    Args:
+        model: folder of what the training starts from, as the one before wrote it.
+        data: see `open_rows`; for RL, see `read_prompts`.
+        output: folder of checkpoints and logs.
+
+    Raises:
+        ValueError: for arguments that the trainer does not know, or data that do not fit.
+    """
+    make = {"transformer": _transformer_trainer, "tokenizer": _tokenizer_trainer, "rl": _rl_trainer}[recipe.kind]
+    trainer = make(recipe, model, data, output)
+    trainer.dataset_name = None if os.path.exists(data) else str(data)
+    return trainer
+
+
+def save_outcome(trainer: Trainer, recipe: Recipe, start: str | os.PathLike, folder: str | os.PathLike):
+    """Write what was trained, with a sheet of samples, or of reconstructions, that its card shows. A tokenizer that was
+    taken out of a model lies in that model again, whose visual embedding starts from the codebooks where the codes are
+    others.
+    """
+    is_written_alone = trainer.args.should_save and not is_sharded(trainer.accelerator.unwrap_model(trainer.model))
+    if recipe.kind == "tokenizer" and is_written_alone:
+        _save_tokenizer(trainer, start, Path(folder))
+        return
+    trainer.save_model(str(folder))
+    if not is_written_alone:
+        return
+    try:
+        _draw_samples(trainer, Path(folder))
+    except Exception as error:  # the weights are worth more than a sheet
+        logger.warning(f"No samples could be drawn for the card: {error}")
+    trainer.write_training_card(folder)
+
+
+def _save_tokenizer(trainer: Trainer, start: str | os.PathLike, folder: Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    vq_model, images = trainer.accelerator.unwrap_model(trainer.model), trainer.train_dataset
+    shown = (images[index]["pixel_values"] for index in range(min(len(images), LOOKED_AT)))
+    fit = fit_of(vq_model.eval(), shown)
+    contact_sheet(list(zip(*fit.pairs[:SHOWN]))).save(folder / RECONSTRUCTIONS)
+    trainer.card_images = {RECONSTRUCTIONS: "images of the training above their reconstructions"}
+    trainer.card_results = {"psnr": round(fit.mean, 2)}
+    with loading_errors(start):
+        is_whole = AutoConfig.from_pretrained(start).model_type == NextFlowConfig.model_type
+    if not is_whole:
+        trainer.save_model(str(folder))
+        return
+    model = with_vision_tokenizer(start, vq_model)
+    model.config.trained_on = {
+        "domain": "images like those that its vision tokenizer was trained on",
+        "lowest_psnr": round(min(fit.psnr), 2),
+    }
+    model.save_pretrained(folder)
+    with loading_errors(start):
+        AutoProcessor.from_pretrained(start).save_pretrained(folder)
+    trainer.write_training_card(folder, model)
+
+
+def _draw_samples(trainer: Trainer, folder: Path):
+    """A row of images for each of the first prompts that images answer; none where rows are a stream or packed."""
+    model, prompts = trainer.accelerator.unwrap_model(trainer.model), _first_prompts(trainer.train_dataset)
+    if not prompts:
+        return
+    base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    rows = [{"prompt": prompt} for prompt in prompts for _ in range(OF_EACH)]
+    generators = [torch.Generator().manual_seed(seed) for _ in prompts for seed in range(OF_EACH)]
+    with evaluation_mode(model):
+        processor, sampling = trainer.processing_class, base_model.default_image_sampling
+        _, images = generate_rollouts(base_model, processor, rows, sampling, generator=generators)
+    contact_sheet([images[start : start + OF_EACH] for start in range(0, len(images), OF_EACH)]).save(folder / SAMPLES)
+    trainer.card_prompts = tuple(prompts)
+    trainer.card_images = {SAMPLES: f"{OF_EACH} images of each of the prompts {', '.join(prompts)}"}
+
+
+def _first_prompts(rows) -> list[str]:
+    """Different prompts that are answered by an image only, of the first rows."""
+    found: dict[str, None] = {}
+    if not hasattr(rows, "__len__"):
+        return []
+    for number in range(min(len(rows), LOOKED_AT)):
+        row = rows[number]
+        if isinstance(row, list):
+            return []
+        if "prompt" in row:
+            parts = [{"type": "text", "text": row["prompt"]}] if not row.get("images") and not row.get("image") else []
+        else:
+            turns = prompt_and_image(row)
+            parts = [] if turns is None else turns[0]
+        if [part["type"] for part in parts] == ["text"] and parts[0]["text"]:
+            found.setdefault(parts[0]["text"])
+        if len(found) == SHOWN_PROMPTS:
+            break
+    return list(found)
+
+
+def with_vision_tokenizer(folder: str | os.PathLike, vq_model: NextFlowVQModel) -> NextFlowForConditionalGeneration:
+    """The model of a folder with another tokenizer of the same codebook's size. Where its codes are other ones, the
+    visual embedding starts from them.
+    """
+    model = NextFlowForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    has_other_codes = tokenizer_fingerprint(model.vq_model) != tokenizer_fingerprint(vq_model)
+    model.config.vq_config, model.model.vq_model = vq_model.config, vq_model
+    if has_other_codes:
+        model.load_vision_tokenizer(vq_model)
+    return model
+
+
+def has_new_codes(model: NextFlowForConditionalGeneration) -> bool:
+    """Whether the transformer was never trained on its tokenizer's codes: their embedding still is the codebook."""
+    return torch.equal(model.model.visual_embedding.codes.weight, model.vq_model.quantizer.codebook)
+
+
+def train_only(model: NextFlowForConditionalGeneration, parts: tuple[str, ...]):
+    """Leaves trainable the named ones of `PARTS`.
+
+    Heads that are tied to the text embeddings are the same matrix: each part that is named trains it.
+    """
+    backbone = model.model.language_model
+    modules = {
+        "visual_embedding": [model.model.visual_embedding],
+        "heads": [model.lm_head, model.visual_head],
+        "text_embedding": [backbone.embed_tokens],
+        "backbone": [backbone.layers, backbone.norm],
+    }
+    model.requires_grad_(False)
+    for part in parts:
+        for module in modules[part]:
+            module.requires_grad_(True)
+
+
+def _adapted(recipe: Recipe, model: NextFlowForConditionalGeneration) -> nn.Module:
+    """The model with an adapter around its backbone, and with copies of the parts that are trained whole."""
+    config = lora_config(model, recipe.lora_rank)  # says what lacks without peft
+    import peft
+
+    parts = [part for part in recipe.train if part in WHOLE]
+    if has_new_codes(model) and set(parts) != set(WHOLE):
+        logger.warning(
+            "The transformer was never trained on the codes of its vision tokenizer: their embedding and the heads are "
+            "trained whole, and saved with the adapter."
+        )
+        parts = list(WHOLE)
+    whole = [name for part in parts for name in WHOLE[part]]
+    if model.config.tie_word_embeddings and "lm_head" in whole:
+        whole.remove("lm_head")  # the text embedding itself, which stays
+    if whole:
+        config.modules_to_save = whole
+    return peft.get_peft_model(model, config)
+
+
+def _load(recipe: Recipe, folder) -> tuple[NextFlowForConditionalGeneration, object]:
+    model = NextFlowForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=recipe.attention
+    )
+    with loading_errors(folder):
+        processor = AutoProcessor.from_pretrained(folder)
+    processor.image_processor.level = recipe.level
+    return model, processor
+
+
+def _transformer_trainer(recipe: Recipe, folder, data, output) -> NextFlowTrainer:
+    args = NextFlowTrainingArguments(output_dir=str(output), **recipe.arguments)
+    model, processor = _load(recipe, folder)
+    if recipe.lora_rank:
+        torch.manual_seed(args.seed)  # adapters start at random
+        model = _adapted(recipe, model)
+    else:
+        train_only(model, recipe.train)
+    source, root = open_rows(data, recipe.columns, recipe.streaming)
+    rows = StageRows(source, processor, recipe.level, recipe.caption_share, recipe.empty_share, args.seed)
+    collator = NextFlowCollator(processor, root=root)
+    return NextFlowTrainer(
+        model, args, train_dataset=rows.stream() if recipe.streaming else rows, data_collator=collator,
+        processing_class=processor,
+    )  # fmt: skip
+
+
+def _tokenizer_trainer(recipe: Recipe, folder, data, output) -> NextFlowVQTrainer:
+    args = NextFlowVQTrainingArguments(output_dir=str(output), **recipe.arguments)
+    model = load_vision_tokenizer(folder)
+    teacher = Teacher(model) if STAGES[args.stage].learns_codes and args.semantic_weight else None
+    if recipe.decoder_width != 1:
+        model = with_wider_decoder(model, recipe.decoder_width)
+    source, root = open_rows(data, recipe.columns, needs_texts=False)
+    config = model.config
+    level = recipe.level or config.scale_schedules.resolutions[-1]
+    processor = NextFlowImageProcessorPil(config.scales, config.patch_size, config.levels)
+    images = StageImages(source, root, processor, level)
+    return NextFlowVQTrainer(model, args, train_dataset=images, teacher=teacher)
+
+
+def _rl_trainer(recipe: Recipe, folder, data, output) -> Trainer:
+    from .rl.grpo_config import NextFlowGRPOConfig
+    from .rl.grpo_trainer import NextFlowGRPOTrainer
+    from .rl.prompt_rows import read_prompts
+    from .rl.rewards.named import reward_named
+
+    args = NextFlowGRPOConfig(output_dir=str(output), **recipe.arguments)
+    model, processor = _load(recipe, folder)
+    reward = reward_named(str(recipe.reward), model, processor)
+    if recipe.lora_rank:
+        torch.manual_seed(args.seed)
+    else:
+        train_only(model, recipe.train)
+    return NextFlowGRPOTrainer(
+        model,
+        reward,
+        args,
+        train_dataset=read_prompts(data, recipe.columns),
+        processing_class=processor,
+        peft_config=lora_config(model, recipe.lora_rank) if recipe.lora_rank else None,
+    )
+
+
+class Teacher(nn.Module):
+    """The semantic encoder as a stage finds it; pixels (B, 3, H, W) → its features (B, h, w, D).
+
+    Raises:
+        ValueError: if the semantic decoder's features are of another size.
+    """
+
+    def __init__(self, model: NextFlowVQModel):
+        super().__init__()
+        own, target = model.config.semantic_config.hidden_size, model.config.semantic_target_dim
+        if own != target:
+            raise ValueError(
+                f"The teacher, the semantic encoder, has {own} features, but semantic_target_dim is {target}."
+            )
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        self.model.to(pixel_values.device)
+        return self.model.encode_semantics(pixel_values, self.model.schedule_of(pixel_values).final_grid)
+
+
+@torch.no_grad()
+def with_wider_decoder(model: NextFlowVQModel, factor: int) -> NextFlowVQModel:
+    """The same tokenizer with a new pixel decoder, `factor` times as wide (paper, section 2.1)."""
+    config = copy.deepcopy(model.config)
+    config.pixel_decoder_channels *= factor
+    wider = NextFlowVQModel(config)
+    kept = {name: weight for name, weight in model.state_dict().items() if not name.startswith("pixel_decoder.")}
+    wider.load_state_dict(kept, strict=False)
+    return wider

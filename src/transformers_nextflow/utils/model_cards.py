@@ -1,0 +1,175 @@
+"""Model cards: what the Hub reads of a model in a card's head, and what people read below it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from transformers.utils import cached_file
+
+from .atomic_files import write_whole
+
+
+CARD = "README.md"
+# What the weights that a model starts from say of it, too.
+INHERITED = ("license", "license_name", "license_link", "language")
+TAGS = ("nextflow", "next-scale-prediction")
+# How to load what the card is of; `prompt` and `extras` are filled in.
+USE = """\
+```python
+import torch
+from transformers_nextflow import NextFlowPipeline
+
+pipe = NextFlowPipeline.from_pretrained("FOLDER or REPOSITORY")
+pipe("{prompt}", generator=torch.Generator().manual_seed(0)).images[0].save("image.png")
+```
+
+`pip install transformers-nextflow[{extras}]` has what this needs."""
+TOKENIZER_USE = """\
+```python
+from transformers_nextflow import NextFlowVQModel
+
+vq_model = NextFlowVQModel.from_pretrained("FOLDER or REPOSITORY")
+vq_model.reconstruct(pixel_values)  # (B, 3, H, W) in [-1, 1], through codes and back
+```"""
+EXAMPLE_PROMPT = "a red circle"
+
+
+def told_by(source: str | os.PathLike) -> dict[str, Any]:
+    """The head of the card of a folder, or of a repository of the Hub whose card is in the cache; empty without one.
+
+    Raises:
+        ValueError: if the head cannot be read.
+    """
+    path = Path(source) / CARD
+    if not os.path.isdir(source):
+        options = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+        found = cached_file(str(source), CARD, _raise_exceptions_for_connection_errors=False, **options)
+        path = Path(found or "")
+    if not path.is_file():
+        return {}
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"The head of {path} cannot be read; correct or remove it. {error}") from error
+
+
+def head_after(source: str | os.PathLike | None, **data) -> dict[str, Any]:
+    """The head of a card for what was made from a source: a folder, which is never named, or a repository of the Hub.
+
+    Args:
+        source: `None` or empty for random weights.
+        data: of the head, before what is inherited; what is `None` or empty is left out.
+    """
+    told: dict[str, Any] = {}
+    base = None
+    if source:
+        try:
+            told = told_by(source)
+        except ValueError:
+            told = {}  # of what was loaded before; a card shall not keep a model from being saved
+        base = told.get("base_model") if os.path.exists(source) else str(source)
+    head = {"license": "unknown", "base_model": base} | {name: told[name] for name in INHERITED if name in told}
+    return {name: value for name, value in (head | data).items() if value not in (None, [], "")}
+
+
+def write_card(folder: str | os.PathLike, title: str, sections: Sequence[str], **data):
+    """Write `README.md`.
+
+    Args:
+        sections: Markdown, one after the other.
+        data: of the head, as `ModelCardData` takes it; see `head_after`.
+    """
+    card = ModelCardData(**data)
+    text = "\n\n".join(section.strip() for section in sections)
+    with write_whole(Path(folder) / CARD) as partial:
+        partial.write_text(f"---\n{card.to_yaml()}\n---\n\n# {title}\n\n{text}\n", encoding="utf-8")
+
+
+def with_card(save_pretrained: Callable) -> Callable:
+    """A model's `save_pretrained` that writes a card, `model.write_model_card(folder)`, to a folder that has none.
+
+    Where it uploads as well, a repository without a card is given that one first, since transformers would write its
+    own.
+    """
+
+    @wraps(save_pretrained)
+    def save(self, save_directory, *args, **kwargs):
+        if kwargs.get("push_to_hub"):
+            card_first(self, kwargs.get("repo_id", Path(save_directory).name), kwargs.get("token"))
+        written = save_pretrained(self, save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True) and not (Path(save_directory) / CARD).exists():
+            self.write_model_card(save_directory)
+        return written
+
+    return save
+
+
+class ModelCardMixin:
+    """What a model of this package writes as its card. Adapters and trainings have cards of their own."""
+
+    card_title = "NextFlow"
+    card_pipeline_tag: str | None = "any-to-any"
+    card_use = USE
+
+    def push_to_hub(self, repo_id: str, **kwargs):
+        card_first(self, repo_id, kwargs.get("token"), kwargs.get("private"))
+        return super().push_to_hub(repo_id, **kwargs)
+
+    def card_text(self) -> str:
+        """What the model is, in a paragraph."""
+        vq_model = getattr(self, "vq_model", self)
+        vq_config = vq_model.config
+        sizes = " and ".join(map(str, vq_config.scale_schedules.resolutions))
+        text = f"{self.card_title} ([arXiv 2601.02204](https://arxiv.org/abs/2601.02204)). "
+        text += f"It has {_in_words(self.num_parameters())} parameters, "
+        if vq_model is not self:
+            text += f"{_in_words(vq_model.num_parameters())} of them in the vision tokenizer, "
+        text += f"for images of {sizes} pixels in up to {len(vq_config.scales)} scales, of "
+        text += f"{vq_config.codebook_size} codes."
+        stated = getattr(self.config, "trained_on", None)
+        return text if stated is None else f"{text} It knows only {stated['domain']}."
+
+    def write_model_card(self, folder: str | os.PathLike, **data):
+        """Write the card of the model by itself to a folder. What was told of the weights that it was loaded from, as
+        their licence, is told on.
+
+        Args:
+            data: of the card's head, in place of the model's.
+        """
+        data = {"library_name": "transformers", "pipeline_tag": self.card_pipeline_tag, "tags": list(TAGS)} | data
+        head = head_after(self.name_or_path, **data)
+        use = self.card_use.format(prompt=EXAMPLE_PROMPT, extras="pipelines")
+        write_card(folder, self.card_title, [self.card_text(), "## Use", use], **head)
+
+
+def card_first(model, repo_id: str, token: str | None = None, private: bool | None = None):
+    """Give a repository of the Hub that has no card the model's, and make it if it is not there."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if api.file_exists(repo_id, CARD):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model.write_model_card(folder)
+        api.upload_file(path_or_fileobj=str(Path(folder) / CARD), path_in_repo=CARD, repo_id=repo_id)
+
+
+def table(columns: tuple[str, str], values: dict[str, Any]) -> str:
+    """A Markdown table of two columns."""
+    rows = [f"| {name} | {_cell(value)} |" for name, value in values.items()]
+    return "\n".join([f"| {columns[0]} | {columns[1]} |", "|---|---|", *rows])
+
+
+def _in_words(number: int) -> str:
+    return f"{number / 1e6:.1f} million" if number >= 1e6 else f"{number:,}"
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")[:200]
