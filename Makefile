@@ -7,7 +7,7 @@ PROMPT = a red circle and a blue square
 export DEMO_PROMPT := $(value PROMPT)
 unexport PROMPT
 
-.PHONY: demo test lint
+.PHONY: demo test lint docs
 
 demo: $(VENV)/.installed-pipelines
 	$(VENV)/bin/transformers-nextflow generate --model $(MODEL) --output demo.png --scale 4 -- "$$DEMO_PROMPT"
@@ -20,6 +20,9 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyrefly check
 	$(VENV)/bin/vulture
+
+docs: $(VENV)/.installed-docs
+	$(VENV)/bin/mkdocs build --strict
 
 # A stamp per set of packages: they are installed again only when their versions change.
 # torch comes first and exactly pinned, so that nothing else picks another build of it.

@@ -1,5 +1,8 @@
 """NextFlow for transformers and diffusers: one transformer that writes text token by token and draws scale by scale."""
 
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -29,6 +32,9 @@ from .tokenflow_t2i.processing_tokenflow_t2i import TokenFlowT2IProcessor
 from .vision_tokenizer.multiscale_quantizer import SelfCorrection
 
 
+if TYPE_CHECKING:
+    from .pipeline_nextflow import NextFlowPipeline, NextFlowPipelineOutput
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -42,7 +48,6 @@ __all__ = [
     "NextFlowForConditionalGeneration",
     "NextFlowImageProcessorPil",
     "NextFlowModel",
-    "NextFlowPipeline",
     "NextFlowProcessor",
     "NextFlowVQConfig",
     "NextFlowVQModel",
@@ -55,6 +60,9 @@ __all__ = [
     "TokenFlowT2IForConditionalGeneration",
     "TokenFlowT2IProcessor",
 ]
+# What an extra brings, where it is there: `from transformers_nextflow import *` works without.
+if find_spec("diffusers"):
+    __all__ += ["NextFlowPipeline", "NextFlowPipelineOutput"]
 
 AutoConfig.register("nextflow", NextFlowConfig, exist_ok=True)
 AutoConfig.register("nextflow_vq", NextFlowVQConfig, exist_ok=True)
@@ -76,8 +84,12 @@ AutoImageProcessor.register(
 
 def __getattr__(name: str):
     # The pipeline needs diffusers, an extra: it is imported when it is asked for.
-    if name == "NextFlowPipeline":
-        from .pipeline_nextflow import NextFlowPipeline
+    if name in ("NextFlowPipeline", "NextFlowPipelineOutput"):
+        from . import pipeline_nextflow
 
-        return NextFlowPipeline
+        return getattr(pipeline_nextflow, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | set(__all__))

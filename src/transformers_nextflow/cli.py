@@ -404,7 +404,7 @@ def train(
         try:
             from .trainers.recipes import load_recipe, run_recipe
         except ImportError as error:
-            raise ValueError("Training needs accelerate: pip install transformers-nextflow[train].") from error
+            raise ValueError(error) from error
         check_output_folder(output)
         run_recipe(load_recipe(recipe, changes), model, data, output, resume, profile)
 

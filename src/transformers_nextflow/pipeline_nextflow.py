@@ -23,6 +23,7 @@ from .image_processing_nextflow import OUTPUT_TYPES
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .pipelines.calls import PipelineCallsMixin
 from .pipelines.conversations import ConversationMixin
+from .pipelines.loras import LoraMixin
 from .pipelines.outside import OutsideWarningsMixin
 from .pipelines.requests import ImageInput, ImageRequest
 from .processing_nextflow import NextFlowProcessor
@@ -98,7 +99,7 @@ class NextFlowPipelineOutput(BaseOutput):
     candidate_scores: torch.Tensor | None = None
 
 
-class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMixin, DiffusionPipeline):
+class NextFlowPipeline(ConversationMixin, LoraMixin, OutsideWarningsMixin, PipelineCallsMixin, DiffusionPipeline):
     """Draws images from prompts and from other images, videos, and answers in text and images.
 
     >>> pipe = NextFlowPipeline.from_pretrained("checkpoints/nextflow-shapes")
