@@ -21,6 +21,7 @@ from .generation.sampling import ImageSampling, PerScale, check_generators
 from .generation_nextflow import ImageGenerationOutput
 from .image_processing_nextflow import OUTPUT_TYPES
 from .modeling_nextflow import NextFlowForConditionalGeneration
+from .pipelines.callbacks import take_changes
 from .pipelines.calls import PipelineCallsMixin
 from .pipelines.conversations import ConversationMixin
 from .pipelines.loras import LoraMixin
@@ -37,7 +38,12 @@ from .utils.short_repr import short_repr
 
 
 try:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, PipelineQuantizationConfig
+    from diffusers.pipelines.auto_pipeline import (
+        AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+        AUTO_INPAINT_PIPELINES_MAPPING,
+        AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+    )
     from diffusers.utils import BaseOutput
 except ImportError as error:
     raise ImportError("NextFlowPipeline needs diffusers: pip install transformers-nextflow[pipelines]") from error
@@ -86,7 +92,8 @@ class NextFlowPipelineOutput(BaseOutput):
     """Images and their codes.
 
     Args:
-        images: a list of PIL images, or (B, H, W, 3) numpy, or a (B, 3, H, W) tensor; floats lie in [0, 1].
+        images: a list of PIL images, or (B, H, W, 3) numpy, or a (B, 3, H, W) tensor; floats lie in [0, 1]. With
+            `output_type="latent"` they are the codes.
         image_tokens: (B, N) codes, padded with -1 where images differ in size. Where the drawing was interrupted
             there are fewer columns, or -1 in them.
         thoughts: with `think=True` what was written before each image.
@@ -140,7 +147,8 @@ class NextFlowPipeline(ConversationMixin, LoraMixin, OutsideWarningsMixin, Pipel
             pretrained_model_name_or_path: a folder or a repository of the Hub.
             model, processor: components to use in place of the folder's.
             kwargs: options of transformers' `from_pretrained`: `dtype`, `device_map`, `revision`, `token`, … As in
-                diffusers `dtype` may be a dict with a type for "model" or "default".
+                diffusers `dtype` may be a dict with a type for "model" or "default", and `quantization_config` a
+                `PipelineQuantizationConfig` that names "model".
 
         Raises:
             OSError: if there is no such folder, or files are missing in it.
@@ -148,6 +156,10 @@ class NextFlowPipeline(ConversationMixin, LoraMixin, OutsideWarningsMixin, Pipel
         """
         if "subfolder" in kwargs:
             raise ValueError(f"A pipeline is a whole folder, got subfolder={kwargs['subfolder']!r}; load its parts.")
+        if isinstance(kwargs.get("quantization_config"), PipelineQuantizationConfig):
+            mapping = kwargs.pop("quantization_config")
+            chosen = mapping._resolve_quant_config(is_diffusers=False, module_name="model")
+            kwargs |= {} if chosen is None else {"quantization_config": chosen}
         kwargs |= {name: _dtype_of_model(kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
         path, hub_options = pretrained_model_name_or_path, {k: v for k, v in kwargs.items() if k in HUB_OPTIONS}
         model, processor = kwargs.pop("model", None), kwargs.pop("processor", None)
@@ -233,9 +245,9 @@ class NextFlowPipeline(ConversationMixin, LoraMixin, OutsideWarningsMixin, Pipel
                     f"The {count} variations of a prompt would be one image: num_kept_scales={kept} leaves no scale "
                     "that is drawn with chance. Keep fewer scales, or give a temperature above 0."
                 )
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}.")
-        if output_type != "pil" and len(set(request.schedules)) > 1:
+        if output_type not in (*OUTPUT_TYPES, "latent"):
+            raise ValueError(f"output_type must be one of {(*OUTPUT_TYPES, 'latent')}, got {output_type!r}.")
+        if output_type in ("np", "pt") and len(set(request.schedules)) > 1:
             raise ValueError(
                 f"Images of different sizes cannot be one array; take output_type='pil', not {output_type!r}."
             )
@@ -244,6 +256,12 @@ class NextFlowPipeline(ConversationMixin, LoraMixin, OutsideWarningsMixin, Pipel
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs is a list of {self._callback_tensor_inputs}, got {wanted!r}."
             )
+
+    def enable_vae_slicing(self):
+        """Nothing to switch on: batches are decoded in parts, as large as memory allows, by themselves."""
+
+    def enable_vae_tiling(self):
+        """Nothing to switch on: large images are decoded by stripes, with the pixels of the whole, by themselves."""
 
     def check_batch_size(self, count: int):
         """Raises `ValueError` for more images in one batch than `max_batch_size`, which may be set."""
@@ -286,7 +304,7 @@ class NextFlowPipeline(ConversationMixin, LoraMixin, OutsideWarningsMixin, Pipel
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[NextFlowPipeline, int, int, dict], None] | None = None,
+        callback_on_step_end: Callable[[NextFlowPipeline, int, int, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("image_tokens",),
     ) -> NextFlowPipelineOutput | tuple:
         """Draw.
@@ -317,10 +335,11 @@ class NextFlowPipeline(ConversationMixin, LoraMixin, OutsideWarningsMixin, Pipel
                 each image. Default: how likely the model finds the prompt as a description of the image.
             generator: one for all images, or one for each, candidates included: then an image depends on its own
                 seed alone.
-            output_type: "pil", "np" or "pt".
+            output_type: "pil", "np", "pt"; or "latent": the codes, which `model.decode_image_tokens` turns into pixels.
             return_dict: whether to return a [`NextFlowPipelineOutput`] or a tuple of the same.
             callback_on_step_end: called as `callback(pipe, step, scale, callback_kwargs)` after each scale; step and
-                scale are one number here, from 0. `pipe._interrupt = True` ends the drawing with what is there.
+                scale are one number here, from 0. A dict that it returns may hold other "image_tokens", which the next
+                scale reads. `pipe._interrupt = True` ends the drawing with what is there.
             callback_on_step_end_tensor_inputs: names of what `callback_kwargs` holds: "image_tokens", the codes (B, n)
                 so far; "preview", the images that they decode to, in the form of the output. A preview costs a
                 decoding and is made only where it is asked for.
@@ -356,7 +375,8 @@ class NextFlowPipeline(ConversationMixin, LoraMixin, OutsideWarningsMixin, Pipel
                     progress_bar.update()
                     if callback_on_step_end is not None:
                         wanted = self._callback_kwargs(state, callback_on_step_end_tensor_inputs, output_type)
-                        callback_on_step_end(self, scale, scale, wanted)
+                        returned = callback_on_step_end(self, scale, scale, wanted)
+                        take_changes(state, returned, self.unwrapped_model.config.vq_config.codebook_size)
                     return not self.interrupt
 
                 options = {"sampling": sampling, "generator": generator, "callback": after_scale}
@@ -383,6 +403,9 @@ class NextFlowPipeline(ConversationMixin, LoraMixin, OutsideWarningsMixin, Pipel
                 self._warn_of_copies(request, image_tokens, num_images_per_prompt)
 
             # 4. Pixels
+            if output_type == "latent":
+                output = NextFlowPipelineOutput(image_tokens, image_tokens, thoughts, scores)
+                return output if return_dict else output.to_tuple()
             pixels = self.model.decode_image_tokens(image_tokens, grids)
             if paste_back:
                 drawn_and_own = zip(request.regions, pixels, request.pixels)
@@ -469,6 +492,16 @@ class NextFlowPipeline(ConversationMixin, LoraMixin, OutsideWarningsMixin, Pipel
     def _callback_kwargs(self, state: ScaleState, names: Sequence[str], output_type: str) -> dict:
         make = {
             "image_tokens": lambda: pad_codes(state.image_tokens),
-            "preview": lambda: self._images(state.preview(), output_type),
+            "preview": lambda: self._images(state.preview(), "pil" if output_type == "latent" else output_type),
         }
         return {name: make[name]() for name in names}
+
+
+# `AutoPipelineForText2Image.from_pipe(pipe)`, …Image2Image and …Inpainting find the one class that does all three. By
+# `from_pretrained` they find only classes of diffusers itself.
+for _pipelines in (
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+    AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+    AUTO_INPAINT_PIPELINES_MAPPING,
+):
+    _pipelines["nextflow"] = NextFlowPipeline

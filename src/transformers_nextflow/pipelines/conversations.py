@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from PIL import Image
 
-from ..generation.image_codes import ImageCodes
+from ..generation.image_codes import ImageCodes, ScaleState
 from ..generation.interleaved import InterleavedStreamer
 from ..generation.likelihood import score_answers, score_images
 from ..generation.prompts import Prompts
@@ -111,14 +111,21 @@ class ConversationMixin:
                 firsts = _first_frames(self.processor, request)
             # After a given frame the answer begins with what changes.
             inputs = self._drawing_inputs(request, sampling, "" if given else None)
-            if is_scripted:
-                finished = self._draw_script(scripts, given, inputs, request, sampling, generator)
-            else:
-                count = num_frames - given
-                finished = self.model.generate_interleaved(
-                    **inputs, min_images=count, max_images=count, max_new_tokens=max_transition_tokens * num_frames,
-                    sampling=sampling, generator=generator,
-                )  # fmt: skip
+            count = (num_frames or len(scripts[0])) - given
+            scales = max(schedule.num_scales for schedule in request.schedules)
+            with self.progress_bar(total=count * scales) as progress_bar:
+
+                def after_scale(model, scale: int, state: ScaleState):
+                    progress_bar.update()
+
+                options = {"sampling": sampling, "generator": generator, "callback": after_scale}
+                if is_scripted:
+                    finished = self._draw_script(scripts, given, inputs, request, **options)
+                else:
+                    finished = self.model.generate_interleaved(
+                        **inputs, **options, min_images=count, max_images=count,
+                        max_new_tokens=max_transition_tokens * num_frames,
+                    )  # fmt: skip
             drawn = self.model.decode_image_tokens(finished.image_tokens, finished.image_grids)
             images = iter(self.processor.post_process_images(drawn))
             videos = [[next(images) for _ in range(num_frames or len(script))] for script in scripts]
@@ -127,7 +134,7 @@ class ConversationMixin:
             transitions = [script[1:] for script in scripts] if is_scripted else self._texts_between(finished, given)
         return NextFlowVideoOutput(videos, transitions)
 
-    def _draw_script(self, scripts, given: int, inputs: dict, request, sampling, generator) -> Prompts:
+    def _draw_script(self, scripts, given: int, inputs: dict, request, sampling, generator, callback) -> Prompts:
         """Frames with given texts between them."""
         tokenizer, boi = self.processor.tokenizer, self.processor.boi_token_id
         read_last = self.processor.read_last_scale
@@ -148,9 +155,8 @@ class ConversationMixin:
             for frame in range(given, len(scripts[0])):
                 if frame > 0:
                     writer.append([[*row[frame - 1], boi] for row in texts])
-                writer.draw(
-                    ImageCodes(self.unwrapped_model, request.schedules, sampling, generator), range(len(scripts))
-                )
+                drawing = ImageCodes(self.unwrapped_model, request.schedules, sampling, generator)
+                writer.draw(drawing, range(len(scripts)), callback)
         return writer.finished()
 
     def _texts_between(self, output: InterleavedGenerationOutput, given: int) -> list[list[str]]:
