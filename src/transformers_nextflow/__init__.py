@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
@@ -68,6 +69,7 @@ AutoConfig.register("nextflow", NextFlowConfig, exist_ok=True)
 AutoConfig.register("nextflow_vq", NextFlowVQConfig, exist_ok=True)
 AutoModel.register(NextFlowConfig, NextFlowModel, exist_ok=True)
 AutoModel.register(NextFlowVQConfig, NextFlowVQModel, exist_ok=True)
+AutoModelForCausalLM.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
 AutoModelForMultimodalLM.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(NextFlowConfig, NextFlowProcessor, exist_ok=True)
