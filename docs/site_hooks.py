@@ -6,8 +6,6 @@ Run by `mkdocs build`, see `mkdocs.yml`; the pages themselves read the same in a
 import re
 from pathlib import Path
 
-from mkdocs.structure.files import File
-
 
 ROOT = Path(__file__).parents[1]
 # A link to a file of the repository: from the README, or by `../` from a page.
@@ -43,6 +41,8 @@ def for_site(markdown: str, folder: Path) -> str:
 
 def on_files(files, config):
     """The README as `index.md`, and a copy of each file of the repository that a page links to."""
+    from mkdocs.structure.files import File
+
     files.append(File.generated(config, "index.md", content=for_site((ROOT / "README.md").read_text(), ROOT)))
     pages = [(ROOT / "README.md", ROOT)] + [(path, ROOT / "docs") for path in (ROOT / "docs").glob("*.md")]
     linked = {target_of(found[1], folder) for path, folder in pages for found in LINK.finditer(path.read_text())}

@@ -1,6 +1,7 @@
 """What editors and type checkers know of the public names."""
 
 import importlib
+import json
 import shutil
 import subprocess
 import sys
@@ -34,9 +35,14 @@ assert_type(pipe("a red circle").image_tokens, torch.LongTensor)
 assert_type(pipe.video("a red circle", num_frames=2), NextFlowVideoOutput)
 assert_type(pipe.score([], []), NextFlowScores)
 assert_type(pipe.unwrapped_model, NextFlowForConditionalGeneration)
-assert_type(pipe.unwrapped_model.generate_images(torch.zeros(1, 1), image_sizes=[(64, 64)]), ImageGenerationOutput)
+assert_type(pipe.unwrapped_model.generate_images(torch.LongTensor(), image_sizes=[(64, 64)]), ImageGenerationOutput)
 assert_type(ScaleSchedules().for_size(256, 256), ScaleSchedule)
 trainers: tuple[type, ...] = (NextFlowTrainer, NextFlowGRPOTrainer)
+"""
+WRONG = """\
+pipe("a red circle", guidence_scale=2.0)
+pipe("a red circle").imagse
+ScaleSchedules().for_sise(1, 1)
 """
 
 
@@ -69,9 +75,20 @@ def test_a_star_without_extras_brings_what_needs_none():
 
 @pytest.mark.skipif(shutil.which("pyrefly", path=Path(sys.executable).parent) is None, reason="needs pyrefly")
 def test_a_type_checker_knows_what_calls_return(tmp_path):
-    (tmp_path / "use.py").write_text(USE)
+    (tmp_path / "use.py").write_text(USE + WRONG)
     source = Path(transformers_nextflow.__file__).parents[1]
-    command = [Path(sys.executable).with_name("pyrefly"), "check", "--search-path", source, tmp_path / "use.py"]
-    command += ["--python-interpreter-path", sys.executable]
+    settings = {
+        "preset": "default", "project-includes": ["use.py"], "search-path": [str(source)],
+        "python-interpreter-path": sys.executable,
+    }  # fmt: skip
+    (tmp_path / "pyrefly.toml").write_text(
+        "".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
+    )
+    command = [Path(sys.executable).with_name("pyrefly"), "check", "--output-format", "min-text"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if "ERROR" in line]
+    # What is wrong is found, so that the silence about the rest says something.
+    assert len(lines) == len(WRONG.strip().splitlines()), done.stdout + done.stderr
+    assert all(f"use.py:{len(USE.splitlines()) + 1 + number}:" in line for number, line in enumerate(lines)), (
+        done.stdout
+    )
