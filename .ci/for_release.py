@@ -44,6 +44,6 @@ def check_version(setup: str, package: str, tag: str):
 if __name__ == "__main__":
     repository, tag = sys.argv[1:]
     setup, readme = Path("setup.cfg"), Path("README.md")
-    check_version(setup.read_text(), Path("src/transformers_nextflow/__init__.py").read_text(), tag)
+    check_version(setup.read_text(), Path("src/transformers_nextflow/utils/version.py").read_text(), tag)
     setup.write_text(project_urls(setup.read_text(), repository))
     readme.write_text(absolute_links(readme.read_text(), repository, tag))

@@ -30,13 +30,12 @@ from .tokenflow_t2i.configuration_tokenflow_t2i import TokenFlowT2IConfig
 from .tokenflow_t2i.generation_tokenflow_t2i import RefinedImageSampling
 from .tokenflow_t2i.modeling_tokenflow_t2i import TokenFlowT2IForConditionalGeneration
 from .tokenflow_t2i.processing_tokenflow_t2i import TokenFlowT2IProcessor
+from .utils.version import __version__ as __version__
 from .vision_tokenizer.multiscale_quantizer import SelfCorrection
 
 
 if TYPE_CHECKING:
     from .pipeline_nextflow import NextFlowPipeline, NextFlowPipelineOutput
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ImageGenerationOutput",

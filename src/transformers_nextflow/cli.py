@@ -12,16 +12,17 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import click
 import typer
 from PIL import Image
 
-from . import __version__
 from .evaluation.suites import SUITES
 from .utils.atomic_files import write_anyway, write_whole
 from .utils.image_files import regular_file
 from .utils.one_line_errors import DEBUG, end_on_termination, errors_in_one_line
 from .utils.output_files import check_output_file, check_output_folder
 from .utils.short_repr import short_path
+from .utils.version import __version__
 
 
 if TYPE_CHECKING:
@@ -106,12 +107,16 @@ def _show_version(asked: bool):
 def _options(
     context: typer.Context,
     debug: Annotated[bool, typer.Option(help=f"Show tracebacks, as {DEBUG}=1 does.")] = False,
+    provenance: Annotated[
+        bool, typer.Option(help="Write into each image's file what drew it: checkpoint, version, seed, settings.")
+    ] = True,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ):
     if debug:
         os.environ[DEBUG] = "1"
+    context.obj = provenance
     # What a model or a file's name holds may be no text in the terminal's encoding.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -501,6 +506,8 @@ def _load_pipeline(model: str, device: str | None, dtype: str) -> NextFlowPipeli
         pipeline = NextFlowPipeline.from_pretrained(model, dtype=dtype)
     except (OSError, ValueError) as error:
         raise OSError(f"No model can be loaded from {short_path(model)}: {error}") from error
+    context = click.get_current_context(silent=True)
+    pipeline.adds_provenance = context is None or context.find_root().obj is not False
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return pipeline.to(device)

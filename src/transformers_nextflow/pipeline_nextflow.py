@@ -25,6 +25,7 @@ from .modeling_nextflow import NextFlowForConditionalGeneration
 from .pipelines.callbacks import take_changes
 from .pipelines.calls import PipelineCallsMixin
 from .pipelines.conversations import ConversationMixin
+from .pipelines.finished_images import FinishedImagesMixin
 from .pipelines.loras import LoraMixin
 from .pipelines.outside import OutsideWarningsMixin
 from .pipelines.requests import ImageInput, ImageRequest
@@ -99,15 +100,19 @@ class NextFlowPipelineOutput(BaseOutput):
             there are fewer columns, or -1 in them.
         thoughts: with `think=True` what was written before each image.
         candidate_scores: with `num_candidates` above 1 the (B, num_candidates) scores among which each image won.
+        nsfw_content_detected: of each image what `safety_checker` of the pipeline found, if there is one.
     """
 
     images: Images
     image_tokens: torch.LongTensor
     thoughts: list[str] | None = None
     candidate_scores: torch.Tensor | None = None
+    nsfw_content_detected: list[bool] | None = None
 
 
-class NextFlowPipeline(ConversationMixin, LoraMixin, OutsideWarningsMixin, PipelineCallsMixin, DiffusionPipeline):
+class NextFlowPipeline(
+    FinishedImagesMixin, ConversationMixin, LoraMixin, OutsideWarningsMixin, PipelineCallsMixin, DiffusionPipeline
+):
     """Draws images from prompts and from other images, videos, and answers in text and images.
 
     >>> pipe = NextFlowPipeline.from_pretrained("checkpoints/nextflow-shapes")
@@ -390,6 +395,7 @@ class NextFlowPipeline(ConversationMixin, LoraMixin, OutsideWarningsMixin, Pipel
 
             # 3. The best candidates
             image_tokens, grids, scores = drawn.image_tokens, drawn.image_grids, None
+            rows = list(range(len(image_tokens)))
             if num_candidates > 1:
                 best = torch.arange(0, len(image_tokens), num_candidates, device=image_tokens.device)
                 if not self.interrupt:
@@ -397,8 +403,9 @@ class NextFlowPipeline(ConversationMixin, LoraMixin, OutsideWarningsMixin, Pipel
                     scores = _checked_scores(scorer(self, image_tokens, grids, request.prompts), len(image_tokens))
                     scores = scores.view(-1, num_candidates)
                     best = best + scores.argmax(1).to(best.device)
-                image_tokens, grids, request = image_tokens[best], grids[best], request.select(best.tolist())
-                thoughts = None if thoughts is None else [thoughts[index] for index in best.tolist()]
+                rows = best.tolist()
+                image_tokens, grids, request = image_tokens[best], grids[best], request.select(rows)
+                thoughts = None if thoughts is None else [thoughts[index] for index in rows]
 
             if num_kept_scales is not None and not self.interrupt:
                 self._warn_of_copies(request, image_tokens, num_images_per_prompt)
@@ -411,7 +418,11 @@ class NextFlowPipeline(ConversationMixin, LoraMixin, OutsideWarningsMixin, Pipel
             if paste_back:
                 drawn_and_own = zip(request.regions, pixels, request.pixels)
                 pixels = [torch.where(r.to(p.device), p, own.to(p)) for r, p, own in drawn_and_own]
-            output = NextFlowPipelineOutput(self._images(pixels, output_type), image_tokens, thoughts, scores)
+            pixels, flags = self._checked(pixels)
+            images = self._images(pixels, output_type)
+            if output_type == "pil":
+                images = self._with_provenance(images, rows, generator, sampling, num_kept_scales=num_kept_scales)
+            output = NextFlowPipelineOutput(images, image_tokens, thoughts, scores, flags)
         # Typed as what nearly every call asks for, so that editors and checkers know its fields.
         return output if return_dict else cast(NextFlowPipelineOutput, output.to_tuple())
 
@@ -494,7 +505,9 @@ class NextFlowPipeline(ConversationMixin, LoraMixin, OutsideWarningsMixin, Pipel
     def _callback_kwargs(self, state: ScaleState, names: Sequence[str], output_type: str) -> dict:
         make = {
             "image_tokens": lambda: pad_codes(state.image_tokens),
-            "preview": lambda: self._images(state.preview(), "pil" if output_type == "latent" else output_type),
+            "preview": lambda: self._images(
+                self._checked(state.preview())[0], "pil" if output_type == "latent" else output_type
+            ),
         }
         return {name: make[name]() for name in names}
 

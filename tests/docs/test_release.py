@@ -31,7 +31,7 @@ def test_the_metadata_name_the_repository_and_still_parse():
 
 def test_version_and_tag_are_one():
     setup = (ROOT / "setup.cfg").read_text()
-    package = (ROOT / "src/transformers_nextflow/__init__.py").read_text()
+    package = (ROOT / "src/transformers_nextflow/utils/version.py").read_text()
     RELEASE["check_version"](setup, package, f"v{transformers_nextflow.__version__}")
     with pytest.raises(ValueError, match="the tag is v9"):
         RELEASE["check_version"](setup, package, "v9")

@@ -35,7 +35,8 @@ def test_every_public_name_stands_in_the_reference():
 
 def test_links_out_of_the_pages_lead_to_copies_in_the_site():
     hooks = runpy.run_path(str(DOCS / "site_hooks.py"))
-    page = "see [data](data.md), `docs/rl.md` and ![edits](../checkpoints/nextflow-shapes/editing.png)\n```\n`docs/rl.md`\n```\n"
+    page = "see [data](data.md), `docs/rl.md` and ![edits](../checkpoints/nextflow-shapes/editing.png)\n"
+    page += "```\n`docs/rl.md`\n```\n"
     assert hooks["for_site"](page, DOCS) == (
         "see [data](data.md), [rl](rl.md) and ![edits](repository/checkpoints/nextflow-shapes/editing.png)\n"
         "```\n`docs/rl.md`\n```\n"

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import transformers_nextflow
 from transformers_nextflow import NextFlowPipeline
 from transformers_nextflow.cli import app
+from transformers_nextflow.utils.provenance import read_provenance
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,13 @@ def test_without_a_command_it_shows_a_tour_whose_commands_are_there(checkpoint, 
             command, *_ = re.split(r"   +", line.strip())
             result = run(*shlex.split(command))
             assert result.exit_code == 0, (command, result.output)
+
+
+def test_files_say_what_drew_them_unless_they_shall_not(checkpoint):
+    assert run("generate", "a red circle", "--model", checkpoint, "--seed", 3, "--scale", 2).exit_code == 0
+    assert read_provenance("nextflow.png")["seed"] == 3
+    assert run("--no-provenance", "generate", "a red circle", "--model", checkpoint).exit_code == 0
+    assert read_provenance("nextflow.png") is None
 
 
 def test_it_says_its_version():

@@ -127,7 +127,9 @@ class ConversationMixin:
                         max_new_tokens=max_transition_tokens * num_frames,
                     )  # fmt: skip
             drawn = self.model.decode_image_tokens(finished.image_tokens, finished.image_grids)
-            images = iter(self.processor.post_process_images(drawn))
+            frames = [row for row, script in enumerate(scripts) for _ in range(num_frames or len(script))]
+            images = self.processor.post_process_images(self._checked(drawn)[0])
+            images = iter(self._with_provenance(images, frames, generator, sampling))
             videos = [[next(images) for _ in range(num_frames or len(script))] for script in scripts]
             if given:
                 videos = [[first, *video[1:]] for first, video in zip(firsts, videos)]
@@ -245,10 +247,10 @@ class ConversationMixin:
                 sampling=sampling, generator=generator, streamer=streamer, tokenizer=self.processor.tokenizer,
                 **kwargs,
             )  # fmt: skip
-            answers = [self._message(output, row) for row in range(len(conversations))]
+            answers = [self._message(output, row, generator, sampling) for row in range(len(conversations))]
         return answers if is_batch else answers[0]
 
-    def _message(self, output: InterleavedGenerationOutput, row: int) -> dict:
+    def _message(self, output: InterleavedGenerationOutput, row: int, generator, sampling: ImageSampling) -> dict:
         content = []
         for piece in output.segments[row]:
             if piece.image is None:
@@ -259,7 +261,9 @@ class ConversationMixin:
             else:
                 chosen = [piece.image]
                 pixels = self.model.decode_image_tokens(output.image_tokens[chosen], output.image_grids[chosen])
-                content.append({"type": "image", "image": self.processor.post_process_images(pixels)[0]})
+                images = self.processor.post_process_images(self._checked(pixels)[0])
+                [image] = self._with_provenance(images, [row], generator, sampling)
+                content.append({"type": "image", "image": image})
         return {"role": "assistant", "content": content}
 
     @checks_names
