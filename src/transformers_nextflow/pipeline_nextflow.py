@@ -6,12 +6,11 @@ import copy
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Self, cast
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 from transformers.utils import cached_file
 
@@ -29,6 +28,7 @@ from .pipelines.finished_images import FinishedImagesMixin
 from .pipelines.loras import LoraMixin
 from .pipelines.outside import OutsideWarningsMixin
 from .pipelines.requests import ImageInput, ImageRequest
+from .pipelines.showing import Growth
 from .processing_nextflow import NextFlowProcessor
 from .sequence.padding import pad_codes
 from .utils.atomic_files import write_into
@@ -46,12 +46,12 @@ try:
         AUTO_INPAINT_PIPELINES_MAPPING,
         AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
     )
-    from diffusers.utils import BaseOutput
+
+    from .pipelines.outputs import Images, NextFlowPipelineOutput
 except ImportError as error:
     raise ImportError("NextFlowPipeline needs diffusers: pip install transformers-nextflow[pipelines]") from error
 
 
-Images = list[Image.Image] | np.ndarray | torch.Tensor
 CandidateScorer = Callable[["NextFlowPipeline", torch.Tensor, torch.Tensor, list[str]], Sequence[float] | torch.Tensor]
 # What `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` runs of a saved folder.
 PIPELINE_FILE = """\
@@ -87,27 +87,6 @@ def _checked_scores(scores: Sequence[float] | torch.Tensor, count: int) -> torch
     if len(checked) != count or not bool(checked.isfinite().all()):
         raise ValueError(f"candidate_scorer must give {count} finite numbers, got {short_repr(scores)}.")
     return checked
-
-
-@dataclass
-class NextFlowPipelineOutput(BaseOutput):
-    """Images and their codes.
-
-    Args:
-        images: a list of PIL images, or (B, H, W, 3) numpy, or a (B, 3, H, W) tensor; floats lie in [0, 1]. With
-            `output_type="latent"` they are the codes.
-        image_tokens: (B, N) codes, padded with -1 where images differ in size. Where the drawing was interrupted
-            there are fewer columns, or -1 in them.
-        thoughts: with `think=True` what was written before each image.
-        candidate_scores: with `num_candidates` above 1 the (B, num_candidates) scores among which each image won.
-        nsfw_content_detected: of each image what `safety_checker` of the pipeline found, if there is one.
-    """
-
-    images: Images
-    image_tokens: torch.LongTensor
-    thoughts: list[str] | None = None
-    candidate_scores: torch.Tensor | None = None
-    nsfw_content_detected: list[bool] | None = None
 
 
 class NextFlowPipeline(
@@ -310,6 +289,7 @@ class NextFlowPipeline(
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        preview: bool = False,
         callback_on_step_end: Callable[[NextFlowPipeline, int, int, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("image_tokens",),
     ) -> NextFlowPipelineOutput:
@@ -343,6 +323,7 @@ class NextFlowPipeline(
                 seed alone.
             output_type: "pil", "np", "pt"; or "latent": the codes, which `model.decode_image_tokens` turns into pixels.
             return_dict: whether to return a [`NextFlowPipelineOutput`] or a tuple of the same.
+            preview: keep the image after each scale (`previews` of the output), and show it growing in a notebook.
             callback_on_step_end: called as `callback(pipe, step, scale, callback_kwargs)` after each scale; step and
                 scale are one number here, from 0. A dict that it returns may hold other "image_tokens", which the next
                 scale reads. `pipe._interrupt = True` ends the drawing with what is there.
@@ -373,12 +354,15 @@ class NextFlowPipeline(
             self._check_reads("To rank candidates without a candidate_scorer")
         request = request.repeat(num_images_per_prompt * num_candidates)
 
+        growth = Growth()
         with self._call():
             # 2. The scale loop
             with self.progress_bar(total=max(schedule.num_scales for schedule in request.schedules)) as progress_bar:
 
                 def after_scale(model, scale: int, state: ScaleState) -> bool:
                     progress_bar.update()
+                    if preview:
+                        growth.add(self._callback_kwargs(state, ["preview"], "pil")["preview"])
                     if callback_on_step_end is not None:
                         wanted = self._callback_kwargs(state, callback_on_step_end_tensor_inputs, output_type)
                         returned = callback_on_step_end(self, scale, scale, wanted)
@@ -422,7 +406,9 @@ class NextFlowPipeline(
             images = self._images(pixels, output_type)
             if output_type == "pil":
                 images = self._with_provenance(images, rows, generator, sampling, num_kept_scales=num_kept_scales)
-            output = NextFlowPipelineOutput(images, image_tokens, thoughts, scores, flags)
+            output = NextFlowPipelineOutput(
+                images, image_tokens, thoughts, scores, flags, growth.rows if preview else None
+            )
         # Typed as what nearly every call asks for, so that editors and checkers know its fields.
         return output if return_dict else cast(NextFlowPipelineOutput, output.to_tuple())
 

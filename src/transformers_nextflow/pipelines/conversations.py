@@ -22,6 +22,7 @@ from ..utils.known_names import check_names, checks_names
 from ..utils.short_repr import short_repr
 from .outside import texts_of_messages
 from .requests import ImageInput, ImageRequest, pixels_of_size, requested_schedule
+from .showing import video_as_html
 
 
 @dataclass
@@ -35,6 +36,10 @@ class NextFlowVideoOutput:
 
     frames: list[list[Image.Image]]
     transitions: list[list[str]]
+
+    def _repr_html_(self) -> str:
+        pairs = zip(self.frames, self.transitions)
+        return "".join(video_as_html(frames, "; ".join(texts)) for frames, texts in pairs)
 
 
 @dataclass(frozen=True)
