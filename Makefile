@@ -1,5 +1,7 @@
 PYTHON = python3
 VENV = .venv
+# `make QUIET= …` shows what pip does.
+QUIET = --quiet --disable-pip-version-check --no-warn-script-location
 MODEL = checkpoints/nextflow-shapes
 PROMPT = a red circle and a blue square
 
@@ -7,7 +9,7 @@ PROMPT = a red circle and a blue square
 export DEMO_PROMPT := $(value PROMPT)
 unexport PROMPT
 
-.PHONY: demo test lint
+.PHONY: demo test lint docs
 
 demo: $(VENV)/.installed-pipelines
 	$(VENV)/bin/transformers-nextflow generate --model $(MODEL) --output demo.png --scale 4 -- "$$DEMO_PROMPT"
@@ -21,12 +23,16 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/pyrefly check
 	$(VENV)/bin/vulture
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 # A stamp per set of packages: they are installed again only when their versions change.
 # torch comes first and exactly pinned, so that nothing else picks another build of it.
 $(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt | $(VENV)/bin/pip
-	$(VENV)/bin/pip install "$$(grep ^torch== constraints.txt)"
-	$(VENV)/bin/pip install --editable ".[$*]" --constraint constraints.txt
-	touch $@
+	@echo "Installing into $(VENV), some minutes"
+	@$(VENV)/bin/pip install $(QUIET) "$$(grep ^torch== constraints.txt)"
+	@$(VENV)/bin/pip install $(QUIET) --editable ".[$*]" --constraint constraints.txt
+	@touch $@
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)

@@ -1,8 +1,12 @@
 """NextFlow for transformers and diffusers: one transformer that writes text token by token and draws scale by scale."""
 
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
@@ -26,10 +30,12 @@ from .tokenflow_t2i.configuration_tokenflow_t2i import TokenFlowT2IConfig
 from .tokenflow_t2i.generation_tokenflow_t2i import RefinedImageSampling
 from .tokenflow_t2i.modeling_tokenflow_t2i import TokenFlowT2IForConditionalGeneration
 from .tokenflow_t2i.processing_tokenflow_t2i import TokenFlowT2IProcessor
+from .utils.version import __version__ as __version__
 from .vision_tokenizer.multiscale_quantizer import SelfCorrection
 
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .pipeline_nextflow import NextFlowPipeline, NextFlowPipelineOutput
 
 __all__ = [
     "ImageGenerationOutput",
@@ -42,7 +48,6 @@ __all__ = [
     "NextFlowForConditionalGeneration",
     "NextFlowImageProcessorPil",
     "NextFlowModel",
-    "NextFlowPipeline",
     "NextFlowProcessor",
     "NextFlowVQConfig",
     "NextFlowVQModel",
@@ -55,11 +60,15 @@ __all__ = [
     "TokenFlowT2IForConditionalGeneration",
     "TokenFlowT2IProcessor",
 ]
+# What an extra brings, where it is there: `from transformers_nextflow import *` works without.
+if find_spec("diffusers"):
+    __all__ += ["NextFlowPipeline", "NextFlowPipelineOutput"]
 
 AutoConfig.register("nextflow", NextFlowConfig, exist_ok=True)
 AutoConfig.register("nextflow_vq", NextFlowVQConfig, exist_ok=True)
 AutoModel.register(NextFlowConfig, NextFlowModel, exist_ok=True)
 AutoModel.register(NextFlowVQConfig, NextFlowVQModel, exist_ok=True)
+AutoModelForCausalLM.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
 AutoModelForMultimodalLM.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(NextFlowConfig, NextFlowProcessor, exist_ok=True)
@@ -76,8 +85,12 @@ AutoImageProcessor.register(
 
 def __getattr__(name: str):
     # The pipeline needs diffusers, an extra: it is imported when it is asked for.
-    if name == "NextFlowPipeline":
-        from .pipeline_nextflow import NextFlowPipeline
+    if name in ("NextFlowPipeline", "NextFlowPipelineOutput"):
+        from . import pipeline_nextflow
 
-        return NextFlowPipeline
+        return getattr(pipeline_nextflow, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | set(__all__))

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import click
 import typer
 from PIL import Image
 
@@ -24,6 +25,7 @@ from .utils.image_files import regular_file
 from .utils.one_line_errors import DEBUG, end_on_termination, errors_in_one_line, tells_what_is_kept
 from .utils.output_files import check_output_file, check_output_folder
 from .utils.short_repr import short_path
+from .utils.version import __version__
 
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="NextFlow: images from text, and text from images.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     # A traceback of a defect is for reading as it is: no boxes, no values of variables.
     pretty_exceptions_enable=False,
@@ -46,7 +48,46 @@ MOST_PIXELS = 2**26
 MOST_CHECKED = 1024
 VIDEO_EXTENSIONS = (".gif", ".mp4")
 
-Model = Annotated[str, typer.Option(help="Folder of a model or a pipeline, or a repository of the Hub.")]
+MODEL = "TRANSFORMERS_NEXTFLOW_MODEL"
+# Where a clone has the bundled checkpoint.
+BUNDLED = Path("checkpoints", "nextflow-shapes")
+TOUR = """\
+transformers-nextflow {version}: text and images in one transformer that draws scale by scale.
+
+  generate "a red circle"                          an image from a prompt
+  edit "make it blue" --image nextflow.png         another one from it; --mask for a region of it
+  vary "a blue circle" --image edited.png          variations: what is coarse is kept
+  video "a red circle. it turns blue" --num-frames 3
+  describe nextflow.png --question "what is where?"
+
+Each takes --model FOLDER, a folder or a repository of the Hub. {model}
+`transformers-nextflow --help` lists all commands, `transformers-nextflow COMMAND --help` what one takes.
+"""
+
+
+def default_model() -> str | None:
+    """The model of commands that name none: that of the environment, or the bundled one in a clone."""
+    return os.environ.get(MODEL) or (str(BUNDLED) if (BUNDLED / "config.json").is_file() else None)
+
+
+def _named_model(model: str | None) -> str:
+    if model is None:
+        raise typer.BadParameter(
+            f"name a model: a folder, or a repository of the Hub. Without --model it is the one that {MODEL} names, or "
+            f"{BUNDLED} in a clone of the repository."
+        )
+    return model
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        default_factory=default_model,
+        callback=_named_model,
+        show_default=False,
+        help=f"Folder of a model or a pipeline, or a repository of the Hub; default: {MODEL}, or {BUNDLED}.",
+    ),
+]
 
 
 Output = Annotated[Path, typer.Option(help="Where the image goes; several are numbered.")]
@@ -58,13 +99,32 @@ Scale = Annotated[int, typer.Option(min=1, help="Enlarge each pixel so many time
 Pixels = Annotated[int | None, typer.Option(help="Pixels; default: the input image's, or the model's largest square.")]
 
 
+def _show_version(asked: bool):
+    if asked:
+        typer.echo(f"transformers-nextflow {__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option(help=f"Show tracebacks, as {DEBUG}=1 does.")] = False):
+def _options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option(help=f"Show tracebacks, as {DEBUG}=1 does.")] = False,
+    provenance: Annotated[
+        bool, typer.Option(help="Write into each image's file what drew it: checkpoint, version, seed, settings.")
+    ] = True,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+):
     if debug:
         os.environ[DEBUG] = "1"
+    context.obj = provenance
     # What a model or a file's name holds may be no text in the terminal's encoding.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
+    if context.invoked_subcommand is None:
+        model = default_model()
+        typer.echo(TOUR.format(version=__version__, model=f"Here it is {model}." if model else ""), nl=False)
 
 
 @app.command()
@@ -329,7 +389,10 @@ def main():
 def _load_pipeline(model: str, device: str | None, dtype: str) -> NextFlowPipeline:
     from .serving.loading import load_pipeline
 
-    return load_pipeline(model, device, dtype)
+    pipeline = load_pipeline(model, device, dtype)
+    context = click.get_current_context(silent=True)
+    pipeline.adds_provenance = context is None or context.find_root().obj is not False
+    return pipeline
 
 
 def _generators(pipeline: NextFlowPipeline, seed: int, count: int) -> list[torch.Generator]:

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .generation.compiled_drawing import CompiledDrawing
 from .generation.image_codes import ImageCodes
@@ -28,6 +28,8 @@ from .utils.known_names import checks_names, nearest_name
 from .utils.short_repr import short_repr
 from .utils.typed_values import check_types
 
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_MAX_NEW_TOKENS = 256
 # What `generate_interleaved` takes of a generation config.
@@ -99,6 +101,44 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
         """
         fuse = self.device.type == "cuda" if fuse is None else fuse
         self.compiled_drawing = CompiledDrawing(self, fuse) if enabled else None
+
+    def generate(
+        self, inputs=None, generation_config=None, logits_processor=None, generation_mode: str | None = None, **kwargs
+    ):
+        """Continue sequences (B, L) with text; all else as in [`~transformers.GenerationMixin.generate`].
+
+        Images come as `pixel_values` and `image_grids` (the processor's output), or as `image_tokens` and
+        `image_grids`. Codes and the tokens around images are written with `generation_mode="image"` only.
+
+        Args:
+            generation_mode: "text" (default) or "image": then one image is drawn behind each row, and what comes back
+                are the codes (B, N) that `decode_image_tokens` takes. Further arguments are those of `generate_images`;
+                `image_sizes` is the model's largest square by default. Without `negative_input_ids` nothing guides.
+
+        Raises:
+            ValueError: if placeholders and images do not match, for prompts that with `max_new_tokens` take more
+                positions than the model has, and for settings that cannot be carried out.
+        """
+        if generation_mode in (None, "text"):
+            return super().generate(inputs, generation_config, logits_processor, **kwargs)
+        if generation_mode != "image":
+            raise ValueError(f"generation_mode is one of {self.output_modalities}, got {generation_mode!r}.")
+        # How many codes there are follows from the size; transformers' pipelines always name a number of tokens.
+        for name in ("max_new_tokens", "generation_config"):
+            kwargs.pop(name, None)
+        input_ids = kwargs.pop("input_ids", inputs)
+        mask = kwargs.pop("attention_mask", None)
+        if not bool((input_ids[:, -1] == self.config.boi_token_id).all()):
+            # A chat ends with the start of the answer, which for an image is `<boi>`.
+            boi = torch.full_like(input_ids[:, :1], self.config.boi_token_id)
+            input_ids = torch.cat([input_ids, boi], dim=1)
+            mask = None if mask is None else torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        side = self.config.vq_config.scale_schedules.resolutions[-1]
+        kwargs.setdefault("image_sizes", [(side, side)] * len(input_ids))
+        if kwargs.get("negative_input_ids") is None and kwargs.get("sampling") is None:
+            logger.warning_once("An image is drawn without guidance, which takes negative_input_ids: an empty prompt.")
+            kwargs["sampling"] = replace(self.default_image_sampling, guidance_scale=1.0, image_guidance_scale=1.0)
+        return self.generate_images(input_ids, mask, **kwargs).image_tokens
 
     @checks_names
     @in_evaluation_mode

@@ -123,7 +123,7 @@ class NextFlowPreTrainedModel(ModelCardMixin, StrictLoadingMixin, ExecutionDevic
     # Adapters that lie beside weights belong to those.
     save_pretrained = with_card(saved_whole(PreTrainedModel.save_pretrained, replaced=[ADAPTERS]))
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities, output_modalities = ("image", "text"), ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["Qwen2_5_VLDecoderLayer", "NextFlowVQModel", "NextFlowVisualEmbedding"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
@@ -211,11 +211,19 @@ class NextFlowModel(NextFlowPreTrainedModel):
         return pad_codes(tokens)
 
     @torch.no_grad()
-    def decode_image_tokens(self, image_tokens: torch.Tensor, image_grids: torch.Tensor) -> list[torch.Tensor]:
+    def decode_image_tokens(
+        self, image_tokens: torch.Tensor, image_grids: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
         """Images, a list of (3, H, W) in [-1, 1], from codes (num_images, n) padded with -1.
 
-        The codes may cover only the first whole scales of every image: a preview.
+        The codes may cover only the first whole scales of every image: a preview. Without `image_grids` they are those
+        of whole squares.
+
+        Raises:
+            ValueError: without `image_grids`, for codes that no square has.
         """
+        if image_grids is None:
+            image_grids = self._squares(image_tokens)
         counts = (image_tokens >= 0).sum(1).tolist()
         kinds = list(zip(self.schedules_of(image_grids), counts))
         images: list[torch.Tensor | None] = [None] * len(kinds)
@@ -225,6 +233,17 @@ class NextFlowModel(NextFlowPreTrainedModel):
             for index, image in zip(chosen, pixels):
                 images[index] = image
         return images
+
+    def _squares(self, image_tokens: torch.Tensor) -> torch.Tensor:
+        """The final grids of squares that have as many codes as each row."""
+        schedules = self.config.vq_config.scale_schedules
+        squares = {s.num_tokens: s.final_grid for s in (schedules.for_size(n, n) for n in schedules.resolutions)}
+        counts = (image_tokens >= 0).sum(1).tolist()
+        if other := [count for count in counts if count not in squares]:
+            raise ValueError(
+                f"No square image has {other[0]} codes, but {', '.join(map(str, squares))}; give image_grids."
+            )
+        return torch.tensor([squares[count] for count in counts], device=image_tokens.device)
 
     def embed_images(self, image_tokens: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
         """Embeddings (S, D) of all slots of the images of a layout, which have the codes (num_images, N)."""
@@ -449,7 +468,9 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
     def get_image_tokens(self, pixel_values: torch.Tensor, image_grids: torch.Tensor) -> torch.Tensor:
         return self.model.get_image_tokens(pixel_values, image_grids)
 
-    def decode_image_tokens(self, image_tokens: torch.Tensor, image_grids: torch.Tensor) -> list[torch.Tensor]:
+    def decode_image_tokens(
+        self, image_tokens: torch.Tensor, image_grids: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
         return self.model.decode_image_tokens(image_tokens, image_grids)
 
     @takes_the_cache

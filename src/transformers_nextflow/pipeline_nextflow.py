@@ -7,11 +7,11 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Self, cast
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 from transformers.utils import cached_file
 
@@ -22,10 +22,14 @@ from .generation.sampling import ImageSampling, PerScale, check_generators
 from .generation_nextflow import ImageGenerationOutput
 from .image_processing_nextflow import OUTPUT_TYPES
 from .modeling_nextflow import NextFlowForConditionalGeneration
+from .pipelines.callbacks import take_changes
 from .pipelines.calls import PipelineCallsMixin
 from .pipelines.conversations import ConversationMixin
+from .pipelines.finished_images import FinishedImagesMixin
+from .pipelines.loras import LoraMixin
 from .pipelines.outside import OutsideWarningsMixin
 from .pipelines.requests import ImageInput, ImageRequest
+from .pipelines.showing import Growth
 from .processing_nextflow import NextFlowProcessor
 from .sequence.padding import pad_codes
 from .utils.atomic_files import write_into
@@ -39,13 +43,18 @@ from .utils.typed_values import check_types, is_of_type
 
 
 try:
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import BaseOutput
+    from diffusers import DiffusionPipeline, PipelineQuantizationConfig
+    from diffusers.pipelines.auto_pipeline import (
+        AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+        AUTO_INPAINT_PIPELINES_MAPPING,
+        AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+    )
+
+    from .pipelines.outputs import Images, NextFlowPipelineOutput
 except ImportError as error:
     raise ImportError("NextFlowPipeline needs diffusers: pip install transformers-nextflow[pipelines]") from error
 
 
-Images = list[Image.Image] | np.ndarray | torch.Tensor
 CandidateScorer = Callable[["NextFlowPipeline", torch.Tensor, torch.Tensor, list[str]], Sequence[float] | torch.Tensor]
 # What `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` runs of a saved folder.
 PIPELINE_FILE = """\
@@ -97,25 +106,9 @@ def _checked_scores(scores: Sequence[float] | torch.Tensor, count: int) -> torch
     return checked
 
 
-@dataclass
-class NextFlowPipelineOutput(BaseOutput):
-    """Images and their codes.
-
-    Args:
-        images: a list of PIL images, or (B, H, W, 3) numpy, or a (B, 3, H, W) tensor; floats lie in [0, 1].
-        image_tokens: (B, N) codes, padded with -1 where images differ in size. Where the drawing was interrupted
-            there are fewer columns, or -1 in them.
-        thoughts: with `think=True` what was written before each image.
-        candidate_scores: with `num_candidates` above 1 the (B, num_candidates) scores among which each image won.
-    """
-
-    images: Images
-    image_tokens: torch.LongTensor
-    thoughts: list[str] | None = None
-    candidate_scores: torch.Tensor | None = None
-
-
-class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMixin, DiffusionPipeline):
+class NextFlowPipeline(
+    FinishedImagesMixin, ConversationMixin, LoraMixin, OutsideWarningsMixin, PipelineCallsMixin, DiffusionPipeline
+):
     """Draws images from prompts and from other images, videos, and answers in text and images.
 
     >>> pipe = NextFlowPipeline.from_pretrained("checkpoints/nextflow-shapes")
@@ -150,7 +143,7 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
         self.register_modules(model=model, processor=processor)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> NextFlowPipeline:
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Self:
         """Load what `save_pretrained` of this pipeline wrote, or a model folder (model and processor together), or the
         folder of an adapter, whose base model is loaded with it.
 
@@ -161,7 +154,8 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
             pretrained_model_name_or_path: a folder or a repository of the Hub.
             model, processor: components to use in place of the folder's.
             kwargs: options of transformers' `from_pretrained`: `dtype`, `device_map`, `revision`, `token`, … As in
-                diffusers `dtype` may be a dict with a type for "model" or "default".
+                diffusers `dtype` may be a dict with a type for "model" or "default", and `quantization_config` a
+                `PipelineQuantizationConfig` that names "model".
 
         Raises:
             OSError: if there is no such folder, or files are missing in it.
@@ -169,6 +163,10 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
         """
         if "subfolder" in kwargs:
             raise ValueError(f"A pipeline is a whole folder, got subfolder={kwargs['subfolder']!r}; load its parts.")
+        if isinstance(kwargs.get("quantization_config"), PipelineQuantizationConfig):
+            mapping = kwargs.pop("quantization_config")
+            chosen = mapping._resolve_quant_config(is_diffusers=False, module_name="model")
+            kwargs |= {} if chosen is None else {"quantization_config": chosen}
         kwargs |= {name: _dtype_of_model(kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
         path, hub_options = pretrained_model_name_or_path, {k: v for k, v in kwargs.items() if k in HUB_OPTIONS}
         model, processor = kwargs.pop("model", None), kwargs.pop("processor", None)
@@ -263,9 +261,9 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
                     f"The {count} variations of a prompt would be one image: num_kept_scales={kept} leaves no scale "
                     "that is drawn with chance. Keep fewer scales, or give a temperature above 0."
                 )
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}.")
-        if output_type != "pil" and len(set(request.schedules)) > 1:
+        if output_type not in (*OUTPUT_TYPES, "latent"):
+            raise ValueError(f"output_type must be one of {(*OUTPUT_TYPES, 'latent')}, got {output_type!r}.")
+        if output_type in ("np", "pt") and len(set(request.schedules)) > 1:
             raise ValueError(
                 f"Images of different sizes cannot be one array; take output_type='pil', not {output_type!r}."
             )
@@ -274,6 +272,12 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs is a list of {self._callback_tensor_inputs}, got {wanted!r}."
             )
+
+    def enable_vae_slicing(self):
+        """Nothing to switch on: batches are decoded in parts, as large as memory allows, by themselves."""
+
+    def enable_vae_tiling(self):
+        """Nothing to switch on: large images are decoded by stripes, with the pixels of the whole, by themselves."""
 
     def check_batch_size(self, count: int):
         """Raises `ValueError` for more images in one batch than `max_batch_size`, which may be set."""
@@ -316,9 +320,10 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[NextFlowPipeline, int, int, dict], None] | None = None,
+        preview: bool = False,
+        callback_on_step_end: Callable[[NextFlowPipeline, int, int, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("image_tokens",),
-    ) -> NextFlowPipelineOutput | tuple:
+    ) -> NextFlowPipelineOutput:
         """Draw.
 
         Args:
@@ -347,10 +352,12 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
                 each image. Default: how likely the model finds the prompt as a description of the image.
             generator: one for all images, or one for each, candidates included: then an image depends on its own
                 seed alone.
-            output_type: "pil", "np" or "pt".
+            output_type: "pil", "np", "pt"; or "latent": the codes, which `model.decode_image_tokens` turns into pixels.
             return_dict: whether to return a [`NextFlowPipelineOutput`] or a tuple of the same.
+            preview: keep the image after each scale (`previews` of the output), and show it growing in a notebook.
             callback_on_step_end: called as `callback(pipe, step, scale, callback_kwargs)` after each scale; step and
-                scale are one number here, from 0. `pipe._interrupt = True` ends the drawing with what is there.
+                scale are one number here, from 0. A dict that it returns may hold other "image_tokens", which the next
+                scale reads. `pipe._interrupt = True` ends the drawing with what is there.
             callback_on_step_end_tensor_inputs: names of what `callback_kwargs` holds: "image_tokens", the codes (B, n)
                 so far; "preview", the images that they decode to, in the form of the output. A preview costs a
                 decoding and is made only where it is asked for.
@@ -382,15 +389,19 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
             self._check_reads("To rank candidates without a candidate_scorer")
         request = request.repeat(num_images_per_prompt * num_candidates)
 
+        growth = Growth()
         with self._call():
             # 2. The scale loop
             with self.progress_bar(total=max(schedule.num_scales for schedule in request.schedules)) as progress_bar:
 
                 def after_scale(model, scale: int, state: ScaleState) -> bool:
                     progress_bar.update()
+                    if preview:
+                        growth.add(self._callback_kwargs(state, ["preview"], "pil")["preview"])
                     if callback_on_step_end is not None:
                         wanted = self._callback_kwargs(state, callback_on_step_end_tensor_inputs, output_type)
-                        callback_on_step_end(self, scale, scale, wanted)
+                        returned = callback_on_step_end(self, scale, scale, wanted)
+                        take_changes(state, returned, self.unwrapped_model.config.vq_config.codebook_size)
                     return not self.interrupt
 
                 options = {"sampling": sampling, "generator": generator, "callback": after_scale}
@@ -403,6 +414,7 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
 
             # 3. The best candidates
             image_tokens, grids, scores = drawn.image_tokens, drawn.image_grids, None
+            rows = list(range(len(image_tokens)))
             if num_candidates > 1:
                 best = torch.arange(0, len(image_tokens), num_candidates, device=image_tokens.device)
                 if not self.interrupt:
@@ -410,19 +422,30 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
                     scores = _checked_scores(scorer(self, image_tokens, grids, request.prompts), len(image_tokens))
                     scores = scores.view(-1, num_candidates)
                     best = best + scores.argmax(1).to(best.device)
-                image_tokens, grids, request = image_tokens[best], grids[best], request.select(best.tolist())
-                thoughts = None if thoughts is None else [thoughts[index] for index in best.tolist()]
+                rows = best.tolist()
+                image_tokens, grids, request = image_tokens[best], grids[best], request.select(rows)
+                thoughts = None if thoughts is None else [thoughts[index] for index in rows]
 
             if num_kept_scales is not None and not self.interrupt:
                 self._warn_of_copies(request, image_tokens, num_images_per_prompt)
 
             # 4. Pixels
+            if output_type == "latent":
+                output = NextFlowPipelineOutput(image_tokens, image_tokens, thoughts, scores)
+                return output if return_dict else cast(NextFlowPipelineOutput, output.to_tuple())
             pixels = self.model.decode_image_tokens(image_tokens, grids)
             if paste_back:
                 drawn_and_own = zip(request.regions, pixels, request.pixels)
                 pixels = [torch.where(r.to(p.device), p, own.to(p)) for r, p, own in drawn_and_own]
-            output = NextFlowPipelineOutput(self._images(pixels, output_type), image_tokens, thoughts, scores)
-        return output if return_dict else output.to_tuple()
+            pixels, flags = self._checked(pixels)
+            images = self._images(pixels, output_type)
+            if output_type == "pil":
+                images = self._with_provenance(images, rows, generator, sampling, num_kept_scales=num_kept_scales)
+            output = NextFlowPipelineOutput(
+                images, image_tokens, thoughts, scores, flags, growth.rows if preview else None
+            )
+        # Typed as what nearly every call asks for, so that editors and checkers know its fields.
+        return output if return_dict else cast(NextFlowPipelineOutput, output.to_tuple())
 
     def _drawing_inputs(self, request: ImageRequest, sampling: ImageSampling, answer: str | None = None) -> dict:
         """Arguments of `generate_images`; or, with an `answer` that begins with text, of `generate_interleaved`."""
@@ -503,6 +526,18 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
     def _callback_kwargs(self, state: ScaleState, names: Sequence[str], output_type: str) -> dict:
         make = {
             "image_tokens": lambda: pad_codes(state.image_tokens),
-            "preview": lambda: self._images(state.preview(), output_type),
+            "preview": lambda: self._images(
+                self._checked(state.preview())[0], "pil" if output_type == "latent" else output_type
+            ),
         }
         return {name: make[name]() for name in names}
+
+
+# `AutoPipelineForText2Image.from_pipe(pipe)`, …Image2Image and …Inpainting find the one class that does all three. By
+# `from_pretrained` they find only classes of diffusers itself.
+for _pipelines in (
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+    AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+    AUTO_INPAINT_PIPELINES_MAPPING,
+):
+    _pipelines["nextflow"] = NextFlowPipeline

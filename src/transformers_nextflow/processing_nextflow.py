@@ -257,6 +257,16 @@ class NextFlowProcessor(ProcessorMixin):
         """Decoded images, (3, height, width) in [-1, 1] each, as "pil", "np" or "pt"; see the image processor."""
         return self.image_processor.postprocess(images, output_type=output_type)
 
+    def post_process_multimodal_output(
+        self, generated_outputs, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs
+    ) -> list:
+        """Texts of token ids, or with `generation_mode="image"` PIL images of what `decode_image_tokens` gives."""
+        if generation_mode == "image":
+            return self.post_process_images(generated_outputs)
+        return super().post_process_multimodal_output(
+            generated_outputs, skip_special_tokens=skip_special_tokens, generation_mode=generation_mode, **kwargs
+        )
+
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", *self.image_processor.model_input_names]

@@ -22,6 +22,7 @@ for name, folder in zip(sys.argv[1::2], sys.argv[2::2]):
 EXPECTED = [
     ("AutoConfig", "", "NextFlowConfig"),
     ("AutoModel", "", "NextFlowModel"),
+    ("AutoModelForCausalLM", "", "NextFlowForConditionalGeneration"),
     ("AutoModelForImageTextToText", "", "NextFlowForConditionalGeneration"),
     ("AutoModelForMultimodalLM", "", "NextFlowForConditionalGeneration"),
     ("AutoProcessor", "", "NextFlowProcessor"),
@@ -65,4 +66,15 @@ def test_pipeline_answers_a_question_about_a_image(read_last_scale):
     )
     assert inputs["image_grids"].tolist() == [[3, 6]]
     written = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+    assert found["generated_text"] == processor.tokenizer.decode(written, skip_special_tokens=True)
+
+
+def test_the_pipeline_for_text_writes_what_the_model_writes(tmp_path):
+    model, processor = tiny_model(), tiny_processor()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    writer = pipeline("text-generation", model=str(tmp_path), device="cpu")
+    (found,) = writer("a red circle", max_new_tokens=4, do_sample=False, return_full_text=False)
+    inputs = processor.tokenizer("a red circle", return_tensors="pt")
+    written = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert found["generated_text"] == processor.tokenizer.decode(written, skip_special_tokens=True)

@@ -1,7 +1,9 @@
 """The command line: images and answers, and errors in one line."""
 
 import json
+import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,8 +15,10 @@ from PIL import Image
 from tiny import tiny_model, tiny_processor
 from typer.testing import CliRunner
 
+import transformers_nextflow
 from transformers_nextflow import NextFlowPipeline
 from transformers_nextflow.cli import app
+from transformers_nextflow.utils.provenance import read_provenance
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +47,40 @@ def assert_refused(result, message):
     assert "Traceback" not in result.stderr
 
 
-def test_without_a_subcommand_it_shows_its_help():
-    assert all(name in run().output for name in ("generate", "edit", "vary", "video", "describe", "score", "evaluate"))
+def test_help_lists_all_commands():
+    shown = run("--help").output
+    assert all(name in shown for name in ("generate", "edit", "vary", "video", "describe", "score", "evaluate"))
+
+
+def test_without_a_command_it_shows_a_tour_whose_commands_are_there(checkpoint, monkeypatch):
+    monkeypatch.setenv("TRANSFORMERS_NEXTFLOW_MODEL", checkpoint)
+    tour = run()
+    assert tour.exit_code == 0 and len(tour.output.splitlines()) < 15 and f"Here it is {checkpoint}." in tour.output
+    for line in tour.output.splitlines():
+        if line.startswith("  "):
+            command, *_ = re.split(r"   +", line.strip())
+            result = run(*shlex.split(command))
+            assert result.exit_code == 0, (command, result.output)
+
+
+def test_files_say_what_drew_them_unless_they_shall_not(checkpoint):
+    assert run("generate", "a red circle", "--model", checkpoint, "--seed", 3, "--scale", 2).exit_code == 0
+    assert read_provenance("nextflow.png")["seed"] == 3
+    assert run("--no-provenance", "generate", "a red circle", "--model", checkpoint).exit_code == 0
+    assert read_provenance("nextflow.png") is None
+
+
+def test_it_says_its_version():
+    assert run("--version").output == f"transformers-nextflow {transformers_nextflow.__version__}\n"
+
+
+def test_without_a_model_it_says_where_one_is_looked_for(checkpoint, monkeypatch):
+    monkeypatch.delenv("TRANSFORMERS_NEXTFLOW_MODEL", raising=False)
+    result = run("generate", "a red circle")
+    assert result.exit_code == 2 and "TRANSFORMERS_NEXTFLOW_MODEL" in " ".join(result.stderr.split())
+    Path("checkpoints").mkdir()
+    Path("checkpoints", "nextflow-shapes").symlink_to(checkpoint)
+    assert run("generate", "a red circle").exit_code == 0
 
 
 def test_generate_writes_the_image_that_the_pipeline_draws(checkpoint, tmp_path):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from PIL import Image
 
-from ..generation.image_codes import ImageCodes
+from ..generation.image_codes import ImageCodes, ScaleState
 from ..generation.interleaved import InterleavedStreamer
 from ..generation.likelihood import score_answers, score_images
 from ..generation.prompts import Prompts
@@ -23,6 +23,7 @@ from ..utils.short_repr import short_repr
 from ..utils.typed_values import is_of_type
 from .outside import texts_of_messages
 from .requests import ImageInput, ImageRequest, pixels_of_size, requested_schedule
+from .showing import video_as_html
 
 
 @dataclass
@@ -36,6 +37,10 @@ class NextFlowVideoOutput:
 
     frames: list[list[Image.Image]]
     transitions: list[list[str]]
+
+    def _repr_html_(self) -> str:
+        pairs = zip(self.frames, self.transitions)
+        return "".join(video_as_html(frames, "; ".join(texts)) for frames, texts in pairs)
 
 
 @dataclass(frozen=True)
@@ -113,23 +118,32 @@ class ConversationMixin:
                 firsts = _first_frames(self.processor, request)
             # After a given frame the answer begins with what changes.
             inputs = self._drawing_inputs(request, sampling, "" if given else None)
-            if is_scripted:
-                finished = self._draw_script(scripts, given, inputs, request, sampling, generator)
-            else:
-                count = num_frames - given
-                finished = self.model.generate_interleaved(
-                    **inputs, min_images=count, max_images=count, max_new_tokens=max_transition_tokens * num_frames,
-                    sampling=sampling, generator=generator,
-                )  # fmt: skip
+            count = (num_frames or len(scripts[0])) - given
+            scales = max(schedule.num_scales for schedule in request.schedules)
+            with self.progress_bar(total=count * scales) as progress_bar:
+
+                def after_scale(model, scale: int, state: ScaleState):
+                    progress_bar.update()
+
+                options = {"sampling": sampling, "generator": generator, "callback": after_scale}
+                if is_scripted:
+                    finished = self._draw_script(scripts, given, inputs, request, **options)
+                else:
+                    finished = self.model.generate_interleaved(
+                        **inputs, **options, min_images=count, max_images=count,
+                        max_new_tokens=max_transition_tokens * num_frames,
+                    )  # fmt: skip
             drawn = self.model.decode_image_tokens(finished.image_tokens, finished.image_grids)
-            images = iter(self.processor.post_process_images(drawn))
+            frames = [row for row, script in enumerate(scripts) for _ in range(num_frames or len(script))]
+            images = self.processor.post_process_images(self._checked(drawn)[0])
+            images = iter(self._with_provenance(images, frames, generator, sampling))
             videos = [[next(images) for _ in range(num_frames or len(script))] for script in scripts]
             if given:
                 videos = [[first, *video[1:]] for first, video in zip(firsts, videos)]
             transitions = [script[1:] for script in scripts] if is_scripted else self._texts_between(finished, given)
         return NextFlowVideoOutput(videos, transitions)
 
-    def _draw_script(self, scripts, given: int, inputs: dict, request, sampling, generator) -> Prompts:
+    def _draw_script(self, scripts, given: int, inputs: dict, request, sampling, generator, callback) -> Prompts:
         """Frames with given texts between them."""
         tokenizer, boi = self.processor.tokenizer, self.processor.boi_token_id
         read_last = self.processor.read_last_scale
@@ -150,9 +164,8 @@ class ConversationMixin:
             for frame in range(given, len(scripts[0])):
                 if frame > 0:
                     writer.append([[*row[frame - 1], boi] for row in texts])
-                writer.draw(
-                    ImageCodes(self.unwrapped_model, request.schedules, sampling, generator), range(len(scripts))
-                )
+                drawing = ImageCodes(self.unwrapped_model, request.schedules, sampling, generator)
+                writer.draw(drawing, range(len(scripts)), callback)
         return writer.finished()
 
     def _texts_between(self, output: InterleavedGenerationOutput, given: int) -> list[list[str]]:
@@ -244,10 +257,10 @@ class ConversationMixin:
                 sampling=sampling, generator=generator, streamer=streamer, tokenizer=self.processor.tokenizer,
                 **kwargs,
             )  # fmt: skip
-            answers = [self._message(output, row) for row in range(len(conversations))]
+            answers = [self._message(output, row, generator, sampling) for row in range(len(conversations))]
         return answers if is_batch else answers[0]
 
-    def _message(self, output: InterleavedGenerationOutput, row: int) -> dict:
+    def _message(self, output: InterleavedGenerationOutput, row: int, generator, sampling: ImageSampling) -> dict:
         content = []
         for piece in output.segments[row]:
             if piece.image is None:
@@ -258,7 +271,9 @@ class ConversationMixin:
             else:
                 chosen = [piece.image]
                 pixels = self.model.decode_image_tokens(output.image_tokens[chosen], output.image_grids[chosen])
-                content.append({"type": "image", "image": self.processor.post_process_images(pixels)[0]})
+                images = self.processor.post_process_images(self._checked(pixels)[0])
+                [image] = self._with_provenance(images, [row], generator, sampling)
+                content.append({"type": "image", "image": image})
         return {"role": "assistant", "content": content}
 
     @checks_names

@@ -1,5 +1,14 @@
 """Trainers of the tokenizer and of the transformer, on transformers' `Trainer`, and RL on TRL's."""
 
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+
+try:
+    import accelerate  # noqa: F401  (so that all trainers name the same extra)
+except ImportError as error:
+    raise ImportError("Training needs accelerate: pip install transformers-nextflow[train]") from error
+
 from .collator import NextFlowCollator
 from .image_grids import ImageGrids
 from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
@@ -9,12 +18,14 @@ from .tokenizer.adversarial import PatchDiscriminator
 from .tokenizer.vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
 
 
+if TYPE_CHECKING:
+    from .rl.grpo_config import NextFlowGRPOConfig
+    from .rl.grpo_trainer import NextFlowGRPOTrainer
+
 __all__ = [
     "CostModel",
     "MuonWithAdamW",
     "NextFlowCollator",
-    "NextFlowGRPOConfig",
-    "NextFlowGRPOTrainer",
     "NextFlowTrainer",
     "NextFlowTrainingArguments",
     "NextFlowVQTrainer",
@@ -24,10 +35,13 @@ __all__ = [
     "PatchDiscriminator",
     "ImageGrids",
 ]
+# RL needs trl, an extra.
+if find_spec("trl"):
+    __all__ += ["NextFlowGRPOConfig", "NextFlowGRPOTrainer"]
 
 
 def __getattr__(name: str):
-    # RL needs trl, an extra: it is imported when it is asked for.
+    # Imported when it is asked for; without trl the error names the extra.
     if name == "NextFlowGRPOConfig":
         from .rl.grpo_config import NextFlowGRPOConfig
 
@@ -37,3 +51,7 @@ def __getattr__(name: str):
 
         return NextFlowGRPOTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | set(__all__))

@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from threading import Lock
+from typing import ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Modules that were training, and how many calls, in whatever threads, keep each of them in evaluation mode.
 _HELD: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -38,12 +42,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
                     module.training = True
 
 
-def in_evaluation_mode(function: Callable) -> Callable:
+def in_evaluation_mode(function: Callable[P, R]) -> Callable[P, R]:
     """A function, or a method, whose first argument is a model that is in evaluation mode during the call."""
 
     @wraps(function)
-    def run(model: nn.Module, *args, **kwargs):
-        with evaluation_mode(model):
-            return function(model, *args, **kwargs)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with evaluation_mode(args[0]):
+            return function(*args, **kwargs)
 
     return run

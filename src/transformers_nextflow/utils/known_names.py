@@ -6,7 +6,11 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
+from typing import ParamSpec, TypeVar
 
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # What other libraries call ours, and what ours has instead of what they have.
 ELSEWHERE: dict[str, str] = {
@@ -62,13 +66,13 @@ def check_names(given: Iterable[object], known: Iterable[str], what: str):
             raise ValueError(f"{what} has no {str(name)[:80]!r}; {remedy}")
 
 
-def checks_names(function: Callable) -> Callable:
+def checks_names(function: Callable[P, R]) -> Callable[P, R]:
     """A function that takes no further keywords, and says for an unknown one what was probably meant."""
     parameters: Mapping[str, inspect.Parameter] = inspect.signature(function).parameters
     known = [name for name in parameters if name != "self"]
 
     @wraps(function)
-    def checked(*args, **kwargs):
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         check_names(kwargs, known, function.__qualname__.removesuffix(".__call__"))
         return function(*args, **kwargs)
 

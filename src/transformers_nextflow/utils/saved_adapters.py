@@ -28,6 +28,7 @@ PREFIX = "base_model.model."
 FILES = ("adapter_model.safetensors", "adapter_config.json")
 # What PEFT puts around a layer: the layer itself goes on under these names.
 WRAPPED = ("base_layer", "original_module", "token_adapter")
+INSTALL = "pip install transformers-nextflow[peft]"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
@@ -92,15 +93,59 @@ def _save_adapters(model: nn.Module, folder: Path):
     if not names:
         return
     for name in names:
-        path = folder / FOLDER / name
-        path.mkdir(parents=True)
-        state_dict = {PREFIX + key: value.contiguous() for key, value in _weights(model, name).items()}
-        save_file(state_dict, path / FILES[0], metadata={"format": "pt"})
-        config = copy.copy(model.peft_config[name])
-        config.inference_mode = True
-        config.save_pretrained(path)
+        save_adapter(model, name, folder / FOLDER / name)
     with write_whole(folder / FOLDER / INDEX) as partial_file:
         partial_file.write_text(json.dumps({"names": names, "active": _active_adapters(model)}, indent=2) + "\n")
+
+
+def save_adapter(model: nn.Module, name: str, folder: Path):
+    """Write one adapter of an unwrapped model in PEFT's format."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state_dict = {PREFIX + key: value.contiguous() for key, value in _weights(model, name).items()}
+    save_file(state_dict, folder / FILES[0], metadata={"format": "pt"})
+    config = copy.copy(model.peft_config[name])
+    config.inference_mode = True
+    config.save_pretrained(folder)
+
+
+def add_saved_adapter(model: nn.Module, name: str, path, subfolder: str = "", **hub_options):
+    """Put an adapter in PEFT's format, from a folder or a repository of the Hub, into an unwrapped model.
+
+    Raises:
+        OSError: if there is none.
+        ValueError: if peft is missing, or the adapter does not fit; the model is then as it was.
+    """
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise ValueError(f"{path} holds an adapter, which needs peft: {INSTALL}.") from error
+    weights, config = (cached_file(path, file, subfolder=subfolder, **hub_options) for file in FILES)
+    # transformers 5.17 loads no rows of new tokens and no whole modules by its own `load_adapter`.
+    before = _active_adapters(model) if getattr(model, "peft_config", None) else None
+    model.add_adapter(PeftConfig.from_pretrained(Path(config).parent), name)
+    try:
+        _fill(model, name, {key.removeprefix(PREFIX): value for key, value in load_file(weights).items()})
+    except ValueError:
+        if before is None:
+            without_adapters(model)
+        else:
+            model.delete_adapter(name)
+            model.set_adapter(before)
+        raise
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The unwrapped model with its own layers in the places of PEFT's; weights are left as they are."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            inner = getattr(child, "token_adapter", child)  # rows of new tokens stand inside of another wrapper
+            own = getattr(inner, "base_layer", getattr(child, "original_module", None))
+            if own is not None:
+                setattr(parent, name, own)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    model._hf_peft_config_loaded = False
+    return model
 
 
 def load_adapters(model: nn.Module, path, subfolder: str = "", **kwargs):
@@ -116,17 +161,9 @@ def load_adapters(model: nn.Module, path, subfolder: str = "", **kwargs):
     if index is None or hasattr(model, "peft_config"):
         # Where the adapter of another folder was asked for, transformers has loaded it: it was the only active one.
         return
-    try:
-        from peft import PeftConfig
-    except ImportError as error:
-        raise ValueError(f"{path} holds adapters, which need peft: pip install transformers-nextflow[peft].") from error
-
     saved = json.loads(Path(index).read_text())
     for name in saved["names"]:
-        weights, config = (cached_file(path, file, subfolder=f"{place}/{name}", **options) for file in FILES)
-        # transformers 5.17 loads no rows of new tokens and no whole modules by its own `load_adapter`.
-        model.add_adapter(PeftConfig.from_pretrained(Path(config).parent), name)
-        _fill(model, name, {key.removeprefix(PREFIX): value for key, value in load_file(weights).items()})
+        add_saved_adapter(model, name, path, f"{place}/{name}", **options)
     model.eval().requires_grad_(False)
     if saved["active"]:
         model.set_adapter(saved["active"])
@@ -150,6 +187,11 @@ def _fill(model: nn.Module, name: str, saved: dict[str, torch.Tensor]):
         raise ValueError(
             f"The adapter {name!r} does not fit {type(model).__name__}: only one of them has {odd[0]}; load the model "
             "that was saved."
+        )
+    if other := [key for key in own if own[key].shape != saved[key].shape]:
+        raise ValueError(
+            f"The adapter {name!r} does not fit {type(model).__name__}: {other[0]} has the shape "
+            f"{tuple(saved[other[0]].shape)}, and the model takes {tuple(own[other[0]].shape)}."
         )
     tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
     for key, value in own.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from torch import nn
+from transformers import AutoProcessor
 
 from ...generation.prefix_likelihood import PrefixColumns, PrefixLogProbabilities, prefix_log_probabilities
 from ...generation.sampling import ImageSampling
@@ -25,7 +27,7 @@ from ..runs.training_card import TrainingCardMixin
 from .checked_reward import LARGEST_REWARD, checked
 from .grpo_config import NextFlowGRPOConfig
 from .prefix_objective import Box, box_mask, kl_to_reference, policy_terms, scale_shares
-from .prompt_rows import check_dataset, check_rows
+from .prompt_rows import check_dataset, check_rows, with_texts
 from .rollouts import Rollout, as_drawn, check_lengths, continue_rollouts, generate_rollouts
 
 
@@ -60,16 +62,18 @@ class NextFlowGRPOTrainer(
 ):
     """Trains a [`NextFlowForConditionalGeneration`] on rewards of the images that it draws.
 
-    As TRL's `GRPOTrainer`, with these differences. A row of the dataset has `prompt`, a text, and where an image is to
+    As TRL's `GRPOTrainer`, with these differences. A row of the dataset has `prompt`, a text or a conversation of one
+    user's turn, which is taken for its text, and where an image is to
     be changed, `image` or `images`; `height` and `width` are optional. A reward function is called as
     `reward(prompts, completions, completion_ids, **columns)`: `completions` are PIL images, `completion_ids` their
     codes, and the columns are all others of the dataset and `image_grids`, the final grids. Only the prompt and the
     first `num_prefix_scales` scales are brought through the model in training.
 
     Args:
-        model: the model, or a PEFT model around it.
+        model: the model, a PEFT model around it, or the name of a checkpoint, as a folder or a repository of the Hub,
+            which is loaded in float32.
         reward_funcs: one function or several, sync or async; see `args.reward_weights`.
-        processing_class: the checkpoint's [`NextFlowProcessor`].
+        processing_class: the checkpoint's [`NextFlowProcessor`]; default with a name of a checkpoint: its own.
         peft_config: trains an adapter; the reference is then the model without it.
         boxes_func: called as a reward is, tells of each image the boxes that decided about its reward, (left, top,
             right, bottom) in shares of its sides: only codes in them are trained. `None` for all of an image.
@@ -86,7 +90,7 @@ class NextFlowGRPOTrainer(
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | str | os.PathLike,
         reward_funcs: Callable | list[Callable],
         args: NextFlowGRPOConfig | None = None,
         train_dataset: Dataset | None = None,
@@ -95,6 +99,13 @@ class NextFlowGRPOTrainer(
         boxes_func: Callable | None = None,
         **kwargs,
     ):
+        if isinstance(model, str | os.PathLike):
+            processing_class = processing_class or AutoProcessor.from_pretrained(model)
+            model = NextFlowForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
+        if train_dataset is not None:
+            train_dataset = with_texts(train_dataset)
+        if kwargs.get("eval_dataset") is not None:
+            kwargs["eval_dataset"] = with_texts(kwargs["eval_dataset"])
         # A copy, in which what is not set is filled in to fit the model.
         args = copy.copy(args or NextFlowGRPOConfig(output_dir="nextflow-grpo"))
         if not isinstance(processing_class, NextFlowProcessor):

@@ -14,6 +14,7 @@ from ...data.row_errors import BadRowError
 from ...data.rows import is_trained, read_row
 from ...data.sources import JsonLines, open_rows
 from ...processing_nextflow import check_prompts
+from ...utils.short_repr import short_repr
 
 
 def read_prompts(source: str | os.PathLike, columns: Columns | None = None) -> Dataset:
@@ -84,6 +85,29 @@ def check_rows(name: str, rows: Sequence[dict]):
         if "prompt" not in row:
             raise ValueError(f"Row {number} of {name} has no 'prompt', only {sorted(row)}; give every row one.")
     _check_texts(name, [row["prompt"] for row in rows])
+
+
+def with_texts(rows):
+    """A dataset, or a dict of them, whose prompts are texts where they were conversations of one user's turn."""
+    if isinstance(rows, dict):
+        return {name: with_texts(part) for name, part in rows.items()}
+    first = next(iter(rows), None)
+    is_conversation = first is not None and isinstance(first.get("prompt"), list)
+    return rows.map(lambda row: {"prompt": text_of_prompt(row["prompt"])}) if is_conversation else rows
+
+
+def text_of_prompt(prompt) -> str:
+    """What the user says. Raises `ValueError` for anything but one turn of a user, with text."""
+    turns = prompt if isinstance(prompt, list) else []
+    if len(turns) != 1 or turns[0].get("role") != "user":
+        raise ValueError(f"A prompt is a text, or a conversation of one turn of a user, got {short_repr(prompt)}.")
+    content = turns[0]["content"]
+    texts = [content] if isinstance(content, str) else [part.get("text") for part in content]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"A conversation of a prompt holds text; its images are the row's image or images: {short_repr(prompt)}."
+        )
+    return "".join(texts)
 
 
 def _check_texts(name: str, prompts: list):

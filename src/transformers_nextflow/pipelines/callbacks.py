@@ -1,0 +1,34 @@
+"""What `callback_on_step_end` of a [`NextFlowPipeline`] gives back."""
+
+from __future__ import annotations
+
+import torch
+
+from ..generation.image_codes import ScaleState
+from ..sequence.padding import pad_codes
+from ..utils.short_repr import short_repr
+
+
+def take_changes(state: ScaleState, returned: dict | None, codebook_size: int):
+    """Enter the codes that a callback returns, which the next scale reads.
+
+    Args:
+        state: after the scale; its codes are written to.
+        returned: `None`, or a dict in which "image_tokens" are the codes (B, n) so far.
+
+    Raises:
+        ValueError: for anything else, and for codes of another shape or outside of the codebook.
+    """
+    if returned is None:
+        return
+    if not isinstance(returned, dict):
+        raise ValueError(f"callback_on_step_end returns None or its callback_kwargs, got {short_repr(returned)}.")
+    codes, own = returned.get("image_tokens"), pad_codes(state.image_tokens)
+    if codes is None:
+        return
+    if not torch.is_tensor(codes) or codes.is_floating_point() or codes.shape != own.shape:
+        raise ValueError(f"The image_tokens that a callback returns are whole numbers {tuple(own.shape)}, as given.")
+    if bool((((codes < 0) | (codes >= codebook_size)) & (own >= 0).to(codes.device)).any()):
+        raise ValueError(f"The image_tokens that a callback returns lie from 0 to {codebook_size - 1}.")
+    for row, new in zip(state.image_tokens, codes):
+        row.copy_(new[: len(row)])

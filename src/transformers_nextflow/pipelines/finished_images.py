@@ -1,0 +1,82 @@
+"""What becomes of every image before a pipeline hands it out: a safety checker, a watermark, its provenance."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..generation.sampling import Generators, ImageSampling
+from ..utils.provenance import GeneratedImage
+from ..utils.short_repr import short_repr
+
+
+class FinishedImagesMixin:
+    """Hooks of a [`NextFlowPipeline`], set as attributes; none is there by default.
+
+    Attributes:
+        safety_checker: of diffusers' shape: `safety_checker(images=…, clip_input=…)` takes an array (1, H, W, 3) of
+            floats in [0, 1] and gives back such images, and for each whether it was found unsafe. It is asked of every
+            image, previews and the frames of videos included; codes (`image_tokens`, "latent") pass it by.
+        feature_extractor: makes `clip_input` of PIL images, as of a `StableDiffusionSafetyChecker`.
+        watermark: an object with `apply_watermark(images)`, which takes and gives (1, 3, H, W) in [-1, 1], as
+            diffusers' `StableDiffusionXLWatermarker`.
+        adds_provenance: whether PIL images say in their files what drew them (`utils/provenance.py`).
+    """
+
+    safety_checker = None
+    feature_extractor = None
+    watermark = None
+    adds_provenance = True
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """As diffusers' own; what checks and marks images goes over to the new pipeline."""
+        other = super().from_pipe(pipeline, **kwargs)
+        for name in ("safety_checker", "feature_extractor", "watermark", "adds_provenance"):
+            if hasattr(pipeline, name):
+                setattr(other, name, getattr(pipeline, name))
+        return other
+
+    def _checked(self, pixels: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[bool] | None]:
+        """Images (3, H, W) in [-1, 1] as they may be seen, and which were found unsafe; `None` if nothing looked."""
+        pixels, flags = list(pixels), None
+        if self.safety_checker is not None:
+            pairs = [self._ask_checker(image) for image in pixels]
+            pixels, flags = [image for image, _ in pairs], [flag for _, flag in pairs]
+        if self.watermark is not None:
+            pixels = [self.watermark.apply_watermark(image[None])[0] for image in pixels]
+        return pixels, flags
+
+    def _ask_checker(self, image: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        values = self.processor.post_process_images([image], "np")[0][None]
+        clip_input = None
+        if self.feature_extractor is not None:
+            shown = [Image.fromarray((values[0] * 255).round().astype("uint8"))]
+            clip_input = self.feature_extractor(shown, return_tensors="pt").pixel_values.to(image.device)
+        returned, flags = self.safety_checker(images=values, clip_input=clip_input)
+        if len(flags) != 1 or np.shape(returned) != values.shape:
+            raise ValueError(f"safety_checker gives images and flags as many as it takes, got {short_repr(flags)}.")
+        kept = returned[0] if torch.is_tensor(returned) else torch.from_numpy(np.asarray(returned[0]))
+        same = returned is values and not bool(flags[0])
+        return image if same else (kept.to(image).permute(2, 0, 1) * 2 - 1), bool(flags[0])
+
+    def _with_provenance(
+        self, images: Sequence[Image.Image], rows: Sequence[int], generator: Generators, sampling: ImageSampling, **more
+    ) -> list[Image.Image]:
+        """PIL images with what drew them; `rows` are their numbers among the call's generators."""
+        if not self.adds_provenance:
+            return list(images)
+        # Not the path: it says where on somebody's disk the model lies.
+        name = str(self.config.get("_name_or_path") or self.unwrapped_model.name_or_path)
+        checkpoint = os.path.basename(os.path.normpath(name)) if os.path.exists(name) else name
+        settings = sampling.to_dict() | {key: value for key, value in more.items() if value is not None}
+        result = []
+        for image, row in zip(images, rows):
+            own = generator[row] if isinstance(generator, Sequence) else generator
+            record = {"checkpoint": checkpoint, "seed": None if own is None else own.initial_seed(), "image": row}
+            result.append(GeneratedImage.of(image, record | {"settings": settings}))
+        return result

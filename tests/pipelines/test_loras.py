@@ -1,0 +1,129 @@
+"""Adapters by diffusers' names: what is loaded, mixed, merged and taken away draws as PEFT's own ways do."""
+
+import peft
+import pytest
+import torch
+from test_pipeline import draw, quiet
+from tiny import tiny_model, tiny_processor
+
+from transformers_nextflow import NextFlowPipeline
+from transformers_nextflow.adapters import lora_config
+
+
+def random_adapter(folder, seed: int, rank: int = 2, **options):
+    """A saved adapter, and what a model with it draws."""
+    model = tiny_model()
+    wrapped = peft.get_peft_model(model, lora_config(model, rank, **options))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name or "trainable_tokens" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    wrapped.save_pretrained(folder)
+    return draw(quiet(NextFlowPipeline(wrapped.eval(), tiny_processor())))
+
+
+@pytest.fixture
+def pipe():
+    return quiet(NextFlowPipeline(tiny_model(), tiny_processor()))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    return folder, {name: random_adapter(folder / name, seed) for seed, name in enumerate(("one", "two"))}
+
+
+@pytest.mark.parametrize("options", [{}, {"new_token_ids": [20, 30]}], ids=["layers", "tokens too"])
+def test_a_loaded_adapter_draws_as_it_was_saved_and_leaves_nothing_behind(pipe, options, tmp_path):
+    plain, names = draw(pipe), {name for name, _ in pipe.model.named_parameters()}
+    expected = random_adapter(tmp_path / "adapter", 0, **options)
+    pipe.load_lora_weights(tmp_path / "adapter")
+    assert torch.equal(draw(pipe), expected) and not torch.equal(expected, plain)
+    assert pipe.get_active_adapters() == ["default_0"]
+    pipe.save_lora_weights(tmp_path / "again")
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe), plain) and {name for name, _ in pipe.model.named_parameters()} == names
+    pipe.load_lora_weights(tmp_path / "again", "again")
+    assert torch.equal(draw(pipe), expected)
+
+
+def test_adapters_are_switched_mixed_and_switched_off(pipe, saved):
+    folder, drawn = saved
+    plain = draw(pipe)
+    for name in drawn:
+        pipe.load_lora_weights(folder / name, adapter_name=name)
+    assert pipe.get_list_adapters() == {"model": ["one", "two"]} and pipe.get_active_adapters() == ["two"]
+    for name in ("one", "two"):
+        pipe.set_adapters(name)
+        assert torch.equal(draw(pipe), drawn[name])
+    pipe.set_adapters(["one", "two"], [1.0, 0.0])
+    assert torch.equal(draw(pipe), drawn["one"])
+    pipe.set_adapters(["one", "two"], 0.5)
+    assert not any(torch.equal(draw(pipe), other) for other in (plain, *drawn.values()))
+    pipe.disable_lora()
+    assert torch.equal(draw(pipe), plain) and pipe.get_active_adapters() == []
+    pipe.enable_lora()
+    pipe.set_adapters("one")
+    pipe.delete_adapters("two")
+    assert pipe.get_list_adapters() == {"model": ["one"]} and torch.equal(draw(pipe), drawn["one"])
+    pipe.delete_adapters("one")
+    assert torch.equal(draw(pipe), plain)
+
+
+def test_fused_weights_draw_the_same_and_can_be_parted_or_kept(pipe, saved):
+    folder, drawn = saved
+    plain = draw(pipe)
+    pipe.load_lora_weights(folder / "one")
+    pipe.fuse_lora()
+    assert torch.equal(draw(pipe), drawn["one"])
+    pipe.unfuse_lora()
+    pipe.disable_lora()
+    assert torch.equal(draw(pipe), plain)
+    pipe.enable_lora()
+    pipe.fuse_lora(lora_scale=0.0)
+    assert torch.equal(draw(pipe), plain)
+    pipe.unfuse_lora()
+    pipe.set_adapters("default_0", 0.5)
+    half = draw(pipe)
+    pipe.fuse_lora(lora_scale=2.0)
+    assert torch.equal(draw(pipe), drawn["one"])
+    pipe.unfuse_lora()
+    assert torch.equal(draw(pipe), half)
+    pipe.set_adapters("default_0")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe), drawn["one"])
+
+
+def test_a_wrapped_model_is_unwrapped_when_its_adapters_go(saved):
+    folder, drawn = saved
+    pipe = quiet(NextFlowPipeline(peft.PeftModel.from_pretrained(tiny_model(), folder / "one"), tiny_processor()))
+    assert torch.equal(draw(pipe), drawn["one"])
+    pipe.unload_lora_weights()
+    assert type(pipe.model) is type(tiny_model())
+    pipe.load_lora_weights(folder / "two")
+    assert torch.equal(draw(pipe), drawn["two"])
+
+
+def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(pipe, saved, tmp_path):
+    folder, drawn = saved
+    other = tiny_model(text_config={"intermediate_size": 96})
+    peft.get_peft_model(other, lora_config(other, 2)).save_pretrained(tmp_path / "other")
+    plain = draw(pipe)
+    with pytest.raises(ValueError, match="does not fit"):
+        pipe.load_lora_weights(tmp_path / "other")
+    assert torch.equal(draw(pipe), plain) and pipe.get_list_adapters() == {"model": []}
+    pipe.load_lora_weights(folder / "one", "one")
+    with pytest.raises(ValueError, match="does not fit"):
+        pipe.load_lora_weights(tmp_path / "other", "two")
+    assert torch.equal(draw(pipe), drawn["one"]) and pipe.get_list_adapters() == {"model": ["one"]}
+    with pytest.raises(ValueError, match="'one' already"):
+        pipe.load_lora_weights(folder / "one", "one")
+    with pytest.raises(ValueError, match="no adapter 'three'"):
+        pipe.set_adapters(["one", "three"])
+    with pytest.raises(ValueError, match="1 adapters came with 2 weights"):
+        pipe.set_adapters("one", [1.0, 2.0])
+    with pytest.raises(ValueError, match="no 'weight_name'"):
+        pipe.load_lora_weights(folder / "one", "two", weight_name="pytorch_lora_weights.safetensors")
+    with pytest.raises(OSError):
+        pipe.load_lora_weights(tmp_path, "two")
