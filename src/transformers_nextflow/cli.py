@@ -8,10 +8,10 @@ import os
 import sys
 import time
 import warnings
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import click
 import typer
 from PIL import Image
 
@@ -46,6 +46,8 @@ app = typer.Typer(
 MOST_PIXELS = 2**26
 # Paths of results that are tried before the work; a pipeline draws no more images in a call.
 MOST_CHECKED = 1024
+# Whether the command at hand writes into images' files what drew them.
+ADDS_PROVENANCE = ContextVar("adds_provenance", default=True)
 VIDEO_EXTENSIONS = (".gif", ".mp4")
 
 MODEL = "TRANSFORMERS_NEXTFLOW_MODEL"
@@ -118,7 +120,7 @@ def _options(
 ):
     if debug:
         os.environ[DEBUG] = "1"
-    context.obj = provenance
+    ADDS_PROVENANCE.set(provenance)
     # What a model or a file's name holds may be no text in the terminal's encoding.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -390,8 +392,7 @@ def _load_pipeline(model: str, device: str | None, dtype: str) -> NextFlowPipeli
     from .serving.loading import load_pipeline
 
     pipeline = load_pipeline(model, device, dtype)
-    context = click.get_current_context(silent=True)
-    pipeline.adds_provenance = context is None or context.find_root().obj is not False
+    pipeline.adds_provenance = ADDS_PROVENANCE.get()
     return pipeline
 
 

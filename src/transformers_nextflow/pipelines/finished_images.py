@@ -76,7 +76,9 @@ class FinishedImagesMixin:
         settings = sampling.to_dict() | {key: value for key, value in more.items() if value is not None}
         result = []
         for image, row in zip(images, rows):
-            own = generator[row] if isinstance(generator, Sequence) else generator
-            record = {"checkpoint": checkpoint, "seed": None if own is None else own.initial_seed(), "image": row}
+            # With a generator of its own an image does not depend on its place among others.
+            is_own = isinstance(generator, Sequence)
+            own, place = (generator[row], {}) if is_own else (generator, {"image": row})
+            record = {"checkpoint": checkpoint, "seed": None if own is None else own.initial_seed()} | place
             result.append(GeneratedImage.of(image, record | {"settings": settings}))
         return result

@@ -7,12 +7,14 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from transformers.utils import logging
 
 from ..generation.image_codes import ScaleState
 from ..generation.interleaved import InterleavedStreamer
+from ..generation.sampling import ImageSampling
 from ..pipeline_nextflow import NextFlowPipeline
 from ..pipelines.requests import ImageRequest
 from ..sequence.messages import check_conversation
@@ -180,12 +182,14 @@ class Worker:
             job.put(Finished(image, job.seeds[number], int((tokens >= 0).sum())))
 
     def _chat(self, jobs: list[ChatJob]):
-        streamer = _Streamer(self.pipeline, jobs[0]) if jobs[0].is_streamed else None
+        sampling = replace(self.pipeline.model.default_image_sampling, image_guidance_scale=1.0)
+        streamer = _Streamer(self.pipeline, jobs[0], sampling) if jobs[0].is_streamed else None
         messages = self.pipeline.chat(
             [job.messages for job in jobs],
             **jobs[0].options,
             generator=[_generator(job.seed) for job in jobs],
             streamer=streamer,
+            sampling=sampling,
             callback=lambda model, scale, state: not all(job.abandoned for job in jobs),
         )
         if streamer is not None:
@@ -202,9 +206,9 @@ class Worker:
 class _Streamer(InterleavedStreamer):
     """Hands what a conversation is answered to its job, piece by piece."""
 
-    def __init__(self, pipeline: NextFlowPipeline, job: ChatJob):
+    def __init__(self, pipeline: NextFlowPipeline, job: ChatJob, sampling: ImageSampling):
         super().__init__(pipeline.processor.tokenizer, skip_special_tokens=True)
-        self.pipeline, self.job = pipeline, job
+        self.pipeline, self.job, self.sampling = pipeline, job, sampling
 
     def put(self, value):
         if self.job.abandoned:
@@ -222,7 +226,10 @@ class _Streamer(InterleavedStreamer):
         shown = preview_scales(schedule.num_scales, self.job.partial_images)
         if not (state.is_finished or scale in shown):
             return
-        image = self.pipeline.processor.post_process_images(state.preview())[0]
+        pixels, _ = self.pipeline._checked(state.preview())
+        image = self.pipeline.processor.post_process_images(pixels)[0]
+        if state.is_finished:
+            [image] = self.pipeline._with_provenance([image], [0], [_generator(self.job.seed)], self.sampling)
         self.job.put(Finished(image, self.job.seed) if state.is_finished else Partial(image, shown.index(scale)))
 
 
