@@ -134,7 +134,9 @@ def generate(
     prompts: Annotated[list[str], typer.Argument(help="One image is drawn for each prompt.")],
     model: Model,
     output: Output = Path("nextflow.png"),
-    negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What guidance steers away from; default: the empty prompt.")
+    ] = None,
     height: Pixels = None,
     width: Pixels = None,
     guidance_scale: GuidanceScale = None,

@@ -324,30 +324,31 @@ class NextFlowPipeline(
         callback_on_step_end: Callable[[NextFlowPipeline, int, int, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("image_tokens",),
     ) -> NextFlowPipelineOutput:
-        """Draw.
+        """Generate images from prompts, and from input images if there are any.
 
         Args:
             prompt: one prompt or a list; with `image` the instruction.
             image: images that the prompt speaks of. With one prompt one image or a list; with a list of prompts a
                 list that holds for each prompt one image or a list.
-            mask_image: for each prompt, whose only image is `image`, where to draw: light inside, of its size.
-                Outside the image stays as it is: on every scale the codes nearest to what is left of it.
-            negative_prompt: what guidance leads away from, one for all or one for each prompt; default: nothing said.
+            mask_image: for each prompt, whose only image is `image`, where to draw: light there, of its size.
+                Outside of it each scale takes the codes nearest to what the earlier ones leave of the image.
+            negative_prompt: what guidance steers away from, one for all or one for each prompt; default: the empty
+                prompt.
             height, width: pixels; default: the size of the prompt's last image, or the square of the model's largest
                 level.
             guidance_scale, image_guidance_scale, guidance_ramp, num_unguided_scales, temperature, top_k, top_p: as in
                 [`ImageSampling`]; default: the checkpoint's own, which differ where there is an `image`. A `top_k` of
-                its own is switched off by the size of the codebook.
-            num_kept_scales: draw a variation of `image`: its first so many scales are kept and the rest is drawn anew.
+                the codebook's size switches the checkpoint's off.
+            num_kept_scales: draw a variation of `image`: its first n scales are kept and the others are sampled again.
                 The image is not read as a part of the prompt then. Fewer scales leave more to chance; several
-                variations that cannot differ are refused, and such that do not are warned of.
+                variations that cannot differ are refused, and variations that turn out the same raise a warning.
             paste_back: with `mask_image`, put the image's own pixels back outside of the mask.
             think: write a reasoning first, and draw from it.
             max_thought_tokens: length of the reasoning at most.
             thought_temperature: above 0, several images of one prompt are thought out differently.
             num_images_per_prompt: images for each prompt, one after the other in the output.
-            num_candidates: how many are drawn for each of them; the best one is kept (of an interrupted drawing the
-                first).
+            num_candidates: how many are drawn for each of them; the best one is kept; if the call is interrupted,
+                the first.
             candidate_scorer: says what is best: `scorer(pipe, image_tokens, image_grids, prompts)` gives a score for
                 each image. Default: how likely the model finds the prompt as a description of the image.
             generator: one for all images, or one for each, candidates included: then an image depends on its own

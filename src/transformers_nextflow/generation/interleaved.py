@@ -1,4 +1,4 @@
-"""Text and images generated in turn: who writes, who draws, where a row ends, and what is told on the way."""
+"""Interleaved generation of text and images: which rows write or draw, when they end, and streaming."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def prefix_log_probabilities(
     Args:
         model: the [`NextFlowForConditionalGeneration`] whose policy it is.
         prompts: (B, L), left padded, that end with `<boi>`.
-        contexts: what guidance leads away from, as [`SequenceWriter`] takes it.
+        contexts: the prompts that guidance compares with, as [`SequenceWriter`] takes it.
         drawing: of all scales looked at; its temperature, and where `truncate` says so its top-k and top-p are taken.
         forward: called in place of the model, where a wrapper around it has to see the pass.
     """

@@ -20,8 +20,8 @@ class SequenceWriter:
     Args:
         model: the [`NextFlowForConditionalGeneration`] that writes.
         prompts: where the rows begin. Those that draw first end with `<boi>`.
-        contexts: what guidance leads away from, the fullest first: prompts of as many rows that end with `<boi>`. Every
-            image of a row is compared with the same ones.
+        contexts: the prompts that guidance compares with, the most conditioned first, each of as many rows that end
+            with `<boi>`. Every image of a row is compared with the same ones.
 
     Raises:
         ValueError: where prompts and what they have room for take more positions than the model has.

@@ -86,7 +86,7 @@ class ConversationMixin:
             image: the first frame, which keeps its size; or a list with one for each prompt of a list. Default: drawn
                 too.
             num_frames: frames of a video, a given first one included; default: as many as a list of texts has.
-            negative_prompt: what guidance leads away from at every frame.
+            negative_prompt: what guidance steers away from at every frame.
             height, width: pixels where no first frame is given; default: the square of the model's largest level.
             max_transition_tokens: how long the texts between frames are at most: `num_frames` times so many tokens in
                 a video.

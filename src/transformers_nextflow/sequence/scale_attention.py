@@ -1,4 +1,4 @@
-"""Attention of slots that see each other, with no mask and no trace in the config."""
+"""Attention modules that take `both_ways`, for slots that see each other, without changing the shared config."""
 
 from __future__ import annotations
 

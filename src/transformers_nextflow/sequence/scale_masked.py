@@ -1,4 +1,4 @@
-"""A backbone whose attention takes the mask of the scales, whatever implementation computes it."""
+"""Which implementations of attention a backbone takes: those that know the mask of the scales."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, whatever ends the process that writes them."""
+"""Atomic writes of files and folders, whatever ends the process that writes them."""
 
 from __future__ import annotations
 

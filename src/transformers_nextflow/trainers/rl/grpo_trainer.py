@@ -304,7 +304,7 @@ class NextFlowGRPOTrainer(
 
     @torch.no_grad()
     def _log_kl_of_scales(self):
-        """Weights are shared, so that scales KL which are not trained."""
+        """The KL of every scale: those that are not trained change too, since weights are shared."""
         size, metrics = self.args.per_device_train_batch_size, self._metrics[self._mode]
         totals = torch.zeros(2, self._num_scales, device=self.accelerator.device)
         for start in range(0, len(self._rollouts), size):

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, for trainers on `Trainer`."""
+"""Checkpoints that are written atomically, for trainers on `Trainer`."""
 
 from __future__ import annotations
 
