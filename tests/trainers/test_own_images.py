@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import typer
 import yaml
+from library_versions import loads_whole_parts
 from PIL import Image
 from tiny import tiny_model, tiny_processor
 from typer.testing import CliRunner
@@ -57,6 +58,7 @@ def psnr_to(image: Image.Image, other: Path) -> float:
     return -10 * np.log10(np.square(first - second).mean() / 255**2)
 
 
+@loads_whole_parts
 def test_a_folder_becomes_a_lora_that_draws_its_images(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = run("init", "--data", photos, "--preset", "tiny", "--output", "start")
