@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import typer
 import yaml
+from library_versions import loads_whole_parts
 from PIL import Image
 from tiny import tiny_model, tiny_processor
 from typer.testing import CliRunner
@@ -57,6 +58,7 @@ def psnr_to(image: Image.Image, other: Path) -> float:
     return -10 * np.log10(np.square(first - second).mean() / 255**2)
 
 
+@loads_whole_parts
 def test_a_folder_becomes_a_lora_that_draws_its_images(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = run("init", "--data", photos, "--preset", "tiny", "--output", "start")
@@ -66,7 +68,7 @@ def test_a_folder_becomes_a_lora_that_draws_its_images(photos, tmp_path, monkeyp
     run("train", "tokenizer", "--model", "start", "--data", photos, "--output", "tokenizer", *steps)
     fitting = run("inspect", "tokenizer/final", "--data", photos, "--sheet", "sheet.png")
     assert "It is fit for these images" in fitting and Image.open("sheet.png").size == (4 * 20 + 4, 2 * 20 + 4)
-    steps = changes(max_steps=150, learning_rate=1e-2, disable_tqdm="true", save_strategy="'no'")
+    steps = changes(max_steps=250, learning_rate=2e-2, disable_tqdm="true", save_strategy="'no'")
     run("train", "--lora", "--model", "tokenizer/final", "--data", photos, "--output", "lora", *steps)
     # An adapter, and the parts that read and write the codes, which were new to the transformer.
     assert (Path("lora/final/adapter_model.safetensors")).is_file() and not Path(

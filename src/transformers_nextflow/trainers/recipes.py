@@ -119,7 +119,7 @@ def recipe_file(recipe: str | os.PathLike, model: str | os.PathLike | None = Non
     """
     if os.path.isfile(recipe):
         return Path(recipe)
-    if model is not None and (own := Path(model) / OWN_RECIPES / f"{recipe}.yaml").is_file():
+    if model is not None and os.path.isfile(own := Path(model) / OWN_RECIPES / f"{recipe}.yaml"):
         return own
     if str(recipe) not in recipe_names():
         raise ValueError(f"{short_path(recipe)} is neither a file nor a recipe; there are {', '.join(recipe_names())}.")
