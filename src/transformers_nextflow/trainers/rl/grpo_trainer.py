@@ -18,6 +18,7 @@ from ...generation.prefix_likelihood import PrefixColumns, PrefixLogProbabilitie
 from ...generation.sampling import ImageSampling
 from ...modeling_nextflow import NextFlowForConditionalGeneration
 from ...processing_nextflow import NextFlowProcessor
+from ..runs.averaged_weights import AveragedWeightsMixin
 from ..runs.finite_training import FiniteTrainingMixin
 from ..runs.resumable_training import ResumableTrainingMixin
 from ..runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights, place_vision_tokenizer
@@ -54,7 +55,9 @@ class PromptSampler(RepeatSampler):
         yield from super().__iter__()
 
 
-class NextFlowGRPOTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrainingMixin, GRPOTrainer):
+class NextFlowGRPOTrainer(
+    TrainedInFloat32Mixin, ResumableTrainingMixin, AveragedWeightsMixin, FiniteTrainingMixin, GRPOTrainer
+):
     """Trains a [`NextFlowForConditionalGeneration`] on rewards of the images that it draws.
 
     As TRL's `GRPOTrainer`, with these differences. A row of the dataset has `prompt`, a text, and where an image is to
