@@ -19,7 +19,8 @@ from .row_codes import ImageCodes, read_codes
 from .row_errors import BadImageError, BadRowError
 
 
-ROW_NUMBER = "row_number"
+# What readers put into rows: their number, or how else they are told, and what paths of their images are relative to.
+ROW_NUMBER, ROW_ROOT = "row_number", "row_root"
 
 
 @dataclass
@@ -69,7 +70,8 @@ def is_trained(message: dict, part: dict) -> bool:
 
 
 def read_row(row: dict, root: str | os.PathLike = ".", with_codes: bool = True) -> Sample:
-    """Read a row; paths of images are relative to `root`. Images are looked for, not decoded.
+    """Read a row; paths of images are relative to `root`, unless the row names its own. Images are looked for, not
+    decoded.
 
     Args:
         with_codes: `False` leaves codes unread, so that every image must be given.
@@ -78,7 +80,9 @@ def read_row(row: dict, root: str | os.PathLike = ".", with_codes: bool = True) 
         BadRowError: naming the field, if the row does not follow the schema.
     """
     sample = Sample([])
-    for number, message in enumerate(read_messages(row)):
+    messages = read_messages(row)
+    root = row.get(ROW_ROOT, root)
+    for number, message in enumerate(messages):
         parts: list[dict] = []
         for index, part in enumerate(message["content"]):
             parts += _take_part(sample, part, f"messages[{number}].content[{index}]", Path(root))

@@ -10,15 +10,17 @@ from numbers import Real
 from typing import ClassVar
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list, is_peft_model
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
 from ..configuration_nextflow import NextFlowConfig
 from ..data.fitness import fit_of, images_of
+from ..data.mixture import Mixture
 from ..data.row_codes import TOKENS
 from ..data.rows import NumberedRows
 from ..data.vision_tokenizer import tokenizer_fingerprint
@@ -157,6 +159,13 @@ def _warn_of_images(model: nn.Module, rows, collator: NextFlowCollator):
         )
 
 
+def _mixture_in(rows) -> Mixture | None:
+    """The mixture that packs are made of, or that is the dataset itself."""
+    while rows is not None and not isinstance(rows, Mixture):
+        rows = getattr(rows, "rows", None)
+    return rows
+
+
 def _collator_of(processor: NextFlowProcessor | None) -> NextFlowCollator:
     if not isinstance(processor, NextFlowProcessor):
         raise ValueError(
@@ -257,6 +266,27 @@ class NextFlowTrainer(
         for rows in evaluated.values() if isinstance(evaluated, dict) else [evaluated]:
             self._check_evaluated(rows)
         place_vision_tokenizer(self)
+        if (mixture := _mixture_in(self.train_dataset)) is not None:
+            share = self.accelerator.process_index // self.get_tp_size()
+            mixture.take_share(share, self._num_shares, args.dataloader_num_workers)
+
+    def get_train_dataloader(self):
+        if _mixture_in(self.train_dataset) is None:
+            return super().get_train_dataloader()
+        args = self.args
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+        # All of it is this process's: accelerate would have each process read what all of them take.
+        return prepare_data_loader(
+            loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        )
 
     def _get_train_sampler(self, train_dataset=None):
         rows = self.train_dataset if train_dataset is None else train_dataset

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from torch.utils.data import Dataset, IterableDataset
 
 from ..configuration_nextflow import NextFlowConfig
+from ..data.rows import ROW_NUMBER
 from ..scale_schedule import ScaleSchedule
 
 
@@ -115,6 +116,7 @@ def costs_within(rows: Iterable[dict], cost: Callable[[dict], float], budget: fl
     for number, row in enumerate(rows):
         value = cost(row)
         if value > budget:
+            number = row.get(ROW_NUMBER, number) if isinstance(row, dict) else number
             raise ValueError(
                 f"Row {number} alone costs {math.ceil(value)}, more than the packing_budget of {budget}; give a budget "
                 "of at least that, or leave such rows out."

@@ -65,13 +65,14 @@ class StageRows(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict:
-        return self._stage_row(self.rows[index], index)
+        return self.stage_row(self.rows[index], index)
 
     def stream(self) -> IterableDataset:
         """The same rows where they are a stream of `datasets`."""
-        return self.rows.map(self._stage_row, with_indices=True)
+        return self.rows.map(self.stage_row, with_indices=True)
 
-    def _stage_row(self, row: dict, index: int) -> dict:
+    def stage_row(self, row: dict, index: int | str) -> dict:
+        """A row as the stage takes it; `index` tells it from others."""
         check_is_row(row)
         self._check_level(index, row)
         drawn = random.Random(f"{self.seed} {index}").random()
@@ -79,7 +80,7 @@ class StageRows(Dataset):
             return as_caption(row, self.processor.caption_request)
         return without_prompt(row) if drawn < self.caption_share + self.empty_share else row
 
-    def _check_level(self, index: int, row: dict):
+    def _check_level(self, index: int | str, row: dict):
         if self.level is None:
             return
         schedules = self.processor.image_processor.scale_schedules
