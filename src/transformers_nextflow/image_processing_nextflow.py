@@ -16,6 +16,7 @@ from .scale_schedule import SQUARE_SIDES, ScaleSchedule, ScaleSchedules
 from .utils.atomic_files import saved_whole
 from .utils.image_files import read_image
 from .utils.short_repr import short_repr
+from .video_processing_nextflow import most_frames
 
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -98,6 +99,11 @@ class NextFlowImageProcessorPil(PilBackend):
     @property
     def scale_schedules(self) -> ScaleSchedules:
         return _schedules(tuple(self.scales), self.patch_size, tuple(tuple(level) for level in self.levels or ()))
+
+    @property
+    def max_frames(self) -> int:
+        """How many frames of a video file are read, see `most_frames`."""
+        return most_frames(self.level or self.scale_schedules.resolutions[-1])
 
     @property
     def pixel_range(self) -> tuple[float, float]:

@@ -284,7 +284,7 @@ class _Encoder:
 
     def _prepare(self, row: dict) -> tuple[Sample, list[np.ndarray]]:
         """A row and its images as pixel values (3, H, W)."""
-        sample = read_row(row, self.root, with_codes=False)
+        sample = read_row(row, self.root, False, self.image_processor.max_frames)
         return sample, read_pixels(sample, self.image_processor)[1]
 
     @torch.no_grad()

@@ -23,6 +23,7 @@ from ..data.row_errors import BadImageError, BadRowError
 from ..data.rows import NumberedRows, Sample, check_is_row, load_image, read_messages, read_row
 from ..image_processing_nextflow import NextFlowImageProcessorPil
 from ..processing_nextflow import NextFlowProcessor
+from ..video_processing_nextflow import most_frames
 
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ class StageImages(Dataset):
     def _read(self, number: int) -> Sample:
         row = self.rows[number]
         try:
-            return read_row(row, self.root)
+            return read_row(row, self.root, max_frames=most_frames(self.level))
         except BadRowError as error:
             raise error.of_row(number) from error
 
