@@ -76,7 +76,7 @@ class Samples:
             drawn = chance.randint(2, FRAMES[level])
             answered = drawn * words(20)
         images = read + drawn
-        length = TEMPLATE + asked + answered + images * schedule.num_positions()
+        length = TEMPLATE + asked + answered + images * schedule.sequence_length()
         size = SampleSize(length, answered + drawn * schedule.num_tokens, images * (schedule,))
         lists = read + 3 * drawn
         taken = BYTES_PER_CODE * lists * schedule.num_tokens + BYTES_PER_TOKEN * (asked + answered)
