@@ -12,11 +12,10 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling, SizeDict, is_torch_tensor
 from transformers.processing_utils import Unpack
 
-from .scale_schedule import SQUARE_SIDES, ScaleSchedule, ScaleSchedules
+from .scale_schedule import SQUARE_SIDES, ScaleSchedule, ScaleSchedules, most_frames
 from .utils.atomic_files import saved_whole
 from .utils.image_files import read_image
 from .utils.short_repr import short_repr
-from .video_processing_nextflow import most_frames
 
 
 OUTPUT_TYPES = ("pil", "np", "pt")

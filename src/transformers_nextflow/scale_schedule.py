@@ -26,6 +26,9 @@ BASE_GRIDS: tuple[Grid, ...] = (
     (25, 10), (26, 9), (27, 9), (28, 9), (29, 8), (30, 8), (31, 8), (32, 8),
 )  # fmt: skip
 MAX_ASPECT_RATIO = 4.0
+# Frames of a video at most, from a level on (paper, section 5.4). Images below the 512 level have a quarter of its codes,
+# so four times as many frames take as long.
+MOST_FRAMES_AT = ((1024, 3), (512, 5), (0, 20))
 
 
 @dataclass(frozen=True)
@@ -214,3 +217,8 @@ def _schedule(sides: Sequence[int], base_grid: Grid) -> ScaleSchedule:
         return tuple(max(1, round(side / BASE_SIDE * length)) for length in base_grid)
 
     return ScaleSchedule(((1, 1),) + tuple(grid(side) for side in sides[1:]))
+
+
+def most_frames(level: int) -> int:
+    """How many frames of a video file a model reads or trains on at a level, the side of a square image in pixels."""
+    return next(most for lowest, most in MOST_FRAMES_AT if level >= lowest)

@@ -23,17 +23,10 @@ Video = Sequence[Image.Image] | str | os.PathLike
 MOST_PIXELS = 2**30
 # Files that ffmpeg reads; others are images of several frames.
 FFMPEG_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
-# How frames of longer files are chosen (paper, section 5.4): two seconds apart, and so many at most at a level. Images
-# below the 512 level have a quarter of its codes, so four times as many take as long.
+# Between the frames that are taken of longer files (paper, section 5.4).
 SECONDS_APART = 2.0
-MOST_FRAMES_AT = ((1024, 3), (512, 5), (0, 20))
 # As the frames of a GIF count that do not say how long they are shown.
 GIF_SECONDS = 0.1
-
-
-def most_frames(level: int) -> int:
-    """How many frames of a video file a model reads or trains on at a level, the side of a square image in pixels."""
-    return next(most for lowest, most in MOST_FRAMES_AT if level >= lowest)
 
 
 def frame_times(duration: float, most: int) -> list[float]:

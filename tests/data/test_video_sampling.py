@@ -8,9 +8,9 @@ from tiny import tiny_processor
 
 from transformers_nextflow import NextFlowImageProcessorPil
 from transformers_nextflow.data import read_row
-from transformers_nextflow.scale_schedule import SQUARE_SIDES
+from transformers_nextflow.scale_schedule import SQUARE_SIDES, most_frames
 from transformers_nextflow.trainers import NextFlowCollator
-from transformers_nextflow.video_processing_nextflow import frame_times, most_frames, read_frames, write_frames
+from transformers_nextflow.video_processing_nextflow import frame_times, read_frames, write_frames
 
 
 LEVELS = ((256, 12), (512, 16), (1024, 18))

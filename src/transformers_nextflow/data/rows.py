@@ -10,11 +10,12 @@ from typing import Any
 
 from PIL import Image
 
+from ..scale_schedule import most_frames
 from ..sequence.messages import read_message
 from ..utils.field_errors import FieldError, shown
 from ..utils.image_files import read_image
 from ..utils.plain_values import as_list
-from ..video_processing_nextflow import most_frames, read_frames
+from ..video_processing_nextflow import read_frames
 from .row_codes import ImageCodes, read_codes
 from .row_errors import BadImageError, BadRowError
 

@@ -23,7 +23,7 @@ from ..data.row_errors import BadImageError, BadRowError
 from ..data.rows import NumberedRows, Sample, check_is_row, load_image, read_messages, read_row
 from ..image_processing_nextflow import NextFlowImageProcessorPil
 from ..processing_nextflow import NextFlowProcessor
-from ..video_processing_nextflow import most_frames
+from ..scale_schedule import most_frames
 
 
 if TYPE_CHECKING:
