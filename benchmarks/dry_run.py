@@ -64,11 +64,6 @@ PARTS = {
 PATIENCE = 3600
 
 
-def brightness(prompts, completions, **columns) -> list[float]:
-    """The reward of RL: how light an image is."""
-    return [sum(image.convert("L").histogram()[128:]) / (image.width * image.height) for image in completions]
-
-
 def make_start(size: dict, folder: Path):
     """A model with random weights, and its processor."""
     tokenizer = train_tokenizer([" ".join(WORDS)], vocab_size=512)
@@ -149,7 +144,6 @@ def changes_of(stage: str, size: dict, steps: int) -> list[str]:
     saved = max(1, steps // 2)
     changes = [*size["changes"], f"max_steps={steps}", f"save_steps={saved}", "logging_steps=1"]
     changes += [] if stage == "rl" else size["training"]
-    changes += [f"reward={Path(__file__).resolve()}:brightness"] if stage == "rl" else []
     return changes + size["stages"][stage]["changes"]
 
 

@@ -26,8 +26,8 @@ BASE_GRIDS: tuple[Grid, ...] = (
     (25, 10), (26, 9), (27, 9), (28, 9), (29, 8), (30, 8), (31, 8), (32, 8),
 )  # fmt: skip
 MAX_ASPECT_RATIO = 4.0
-# Frames of a video at most, from a level on (paper, section 5.4). Images below the 512 level have a quarter of its codes,
-# so four times as many frames take as long.
+# Frames of a video at most, from a level on (paper, section 5.4). Images below the 512 level have a quarter of its
+# codes, so four times as many frames take as long.
 MOST_FRAMES_AT = ((1024, 3), (512, 5), (0, 20))
 
 
