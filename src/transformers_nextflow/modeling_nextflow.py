@@ -28,7 +28,15 @@ from .sequence.layout import (
     schedules_of,
     text_ids,
 )
-from .sequence.loss import LossTargets, loss_targets, nextflow_loss, num_trained_positions, warn_of_miscounting
+from .sequence.loss import (
+    PLAIN,
+    LossTargets,
+    LossWeights,
+    loss_targets,
+    nextflow_loss,
+    num_trained_positions,
+    warn_of_miscounting,
+)
 from .sequence.packed_attention import packed_causal_mask
 from .sequence.padding import pad_codes
 from .sequence.scale_attention import ScaleAttentionMixin
@@ -50,6 +58,8 @@ class NextFlowCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     Args:
         loss: scalar, with `labels`.
+        mean_loss: scalar without a gradient, over the batch's own trained positions, where `num_items_in_batch` has the
+            loss divided by those of a larger batch.
         logits: (B, L, text vocabulary + codes), text first; `None` with `labels`, where only trained positions are
             brought through the head.
         text_loss, image_loss: scalars; NaN if the batch trains on nothing of the kind.
@@ -58,6 +68,7 @@ class NextFlowCausalLMOutputWithPast(CausalLMOutputWithPast):
         num_trained: (1 + K,) int64, how many text tokens, and codes of each scale, these means run over.
     """
 
+    mean_loss: torch.FloatTensor | None = None
     text_loss: torch.FloatTensor | None = None
     image_loss: torch.FloatTensor | None = None
     scale_losses: torch.FloatTensor | None = None
@@ -493,6 +504,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         logits_to_keep: int | torch.Tensor = 0,
         codes_only: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
+        loss_weights: LossWeights = PLAIN,
         **kwargs,
     ) -> NextFlowCausalLMOutputWithPast:
         """One pass over sequences with whole images.
@@ -515,6 +527,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             codes_only: compute the logits of codes alone, as drawing does.
             num_items_in_batch: over how many trained positions the loss is averaged, where the batch is a part of a
                 larger one: the sum of `num_trained_positions` over its parts. Default: those of this batch.
+            loss_weights: what weighs in the loss beside the scales of images, see [`LossWeights`].
 
         Raises:
             ValueError: if placeholders, grids and codes do not match, or `num_items_in_batch` comes without labels.
@@ -559,9 +572,9 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         if labels is not None:
             image_labels = image_tokens if image_labels is None else image_labels
             input_ids = text_ids(inputs_embeds) if input_ids is None else input_ids
-            targets = loss_targets(input_ids, labels, image_labels, layout, layout.schedules, self.config)
+            targets = loss_targets(input_ids, labels, image_labels, layout, layout.schedules, self.config, loss_weights)
             num_scales = len(self.config.vq_config.scales)
-            terms = self._cross_entropy(hidden_states[targets.mask], targets)
+            terms = self._cross_entropy(hidden_states[targets.mask], targets, loss_weights.z)
             losses = nextflow_loss(*terms, targets, num_scales, num_items_in_batch)
             if num_items_in_batch is not None:
                 warn_of_miscounting(labels, targets)
@@ -580,14 +593,17 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         """Hidden states (…, D) → logits (…, text vocabulary + codes)."""
         return torch.cat([self.lm_head(hidden_states), self.visual_head(hidden_states)], dim=-1)
 
-    def _cross_entropy(self, hidden_states: torch.Tensor, targets: LossTargets) -> tuple[torch.Tensor, ...]:
-        """Of trained positions (n, D): the weighted sum () of the cross-entropies, each one (n,), and which classes are
-        the most probable ones (n,); without all of their logits at once.
+    def _cross_entropy(
+        self, hidden_states: torch.Tensor, targets: LossTargets, z_weight: float = 0.0
+    ) -> tuple[torch.Tensor, ...]:
+        """Of trained positions (n, D): the weighted sum () of the losses, each cross-entropy (n,), and which classes
+        are the most probable ones (n,); without all of their logits at once.
         """
         matrices = [_own_matrix(head) for head in (self.lm_head, self.visual_head)]
         if all(matrix is not None for matrix in matrices):
-            return fused_cross_entropy(hidden_states, matrices, targets.classes, targets.weights)
-        return called_cross_entropy(self.head, hidden_states, targets.classes, targets.weights, self.config.vocab_size)
+            return fused_cross_entropy(hidden_states, matrices, targets.classes, targets.weights, z_weight)
+        num_classes = self.config.vocab_size
+        return called_cross_entropy(self.head, hidden_states, targets.classes, targets.weights, num_classes, z_weight)
 
 
 def _own_matrix(head: nn.Module) -> torch.Tensor | None:

@@ -100,12 +100,13 @@ class NextFlowProcessor(ProcessorMixin):
     ):
         """As [`~transformers.ProcessorMixin.apply_chat_template`].
 
-        A part `{"type": "video", "video": video}` stands for the frames of a video, see `read_frames`. With
-        `tokenize=True` special tokens that messages spell out are read as plain text. The text that `tokenize=False`
-        gives, like every text that the processor is called on, is read with all special tokens in it.
+        A part `{"type": "video", "video": video}` stands for the frames of a video, see `read_frames`; a file that has
+        more than the image processor's `max_frames` is sampled. With `tokenize=True` special tokens that messages spell
+        out are read as plain text. The text that `tokenize=False` gives, like every text that the processor is called
+        on, is read with all special tokens in it.
         """
         check_texts(conversation)
-        conversation = expand_videos(conversation)
+        conversation = expand_videos(conversation, self.image_processor.max_frames)
         if tokenize:
             conversation = gather_special_tokens(self.tokenizer, conversation)
         if tokenize and SANITIZES_CONTROL_TOKENS:

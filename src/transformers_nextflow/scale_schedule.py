@@ -29,6 +29,9 @@ BASE_GRIDS: tuple[Grid, ...] = (
 MAX_ASPECT_RATIO = 4.0
 MOST_KEPT = 64
 _KEPT: dict[str, ScaleSchedules] = {}
+# Frames of a video at most, from a level on (paper, section 5.4). Images below the 512 level have a quarter of its
+# codes, so four times as many frames take as long.
+MOST_FRAMES_AT = ((1024, 3), (512, 5), (0, 20))
 
 
 @dataclass(frozen=True)
@@ -247,3 +250,8 @@ def _schedule(sides: Sequence[int], base_grid: Grid) -> ScaleSchedule:
         return tuple(max(1, round(side / BASE_SIDE * length)) for length in base_grid)
 
     return ScaleSchedule(((1, 1),) + tuple(grid(side) for side in sides[1:]))
+
+
+def most_frames(level: int) -> int:
+    """How many frames of a video file a model reads or trains on at a level, the side of a square image in pixels."""
+    return next(most for lowest, most in MOST_FRAMES_AT if level >= lowest)

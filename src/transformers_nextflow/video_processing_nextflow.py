@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +21,36 @@ from .utils.short_repr import short_path, short_repr
 Video = Sequence[Image.Image] | str | os.PathLike
 # Of all frames of a file: 3 GiB, since they are held at once.
 MOST_PIXELS = 2**30
+# Files that ffmpeg reads; others are images of several frames.
+FFMPEG_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+# Between the frames that are taken of longer files (paper, section 5.4).
+SECONDS_APART = 2.0
+# As the frames of a GIF count that do not say how long they are shown.
+GIF_SECONDS = 0.1
 
 
-def read_frames(video: Video) -> list[Image.Image]:
+def frame_times(duration: float, most: int) -> list[float]:
+    """When the frames of a video of so many seconds are taken: every two seconds, and if these are more than `most`,
+    evenly over the whole.
+    """
+    apart = max(SECONDS_APART, duration / most)
+    return [number * apart for number in range(min(most, max(1, math.ceil(duration / apart - 1e-9))))]
+
+
+def read_frames(video: Video, max_frames: int | None = None) -> list[Image.Image]:
     """The frames of a video, all of one size.
 
     Args:
-        video: images; or the path of a GIF, or of an MP4, which needs the extra `video`.
+        video: images; or the path of a GIF, or of an MP4, MOV, MKV, WebM or AVI, which need the extra `video`.
+        max_frames: a file that has more frames is sampled at the times of `frame_times`, without holding the others.
+            Default: all frames. Images are taken as they are.
 
     Raises:
         ValueError: for a file that cannot be read, a video without frames, and frames of different sizes.
         ImportError: for an MP4 without the extra.
     """
     if isinstance(video, str | os.PathLike):
-        frames = _read_file(Path(video))
+        frames = _read_file(Path(video), max_frames)
     elif isinstance(video, Sequence) and not isinstance(video, bytes | bytearray | memoryview):
         frames = list(video)
     elif getattr(video, "ndim", 0) == 4:
@@ -96,31 +115,36 @@ def check_video_path(path: str | os.PathLike):
         _imageio()
 
 
-def expand_videos(conversation: Sequence) -> list:
-    """Messages, or a batch of them, with every video replaced by its frames; other parts are left alone."""
+def expand_videos(conversation: Sequence, max_frames: int | None = None) -> list:
+    """Messages, or a batch of them, with every video replaced by its frames, of a file `max_frames` at most; other
+    parts are left alone.
+    """
     if not isinstance(conversation, list | tuple):
         raise ValueError(f"A conversation is a list of messages with role and content, got {short_repr(conversation)}.")
-    return [_expand(entry) if isinstance(entry, dict) else expand_videos(entry) for entry in conversation]
+    return [
+        _expand(entry, max_frames) if isinstance(entry, dict) else expand_videos(entry, max_frames)
+        for entry in conversation
+    ]
 
 
-def _expand(message: dict) -> dict:
+def _expand(message: dict, max_frames: int | None) -> dict:
     content = message.get("content")
     if not isinstance(content, list | tuple) or all("video" not in part for part in content if isinstance(part, dict)):
         return message
     parts = []
     for part in content:
         if isinstance(part, dict) and "video" in part:
-            parts += [{"type": "image", "image": frame} for frame in read_frames(part["video"])]
+            parts += [{"type": "image", "image": frame} for frame in read_frames(part["video"], max_frames)]
         else:
             parts.append(part)
     return {**message, "content": parts}
 
 
-def _read_file(path: Path) -> list[Image.Image]:
+def _read_file(path: Path, max_frames: int | None) -> list[Image.Image]:
     regular_file(path, "video")
     frames, pixels = [], 0
     try:
-        for frame in _frames_of(path):
+        for frame in _frames_of(path, max_frames):
             check_pixels(*frame.size, f"A frame of {path}")
             pixels += frame.width * frame.height
             if pixels > MOST_PIXELS:
@@ -135,15 +159,38 @@ def _read_file(path: Path) -> list[Image.Image]:
     return frames
 
 
-def _frames_of(path: Path) -> Iterator[Image.Image]:
-    if path.suffix.lower() == ".mp4":
-        with _imageio().get_reader(path) as video:
-            yield from map(Image.fromarray, video.iter_data())
+def _frames_of(path: Path, max_frames: int | None) -> Iterator[Image.Image]:
+    if path.suffix.lower() in FFMPEG_SUFFIXES:
+        yield from map(Image.fromarray, _frames_by_ffmpeg(path, max_frames))
         return
     with Image.open(path) as video:
         check_pixels(*video.size, f"A frame of {path}")
-        # What transparency stands for is the image processor's to say.
-        yield from map(_of_full_colour, ImageSequence.Iterator(video))
+        count = getattr(video, "n_frames", 1)
+        chosen = range(count) if max_frames is None or count <= max_frames else _numbers_in(video, max_frames)
+        for number in chosen:
+            video.seek(number)
+            # What transparency stands for is the image processor's to say.
+            yield _of_full_colour(video)
+
+
+def _frames_by_ffmpeg(path: Path, max_frames: int | None) -> Iterator[np.ndarray]:
+    with _imageio().get_reader(path) as video:
+        if max_frames is None or video.count_frames() <= max_frames:
+            yield from video.iter_data()
+            return
+        facts = video.get_meta_data()
+    for time in frame_times(facts["duration"], max_frames):
+        # ffmpeg goes there without reading what lies before, and gives the first frame that begins after it.
+        before = max(0.0, (math.floor(time * facts["fps"] + 1e-6) - 0.5) / facts["fps"])
+        with _imageio().get_reader(path, input_params=["-ss", f"{before:.3f}"]) as video:
+            yield next(video.iter_data())
+
+
+def _numbers_in(video: Image.Image, most: int) -> list[int]:
+    """The numbers of the frames that are shown at the times of `frame_times`."""
+    shown = [(frame.info.get("duration") or 1000 * GIF_SECONDS) / 1000 for frame in ImageSequence.Iterator(video)]
+    ends = list(accumulate(shown))
+    return [bisect_right(ends, time + 1e-6) for time in frame_times(ends[-1], most)]
 
 
 def _of_full_colour(frame: Image.Image) -> Image.Image:

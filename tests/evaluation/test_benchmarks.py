@@ -307,3 +307,28 @@ def test_a_step_in_parts_is_compared_with_the_undivided_one(counted, tmp_path, m
     differences = written["relative_differences"]
     assert len(differences) == 4 and max(differences.values()) == written["largest_relative_difference"]
     assert all(value < 1e-6 if counted else value > 0.1 for value in differences.values())
+
+
+def test_more_processes_wait_longer_for_the_slowest_and_packs_of_one_cost_hardly_at_all(monkeypatch, tmp_path):
+    import packing_simulation
+
+    arguments = ("--ranks", "2", "8", "--steps", "2", "--budget", "32768")
+    stages = written_by(packing_simulation, monkeypatch, tmp_path, *arguments)["stages"]
+    for stage in stages.values():
+        few, many = (stage["ranks"][ranks] for ranks in ("2", "8"))
+        assert many["padding"]["wait"] > few["padding"]["wait"] > 0
+        assert many["compute"]["wait"] < many["length"]["wait"] and many["compute"]["fill"] > 0.9
+        assert many["compute"]["speedup_over_padding"] > 1 == many["padding"]["speedup_over_padding"]
+        assert many["compute"]["bytes_where_each_reads_all"] == pytest.approx(
+            8 * many["compute"]["bytes_per_rank_and_step"], abs=8
+        )
+
+
+def test_the_data_of_many_rows_are_opened_without_reading_them_and_no_group_is_read_by_two(tmp_path, monkeypatch):
+    import data_start
+
+    for name, share in data_start.SHARES.items():
+        data_start.write_rows(tmp_path / name, round(16 * share), name == "images", 2000)
+    # Of the readers' first rows.
+    assert data_start.count_groups(tmp_path, 4, 50)["groups_opened_by_two"] == 0
+    assert sum(source.size for source in data_start.open_mixture(tmp_path, 0, 4).sources) == 32_000

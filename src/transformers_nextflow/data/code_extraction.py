@@ -309,7 +309,7 @@ class _Encoder:
         rows = self.encode(shard, skipped)
         path = _shard(output, shard)
         with write_whole(path) as partial:
-            _write_parquet(rows, partial)
+            _write_parquet(rows, partial, self.model.config.codebook_size)
         note = {"rows": len(rows), "skipped": len(skipped), "skipped_because": skipped, "sha256": _hash(path)}
         with write_whole(_note(output, shard)) as partial:
             partial.write_text(json.dumps(note, indent=2) + "\n")
@@ -349,7 +349,7 @@ class _Encoder:
 
     def _prepare(self, row: dict) -> tuple[Sample, list[np.ndarray]]:
         """A row and its images as pixel values (3, H, W)."""
-        sample = read_row(row, self.root, with_codes=False)
+        sample = read_row(row, self.root, False, self.image_processor.max_frames)
         return sample, read_pixels(sample, self.image_processor)[1]
 
     @torch.no_grad()
@@ -383,12 +383,13 @@ def _arrow_message(message: dict) -> dict:
     return {"role": message["role"], "content": parts, "train": message.get("train")}
 
 
-def _write_parquet(rows: list[dict], path: Path):
+def _write_parquet(rows: list[dict], path: Path, codebook_size: int):
     pa, parquet = import_extra("pyarrow"), import_extra("pyarrow.parquet")
     part = pa.struct([("type", pa.string()), ("text", pa.string()), ("train", pa.bool_())])
     message = pa.struct([("role", pa.string()), ("content", pa.list_(part)), ("train", pa.bool_())])
-    codes = pa.list_(pa.list_(pa.int32()))
-    fields = [("messages", pa.list_(message)), (TOKENS, codes), (LABELS, codes), (CLEAN_TOKENS, codes), (GRIDS, codes)]
+    codes = pa.list_(pa.list_(pa.int16() if codebook_size <= 2**15 else pa.int32()))
+    grids = pa.list_(pa.list_(pa.int32()))
+    fields = [("messages", pa.list_(message)), (TOKENS, codes), (LABELS, codes), (CLEAN_TOKENS, codes), (GRIDS, grids)]
     fields += [(FINGERPRINT, pa.string()), ("source_row", pa.int64())]
     parquet.write_table(pa.Table.from_pylist(rows, pa.schema(fields)), path)
 

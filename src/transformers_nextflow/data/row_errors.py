@@ -8,8 +8,8 @@ from ..utils.field_errors import FieldError
 class BadRowError(FieldError):
     """A row that cannot be used; `field` says where in it, as `messages[0].content[1].image`."""
 
-    def of_row(self, number: int) -> BadRowError:
-        """The same error, named with the row's number."""
+    def of_row(self, number: int | str) -> BadRowError:
+        """The same error, named with the row's number, or how else it is told."""
         return type(self)(f"row {number}, {self.field}", self.problem)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..scale_schedule import most_frames
 from ..sequence.messages import read_message
 from ..utils.field_errors import FieldError, shown
 from ..utils.image_files import read_image
@@ -19,7 +20,10 @@ from .row_codes import ImageCodes, read_codes
 from .row_errors import BadImageError, BadRowError
 
 
-ROW_NUMBER = "row_number"
+# What readers put into rows: their number, or how else they are told, and what paths of their images are relative to.
+ROW_NUMBER, ROW_ROOT = "row_number", "row_root"
+
+VIDEO_KINDS = "GIF, WebP, PNG, MP4, MOV, MKV, WebM and AVI"
 
 
 @dataclass
@@ -68,20 +72,26 @@ def is_trained(message: dict, part: dict) -> bool:
     return part.get("train", message.get("train", message["role"] == "assistant"))
 
 
-def read_row(row: dict, root: str | os.PathLike = ".", with_codes: bool = True) -> Sample:
-    """Read a row; paths of images are relative to `root`. Images are looked for, not decoded.
+def read_row(
+    row: dict, root: str | os.PathLike = ".", with_codes: bool = True, max_frames: int = most_frames(0)
+) -> Sample:
+    """Read a row; paths of images are relative to `root`, unless the row names its own. Images are looked for, not
+    decoded.
 
     Args:
         with_codes: `False` leaves codes unread, so that every image must be given.
+        max_frames: a video file that has more frames is sampled, see `read_frames`.
 
     Raises:
         BadRowError: naming the field, if the row does not follow the schema.
     """
     sample = Sample([])
-    for number, message in enumerate(read_messages(row)):
+    messages = read_messages(row)
+    root = row.get(ROW_ROOT, root)
+    for number, message in enumerate(messages):
         parts: list[dict] = []
         for index, part in enumerate(message["content"]):
-            parts += _take_part(sample, part, f"messages[{number}].content[{index}]", Path(root))
+            parts += _take_part(sample, part, f"messages[{number}].content[{index}]", Path(root), max_frames)
         sample.messages.append(message | {"content": parts})
     if not any(part["type"] == "text" for message in sample.messages for part in message["content"]):
         raise BadRowError("messages", 'there is no text part; an unconditional sample has one with "text": ""')
@@ -155,7 +165,7 @@ class NumberedRows:
         return (self[index] for index in range(len(self)))
 
 
-def _take_part(sample: Sample, part: dict, place: str, root: Path) -> list[dict]:
+def _take_part(sample: Sample, part: dict, place: str, root: Path, max_frames: int) -> list[dict]:
     """The part as the sample holds it, with its images put there."""
     kind = part["type"]
     if kind == "text":
@@ -163,14 +173,14 @@ def _take_part(sample: Sample, part: dict, place: str, root: Path) -> list[dict]
     if kind == "image":
         images, fields = [_locate(part.get("image"), f"{place}.image", root)], [f"{place}.image"]
     else:
-        images, fields = _frames(part.get(kind), f"{place}.{kind}", root)
+        images, fields = _frames(part.get(kind), f"{place}.{kind}", root, max_frames)
     sample.images += images
     sample.fields += fields
     flag = {"train": part["train"]} if "train" in part else {}
     return [{"type": "image"} | flag for _ in images]
 
 
-def _frames(video: Any, place: str, root: Path) -> tuple[list, list[str]]:
+def _frames(video: Any, place: str, root: Path, max_frames: int) -> tuple[list, list[str]]:
     """The images of a video: a list of them, or a file as `read_frames` takes it."""
     if frames := as_list(video):
         places = [f"{place}[{number}]" for number in range(len(frames))]
@@ -182,11 +192,11 @@ def _frames(video: Any, place: str, root: Path) -> tuple[list, list[str]]:
     if not isinstance(path, Path):
         raise BadRowError(place, f"must be a list of images, or the path of a video, got {type(video).__name__}")
     try:
-        frames = read_frames(path)
+        frames = read_frames(path, max_frames)
     except ImportError:
         raise
     except Exception as error:
-        problem = f"the video cannot be read: {error} GIF, WebP, PNG and MP4 are; give the frames of others as a list"
+        problem = f"the video cannot be read: {error} {VIDEO_KINDS} are; give the frames of others as a list"
         raise BadImageError(place, problem) from error
     return frames, [f"{place}[{number}]" for number in range(len(frames))]
 

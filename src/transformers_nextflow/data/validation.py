@@ -112,7 +112,7 @@ def validate_rows(
         try:
             if isinstance(row, BadRowError):
                 raise row
-            sample = read_row(row, root)
+            sample = read_row(row, root, max_frames=image_processor.max_frames)
             report.images += sample.num_images
             if processor is not None:
                 encode_sample(sample, processor, codebook_size, fingerprint, max_positions).check_learned()

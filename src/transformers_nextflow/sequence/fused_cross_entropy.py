@@ -27,10 +27,15 @@ CALLED_LOGITS_AT_ONCE = 2**26
 
 
 def fused_cross_entropy(
-    hidden_states: torch.Tensor, matrices: Sequence[torch.Tensor], classes: torch.Tensor, weights: torch.Tensor
+    hidden_states: torch.Tensor,
+    matrices: Sequence[torch.Tensor],
+    classes: torch.Tensor,
+    weights: torch.Tensor,
+    z_weight: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weighted sum () of the cross-entropies of n positions and each one's own (n,), in float32, and whether (n,) its
-    class has the largest logit.
+    """Weighted sum () of the losses of n positions and each one's cross-entropy (n,), in float32, and whether (n,) its
+    class has the largest logit. A position's loss is its cross-entropy and `z_weight` times its z-loss, the square of
+    the logarithm of the soft-max's normaliser.
 
     Only the sum has a gradient, of first order. Under autocast the products run in autocast's type.
 
@@ -40,12 +45,12 @@ def fused_cross_entropy(
         classes: (n,) int64.
         weights: (n,) float32.
     """
-    return _FusedCrossEntropy.apply(hidden_states, classes, weights, *matrices)
+    return _FusedCrossEntropy.apply(hidden_states, classes, weights, z_weight, *matrices)
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states, classes, weights, *matrices):
+    def forward(ctx, hidden_states, classes, weights, z_weight, *matrices):
         device = hidden_states.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else matrices[0].dtype
@@ -58,12 +63,14 @@ class _FusedCrossEntropy(torch.autograd.Function):
             own = torch.where(inside, logits.gather(1, index[:, None])[:, 0], own)
         losses, correct = normaliser - own, own >= largest
 
-        needs_hidden, _, _, *needs_matrices = ctx.needs_input_grad
+        needs_hidden, _, _, _, *needs_matrices = ctx.needs_input_grad
         to_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
         to_heads = [torch.empty_like(head) if need else None for head, need in zip(heads, needs_matrices)]
         if needs_hidden or any(needs_matrices):
             for head, rows, matrix, logits, index, inside in _blocks(hidden, heads, classes):
                 gradient = logits.sub_(normaliser[:, None]).exp_()
+                if z_weight:
+                    gradient.mul_(1 + 2 * z_weight * normaliser[:, None])
                 gradient.scatter_add_(1, index[:, None], -inside[:, None].float())
                 gradient = gradient.mul_(weights[:, None]).to(dtype)
                 if needs_hidden:
@@ -76,13 +83,13 @@ class _FusedCrossEntropy(torch.autograd.Function):
         inputs, gradients = (hidden_states, *matrices), (to_hidden, *to_heads)
         ctx.save_for_backward(*(g if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs)))
         ctx.mark_non_differentiable(losses, correct)
-        return (losses * weights).sum(), losses, correct
+        return ((losses + z_weight * normaliser.square()) * weights).sum(), losses, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx, scale, *_):
         to_hidden, *to_matrices = (None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
-        return to_hidden, None, None, *to_matrices
+        return to_hidden, None, None, None, *to_matrices
 
 
 def _blocks(
@@ -119,7 +126,12 @@ def logits_at_once(device: torch.device) -> tuple[int, int]:
 
 
 def called_cross_entropy(
-    head: Callable, hidden_states: torch.Tensor, classes: torch.Tensor, weights: torch.Tensor, num_classes: int
+    head: Callable,
+    hidden_states: torch.Tensor,
+    classes: torch.Tensor,
+    weights: torch.Tensor,
+    num_classes: int,
+    z_weight: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `fused_cross_entropy`, for a head that is more than its matrix: an adapter, tensor parallelism, offloading.
 
@@ -130,7 +142,8 @@ def called_cross_entropy(
     def block(hidden_states, classes, weights):
         logits = head(hidden_states).float()
         losses = nn.functional.cross_entropy(logits, classes, reduction="none")
-        return (losses * weights).sum(), losses.detach(), logits.argmax(-1) == classes
+        z_losses = z_weight * logits.logsumexp(-1).square() if z_weight else 0.0
+        return ((losses + z_losses) * weights).sum(), losses.detach(), logits.argmax(-1) == classes
 
     size = max(1, CALLED_LOGITS_AT_ONCE // num_classes)
     blocks = zip(*(values.split(size) for values in (hidden_states, classes, weights)))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,6 +14,37 @@ from .layout import SequenceLayout, scale_weights
 
 
 IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """What weighs in the loss beside the scales of images.
+
+    Args:
+        text: of a text token; a code weighs 1 on average.
+        levels: of the codes of an image, by the resolution of its level; 1 for those that are not named.
+        z: of the z-loss, the square of the logarithm of the soft-max's normaliser, beside a position's cross-entropy.
+    """
+
+    text: float = 1.0
+    levels: Mapping[int, float] = field(default_factory=dict)
+    z: float = 0.0
+
+    def check_levels(self, config: NextFlowConfig):
+        """Raises `ValueError` for a level that the model does not have."""
+        known = config.vq_config.scale_schedules.resolutions
+        if strange := sorted(set(self.levels) - set(known)):
+            raise ValueError(f"There are weights of the levels {strange}, but the model's are {list(known)}.")
+
+    def of_image(self, schedule: ScaleSchedule, config: NextFlowConfig) -> torch.Tensor:
+        """The weight (N,) of each code of an image."""
+        by_scales = {count: resolution for resolution, count in config.vq_config.scale_schedules.levels}
+        level = self.levels.get(by_scales.get(schedule.num_scales), 1.0)
+        return level * scale_weights(schedule, config.scale_loss_alpha)
+
+
+# Each position weighs the same.
+PLAIN = LossWeights()
 
 
 @dataclass(frozen=True)
@@ -61,6 +92,7 @@ def loss_targets(
     layout: SequenceLayout,
     schedules: Sequence[ScaleSchedule],
     config: NextFlowConfig,
+    loss_weights: LossWeights = PLAIN,
 ) -> LossTargets:
     """Targets of a batch, of what `trained_tokens` names.
 
@@ -72,7 +104,7 @@ def loss_targets(
     rows, columns = text.nonzero(as_tuple=True)
     predictors = layout.predictors[rows, columns]
     mask[rows, predictors], classes[rows, predictors] = True, labels[rows, columns]
-    weights = mask.float()
+    weights = loss_weights.text * mask.float()
     if schedules:
         place, device = layout.predicting_mask, labels.device
         counts = torch.tensor([schedule.num_tokens for schedule in schedules], device=device)
@@ -80,7 +112,7 @@ def loss_targets(
         scale = [k for s in schedules for k, count in enumerate(s.tokens_per_scale, 1) for _ in range(count)]
         mask[place] = images.repeat_interleave(counts)
         classes[place] = codes.to(device) + config.text_config.vocab_size
-        weights[place] = torch.cat([scale_weights(s, config.scale_loss_alpha) for s in schedules]).to(device)
+        weights[place] = torch.cat([loss_weights.of_image(s, config) for s in schedules]).to(device)
         scales[place] = torch.tensor(scale, device=device)
     return LossTargets(mask, classes[mask], weights[mask], scales[mask])
 
@@ -104,17 +136,17 @@ def nextflow_loss(
     num_scales: int,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Losses from the weighted sum () of the cross-entropies and from each one (n,), at the trained positions.
+    """Losses from the weighted sum () of all and from each cross-entropy (n,), at the trained positions.
 
     `correct` (n,) tells which positions give their class the highest probability of all.
 
-    Returns `loss` (the sum over the number of trained positions, or over `num_items_in_batch`), `text_loss` and
-    `image_loss` (means over text tokens, weighted over codes), `scale_losses` (num_scales,) unweighted means, and
-    `text_accuracy` and `scale_accuracies` (num_scales,), shares of correct ones; NaN where a batch has nothing of the
-    kind; `num_trained` (1 + num_scales,), how many positions these run over. Only `loss` has a gradient.
+    Returns `loss` (the sum over the number of trained positions, or over `num_items_in_batch`), `mean_loss` (over the
+    batch's own trained positions), `text_loss` and `image_loss` (means over text tokens, weighted over codes),
+    `scale_losses` (num_scales,) unweighted means, and `text_accuracy` and `scale_accuracies` (num_scales,), shares of
+    correct ones; NaN where a batch has nothing of the kind; `num_trained` (1 + num_scales,), how many positions these
+    run over. Only `loss` has a gradient.
     """
     losses = losses.detach()
-    weighted = losses * targets.weights
     is_code = targets.scales > 0
     count = len(losses) if num_items_in_batch is None else num_items_in_batch
     per_scale = torch.zeros(num_scales + 1, device=losses.device)
@@ -123,8 +155,9 @@ def nextflow_loss(
     accuracies = per_scale.index_add(0, targets.scales, correct.to(losses.dtype)) / counts
     return {
         "loss": total / torch.as_tensor(count, device=total.device).clamp_min(1),
-        "text_loss": weighted[~is_code].mean(),
-        "image_loss": weighted[is_code].mean(),
+        "mean_loss": total.detach() / len(losses),
+        "text_loss": losses[~is_code].mean(),
+        "image_loss": (losses * targets.weights)[is_code].mean(),
         "scale_losses": (sums / counts)[1:],
         "text_accuracy": accuracies[0],
         "scale_accuracies": accuracies[1:],

@@ -91,7 +91,7 @@ class NextFlowCollator:
         return encoded
 
     def _encode(self, row: dict) -> EncodedRow:
-        sample = read_row(row, self.root)
+        sample = read_row(row, self.root, max_frames=self.processor.image_processor.max_frames)
         return encode_sample(sample, self.processor, self.codebook_size, self.tokenizer_fingerprint, self.max_positions)
 
     def _padded(self, rows: list[EncodedRow]) -> dict[str, torch.Tensor]:

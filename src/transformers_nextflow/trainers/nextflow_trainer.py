@@ -6,17 +6,21 @@ import math
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
+from typing import ClassVar
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list, is_peft_model
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
 from ..configuration_nextflow import NextFlowConfig
 from ..data.fitness import fit_of, pixels_of
+from ..data.mixture import Mixture
 from ..data.row_codes import TOKENS
 from ..data.row_errors import BadRowError
 from ..data.rows import NumberedRows
@@ -24,12 +28,14 @@ from ..data.vision_tokenizer import tokenizer_fingerprint
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedule
-from ..sequence.loss import IGNORE_INDEX
+from ..sequence.loss import IGNORE_INDEX, LossWeights
 from .collator import NextFlowCollator
 from .device_settings import CheckpointedLayers, choose_attention, compile_layers, use_liger
 from .optimizers import MuonWithAdamW
+from .pace import Pace
 from .packing import PACKINGS, CostModel, PackedDataset, PackedStream
-from .runs.checked_arguments import CheckedArguments
+from .runs.averaged_weights import AveragedWeightsMixin
+from .runs.checked_arguments import NOT_NEGATIVE, CheckedArguments, Rule
 from .runs.finite_training import FiniteTrainingMixin
 from .runs.resumable_training import ResumableTrainingMixin
 from .runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights, place_vision_tokenizer
@@ -61,6 +67,8 @@ class NextFlowTrainingArguments(CheckedArguments, TrainingArguments):
             "length": one row of samples with `packing_budget` positions at most. "compute": one row of samples that
             cost `packing_budget` at most by [`CostModel`], where a position costs 1 and attention comes on top.
         packing_budget: see `packing`. Processes all have the same, so they take about the same time.
+        text_loss_weight, level_loss_weights, z_loss_weight: see [`LossWeights`]; the second by resolution, as
+            `{1024: 0.5}`.
     """
 
     muon: bool = field(default=False)
@@ -68,11 +76,18 @@ class NextFlowTrainingArguments(CheckedArguments, TrainingArguments):
     checkpoint_every: int = field(default=1)
     packing: str = field(default="padding", metadata={"choices": PACKINGS})
     packing_budget: int | None = field(default=None)
+    text_loss_weight: float = field(default=1.0)
+    level_loss_weights: dict[int, float] | None = field(default=None)
+    z_loss_weight: float = field(default=0.0)
     prediction_loss_only: bool = field(default=True)
     remove_unused_columns: bool = field(default=False)
 
+    rules: ClassVar[tuple[Rule, ...]] = ((("text_loss_weight", "z_loss_weight"), *NOT_NEGATIVE),)
+
     def __post_init__(self):
         super().__post_init__()
+        if not all(isinstance(weight, Real) and weight >= 0 for weight in (self.level_loss_weights or {}).values()):
+            raise ValueError(f"level_loss_weights must be at least 0, got {self.level_loss_weights}.")
         if self.packing not in PACKINGS:
             raise ValueError(f"packing must be one of {PACKINGS}, got {self.packing!r}.")
         if self.packing == "padding" and self.packing_budget is not None:
@@ -98,6 +113,10 @@ class NextFlowTrainingArguments(CheckedArguments, TrainingArguments):
         check_training_arguments(self)
         # Of a stream each process takes its own batches, which cannot be cut into rows.
         self.accelerator_config.dispatch_batches = False
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        return LossWeights(self.text_loss_weight, self.level_loss_weights or {}, self.z_loss_weight)
 
 
 def has_bfloat16_units() -> bool:
@@ -159,6 +178,13 @@ def _warn_of_images(model: nn.Module, rows, collator: NextFlowCollator):
         )
 
 
+def _mixture_in(rows) -> Mixture | None:
+    """The mixture that packs are made of, or that is the dataset itself."""
+    while rows is not None and not isinstance(rows, Mixture):
+        rows = getattr(rows, "rows", None)
+    return rows
+
+
 def _collator_of(processor: NextFlowProcessor | None) -> NextFlowCollator:
     if not isinstance(processor, NextFlowProcessor):
         raise ValueError(
@@ -179,7 +205,9 @@ def _processor_to_save(collator, processor: NextFlowProcessor | None) -> NextFlo
     return processor or own
 
 
-class NextFlowTrainer(TrainingCardMixin, TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrainingMixin, Trainer):
+class NextFlowTrainer(
+    TrainingCardMixin, TrainedInFloat32Mixin, ResumableTrainingMixin, AveragedWeightsMixin, FiniteTrainingMixin, Trainer
+):
     """Trains a [`NextFlowForConditionalGeneration`] on the batches of a [`NextFlowCollator`].
 
     Logs the text loss, the weighted image loss, each scale's own loss and the accuracies beside the total, in training
@@ -251,11 +279,35 @@ class NextFlowTrainer(TrainingCardMixin, TrainedInFloat32Mixin, ResumableTrainin
         if args.checkpoint_every > 1:
             self.add_callback(CheckpointedLayers(args.checkpoint_every))
         self._trained, self._evaluated = TrainedMeans(), TrainedMeans()
+        config = model.config
+        args.loss_weights.check_levels(config)
+        self._pace = Pace(config, args.packing, args.packing_budget)
         self._new_rows = math.inf
         evaluated = self.eval_dataset
         for rows in evaluated.values() if isinstance(evaluated, dict) else [evaluated]:
             self._check_evaluated(rows)
         place_vision_tokenizer(self)
+        if (mixture := _mixture_in(self.train_dataset)) is not None:
+            share = self.accelerator.process_index // self.get_tp_size()
+            mixture.take_share(share, self._num_shares, args.dataloader_num_workers)
+
+    def get_train_dataloader(self):
+        if _mixture_in(self.train_dataset) is None:
+            return super().get_train_dataloader()
+        args = self.args
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+        # All of it is this process's: accelerate would have each process read what all of them take.
+        return prepare_data_loader(
+            loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        )
 
     def _get_train_sampler(self, train_dataset=None):
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -285,8 +337,9 @@ class NextFlowTrainer(TrainingCardMixin, TrainedInFloat32Mixin, ResumableTrainin
         return super()._get_num_items_in_batch([{"labels": one, "shift_labels": one} for one in labels], device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = inputs | {"loss_weights": self.args.loss_weights}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        losses = {name: part for name, part in parts_of(outputs).items() if name.endswith("loss")}
+        losses = {name: part for name, part in parts_of(outputs).items() if name.endswith("_loss")}
         # The mean of nothing is NaN.
         self.note({name: mean.where(count > 0, 0) for name, (mean, count) in losses.items()})
         (self._trained if self.model.training else self._evaluated).add(outputs)
@@ -296,7 +349,15 @@ class NextFlowTrainer(TrainingCardMixin, TrainedInFloat32Mixin, ResumableTrainin
         if "loss" in logs:
             # `Trainer`'s own loss is the mean of the steps'.
             logs = self._trained.take(self.accelerator.gather) | logs
+            logs |= self._pace.take(self.accelerator.gather, self.args.device)
         super().log(logs, start_time)
+
+    def get_batch_samples(self, epoch_iterator, *args, **kwargs):
+        return super().get_batch_samples(self._pace.timed(epoch_iterator), *args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        self._pace.stop()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # Evaluation -------------------------------------------------------------------------------------------------------
 

@@ -9,12 +9,13 @@ import bisect
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch.utils.data import Dataset, IterableDataset
 
 from ..configuration_nextflow import NextFlowConfig
+from ..data.rows import ROW_NUMBER
 from ..scale_schedule import ScaleSchedule
 
 
@@ -64,10 +65,16 @@ class CostModel:
         )
 
     def cost(self, size: SampleSize, read_last_scale: bool = False) -> float:
-        pairs = size.length * (size.length + 1) // 2
-        for schedule in size.schedules:
+        return self.of_pack([size.length], size.trained, size.schedules, read_last_scale)
+
+    def of_pack(
+        self, lengths: Sequence[int], trained: int, schedules: Iterable[ScaleSchedule], read_last_scale: bool = False
+    ) -> float:
+        """The cost of samples of these lengths that have so many trained positions and these images together."""
+        pairs = sum(length * (length + 1) // 2 for length in lengths)
+        for schedule in schedules:
             pairs += sum(h * w * (h * w - 1) // 2 for h, w in schedule.slot_grids(read_last_scale))
-        return size.length + self.head * size.trained + self.attention * pairs
+        return sum(lengths) + self.head * trained + self.attention * pairs
 
 
 @dataclass
@@ -109,6 +116,7 @@ def costs_within(rows: Iterable[dict], cost: Callable[[dict], float], budget: fl
     for number, row in enumerate(rows):
         value = cost(row)
         if value > budget:
+            number = row.get(ROW_NUMBER, number) if isinstance(row, dict) else number
             raise ValueError(
                 f"Row {number} alone costs {math.ceil(value)}, more than the packing_budget of {budget}; give a budget "
                 "of at least that, or leave such rows out."

@@ -23,6 +23,7 @@ from ..data.row_errors import BadImageError, BadRowError
 from ..data.rows import NumberedRows, Sample, check_is_row, load_image, read_messages, read_row
 from ..image_processing_nextflow import NextFlowImageProcessorPil
 from ..processing_nextflow import NextFlowProcessor
+from ..scale_schedule import most_frames
 
 
 if TYPE_CHECKING:
@@ -69,13 +70,14 @@ class StageRows(Dataset):
         self.epoch = epoch
 
     def __getitem__(self, index: int) -> dict:
-        return self._stage_row(self.rows[index], index)
+        return self.stage_row(self.rows[index], index)
 
     def stream(self) -> IterableDataset:
         """The same rows where they are a stream of `datasets`."""
-        return self.rows.map(self._stage_row, with_indices=True)
+        return self.rows.map(self.stage_row, with_indices=True)
 
-    def _stage_row(self, row: dict, index: int) -> dict:
+    def stage_row(self, row: dict, index: int | str) -> dict:
+        """A row as the stage takes it; `index` tells it from others."""
         check_is_row(row)
         self._check_level(index, row)
         drawn = random.Random(f"{self.seed} {index}" + (f" {self.epoch}" if self.epoch else "")).random()
@@ -83,7 +85,7 @@ class StageRows(Dataset):
             return as_caption(row, self.processor.caption_request)
         return without_prompt(row) if drawn < self.caption_share + self.empty_share else row
 
-    def _check_level(self, index: int, row: dict):
+    def _check_level(self, index: int | str, row: dict):
         if self.level is None:
             return
         schedules = self.processor.image_processor.scale_schedules
@@ -167,7 +169,7 @@ class StageImages(Dataset):
     def _read(self, number: int) -> Sample:
         row = self.rows[number]
         try:
-            return read_row(row, self.root)
+            return read_row(row, self.root, max_frames=most_frames(self.level))
         except BadRowError as error:
             raise error.of_row(number) from error
 

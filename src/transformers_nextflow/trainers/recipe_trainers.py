@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoConfig, AutoProcessor, Trainer
 from transformers.utils import logging
 
 from ..adapters import lora_config
 from ..configuration_nextflow import NextFlowConfig
 from ..data.fitness import fit_of
+from ..data.mixture import Mixture, open_source
 from ..data.sources import open_rows
 from ..data.vision_tokenizer import load_vision_tokenizer, tokenizer_fingerprint
 from ..evaluation.image_metrics import contact_sheet
@@ -214,13 +216,22 @@ def _transformer_trainer(recipe: Recipe, folder, data, output) -> NextFlowTraine
         model = _adapted(recipe, model)
     else:
         train_only(model, recipe.train)
-    source, root = open_rows(data, recipe.columns, recipe.streaming)
-    rows = StageRows(source, processor, recipe.level, recipe.caption_share, recipe.empty_share, args.seed)
+    rows, root = _rows_of(recipe, data, processor, args.seed)
     collator = NextFlowCollator(processor, root=root)
-    return NextFlowTrainer(
-        model, args, train_dataset=rows.stream() if recipe.streaming else rows, data_collator=collator,
-        processing_class=processor,
-    )  # fmt: skip
+    return NextFlowTrainer(model, args, train_dataset=rows, data_collator=collator, processing_class=processor)
+
+
+def _rows_of(recipe: Recipe, data, processor, seed: int) -> tuple[Dataset | IterableDataset, Path]:
+    """The rows of a stage of the transformer, and what paths of their images are relative to."""
+    settings = (processor, recipe.level, recipe.caption_share, recipe.empty_share, seed)
+    if recipe.mixture is None:
+        source, root = open_rows(data, recipe.columns, recipe.streaming)
+        rows = StageRows(source, *settings)
+        return rows.stream() if recipe.streaming else rows, root
+    folder = Path(data)
+    sources = {name: open_source(name, folder, recipe.columns, recipe.streaming) for name in recipe.mixture}
+    weighted = [(source, recipe.mixture[name]) for name, source in sources.items()]
+    return Mixture(weighted, seed, StageRows((), *settings).stage_row), folder
 
 
 def _tokenizer_trainer(recipe: Recipe, folder, data, output) -> NextFlowVQTrainer:

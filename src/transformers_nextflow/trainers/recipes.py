@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..data.columns import Columns
+from ..data.mixture import check_weights
 from ..utils.atomic_files import write_whole
 from ..utils.known_names import check_names
 from ..utils.one_line_errors import tells_what_is_kept
@@ -57,6 +58,8 @@ class Recipe:
             the backward pass of small models on CPUs; `None` for transformers' own choice.
         image_column, caption_column, edited_image_column: of the data, see [`Columns`].
         streaming: read tables as they are asked for; for the transformer, with `max_steps`.
+        mixture: sources and their weights, relative to the folder of the data; for the transformer, with `max_steps`.
+            See [`Mixture`].
     """
 
     kind: str
@@ -73,6 +76,7 @@ class Recipe:
     caption_column: str | None = None
     edited_image_column: str | None = None
     streaming: bool = False
+    mixture: dict[str, float] | None = None
 
     def __post_init__(self):
         if self.kind not in tuple(KINDS):
@@ -100,6 +104,10 @@ class Recipe:
             raise ValueError(f"A reward is for the kind 'rl', which needs one; got {self.reward!r} for {self.kind!r}.")
         if self.streaming and self.kind != "transformer":
             raise ValueError(f"A {self.kind} training needs its rows by number: leave out streaming.")
+        if self.mixture is not None:
+            check_weights(self.mixture)
+            if self.kind != "transformer" or self.arguments.get("max_steps", -1) < 1:
+                raise ValueError("A mixture is for the transformer, and has no end: set max_steps.")
 
     @property
     def columns(self) -> Columns:

@@ -34,15 +34,14 @@ class TrainedMeans:
             return {}
         sums, counts = gather(torch.stack(self.batches)).cpu().double().sum(0)
         self.batches.clear()
-        # The loss is that of text and of images, which come first.
-        loss = float(sums[:2].sum() / counts[:2].sum())
-        return {"loss": loss} | dict(zip(self.names, (sums / counts).tolist()))
+        return dict(zip(self.names, (sums / counts).tolist()))
 
 
 def parts_of(outputs: NextFlowCausalLMOutputWithPast) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """What a batch tells beside its loss, by the names of the log: a mean () and over how many positions () it runs."""
+    """What a batch tells, by the names of the log: a mean () and over how many positions () it runs."""
     text, scales = outputs.num_trained[0], outputs.num_trained[1:]
     parts = {
+        "loss": (outputs.mean_loss, outputs.num_trained.sum()),
         "text_loss": (outputs.text_loss, text),
         "image_loss": (outputs.image_loss, scales.sum()),
         "text_accuracy": (outputs.text_accuracy, text),

@@ -20,6 +20,7 @@ from ...generation.prefix_likelihood import PrefixColumns, PrefixLogProbabilitie
 from ...generation.sampling import ImageSampling
 from ...modeling_nextflow import NextFlowForConditionalGeneration
 from ...processing_nextflow import NextFlowProcessor
+from ..runs.averaged_weights import AveragedWeightsMixin
 from ..runs.finite_training import FiniteTrainingMixin
 from ..runs.resumable_training import ResumableTrainingMixin
 from ..runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights, place_vision_tokenizer
@@ -58,7 +59,12 @@ class PromptSampler(RepeatSampler):
 
 
 class NextFlowGRPOTrainer(
-    TrainingCardMixin, TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrainingMixin, GRPOTrainer
+    TrainingCardMixin,
+    TrainedInFloat32Mixin,
+    ResumableTrainingMixin,
+    AveragedWeightsMixin,
+    FiniteTrainingMixin,
+    GRPOTrainer,
 ):
     """Trains a [`NextFlowForConditionalGeneration`] on rewards of the images that it draws.
 

@@ -8,6 +8,7 @@ from numbers import Real
 from typing import ClassVar
 
 from ...utils.finite_numbers import check_finite
+from .gradient_spikes import SPIKE_RULES
 
 
 Rule = tuple[tuple[str, ...], Callable[[Real], bool], str]
@@ -20,7 +21,8 @@ RULES: tuple[Rule, ...] = (
     (("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "max_nonfinite_steps"), *NOT_NEGATIVE),
     (("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), *FROM_ONE),
     (("save_total_limit",), *FROM_ONE),
-    (("adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "lie in [0, 1)"),
+    (("adam_beta1", "adam_beta2", "ema_decay"), lambda value: 0 <= value < 1, "lie in [0, 1)"),
+    (("spike_factor",), lambda value: value > 1, "be more than 1"),
     (("adam_epsilon",), lambda value: value > 0, "be positive"),
 )
 
@@ -33,6 +35,13 @@ class CheckedArguments:
         max_nonfinite_steps: steps whose loss or gradient is not finite that are left out, each with a warning, before
             one ends the training with an error. A step that is left out changes no weight; the log has its loss as it
             was computed, and counts `nonfinite_steps`. Default: the first one ends the training.
+        spike_factor: a step is a spike whose gradient has a norm of more than so many medians of the last 100; `None`:
+            spikes are not looked for. The log counts `gradient_spikes`.
+        on_spike: "count" goes on; "skip" leaves the step out; "rewind" leaves it out and goes back to the weights and
+            the optimizer's states of the newest checkpoint, while data and learning rate go on: so all steps since
+            then are left out.
+        ema_decay: above 0 an average of the weights is kept, of which each step takes in a share of `1 - ema_decay`.
+            Steps that are left out do not count.
         resume_with_changes: go on from a checkpoint although something differs from the training that wrote it, or a
             part of it is missing, so that the outcome is another one than without a break. What differs is logged.
         logging_nan_inf_filter: only `False`: losses are logged as they were computed.
@@ -44,6 +53,9 @@ class CheckedArguments:
     rules: ClassVar[tuple[Rule, ...]] = ()
 
     max_nonfinite_steps: int = field(default=0)
+    spike_factor: float | None = field(default=None)
+    on_spike: str = field(default="skip", metadata={"choices": SPIKE_RULES})
+    ema_decay: float = field(default=0.0)
     resume_with_changes: bool = field(default=False)
     logging_nan_inf_filter: bool = field(default=False)
 
@@ -59,6 +71,12 @@ class CheckedArguments:
                 value = getattr(self, name)
                 if value is not None and not (isinstance(value, Real) and is_valid(value)):
                     raise ValueError(f"{name} must {demand}, got {value!r}.")
+        if self.on_spike not in SPIKE_RULES:
+            raise ValueError(f"on_spike must be one of {SPIKE_RULES}, got {self.on_spike!r}.")
+        if self.spike_factor is not None and self.on_spike == "rewind" and self.save_only_model:
+            raise ValueError(
+                "on_spike='rewind' goes back to the optimizer's states of a checkpoint; leave out save_only_model."
+            )
         if self.logging_nan_inf_filter:
             raise ValueError(
                 "logging_nan_inf_filter=True would log a loss of 0 in place of one that is not finite; leave it out."

@@ -1,8 +1,12 @@
-"""Trainings that end when a number is no longer finite, before it reaches the weights or a checkpoint."""
+"""Trainings that end, or leave out a step, when a number is no longer finite or a gradient far too large."""
 
 from __future__ import annotations
 
+import copy
+import statistics
+from collections import deque
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -10,10 +14,13 @@ from torch import nn
 from transformers.utils import logging
 
 from ...utils.finite_numbers import check_finite
+from .gradient_spikes import WINDOW, GradientSpikes
 
 
 logger = logging.get_logger(__name__)
 GRADIENT_NORM = "the norm of the gradient"
+# Where the state of a trainer, `trainer_state.json`, holds what is counted here.
+STATE = "finite_training"
 
 
 class FiniteTrainingMixin:
@@ -21,19 +28,23 @@ class FiniteTrainingMixin:
 
     The losses of a step, the parts of them that a trainer notes, and the norm of the gradient are looked at once before
     each step of the optimizer, at the cost of one number that is brought from the device. The weights are looked at
-    before training, before each checkpoint and `save_model`, and at the end.
+    before training, before each checkpoint and `save_model`, and at the end. Of finite gradients `spike_factor` tells
+    those that are far too large. What is counted is saved and resumed.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         check_finite({"config": self.accelerator.unwrap_model(self.model).config.to_dict()})
-        if self.args.max_nonfinite_steps and self.is_deepspeed_enabled:
-            raise ValueError(
-                f"max_nonfinite_steps={self.args.max_nonfinite_steps}: DeepSpeed takes its steps before a gradient can "
-                "be looked at; leave it out."
-            )
+        for name in ("max_nonfinite_steps", "spike_factor"):
+            if (value := getattr(self.args, name)) and self.is_deepspeed_enabled:
+                raise ValueError(
+                    f"{name}={value}: DeepSpeed takes its steps before a gradient can be looked at; leave it out."
+                )
         self._noted: list[tuple[str, torch.Tensor]] = []
-        self._num_nonfinite_steps = 0
+        self._num_nonfinite_steps = self._num_spikes = 0
+        self._spikes = GradientSpikes(self.args.spike_factor) if self.args.spike_factor else None
+        # Whether the step at hand changes no weight.
+        self._left_out = False
 
     def note(self, terms: dict[str, torch.Tensor]):
         """Name terms of the loss at hand, each of which must be finite; does nothing in evaluation."""
@@ -48,14 +59,66 @@ class FiniteTrainingMixin:
     def _get_grad_norm(self, model, grad_norm=None):
         # The last thing that `Trainer` does before the optimizer's step, and has a name of its own for.
         norm = super()._get_grad_norm(model, grad_norm)
-        noted, self._noted = self._noted, []
+        noted, self._noted, self._left_out = self._noted, [], False
         if norm is not None and not self._is_scaled_down():
             whole = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
             noted.append((GRADIENT_NORM, whole))
         finite = torch.stack([value.float().sum().to(self.args.device) for _, value in noted]).isfinite()
         if self._on_any_process(~finite.all()):
             self._leave_out_or_end(model, [name for (name, _), is_finite in zip(noted, finite) if not is_finite])
+        elif self._spikes is not None and noted[-1][0] == GRADIENT_NORM:
+            is_spike = self._spikes.is_spike(float(noted[-1][1]))
+            if self._on_any_process(torch.tensor(is_spike, device=self.args.device)):
+                self._handle_spike(model)
         return norm
+
+    def _handle_spike(self, model: nn.Module):
+        self._num_spikes += 1
+        rule, step = self.args.on_spike, self.state.global_step + 1
+        before = list(self._spikes.norms)[:-1]
+        what = (
+            f"Step {step}: {GRADIENT_NORM} is {self._spikes.norms[-1]:.3g}, the median before it "
+            f"{statistics.median(before):.3g}."
+        )
+        if rule == "count":
+            logger.warning(f"{what} It is taken all the same.")
+            return
+        self._leave_out(model)
+        checkpoint = self.last_checkpoint() if rule == "rewind" else None
+        if checkpoint is None:
+            logger.warning(f"{what} It is left out{'; there is no checkpoint yet' if rule == 'rewind' else ''}.")
+            return
+        self._rewind(checkpoint)
+        logger.warning(f"{what} It goes on with the weights of {checkpoint}.")
+
+    def _leave_out(self, model: nn.Module):
+        model.zero_grad()  # the optimizer leaves weights without a gradient as they are
+        self._left_out = True
+
+    def _rewind(self, checkpoint: Path):
+        """Weights and states of the optimizer as the checkpoint has them; the learning rate stays where it is."""
+        schedule = copy.deepcopy(self.lr_scheduler.state_dict())
+        self._load_from_checkpoint(str(checkpoint), self.model_wrapped if self.is_fsdp_enabled else None)
+        self._load_optimizer_and_scheduler(str(checkpoint))
+        self.lr_scheduler.load_state_dict(schedule)
+
+    def _save_checkpoint(self, *args, **kwargs):
+        norms = [] if self._spikes is None else list(self._spikes.norms)
+        self.state.stateful_callbacks[STATE] = {
+            "nonfinite_steps": self._num_nonfinite_steps,
+            "gradient_spikes": self._num_spikes,
+            "norms": norms,
+        }
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        state = self.state.stateful_callbacks.get(STATE, {})
+        self._num_nonfinite_steps = state.get("nonfinite_steps", 0)
+        self._num_spikes = state.get("gradient_spikes", 0)
+        if self._spikes is not None:
+            self._spikes.norms = deque(state.get("norms", ()), maxlen=WINDOW)
+        return prepared
 
     def _is_scaled_down(self) -> bool:
         """Whether gradients in float16 overflow for their scale, which then leaves out the step and becomes smaller."""
@@ -76,7 +139,7 @@ class FiniteTrainingMixin:
                 "rate; max_nonfinite_steps leaves out a few such steps."
             )
         logger.warning(f"{what} It is left out, the {self._num_nonfinite_steps}. of {limit} at most.")
-        model.zero_grad()  # the optimizer leaves weights without a gradient as they are
+        self._leave_out(model)
 
     def _last_good_checkpoint(self) -> str:
         checkpoint = self.last_checkpoint()
@@ -107,6 +170,8 @@ class FiniteTrainingMixin:
         super().save_model(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args, **kwargs):
+        if "loss" in logs and self._spikes is not None:
+            logs["gradient_spikes"] = self._num_spikes
         if "loss" in logs and self._num_nonfinite_steps:
             logs["nonfinite_steps"] = self._num_nonfinite_steps
             # `Trainer` subtracts the sum that it has logged from itself, which leaves NaN where it was not finite.

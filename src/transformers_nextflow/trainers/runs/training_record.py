@@ -21,6 +21,8 @@ from torch import nn
 from transformers import PreTrainedConfig, ProcessorMixin
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from ...data.rows import ROW_ROOT
+
 
 RECORD_FILE = "training_record.json"
 # Rows of the data that are compared, evenly spaced.
@@ -141,7 +143,12 @@ def _dataset(rows: Any, seed: int) -> dict[str, Any]:
         source = getattr(rows, "rows", rows)
         if rows is None or iter(source) is iter(source):  # nothing, or a stream that gives each row once
             return described
-        return described | {"content": digest(list(islice(iter(source), NUM_ROWS)))}
+        return described | {"content": digest([_placeless(row) for row in islice(iter(source), NUM_ROWS)])}
+
+
+def _placeless(row: Any) -> Any:
+    """Without the folder that its paths are relative to."""
+    return {name: value for name, value in row.items() if name != ROW_ROOT} if isinstance(row, dict) else row
 
 
 def _row(rows: Any, number: int) -> Any:

@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ...evaluation.image_metrics import contact_sheet, psnr, ssim, to_uint8
 from ...modeling_nextflow_vq import NextFlowVQModel, NextFlowVQOutput, codebook_statistics, leave_out_of_sharding
 from ...utils.atomic_files import write_whole
+from ..runs.averaged_weights import AveragedWeightsMixin
 from ..runs.checked_arguments import FROM_ONE, NOT_NEGATIVE, SHARE, CheckedArguments
 from ..runs.finite_training import FiniteTrainingMixin
 from ..runs.resumable_training import ResumableTrainingMixin
@@ -91,7 +92,9 @@ class ImageCollator:
         return {name: torch.stack(column) for name, column in columns.items()}
 
 
-class NextFlowVQTrainer(TrainingCardMixin, TrainedInFloat32Mixin, ResumableTrainingMixin, FiniteTrainingMixin, Trainer):
+class NextFlowVQTrainer(
+    TrainingCardMixin, TrainedInFloat32Mixin, ResumableTrainingMixin, AveragedWeightsMixin, FiniteTrainingMixin, Trainer
+):
     """Trains a [`NextFlowVQModel`].
 
     Rows hold `pixel_values` (3, H, W) in [-1, 1] and whatever `semantic_loss` reads.

@@ -1,0 +1,192 @@
+"""How long a training's data take to begin with ten million rows, who reads which rows, and what memory does.
+
+    OMP_NUM_THREADS=1 python benchmarks/data_start.py
+
+Writes 7.5 million rows of an image's codes and 2.5 million of text as `extract-codes` does, in Parquet files with row
+groups of a thousand rows; files of the same rows are hard links, so that they take the room of a few. A mixture of both
+is opened in a new process, as the trainer opens it for one of 64 processes, and packed: seconds until it is open and
+until the first batch, with and without what the imports take. Then 64 readers are started one after another: the row
+groups that each opens for its first rows are counted, and no two may open the same. At last one goes on for a thousand
+steps: memory after the first hundred and at the end. The processes are counted, not run at once.
+Writes `results/data_start.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+from backbone import RESULTS
+
+
+TARGET_SECONDS = 30
+SHARES = {"images": 0.75, "text": 0.25}
+ROWS_PER_FILE, GROUP = 100_000, 1_000
+CODES, GRID = 30, [4, 4]
+STEPS, SETTLED = 1000, 100
+
+
+def write_rows(folder: Path, files: int, with_codes: bool, rows_per_file: int):
+    """Files of the same rows under many names."""
+    import numpy as np
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    from transformers_nextflow.data.code_extraction import _write_parquet
+
+    folder.mkdir()
+    chance = np.random.default_rng(0)
+    words = ["red", "blue", "circle", "star", "two"]
+
+    def row(number: int) -> dict:
+        said = " ".join(words[i] for i in chance.integers(len(words), size=8))
+        answer = {"type": "image"} if with_codes else {"type": "text", "text": said}
+        asked = [{"type": "text", "text": said}]
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": [answer]}]
+        codes = [chance.integers(32, size=CODES).tolist()] if with_codes else None
+        grids = [GRID] if with_codes else None
+        return {"messages": messages, "image_tokens": codes, "image_labels": codes, "image_grids": grids}
+
+    first = folder / "codes-000000.parquet"
+    _write_parquet([row(number) for number in range(min(rows_per_file, GROUP))], first, 32)
+    group = parquet.read_table(first)
+    repeated = pa.concat_tables([group] * max(1, rows_per_file // GROUP))
+    parquet.write_table(repeated, first, row_group_size=GROUP)
+    for number in range(1, files):
+        os.link(first, folder / f"codes-{number:06d}.parquet")
+
+
+def open_mixture(folder: Path, share: int, shares: int):
+    from transformers_nextflow.data import Columns
+    from transformers_nextflow.data.mixture import Mixture, open_source
+
+    sources = [(open_source(name, folder, Columns()), weight) for name, weight in SHARES.items()]
+    mixture = Mixture(sources)
+    mixture.take_share(share, shares, 0)
+    return mixture
+
+
+def packs_of(mixture):
+    """Batches as the trainer makes them, of the tiny model of the tests."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from tiny import tiny_model, tiny_processor
+
+    from transformers_nextflow.trainers import CostModel, NextFlowCollator, PackedStream
+
+    collator, model = NextFlowCollator(tiny_processor()), CostModel.from_config(tiny_model().config)
+    packs = PackedStream(mixture, lambda row: model.cost(collator.size(row)), 800)
+    return (collator([pack]) for pack in packs)
+
+
+def start(folder: Path, shares: int) -> dict:
+    """In a new process: seconds of the imports, until the mixture is open, and until the first batch."""
+    begun = time.perf_counter()
+    import transformers_nextflow.trainers  # noqa: F401
+
+    imported = time.perf_counter()
+    mixture = open_mixture(folder, 0, shares)
+    opened = time.perf_counter()
+    next(packs_of(mixture))
+    first = time.perf_counter()
+    return {
+        "rows": sum(source.size for source in mixture.sources),
+        "seconds_of_imports": round(imported - begun, 2),
+        "seconds_until_open": round(opened - imported, 2),
+        "seconds_until_first_batch": round(first - imported, 2),
+    }
+
+
+def count_groups(folder: Path, shares: int, rows: int) -> dict:
+    """Which row groups each of all readers opens for its first rows."""
+    from transformers_nextflow.data.parquet_rows import ParquetRows
+
+    read_group, opened = ParquetRows.read_group, []
+    mixture = open_mixture(folder, 0, shares)
+
+    def counted(self, group: int):
+        opened.append((reader, *self.groups[group][:2]))
+        return read_group(self, group)
+
+    ParquetRows.read_group = counted
+    try:
+        for reader in range(shares):
+            mixture.take_share(reader, shares, 0)
+            for _ in islice(mixture, rows):
+                pass
+    finally:
+        ParquetRows.read_group = read_group
+    groups = {group for _, *group in map(tuple, opened) for group in [tuple(group)]}
+    return {
+        "readers": shares,
+        "groups_opened": len(set(opened)),
+        "groups_opened_by_two": len(set(opened)) - len(groups),
+    }
+
+
+def run_on(folder: Path, shares: int, steps: int) -> dict:
+    """Memory and pace over many steps of one reader."""
+    batches = packs_of(open_mixture(folder, 0, shares))
+    memory, begun = {}, time.perf_counter()
+    for step in range(1, steps + 1):
+        next(batches)
+        if step in (min(SETTLED, steps), steps):
+            memory[step] = current_memory()
+    first, last = memory.values() if len(memory) == 2 else 2 * list(memory.values())
+    return {
+        "steps": steps,
+        "mib_settled": round(first),
+        "mib_at_the_end": round(last),
+        "mib_gained": round(last - first, 1),
+        "batches_per_second": round(steps / (time.perf_counter() - begun), 1),
+        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
+
+
+def current_memory() -> float:
+    """MiB that the process holds."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+PARTS = {"start": start, "groups": count_groups, "steps": run_on}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--rows_per_file", type=int, default=ROWS_PER_FILE)
+    parser.add_argument("--readers", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--part", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--results", default=RESULTS, help="folder of the result file")
+    arguments = parser.parse_args()
+    more = {"start": (), "groups": (200,), "steps": (arguments.steps,)}
+    if arguments.part:
+        name, folder = arguments.part
+        print(json.dumps(PARTS[name](Path(folder), arguments.readers, *more[name])))
+        return
+    values: dict = {"target_seconds": TARGET_SECONDS}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, share in SHARES.items():
+            files = round(arguments.rows * share / arguments.rows_per_file)
+            write_rows(Path(folder) / name, files, name == "images", arguments.rows_per_file)
+        for name in PARTS:
+            command = [sys.executable, __file__, *sys.argv[1:], "--part", name, folder]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            values[name] = json.loads(done.stdout.splitlines()[-1])
+            print(name, values[name])
+    from transformers_nextflow.evaluation.results import write_result
+
+    print("written:", write_result(Path(arguments.results) / "data_start.json", values))
+
+
+if __name__ == "__main__":
+    main()

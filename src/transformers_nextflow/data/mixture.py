@@ -1,0 +1,233 @@
+"""Endless streams of rows from several sources by their weights, of which each process reads its own share only."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from .columns import Columns, ConversationRows
+from .parquet_rows import ParquetRows, parquet_files
+from .rows import ROW_NUMBER, ROW_ROOT
+from .sources import open_rows
+
+
+if TYPE_CHECKING:
+    import datasets
+
+# Rows that lie together and are read together.
+BLOCK = 1000
+# Blocks whose rows are shuffled together, and are held at once for each source.
+POOL = 4
+
+
+class Block(NamedTuple):
+    """Rows `start` to `stop` of a source; `group` is the row group of a Parquet file that holds them."""
+
+    start: int
+    stop: int
+    group: int | None
+
+
+class Source:
+    """Rows by number, and what they come from.
+
+    Args:
+        name: of the mixture.
+        rows: by number.
+        root: what paths of their images are relative to.
+    """
+
+    def __init__(self, name: str, rows: Sequence[dict], root: Path):
+        self.name, self.rows, self.root = name, rows, root
+
+    @property
+    def size(self) -> int:
+        return len(self.rows)
+
+    def check_shares(self, shares: int):
+        """Raises `ValueError` if there are fewer rows than shares."""
+        self.blocks(shares)
+
+    def blocks(self, shares: int) -> list[Block]:
+        """All rows in blocks, at least one for each share.
+
+        Raises:
+            ValueError: if there are fewer rows than shares.
+        """
+        if len(self.rows) < shares:
+            raise ValueError(
+                f"{self.name} has {len(self.rows)} rows for {shares} readers (processes times dataloader_num_workers); "
+                "take fewer, or leave it out of the mixture."
+            )
+        table = self._table
+        if table is None:
+            whole = [Block(0, len(self.rows), None)]
+        else:
+            whole = [Block(*ends, group) for group, ends in enumerate(itertools.pairwise(table.starts))]
+        if table is not None and len(whole) >= shares:
+            return [block for block in whole if block.stop > block.start]
+        size = min(BLOCK, max(1, len(self.rows) // shares))
+        return [piece for block in whole for piece in _pieces(block, size)]
+
+    def read(self, block: Block) -> Sequence[dict]:
+        """The rows of a block, by their numbers in it."""
+        if block.group is None:
+            return _Part(self.rows, block.start)
+        rows = _Part(self._table.read_group(block.group), block.start - self._table.starts[block.group])
+        if isinstance(self.rows, ConversationRows):
+            return ConversationRows(rows, self.rows.columns, self.rows.classes)
+        return rows
+
+    @property
+    def _table(self) -> ParquetRows | None:
+        rows = self.rows.rows if isinstance(self.rows, ConversationRows) else self.rows
+        return rows if isinstance(rows, ParquetRows) else None
+
+    def stream(self, share: int, shares: int, seed: int) -> Iterator[tuple[str, dict]]:
+        """The rows of a share, again and again, each time in another order, with a name for each reading of a row."""
+        own = self.blocks(shares)[share::shares]
+        for passed in itertools.count():
+            chance = random.Random(f"{seed} {self.name} {share} {shares} {passed}")
+            order = chance.sample(own, len(own))
+            for start in range(0, len(order), POOL):
+                pool = [(block, self.read(block)) for block in order[start : start + POOL]]
+                places = [(rows, n, block.start) for block, rows in pool for n in range(block.stop - block.start)]
+                chance.shuffle(places)
+                for rows, place, first in places:
+                    number = f"{first + place} of {self.name}"
+                    held = {ROW_NUMBER: number, ROW_ROOT: str(self.root)}
+                    yield f"{number} (reading {passed + 1})", rows[place] | held
+
+
+class StreamedSource:
+    """A stream of `datasets`, whose files are shared out, such as WebDataset tars; arguments as `Source`."""
+
+    def __init__(self, name: str, rows: datasets.IterableDataset, root: Path):
+        self.name, self.rows, self.root = name, rows, root
+
+    @property
+    def size(self) -> int:
+        """The number of its files."""
+        return self.rows.num_shards
+
+    def check_shares(self, shares: int):
+        """Raises `ValueError` if there are fewer files than shares."""
+        if self.rows.num_shards < shares:
+            raise ValueError(
+                f"{self.name} has {self.rows.num_shards} files for {shares} readers (processes times "
+                "dataloader_num_workers), which each read their own; take fewer readers, or divide it into more files."
+            )
+
+    def stream(self, share: int, shares: int, seed: int) -> Iterator[tuple[str, dict]]:
+        """As of `Source`; shuffled within `BLOCK` rows."""
+        rows = self.rows.shard(shares, share, contiguous=False).shuffle(seed=seed, buffer_size=BLOCK)
+        for passed in itertools.count():
+            rows.set_epoch(passed)
+            for number, row in enumerate(rows):
+                named = f"{number} of {self.name}, share {share}"
+                yield f"{named} (reading {passed + 1})", row | {ROW_NUMBER: named, ROW_ROOT: str(self.root)}
+
+
+class _Part(Sequence):
+    """Rows from a number on."""
+
+    def __init__(self, rows: Sequence[dict], first: int):
+        self.rows, self.first = rows, first
+
+    def __len__(self) -> int:
+        return len(self.rows) - self.first
+
+    def __getitem__(self, index: int) -> dict:
+        return self.rows[self.first + index]
+
+
+class Mixture(IterableDataset):
+    """Rows that are drawn from sources by their weights, without end.
+
+    Which rows come, and in which order, follows from `seed`, the share and the number of readers. Each process, and
+    each worker of its data loader, is a reader with a share of the blocks of each source, and reads no others.
+
+    Args:
+        sources: with their weights, which are brought to a sum of one.
+        seed: of the order.
+        prepare: makes of a row, and of a name for its reading, what is trained on.
+
+    Raises:
+        ValueError: for weights that are not positive and finite.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[Source | StreamedSource, float]],
+        seed: int = 0,
+        prepare: Callable[[dict, str], dict] | None = None,
+    ):
+        check_weights({source.name: weight for source, weight in sources})
+        self.sources, self.weights = [source for source, _ in sources], [weight for _, weight in sources]
+        self.seed, self.prepare = seed, prepare
+        self.share, self.shares, self.workers = 0, 1, 1
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides about the rows."""
+        sources = {source.name: [source.size, weight] for source, weight in zip(self.sources, self.weights)}
+        return {"mixture": sources, "seed": self.seed, "shares": self.shares, "workers": self.workers}
+
+    def take_share(self, share: int, shares: int, workers: int):
+        """Read the given one of so many shares only, divided among so many workers.
+
+        Raises:
+            ValueError: if a source has too few rows for all of them.
+        """
+        self.share, self.shares, self.workers = share, shares, max(workers, 1)
+        for source in self.sources:
+            source.check_shares(self.shares * self.workers)
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = get_worker_info()
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        share, shares = self.share * workers + number, self.shares * workers
+        chance = random.Random(f"{self.seed} {share} {shares}")
+        streams = [source.stream(share, shares, self.seed) for source in self.sources]
+        while True:
+            name, row = next(chance.choices(streams, self.weights)[0])
+            yield row if self.prepare is None else self.prepare(row, name)
+
+
+def check_weights(weights: Mapping[str, float]):
+    """Raises `ValueError` for weights of sources that are not positive and finite."""
+    if not weights or not all(weight > 0 and math.isfinite(weight) for weight in weights.values()):
+        raise ValueError(f"A mixture needs sources with weights above 0, got {dict(weights)}.")
+
+
+def open_source(name: str, folder: Path, columns: Columns, streaming: bool = False) -> Source | StreamedSource:
+    """A source of a mixture: as in `open_rows`, relative to `folder`, or an address of Parquet files that fsspec knows.
+
+    Parquet files are read where they lie, and with `streaming` other tables too.
+
+    Raises:
+        ValueError: for what is none.
+    """
+    place = name if "://" in name else str(folder / name) if (folder / name).exists() else name
+    files = parquet_files(place)
+    if not files:
+        if "://" in place:
+            raise ValueError(f"{place} holds no Parquet files.")
+        rows, root = open_rows(place, columns, streaming)
+        return (Source if hasattr(rows, "__len__") else StreamedSource)(name, rows, root)
+    rows = ParquetRows(files)
+    root = Path(".") if "://" in place else Path(place) if Path(place).is_dir() else Path(place).parent
+    if "messages" in rows.names and not columns.are_named:
+        return Source(name, rows, root)
+    return Source(name, ConversationRows(rows, columns.found_among(rows.names)), root)
+
+
+def _pieces(block: Block, size: int) -> list[Block]:
+    starts = range(block.start, block.stop, size)
+    return [Block(start, min(start + size, block.stop), block.group) for start in starts]

@@ -1,0 +1,94 @@
+"""How fast a training goes, how full its batches are, and how long it waits for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from ..configuration_nextflow import NextFlowConfig
+from ..sequence.layout import schedules_of
+from ..sequence.loss import IGNORE_INDEX
+from .packing import CostModel
+
+
+class Pace:
+    """What the steps since the last entry of the log took in and how long they took.
+
+    Args:
+        config: of the model.
+        packing, budget: one of `PACKINGS`, and the budget of a pack.
+    """
+
+    def __init__(self, config: NextFlowConfig, packing: str = "padding", budget: int | None = None):
+        self.config, self.packing, self.budget = config, packing, budget
+        self.cost_model = CostModel.from_config(config)
+        self._begun: float | None = None
+        self._clear()
+
+    def _clear(self):
+        self.seconds = self.waited = self.filled = 0.0
+        self.positions = self.batches = 0
+
+    def timed(self, batches: Iterator[dict]) -> Iterator[dict]:
+        """The batches of a step, which begins; the time that each is waited for is counted, and what it holds."""
+        self._begun = time.perf_counter()
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            self._add(batch)
+            yield batch
+
+    def stop(self):
+        """The step ends."""
+        if self._begun is not None:
+            self.seconds += time.perf_counter() - self._begun
+            self._begun = None
+
+    def _add(self, batch: dict):
+        lengths, count = lengths_of(batch)
+        self.positions += sum(lengths)
+        self.batches += 1
+        if self.packing == "padding":
+            self.filled += sum(lengths) / count
+        elif self.packing == "length":
+            self.filled += sum(lengths) / self.budget
+        else:
+            trained = int((batch["labels"] != IGNORE_INDEX).sum())
+            schedules = schedules_of(batch.get("image_grids"), self.config)
+            cost = self.cost_model.of_pack(lengths, trained, schedules, self.config.read_last_scale)
+            self.filled += cost / self.budget
+
+    def take(self, gather: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> dict[str, float]:
+        """`tokens_per_second` of all processes, without padding; `fill`, the share of the budget, or of padded batches,
+        that samples take; `data_wait`, the share of the time in which batches are waited for. Then begins anew.
+
+        Args:
+            gather: joins the tensors (5,) of all processes.
+        """
+        values = [self.seconds, self.waited, self.filled, self.positions, self.batches]
+        self._clear()
+        of_all = gather(torch.tensor(values, device=device)).view(-1, len(values)).cpu().double()
+        seconds, waited, filled, positions, batches = of_all.sum(0).tolist()
+        if not batches:
+            return {}
+        speed = positions / (seconds / len(of_all))
+        return {"tokens_per_second": speed, "fill": filled / batches, "data_wait": waited / seconds}
+
+
+def lengths_of(batch: dict) -> tuple[list[int], int]:
+    """The positions of each sample of a collator's batch, and of the batch with its padding."""
+    count = batch["input_ids"].numel()
+    if "seq_idx" in batch:
+        samples = batch["seq_idx"][0]
+        lengths = samples.bincount()
+        # Padding is the last sample, the only one without labels.
+        learned = lengths.new_zeros(len(lengths)).index_add(0, samples, (batch["labels"][0] != IGNORE_INDEX).long())
+        return lengths[learned > 0].tolist(), count
+    if "attention_mask" in batch:
+        return batch["attention_mask"].sum(1).tolist(), count
+    return [batch["input_ids"].shape[1]] * len(batch["input_ids"]), count

@@ -1,0 +1,110 @@
+"""An exponential moving average (EMA) of the weights that are trained, saved and resumed with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+# Beside the weights that `save_model` writes: a model of the averages, which loads as the model itself does.
+FOLDER = "ema"
+
+
+class AveragedWeightsMixin:
+    """For trainers on `Trainer` with [`CheckedArguments`]: `ema_decay` above 0 keeps an average of each trained weight,
+    in float32 on its device; of sharded weights each process averages its own part.
+
+    A checkpoint holds the averages as one more state. `save_model` writes them as a model of its own into `ema/`.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._averages: dict[str, torch.Tensor] = {}
+        if self.args.ema_decay:
+            if self.is_deepspeed_enabled:
+                raise ValueError(f"ema_decay={self.args.ema_decay}: DeepSpeed keeps weights to itself; set it to 0.")
+            self.add_callback(_AfterEachStep(self._take_in))
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The model has its averages for weights meanwhile."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.args.ema_decay:
+            self._averages = {name: weight.clone() for name, weight in self._trained_weights()}
+            if self._start is not None:
+                self._load_averages(self._start)
+        return prepared
+
+    def _rewind(self, checkpoint: Path):
+        super()._rewind(checkpoint)
+        if self._averages:
+            self._load_averages(checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        super().save_model(output_dir, _internal_call)
+        if self._averages and not _internal_call:
+            with self.averaged_weights():
+                super().save_model(str(Path(output_dir or self.args.output_dir) / FOLDER), _internal_call=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._averages and (self._are_parts or self.args.should_save):
+            save_file(self._averages, self._file(Path(output_dir)))
+
+    def _load_averages(self, checkpoint: Path):
+        path = self._file(checkpoint)
+        if not path.is_file():  # resumed with changes
+            logger.warning(f"{checkpoint} holds no averages of the weights: they begin with its weights.")
+            return
+        found = load_file(path)
+        for name, average in self._averages.items():
+            average.copy_(found[name])
+
+    def _trained_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and numbers; of sharded weights those of this process."""
+        for name, weight in self.model.named_parameters():
+            if weight.requires_grad:
+                weight = weight.detach()
+                yield name, weight.to_local() if hasattr(weight, "to_local") else weight
+
+    @property
+    def _are_parts(self) -> bool:
+        return any(hasattr(weight, "to_local") for weight in self.model.parameters())
+
+    def _file(self, checkpoint: Path) -> Path:
+        return checkpoint / (f"ema-{self.args.process_index:05d}.safetensors" if self._are_parts else "ema.safetensors")
+
+    @torch.no_grad()
+    def _take_in(self):
+        if not self._left_out:
+            weights = [weight for _, weight in self._trained_weights()]
+            torch._foreach_lerp_(list(self._averages.values()), weights, 1 - self.args.ema_decay)
+
+    @torch.no_grad()
+    def _exchange(self):
+        for name, weight in self._trained_weights():
+            held = weight.clone()
+            weight.copy_(self._averages[name])
+            self._averages[name].copy_(held)
+
+
+class _AfterEachStep(TrainerCallback):
+    def __init__(self, call):
+        self.call = call
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.call()

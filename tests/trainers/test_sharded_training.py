@@ -1,0 +1,81 @@
+"""Steps of two processes that hold a part of the weights each, against those of one process."""
+
+import os
+from functools import partial
+
+import pytest
+import torch
+from test_mixture import text_row
+from test_precision import image_rows, write_images
+from tiny import free_port, tiny_model, tiny_processor
+
+from transformers_nextflow.sequence import fused_cross_entropy
+from transformers_nextflow.sequence.loss import LossWeights
+from transformers_nextflow.trainers import NextFlowCollator
+
+
+STEPS = 3
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
+WEIGHTS = LossWeights(text=2.0, z=1e-3)
+
+
+def _shard(model, mesh, dtype: torch.dtype):
+    """Layers, embedding and heads by themselves, and the rest; the vision tokenizer stays whole."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    shard = partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, torch.float32))
+    for module in (*model.model.language_model.layers, model.lm_head, model.visual_head):
+        shard(module)
+    shard(model)
+
+
+def _train(rows: list[dict], count: int, mesh, dtype: torch.dtype, folder: str) -> tuple[list[float], torch.Tensor]:
+    """Some steps on the rows of this process, of `count` trained positions on the whole mesh: the loss of each step
+    over all of these, and the codes of the images.
+    """
+    model, codes, losses = tiny_model().train(), [], []
+    _shard(model, mesh, dtype)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+    encode = model.vq_model.encode
+    model.vq_model.encode = lambda pixels: codes.append(encode(pixels).image_tokens) or encode(pixels)
+    batch = NextFlowCollator(tiny_processor(), root=folder)(rows)
+    for _ in range(STEPS):
+        loss = model(**batch, num_items_in_batch=count, loss_weights=WEIGHTS).loss
+        (loss * mesh.size()).backward()  # gradients are averaged over the processes
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.distributed.all_reduce(total := loss.detach().clone(), group=mesh.get_group())
+        losses.append(float(total))
+    return losses, codes[0]
+
+
+def _compare(rank: int, port: int, folder: str):
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    both = torch.distributed.init_device_mesh("cpu", (2,))
+    alone = torch.distributed.init_device_mesh("cpu", (2, 1), mesh_dim_names=("processes", "own"))["own"]
+    rows = [*image_rows(6), text_row("one two three")]
+    count = int(tiny_model().num_trained_positions(**NextFlowCollator(tiny_processor(), root=folder)(rows)))
+    read = fused_cross_entropy._FusedCrossEntropy.apply
+    calls = []
+    fused_cross_entropy._FusedCrossEntropy.apply = lambda *args: calls.append(1) or read(*args)
+    found = {}
+    for dtype in TOLERANCES:
+        # Other numbers of positions in each process.
+        own = rows[:2] if rank == 0 else rows[2:]
+        found[dtype] = [_train(rows, count, alone, dtype, folder), _train(own, count, both, dtype, folder)]
+    torch.save((found, len(calls)), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_with_parts_of_all_weights_have_the_losses_and_codes_of_one(tmp_path):
+    write_images(tmp_path, 6)
+    torch.multiprocessing.spawn(_compare, args=(free_port(), str(tmp_path)), nprocs=2)
+    (found, calls), (other, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert calls == STEPS * 2 * len(TOLERANCES)  # the loss stays fused with the heads
+    for dtype, tolerance in TOLERANCES.items():
+        (whole, codes), (shared, first) = found[dtype]
+        assert shared == other[dtype][1][0] == pytest.approx(whole, rel=tolerance)
+        assert len(set(whole)) == STEPS
+        assert torch.equal(torch.cat([first, other[dtype][1][1]]), codes)
