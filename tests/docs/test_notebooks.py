@@ -1,0 +1,47 @@
+"""Notebooks run from a clean folder, and are stored with what they show."""
+
+import ast
+import json
+import sys
+
+import pytest
+from code_blocks import CLONED, ROOT
+
+
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
+
+
+def cells_of(path) -> list[dict]:
+    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_in_order_and_shows_something(path, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib").use("Agg")
+    monkeypatch.setitem(
+        sys.modules, "IPython", type("IPython", (), {"get_ipython": staticmethod(lambda: None), "version_info": (9, 0)})
+    )
+    monkeypatch.setitem(sys.modules, "IPython.display", type("display", (), {"HTML": str}))
+    for name in CLONED:
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    shown = []
+    names = {"__name__": "__main__", "display": shown.append}
+    for number, cell in enumerate(cells_of(path)):
+        tree = ast.parse("".join(cell["source"]), f"{path.name}, code cell {number}")
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, path.name, "exec"), names)
+        if last is not None:
+            shown.append(eval(compile(ast.Expression(last.value), path.name, "eval"), names))
+    # As a notebook does: what can show itself is asked to.
+    assert any(getattr(value, "_repr_html_", lambda: None)() for value in shown)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_stored_with_its_outputs_and_no_errors(path):
+    cells = cells_of(path)
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert len(outputs) >= len(cells) / 2 and not any(output["output_type"] == "error" for output in outputs)
+    assert str(ROOT) not in path.read_text() and "/tmp/" not in path.read_text()
