@@ -63,7 +63,7 @@ class Growth:
         self.scales.append(images)
         shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
         if shell is not None:
-            from IPython.display import HTML, display
+            from IPython.display import HTML, display  # pyrefly: ignore[missing-import]
 
             shown = HTML(as_html(self.rows))
             if self._display is None:
