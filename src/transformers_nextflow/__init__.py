@@ -1,5 +1,6 @@
 """NextFlow for transformers and diffusers: one transformer that writes text token by token and draws scale by scale."""
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -86,9 +87,7 @@ AutoImageProcessor.register(
 def __getattr__(name: str):
     # The pipeline needs diffusers, an extra: it is imported when it is asked for.
     if name in ("NextFlowPipeline", "NextFlowPipelineOutput"):
-        from . import pipeline_nextflow
-
-        return getattr(pipeline_nextflow, name)
+        return getattr(import_module(".pipeline_nextflow", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -40,7 +40,7 @@ def test_codes_and_many_images_are_told_shortly(pipe):
 def test_a_preview_keeps_every_scale_and_shows_it_growing(pipe, monkeypatch):
     updates = []
 
-    def display(shown, display_id):
+    def display(shown, **_):
         updates.append(shown)
         return SimpleNamespace(update=updates.append)
 
