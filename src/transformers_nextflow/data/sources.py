@@ -54,10 +54,10 @@ def open_rows(
     columns, path = columns or Columns(), Path(source)
     if path.suffix in (".jsonl", ".json") and path.is_file():
         return _file_of_rows(JsonLines(path), columns, needs_texts), path.parent
+    kind, files = _kind_of(source, path)
+    datasets = import_extra("datasets")
     try:
-        table = _table(source, path, streaming)
-    except ValueError:
-        raise
+        table = _load(datasets, kind, files, streaming)
     except Exception as error:  # of pyarrow, datasets and the Hub, each its own
         raise ValueError(f"{short_path(path)} cannot be read as rows: {error}") from error
     return _table_of_rows(table, columns, needs_texts, short_path(path)), path if path.exists() else Path(".")
@@ -80,35 +80,39 @@ def _file_of_rows(rows: JsonLines, columns: Columns, needs_texts: bool) -> Seque
     return ConversationRows(rows, found)
 
 
-def _table(source: str | os.PathLike, path: Path, streaming: bool) -> Dataset | IterableDataset:
+def _kind_of(source: str | os.PathLike, path: Path) -> tuple[str, Any]:
+    """Which reader of `datasets` a source is for, and what that is given. Raises `ValueError` if it is none."""
     if not os.path.exists(path):
         if not HUB_NAME.fullmatch(str(source)):
             raise ValueError(f"There is no file or folder {short_path(path)}, and it names no data set of the Hub.")
-        return import_extra("datasets").load_dataset(str(source), split="train", streaming=streaming)
-    if path.is_dir() and (path / "dataset_info.json").is_file():
-        return import_extra("datasets").load_from_disk(str(path))
+        return "hub", str(source)
+    is_folder = path.is_dir()
+    if is_folder and (path / "dataset_info.json").is_file():
+        return "saved", str(path)
     for kind, suffix in (("parquet", ".parquet"), ("webdataset", ".tar")):
-        found = [path] if path.suffix == suffix else sorted(path.glob(f"*{suffix}")) if path.is_dir() else []
-        files = [str(file) for file in found if file.name != "metadata.parquet"]
-        if not files:
-            continue
-        datasets = import_extra("datasets")
-        if kind == "parquet" and not streaming:
-            return datasets.Dataset.from_parquet(files)
-        return datasets.load_dataset(kind, data_files=files, split="train", streaming=streaming)
-    lines = [file.name for file in sorted(path.glob("*.jsonl"))] if path.is_dir() else []
+        found = [path] if path.suffix == suffix else sorted(path.glob(f"*{suffix}")) if is_folder else []
+        if files := [str(file) for file in found if file.name != "metadata.parquet"]:
+            return kind, files
+    lines = [file.name for file in sorted(path.glob("*.jsonl"))] if is_folder else []
     if lines and not any(path.glob("metadata.*")):
         raise ValueError(
             f"{short_path(path)} holds {lines[0]}; name that file, or call it {METADATA} beside its images."
         )
-    if path.is_dir() and any(path.iterdir()):
-        folder = path / "train" if (path / "train").is_dir() else path
-        # All files are named, since `datasets` would take some for those of a test set by their names.
-        files = glob.escape(str(folder.absolute())) + "/**"
-        return import_extra("datasets").load_dataset(
-            "imagefolder", data_files=files, split="train", streaming=streaming
-        )
-    raise ValueError(f"{short_path(path)} is not {KINDS}.")
+    if not is_folder or not any(path.iterdir()):
+        raise ValueError(f"{short_path(path)} is not {KINDS}.")
+    folder = path / "train" if (path / "train").is_dir() else path
+    # All files are named, since `datasets` would take some for those of a test set by their names.
+    return "imagefolder", glob.escape(str(folder.absolute())) + "/**"
+
+
+def _load(datasets: ModuleType, kind: str, files: Any, streaming: bool) -> Dataset | IterableDataset:
+    if kind == "hub":
+        return datasets.load_dataset(files, split="train", streaming=streaming)
+    if kind == "saved":
+        return datasets.load_from_disk(files)
+    if kind == "parquet" and not streaming:
+        return datasets.Dataset.from_parquet(files)
+    return datasets.load_dataset(kind, data_files=files, split="train", streaming=streaming)
 
 
 def _table_of_rows(table: Dataset | IterableDataset, columns: Columns, needs_texts: bool, name: str):
