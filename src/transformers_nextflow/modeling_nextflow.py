@@ -123,6 +123,8 @@ class NextFlowPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTrain
     save_pretrained = saved_whole(PreTrainedModel.save_pretrained, replaced=[ADAPTERS])
     base_model_prefix = "model"
     input_modalities = ("image", "text")
+    # Whether `generate_images` takes a `region` outside of which an image is kept.
+    draws_in_regions = True
     supports_gradient_checkpointing = True
     _no_split_modules = ["Qwen2_5_VLDecoderLayer", "NextFlowVQModel", "NextFlowVisualEmbedding"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
