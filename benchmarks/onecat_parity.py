@@ -2,8 +2,8 @@
 
     python benchmarks/onecat_parity.py FOLDER
 
-FOLDER holds a tiny model in the released layout (`onecat_tiny.safetensors`, `onecat_tiny.json`), a tiny vision tokenizer
-(`infinity_vae_tiny.pth`), and what the original code computed with both (`onecat_tiny_outputs.safetensors`,
+FOLDER holds a tiny model in the released layout (`onecat_tiny.safetensors`, `onecat_tiny.json`), a tiny vision
+tokenizer (`infinity_vae_tiny.pth`), and what the original code computed with both (`onecat_tiny_outputs.safetensors`,
 `infinity_vae_tiny_outputs.safetensors`): three drawings, one of which is an edit, an answer to a question about an
 image, one without, and three images through the tokenizer. Codes are compared bit by bit, and all else (features fed,
 hidden states, logits, guided logits, sums, images) by value. Writes `results/onecat_parity.json`.

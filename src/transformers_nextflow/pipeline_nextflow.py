@@ -225,8 +225,8 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
                 raise ValueError(f"{name} must be a whole number from 1, got {short_repr(value)}.")
         if request.regions is not None and not self.unwrapped_model.draws_in_regions:
             raise ValueError(
-                f"{type(self.unwrapped_model).__name__} does not draw inside of masks; leave mask_image out, and say in "
-                "the prompt what is to change."
+                f"{type(self.unwrapped_model).__name__} does not draw inside of masks; leave mask_image out, and say "
+                "in the prompt what is to change."
             )
         count = num_images_per_prompt * num_candidates
         self.check_batch_size(len(request.prompts) * count)

@@ -54,7 +54,8 @@ class ImageCodes:
 
     Attributes:
         image_tokens: (B, N) codes, -1 where none is drawn yet.
-        guidance: of each scale, two parts in the order of the contexts (text, image); each a number, or (B, 1, 1) where the images differ.
+        guidance: of each scale, two parts in the order of the contexts (text, image); each a number, or (B, 1, 1) where
+            the images differ.
         last_guided_scale: counted from 0; -1 without guidance.
         rounds: the settings of each time that a scale is drawn: NextFlow draws once.
 

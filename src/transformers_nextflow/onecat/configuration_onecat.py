@@ -119,6 +119,8 @@ class OneCatConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        if "llm_config" in kwargs:
+            raise ValueError("This is OneCAT as it was released; convert it by conversion/convert_onecat.py first.")
         # Qwen2.5-3B.
         text = {
             "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
@@ -153,7 +155,8 @@ class OneCatConfig(PreTrainedConfig):
             raise ValueError(f"num_scale_embeddings must be at least {MOST_SCALES}, got {self.num_scale_embeddings}.")
         if self.reader_image_size < self.reader_patch_size or self.reader_image_size % self.reader_patch_size:
             raise ValueError(
-                f"reader_image_size {self.reader_image_size} is no multiple of reader_patch_size {self.reader_patch_size}."
+                f"reader_image_size {self.reader_image_size} is no multiple of reader_patch_size "
+                f"{self.reader_patch_size}."
             )
         if self.drawing_frequencies not in FREQUENCIES:
             raise ValueError(f"drawing_frequencies must be one of {FREQUENCIES}, got {self.drawing_frequencies!r}.")

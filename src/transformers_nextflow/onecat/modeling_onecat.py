@@ -5,8 +5,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import DynamicCache, GenerationMixin
-from transformers import PreTrainedModel  # noqa: F401 - diffusers looks for it beside a component's class
+from transformers import (
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,  # noqa: F401 - diffusers looks for it beside a component's class
+)
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
@@ -101,6 +104,20 @@ class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin
             self.lm_head = nn.Linear(size, text.vocab_size, bias=False)
         self.vq_model: BitwiseVQModel = frozen_bitwise_tokenizer(config.vq_config)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; `drawing_only=True` leaves out what only reads images and writes text.
+
+        Raises:
+            ValueError: naming tensors that are missing or no finite floats, and for quantisation.
+        """
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError(
+                "OneCAT is not quantised: its drawing expert has a part for each scale, which quantised layers lack. "
+                "Load it in bfloat16, with drawing_only=True or a device_map that leaves experts on the CPU."
+            )
+        return super().from_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
