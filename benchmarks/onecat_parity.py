@@ -39,7 +39,6 @@ DRAWINGS = {
     "edit": BitwiseEditingSampling(guidance_scale=3.0, image_guidance_scale=3 / 2.5, temperature=0.5, top_k=1),
     "rounded": BitwiseImageSampling(guidance_scale=3.0, temperature=0.5, top_k=1),
 }
-PASSES = {"edit": ("cond", "no_picture", "empty")}
 
 
 def load_models(folder: Path, **config_values) -> tuple[OneCatForConditionalGeneration, BitwiseVQModel]:
@@ -68,7 +67,10 @@ def differences(found: dict[str, torch.Tensor], original: dict[str, torch.Tensor
 def draw(model, name: str, original: dict[str, torch.Tensor]) -> tuple[bool, dict[str, float]]:
     """Whether all bits of a drawing are the original's, and the largest difference of each value."""
     source = "greedy" if name == "rounded" else name
-    sampling, passes = DRAWINGS[name], PASSES.get(name, ("cond", "uncond"))
+    sampling, stored = DRAWINGS[name], [key.split(".") for key in original if key.endswith(".input_ids")]
+    # Each pass knows less than the one before, and so is shorter.
+    passes = [key[1] for key in stored if key[0] == source and len(key) == 3]
+    passes.sort(key=lambda part: -len(original[f"{source}.{part}.input_ids"]))
     prompts = [original[f"{source}.{part}.input_ids"][None] for part in passes]
     contexts = dict(zip(("negative_input_ids", "unconditional_input_ids"), prompts[1:]))
     if name == "edit":
