@@ -436,6 +436,20 @@ def test_a_model_that_only_draws_is_smaller_and_draws_the_same(pipe, tmp_path, r
             call()
 
 
+def test_experts_that_only_read_prompts_wait_elsewhere(pipe, tmp_path):
+    pipe.model.save_pretrained(tmp_path / "model")
+    places = OneCatForConditionalGeneration.drawing_device_map(pipe.model.config, "cpu", "disk")
+    model = OneCatForConditionalGeneration.from_pretrained(
+        tmp_path / "model", drawing_only=True, device_map=places, offload_folder=tmp_path / "away"
+    )
+    waiting = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+    assert waiting and all("mlp_te" in name or "embed_tokens" in name for name in waiting)
+    drawing = quiet(NextFlowPipeline(model, pipe.processor))
+    drawn = [p(PROMPTS[0], generator=seeded(), output_type="pt") for p in (pipe, drawing)]
+    assert torch.equal(drawn[0].image_tokens, drawn[1].image_tokens)
+    assert torch.equal(drawn[0].images, drawn[1].images)
+
+
 def test_a_lora_of_peft_is_saved_and_loaded_with_the_pipeline(pipe, processor, tmp_path):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_onecat_model(), lora_config(pipe.model, rank=2))
