@@ -8,6 +8,7 @@ import pytest
 import reference_onecat as reference
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from library_versions import matching_peft
 from PIL import Image
 from tiny_onecat import LEVELS, tiny_onecat_config, tiny_onecat_model, tiny_onecat_processor
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
@@ -189,6 +190,27 @@ def test_a_chat_reads_images_as_the_reference_does_and_writes_what_it_predicts(m
         assert written[length] == expected
 
 
+@pytest.mark.parametrize("options", [{"cache_implementation": "static"}, {"use_cache": False}], ids=str)
+def test_answers_do_not_depend_on_the_cache(pipe, options):
+    with torch.compiler.set_stance("force_eager"):
+        inputs = pipe.processor.apply_chat_template(
+            [QUESTION, [{"role": "user", "content": "hello"}]], add_generation_prompt=True, tokenize=True,
+            return_dict=True, return_tensors="pt",
+        )  # fmt: skip
+        assert torch.equal(pipe.model.generate(**inputs, **ANSWER, **options), pipe.model.generate(**inputs, **ANSWER))
+
+
+def test_more_positions_than_the_model_has_are_refused(processor):
+    inputs = inputs_of(processor)
+    length = max(inputs["input_ids"].shape[1], inputs["negative_input_ids"].shape[1])
+    tiny_onecat_model(text_config={"max_position_embeddings": length + 4}).generate_images(**inputs)
+    short = tiny_onecat_model(text_config={"max_position_embeddings": length + 3})
+    with pytest.raises(ValueError, match=f"takes {length + 4} positions"):
+        short.generate_images(**inputs)
+    with pytest.raises(ValueError, match="positions, but the model has"):
+        short.generate(torch.ones(1, length).long(), max_new_tokens=4)
+
+
 def test_rounded_frequencies_change_drawings_and_leave_chats_alone(processor):
     exact, rounded = (tiny_onecat_model(drawing_frequencies=kind) for kind in ("float32", "bfloat16"))
     inputs, ids = inputs_of(processor), torch.tensor([[5, 6, 7, 8]])
@@ -214,6 +236,19 @@ def test_batch_equals_single_images_of_mixed_sizes_with_a_seed_each(model, proce
         assert torch.equal(drawn, batch.image_tokens[row, : len(drawn)])
 
 
+def test_images_of_both_levels_are_drawn_together(model, processor):
+    sizes = [(64, 64), (32, 32), (48, 32)]
+    prompts, seeds = [*PROMPTS, "one"], range(3)
+    batch = model.generate_images(
+        **inputs_of(processor, prompts, sizes=sizes), generator=[seeded(seed) for seed in seeds]
+    )
+    for row in seeds:
+        single = inputs_of(processor, prompts[row : row + 1], sizes=sizes[row : row + 1])
+        drawn = model.generate_images(**single, generator=[seeded(row)]).image_tokens[0]
+        assert torch.equal(drawn, batch.image_tokens[row, : len(drawn)])
+        assert (batch.image_tokens[row, len(drawn) :] == -1).all()
+
+
 def test_bits_are_those_of_multinomial_and_truncated_as_two_classes():
     logits = torch.randn(1, 50, 8, 2, generator=seeded()) * 3
     expected = torch.multinomial(logits.softmax(-1).flatten(0, -2), 1, replacement=True, generator=seeded(5))
@@ -221,7 +256,7 @@ def test_bits_are_those_of_multinomial_and_truncated_as_two_classes():
     kept = sample_bits(logits, top_p=0.97, generator=seeded(5))
     likely = logits.softmax(-1).amax(-1) >= 0.97
     assert likely.any() and torch.equal(kept[likely], logits.argmax(-1)[likely])
-    for options in ({"temperature": 0}, {"top_k": 1}):
+    for options in ({"temperature": 0}, {"temperature": 1e-40}, {"top_k": 1}):
         assert torch.equal(sample_bits(logits, **options), logits.argmax(-1))
 
 
@@ -450,6 +485,7 @@ def test_experts_that_only_read_prompts_wait_elsewhere(pipe, tmp_path):
     assert torch.equal(drawn[0].images, drawn[1].images)
 
 
+@matching_peft
 def test_a_lora_of_peft_is_saved_and_loaded_with_the_pipeline(pipe, processor, tmp_path):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_onecat_model(), lora_config(pipe.model, rank=2))

@@ -233,10 +233,11 @@ def export_onecat(source: Path, target: Path, max_shard_size: str = "2GB"):
     Raises:
         ValueError: if tensors are missing, surplus, misshapen or not finite, or files are damaged; nothing is left.
     """
-    read_config(source, OneCatConfig.model_type)
     if "released_config" not in read_config(source, OneCatConfig.model_type):
         raise ValueError(f"{source} is a released OneCAT already, not a converted one.")
     config, ours = OneCatConfig.from_pretrained(source), ShardedCheckpoint(source)
+    if config.drawing_only:
+        raise ValueError(f"{source} was saved with drawing_only=True and lacks what reads and writes; convert it anew.")
     check_state(ours.layout, expected_layout(config))
     sources = {KEYS.inverse_key(key): key for key in ours if not key.startswith("vq_model.")}
     layout = {name: ours.layout[key] for name, key in sources.items()}

@@ -58,7 +58,10 @@ def sample_bits(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = truncate_logits(logits.float() / temperature, top_k, top_p).softmax(-1)
+    logits = logits.float()
+    # From the larger one on, so that no quotient overflows.
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    probabilities = truncate_logits(logits, top_k, top_p).softmax(-1)
     return (probabilities / _waiting_times(probabilities.shape, generator, logits.device)).argmax(-1)
 
 

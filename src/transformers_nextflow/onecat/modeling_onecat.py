@@ -363,10 +363,15 @@ class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin
             raise ValueError("This model was loaded with drawing_only=True and writes no text; load it without.")
         return super().generate(inputs, generation_config, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration: bool = False, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, *args, attention_mask=None, is_first_iteration: bool = False, **kwargs
+    ):
         inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, *args, attention_mask=attention_mask, is_first_iteration=is_first_iteration, **kwargs
         )
+        if is_first_iteration and kwargs.get("pixel_values") is not None:
+            # What transformers prepares for caches of a fixed size does not know what sees both ways.
+            inputs["attention_mask"] = attention_mask
         if not is_first_iteration and inputs.get("use_cache", True):
             # They are in the cache.
             inputs |= {"pixel_values": None, "pixel_sizes": None}
