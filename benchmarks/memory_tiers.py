@@ -7,7 +7,8 @@ Computed, for one image with guidance, from parameters on the meta device: weigh
 float32 and all else in bfloat16; int8 and 4 bits hold for the linear layers of the backbone), keys and values of two
 rows behind prompts of 64 tokens, the logits of the last scale, and what CUDA and its allocator take. `--measure` draws
 with random bfloat16 weights on a GPU whose memory is limited, in the process, to so many GiB, and prints the peak.
-Writes `results/memory_tiers.json`: `tiers`.
+OneCAT-3B is counted in bfloat16, at the sizes that its released config is taken to have.
+Writes `results/memory_tiers.json`: `tiers`, `onecat`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,15 @@ import torch
 from backbone import PRESETS, RESULTS, load_model, random_prompt
 from rl_cost import PeakMemory
 
-from transformers_nextflow import ImageSampling, NextFlowConfig, NextFlowForConditionalGeneration
+from transformers_nextflow import (
+    ImageSampling,
+    NextFlowConfig,
+    NextFlowForConditionalGeneration,
+    OneCatConfig,
+    OneCatForConditionalGeneration,
+)
 from transformers_nextflow.evaluation.results import write_result
-from transformers_nextflow.modeling_nextflow_vq import CODE_PARTS
+from transformers_nextflow.modeling_nextflow_vq import CODE_PARTS, TENSORS_AT_ONCE
 
 
 # Of a card's memory so much is free.
@@ -72,6 +79,50 @@ def tiers() -> list[dict]:
     return cases
 
 
+def onecat_tiers() -> list[dict]:
+    """OneCAT-3B whole, drawing only, and with the experts of text away from the card."""
+    cases = []
+    for name, drawing_only, is_mapped in (
+        ("whole", False, False), ("drawing_only", True, False), ("drawing_only, drawing_device_map", True, True),
+    ):  # fmt: skip
+        config = OneCatConfig(drawing_only=drawing_only)
+        with torch.device("meta"):
+            model = OneCatForConditionalGeneration(config)
+        places = model.drawing_device_map(config) if is_mapped else {}
+        away = {name for name, place in places.items() if place == "cpu"}
+        taken = largest = 0
+        for module_name, module in model.named_modules():
+            own = sum(p.numel() for p in module.parameters(recurse=False))
+            size = own * (4 if module_name.startswith("vq_model.encoder") else 2)
+            if any(module_name == part or module_name.startswith(f"{part}.") for part in away):
+                largest = max(largest, size)  # brought one by one
+            else:
+                taken += size
+        text = config.text_config
+        for side in (512, 1024):
+            schedule = config.vq_config.scale_schedules.for_size(side, side)
+            columns, slots = PROMPT_LENGTH + schedule.num_tokens, schedule.tokens_per_scale[-1]
+            cached = ROWS * columns * text.num_hidden_layers * 2 * text.num_key_value_heads * config.head_dim * 2
+            inner = ROWS * slots * text.intermediate_size * 2 * 3  # gate, up and their product
+            decoding = TENSORS_AT_ONCE * config.vq_config.channels * side * side * 2
+            beside = max(largest, cached + inner, decoding)
+            gib = (taken + beside + OVERHEAD) / 2**30
+            fits = [card for card in CARDS if FREE_SHARE * card >= gib][:1]
+            cases.append({"loaded": name, "size": side, "weights_gib": taken / 2**30, "gib": gib, "fits": fits})
+    return cases
+
+
+def onecat_table(cases: list[dict]) -> str:
+    lines = [
+        "| OneCAT-3B, bf16 | weights on the card | 512² | 1024² | smallest card for 1024² |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for small, large in zip(cases[::2], cases[1::2]):
+        figures = f"{large['weights_gib']:.1f} | {small['gib']:.1f} | {large['gib']:.1f}"
+        lines.append(f"| {large['loaded']} | {figures} | {large['fits'][0]} GB |")
+    return "\n".join(lines)
+
+
 def table(cases: list[dict]) -> str:
     """Of each preset and kind of weights the GiB at each size, and the smallest card for the largest."""
     lines = ["| preset | weights | " + " | ".join(f"{size}²" for size in SIZES) + " | smallest card for 1024² |"]
@@ -110,7 +161,10 @@ def main():
         return
     cases = tiers()
     print(table(cases))
-    print("written:", write_result(Path(arguments.results) / "memory_tiers.json", {"tiers": cases, "computed": True}))
+    onecat = onecat_tiers()
+    print(onecat_table(onecat))
+    values = {"tiers": cases, "onecat": onecat, "computed": True}
+    print("written:", write_result(Path(arguments.results) / "memory_tiers.json", values))
 
 
 if __name__ == "__main__":

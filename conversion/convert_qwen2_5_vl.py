@@ -13,6 +13,7 @@ import typer
 from transformers_nextflow.cli import errors_in_one_line
 from transformers_nextflow.conversion.checkpoints import read_vq_config
 from transformers_nextflow.conversion.qwen2_5_vl import convert_qwen2_5_vl
+from transformers_nextflow.conversion.verification import verify as verified
 
 
 def main(
@@ -23,12 +24,15 @@ def main(
     base_model: Annotated[str | None, typer.Option(help="Repository of the source, for the model card.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "2GB",
     seed: Annotated[int, typer.Option(help="Of what is new.")] = 0,
+    verify: Annotated[bool, typer.Option("--verify", help="Draw and read a fixed set, and print a report.")] = False,
 ):
     """Convert a Qwen2.5-VL into the start of a NextFlow. Run it again to go on after an interruption."""
     with errors_in_one_line():
         vq_config = read_vq_config(vision_config) if vision_config else None
         convert_qwen2_5_vl(source, output, vision_tokenizer, vq_config, base_model, max_shard_size, seed)
-    typer.echo(f"Written and checked: {output}")
+        typer.echo(f"Written and checked: {output}")
+        if verify:
+            typer.echo(verified(output))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import typer
 from transformers_nextflow.cli import errors_in_one_line
 from transformers_nextflow.conversion.checkpoints import read_vq_config
 from transformers_nextflow.conversion.siglip2 import convert_siglip2
+from transformers_nextflow.conversion.verification import verify as verified
 
 
 def main(
@@ -21,12 +22,15 @@ def main(
     vision_config: Annotated[Path | None, typer.Option(help="Folder of its config; default: the large one's.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Repository of the source, for the model card.")] = None,
     seed: Annotated[int, typer.Option(help="Of the parts that are new.")] = 0,
+    verify: Annotated[bool, typer.Option("--verify", help="Draw and read a fixed set, and print a report.")] = False,
 ):
     """Start a vision tokenizer from a vision tower."""
     with errors_in_one_line():
         vq_config = read_vq_config(vision_config) if vision_config else None
         convert_siglip2(source, output, vq_config, base_model, seed)
-    typer.echo(f"Written and checked: {output}")
+        typer.echo(f"Written and checked: {output}")
+        if verify:
+            typer.echo(verified(output))
 
 
 if __name__ == "__main__":

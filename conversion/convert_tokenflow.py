@@ -13,6 +13,7 @@ import typer
 
 from transformers_nextflow.cli import errors_in_one_line
 from transformers_nextflow.conversion.tokenflow import convert_tokenflow
+from transformers_nextflow.conversion.verification import verify as verified
 
 
 def main(
@@ -22,6 +23,7 @@ def main(
     semantic_heads: Annotated[int | None, typer.Option(help="Of the semantic encoder; default: the release's.")] = None,
     semantic_decoder_heads: Annotated[int | None, typer.Option(help="Default: the release's, 12.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Repository of the source, for the model card.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Draw and read a fixed set, and print a report.")] = False,
 ):
     """Convert a tokenizer of TokenFlow."""
     with errors_in_one_line():
@@ -33,7 +35,9 @@ def main(
             semantic_heads=semantic_heads,
             semantic_decoder_heads=semantic_decoder_heads,
         )
-    typer.echo(f"Written and checked: {output}")
+        typer.echo(f"Written and checked: {output}")
+        if verify:
+            typer.echo(verified(output))
 
 
 if __name__ == "__main__":

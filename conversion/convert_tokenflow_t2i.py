@@ -14,6 +14,7 @@ import typer
 
 from transformers_nextflow.cli import errors_in_one_line
 from transformers_nextflow.conversion.tokenflow_t2i import convert_tokenflow_t2i, export_tokenflow_t2i
+from transformers_nextflow.conversion.verification import verify as verified
 
 
 def main(
@@ -23,18 +24,21 @@ def main(
     back: Annotated[bool, typer.Option("--back", help="Write the released layout again.")] = False,
     base_model: Annotated[str | None, typer.Option(help="Repository of the source, for the model card.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "2GB",
+    verify: Annotated[bool, typer.Option("--verify", help="Draw and read a fixed set, and print a report.")] = False,
 ):
     """Convert TokenFlow-t2i. Run it again to go on after an interruption."""
     with errors_in_one_line():
         if back:
-            if vision_tokenizer is not None or base_model is not None:
-                raise ValueError("--back takes neither --vision-tokenizer nor --base-model; leave them out.")
+            if vision_tokenizer is not None or base_model is not None or verify:
+                raise ValueError("--back takes neither --vision-tokenizer, --base-model nor --verify; leave them out.")
             export_tokenflow_t2i(source, output, max_shard_size)
         elif vision_tokenizer is None:
             raise ValueError("Give --vision-tokenizer, the folder of the converted vision tokenizer.")
         else:
             convert_tokenflow_t2i(source, vision_tokenizer, output, max_shard_size, base_model)
-    typer.echo(f"Written and checked: {output}")
+        typer.echo(f"Written and checked: {output}")
+        if verify:
+            typer.echo(verified(output))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,12 @@ from .generation_nextflow import ImageGenerationOutput
 from .image_processing_nextflow import NextFlowImageProcessorPil
 from .modeling_nextflow import NextFlowForConditionalGeneration, NextFlowModel
 from .modeling_nextflow_vq import NextFlowVQModel
+from .onecat.configuration_onecat import BitwiseVQConfig, OneCatConfig
+from .onecat.generation_onecat import BitwiseEditingSampling, BitwiseImageSampling
+from .onecat.image_processing_onecat import OneCatImageProcessorPil
+from .onecat.modeling_bitwise_vq import BitwiseVQModel
+from .onecat.modeling_onecat import OneCatForConditionalGeneration
+from .onecat.processing_onecat import OneCatProcessor
 from .processing_nextflow import NextFlowProcessor
 from .scale_schedule import ScaleSchedule, ScaleSchedules
 from .tokenflow_t2i.configuration_tokenflow_t2i import TokenFlowT2IConfig
@@ -39,6 +45,10 @@ if TYPE_CHECKING:
     from .pipeline_nextflow import NextFlowPipeline, NextFlowPipelineOutput
 
 __all__ = [
+    "BitwiseEditingSampling",
+    "BitwiseImageSampling",
+    "BitwiseVQConfig",
+    "BitwiseVQModel",
     "ImageGenerationOutput",
     "InterleavedGenerationOutput",
     "InterleavedStreamer",
@@ -52,6 +62,10 @@ __all__ = [
     "NextFlowProcessor",
     "NextFlowVQConfig",
     "NextFlowVQModel",
+    "OneCatConfig",
+    "OneCatForConditionalGeneration",
+    "OneCatImageProcessorPil",
+    "OneCatProcessor",
     "RefinedImageSampling",
     "ScaleSchedule",
     "ScaleSchedules",
@@ -82,6 +96,15 @@ AutoProcessor.register(TokenFlowT2IConfig, TokenFlowT2IProcessor, exist_ok=True)
 AutoImageProcessor.register(
     TokenFlowT2IConfig, image_processor_classes={"pil": NextFlowImageProcessorPil}, exist_ok=True
 )
+
+AutoConfig.register("onecat", OneCatConfig, exist_ok=True)
+AutoConfig.register("bitwise_vq", BitwiseVQConfig, exist_ok=True)
+AutoModel.register(OneCatConfig, OneCatForConditionalGeneration, exist_ok=True)
+AutoModel.register(BitwiseVQConfig, BitwiseVQModel, exist_ok=True)
+AutoModelForImageTextToText.register(OneCatConfig, OneCatForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(OneCatConfig, OneCatForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(OneCatConfig, OneCatProcessor, exist_ok=True)
+AutoImageProcessor.register(OneCatConfig, image_processor_classes={"pil": OneCatImageProcessorPil}, exist_ok=True)
 
 
 def __getattr__(name: str):

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-# The linear layers of the backbone. "all-linear" would take the vision tokenizer, the connector and the heads too:
-# codes would change their meaning.
-LORA_TARGETS = r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+# The linear layers of the backbone; of OneCAT's those of all experts. "all-linear" would take the vision tokenizer, the
+# connector and the heads too: codes would change their meaning.
+LORA_TARGETS = r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp(_te|_ue|_ge)?\.(gate|up|down)_proj)"
 # What stays in the precision that it is loaded in, beside a backbone in four bits.
 NOT_QUANTIZED = ["model.vq_model", "model.visual_embedding", "visual_head", "lm_head"]
 

@@ -135,6 +135,8 @@ class NextFlowPreTrainedModel(ModelCardMixin, StrictLoadingMixin, ExecutionDevic
     save_pretrained = with_card(saved_whole(PreTrainedModel.save_pretrained, replaced=[ADAPTERS]))
     base_model_prefix = "model"
     input_modalities, output_modalities = ("image", "text"), ("image", "text")
+    # Whether `generate_images` takes a `region` outside of which an image is kept.
+    draws_in_regions = True
     supports_gradient_checkpointing = True
     _no_split_modules = ["Qwen2_5_VLDecoderLayer", "NextFlowVQModel", "NextFlowVisualEmbedding"]
     _skip_keys_device_placement = ["cache", "past_key_values"]

@@ -92,6 +92,22 @@ class NextFlowVQPreTrainedModel(ModelCardMixin, StrictLoadingMixin, ExecutionDev
     _keep_in_fp32_modules_strict = list(CODE_PARTS)
     # What quantisation leaves out, whatever its config says.
     _keep_in_fp32_modules = list(CODE_PARTS)
+    code_parts = CODE_PARTS
+
+    def keep_codes_in_float32(self):
+        """Bring what decides about codes to float32, where it was made or loaded in another type."""
+        for part in self.code_parts:
+            getattr(self, part).float()
+
+    def _apply(self, fn, recurse=True):
+        # A cast of the whole model, as diffusers' `pipe.to("cuda", torch.bfloat16)` makes, moves these parts only.
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device) if tensor.dtype == torch.float32 != result.dtype else result
+
+        for name, part in self.named_children() if recurse else ():
+            part._apply(moved if name in self.code_parts else fn)
+        return super()._apply(fn, recurse=False)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -140,21 +156,6 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         self.semantic_decoder = SemanticDecoder(config)
         self.keep_codes_in_float32()
         self.post_init()
-
-    def keep_codes_in_float32(self):
-        """Bring what decides about codes to float32, where it was made or loaded in another type."""
-        for part in CODE_PARTS:
-            getattr(self, part).float()
-
-    def _apply(self, fn, recurse=True):
-        # A cast of the whole model, as diffusers' `pipe.to("cuda", torch.bfloat16)` makes, moves these parts only.
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            result = fn(tensor)
-            return tensor.to(result.device) if tensor.dtype == torch.float32 != result.dtype else result
-
-        for name, part in self.named_children() if recurse else ():
-            part._apply(moved if name in CODE_PARTS else fn)
-        return super()._apply(fn, recurse=False)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):

@@ -133,12 +133,12 @@ class NextFlowPipeline(
     def __init__(self, model: NextFlowForConditionalGeneration, processor: NextFlowProcessor):
         super().__init__()
         own = unwrapped(model)  # raises for adapters that cannot draw
-        for name, part, method in (("model", own, "generate_images"), ("processor", processor, "apply_image_prompt")):
+        for name, part, method in (("model", own, "generate_images"), ("processor", processor, "drawing_inputs")):
             if not hasattr(part, method):
                 raise ValueError(
                     f"{name} must be one of a NextFlow, or of a model that draws like it, got {type(part)}."
                 )
-        if isinstance(processor, NextFlowProcessor):
+        if hasattr(processor, "check_fits"):
             processor.check_fits(own.config)
         self.register_modules(model=model, processor=processor)
 
@@ -252,6 +252,11 @@ class NextFlowPipeline(
         for name, value in (("num_images_per_prompt", num_images_per_prompt), ("num_candidates", num_candidates)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number from 1, got {short_repr(value)}.")
+        if request.regions is not None and not self.unwrapped_model.draws_in_regions:
+            raise ValueError(
+                f"{type(self.unwrapped_model).__name__} does not draw inside of masks; leave mask_image out, and say "
+                "in the prompt what is to change."
+            )
         count = num_images_per_prompt * num_candidates
         self.check_batch_size(len(request.prompts) * count)
         check_generators(generator, len(request.prompts) * count)
@@ -291,6 +296,15 @@ class NextFlowPipeline(
         """Raises `ValueError` if the model draws alone, as TokenFlow-t2i does."""
         if not hasattr(self.processor, "caption_request"):
             raise ValueError(f"{purpose} takes a model that reads images; {type(self.model).__name__} draws alone.")
+
+    def _check_interleaves(self, purpose: str):
+        """Raises `ValueError` if the model does not read what it has drawn, on one cache with text."""
+        self._check_reads(purpose)
+        if not hasattr(self.unwrapped_model, "generate_interleaved"):
+            raise ValueError(
+                f"{purpose} takes a model that reads what it draws; {type(self.unwrapped_model).__name__} draws, edits "
+                "and answers in calls apart."
+            )
 
     @checks_names
     @torch.no_grad()
@@ -387,7 +401,7 @@ class NextFlowPipeline(
         )  # fmt: skip
         self._warn_of_request(request)
         if num_candidates > 1 and candidate_scorer is None:
-            self._check_reads("To rank candidates without a candidate_scorer")
+            self._check_interleaves("To rank candidates without a candidate_scorer")
         request = request.repeat(num_images_per_prompt * num_candidates)
 
         growth = Growth()
@@ -452,10 +466,13 @@ class NextFlowPipeline(
         """Arguments of `generate_images`; or, with an `answer` that begins with text, of `generate_interleaved`."""
         device, patch_size = self.model.device, self.processor.image_processor.patch_size
         start = {} if answer is None else {"answer": answer}
-        inputs = self.processor.apply_image_prompt(request.prompts, request.images, **start).to(device)
+        contexts = sampling.contexts(schedule.num_scales for schedule in request.schedules)
+        inputs = self.processor.drawing_inputs(
+            request.prompts, request.negative_prompts, request.images, contexts, request.schedules, **start
+        )
+        inputs = {name: value.to(device) for name, value in inputs.items()}
         inputs["image_sizes"] = [schedule.image_size(patch_size) for schedule in request.schedules]
-        inputs |= self._negative_inputs(request, sampling)
-        if "pixel_values" in inputs and request.pixels is None:
+        if "image_grids" in inputs and request.pixels is None:
             self._warn_of_images(self._images_of(inputs["pixel_values"], inputs["image_grids"]))
         if request.pixels is not None:
             pixels = [pixels.to(device) for pixels in request.pixels]
@@ -488,16 +505,6 @@ class NextFlowPipeline(
                     "leave little to chance. Keep fewer scales, give a higher temperature, or take another seed.",
                     stacklevel=4,  # who called the pipeline, behind torch.no_grad
                 )
-
-    def _negative_inputs(self, request: ImageRequest, sampling: ImageSampling) -> dict:
-        """The negative prompts that guidance needs, with the images of the prompts and without them."""
-        result = {}
-        for name in sampling.contexts(schedule.num_scales for schedule in request.schedules):
-            images = request.images if name == "negative" else None
-            prompts = self.processor.apply_image_prompt(request.negative_prompts, images, allow_empty=True)
-            for part in ("input_ids", "attention_mask"):
-                result[f"{name}_{part}"] = prompts[part].to(self.model.device)
-        return result
 
     def _think(
         self, request: ImageRequest, inputs: dict, max_thought_tokens: int, temperature: float, options: dict

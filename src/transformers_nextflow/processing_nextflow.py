@@ -10,6 +10,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpa
 
 from .configuration_nextflow import NextFlowConfig
 from .image_processing_nextflow import flatten_images
+from .scale_schedule import ScaleSchedule
 from .sequence.chat_encoding import (
     check_spells_out_no_special_tokens,
     check_texts,
@@ -30,7 +31,37 @@ from .video_processing_nextflow import expand_videos
 PROCESSOR_TYPES = {"read_last_scale": bool, "think_prefix": str | None, "caption_request": str}
 
 
-class NextFlowProcessor(ProcessorMixin):
+class DrawingInputsMixin:
+    """What a pipeline's call is for `generate_images`: prompts, and what guidance compares them with."""
+
+    def drawing_inputs(
+        self,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str],
+        images: Sequence[Sequence] | None,
+        contexts: Sequence[str],
+        schedules: Sequence[ScaleSchedule],
+        **options,
+    ) -> dict:
+        """Arguments of `generate_images` as tensors on the CPU.
+
+        Args:
+            prompts, negative_prompts: (B) texts; a negative prompt may be empty.
+            images: of each prompt the images that it speaks of; `None` for none.
+            contexts: what guidance compares with, as `ImageSampling.contexts` has it. Here "negative" is the negative
+                prompt with the prompt's images, "unconditional" the same without images.
+            schedules: of the images to draw.
+            options: of `apply_image_prompt`, for the prompts.
+        """
+        inputs = dict(self.apply_image_prompt(prompts, images, **options))
+        for name in contexts:
+            shown = images if name == "negative" else None
+            compared = self.apply_image_prompt(negative_prompts, shown, allow_empty=True)
+            inputs |= {f"{name}_{part}": compared[part] for part in ("input_ids", "attention_mask")}
+        return inputs
+
+
+class NextFlowProcessor(DrawingInputsMixin, ProcessorMixin):
     r"""Tokenizer, image processor and chat template in one.
 
     Args:

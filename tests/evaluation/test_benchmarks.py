@@ -141,7 +141,10 @@ def test_training_speed_compares_attentions_and_counts_what_the_model_multiplies
 
 def test_memory_grows_with_model_image_and_precision(tmp_path, monkeypatch):
     monkeypatch.setattr(memory_tiers, "PRESETS", {"nextflow-0.5b": backbone.PRESETS["nextflow-0.5b"]})
-    cases = written_by(memory_tiers, monkeypatch, tmp_path)["tiers"]
+    values = written_by(memory_tiers, monkeypatch, tmp_path)
+    onecat = [case["gib"] for case in values["onecat"] if case["size"] == 1024]
+    assert onecat == sorted(onecat, reverse=True) and values["onecat"][-1]["fits"] == [12]
+    cases = values["tiers"]
     by = {(case["size"], case["weights"]): case["gib"] for case in cases}
     assert by[256, "bf16"] < by[1024, "bf16"] and by[1024, "4 bits"] < by[1024, "int8"] < by[1024, "bf16"]
 

@@ -22,6 +22,7 @@ CONVERTERS = {
     "siglip": "convert_siglip2.py",
     "siglip2": "convert_siglip2.py",
     "llava_llama": "convert_tokenflow_t2i.py",
+    "onecat": "convert_onecat.py",
 }
 MATCHES, OTHER_SHAPE, UNKNOWN, MISSING = "matches", "other shape", "not NextFlow's", "missing"
 

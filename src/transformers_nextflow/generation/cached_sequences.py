@@ -176,6 +176,7 @@ class CachedSequences:
         position_ids: torch.Tensor,
         occupied: torch.Tensor | None,
         is_causal: bool = False,
+        **options,
     ) -> torch.Tensor:
         if occupied is not None:
             self.padding = None
@@ -192,6 +193,7 @@ class CachedSequences:
             **{CACHE: self.cache},
             use_cache=True,
             both_ways=True,  # what is causal has a mask that says so
+            **options,
         )
         return outputs.last_hidden_state
 

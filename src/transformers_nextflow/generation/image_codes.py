@@ -54,7 +54,8 @@ class ImageCodes:
 
     Attributes:
         image_tokens: (B, N) codes, -1 where none is drawn yet.
-        guidance: of each scale, two parts (text, image); each a number, or (B, 1, 1) where the images differ.
+        guidance: of each scale, two parts in the order of the contexts (text, image); each a number, or (B, 1, 1) where
+            the images differ.
         last_guided_scale: counted from 0; -1 without guidance.
         rounds: the settings of each time that a scale is drawn: NextFlow draws once.
 
@@ -90,8 +91,7 @@ class ImageCodes:
         self._scale_counts = torch.tensor([[schedule.num_scales] for schedule in schedules], device=device)
         self._scale_numbers = torch.arange(self.num_scales + 2, device=device).unbind()
         self.guidance = [
-            tuple(self._over_images(part, scale) for part in ("guidance_scale", "image_guidance_scale"))
-            for scale in range(self.num_scales)
+            tuple(self._over_images(part, scale) for part in sampling.guided_parts) for scale in range(self.num_scales)
         ]
         guided = [any(torch.is_tensor(part) or part != 1 for part in parts) for parts in self.guidance]
         self.last_guided_scale = max((scale for scale, is_guided in enumerate(guided) if is_guided), default=-1)

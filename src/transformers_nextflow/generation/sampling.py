@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Real
+from typing import ClassVar
 
 import torch
 
@@ -39,6 +40,9 @@ class ImageSampling:
     Raises:
         ValueError: for a value that is no number or out of range.
     """
+
+    # Whose strength leads from each context that guidance compares to the next.
+    guided_parts: ClassVar[tuple[str, str]] = ("guidance_scale", "image_guidance_scale")
 
     guidance_scale: PerScale = 1.0
     image_guidance_scale: PerScale = 1.0

@@ -97,7 +97,7 @@ class ConversationMixin:
             ValueError: for texts that are not as many as the frames, videos mixed with lists of texts, and what
                 `__call__` refuses.
         """
-        self._check_reads("video")
+        self._check_interleaves("video")
         check_names(sampling, [*VIDEO_NAMES, *SAMPLING_NAMES], "NextFlowPipeline.video")
         scripts = _scripts(prompt, num_frames)
         is_scripted = not isinstance(prompt, str) and isinstance(prompt[0], list | tuple)
@@ -188,7 +188,7 @@ class ConversationMixin:
         messages: list[dict] | list[list[dict]],
         max_new_tokens: int | None = None,
         min_images: int = 0,
-        max_images: int = 1,
+        max_images: int | None = None,
         height: int | None = None,
         width: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -205,7 +205,9 @@ class ConversationMixin:
         Args:
             messages: in chat format; the parts of a message are of type "text", "image" or "video" (a video, read frame
                 by frame). What this method returns can be appended.
-            max_new_tokens, min_images, max_images, generator, streamer, kwargs: as in `generate_interleaved`.
+            max_new_tokens, min_images, max_images, generator, streamer, kwargs: as in `generate_interleaved`; the
+                default of `max_images` is 1. A model without that method, such as OneCAT, answers with text:
+                `max_new_tokens` and `kwargs` are then those of transformers' `generate`, and nothing else is taken.
             height, width: pixels of what is drawn; default: as `generate_interleaved` has it, and of one side alone the
                 square's.
             sampling: of images, without an `image_guidance_scale`; default: the checkpoint's own.
@@ -221,6 +223,17 @@ class ConversationMixin:
             raise ValueError(
                 f"messages must be a list of messages, or a list of such lists, got {short_repr(messages)}."
             )
+        interleaves = hasattr(self.unwrapped_model, "generate_interleaved")
+        if not interleaves:
+            drawing = {"min_images": min_images or None, "max_images": max_images or None, "height": height}
+            drawing |= {"width": width, "generator": generator, "streamer": streamer, "sampling": sampling}
+            if given := [name for name, value in drawing.items() if value is not None]:
+                raise ValueError(
+                    f"{type(self.unwrapped_model).__name__} answers with text, and does not take {', '.join(given)} in "
+                    "a chat; call the pipeline to draw or edit."
+                )
+            max_images = 0
+        max_images = 1 if max_images is None else max_images
         if not is_of_type(max_images, int) or not is_of_type(min_images, int):
             raise ValueError(f"min_images and max_images are whole numbers, got {min_images!r} and {max_images!r}.")
         # Guidance compares with nothing said and shown at once.
@@ -250,6 +263,9 @@ class ConversationMixin:
         self._warn_of_texts(texts, sizes.get("image_sizes", ()))
         with self._call():
             inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+            if not interleaves:
+                answers = self._written(inputs, max_new_tokens, kwargs)
+                return answers if is_batch else answers[0]
             if "pixel_values" in inputs:
                 self._warn_of_images(self._images_of(inputs["pixel_values"], inputs["image_grids"]))
             output = self.model.generate_interleaved(
@@ -259,6 +275,13 @@ class ConversationMixin:
             )  # fmt: skip
             answers = [self._message(output, row, generator, sampling) for row in range(len(conversations))]
         return answers if is_batch else answers[0]
+
+    def _written(self, inputs: dict, max_new_tokens: int | None, options: dict) -> list[dict]:
+        """The assistant's messages of a model that answers with text."""
+        options = options if max_new_tokens is None else options | {"max_new_tokens": max_new_tokens}
+        written = self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+        texts = [self.processor.decode(ids, skip_special_tokens=True).strip() for ids in written]
+        return [{"role": "assistant", "content": [{"type": "text", "text": text}]} for text in texts]
 
     def _message(self, output: InterleavedGenerationOutput, row: int, generator, sampling: ImageSampling) -> dict:
         content = []
@@ -288,7 +311,7 @@ class ConversationMixin:
         Raises:
             ValueError: if they differ in number, and for what the processor refuses.
         """
-        self._check_reads("score")
+        self._check_interleaves("score")
         if not isinstance(images, list | tuple) or not isinstance(prompts, list | tuple):
             raise ValueError("score takes lists: images, and a prompt for each.")
         if len(images) != len(prompts):

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from ..processing_nextflow import check_prompts
+from ..processing_nextflow import DrawingInputsMixin, check_prompts
 from ..sequence.padding import pad_left
 from ..utils.atomic_files import saved_whole
 
 
-class TokenFlowT2IProcessor(ProcessorMixin):
+class TokenFlowT2IProcessor(DrawingInputsMixin, ProcessorMixin):
     r"""Tokenizer and image processor in one. A prompt is the text as it stands, `<s>` before it and nothing behind.
 
     Args:

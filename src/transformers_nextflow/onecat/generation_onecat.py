@@ -1,0 +1,248 @@
+"""OneCAT's drawing: NextFlow's scale loop, with slots of its own and bits in place of codes of a codebook."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from ..generation.cached_sequences import CachedSequences
+from ..generation.image_codes import ImageCodes
+from ..generation.prompts import Prompts, join_prompts
+from ..generation.sampling import Generators, ImageSampling, truncate_logits
+from ..generation.scale_loop import PlainScales, ScaleCallback, draw_scales
+from ..generation_nextflow import ImageGenerationOutput
+from ..scale_schedule import ScaleSchedule
+from ..sequence.layout import check_num_positions
+from ..utils.evaluation_mode import in_evaluation_mode
+from .backbone import TokenKinds
+from .schedules import cell_positions
+
+
+@dataclass(frozen=True)
+class BitwiseImageSampling(ImageSampling):
+    """[`ImageSampling`] of bits: each bit of a code is sampled from its two classes, by top-k and top-p of two."""
+
+
+@dataclass(frozen=True)
+class BitwiseEditingSampling(BitwiseImageSampling):
+    """The same for edits, whose guidance first takes the image away, and then the instruction.
+
+    Logits are `nothing + guidance_scale * (instruction - nothing) + image_guidance_scale * (all - instruction)`. The
+    original's `cfg_text` and `cfg_image` are `guidance_scale = cfg_text`,
+    `image_guidance_scale = cfg_text / (1 + cfg_image)`.
+    """
+
+    guided_parts: ClassVar[tuple[str, str]] = ("image_guidance_scale", "guidance_scale")
+
+    def contexts(self, scale_counts) -> tuple[str, ...]:
+        """As in [`ImageSampling`]; "negative" is the instruction without the image, "unconditional" neither."""
+        is_guided = any(self.is_guided(count, part) for count in set(scale_counts) for part in self.guided_parts)
+        return ("negative", "unconditional") if is_guided else ()
+
+
+def sample_bits(
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    generator: Generators = None,
+) -> torch.Tensor:
+    """Bits (…) drawn independently from logits (…, 2), in float32.
+
+    The numbers of a generator are those that `torch.multinomial` takes, so that a seed draws what it draws in the
+    original. `generator` is as in `sample_codes`.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float()
+    # From the larger one on, so that no quotient overflows.
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    probabilities = truncate_logits(logits, top_k, top_p).softmax(-1)
+    return (probabilities / _waiting_times(probabilities.shape, generator, logits.device)).argmax(-1)
+
+
+def _waiting_times(shape: Sequence[int], generator: Generators, device: torch.device) -> torch.Tensor:
+    """Exponentially distributed numbers: of two classes the one wins whose number over its probability is smaller."""
+    if isinstance(generator, Sequence):
+        return torch.stack([_waiting_times(shape[1:], source, device) for source in generator])
+    source_device = device if generator is None else generator.device
+    return torch.empty(shape, device=source_device).exponential_(generator=generator).to(device)
+
+
+class OneCatSequences(CachedSequences):
+    """Prompts with one image each on one cache; the slots of a scale share an expert."""
+
+    def __init__(self, model: nn.Module, drawing: BitwiseImageCodes):
+        super().__init__(model)
+        self.drawing = drawing
+
+    def read_prompts(self, prompts: Prompts, pixel_values=None, pixel_sizes=None):
+        """Read prompts (R, L), padded on the left, with images; `position` is then that of each last token."""
+        mask = prompts.mask
+        self.position = mask.sum(-1, keepdim=True) - 1
+        self._begin(len(mask), mask)
+        self.model.read(
+            prompts.input_ids,
+            self.valid,
+            (mask.cumsum(-1) - 1).clamp_min(0).expand(2, -1, -1),
+            self.cache,
+            pixel_values,
+            pixel_sizes,
+            use_cache=True,
+        )
+
+    def slot_origins(self, rows: torch.Tensor) -> torch.Tensor:
+        """Behind the last token of each prompt, (2, C, B, 1)."""
+        return (self.position[rows][None] + 1).expand(2, -1, -1, -1)
+
+    def _read(self, *args, **kwargs) -> torch.Tensor:
+        return super()._read(*args, **kwargs, kinds=TokenKinds.all_of(self.drawing.scale))
+
+
+class BitwiseImageCodes(ImageCodes):
+    """Images that are drawn by bits. `scale` is the one whose slots were made last."""
+
+    scale = 0
+
+    def slots(self, scale: int, round_: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        self.scale = scale
+        drawing = {schedule: rows for schedule, rows in self.groups.items() if scale < schedule.num_scales}
+        parts = [
+            (rows, self.model.slot_features(self.image_tokens[rows], schedule, scale), cell_positions(schedule, scale))
+            for schedule, rows in drawing.items()
+        ]
+        device = self.image_tokens.device
+        if len(self.groups) == 1:
+            ((_, features, places),) = parts
+            return self.model.embed_slots(features, scale), places.to(device)[:, None, None], None
+        width = max(schedule.tokens_per_scale[scale] for schedule in drawing)
+        count, (_, sample, _) = len(self.schedules), parts[0]
+        features = sample.new_zeros(count, width, sample.shape[-1])
+        places = torch.zeros(2, count, width, dtype=torch.long, device=device)
+        occupied = torch.zeros(count, width, dtype=torch.long, device=device)
+        for rows, own, own_places in parts:
+            features[rows, : own.shape[1]] = own
+            places[:, rows, : own.shape[1]] = own_places.to(device)[:, None]
+            occupied[rows, : own.shape[1]] = 1
+        return self.model.embed_slots(features, scale), places[:, None], occupied
+
+    def _draw(self, scale: int, logits: torch.Tensor, rows, schedule: ScaleSchedule, sampling: ImageSampling):
+        sources = self.generator
+        if isinstance(sources, Sequence) and isinstance(rows, list):
+            sources = [sources[row] for row in rows]
+        options = sampling.drawing_at(scale, schedule.num_scales)
+        bits = sample_bits(logits.unflatten(-1, (-1, 2)), **options, generator=sources)
+        return self.model.vq_model.quantizer.to_tokens(bits)
+
+
+class OneCatDrawingMixin:
+    """`generate_images` draws and edits."""
+
+    @in_evaluation_mode
+    @torch.no_grad()
+    def generate_images(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        image_sizes: Sequence[tuple[int, int]],
+        pixel_values: torch.Tensor | None = None,
+        pixel_sizes: torch.LongTensor | None = None,
+        negative_input_ids: torch.LongTensor | None = None,
+        negative_attention_mask: torch.Tensor | None = None,
+        unconditional_input_ids: torch.LongTensor | None = None,
+        unconditional_attention_mask: torch.Tensor | None = None,
+        sampling: ImageSampling | None = None,
+        generator: Generators = None,
+        callback: ScaleCallback | None = None,
+        given_image_tokens: torch.LongTensor | None = None,
+        **unknown,
+    ) -> ImageGenerationOutput:
+        """Draw one image for each prompt, as [`~NextFlowForConditionalGeneration.generate_images`] does.
+
+        Args:
+            input_ids: (B, L) prompts, left padded.
+            attention_mask: (B, L).
+            image_sizes: (height, width) in pixels of each image; they may differ.
+            pixel_values, pixel_sizes: images that the prompts refer to, as in `embed_prompts`, for edits.
+            negative_input_ids, negative_attention_mask: (B, L') what guidance compares with: the negative prompts; in
+                edits the instructions without images.
+            unconditional_input_ids, unconditional_attention_mask: (B, L'') in edits the negative prompts.
+            sampling: default: `config.image_sampling`, or `config.editing_sampling` where there are images.
+            generator: one for all, or one for each image: then an image depends on its own seed alone.
+            callback: `callback(model, scale, state)` after each scale, counted from 0; `False` stops the drawing.
+            given_image_tokens: (B, n) codes of the first whole scales, which are kept and not drawn.
+
+        Raises:
+            ValueError: for inputs that do not fit together, sizes that are not drawn, and what the model does not take.
+        """
+        if given := sorted(name for name, value in unknown.items() if value is not None):
+            raise ValueError(f"OneCAT does not take {', '.join(given)} where it draws.")
+        is_edit = pixel_values is not None
+        sampling = self._sampling(sampling, is_edit)
+        schedules = self._schedules(image_sizes, len(input_ids))
+        contexts = sampling.contexts(schedule.num_scales for schedule in schedules)
+        if "unconditional" in contexts and not is_edit:
+            raise ValueError("image_guidance_scale leads towards input images; give pixel_values, or leave it at 1.")
+        prompts = [Prompts(input_ids, attention_mask)]
+        given_prompts = {
+            "negative": Prompts(negative_input_ids, negative_attention_mask),
+            "unconditional": Prompts(unconditional_input_ids, unconditional_attention_mask),
+        }
+        prompts += [given_prompts[name] for name in contexts]
+        self._check_prompts(prompts, contexts, schedules)
+
+        drawing = BitwiseImageCodes(self, schedules, sampling, generator, given_image_tokens)
+        sequences, joined, places = OneCatSequences(self, drawing), join_prompts(prompts), None
+        rows = torch.arange(len(joined.input_ids), device=input_ids.device).view(len(prompts), -1)
+        if not is_edit:
+            joined, places = joined.distinct()
+        sequences.read_prompts(joined, pixel_values, pixel_sizes)
+        if places is not None:
+            sequences.keep(places)
+        hidden_states = PlainScales(drawing, sequences, rows).read(0)
+        scales = draw_scales(self, drawing, sequences, hidden_states, rows, callback, go_on=False)
+        return ImageGenerationOutput(
+            image_tokens=drawing.image_tokens[:, : max(drawing.counts(scales - 1))],
+            image_grids=torch.tensor([schedule.final_grid for schedule in schedules], device=input_ids.device),
+        )
+
+    @property
+    def default_image_sampling(self) -> BitwiseImageSampling:
+        """`image_sampling` of the config."""
+        return BitwiseImageSampling.from_dict(self.config.image_sampling)
+
+    @property
+    def default_editing_sampling(self) -> BitwiseEditingSampling:
+        """`editing_sampling` of the config."""
+        return BitwiseEditingSampling.from_dict(self.config.editing_sampling)
+
+    def _sampling(self, sampling: ImageSampling | None, is_edit: bool) -> ImageSampling:
+        if sampling is None:
+            return self.default_editing_sampling if is_edit else self.default_image_sampling
+        if is_edit and not isinstance(sampling, BitwiseEditingSampling):
+            return BitwiseEditingSampling(**sampling.to_dict())
+        return sampling
+
+    def _schedules(self, image_sizes: Sequence[tuple[int, int]], count: int) -> list[ScaleSchedule]:
+        if count < 1:
+            raise ValueError("There is no prompt: input_ids have no rows.")
+        if len(image_sizes) != count:
+            raise ValueError(f"{count} prompts came with {len(image_sizes)} image_sizes; give one for each.")
+        return [self.config.vq_config.scale_schedules.for_size(height, width) for height, width in image_sizes]
+
+    def _check_prompts(self, prompts: Sequence[Prompts], contexts: Sequence[str], schedules: Sequence[ScaleSchedule]):
+        longest = max(max(schedule.final_grid) for schedule in schedules)
+        for name, part in zip(("", *contexts), prompts):
+            if part.input_ids is None:
+                raise ValueError(f"Guidance needs {name}_input_ids; give them, or leave guidance at 1.")
+            if len(part.input_ids) != len(schedules):
+                raise ValueError(f"{len(schedules)} prompts came with {len(part.input_ids)} {name} ones.")
+            mask = part.mask
+            if not bool(mask[:, -1].all()) or bool((mask[:, 1:] < mask[:, :-1]).any()):
+                raise ValueError(f"{name} prompts must be padded on the left: the image begins behind them.".strip())
+            check_num_positions(int(mask.sum(1).max()) + longest, self.config)
