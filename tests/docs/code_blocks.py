@@ -75,7 +75,7 @@ def blocks_of(page: str, text: str) -> list[Block]:
 
 def commands_of(code: str) -> list[list[str]]:
     """The commands of a shell block as words, without comments, variables and `cd`-like lines of the shell's own."""
-    lines = code.replace("\\\n", " ").splitlines()
+    lines = code.replace("\\\n", " ").replace("&&", "\n").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     return [row for row in words if row]
 
