@@ -146,7 +146,7 @@ def run_command(words: list[str]):
 def read_command(words: list[str]):
     """Checks what can be known without running: subcommands, scripts, their options, extras, targets of make."""
     words = [word for word in words if "=" not in word or not word.split("=")[0].isupper()]
-    if "transformers-nextflow" in words:
+    if "transformers-nextflow" in words[:-1]:  # elsewhere it is the folder of a clone
         rest = words[words.index("transformers-nextflow") + 1 :]
         known = {name for parameter in get_command(app).commands[rest[0]].params for name in parameter.opts}
         check_options(rest[1:], known | {"--help"})
