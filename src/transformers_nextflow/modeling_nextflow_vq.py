@@ -14,6 +14,7 @@ from .scale_schedule import Grid, ScaleSchedule
 from .utils.atomic_files import saved_whole
 from .utils.offloading import ExecutionDeviceMixin, onloaded
 from .utils.strict_loading import StrictLoadingMixin
+from .vision_tokenizer.fingerprint import CODE_PARTS
 from .vision_tokenizer.multiscale_quantizer import (
     NextFlowVQQuantizer,
     SelfCorrection,
@@ -64,8 +65,6 @@ class NextFlowVQOutput(ModelOutput):
 # What several images at once take beside the weights, and how many of the largest tensors live at once.
 BYTES_AT_ONCE = 3 * 2**29
 TENSORS_AT_ONCE = 5
-# The parts of the tokenizer that decide which code an image gets: in float32, whatever the rest of a model runs in.
-CODE_PARTS = ("semantic_encoder", "semantic_projection", "pixel_encoder", "quantizer")
 
 
 class NextFlowVQPreTrainedModel(StrictLoadingMixin, ExecutionDeviceMixin, PreTrainedModel):

@@ -49,7 +49,7 @@ LAYERS = (
     ("generation",),
     ("generation_nextflow",),
     ("modeling_nextflow",),
-    ("adapters", "tokenflow_t2i"),
+    ("adapters", "tokenflow_t2i", "diffusion_decoder"),
     ("pipelines",),
     ("pipeline_nextflow",),
     ("data",),

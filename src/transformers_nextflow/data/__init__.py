@@ -1,11 +1,12 @@
 """Training data: rows of messages, texts, images and videos, checked and encoded ahead of time (docs/data.md)."""
 
+from ..vision_tokenizer.fingerprint import tokenizer_fingerprint
 from .code_extraction import check_codes, extract_codes
 from .row_codes import EncodedImage, ImageCodes, code_fields, encoded_images
 from .row_errors import BadRowError
 from .rows import Sample, load_image, open_rows, read_row
 from .validation import ValidationReport, validate_rows
-from .vision_tokenizer import load_vision_tokenizer, tokenizer_fingerprint
+from .vision_tokenizer import load_vision_tokenizer
 
 
 __all__ = [
