@@ -26,7 +26,8 @@ class FiniteTrainingMixin:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        check_finite({"config": self.accelerator.unwrap_model(self.model).config.to_dict()})
+        config = self.accelerator.unwrap_model(self.model).config
+        check_finite({"config": config if isinstance(config, dict) else config.to_dict()})
         if self.args.max_nonfinite_steps and self.is_deepspeed_enabled:
             raise ValueError(
                 f"max_nonfinite_steps={self.args.max_nonfinite_steps}: DeepSpeed takes its steps before a gradient can "
