@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from .image_processing_nextflow import OUTPUT_TYPES
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .pipelines.calls import PipelineCallsMixin
 from .pipelines.conversations import ConversationMixin
+from .pipelines.decoding import DecodingMixin, load_diffusion_decoder
 from .pipelines.outside import OutsideWarningsMixin
 from .pipelines.requests import ImageInput, ImageRequest
 from .processing_nextflow import NextFlowProcessor
@@ -38,6 +40,8 @@ from .utils.short_repr import short_repr
 try:
     from diffusers import DiffusionPipeline
     from diffusers.utils import BaseOutput
+
+    from .diffusion_decoder import NextFlowDiffusionDecoder
 except ImportError as error:
     raise ImportError("NextFlowPipeline needs diffusers: pip install transformers-nextflow[pipelines]") from error
 
@@ -58,13 +62,13 @@ def caption_scorer(pipe: NextFlowPipeline, image_tokens, image_grids, prompts: l
     return scores.text / scores.num_text_tokens
 
 
-def _dtype_of_model(dtype):
-    """The model's part of a `dtype` that names components."""
+def _dtype_of(component: str, dtype):
+    """The part of a component, of the model or the diffusion decoder, in a `dtype` that names components."""
     if not isinstance(dtype, dict):
         return dtype
-    if unknown := sorted(dtype.keys() - {"model", "processor", "default"}):
-        raise ValueError(f"A dict of dtype names model, processor or default, got {unknown[0]!r}.")
-    return dtype.get("model", dtype.get("default", torch.float32))
+    if unknown := sorted(dtype.keys() - {"model", "processor", "diffusion_decoder", "default"}):
+        raise ValueError(f"A dict of dtype names model, processor, diffusion_decoder or default, got {unknown[0]!r}.")
+    return dtype.get(component, dtype.get("default", torch.float32))
 
 
 def _checked_scores(scores: Sequence[float] | torch.Tensor, count: int) -> torch.Tensor:
@@ -98,7 +102,7 @@ class NextFlowPipelineOutput(BaseOutput):
     candidate_scores: torch.Tensor | None = None
 
 
-class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMixin, DiffusionPipeline):
+class NextFlowPipeline(ConversationMixin, DecodingMixin, OutsideWarningsMixin, PipelineCallsMixin, DiffusionPipeline):
     """Draws images from prompts and from other images, videos, and answers in text and images.
 
     >>> pipe = NextFlowPipeline.from_pretrained("checkpoints/nextflow-shapes")
@@ -110,22 +114,31 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
     Args:
         model: transformer and vision tokenizer in one.
         processor: makes token ids of prompts, and images of pixels.
+        diffusion_decoder: decodes where `decoder="diffusion"` asks for it; off by default, as in the paper.
 
     Raises:
-        ValueError: for a processor that does not fit the model; the message names what differs.
+        ValueError: for a processor that does not fit the model, or the diffusion decoder of another tokenizer; the
+            message names what differs.
     """
 
-    model_cpu_offload_seq = "model"
+    model_cpu_offload_seq = "model->diffusion_decoder"
+    _optional_components = ["diffusion_decoder"]
     # Images that one call draws, all in one batch; more would rather fill the memory than end.
     max_batch_size = 1024
     _callback_tensor_inputs = ["image_tokens", "preview"]
 
-    def __init__(self, model: NextFlowForConditionalGeneration, processor: NextFlowProcessor):
+    def __init__(
+        self,
+        model: NextFlowForConditionalGeneration,
+        processor: NextFlowProcessor,
+        diffusion_decoder: NextFlowDiffusionDecoder | None = None,
+    ):
         super().__init__()
         own = unwrapped(model)  # raises for adapters that cannot draw
         if isinstance(processor, NextFlowProcessor):
             processor.check_fits(own.config)
-        self.register_modules(model=model, processor=processor)
+        self.check_diffusion_decoder(diffusion_decoder, own)
+        self.register_modules(model=model, processor=processor, diffusion_decoder=diffusion_decoder)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> NextFlowPipeline:
@@ -138,6 +151,7 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
         Args:
             pretrained_model_name_or_path: a folder or a repository of the Hub.
             model, processor: components to use in place of the folder's.
+            diffusion_decoder: one, or its folder or repository; default: the pipeline folder's own if it has one.
             kwargs: options of transformers' `from_pretrained`: `dtype`, `device_map`, `revision`, `token`, … As in
                 diffusers `dtype` may be a dict with a type for "model" or "default".
 
@@ -147,9 +161,11 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
         """
         if "subfolder" in kwargs:
             raise ValueError(f"A pipeline is a whole folder, got subfolder={kwargs['subfolder']!r}; load its parts.")
-        kwargs |= {name: _dtype_of_model(kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
+        asked = next((kwargs[name] for name in ("dtype", "torch_dtype") if name in kwargs), None)
+        kwargs |= {name: _dtype_of("model", kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
         path, hub_options = pretrained_model_name_or_path, {k: v for k, v in kwargs.items() if k in HUB_OPTIONS}
         model, processor = kwargs.pop("model", None), kwargs.pop("processor", None)
+        diffusion_decoder = kwargs.pop("diffusion_decoder", None)
 
         def holds(name: str) -> bool:
             return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_options) is not None
@@ -164,7 +180,13 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
                 source = path if is_pipeline or holds("processor_config.json") else model.name_or_path
                 subfolder = "processor" if is_pipeline else ""
                 processor = AutoProcessor.from_pretrained(source, subfolder=subfolder, **hub_options)
-            pipeline = cls(model=model, processor=processor)
+            decoder_options = {"dtype": _dtype_of("diffusion_decoder", asked), "device": model.device}
+            if isinstance(diffusion_decoder, str | os.PathLike):
+                diffusion_decoder = load_diffusion_decoder(diffusion_decoder, **decoder_options)
+            elif diffusion_decoder is None and is_pipeline and holds("diffusion_decoder/config.json"):
+                options = hub_options | {"subfolder": "diffusion_decoder"} | decoder_options
+                diffusion_decoder = load_diffusion_decoder(path, **options)
+            pipeline = cls(model=model, processor=processor, diffusion_decoder=diffusion_decoder)
         pipeline.register_to_config(_name_or_path=str(path))
         return pipeline
 
@@ -276,6 +298,9 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
         top_p: PerScale | None = None,
         num_kept_scales: int | None = None,
         paste_back: bool = False,
+        decoder: str = "pixel",
+        decoder_steps: int | None = None,
+        decoder_guidance_scale: float | None = None,
         think: bool = False,
         max_thought_tokens: int = 128,
         thought_temperature: float = 0.0,
@@ -306,6 +331,9 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
                 The image is not read as a part of the prompt then. Fewer scales leave more to chance; several
                 variations that cannot differ are refused, and such that do not are warned of.
             paste_back: with `mask_image`, put the image's own pixels back outside of the mask.
+            decoder: "pixel", the tokenizer's own, or "diffusion", the pipeline's `diffusion_decoder`: sharper, and not
+                strictly the same image. The images are `upsampling` times as large then; previews are not.
+            decoder_steps, decoder_guidance_scale: of the diffusion decoder; default: its own.
             think: write a reasoning first, and draw from it.
             max_thought_tokens: length of the reasoning at most.
             thought_temperature: above 0, several images of one prompt are thought out differently.
@@ -342,6 +370,7 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
             request, sampling, num_images_per_prompt, num_candidates, generator, output_type,
             callback_on_step_end_tensor_inputs,
         )  # fmt: skip
+        settings = self._diffusion_settings(decoder, decoder_steps, decoder_guidance_scale, request.schedules)
         self._warn_of_request(request)
         if num_candidates > 1 and candidate_scorer is None:
             self._check_reads("To rank candidates without a candidate_scorer")
@@ -376,16 +405,17 @@ class NextFlowPipeline(ConversationMixin, OutsideWarningsMixin, PipelineCallsMix
                     scores = scores.view(-1, num_candidates)
                     best = best + scores.argmax(1).to(best.device)
                 image_tokens, grids, request = image_tokens[best], grids[best], request.select(best.tolist())
+                if isinstance(generator, list | tuple):
+                    generator = [generator[index] for index in best.tolist()]
                 thoughts = None if thoughts is None else [thoughts[index] for index in best.tolist()]
 
             if num_kept_scales is not None and not self.interrupt:
                 self._warn_of_copies(request, image_tokens, num_images_per_prompt)
 
             # 4. Pixels
-            pixels = self.model.decode_image_tokens(image_tokens, grids)
+            pixels = self._decoded(image_tokens, grids, settings, generator, request.prompts)
             if paste_back:
-                drawn_and_own = zip(request.regions, pixels, request.pixels)
-                pixels = [torch.where(r.to(p.device), p, own.to(p)) for r, p, own in drawn_and_own]
+                pixels = self._pasted(request, pixels)
             output = NextFlowPipelineOutput(self._images(pixels, output_type), image_tokens, thoughts, scores)
         return output if return_dict else output.to_tuple()
 

@@ -31,7 +31,8 @@ def test_it_takes_the_arguments_by_which_pipelines_are_called():
 
 
 def test_its_components_make_another_pipeline_that_draws_the_same(pipe):
-    assert pipe.components.keys() == {"model", "processor"} and not pipe._optional_components
+    assert pipe.components.keys() == {"model", "processor", "diffusion_decoder"}
+    assert pipe._optional_components == ["diffusion_decoder"] and pipe.diffusion_decoder is None
     expected = draw(pipe)
     for other in (NextFlowPipeline(**pipe.components), NextFlowPipeline.from_pipe(pipe)):
         assert other.model is pipe.model

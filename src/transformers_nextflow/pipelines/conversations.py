@@ -20,6 +20,7 @@ from ..sequence.messages import check_conversation
 from ..utils.evaluation_mode import evaluation_mode
 from ..utils.known_names import check_names, checks_names
 from ..utils.short_repr import short_repr
+from .decoding import each_repeated, of_size
 from .outside import texts_of_messages
 from .requests import ImageInput, ImageRequest, pixels_of_size, requested_schedule
 
@@ -53,7 +54,10 @@ class NextFlowScores:
 MOST_FRAMES = 1024
 # What `video` takes.
 SAMPLING_NAMES = [f.name for f in fields(ImageSampling)]
-VIDEO_NAMES = ("prompt", "image", "num_frames", "negative_prompt", "height", "width", "generator")
+VIDEO_NAMES = (
+    "prompt", "image", "num_frames", "negative_prompt", "height", "width", "generator", "decoder", "decoder_steps",
+    "decoder_guidance_scale",
+)  # fmt: skip
 
 
 class ConversationMixin:
@@ -70,6 +74,9 @@ class ConversationMixin:
         width: int | None = None,
         max_transition_tokens: int = 32,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        decoder: str = "pixel",
+        decoder_steps: int | None = None,
+        decoder_guidance_scale: float | None = None,
         **sampling: PerScale | None,
     ) -> NextFlowVideoOutput:
         """Draw videos, frame by frame, each after all earlier ones and a text of what changes (paper, section 5.4).
@@ -85,6 +92,8 @@ class ConversationMixin:
             max_transition_tokens: how long the texts between frames are at most: `num_frames` times so many tokens in
                 a video.
             generator: one for all videos, or one for each.
+            decoder, decoder_steps, decoder_guidance_scale: as in `__call__`. A first frame that is given is enlarged to
+                the size of the others.
             sampling: values of [`ImageSampling`] that differ from the checkpoint's own for edits.
 
         Raises:
@@ -104,6 +113,7 @@ class ConversationMixin:
         sampling, size = self._sampling(True, **sampling), (height, width)
         request = ImageRequest.build(self.processor, prompts, negative_prompt, image, None, size, None, False, False)
         self.check_inputs(request, sampling, 1, 1, generator, "pil", ())
+        settings = self._diffusion_settings(decoder, decoder_steps, decoder_guidance_scale, request.schedules)
         self._warn_of_request(request)
         with self._call():
             given = 0 if image is None else 1
@@ -119,11 +129,14 @@ class ConversationMixin:
                     **inputs, min_images=count, max_images=count, max_new_tokens=max_transition_tokens * num_frames,
                     sampling=sampling, generator=generator,
                 )  # fmt: skip
-            drawn = self.model.decode_image_tokens(finished.image_tokens, finished.image_grids)
+            length = num_frames or len(scripts[0])
+            prompts = [prompt for prompt in prompts for _ in range(length)]
+            noise = each_repeated(generator, length)
+            drawn = self._decoded(finished.image_tokens, finished.image_grids, settings, noise, prompts)
             images = iter(self.processor.post_process_images(drawn))
-            videos = [[next(images) for _ in range(num_frames or len(script))] for script in scripts]
+            videos = [[next(images) for _ in range(length)] for _ in scripts]
             if given:
-                videos = [[first, *video[1:]] for first, video in zip(firsts, videos)]
+                videos = [[of_size(first, video[1]), *video[1:]] for first, video in zip(firsts, videos)]
             transitions = [script[1:] for script in scripts] if is_scripted else self._texts_between(finished, given)
         return NextFlowVideoOutput(videos, transitions)
 
@@ -179,6 +192,9 @@ class ConversationMixin:
         generator: torch.Generator | list[torch.Generator] | None = None,
         streamer: InterleavedStreamer | None = None,
         sampling: ImageSampling | None = None,
+        decoder: str = "pixel",
+        decoder_steps: int | None = None,
+        decoder_guidance_scale: float | None = None,
         **kwargs,
     ) -> dict | list[dict]:
         """Answer a conversation, or a batch of them, with text, images or both.
@@ -194,6 +210,7 @@ class ConversationMixin:
             height, width: pixels of what is drawn; default: as `generate_interleaved` has it, and of one side alone the
                 square's.
             sampling: of images, without an `image_guidance_scale`; default: the checkpoint's own.
+            decoder, decoder_steps, decoder_guidance_scale: as in `__call__`.
 
         Returns:
             The assistant's message, or a list of them.
@@ -213,6 +230,7 @@ class ConversationMixin:
             sampling = replace(self.model.default_image_sampling, image_guidance_scale=1.0)
         elif sampling.image_guidance_scale != 1:
             raise ValueError("chat has no image_guidance_scale; leave it at 1, or edit by calling the pipeline.")
+        settings = self._diffusion_settings(decoder, decoder_steps, decoder_guidance_scale)
         is_batch = isinstance(messages[0], list | tuple)
         conversations = messages if is_batch else [messages]
         for number, conversation in enumerate(conversations):
@@ -239,10 +257,11 @@ class ConversationMixin:
                 sampling=sampling, generator=generator, streamer=streamer, tokenizer=self.processor.tokenizer,
                 **kwargs,
             )  # fmt: skip
-            answers = [self._message(output, row) for row in range(len(conversations))]
+            own = generator if isinstance(generator, list | tuple) else [generator] * len(conversations)
+            answers = [self._message(output, row, settings, own[row]) for row in range(len(conversations))]
         return answers if is_batch else answers[0]
 
-    def _message(self, output: InterleavedGenerationOutput, row: int) -> dict:
+    def _message(self, output: InterleavedGenerationOutput, row: int, settings, generator) -> dict:
         content = []
         for piece in output.segments[row]:
             if piece.image is None:
@@ -252,7 +271,8 @@ class ConversationMixin:
                     content.append({"type": "text", "text": text})
             else:
                 chosen = [piece.image]
-                pixels = self.model.decode_image_tokens(output.image_tokens[chosen], output.image_grids[chosen])
+                drawn = output.image_tokens[chosen], output.image_grids[chosen]
+                pixels = self._decoded(*drawn, settings, generator)
                 content.append({"type": "image", "image": self.processor.post_process_images(pixels)[0]})
         return {"role": "assistant", "content": content}
 
