@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UNet1DModel
+from diffusers import UNet1DModel
 from tiny import tiny_model
-from tiny_diffusion import KINDS, TRAINED_BASES, config_of, tiny_decoder, tiny_flux, tiny_vae
+from tiny_diffusion import KINDS, TRAINED_BASES, config_of, save_pipeline_folder, tiny_decoder, tiny_vae
 
 from transformers_nextflow.diffusion_decoder import (
     DiffusionSettings,
@@ -225,19 +225,16 @@ def test_weights_that_are_missing_are_an_error(vq_model, tmp_path):
         NextFlowDiffusionDecoder.from_pretrained(tmp_path)
 
 
-def test_a_base_is_loaded_from_the_folder_of_its_pipeline(vq_model, tmp_path):
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    base, vae = tiny_flux(), tiny_vae()
-    parts = {"transformer": base, "vae": vae, "scheduler": FlowMatchEulerDiscreteScheduler(shift=2.0)}
-    for name, part in parts.items():
-        part.save_pretrained(tmp_path / name)
-    index = {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
-    index |= {"_class_name": "FluxPipeline", "_diffusers_version": "0.36.0"}
-    (tmp_path / DiffusionPipeline.config_name).write_text(__import__("json").dumps(index))
-    decoder = decoder_on_base(vq_model, tmp_path, lora_rank=2)
-    assert decoder.config.scheduler["shift"] == 2.0 and decoder.config.predicts == "velocity"
-    assert torch.equal(decoder.denoiser.x_embedder.own.weight, base.x_embedder.weight)
+@pytest.mark.parametrize("kind", TRAINED_BASES)
+def test_a_base_is_loaded_from_the_folder_of_its_pipeline(kind, vq_model, tmp_path):
+    folder = save_pipeline_folder(tmp_path, kind)
+    decoder = decoder_on_base(vq_model, folder)
+    assert decoder.config.predicts == ("noise" if kind == "text unet" else "velocity")
+    name = "unet" if kind == "text unet" else "transformer"
+    base = type(decoder.denoiser).from_pretrained(folder, subfolder=name)
+    own = decoder.denoiser.get_submodule(decoder.kind.input_layer).own.weight
+    assert torch.equal(own, base.get_submodule(decoder.kind.input_layer).weight)
+    vae = type(decoder.autoencoder).from_pretrained(folder, subfolder="vae")
     assert torch.equal(decoder.autoencoder.decoder.conv_in.weight, vae.decoder.conv_in.weight)
 
 

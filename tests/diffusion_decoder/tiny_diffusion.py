@@ -1,9 +1,12 @@
 """Random diffusion decoders so small that a test builds its own in a moment, one for each kind of base."""
 
+import json
+
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -69,3 +72,16 @@ def tiny_decoder(vq_model, kind="small", seed=0, **settings) -> NextFlowDiffusio
             base=config_of(base), vae=config_of(vae), scheduler=config_of(scheduler), base_model=base,
             vae_model=vae, **of_tokenizer(vq_model), **settings,
         ).eval()  # fmt: skip
+
+
+def save_pipeline_folder(folder, kind):
+    """A folder of a text-to-image pipeline with a random denoiser, VAE and scheduler, as diffusers has them."""
+    denoiser, scheduler, _ = TRAINED_BASES[kind]
+    name = "unet" if kind == "text unet" else "transformer"
+    parts = {name: denoiser(), "vae": tiny_vae(), "scheduler": scheduler()}
+    for place, part in parts.items():
+        part.save_pretrained(folder / place)
+    index = {place: ["diffusers", type(part).__name__] for place, part in parts.items()}
+    index |= {"_class_name": "DiffusionPipeline", "_diffusers_version": "0.36.0"}
+    (folder / DiffusionPipeline.config_name).write_text(json.dumps(index))
+    return folder

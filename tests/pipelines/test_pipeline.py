@@ -279,7 +279,7 @@ def test_offloading_brings_the_model_to_its_device_before_it_draws():
     accelerate.hooks.add_hook_to_module(pipe.model, Hook())
     draw(pipe)
     assert devices == [pipe.model]
-    assert NextFlowPipeline.model_cpu_offload_seq == "model"
+    assert NextFlowPipeline.model_cpu_offload_seq == "model->diffusion_decoder"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

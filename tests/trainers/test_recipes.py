@@ -55,7 +55,8 @@ def changed(before: torch.nn.Module, after: torch.nn.Module) -> set[str]:
 
 def test_the_files_say_what_the_paper_does():
     files = {path.stem for path in FOLDER.glob("*.yaml")}
-    assert files == {*RATES, "tokenizer_pixel", "tokenizer_joint", "tokenizer_decoder"}
+    others = {"tokenizer_pixel", "tokenizer_joint", "tokenizer_decoder", "diffusion_decoder", "diffusion_decoder_large"}
+    assert files == {*RATES, *others}
     for name, rate in RATES.items():
         recipe = load_recipe(FOLDER / f"{name}.yaml")
         assert recipe.arguments["learning_rate"] == rate and recipe.empty_share == 0.1

@@ -75,19 +75,22 @@ def decode_codes(
     noise = [drawn.to(device) for drawn in _draw_noise(shapes, generator)]
     counts = (image_tokens >= 0).sum(1).tolist()
     kinds = list(zip(schedules, counts))
-    images: list[torch.Tensor | None] = [None] * len(kinds)
+    batches = []
     for schedule, count in dict.fromkeys(kinds):
         same = [index for index, kind in enumerate(kinds) if kind == (schedule, count)]
         height, width = schedule.image_size(decoder.config.patch_size * decoder.config.upsampling)
         at_once = max(1, MOST_PIXELS // (height * width))
         for chosen in (same[start : start + at_once] for start in range(0, len(same), at_once)):
-            condition = code_condition(vq_model, image_tokens[chosen, :count], schedule)
-            pixels = denoise(
-                decoder, torch.stack([noise[index] for index in chosen]), condition, settings.num_inference_steps,
-                settings.guidance_scale, _prompt(decoder, prompts, chosen),
-            )  # fmt: skip
-            for index, image in zip(chosen, pixels):
-                images[index] = image
+            batches.append((chosen, code_condition(vq_model, image_tokens[chosen, :count], schedule)))
+    images: list[torch.Tensor | None] = [None] * len(kinds)
+    # Of all first: where models are offloaded, the decoder takes the place of the tokenizer.
+    for chosen, condition in batches:
+        pixels = denoise(
+            decoder, torch.stack([noise[index] for index in chosen]), condition, settings.num_inference_steps,
+            settings.guidance_scale, _prompt(decoder, prompts, chosen),
+        )  # fmt: skip
+        for index, image in zip(chosen, pixels):
+            images[index] = image
     return images
 
 

@@ -153,11 +153,14 @@ class StageImages(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self.processor(self.square(index, self.level), return_tensors="pt")["pixel_values"][0]}
+
+    def square(self, index: int, side: int) -> Image.Image:
+        """An image cut square, brought to `side` pixels."""
         place, source = self.images[index]
         loaded = load_image(source, place)
         try:
             image = self.processor.to_rgb(loaded)[0]
         except ValueError as error:
             raise BadImageError(place, str(error)) from error
-        square = ImageOps.fit(image, (self.level, self.level), Image.Resampling.BICUBIC)
-        return {"pixel_values": self.processor(square, return_tensors="pt")["pixel_values"][0]}
+        return ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)

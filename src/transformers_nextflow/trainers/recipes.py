@@ -26,6 +26,7 @@ from ..utils.one_line_errors import tells_what_is_kept
 from ..utils.short_repr import short_path, short_repr
 from ..utils.typed_values import check_types, hints_of, is_of_type, read_typed
 from .collator import NextFlowCollator
+from .diffusion.arguments import NextFlowDiffusionTrainingArguments
 from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
 from .profiling import ProfiledSteps
 from .recipe_data import StageImages, StageRows
@@ -34,7 +35,11 @@ from .tokenizer.vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-KINDS = {"transformer": NextFlowTrainingArguments, "tokenizer": NextFlowVQTrainingArguments}
+KINDS = {
+    "transformer": NextFlowTrainingArguments,
+    "tokenizer": NextFlowVQTrainingArguments,
+    "diffusion_decoder": NextFlowDiffusionTrainingArguments,
+}
 PARTS = ("visual_embedding", "heads", "text_embedding", "backbone")
 
 
@@ -44,13 +49,15 @@ class Recipe:
 
     Args:
         kind: of what is trained, one of `KINDS`.
-        arguments: of `NextFlowTrainingArguments` or `NextFlowVQTrainingArguments`.
+        arguments: of `NextFlowTrainingArguments`, `NextFlowVQTrainingArguments` or
+            `NextFlowDiffusionTrainingArguments`.
         train: which of `PARTS` of the transformer are trained; the others rest. The vision tokenizer always rests.
         level: resolution of all images; `None` leaves the transformer's rows as they are.
         caption_share: share of the drawings that are turned round into captions (paper, section 3.2).
         empty_share: share of the rows answered by an image alone whose prompt is left empty, for guidance. The two
             shares come to 1 at most.
         decoder_width: the tokenizer's pixel decoder starts anew, so many times as wide; 1 keeps it.
+        decoder: what a diffusion decoder begins from and is made of, see `diffusion.from_recipe.make_decoder`.
         attention: implementation of the transformer's attention, such as "eager", which is faster than fused kernels in
             the backward pass of small models on CPUs; `None` for transformers' own choice.
     """
@@ -62,6 +69,7 @@ class Recipe:
     caption_share: float = 0.0
     empty_share: float = 0.0
     decoder_width: int = 1
+    decoder: dict[str, Any] = field(default_factory=dict)
     attention: str | None = None
 
     def __post_init__(self):
@@ -78,8 +86,10 @@ class Recipe:
                 f"caption_share and empty_share must lie in [0, 1], with their sum, got {self.caption_share} and "
                 f"{self.empty_share}."
             )
-        if self.kind == "tokenizer" and self.level is None:
-            raise ValueError("A tokenizer's recipe needs the level (resolution) of its images.")
+        if self.kind != "transformer" and self.level is None:
+            raise ValueError(f"A {self.kind}'s recipe needs the level (resolution) of its images.")
+        if self.decoder and self.kind != "diffusion_decoder":
+            raise ValueError(f"decoder is of the kind diffusion_decoder, and this recipe is of the kind {self.kind}.")
 
 
 def recipe_names() -> list[str]:
@@ -174,8 +184,10 @@ def make_trainer(
     Raises:
         ValueError: for arguments that the trainer does not know, or data that do not fit.
     """
-    make = _transformer_trainer if recipe.kind == "transformer" else _tokenizer_trainer
-    return make(recipe, model, data, output)
+    makers = {
+        "transformer": _transformer_trainer, "tokenizer": _tokenizer_trainer, "diffusion_decoder": _decoder_trainer
+    }  # fmt: skip
+    return makers[recipe.kind](recipe, model, data, output)
 
 
 def run_recipe(recipe: Recipe, model, data, output, resume: bool = False, profile: bool = False):
@@ -229,6 +241,16 @@ def _tokenizer_trainer(recipe: Recipe, folder, data, output) -> NextFlowVQTraine
     processor = NextFlowImageProcessorPil(config.scales, config.patch_size, config.levels)
     images = StageImages(source, root, processor, recipe.level)
     return NextFlowVQTrainer(model, args, train_dataset=images, teacher=teacher)
+
+
+def _decoder_trainer(recipe: Recipe, folder, data, output) -> Trainer:
+    try:
+        from .diffusion.from_recipe import decoder_trainer
+    except ImportError as error:
+        raise ImportError(
+            "A diffusion decoder needs diffusers: pip install transformers-nextflow[pipelines]"
+        ) from error
+    return decoder_trainer(recipe, folder, data, output)
 
 
 class Teacher(nn.Module):
