@@ -41,9 +41,9 @@ def test_a_decoder_reproduces_sixteen_images_that_it_was_trained_on(vq_model, tm
     # Codes of their own tell the images apart, which a random tokenizer need not do.
     codes, schedule = codes_of(vq_model, count=16)
     rows = [row | {"image_tokens": tokens} for row, tokens in zip(random_rows(), codes)]
-    decoder = tiny_decoder(vq_model, channels=(32, 32), pixel_cell=4)
+    decoder = tiny_decoder(vq_model, channels=(64,), pixel_cell=4)
     trainer = trainer_of(
-        vq_model, tmp_path, decoder, rows, max_steps=150, per_device_train_batch_size=16, condition_dropout=0.0,
+        vq_model, tmp_path, decoder, rows, max_steps=300, per_device_train_batch_size=16, condition_dropout=0.0,
         learning_rate=5e-3, lr_scheduler_type="cosine", ema_decay=0.9,
     )  # fmt: skip
     trainer.train()
