@@ -39,6 +39,7 @@ __all__ = [
     "Segment",
     "ImageSampling",
     "NextFlowConfig",
+    "NextFlowDiffusionDecoder",
     "NextFlowForConditionalGeneration",
     "NextFlowImageProcessorPil",
     "NextFlowModel",
@@ -75,7 +76,14 @@ AutoImageProcessor.register(
 
 
 def __getattr__(name: str):
-    # The pipeline needs diffusers, an extra: it is imported when it is asked for.
+    # The pipeline and the diffusion decoder need diffusers, an extra: they are imported when they are asked for.
+    if name == "NextFlowDiffusionDecoder":
+        try:
+            from .diffusion_decoder import NextFlowDiffusionDecoder
+        except ImportError as error:
+            needed = "NextFlowDiffusionDecoder needs diffusers: pip install transformers-nextflow[pipelines]"
+            raise ImportError(needed) from error
+        return NextFlowDiffusionDecoder
     if name == "NextFlowPipeline":
         from .pipeline_nextflow import NextFlowPipeline
 

@@ -1,6 +1,7 @@
-"""Trainers of the tokenizer and of the transformer, on transformers' `Trainer`, and RL on TRL's."""
+"""Trainers of the tokenizer, the transformer and the diffusion decoder on `Trainer`, and RL on TRL's."""
 
 from .collator import NextFlowCollator
+from .diffusion.arguments import NextFlowDiffusionTrainingArguments
 from .image_grids import ImageGrids
 from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
 from .optimizers import MuonWithAdamW
@@ -13,6 +14,8 @@ __all__ = [
     "CostModel",
     "MuonWithAdamW",
     "NextFlowCollator",
+    "NextFlowDiffusionTrainer",
+    "NextFlowDiffusionTrainingArguments",
     "NextFlowGRPOConfig",
     "NextFlowGRPOTrainer",
     "NextFlowTrainer",
@@ -27,7 +30,11 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    # RL needs trl, an extra: it is imported when it is asked for.
+    # RL needs trl and the diffusion decoder diffusers, both extras: they are imported when they are asked for.
+    if name == "NextFlowDiffusionTrainer":
+        from .diffusion.diffusion_trainer import NextFlowDiffusionTrainer
+
+        return NextFlowDiffusionTrainer
     if name == "NextFlowGRPOConfig":
         from .rl.grpo_config import NextFlowGRPOConfig
 
