@@ -4,10 +4,10 @@
 
 Scenes, with pairs of shape and colour among them that no training scene held, are rendered at the decoder's size and
 at the tokenizer's, encoded there, and decoded by the pixel decoder (enlarged by bicubic interpolation) and by the
-diffusion decoder. For each: the share of images that the checker reads exactly right (the judge), PSNR and SSIM against the
-rendering, and sharpness, the energy of gradients against the rendering's, where 1 is as sharp. For edits: how far
-pixels outside of a mask are from the image's own, without pasting back. Writes `results/diffusion_decoder.json` and
-`docs/diffusion_decoder.png`: pixel decoder, diffusion decoder, rendering.
+diffusion decoder. For each: the share of images that the checker reads exactly right (the judge), PSNR and SSIM
+against the rendering, and sharpness, the energy of gradients against the rendering's, where 1 is as sharp. For edits:
+how far pixels outside of a mask are from the image's own, without pasting back. Writes
+`results/diffusion_decoder.json` and `docs/diffusion_decoder.png`: pixel decoder, diffusion decoder, rendering.
 """
 
 from __future__ import annotations
