@@ -15,7 +15,7 @@ from transformers_nextflow.diffusion_decoder import (
     decode_codes,
     decoder_on_base,
 )
-from transformers_nextflow.diffusion_decoder.denoising import diffusion_loss
+from transformers_nextflow.diffusion_decoder.denoising import diffusion_loss, make_scheduler
 
 
 TWO_STEPS = DiffusionSettings(2, 1.0)
@@ -178,13 +178,33 @@ def test_guidance_leads_away_from_the_unconditional_prediction(vq_model):
     torch.testing.assert_close(image, expected[0], atol=1e-4, rtol=0)
 
 
-def test_a_decoder_that_knows_the_image_gives_it_in_any_number_of_steps(vq_model, monkeypatch):
-    decoder, (codes, schedule) = tiny_decoder(vq_model), codes_of(vq_model)
-    known = torch.rand(1, 3, 16, 16) * 2 - 1
-    monkeypatch.setattr(decoder, "forward", lambda *_: decoder.encode_pixels(known))
+def knowing(decoder, clean):
+    """The `forward` of a decoder that knows what is below the noise, by the formulas of its kind."""
+    alphas = getattr(make_scheduler(decoder), "alphas_cumprod", None)
+
+    def forward(noisy, time, *_):
+        at = time.view(-1, 1, 1, 1)
+        if decoder.config.predicts == "image":
+            return clean
+        if decoder.config.predicts == "velocity":
+            return (noisy - clean) / at
+        alpha = alphas[(at * 1000).round().long()]
+        return (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+
+    return forward
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decoder_that_knows_the_image_has_no_loss_and_gives_it_in_any_number_of_steps(kind, vq_model, monkeypatch):
+    decoder, (codes, schedule) = tiny_decoder(vq_model, kind), codes_of(vq_model)
+    clean = torch.rand(1, *decoder.sample_shape(schedule.final_grid)) * 2 - 1
+    monkeypatch.setattr(decoder, "forward", knowing(decoder, clean))
+    with torch.no_grad():
+        for _ in range(8):
+            assert diffusion_loss(decoder, clean, code_condition(vq_model, codes, schedule)) < 1e-6
     for steps in (1, 4):
         [image] = decode_codes(decoder, vq_model, codes, [schedule], DiffusionSettings(steps, 1.0))
-        torch.testing.assert_close(image, known[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(image, decoder.decode_pixels(clean)[0], atol=1e-4, rtol=0)
 
 
 def test_twice_as_large_begins_with_each_condition_spread_over_four_cells(vq_model):

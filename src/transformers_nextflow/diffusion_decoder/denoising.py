@@ -13,8 +13,9 @@ from .bases import TIMESTEPS, PromptEmbeddings
 from .modeling_diffusion_decoder import NextFlowDiffusionDecoder
 
 
-# An error of the image weighs 1 / time² (it is one of the velocity), and at times below this one no more.
-LEAST_TIME = 0.2
+# An error of the image weighs 1 / time² (it is one of the velocity), and at times below this one no more: there the
+# noisy image says most, and what is to be learned is what the codes say.
+LEAST_TIME = 0.5
 
 
 def make_scheduler(decoder: NextFlowDiffusionDecoder):
@@ -22,7 +23,9 @@ def make_scheduler(decoder: NextFlowDiffusionDecoder):
     config = decoder.config.scheduler
     if config is None:
         return FlowMatchEulerDiscreteScheduler()
-    return getattr(diffusers, config["_class_name"]).from_config(dict(config))
+    # Few steps must begin at the last time, where there is noise only; many schedulers leave it out by default.
+    spacing = {"timestep_spacing": "trailing"} if "timestep_spacing" in config else {}
+    return getattr(diffusers, config["_class_name"]).from_config(dict(config), **spacing)
 
 
 def diffusion_loss(
