@@ -71,7 +71,9 @@ def test_a_type_can_be_given_for_each_component(pipe, dtype, expected, argument,
 
 def test_a_type_for_a_component_that_is_not_there_is_refused(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="A dict of dtype names model, processor or default, got 'unet'"):
+    with pytest.raises(
+        ValueError, match="A dict of dtype names model, processor, diffusion_decoder or default, got 'unet'"
+    ):
         NextFlowPipeline.from_pretrained(tmp_path, torch_dtype={"unet": torch.bfloat16})
 
 
