@@ -41,12 +41,12 @@ from transformers_nextflow import (
     NextFlowVQConfig,
 )
 from transformers_nextflow.data import code_extraction
-from transformers_nextflow.data.vision_tokenizer import tokenizer_fingerprint
 from transformers_nextflow.evaluation.results import write_result
 from transformers_nextflow.scale_schedule import SQUARE_SIDES
 from transformers_nextflow.tokenization_nextflow import train_tokenizer
 from transformers_nextflow.trainers.presets import PRESETS
 from transformers_nextflow.trainers.recipes import RECIPES, load_recipe
+from transformers_nextflow.vision_tokenizer.fingerprint import tokenizer_fingerprint
 
 
 SIZES = RECIPES / "dry_run"

@@ -42,6 +42,7 @@ from .vision_tokenizer.multiscale_quantizer import SelfCorrection
 
 
 if TYPE_CHECKING:
+    from .diffusion_decoder import NextFlowDiffusionDecoder
     from .pipeline_nextflow import NextFlowPipeline, NextFlowPipelineOutput
 
 __all__ = [
@@ -77,7 +78,7 @@ __all__ = [
 ]
 # What an extra brings, where it is there: `from transformers_nextflow import *` works without.
 if find_spec("diffusers"):
-    __all__ += ["NextFlowPipeline", "NextFlowPipelineOutput"]
+    __all__ += ["NextFlowDiffusionDecoder", "NextFlowPipeline", "NextFlowPipelineOutput"]
 
 AutoConfig.register("nextflow", NextFlowConfig, exist_ok=True)
 AutoConfig.register("nextflow_vq", NextFlowVQConfig, exist_ok=True)
@@ -108,9 +109,15 @@ AutoImageProcessor.register(OneCatConfig, image_processor_classes={"pil": OneCat
 
 
 def __getattr__(name: str):
-    # The pipeline needs diffusers, an extra: it is imported when it is asked for.
+    # The pipeline and the diffusion decoder need diffusers, an extra: they are imported when they are asked for.
     if name in ("NextFlowPipeline", "NextFlowPipelineOutput"):
         return getattr(import_module(".pipeline_nextflow", __name__), name)
+    if name == "NextFlowDiffusionDecoder":
+        try:
+            return import_module(".diffusion_decoder", __name__).NextFlowDiffusionDecoder
+        except ImportError as error:
+            needed = "NextFlowDiffusionDecoder needs diffusers: pip install transformers-nextflow[pipelines]"
+            raise ImportError(needed) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -15,6 +15,7 @@ from .utils.atomic_files import saved_whole
 from .utils.model_cards import TOKENIZER_USE, ModelCardMixin, with_card
 from .utils.offloading import ExecutionDeviceMixin, onloaded
 from .utils.strict_loading import StrictLoadingMixin
+from .vision_tokenizer.fingerprint import CODE_PARTS
 from .vision_tokenizer.multiscale_quantizer import (
     NextFlowVQQuantizer,
     SelfCorrection,
@@ -65,8 +66,6 @@ class NextFlowVQOutput(ModelOutput):
 # What several images at once take beside the weights, and how many of the largest tensors live at once.
 BYTES_AT_ONCE = 3 * 2**29
 TENSORS_AT_ONCE = 5
-# The parts of the tokenizer that decide which code an image gets: in float32, whatever the rest of a model runs in.
-CODE_PARTS = ("semantic_encoder", "semantic_projection", "pixel_encoder", "quantizer")
 
 
 class NextFlowVQPreTrainedModel(ModelCardMixin, StrictLoadingMixin, ExecutionDeviceMixin, PreTrainedModel):

@@ -25,6 +25,7 @@ from .modeling_nextflow import NextFlowForConditionalGeneration
 from .pipelines.callbacks import take_changes
 from .pipelines.calls import PipelineCallsMixin
 from .pipelines.conversations import ConversationMixin
+from .pipelines.decoding import DecodingMixin, load_diffusion_decoder, of_decoder, of_rows
 from .pipelines.finished_images import FinishedImagesMixin
 from .pipelines.loras import LoraMixin
 from .pipelines.outside import OutsideWarningsMixin
@@ -50,6 +51,7 @@ try:
         AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
     )
 
+    from .diffusion_decoder import NextFlowDiffusionDecoder
     from .pipelines.outputs import Images, NextFlowPipelineOutput
 except ImportError as error:
     raise ImportError("NextFlowPipeline needs diffusers: pip install transformers-nextflow[pipelines]") from error
@@ -70,13 +72,13 @@ def caption_scorer(pipe: NextFlowPipeline, image_tokens, image_grids, prompts: l
     return scores.text / scores.num_text_tokens
 
 
-def _dtype_of_model(dtype):
-    """The model's part of a `dtype` that names components."""
+def _dtype_of(component: str, dtype):
+    """The part of a component, of the model or the diffusion decoder, in a `dtype` that names components."""
     if not isinstance(dtype, dict):
         return dtype
-    if unknown := sorted(dtype.keys() - {"model", "processor", "default"}):
-        raise ValueError(f"A dict of dtype names model, processor or default, got {unknown[0]!r}.")
-    return dtype.get("model", dtype.get("default", torch.float32))
+    if unknown := sorted(dtype.keys() - {"model", "processor", "diffusion_decoder", "default"}):
+        raise ValueError(f"A dict of dtype names model, processor, diffusion_decoder or default, got {unknown[0]!r}.")
+    return dtype.get(component, dtype.get("default", torch.float32))
 
 
 def _check_options(think: bool, max_thought_tokens: int, thought_temperature: float, **called):
@@ -107,7 +109,13 @@ def _checked_scores(scores: Sequence[float] | torch.Tensor, count: int) -> torch
 
 
 class NextFlowPipeline(
-    FinishedImagesMixin, ConversationMixin, LoraMixin, OutsideWarningsMixin, PipelineCallsMixin, DiffusionPipeline
+    FinishedImagesMixin,
+    ConversationMixin,
+    DecodingMixin,
+    LoraMixin,
+    OutsideWarningsMixin,
+    PipelineCallsMixin,
+    DiffusionPipeline,
 ):
     """Draws images from prompts and from other images, videos, and answers in text and images.
 
@@ -120,17 +128,25 @@ class NextFlowPipeline(
     Args:
         model: transformer and vision tokenizer in one.
         processor: makes token ids of prompts, and images of pixels.
+        diffusion_decoder: decodes where `decoder="diffusion"` asks for it; off by default, as in the paper.
 
     Raises:
-        ValueError: for a processor that does not fit the model; the message names what differs.
+        ValueError: for a processor that does not fit the model, or the diffusion decoder of another tokenizer; the
+            message names what differs.
     """
 
-    model_cpu_offload_seq = "model"
+    model_cpu_offload_seq = "model->diffusion_decoder"
+    _optional_components = ["diffusion_decoder"]
     # Images that one call draws, all in one batch; more would rather fill the memory than end.
     max_batch_size = 1024
     _callback_tensor_inputs = ["image_tokens", "preview"]
 
-    def __init__(self, model: NextFlowForConditionalGeneration, processor: NextFlowProcessor):
+    def __init__(
+        self,
+        model: NextFlowForConditionalGeneration,
+        processor: NextFlowProcessor,
+        diffusion_decoder: NextFlowDiffusionDecoder | None = None,
+    ):
         super().__init__()
         own = unwrapped(model)  # raises for adapters that cannot draw
         for name, part, method in (("model", own, "generate_images"), ("processor", processor, "drawing_inputs")):
@@ -140,7 +156,8 @@ class NextFlowPipeline(
                 )
         if hasattr(processor, "check_fits"):
             processor.check_fits(own.config)
-        self.register_modules(model=model, processor=processor)
+        self.check_diffusion_decoder(diffusion_decoder, own)
+        self.register_modules(model=model, processor=processor, diffusion_decoder=diffusion_decoder)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Self:
@@ -153,6 +170,7 @@ class NextFlowPipeline(
         Args:
             pretrained_model_name_or_path: a folder or a repository of the Hub.
             model, processor: components to use in place of the folder's.
+            diffusion_decoder: one, or its folder or repository; default: the pipeline folder's own if it has one.
             kwargs: options of transformers' `from_pretrained`: `dtype`, `device_map`, `revision`, `token`, … As in
                 diffusers `dtype` may be a dict with a type for "model" or "default", and `quantization_config` a
                 `PipelineQuantizationConfig` that names "model".
@@ -167,9 +185,11 @@ class NextFlowPipeline(
             mapping = kwargs.pop("quantization_config")
             chosen = mapping._resolve_quant_config(is_diffusers=False, module_name="model")
             kwargs |= {} if chosen is None else {"quantization_config": chosen}
-        kwargs |= {name: _dtype_of_model(kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
+        asked = next((kwargs[name] for name in ("dtype", "torch_dtype") if name in kwargs), None)
+        kwargs |= {name: _dtype_of("model", kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
         path, hub_options = pretrained_model_name_or_path, {k: v for k, v in kwargs.items() if k in HUB_OPTIONS}
         model, processor = kwargs.pop("model", None), kwargs.pop("processor", None)
+        diffusion_decoder = kwargs.pop("diffusion_decoder", None)
 
         def holds(name: str) -> bool:
             return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_options) is not None
@@ -184,7 +204,13 @@ class NextFlowPipeline(
                 source = path if is_pipeline or holds("processor_config.json") else model.name_or_path
                 subfolder = "processor" if is_pipeline else ""
                 processor = AutoProcessor.from_pretrained(source, subfolder=subfolder, **hub_options)
-            pipeline = cls(model=model, processor=processor)
+            decoder_options = {"dtype": _dtype_of("diffusion_decoder", asked), "device": model.device}
+            if isinstance(diffusion_decoder, str | os.PathLike):
+                diffusion_decoder = load_diffusion_decoder(diffusion_decoder, **decoder_options)
+            elif diffusion_decoder is None and is_pipeline and holds("diffusion_decoder/config.json"):
+                options = hub_options | {"subfolder": "diffusion_decoder"} | decoder_options
+                diffusion_decoder = load_diffusion_decoder(path, **options)
+            pipeline = cls(model=model, processor=processor, diffusion_decoder=diffusion_decoder)
         pipeline.register_to_config(_name_or_path=str(path))
         return pipeline
 
@@ -325,6 +351,9 @@ class NextFlowPipeline(
         top_p: PerScale | None = None,
         num_kept_scales: int | None = None,
         paste_back: bool = False,
+        decoder: str = "pixel",
+        decoder_steps: int | None = None,
+        decoder_guidance_scale: float | None = None,
         think: bool = False,
         max_thought_tokens: int = 128,
         thought_temperature: float = 0.0,
@@ -357,6 +386,9 @@ class NextFlowPipeline(
                 The image is not read as a part of the prompt then. Fewer scales leave more to chance; several
                 variations that cannot differ are refused, and variations that turn out the same raise a warning.
             paste_back: with `mask_image`, put the image's own pixels back outside of the mask.
+            decoder: "pixel", the tokenizer's own, or "diffusion", the pipeline's `diffusion_decoder`: sharper, and not
+                strictly the same image. The images are `upsampling` times as large then; previews are not.
+            decoder_steps, decoder_guidance_scale: of the diffusion decoder; default: its own.
             think: write a reasoning first, and draw from it.
             max_thought_tokens: length of the reasoning at most.
             thought_temperature: above 0, several images of one prompt are thought out differently.
@@ -399,6 +431,9 @@ class NextFlowPipeline(
             think, max_thought_tokens, thought_temperature,
             candidate_scorer=candidate_scorer, callback_on_step_end=callback_on_step_end,
         )  # fmt: skip
+        settings = self._diffusion_settings(decoder, decoder_steps, decoder_guidance_scale, request.schedules)
+        if settings is not None and output_type == "latent":
+            raise ValueError("output_type='latent' gives codes, which no decoder has read; leave out decoder.")
         self._warn_of_request(request)
         if num_candidates > 1 and candidate_scorer is None:
             self._check_interleaves("To rank candidates without a candidate_scorer")
@@ -448,14 +483,14 @@ class NextFlowPipeline(
             if output_type == "latent":
                 output = NextFlowPipelineOutput(image_tokens, image_tokens, thoughts, scores)
                 return output if return_dict else cast(NextFlowPipelineOutput, output.to_tuple())
-            pixels = self.model.decode_image_tokens(image_tokens, grids)
+            pixels = self._decoded(image_tokens, grids, settings, of_rows(generator, rows), request.prompts)
             if paste_back:
-                drawn_and_own = zip(request.regions, pixels, request.pixels)
-                pixels = [torch.where(r.to(p.device), p, own.to(p)) for r, p, own in drawn_and_own]
+                pixels = self._pasted(request, pixels)
             pixels, flags = self._checked(pixels)
             images = self._images(pixels, output_type)
             if output_type == "pil":
-                images = self._with_provenance(images, rows, generator, sampling, num_kept_scales=num_kept_scales)
+                told = {"num_kept_scales": num_kept_scales} | of_decoder(settings)
+                images = self._with_provenance(images, rows, generator, sampling, **told)
             output = NextFlowPipelineOutput(
                 images, image_tokens, thoughts, scores, flags, growth.rows if preview else None
             )

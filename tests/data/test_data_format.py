@@ -18,11 +18,11 @@ from transformers_nextflow.data import (
     read_row,
     tokenizer_fingerprint,
     validate_rows,
-    vision_tokenizer,
 )
 from transformers_nextflow.data.segments import encode_messages
 from transformers_nextflow.trainers import NextFlowCollator
 from transformers_nextflow.video_processing_nextflow import write_frames
+from transformers_nextflow.vision_tokenizer import fingerprint
 
 
 @pytest.fixture
@@ -336,7 +336,7 @@ def test_a_fingerprint_tells_every_weight_that_decides_codes():
 def test_a_fingerprint_tells_how_a_tokenizer_interpolates_where_it_does(change, interpolates, monkeypatch):
     model = tiny_model(vq_config=change).vq_model
     before = tokenizer_fingerprint(model)
-    monkeypatch.setattr(vision_tokenizer, "RESAMPLED_BY", {})
+    monkeypatch.setattr(fingerprint, "RESAMPLED_BY", {})
     assert (tokenizer_fingerprint(model) != before) == interpolates
 
 

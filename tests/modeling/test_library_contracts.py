@@ -262,7 +262,7 @@ PIPELINES = {
     "save_load_optional_components components_function": """
         test_pipeline_contracts.test_its_components_make_another_pipeline_that_draws_the_same
         test_pipeline.test_components_that_are_given_are_not_loaded
-        No component is optional.""",
+        test_diffusion_decoding.test_a_saved_pipeline_brings_its_diffusion_decoder""",
     "from_pipe_consistent_config from_pipe_consistent_forward_pass": """
         test_pipeline_contracts.test_its_components_make_another_pipeline_that_draws_the_same""",
     "pipeline_call_signature": """

@@ -8,7 +8,7 @@ from tiny import tiny_model, tiny_processor, tiny_vq_config
 from tiny_tokenflow_t2i import tiny_t2i_model, tiny_t2i_processor
 
 from transformers_nextflow import NextFlowPipeline, NextFlowVQModel
-from transformers_nextflow.data.vision_tokenizer import tokenizer_fingerprint
+from transformers_nextflow.vision_tokenizer.fingerprint import tokenizer_fingerprint
 
 
 CPU = torch.device("cpu")

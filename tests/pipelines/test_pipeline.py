@@ -185,7 +185,8 @@ def test_a_plain_model_folder_draws_the_same_image(pipe, tmp_path):
     pipe.processor.save_pretrained(tmp_path)
     loaded = quiet(NextFlowPipeline.from_pretrained(tmp_path))
     assert torch.equal(draw(loaded), draw(pipe))
-    assert set(loaded.components) == {"model", "processor"}
+    assert set(loaded.components) == {"model", "processor", "diffusion_decoder"}
+    assert loaded.diffusion_decoder is None
 
 
 def test_an_adapters_folder_is_loaded_with_its_base(tmp_path):
@@ -278,7 +279,7 @@ def test_offloading_brings_the_model_to_its_device_before_it_draws():
     accelerate.hooks.add_hook_to_module(pipe.model, Hook())
     draw(pipe)
     assert devices == [pipe.model]
-    assert NextFlowPipeline.model_cpu_offload_seq == "model"
+    assert NextFlowPipeline.model_cpu_offload_seq == "model->diffusion_decoder"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -31,7 +31,8 @@ def test_it_takes_the_arguments_by_which_pipelines_are_called():
 
 
 def test_its_components_make_another_pipeline_that_draws_the_same(pipe):
-    assert pipe.components.keys() == {"model", "processor"} and not pipe._optional_components
+    assert pipe.components.keys() == {"model", "processor", "diffusion_decoder"}
+    assert pipe._optional_components == ["diffusion_decoder"] and pipe.diffusion_decoder is None
     expected = draw(pipe)
     for other in (NextFlowPipeline(**pipe.components), NextFlowPipeline.from_pipe(pipe)):
         assert other.model is pipe.model
@@ -70,7 +71,9 @@ def test_a_type_can_be_given_for_each_component(pipe, dtype, expected, argument,
 
 def test_a_type_for_a_component_that_is_not_there_is_refused(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="A dict of dtype names model, processor or default, got 'unet'"):
+    with pytest.raises(
+        ValueError, match="A dict of dtype names model, processor, diffusion_decoder or default, got 'unet'"
+    ):
         NextFlowPipeline.from_pretrained(tmp_path, torch_dtype={"unet": torch.bfloat16})
 
 

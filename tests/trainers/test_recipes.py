@@ -56,7 +56,9 @@ def changed(before: torch.nn.Module, after: torch.nn.Module) -> set[str]:
 def test_the_files_say_what_the_paper_does():
     files = {path.stem for path in FOLDER.glob("*.yaml")}
     of_small_machines = {"tokenizer", "transformer", "lora", "rl"}
-    assert files == {*RATES, "tokenizer_pixel", "tokenizer_joint", "tokenizer_decoder"} | of_small_machines
+    of_tokenizers = {"tokenizer_pixel", "tokenizer_joint", "tokenizer_decoder"}
+    of_decoders = {"diffusion_decoder", "diffusion_decoder_large"}
+    assert files == {*RATES} | of_tokenizers | of_decoders | of_small_machines
     for name, rate in RATES.items():
         recipe = load_recipe(FOLDER / f"{name}.yaml")
         assert recipe.arguments["learning_rate"] == rate and recipe.empty_share == 0.1

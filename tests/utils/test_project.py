@@ -49,7 +49,7 @@ LAYERS = (
     ("generation",),
     ("generation_nextflow",),
     ("modeling_nextflow",),
-    ("adapters", "onecat", "tokenflow_t2i"),
+    ("adapters", "diffusion_decoder", "onecat", "tokenflow_t2i"),
     ("pipelines",),
     ("pipeline_nextflow",),
     ("data",),

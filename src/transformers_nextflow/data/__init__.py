@@ -1,5 +1,6 @@
 """Training data: rows of messages, texts, images and videos, checked and encoded ahead of time (docs/data.md)."""
 
+from ..vision_tokenizer.fingerprint import tokenizer_fingerprint
 from .code_extraction import check_codes, extract_codes
 from .columns import Columns
 from .row_codes import EncodedImage, ImageCodes, code_fields, encoded_images
@@ -7,7 +8,7 @@ from .row_errors import BadRowError
 from .rows import Sample, load_image, read_row
 from .sources import open_rows
 from .validation import ValidationReport, validate_rows
-from .vision_tokenizer import load_vision_tokenizer, tokenizer_fingerprint
+from .vision_tokenizer import load_vision_tokenizer
 
 
 __all__ = [

@@ -30,6 +30,7 @@ from ..utils.checkpoint_checks import read_json
 from ..utils.devices import on_device
 from ..utils.one_line_errors import tells_what_is_kept
 from ..utils.typed_values import read_typed
+from ..vision_tokenizer.fingerprint import tokenizer_fingerprint
 from ..vision_tokenizer.multiscale_quantizer import SelfCorrection
 from .columns import Columns
 from .row_codes import CLEAN_TOKENS, FINGERPRINT, GRIDS, LABELS, TOKENS, code_fields, encoded_images
@@ -37,7 +38,7 @@ from .row_encoding import read_pixels
 from .rows import Sample, read_row
 from .sources import import_extra, open_rows
 from .validation import check_on_bad_image, usable_rows
-from .vision_tokenizer import load_vision_tokenizer, tokenizer_fingerprint
+from .vision_tokenizer import load_vision_tokenizer
 
 
 SETTINGS = "extraction.json"

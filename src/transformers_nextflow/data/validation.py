@@ -14,13 +14,14 @@ from ..image_processing_nextflow import NextFlowImageProcessorPil
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedules
 from ..utils.checkpoint_checks import loading_errors
+from ..vision_tokenizer.fingerprint import tokenizer_fingerprint
 from .columns import Columns
 from .row_codes import TOKENS
 from .row_encoding import encode_sample, read_images
 from .row_errors import BadImageError, BadRowError
 from .rows import Sample, read_row
 from .sources import open_rows
-from .vision_tokenizer import load_vision_tokenizer, tokenizer_fingerprint
+from .vision_tokenizer import load_vision_tokenizer
 
 
 ON_BAD_IMAGE = ("stop", "skip")

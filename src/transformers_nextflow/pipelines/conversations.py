@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from PIL import Image
 
+from ..diffusion_decoder.decoding import DiffusionSettings
 from ..generation.image_codes import ImageCodes, ScaleState
 from ..generation.interleaved import InterleavedStreamer
 from ..generation.likelihood import score_answers, score_images
@@ -21,6 +22,7 @@ from ..utils.evaluation_mode import evaluation_mode
 from ..utils.known_names import check_names, checks_names
 from ..utils.short_repr import short_repr
 from ..utils.typed_values import is_of_type
+from .decoding import of_decoder, of_rows, of_size
 from .outside import texts_of_messages
 from .requests import ImageInput, ImageRequest, pixels_of_size, requested_schedule
 from .showing import video_as_html
@@ -59,7 +61,10 @@ class NextFlowScores:
 MOST_FRAMES = 1024
 # What `video` takes.
 SAMPLING_NAMES = [f.name for f in fields(ImageSampling)]
-VIDEO_NAMES = ("prompt", "image", "num_frames", "negative_prompt", "height", "width", "generator")
+VIDEO_NAMES = (
+    "prompt", "image", "num_frames", "negative_prompt", "height", "width", "generator", "decoder", "decoder_steps",
+    "decoder_guidance_scale",
+)  # fmt: skip
 
 
 class ConversationMixin:
@@ -76,6 +81,9 @@ class ConversationMixin:
         width: int | None = None,
         max_transition_tokens: int = 32,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        decoder: str = "pixel",
+        decoder_steps: int | None = None,
+        decoder_guidance_scale: float | None = None,
         **sampling: PerScale | None,
     ) -> NextFlowVideoOutput:
         """Draw videos, frame by frame, each after all earlier ones and a text of what changes (paper, section 5.4).
@@ -91,6 +99,8 @@ class ConversationMixin:
             max_transition_tokens: how long the texts between frames are at most: `num_frames` times so many tokens in
                 a video.
             generator: one for all videos, or one for each.
+            decoder, decoder_steps, decoder_guidance_scale: as in `__call__`. A first frame that is given is enlarged to
+                the size of the others.
             sampling: values of [`ImageSampling`] that differ from the checkpoint's own for edits.
 
         Raises:
@@ -110,6 +120,7 @@ class ConversationMixin:
         sampling, size = self._sampling(True, **sampling), (height, width)
         request = ImageRequest.build(self.processor, prompts, negative_prompt, image, None, size, None, False, False)
         self.check_inputs(request, sampling, 1, 1, generator, "pil", ())
+        settings = self._diffusion_settings(decoder, decoder_steps, decoder_guidance_scale, request.schedules)
         self._warn_of_request(request)
         self._warn_of_texts([text for script in scripts for text in script])
         with self._call():
@@ -118,9 +129,9 @@ class ConversationMixin:
                 firsts = _first_frames(self.processor, request)
             # After a given frame the answer begins with what changes.
             inputs = self._drawing_inputs(request, sampling, "" if given else None)
-            count = (num_frames or len(scripts[0])) - given
+            length = num_frames or len(scripts[0])
             scales = max(schedule.num_scales for schedule in request.schedules)
-            with self.progress_bar(total=count * scales) as progress_bar:
+            with self.progress_bar(total=(length - given) * scales) as progress_bar:
 
                 def after_scale(model, scale: int, state: ScaleState):
                     progress_bar.update()
@@ -130,16 +141,17 @@ class ConversationMixin:
                     finished = self._draw_script(scripts, given, inputs, request, **options)
                 else:
                     finished = self.model.generate_interleaved(
-                        **inputs, **options, min_images=count, max_images=count,
+                        **inputs, **options, min_images=length - given, max_images=length - given,
                         max_new_tokens=max_transition_tokens * num_frames,
                     )  # fmt: skip
-            drawn = self.model.decode_image_tokens(finished.image_tokens, finished.image_grids)
-            frames = [row for row, script in enumerate(scripts) for _ in range(num_frames or len(script))]
+            rows = [row for row in range(len(scripts)) for _ in range(length)]
+            noise, texts = of_rows(generator, rows), [prompts[row] for row in rows]
+            drawn = self._decoded(finished.image_tokens, finished.image_grids, settings, noise, texts)
             images = self.processor.post_process_images(self._checked(drawn)[0])
-            images = iter(self._with_provenance(images, frames, generator, sampling))
-            videos = [[next(images) for _ in range(num_frames or len(script))] for script in scripts]
+            images = iter(self._with_provenance(images, rows, generator, sampling, **of_decoder(settings)))
+            videos = [[next(images) for _ in range(length)] for _ in scripts]
             if given:
-                videos = [[first, *video[1:]] for first, video in zip(firsts, videos)]
+                videos = [[of_size(first, video[1]), *video[1:]] for first, video in zip(firsts, videos)]
             transitions = [script[1:] for script in scripts] if is_scripted else self._texts_between(finished, given)
         return NextFlowVideoOutput(videos, transitions)
 
@@ -194,6 +206,9 @@ class ConversationMixin:
         generator: torch.Generator | list[torch.Generator] | None = None,
         streamer: InterleavedStreamer | None = None,
         sampling: ImageSampling | None = None,
+        decoder: str = "pixel",
+        decoder_steps: int | None = None,
+        decoder_guidance_scale: float | None = None,
         **kwargs,
     ) -> dict | list[dict]:
         """Answer a conversation, or a batch of them, with text, images or both.
@@ -211,6 +226,7 @@ class ConversationMixin:
             height, width: pixels of what is drawn; default: as `generate_interleaved` has it, and of one side alone the
                 square's.
             sampling: of images, without an `image_guidance_scale`; default: the checkpoint's own.
+            decoder, decoder_steps, decoder_guidance_scale: as in `__call__`.
 
         Returns:
             The assistant's message, or a list of them.
@@ -243,6 +259,7 @@ class ConversationMixin:
             sampling = replace(self.model.default_image_sampling, image_guidance_scale=1.0)
         elif sampling.image_guidance_scale != 1:
             raise ValueError("chat has no image_guidance_scale; leave it at 1, or edit by calling the pipeline.")
+        settings = self._diffusion_settings(decoder, decoder_steps, decoder_guidance_scale)
         is_batch = isinstance(messages[0], list | tuple)
         conversations = messages if is_batch else [messages]
         for number, conversation in enumerate(conversations):
@@ -273,7 +290,7 @@ class ConversationMixin:
                 sampling=sampling, generator=generator, streamer=streamer, tokenizer=self.processor.tokenizer,
                 **kwargs,
             )  # fmt: skip
-            answers = [self._message(output, row, generator, sampling) for row in range(len(conversations))]
+            answers = [self._message(output, row, settings, generator, sampling) for row in range(len(conversations))]
         return answers if is_batch else answers[0]
 
     def _written(self, inputs: dict, max_new_tokens: int | None, options: dict) -> list[dict]:
@@ -283,7 +300,14 @@ class ConversationMixin:
         texts = [self.processor.decode(ids, skip_special_tokens=True).strip() for ids in written]
         return [{"role": "assistant", "content": [{"type": "text", "text": text}]} for text in texts]
 
-    def _message(self, output: InterleavedGenerationOutput, row: int, generator, sampling: ImageSampling) -> dict:
+    def _message(
+        self,
+        output: InterleavedGenerationOutput,
+        row: int,
+        settings: DiffusionSettings | None,
+        generator,
+        sampling: ImageSampling,
+    ) -> dict:
         content = []
         for piece in output.segments[row]:
             if piece.image is None:
@@ -293,9 +317,10 @@ class ConversationMixin:
                     content.append({"type": "text", "text": text})
             else:
                 chosen = [piece.image]
-                pixels = self.model.decode_image_tokens(output.image_tokens[chosen], output.image_grids[chosen])
+                drawn = output.image_tokens[chosen], output.image_grids[chosen]
+                pixels = self._decoded(*drawn, settings, of_rows(generator, [row]))
                 images = self.processor.post_process_images(self._checked(pixels)[0])
-                [image] = self._with_provenance(images, [row], generator, sampling)
+                [image] = self._with_provenance(images, [row], generator, sampling, **of_decoder(settings))
                 content.append({"type": "image", "image": image})
         return {"role": "assistant", "content": content}
 

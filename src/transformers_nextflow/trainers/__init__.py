@@ -1,4 +1,4 @@
-"""Trainers of the tokenizer and of the transformer, on transformers' `Trainer`, and RL on TRL's."""
+"""Trainers of the tokenizer, the transformer and the diffusion decoder on `Trainer`, and RL on TRL's."""
 
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ except ImportError as error:
     raise ImportError("Training needs accelerate: pip install transformers-nextflow[train]") from error
 
 from .collator import NextFlowCollator
+from .diffusion.arguments import NextFlowDiffusionTrainingArguments
 from .image_grids import ImageGrids
 from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
 from .optimizers import MuonWithAdamW
@@ -19,6 +20,7 @@ from .tokenizer.vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
 
 
 if TYPE_CHECKING:
+    from .diffusion.diffusion_trainer import NextFlowDiffusionTrainer
     from .rl.grpo_config import NextFlowGRPOConfig
     from .rl.grpo_trainer import NextFlowGRPOTrainer
 
@@ -26,6 +28,7 @@ __all__ = [
     "CostModel",
     "MuonWithAdamW",
     "NextFlowCollator",
+    "NextFlowDiffusionTrainingArguments",
     "NextFlowTrainer",
     "NextFlowTrainingArguments",
     "NextFlowVQTrainer",
@@ -35,13 +38,19 @@ __all__ = [
     "PatchDiscriminator",
     "ImageGrids",
 ]
-# RL needs trl, an extra.
+# RL needs trl and the diffusion decoder diffusers, both extras.
+if find_spec("diffusers"):
+    __all__ += ["NextFlowDiffusionTrainer"]
 if find_spec("trl"):
     __all__ += ["NextFlowGRPOConfig", "NextFlowGRPOTrainer"]
 
 
 def __getattr__(name: str):
-    # Imported when it is asked for; without trl the error names the extra.
+    # Imported when it is asked for; without the extra the error names it.
+    if name == "NextFlowDiffusionTrainer":
+        from .diffusion.diffusion_trainer import NextFlowDiffusionTrainer
+
+        return NextFlowDiffusionTrainer
     if name == "NextFlowGRPOConfig":
         from .rl.grpo_config import NextFlowGRPOConfig
 

@@ -24,11 +24,11 @@ from ..data.mixture import Mixture
 from ..data.row_codes import TOKENS
 from ..data.row_errors import BadRowError
 from ..data.rows import NumberedRows
-from ..data.vision_tokenizer import tokenizer_fingerprint
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedule
 from ..sequence.loss import IGNORE_INDEX, LossWeights
+from ..vision_tokenizer.fingerprint import tokenizer_fingerprint
 from .collator import NextFlowCollator
 from .device_settings import CheckpointedLayers, choose_attention, compile_layers, use_liger
 from .optimizers import MuonWithAdamW

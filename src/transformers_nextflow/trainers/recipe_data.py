@@ -174,6 +174,10 @@ class StageImages(Dataset):
             raise error.of_row(number) from error
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self.processor(self.square(index, self.level), return_tensors="pt")["pixel_values"][0]}
+
+    def square(self, index: int, side: int) -> Image.Image:
+        """An image cut square, brought to `side` pixels."""
         number, position, field, source = self.images[index]
         place = f"row {number}, {field}"
         loaded = load_image(self._read(number).images[position] if source is None else source, place)
@@ -181,5 +185,4 @@ class StageImages(Dataset):
             image = self.processor.to_rgb(loaded)[0]
         except ValueError as error:
             raise BadImageError(place, str(error)) from error
-        square = ImageOps.fit(image, (self.level, self.level), Image.Resampling.BICUBIC)
-        return {"pixel_values": self.processor(square, return_tensors="pt")["pixel_values"][0]}
+        return ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)

@@ -17,13 +17,14 @@ from ..configuration_nextflow import NextFlowConfig
 from ..data.fitness import fit_of
 from ..data.mixture import Mixture, open_source
 from ..data.sources import open_rows
-from ..data.vision_tokenizer import load_vision_tokenizer, tokenizer_fingerprint
+from ..data.vision_tokenizer import load_vision_tokenizer
 from ..evaluation.image_metrics import contact_sheet
 from ..image_processing_nextflow import NextFlowImageProcessorPil
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQModel
 from ..utils.checkpoint_checks import loading_errors
 from ..utils.evaluation_mode import evaluation_mode
+from ..vision_tokenizer.fingerprint import tokenizer_fingerprint
 from .collator import NextFlowCollator
 from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
 from .recipe_data import StageImages, StageRows, prompt_and_image
@@ -57,8 +58,13 @@ def make_trainer(
     Raises:
         ValueError: for arguments that the trainer does not know, or data that do not fit.
     """
-    make = {"transformer": _transformer_trainer, "tokenizer": _tokenizer_trainer, "rl": _rl_trainer}[recipe.kind]
-    trainer = make(recipe, model, data, output)
+    makers = {
+        "transformer": _transformer_trainer,
+        "tokenizer": _tokenizer_trainer,
+        "rl": _rl_trainer,
+        "diffusion_decoder": _decoder_trainer,
+    }
+    trainer = makers[recipe.kind](recipe, model, data, output)
     trainer.dataset_name = None if os.path.exists(data) else str(data)
     return trainer
 
@@ -73,7 +79,7 @@ def save_outcome(trainer: Trainer, recipe: Recipe, start: str | os.PathLike, fol
         _save_tokenizer(trainer, start, Path(folder))
         return
     trainer.save_model(str(folder))
-    if not is_written_alone:
+    if not is_written_alone or recipe.kind == "diffusion_decoder":
         return
     try:
         _draw_samples(trainer, Path(folder))
@@ -269,6 +275,16 @@ def _rl_trainer(recipe: Recipe, folder, data, output) -> Trainer:
         processing_class=processor,
         peft_config=lora_config(model, recipe.lora_rank) if recipe.lora_rank else None,
     )
+
+
+def _decoder_trainer(recipe: Recipe, folder, data, output) -> Trainer:
+    try:
+        from .diffusion.from_recipe import decoder_trainer
+    except ImportError as error:
+        raise ImportError(
+            "A diffusion decoder needs diffusers: pip install transformers-nextflow[pipelines]"
+        ) from error
+    return decoder_trainer(recipe, folder, data, output)
 
 
 class Teacher(nn.Module):

@@ -30,6 +30,7 @@ KINDS = Registry(
         "transformer": "transformers_nextflow.trainers.nextflow_trainer:NextFlowTrainingArguments",
         "tokenizer": "transformers_nextflow.trainers.tokenizer.vq_trainer:NextFlowVQTrainingArguments",
         "rl": "transformers_nextflow.trainers.rl.grpo_config:NextFlowGRPOConfig",
+        "diffusion_decoder": "transformers_nextflow.trainers.diffusion.arguments:NextFlowDiffusionTrainingArguments",
     },
 )
 # In the folder of a model: what fits it and its data, as `init` writes them.
@@ -43,7 +44,8 @@ class Recipe:
 
     Args:
         kind: of what is trained, one of `KINDS`; "rl" trains the transformer on rewards of what it draws.
-        arguments: of `NextFlowTrainingArguments`, `NextFlowVQTrainingArguments` or `NextFlowGRPOConfig`.
+        arguments: of `NextFlowTrainingArguments`, `NextFlowVQTrainingArguments`, `NextFlowGRPOConfig` or
+            `NextFlowDiffusionTrainingArguments`.
         train: which of `PARTS` of the transformer are trained; the others rest. The vision tokenizer always rests.
         lora_rank: above 0 the backbone is trained by adapters of this rank; what else `train` names, other than the
             text embedding, is trained whole and saved with them. RL with adapters trains nothing else.
@@ -54,6 +56,7 @@ class Recipe:
         empty_share: share of the rows answered by an image alone whose prompt is left empty, for guidance. The two
             shares come to 1 at most.
         decoder_width: the tokenizer's pixel decoder starts anew, so many times as wide; 1 keeps it.
+        decoder: what a diffusion decoder begins from and is made of, see `diffusion.from_recipe.make_decoder`.
         attention: implementation of the transformer's attention, such as "eager", which is faster than fused kernels in
             the backward pass of small models on CPUs; `None` for transformers' own choice.
         image_column, caption_column, edited_image_column: of the data, see [`Columns`].
@@ -71,6 +74,7 @@ class Recipe:
     caption_share: float = 0.0
     empty_share: float = 0.0
     decoder_width: int = 1
+    decoder: dict[str, Any] = field(default_factory=dict)
     attention: str | None = None
     image_column: str | None = None
     caption_column: str | None = None
@@ -96,10 +100,12 @@ class Recipe:
             raise ValueError("output_dir is the folder that the training is given; leave it out of arguments.")
         if self.decoder_width < 1:
             raise ValueError(f"decoder_width must be at least 1, got {self.decoder_width}.")
-        if self.lora_rank < 0 or (self.lora_rank and self.kind == "tokenizer"):
+        if self.lora_rank < 0 or (self.lora_rank and self.kind in ("tokenizer", "diffusion_decoder")):
             raise ValueError(
                 f"lora_rank is for the transformer, and starts at 1; got {self.lora_rank} for the kind {self.kind!r}."
             )
+        if self.decoder and self.kind != "diffusion_decoder":
+            raise ValueError(f"decoder is of the kind diffusion_decoder, and this recipe is of the kind {self.kind}.")
         if (self.reward is None) == (self.kind == "rl"):
             raise ValueError(f"A reward is for the kind 'rl', which needs one; got {self.reward!r} for {self.kind!r}.")
         if self.streaming and self.kind != "transformer":

@@ -34,7 +34,8 @@ class FiniteTrainingMixin:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        check_finite({"config": self.accelerator.unwrap_model(self.model).config.to_dict()})
+        config = self.accelerator.unwrap_model(self.model).config
+        check_finite({"config": config if isinstance(config, dict) else config.to_dict()})
         for name in ("max_nonfinite_steps", "spike_factor"):
             if (value := getattr(self.args, name)) and self.is_deepspeed_enabled:
                 raise ValueError(

@@ -74,7 +74,7 @@ def training_record(trainer, extras: dict[str, Any]) -> dict[str, Any]:
         "collator": _named(trainer.data_collator) | getattr(trainer.data_collator, "settings", {}),
         "processor": _processor(trainer.processing_class),
         "model": _config(model.config),
-        "attention": model.config._attn_implementation,
+        "attention": getattr(model.config, "_attn_implementation", None),
         "adapters": adapters,
         "trained weights": _trained(trainer.model),
         "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},

@@ -1,0 +1,20 @@
+"""The optional diffusion decoder (paper, section 2.4), on diffusers: the extra `pipelines`."""
+
+from .bases import BASES, PromptEmbeddings
+from .condition import code_condition, condition_fingerprint
+from .decoding import DiffusionSettings, decode_codes
+from .modeling_diffusion_decoder import NextFlowDiffusionDecoder
+from .starting import decoder_on_base, small_decoder
+
+
+__all__ = [
+    "BASES",
+    "DiffusionSettings",
+    "NextFlowDiffusionDecoder",
+    "PromptEmbeddings",
+    "code_condition",
+    "condition_fingerprint",
+    "decode_codes",
+    "decoder_on_base",
+    "small_decoder",
+]

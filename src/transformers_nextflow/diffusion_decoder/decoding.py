@@ -1,0 +1,109 @@
+"""Codes to pixels by a diffusion decoder, for images of any sizes together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..modeling_nextflow_vq import NextFlowVQModel
+from ..scale_schedule import ScaleSchedule
+from ..utils.short_repr import short_repr
+from .bases import PromptEmbeddings
+from .condition import code_condition
+from .denoising import denoise
+from .modeling_diffusion_decoder import NextFlowDiffusionDecoder
+
+
+# Pixels of the images that are denoised in one batch: four of 1024 x 1024.
+MOST_PIXELS = 2**22
+
+
+@dataclass(frozen=True)
+class DiffusionSettings:
+    """How images are decoded.
+
+    Raises:
+        ValueError: for fewer steps than one, or a guidance scale that is no finite number.
+    """
+
+    num_inference_steps: int
+    guidance_scale: float
+
+    def __post_init__(self):
+        steps, scale = self.num_inference_steps, self.guidance_scale
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(f"decoder_steps must be a whole number from 1, got {short_repr(steps)}.")
+        if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale):
+            raise ValueError(f"decoder_guidance_scale must be a finite number, got {short_repr(scale)}.")
+
+    @classmethod
+    def of(cls, decoder: NextFlowDiffusionDecoder, steps: int | None, guidance_scale: float | None):
+        """What is asked for, and the decoder's own where nothing is."""
+        config = decoder.config
+        return cls(
+            config.num_inference_steps if steps is None else steps,
+            config.guidance_scale if guidance_scale is None else guidance_scale,
+        )
+
+
+@torch.no_grad()
+def decode_codes(
+    decoder: NextFlowDiffusionDecoder,
+    vq_model: NextFlowVQModel,
+    image_tokens: torch.Tensor,
+    schedules: Sequence[ScaleSchedule],
+    settings: DiffusionSettings,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    prompts: list[str] | None = None,
+) -> list[torch.Tensor]:
+    """Images, a list of (3, H, W) in [-1, 1], `upsampling` times as large as the tokenizer's.
+
+    Args:
+        image_tokens: (B, n) codes of all scales of each image, or of its first ones, padded with -1.
+        schedules: of each image.
+        generator: source of the noise: one for all images, or one for each. An image with its own depends on no other.
+        prompts: of each image, for a decoder with a `text_encoder`.
+
+    Raises:
+        ValueError: for a size that the decoder does not draw.
+    """
+    shapes = [decoder.sample_shape(schedule.final_grid) for schedule in schedules]
+    device = vq_model.device
+    noise = [drawn.to(device) for drawn in _draw_noise(shapes, generator)]
+    counts = (image_tokens >= 0).sum(1).tolist()
+    kinds = list(zip(schedules, counts))
+    batches = []
+    for schedule, count in dict.fromkeys(kinds):
+        same = [index for index, kind in enumerate(kinds) if kind == (schedule, count)]
+        height, width = schedule.image_size(decoder.config.patch_size * decoder.config.upsampling)
+        at_once = max(1, MOST_PIXELS // (height * width))
+        for chosen in (same[start : start + at_once] for start in range(0, len(same), at_once)):
+            batches.append((chosen, code_condition(vq_model, image_tokens[chosen, :count], schedule)))
+    images: list[torch.Tensor | None] = [None] * len(kinds)
+    # Of all first: where models are offloaded, the decoder takes the place of the tokenizer.
+    for chosen, condition in batches:
+        pixels = denoise(
+            decoder, torch.stack([noise[index] for index in chosen]), condition, settings.num_inference_steps,
+            settings.guidance_scale, _prompt(decoder, prompts, chosen),
+        )  # fmt: skip
+        for index, image in zip(chosen, pixels):
+            images[index] = image
+    return images
+
+
+def _draw_noise(shapes, generator) -> list[torch.Tensor]:
+    """Noise (C, H, W) for each image: of its own generator, or one after the other of a common one."""
+    generators = generator if isinstance(generator, list | tuple) else [generator] * len(shapes)
+    return [
+        torch.randn(shape, generator=own, device="cpu" if own is None else own.device)
+        for shape, own in zip(shapes, generators)
+    ]
+
+
+def _prompt(decoder, prompts: list[str] | None, chosen: list[int]) -> PromptEmbeddings | None:
+    if prompts is None or decoder.text_encoder is None:
+        return None
+    return decoder.text_encoder([prompts[index] for index in chosen])

@@ -1,0 +1,1 @@
+"""Training of the optional diffusion decoder (paper, section 2.4)."""

@@ -1,0 +1,77 @@
+"""The diffusion decoder that a recipe trains, and its images."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...data.sources import open_rows
+from ...data.vision_tokenizer import load_vision_tokenizer
+from ...diffusion_decoder import NextFlowDiffusionDecoder, decoder_on_base, small_decoder
+from ...image_processing_nextflow import NextFlowImageProcessorPil
+from ...modeling_nextflow_vq import NextFlowVQModel
+from ...utils.known_names import check_names
+from ..recipe_data import StageImages
+from .arguments import NextFlowDiffusionTrainingArguments
+from .diffusion_trainer import NextFlowDiffusionTrainer
+
+
+class DecoderImages(StageImages):
+    """The images of rows, cut square, `upsampling` times as large as the tokenizer's level.
+
+    An item has `pixel_values` (3, side, side) in [-1, 1].
+    """
+
+    def __init__(self, rows, root: Path, processor: NextFlowImageProcessorPil, level: int, upsampling: int):
+        super().__init__(rows, root, processor, level)
+        self.upsampling = upsampling
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        pixels = np.asarray(self.square(index, self.level * self.upsampling))
+        return {"pixel_values": torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 127.5 - 1}
+
+
+def make_decoder(vq_model: NextFlowVQModel, settings: dict[str, Any], level: int) -> NextFlowDiffusionDecoder:
+    """A decoder to train.
+
+    Args:
+        settings: with `start` the folder of a decoder to go on from (the second stage, with `upsampling: 2`), with
+            `base` a pipeline of diffusers, else a small UNet; and what these take.
+
+    Raises:
+        ValueError: for settings that are not known, or the decoder of another tokenizer.
+    """
+    settings = dict(settings)
+    start, base = settings.pop("start", None), settings.pop("base", None)
+    if start is not None:
+        check_names(settings, ["start", "upsampling"], "decoder of a recipe with start")
+        decoder = NextFlowDiffusionDecoder.from_pretrained(start, torch_dtype=torch.float32)
+        if settings.get("upsampling", decoder.config.upsampling) != decoder.config.upsampling:
+            decoder = decoder.upsampled()
+    else:
+        known = {*inspect.signature(NextFlowDiffusionDecoder).parameters, "start"}
+        known |= set() if base is not None else set(inspect.signature(small_decoder).parameters) - {"settings"}
+        check_names(settings, sorted(known - {"base_model", "vae_model", "vq_model"}), "decoder of a recipe")
+        settings = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
+        decoder = small_decoder(vq_model, **settings) if base is None else decoder_on_base(vq_model, base, **settings)
+    decoder.register_to_config(trained_sizes=[[level, level]])
+    return decoder
+
+
+def decoder_trainer(recipe, folder: str | os.PathLike, data: str | os.PathLike, output: str | os.PathLike):
+    """The trainer of a recipe of kind "diffusion_decoder"; `folder` holds the tokenizer, or a model with one."""
+    args = NextFlowDiffusionTrainingArguments(output_dir=str(output), **recipe.arguments)
+    vq_model = load_vision_tokenizer(folder)
+    config = vq_model.config
+    level = recipe.level or config.scale_schedules.resolutions[-1]
+    torch.manual_seed(args.seed)
+    decoder = make_decoder(vq_model, recipe.decoder, level)
+    source, root = open_rows(data, recipe.columns, needs_texts=False)
+    processor = NextFlowImageProcessorPil(config.scales, config.patch_size, config.levels)
+    images = DecoderImages(source, root, processor, level, decoder.config.upsampling)
+    return NextFlowDiffusionTrainer(decoder, args, images, vq_model=vq_model)
