@@ -113,11 +113,7 @@ def __getattr__(name: str):
     if name in ("NextFlowPipeline", "NextFlowPipelineOutput"):
         return getattr(import_module(".pipeline_nextflow", __name__), name)
     if name == "NextFlowDiffusionDecoder":
-        try:
-            return import_module(".diffusion_decoder", __name__).NextFlowDiffusionDecoder
-        except ImportError as error:
-            needed = "NextFlowDiffusionDecoder needs diffusers: pip install transformers-nextflow[pipelines]"
-            raise ImportError(needed) from error
+        return import_module(".diffusion_decoder", __name__).NextFlowDiffusionDecoder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,11 +1,15 @@
 """Training of the diffusion decoder: what it learns, resuming, the mean of its weights."""
 
+import sys
+
 import pytest
 import torch
 from test_diffusion_decoder import codes_of, seeds
 from tiny import tiny_model
 from tiny_diffusion import tiny_decoder
 
+import transformers_nextflow
+from transformers_nextflow import trainers
 from transformers_nextflow.diffusion_decoder import DiffusionSettings, NextFlowDiffusionDecoder, decode_codes
 from transformers_nextflow.evaluation.image_metrics import psnr
 from transformers_nextflow.trainers.diffusion.arguments import NextFlowDiffusionTrainingArguments
@@ -43,7 +47,7 @@ def test_a_decoder_reproduces_sixteen_images_that_it_was_trained_on(vq_model, tm
     rows = [row | {"image_tokens": tokens} for row, tokens in zip(random_rows(), codes)]
     decoder = tiny_decoder(vq_model, channels=(64,), pixel_cell=4)
     trainer = trainer_of(
-        vq_model, tmp_path, decoder, rows, max_steps=300, per_device_train_batch_size=16, condition_dropout=0.0,
+        vq_model, tmp_path, decoder, rows, max_steps=200, per_device_train_batch_size=16, condition_dropout=0.0,
         learning_rate=5e-3, lr_scheduler_type="cosine", ema_decay=0.9,
     )  # fmt: skip
     trainer.train()
@@ -115,3 +119,14 @@ def test_a_trained_base_learns_with_prompts_and_its_own_weights_rest_where_it_ha
 def test_the_decoder_of_another_tokenizer_is_refused(vq_model, tmp_path):
     with pytest.raises(ValueError, match="trained on the codes of the tokenizer"):
         trainer_of(tiny_model(seed=1).vq_model, tmp_path, tiny_decoder(vq_model))
+
+
+def test_without_diffusers_the_import_says_what_to_install(monkeypatch):
+    # They are imported anew, and those that other tests hold come back afterwards.
+    for name in [name for name in sys.modules if "transformers_nextflow.diffusion_decoder" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "transformers_nextflow.trainers.diffusion.diffusion_trainer")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    for module, name in ((transformers_nextflow, "NextFlowDiffusionDecoder"), (trainers, "NextFlowDiffusionTrainer")):
+        with pytest.raises(ImportError, match=r"pip install transformers-nextflow\[pipelines\]"):
+            getattr(module, name)

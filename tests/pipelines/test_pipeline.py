@@ -253,10 +253,13 @@ torch.save(pipe({PROMPTS[0]!r}, **options).images, {str(tmp_path / "image.pt")!r
 
 
 def test_the_pipeline_file_is_there_before_the_folder_is_uploaded(pipe, tmp_path, monkeypatch):
-    seen = []
+    seen, repositories = [], []
     monkeypatch.setattr(DiffusionPipeline, "save_pretrained", lambda self, folder, **_: seen.extend(os.listdir(folder)))
+    monkeypatch.setattr(
+        "transformers_nextflow.pipeline_nextflow.card_first", lambda pipe, repo_id, token: repositories.append(repo_id)
+    )
     pipe.save_pretrained(tmp_path / "saved", push_to_hub=True)
-    assert seen == ["pipeline.py"]
+    assert sorted(seen) == ["README.md", "pipeline.py"] and repositories == ["saved"]
 
 
 def test_without_diffusers_the_import_says_what_to_install(monkeypatch):
@@ -313,7 +316,7 @@ def test_an_offloaded_pipeline_draws_and_goes_back_to_the_cpu(pipe):
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number from 1"),
         ({"negative_prompt": ["a", "b"]}, "1 prompts came with 2 negative ones"),
         ({"negative_prompt": "a", "guidance_scale": 1.0}, "works through guidance"),
-        ({"output_type": "latent"}, "output_type must be one of"),
+        ({"output_type": "latents"}, "output_type must be one of .* got 'latents'"),
         ({"callback_on_step_end_tensor_inputs": ["latents"]}, r"got \['latents'\]"),
         ({"callback_on_step_end_tensor_inputs": "preview"}, "is a list of .* got 'preview'"),
         ({"guidance_scale": float("inf")}, "guidance_scale must be at least 0 .* got inf"),

@@ -1,5 +1,10 @@
 """The optional diffusion decoder (paper, section 2.4), on diffusers: the extra `pipelines`."""
 
+try:
+    import diffusers  # noqa: F401  (so that the error names the extra)
+except ImportError as error:
+    raise ImportError("The diffusion decoder needs diffusers: pip install transformers-nextflow[pipelines]") from error
+
 from .bases import BASES, PromptEmbeddings
 from .condition import code_condition, condition_fingerprint
 from .decoding import DiffusionSettings, decode_codes

@@ -278,12 +278,8 @@ def _rl_trainer(recipe: Recipe, folder, data, output) -> Trainer:
 
 
 def _decoder_trainer(recipe: Recipe, folder, data, output) -> Trainer:
-    try:
-        from .diffusion.from_recipe import decoder_trainer
-    except ImportError as error:
-        raise ImportError(
-            "A diffusion decoder needs diffusers: pip install transformers-nextflow[pipelines]"
-        ) from error
+    from .diffusion.from_recipe import decoder_trainer  # says what lacks without diffusers
+
     return decoder_trainer(recipe, folder, data, output)
 
 

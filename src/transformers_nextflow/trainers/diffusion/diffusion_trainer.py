@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers.training_utils import EMAModel
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 
@@ -55,6 +54,8 @@ class NextFlowDiffusionTrainer(TrainedInFloat32Mixin, ResumableTrainingMixin, Fi
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self.vq_model = vq_model.to(args.device).eval().requires_grad_(False)
         self.model_accepts_loss_kwargs = False
+        from diffusers.training_utils import EMAModel  # here, so that without diffusers the room's error comes first
+
         self.ema = EMAModel(self._trained(), decay=args.ema_decay)
         self.add_callback(_AveragesWeights(self))
 
