@@ -180,8 +180,8 @@ def test_a_full_disk_loses_nothing_and_the_same_command_goes_on(tmp_path, monkey
     extract(tmp_path, "expected")
     written, write = [], code_extraction._write_parquet
 
-    def full(rows, path):
-        write(rows, path)
+    def full(rows, path, codebook_size):
+        write(rows, path, codebook_size)
         written.append(path)
         if len(written) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
