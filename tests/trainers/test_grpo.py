@@ -613,7 +613,7 @@ def test_rows_without_a_prompt_are_refused_by_number(tmp_path):
 
 
 def test_a_model_that_draws_nothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="must be a NextFlowForConditionalGeneration, .* got str"):
+    with pytest.raises(ValueError, match="must be a NextFlowForConditionalGeneration, .* got Linear"):
         make_trainer(tmp_path, model=torch.nn.Linear(1, 1))
 
 
