@@ -18,7 +18,7 @@ from transformers_nextflow import NextFlowForConditionalGeneration
 class TwoHeads(NextFlowForConditionalGeneration):
     """Text positions choose among text, positions of codes among codes."""
 
-    def _cross_entropy(self, hidden_states, targets):
+    def _cross_entropy(self, hidden_states, targets, z_weight=0.0):
         losses = torch.zeros_like(targets.weights)
         correct = torch.zeros_like(targets.scales, dtype=torch.bool)
         is_code = targets.scales > 0

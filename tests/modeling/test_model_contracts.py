@@ -87,7 +87,7 @@ def test_a_model_outlives_saving_and_loading(make, tmp_path):
     loaded, report = type(model).from_pretrained(tmp_path / "first", output_loading_info=True)
     assert not any(report.values()), report
     assert torch.equal(first_output(loaded, inputs), first_output(model, inputs))
-    assert {path.suffix for path in (tmp_path / "first").iterdir()} == {".json", ".safetensors"}
+    assert {path.suffix for path in (tmp_path / "first").iterdir()} == {".json", ".md", ".safetensors"}
     by_state = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict())
     assert torch.equal(first_output(by_state.eval(), inputs), first_output(model, inputs))
     loaded.save_pretrained(tmp_path / "second")

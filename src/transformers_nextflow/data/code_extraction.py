@@ -160,8 +160,7 @@ def extract_codes(
         model.config.scale_schedules.build(level=extraction.level)  # raises if there is no such level
     if engine == "local":
         on_device(torch.empty(0), device)  # raises if there is no such device
-    # Other machines of a cluster do not share this one's working folder.
-    output = Path(output).absolute()
+    output = Path(output)
     _begin(extraction, output)
     missing = [shard for shard in extraction.shards if not _is_whole(output, shard)]
     progress = tqdm(total=len(extraction.shards), initial=len(extraction.shards) - len(missing), unit="shard")
@@ -244,7 +243,8 @@ def _write_by_ray(
     numbers = data.from_items([{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), MOST_BLOCKS))
     written = numbers.map_batches(
         _ShardWriter,
-        fn_constructor_args=(extraction, device, output),
+        # Other machines of a cluster do not share this one's working folder.
+        fn_constructor_args=(extraction, device, output.absolute()),
         batch_size=1,
         compute=data.ActorPoolStrategy(size=processes),
         num_cpus=1,

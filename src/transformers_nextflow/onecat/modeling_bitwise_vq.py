@@ -162,6 +162,7 @@ class BitwiseVQModel(NextFlowVQPreTrainedModel):
     """
 
     config: BitwiseVQConfig
+    card_title, card_origin = "Bitwise vision tokenizer", "Infinity's, not yet verified on the released weights"
     code_parts = ("encoder",)
     _no_split_modules = ["ResidualBlock"]
     _keep_in_fp32_modules_strict = ["encoder"]

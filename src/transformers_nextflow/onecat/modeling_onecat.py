@@ -79,6 +79,7 @@ class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin
 
     config: OneCatConfig
     _no_split_modules = ["OneCatDecoderLayer", "BitwiseVQModel", "PatchReader"]
+    card_title, card_origin = "OneCAT", "not yet verified on the released weights"
     # It draws whole images: codes are signs of residuals, with no nearest ones among which a region could be kept.
     draws_in_regions = False
 

@@ -103,6 +103,7 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
     config: TokenFlowT2IConfig
     input_modalities = ("text",)
     card_title, card_pipeline_tag = "TokenFlow-t2i", "text-to-image"
+    card_origin = "[arXiv 2412.03069](https://arxiv.org/abs/2412.03069)"
     _no_split_modules = ["TokenFlowT2IDecoderLayer", "NextFlowVQModel"]
 
     def __init__(self, config: TokenFlowT2IConfig):

@@ -115,6 +115,7 @@ class ModelCardMixin:
     """What a model of this package writes as its card. Adapters and trainings have cards of their own."""
 
     card_title = "NextFlow"
+    card_origin = "[arXiv 2601.02204](https://arxiv.org/abs/2601.02204)"
     card_pipeline_tag: str | None = "any-to-any"
     card_use = USE
 
@@ -126,12 +127,14 @@ class ModelCardMixin:
         """What the model is, in a paragraph."""
         vq_model = getattr(self, "vq_model", self)
         vq_config = vq_model.config
-        sizes = " and ".join(map(str, vq_config.scale_schedules.resolutions))
-        text = f"{self.card_title} ([arXiv 2601.02204](https://arxiv.org/abs/2601.02204)). "
+        schedules = vq_config.scale_schedules
+        sizes = " and ".join(map(str, schedules.resolutions))
+        largest = schedules.for_size(schedules.resolutions[-1], schedules.resolutions[-1])
+        text = f"{self.card_title} ({self.card_origin}). "
         text += f"It has {_in_words(self.num_parameters())} parameters, "
         if vq_model is not self:
             text += f"{_in_words(vq_model.num_parameters())} of them in the vision tokenizer, "
-        text += f"for images of {sizes} pixels in up to {len(vq_config.scales)} scales, of "
+        text += f"for images of {sizes} pixels in up to {largest.num_scales} scales, of "
         text += f"{vq_config.codebook_size} codes."
         stated = getattr(self.config, "trained_on", None)
         return text if stated is None else f"{text} It knows only {stated['domain']}."
