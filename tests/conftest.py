@@ -6,6 +6,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Ray lets everything else go first, so that its processes would wait for the tests beside them.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import torch  # noqa: E402  (the libraries read the environment when they are imported)
 import transformers  # noqa: E402
