@@ -478,7 +478,7 @@ def test_rewards_are_lists_tensors_and_arrays_of_any_kind_of_number():
     [
         ({0: 1.0, 1: 0.0}, "must return a list .* got dict"),
         ({0.0, 1.0}, "must return a list .* got set"),
-        ("10", "must return a list .* got Linear"),
+        ("10", "must return a list .* got str"),
         (1.0, "must return a list .* got float"),
         (torch.tensor(1.0), "must return a list .* got Tensor"),
         (low_codes, "must return a list .* got function"),
