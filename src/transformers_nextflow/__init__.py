@@ -17,11 +17,10 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_nextflow import NextFlowConfig, NextFlowVQConfig
-from .generation.image_codes import ScaleState
+from .generation.image_codes import ImageGenerationOutput, ScaleState
 from .generation.interleaved import InterleavedGenerationOutput, InterleavedStreamer, Segment
 from .generation.region_editing import KeptRegion
 from .generation.sampling import ImageSampling
-from .generation_nextflow import ImageGenerationOutput
 from .image_processing_nextflow import NextFlowImageProcessorPil
 from .modeling_nextflow import NextFlowForConditionalGeneration, NextFlowModel
 from .modeling_nextflow_vq import NextFlowVQModel

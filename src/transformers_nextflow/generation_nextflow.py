@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 
 from .generation.compiled_drawing import CompiledDrawing
-from .generation.image_codes import ImageCodes
+from .generation.image_codes import ImageCodes, ImageGenerationOutput
 from .generation.interleaved import InterleavedGenerationOutput, InterleavedLoop, InterleavedStreamer
 from .generation.prompts import Prompts
 from .generation.region_editing import KeptRegion
@@ -61,19 +61,6 @@ def _check_text_settings(text: GenerationConfig, max_new_tokens: int | None, str
     check_types(given, TEXT_TYPES | {"max_new_tokens": int | None}, "generate_interleaved")
     if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
         raise ValueError(f"streamer must have put and end, as transformers' TextStreamer, got {short_repr(streamer)}.")
-
-
-@dataclass
-class ImageGenerationOutput(ModelOutput):
-    """Images as codes.
-
-    Args:
-        image_tokens: (B, N) codes, padded with -1 where images differ or were stopped early.
-        image_grids: (B, 2) final grids.
-    """
-
-    image_tokens: torch.LongTensor | None = None
-    image_grids: torch.LongTensor | None = None
 
 
 class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
@@ -198,10 +185,7 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
             pixel_values=pixel_values,
         )
         scales = writer.draw(drawing, range(len(schedules)), callback, go_on=False)
-        return ImageGenerationOutput(
-            image_tokens=drawing.image_tokens[:, : max(drawing.counts(scales - 1))],
-            image_grids=torch.tensor([schedule.final_grid for schedule in schedules], device=input_ids.device),
-        )
+        return drawing.generated(scales)
 
     @in_evaluation_mode
     @torch.no_grad()

@@ -15,11 +15,10 @@ import torch
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 from transformers.utils import cached_file
 
-from .generation.image_codes import ScaleState
+from .generation.image_codes import ImageGenerationOutput, ScaleState
 from .generation.likelihood import score_answers
 from .generation.region_editing import KeptRegion
 from .generation.sampling import ImageSampling, PerScale, check_generators
-from .generation_nextflow import ImageGenerationOutput
 from .image_processing_nextflow import OUTPUT_TYPES
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .pipelines.callbacks import take_changes

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
 from ..scale_schedule import ScaleSchedule
 from ..sequence.layout import batch_slots
@@ -37,6 +38,19 @@ class ScaleState:
         """Images, each (3, H, W) in [-1, 1], from the scales drawn so far."""
         grids = torch.tensor([schedule.final_grid for schedule in self.schedules])
         return self.model.decode_image_tokens(pad_codes(self.image_tokens), grids)
+
+
+@dataclass
+class ImageGenerationOutput(ModelOutput):
+    """Images as codes.
+
+    Args:
+        image_tokens: (B, N) codes, padded with -1 where images differ or were stopped early.
+        image_grids: (B, 2) final grids.
+    """
+
+    image_tokens: torch.LongTensor | None = None
+    image_grids: torch.LongTensor | None = None
 
 
 class ImageCodes:
@@ -193,14 +207,23 @@ class ImageCodes:
         sources = self.generator
         if isinstance(sources, Sequence) and isinstance(rows, list):
             sources = [sources[row] for row in rows]
-        drawn = sample_codes(logits, **sampling.drawing_at(scale, schedule.num_scales), generator=sources)
+        drawn = self._sampled(logits, **sampling.drawing_at(scale, schedule.num_scales), generator=sources)
         if self.region is not None:
             drawn = self.region.keep_outside(drawn, codes_before, rows, schedule)
         return drawn
 
+    def _sampled(self, logits: torch.Tensor, **options) -> torch.Tensor:
+        """Codes (B, n) from logits, as `sample_codes` takes them."""
+        return sample_codes(logits, **options)
+
     def counts(self, scale: int) -> list[int]:
         """How many codes of each image are drawn once `scale` is."""
         return [schedule.offsets[min(scale + 1, schedule.num_scales)] for schedule in self.schedules]
+
+    def generated(self, num_scales: int) -> ImageGenerationOutput:
+        """What is there after so many scales."""
+        grids = torch.tensor([schedule.final_grid for schedule in self.schedules], device=self.image_tokens.device)
+        return ImageGenerationOutput(self.image_tokens[:, : max(self.counts(num_scales - 1))], grids)
 
     def state(self, scale: int, logits: torch.Tensor) -> ScaleState:
         """What a callback sees after a scale."""

@@ -172,6 +172,28 @@ def truncate_logits(logits: torch.Tensor, top_k: int | None = None, top_p: float
     return logits
 
 
+def sampled_probabilities(
+    logits: torch.Tensor, temperature: float, top_k: int | None = None, top_p: float = 1.0
+) -> torch.Tensor:
+    """Probabilities (…, V) in float32 by which classes are sampled; `temperature` is not 0.
+
+    Raises:
+        ValueError: on a CPU for logits that are not finite; a GPU would wait for the values.
+    """
+    logits = logits.float()
+    if temperature != 1:
+        # From the largest one on, so that no quotient overflows.
+        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    probabilities = truncate_logits(logits, top_k, top_p).softmax(-1)
+    # One NaN or infinity makes NaN of its whole row.
+    if probabilities.device.type == "cpu" and not bool(probabilities[..., 0].isfinite().all()):
+        raise ValueError(
+            "The model's logits hold NaN or infinity, so nothing can be drawn from them; take a smaller "
+            "guidance_scale, dtype=float32, or another checkpoint."
+        )
+    return probabilities
+
+
 def sample_codes(
     logits: torch.Tensor,
     temperature: float = 1.0,
@@ -186,18 +208,8 @@ def sample_codes(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float()
-    if temperature != 1:
-        # From the largest one on, so that no quotient overflows.
-        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     # One random number a code on the cumulated probabilities; `torch.multinomial` takes one for each of the V classes.
-    cumulated = truncate_logits(logits, top_k, top_p).softmax(-1).cumsum_(-1)
-    # On a GPU it would wait for the sums; on the CPU a broken one would end as an index out of range.
-    if cumulated.device.type == "cpu" and not bool(cumulated[..., -1].isfinite().all()):
-        raise ValueError(
-            "The model's logits hold NaN or infinity, so nothing can be drawn from them; take a smaller "
-            "guidance_scale, dtype=float32, or another checkpoint."
-        )
+    cumulated = sampled_probabilities(logits, temperature, top_k, top_p).cumsum_(-1)
     threshold = _random_numbers((*logits.shape[:-1], 1), generator, logits.device) * cumulated[..., -1:]
     # Random numbers stay below one, hence thresholds below the sum: the first code above one always exists.
     return torch.searchsorted(cumulated, threshold, right=True).squeeze(-1)

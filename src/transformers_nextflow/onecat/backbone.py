@@ -18,7 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..sequence.scale_attention import ScaleAttentionMixin
 from ..sequence.scale_masked import ScaleMaskedMixin
-from ..utils.older_transformers import CACHE, takes_the_cache
+from ..utils.older_transformers import takes_the_cache
 from .schedules import MOST_SCALES
 
 
@@ -193,17 +193,10 @@ class OneCatTextModel(ScaleMaskedMixin, Qwen2PreTrainedModel):
             attention_mask: `{"full_attention": mask}`, prepared by transformers.
             position_ids: (B, L) in chats; rows and columns (2, B, L) in drawings.
         """
-        hidden_states, frequencies = inputs_embeds, rotary_frequencies(self.config, inputs_embeds.device)
+        frequencies = rotary_frequencies(self.config, inputs_embeds.device)
         if position_ids.ndim == 3:
             frequencies = frequencies.to(self.drawing_frequencies).float()
-        position_embeddings = rotary_embeddings(position_ids, frequencies, hidden_states.dtype)
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                kinds=kinds,
-                attention_mask=attention_mask["full_attention"],
-                position_embeddings=position_embeddings,
-                **{CACHE: past_key_values},
-                **kwargs,
-            )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
+        places = rotary_embeddings(position_ids, frequencies, inputs_embeds.dtype)
+        return self.through_layers(
+            inputs_embeds, attention_mask, past_key_values, kinds=kinds, position_embeddings=places, **kwargs
+        )

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from ..generation.cached_sequences import CachedSequences
-from ..generation.image_codes import ImageCodes
+from ..generation.image_codes import ImageCodes, ImageGenerationOutput
 from ..generation.prompts import Prompts, join_prompts
-from ..generation.sampling import Generators, ImageSampling, truncate_logits
+from ..generation.sampling import Generators, ImageSampling, sampled_probabilities
 from ..generation.scale_loop import PlainScales, ScaleCallback, draw_scales
-from ..generation_nextflow import ImageGenerationOutput
 from ..scale_schedule import ScaleSchedule
 from ..sequence.layout import check_num_positions
 from ..utils.evaluation_mode import in_evaluation_mode
@@ -58,10 +57,7 @@ def sample_bits(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float()
-    # From the larger one on, so that no quotient overflows.
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    probabilities = truncate_logits(logits, top_k, top_p).softmax(-1)
+    probabilities = sampled_probabilities(logits, temperature, top_k, top_p)
     return (probabilities / _waiting_times(probabilities.shape, generator, logits.device)).argmax(-1)
 
 
@@ -130,13 +126,8 @@ class BitwiseImageCodes(ImageCodes):
             occupied[rows, : own.shape[1]] = 1
         return self.model.embed_slots(features, scale), places[:, None], occupied
 
-    def _draw(self, scale: int, logits: torch.Tensor, rows, schedule: ScaleSchedule, sampling: ImageSampling):
-        sources = self.generator
-        if isinstance(sources, Sequence) and isinstance(rows, list):
-            sources = [sources[row] for row in rows]
-        options = sampling.drawing_at(scale, schedule.num_scales)
-        bits = sample_bits(logits.unflatten(-1, (-1, 2)), **options, generator=sources)
-        return self.model.vq_model.quantizer.to_tokens(bits)
+    def _sampled(self, logits: torch.Tensor, **options) -> torch.Tensor:
+        return self.model.vq_model.quantizer.to_tokens(sample_bits(logits.unflatten(-1, (-1, 2)), **options))
 
 
 class OneCatDrawingMixin:
@@ -206,10 +197,7 @@ class OneCatDrawingMixin:
             sequences.keep(places)
         hidden_states = PlainScales(drawing, sequences, rows).read(0)
         scales = draw_scales(self, drawing, sequences, hidden_states, rows, callback, go_on=False)
-        return ImageGenerationOutput(
-            image_tokens=drawing.image_tokens[:, : max(drawing.counts(scales - 1))],
-            image_grids=torch.tensor([schedule.final_grid for schedule in schedules], device=input_ids.device),
-        )
+        return drawing.generated(scales)
 
     @property
     def default_image_sampling(self) -> BitwiseImageSampling:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+from transformers import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from ..utils.older_transformers import CACHE
 from .scale_sdpa import SCALE_SDPA
 
 
@@ -15,6 +19,16 @@ class ScaleMaskedMixin:
     _supports_flex_attn = True
     # It would silently drop the block mask of the scales.
     _supports_flash_attn = False
+
+    def through_layers(
+        self, hidden_states: torch.Tensor, attention_mask: dict, cache: Cache | None, **kwargs
+    ) -> BaseModelOutputWithPast:
+        """Hidden states (B, L, D) through all layers and the norm; `attention_mask` as transformers prepares it."""
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states, attention_mask=attention_mask["full_attention"], **{CACHE: cache}, **kwargs
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
     def get_correct_attn_implementation(self, requested_attention: str | None, *args, **kwargs) -> str:
         """As transformers has it, with "scale_sdpa" where it would take "sdpa" unasked.

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..generation.cached_sequences import CachedSequences
-from ..generation.image_codes import ImageCodes
+from ..generation.image_codes import ImageCodes, ImageGenerationOutput
 from ..generation.prompts import Prompts, join_prompts
 from ..generation.sampling import Generators, ImageSampling
 from ..generation.scale_loop import ScaleCallback, draw_scales
-from ..generation_nextflow import ImageGenerationOutput
 from ..sequence.layout import check_num_positions
 from ..utils.evaluation_mode import in_evaluation_mode
 
@@ -150,10 +149,7 @@ class TokenFlowT2IDrawingMixin:
         rows = torch.arange(len(joined.input_ids), device=input_ids.device).view(len(prompts), -1)
         hidden_states = sequences.read(joined.input_ids, joined.attention_mask)[:, -1:].unflatten(0, rows.shape)
         scales = draw_scales(self, drawing, sequences, hidden_states, rows, callback, go_on=False)
-        return ImageGenerationOutput(
-            image_tokens=drawing.image_tokens[:, : max(drawing.counts(scales - 1))],
-            image_grids=torch.tensor([schedule.final_grid for schedule in schedules], device=input_ids.device),
-        )
+        return drawing.generated(scales)
 
     @property
     def default_image_sampling(self) -> RefinedImageSampling:

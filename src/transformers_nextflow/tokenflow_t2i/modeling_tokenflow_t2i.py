@@ -80,17 +80,8 @@ class TokenFlowT2ITextModel(ScaleMaskedMixin, LlamaModel):
             attention_mask: `{"full_attention": mask}`, prepared by transformers.
             position_ids: (B, L).
         """
-        hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=attention_mask["full_attention"],
-                position_embeddings=position_embeddings,
-                **{CACHE: past_key_values},
-                **kwargs,
-            )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
+        places = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        return self.through_layers(inputs_embeds, attention_mask, past_key_values, position_embeddings=places, **kwargs)
 
 
 class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2IDrawingMixin):
