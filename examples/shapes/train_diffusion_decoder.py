@@ -10,6 +10,7 @@ the newest checkpoint.
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -86,8 +87,8 @@ def main():
         make_decoder(vq_model, options.seed, options.start), args, rows, vq_model=vq_model
     )
     trainer.train(resume_from_checkpoint=options.resume or None)
-    with trainer.averaged_weights() as decoder:
-        decoder.to(torch.bfloat16).save_pretrained(Path(options.output_dir) / "final")
+    with trainer.averaged_weights():
+        copy.deepcopy(trainer.model).to(torch.bfloat16).save_pretrained(Path(options.output_dir) / "final")
 
 
 if __name__ == "__main__":

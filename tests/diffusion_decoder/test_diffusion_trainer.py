@@ -7,6 +7,7 @@ import torch
 from test_diffusion_decoder import codes_of, seeds
 from tiny import tiny_model
 from tiny_diffusion import tiny_decoder
+from transformers import TrainerCallback
 
 import transformers_nextflow
 from transformers_nextflow import trainers
@@ -51,8 +52,10 @@ def test_a_decoder_reproduces_sixteen_images_that_it_was_trained_on(vq_model, tm
         learning_rate=5e-3, lr_scheduler_type="cosine", ema_decay=0.9,
     )  # fmt: skip
     trainer.train()
-    with trainer.averaged_weights() as decoder:
-        images = decode_codes(decoder.eval(), vq_model, codes, [schedule] * 16, DiffusionSettings(4, 1.0), seeds(0)[0])
+    with trainer.averaged_weights():
+        images = decode_codes(
+            trainer.model.eval(), vq_model, codes, [schedule] * 16, DiffusionSettings(4, 1.0), seeds(0)[0]
+        )
     originals = torch.stack([row["pixel_values"] for row in rows])
     assert psnr(torch.stack(images) / 2 + 0.5, originals / 2 + 0.5).min() > 30
 
@@ -64,20 +67,19 @@ def test_a_resumed_training_ends_as_the_unbroken_one(vq_model, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     expected, found = weights_of(whole), weights_of(resumed)
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
-    for own, other in zip(whole.ema.shadow_params, resumed.ema.shadow_params):
-        assert torch.equal(own, other)
+    assert all(torch.equal(whole._averages[name], average) for name, average in resumed._averages.items())
 
 
 def test_what_is_saved_is_the_mean_of_the_weights(vq_model, tmp_path):
     trainer = trainer_of(vq_model, tmp_path, ema_decay=0.5)
-    seen, step = [trainer.model.projection[0].weight.detach().clone()], trainer.ema.step
+    seen = [trainer.model.projection[0].weight.detach().clone()]
 
-    def noted(parameters):
-        step(parameters)
-        decay = trainer.ema.cur_decay_value
-        seen.append(decay * seen[-1] + (1 - decay) * trainer.model.projection[0].weight.detach())
+    class Noted(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            decay = min(0.5, len(seen) / (9 + len(seen)))
+            seen.append(decay * seen[-1] + (1 - decay) * trainer.model.projection[0].weight.detach())
 
-    trainer.ema.step = noted
+    trainer.add_callback(Noted())
     trainer.train()
     raw = weights_of(trainer)
     trainer.save_model(str(tmp_path / "final"))

@@ -40,8 +40,9 @@ def test_an_average_takes_in_each_step_and_is_saved_as_a_model_of_its_own(tmp_pa
     expected = weights(model)
     trainer.add_callback(AtSteps(range(1, 6), lambda model: seen.append(weights(model)), "on_step_end"))
     trainer.train()
-    for step in seen:
-        expected = {name: average.lerp(step[name], 0.25) for name, average in expected.items()}
+    for number, step in enumerate(seen):
+        decay = min(0.75, (1 + number) / (10 + number))  # it grows
+        expected = {name: average.lerp(step[name], 1 - decay) for name, average in expected.items()}
     assert len(seen) == 4 and equal(trainer._averages, expected)
     trained = weights(model)
     with trainer.averaged_weights():

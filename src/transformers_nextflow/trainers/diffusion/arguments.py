@@ -16,7 +16,7 @@ class NextFlowDiffusionTrainingArguments(CheckedArguments, TrainingArguments):
     Args:
         condition_dropout: share of the images that are trained without their condition, so that there is an
             unconditional prediction for guidance.
-        ema_decay: of the running mean of the weights, which is what is saved in the end.
+        ema_decay: of the averaged weights, which are what is saved in the end; 0 saves those of the last step.
     """
 
     rules = ((("condition_dropout",), *SHARE),)

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -15,11 +16,14 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 # Beside the weights that `save_model` writes: a model of the averages, which loads as the model itself does.
 FOLDER = "ema"
+# In the file's metadata: how many steps the averages hold.
+NUM_AVERAGED = "num_averaged"
 
 
 class AveragedWeightsMixin:
     """For trainers on `Trainer` with [`CheckedArguments`]: `ema_decay` above 0 keeps an average of each trained weight,
-    in float32 on its device; of sharded weights each process averages its own part.
+    in float32 on its device; of sharded weights each process averages its own part. The decay grows to `ema_decay`, as
+    (1 + n) / (10 + n) after n steps, so that an average does not keep the weights of the start.
 
     A checkpoint holds the averages as one more state. `save_model` writes them as a model of its own into `ema/`.
     """
@@ -27,6 +31,7 @@ class AveragedWeightsMixin:
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._averages: dict[str, torch.Tensor] = {}
+        self._num_averaged = 0
         if self.args.ema_decay:
             if self.is_deepspeed_enabled:
                 raise ValueError(f"ema_decay={self.args.ema_decay}: DeepSpeed keeps weights to itself; set it to 0.")
@@ -45,6 +50,7 @@ class AveragedWeightsMixin:
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.args.ema_decay:
             self._averages = {name: weight.clone() for name, weight in self._trained_weights()}
+            self._num_averaged = 0
             if self._start is not None:
                 self._load_averages(self._start)
         return prepared
@@ -63,16 +69,17 @@ class AveragedWeightsMixin:
     def _save_optimizer_and_scheduler(self, output_dir: str):
         super()._save_optimizer_and_scheduler(output_dir)
         if self._averages and (self._are_parts or self.args.should_save):
-            save_file(self._averages, self._file(Path(output_dir)))
+            save_file(self._averages, self._file(Path(output_dir)), {NUM_AVERAGED: str(self._num_averaged)})
 
     def _load_averages(self, checkpoint: Path):
         path = self._file(checkpoint)
         if not path.is_file():  # resumed with changes
             logger.warning(f"{checkpoint} holds no averages of the weights: they begin with its weights.")
             return
-        found = load_file(path)
-        for name, average in self._averages.items():
-            average.copy_(found[name])
+        with safe_open(path, "pt") as found:
+            self._num_averaged = int(found.metadata()[NUM_AVERAGED])
+            for name, average in self._averages.items():
+                average.copy_(found.get_tensor(name))
 
     def _trained_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and numbers; of sharded weights those of this process."""
@@ -92,7 +99,9 @@ class AveragedWeightsMixin:
     def _take_in(self):
         if not self._left_out:
             weights = [weight for _, weight in self._trained_weights()]
-            torch._foreach_lerp_(list(self._averages.values()), weights, 1 - self.args.ema_decay)
+            decay = min(self.args.ema_decay, (1 + self._num_averaged) / (10 + self._num_averaged))
+            torch._foreach_lerp_(list(self._averages.values()), weights, 1 - decay)
+            self._num_averaged += 1
 
     @torch.no_grad()
     def _exchange(self):
