@@ -438,21 +438,13 @@ class NextFlowPipeline(
             self._check_interleaves("To rank candidates without a candidate_scorer")
         request = request.repeat(num_images_per_prompt * num_candidates)
 
-        growth = Growth()
+        growth = Growth() if preview else None
         with self._call():
             # 2. The scale loop
             with self.progress_bar(total=max(schedule.num_scales for schedule in request.schedules)) as progress_bar:
-
-                def after_scale(model, scale: int, state: ScaleState) -> bool:
-                    progress_bar.update()
-                    if preview:
-                        growth.add(self._callback_kwargs(state, ["preview"], "pil")["preview"])
-                    if callback_on_step_end is not None:
-                        wanted = self._callback_kwargs(state, callback_on_step_end_tensor_inputs, output_type)
-                        returned = callback_on_step_end(self, scale, scale, wanted)
-                        take_changes(state, returned, self.unwrapped_model.config.vq_config.codebook_size)
-                    return not self.interrupt
-
+                after_scale = self._after_scale(
+                    progress_bar, growth, callback_on_step_end, callback_on_step_end_tensor_inputs, output_type
+                )
                 options = {"sampling": sampling, "generator": generator, "callback": after_scale}
                 answer = self.processor.think_prefix if think else None
                 inputs, thoughts = self._drawing_inputs(request, sampling, answer), None
@@ -462,39 +454,54 @@ class NextFlowPipeline(
                     drawn = self.model.generate_images(**inputs, **options)
 
             # 3. The best candidates
-            image_tokens, grids, scores = drawn.image_tokens, drawn.image_grids, None
-            rows = list(range(len(image_tokens)))
-            if num_candidates > 1:
-                best = torch.arange(0, len(image_tokens), num_candidates, device=image_tokens.device)
-                if not self.interrupt:
-                    scorer = candidate_scorer or caption_scorer
-                    scores = _checked_scores(scorer(self, image_tokens, grids, request.prompts), len(image_tokens))
-                    scores = scores.view(-1, num_candidates)
-                    best = best + scores.argmax(1).to(best.device)
-                rows = best.tolist()
-                image_tokens, grids, request = image_tokens[best], grids[best], request.select(rows)
-                thoughts = None if thoughts is None else [thoughts[index] for index in rows]
-
+            rows, scores = self._best_candidates(drawn, request, num_candidates, candidate_scorer)
+            image_tokens, grids, request = drawn.image_tokens[rows], drawn.image_grids[rows], request.select(rows)
+            thoughts = None if thoughts is None else [thoughts[index] for index in rows]
             if num_kept_scales is not None and not self.interrupt:
                 self._warn_of_copies(request, image_tokens, num_images_per_prompt)
 
             # 4. Pixels
-            if output_type == "latent":
-                output = NextFlowPipelineOutput(image_tokens, image_tokens, thoughts, scores)
-                return output if return_dict else cast(NextFlowPipelineOutput, output.to_tuple())
-            pixels = self._decoded(image_tokens, grids, settings, of_rows(generator, rows), request.prompts)
-            if paste_back:
-                pixels = self._pasted(request, pixels)
-            pixels, flags = self._checked(pixels)
-            images = self._images(pixels, output_type)
+            images, flags = image_tokens, None
+            if output_type != "latent":
+                pixels = self._decoded(image_tokens, grids, settings, of_rows(generator, rows), request.prompts)
+                if paste_back:
+                    pixels = self._pasted(request, pixels)
+                pixels, flags = self._checked(pixels)
+                images = self._images(pixels, output_type)
             if output_type == "pil":
                 told = {"num_kept_scales": num_kept_scales} | of_decoder(settings)
                 images = self._with_provenance(images, rows, generator, sampling, **told)
-            output = NextFlowPipelineOutput(
-                images, image_tokens, thoughts, scores, flags, growth.rows if preview else None
-            )
+            previews = growth.rows if growth is not None else None
+            output = NextFlowPipelineOutput(images, image_tokens, thoughts, scores, flags, previews)
         # Typed as what nearly every call asks for, so that editors and checkers know its fields.
         return output if return_dict else cast(NextFlowPipelineOutput, output.to_tuple())
+
+    def _after_scale(
+        self, progress_bar, growth: Growth | None, callback: Callable | None, wanted: Sequence[str], output_type: str
+    ) -> Callable[[torch.nn.Module, int, ScaleState], bool]:
+        """What the scale loop calls after each scale; it goes on where that returns `True`."""
+
+        def after_scale(model, scale: int, state: ScaleState) -> bool:
+            progress_bar.update()
+            if growth is not None:
+                growth.add(self._callback_kwargs(state, ["preview"], "pil")["preview"])
+            if callback is not None:
+                returned = callback(self, scale, scale, self._callback_kwargs(state, wanted, output_type))
+                take_changes(state, returned, self.unwrapped_model.config.vq_config.codebook_size)
+            return not self.interrupt
+
+        return after_scale
+
+    def _best_candidates(
+        self, drawn: ImageGenerationOutput, request: ImageRequest, count: int, scorer: CandidateScorer | None
+    ) -> tuple[list[int], torch.Tensor | None]:
+        """The row of the best one of `count` images in turn, and the scores (B, count) if they were asked for."""
+        first = list(range(0, len(drawn.image_tokens), count))
+        if count == 1 or self.interrupt:
+            return first, None
+        scores = (scorer or caption_scorer)(self, drawn.image_tokens, drawn.image_grids, request.prompts)
+        scores = _checked_scores(scores, len(drawn.image_tokens)).view(-1, count)
+        return [start + best for start, best in zip(first, scores.argmax(1).tolist())], scores
 
     def _drawing_inputs(self, request: ImageRequest, sampling: ImageSampling, answer: str | None = None) -> dict:
         """Arguments of `generate_images`; or, with an `answer` that begins with text, of `generate_interleaved`."""

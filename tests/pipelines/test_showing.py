@@ -37,6 +37,11 @@ def test_codes_and_many_images_are_told_shortly(pipe):
     assert len(shown(many)) == 64 and "70 images in all" in many
 
 
+def test_codes_have_their_previews_too(pipe):
+    drawn = pipe("one", output_type="latent", preview=True)
+    assert len(drawn.previews[0]) == NUM_SCALES
+
+
 def test_a_preview_keeps_every_scale_and_shows_it_growing(pipe, monkeypatch):
     updates = []
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -14,16 +13,6 @@ from ..utils.atomic_files import write_whole
 from ..utils.one_line_errors import errors_in_one_line
 from ..utils.output_files import check_output_folder
 from .options import CaptionColumn, Data, EditedImageColumn, ImageColumn
-
-
-@contextmanager
-def _with_training():
-    with errors_in_one_line():
-        try:
-            from ..trainers import recipes  # noqa: F401
-        except ImportError as error:
-            raise ValueError("Training needs accelerate: pip install transformers-nextflow[train].") from error
-        yield
 
 
 def init(
@@ -38,7 +27,7 @@ def init(
     edited_image_column: EditedImageColumn = None,
 ):
     """Begin a model of your own: schedule, tokenizer, sizes and recipes that fit your data and this machine."""
-    with _with_training():
+    with errors_in_one_line():
         from ..data.columns import Columns
         from ..trainers.beginnings import begin
 
@@ -81,7 +70,7 @@ def train(
     profile: Annotated[bool, typer.Option(help="Measure some steps by torch.profiler; see docs/training.md.")] = False,
 ):
     """Train by a recipe; in several processes by `accelerate launch -m transformers_nextflow.cli train …`."""
-    with _with_training():
+    with errors_in_one_line():
         from ..trainers.recipes import load_recipe, run_recipe
 
         check_output_folder(output)
