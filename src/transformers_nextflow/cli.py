@@ -22,7 +22,8 @@ from .commands.training import init, recipes, train
 from .evaluation.suites import SUITES
 from .utils.atomic_files import write_anyway
 from .utils.image_files import regular_file
-from .utils.one_line_errors import DEBUG, end_on_termination, errors_in_one_line, tells_what_is_kept
+from .utils.interrupts import end_on_termination
+from .utils.one_line_errors import DEBUG, errors_in_one_line, tells_what_is_kept
 from .utils.output_files import check_output_file, check_output_folder
 from .utils.short_repr import short_path
 from .utils.version import __version__

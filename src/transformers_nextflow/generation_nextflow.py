@@ -22,7 +22,7 @@ from .generation.sequence_writer import SequenceWriter
 from .generation.stored_sampling import SAMPLINGS, StoredSamplingMixin
 from .generation.text import TextGenerationMixin
 from .scale_schedule import ScaleSchedule
-from .sequence.layout import check_room, layout_sequence
+from .sequence.layout import check_new_positions, layout_sequence
 from .utils.evaluation_mode import in_evaluation_mode
 from .utils.known_names import checks_names, nearest_name
 from .utils.short_repr import short_repr
@@ -181,7 +181,7 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
             Prompts(unconditional_input_ids, unconditional_attention_mask),
             schedules=schedules,
             sampling=sampling,
-            room=[schedule.num_positions(self.config.read_last_scale) - 1 for schedule in schedules],
+            max_new_positions=[schedule.num_positions(self.config.read_last_scale) - 1 for schedule in schedules],
             pixel_values=pixel_values,
         )
         scales = writer.draw(drawing, range(len(schedules)), callback, go_on=False)
@@ -268,7 +268,9 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
             Prompts(unconditional_input_ids, unconditional_attention_mask),
             schedules=schedules if max_images > 0 else [],
             sampling=sampling,
-            room=[max_new_tokens + max_images * schedule.num_positions(read_last) for schedule in schedules],
+            max_new_positions=[
+                max_new_tokens + max_images * schedule.num_positions(read_last) for schedule in schedules
+            ],
             pixel_values=pixel_values,
         )
         return InterleavedLoop(
@@ -298,7 +300,7 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
         *,
         schedules: Sequence[ScaleSchedule],
         sampling: ImageSampling,
-        room: Sequence[int],
+        max_new_positions: Sequence[int],
         pixel_values: torch.Tensor | None = None,
     ) -> SequenceWriter:
         """Read prompts, and the negative ones that the guidance of images with these schedules and settings needs.
@@ -307,10 +309,10 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
             prompts: with their images as codes, or with the grids of `pixel_values`.
             negative, unconditional: as in `generate_images`; without `input_ids` where they were not given.
             schedules: of what will be drawn, one for each row if anything is.
-            room: how many positions will be taken behind each prompt at most.
+            max_new_positions: how many positions will be taken behind each prompt at most.
         """
         device = prompts.input_ids.device
-        prompts = replace(prompts, room=torch.tensor(room, device=device))
+        prompts = replace(prompts, max_new_positions=torch.tensor(max_new_positions, device=device))
         given = {"": prompts, "negative_": negative, "unconditional_": unconditional}
         for name, part in given.items():
             if part.attention_mask is not None and not bool(part.attention_mask[:, -1].all()):
@@ -319,7 +321,7 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
             # Looked at before the images are encoded, which is the most work.
             read = self.model.schedules_of(prompts.image_grids)
             layout = layout_sequence(prompts.input_ids, prompts.attention_mask, read, self.config)
-            check_room(layout, prompts.room, self.config)
+            check_new_positions(layout, prompts.max_new_positions, self.config)
             prompts = replace(prompts, image_tokens=self.get_image_tokens(pixel_values, prompts.image_grids))
         # One image at a time is compared with a context.
         images = torch.tensor([s.num_positions(self.config.read_last_scale) - 1 for s in schedules], device=device)
@@ -327,7 +329,7 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
         contexts = [self._context(name, given[f"{name}_"], prompts, images) for name in names]
         return SequenceWriter(self, prompts, contexts)
 
-    def _context(self, name: str, context: Prompts, prompts: Prompts, room: torch.Tensor) -> Prompts:
+    def _context(self, name: str, context: Prompts, prompts: Prompts, max_new_positions: torch.Tensor) -> Prompts:
         if context.input_ids is None:
             raise ValueError(f"Guidance needs {name}_input_ids; take {REMEDIES[name]}.")
         self._check_at_boi(f"{name}_input_ids", context.input_ids)
@@ -337,7 +339,7 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
         if found not in (0, of_prompts):
             raise ValueError(f"{name}_input_ids hold the {of_prompts} images of the prompts, or none; got {found}.")
         images = (prompts.image_tokens, prompts.image_grids) if found else (None, None)
-        return Prompts(context.input_ids, context.attention_mask, *images, room)
+        return Prompts(context.input_ids, context.attention_mask, *images, max_new_positions)
 
     def _last_schedules(self, input_ids, attention_mask, image_grids) -> list[ScaleSchedule]:
         """Of each row that of its last image; where it has none, the model's largest square's."""

@@ -13,7 +13,7 @@ from .configuration_nextflow import NextFlowVQConfig
 from .scale_schedule import Grid, ScaleSchedule
 from .utils.atomic_files import saved_whole
 from .utils.model_cards import TOKENIZER_USE, ModelCardMixin, with_card
-from .utils.offloading import ExecutionDeviceMixin, onloaded
+from .utils.offloading import ExecutionDeviceMixin
 from .utils.strict_loading import StrictLoadingMixin
 from .vision_tokenizer.fingerprint import CODE_PARTS
 from .vision_tokenizer.multiscale_quantizer import (
@@ -24,7 +24,7 @@ from .vision_tokenizer.multiscale_quantizer import (
 )
 from .vision_tokenizer.pixel_branches import PIXEL_BRANCHES
 from .vision_tokenizer.resampling import resample
-from .vision_tokenizer.semantic_decoder import LearnedPositions, SemanticDecoder
+from .vision_tokenizer.semantic_branches import LearnedPositions, SemanticDecoder, read_semantics
 
 
 @dataclass
@@ -221,28 +221,7 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
 
     def encode_semantics(self, pixel_values: torch.Tensor, grid: Grid) -> torch.Tensor:
         """Features (B, h, w, D) of the semantic encoder on the grid, whatever that encoder's own patch size."""
-        patch_size = self.config.semantic_config.patch_size
-        if self.config.image_size is None:
-            pixel_values = resample(pixel_values, (grid[0] * patch_size, grid[1] * patch_size), "bicubic")
-        layer = self.config.semantic_layer
-        if self.config.semantic_config.model_type.startswith("siglip2"):
-            # NaFlex reads a list of patches, each with its channels last, and the shape of the grid beside it.
-            patches = pixel_values.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)
-            patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
-            shapes = torch.tensor([grid] * len(patches), device=patches.device)
-            mask = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
-            inputs = {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
-        else:
-            inputs = {"pixel_values": pixel_values, "interpolate_pos_encoding": True}
-        # transformers' vision models read some weights, such as those of positions, without calling what holds them.
-        with onloaded(self.semantic_encoder.modules()):
-            outputs = self.semantic_encoder(**inputs, output_hidden_states=layer != -1)
-        features = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
-        if layer == -1 and self.config.semantic_config.model_type == "clip_vision_model":
-            # transformers gives CLIP's closing norm to the class token alone.
-            features = self.semantic_encoder.post_layernorm(features)
-        # Encoders with a class token put it first.
-        return features[:, -grid[0] * grid[1] :].unflatten(1, grid)
+        return read_semantics(self.semantic_encoder, self.config, pixel_values, grid)
 
     def encode(
         self,

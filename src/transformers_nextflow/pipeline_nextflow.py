@@ -22,14 +22,14 @@ from .generation.sampling import ImageSampling, PerScale, check_generators
 from .image_processing_nextflow import OUTPUT_TYPES
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .pipelines.callbacks import take_changes
-from .pipelines.calls import PipelineCallsMixin
+from .pipelines.concurrent_calls import PipelineCallsMixin
 from .pipelines.conversations import ConversationMixin
 from .pipelines.decoding import DecodingMixin, load_diffusion_decoder, of_decoder, of_rows
 from .pipelines.finished_images import FinishedImagesMixin
 from .pipelines.loras import LoraMixin
-from .pipelines.outside import OutsideWarningsMixin
 from .pipelines.requests import ImageInput, ImageRequest
 from .pipelines.showing import Growth
+from .pipelines.trained_on_warnings import OutsideWarningsMixin
 from .processing_nextflow import NextFlowProcessor
 from .sequence.padding import pad_codes
 from .utils.atomic_files import write_into

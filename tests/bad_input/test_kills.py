@@ -1,41 +1,27 @@
 """After a kill at any moment the old or the new is there, whole."""
 
+import itertools
 import os
+import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import torch
+from processes import CONTEXT
 from test_code_extraction import contents, extract, make_source
 from tiny import tiny_vq_config
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from transformers_nextflow import NextFlowVQModel
+from transformers_nextflow.cli import main
 from transformers_nextflow.conversion.siglip2 import convert_siglip2
 
 
 KILLS = 20
-# The imports take far longer than the work, so that one process is forked from for all kills. Each child does the work
-# again and again, with a number that all files of one piece of work hold.
-PROCESS = """
-import itertools, os, pathlib, random, signal, sys, time
-works = []
-{tasks}
-chance = random.Random(0)
-for work, kill in itertools.product(works, range({kills})):
-    child = os.fork()
-    if not child:
-        sys.stderr = open(os.devnull, "w")
-        for number in itertools.count(1000 * kill + 1000):
-            work(str(number))
-    time.sleep(chance.uniform(*{seconds}))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    print("killed", flush=True)
-    sys.stdin.readline()
-"""
 TASKS = {
     "save_pretrained": """
 from transformers_nextflow.utils.atomic_files import saved_whole
@@ -72,7 +58,7 @@ class Trained(AtomicCheckpointMixin):
     args = mock.Mock(save_total_limit=2)
     state = mock.Mock(best_model_checkpoint=None)
 def work(number):
-    run, name = pathlib.Path("rotation"), f"checkpoint-{int(number) % 3 + 1}"
+    run, name = Path("rotation"), f"checkpoint-{int(number) % 3 + 1}"
     shutil.rmtree(run / PARTIAL, ignore_errors=True)
     (run / PARTIAL / name).mkdir(parents=True)
     for part in "abc":
@@ -81,35 +67,48 @@ def work(number):
 """,
 }
 CONVERTER = """
-sys.path[:0] = {paths}
-import torch
-from pathlib import Path
-from tiny import tiny_vq_config
-from transformers_nextflow.conversion.siglip2 import convert_siglip2
-torch.set_num_threads(1)
 def work(number):
     convert_siglip2(Path("source"), Path("target-" + number), tiny_vq_config())
 """
 EXTRACTION = """
-import torch
 from transformers_nextflow.data import extract_codes
-torch.set_num_threads(1)
 def work(number):
     extract_codes("rows.jsonl", "tokenizer", f"codes-{int(number) // 1000 % 4}", shard_size=1, top_k=4)
     time.sleep(60)
 """
 
 
+def kill_children(folder: Path, tasks: list[str], seconds: tuple[float, float], ends: Connection):
+    """Fork children of this process, kill each after so many seconds, and wait until somebody has looked."""
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    chance = random.Random(0)
+    for task in tasks:
+        names = dict(globals())
+        exec(task, names)
+        for kill in range(KILLS):
+            if not (child := os.fork()):
+                sys.stderr = open(os.devnull, "w")
+                # Again and again, with a number that all files of one piece of work hold.
+                for number in itertools.count(1000 * kill + 1000):
+                    names["work"](str(number))
+            time.sleep(chance.uniform(*seconds))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            ends.send("killed")
+            ends.recv()
+
+
 def killed(tasks: dict[str, str], folder: Path, seconds: tuple[float, float]) -> Iterator[str]:
     """Kill processes that do a task, each after so many seconds, and yield the task each time."""
-    code = "".join(f"{task}works.append(work)\n" for task in tasks.values())
-    command = [sys.executable, "-c", PROCESS.format(tasks=code, kills=KILLS, seconds=seconds)]
-    with subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        for task in [name for name in tasks for _ in range(KILLS)]:
-            assert process.stdout.readline() == "killed\n"
-            yield task
-            process.stdin.write("\n")
-            process.stdin.flush()
+    ends, others = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=kill_children, args=(folder, list(tasks.values()), seconds, others))
+    process.start()
+    for task in [name for name in tasks for _ in range(KILLS)]:
+        assert ends.poll(60) and ends.recv() == "killed"
+        yield task
+        ends.send("seen")
+    process.join()
 
 
 def test_after_a_kill_the_old_or_the_new_is_whole(tmp_path):
@@ -132,7 +131,7 @@ def test_after_a_kill_there_is_no_converted_model_or_a_whole_one(tmp_path):
     tower = tiny_vq_config().semantic_config.to_dict()
     SiglipVisionModel(SiglipVisionConfig(**tower)).save_pretrained(tmp_path / "source")
     found = set()
-    for _ in killed({"": CONVERTER.format(paths=[str(Path(__file__).parents[1])])}, tmp_path, (0.05, 0.5)):
+    for _ in killed({"": CONVERTER}, tmp_path, (0.05, 0.5)):
         for target in set(tmp_path.glob("target-????*")) - found:
             if not target.name.endswith(".partial"):
                 NextFlowVQModel.from_pretrained(target)
@@ -152,24 +151,26 @@ def test_after_kills_an_extraction_goes_on_to_the_same_codes(tmp_path):
         assert contents(output) == contents(tmp_path / "expected")
 
 
-COMMAND = """
-import sys
-from transformers_nextflow.cli import main
-sys.argv = ["transformers-nextflow", "extract-codes", "rows.jsonl", "--tokenizer", "tokenizer", "--output", "codes"]
-sys.argv += ["--shard-size", "1"]
-main()
-"""
+def extract_by_command(folder: Path):
+    """`extract-codes` on the command line, with what it says in a file."""
+    os.chdir(folder)
+    os.dup2(os.open("errors.txt", os.O_WRONLY | os.O_CREAT), 2)
+    sys.argv = ["transformers-nextflow", "extract-codes", "rows.jsonl", "--tokenizer", "tokenizer", "--output", "codes"]
+    sys.argv += ["--shard-size", "1"]
+    main()
 
 
 def test_a_request_to_terminate_ends_long_work_in_one_line_that_says_what_is_kept(tmp_path):
     make_source(tmp_path, 400)
-    process = subprocess.Popen([sys.executable, "-c", COMMAND], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = CONTEXT.Process(target=extract_by_command, args=(tmp_path,))
+    process.start()
     while not list(tmp_path.glob("codes/codes-*.json")):
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.05)
     process.terminate()
-    errors = process.communicate()[1]
+    process.join()
+    errors = (tmp_path / "errors.txt").read_text()
     last = errors.strip().splitlines()[-1]
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.exitcode == 128 + signal.SIGTERM
     assert last.startswith("Interrupted. ") and "of 400 shards are kept in codes" in last
     assert "Traceback" not in errors and not [name for name in os.listdir(tmp_path / "codes") if name.startswith(".")]

@@ -36,7 +36,7 @@ from transformers_nextflow.conversion.tokenflow import (
     tokenflow_config,
 )
 from transformers_nextflow.vision_tokenizer.multiscale_quantizer import NextFlowVQQuantizer
-from transformers_nextflow.vision_tokenizer.semantic_decoder import SemanticDecoder
+from transformers_nextflow.vision_tokenizer.semantic_branches import SemanticDecoder
 
 
 DATA = Path(__file__).parents[1] / "fixtures" / "tokenflow"

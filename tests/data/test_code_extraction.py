@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import signal
 import time
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import CONTEXT
 from test_data_format import image, write_lines
 from test_trainer import conversation, text
 from tiny import tiny_model, tiny_processor
@@ -240,8 +240,7 @@ def _slow_extract(folder):
 def test_a_killed_extraction_is_finished_by_the_next_one(tmp_path):
     make_source(tmp_path)
     extract(tmp_path, "expected")
-    # Spawned, not forked: by now this process has threads of pyarrow and BLAS, and a fork may wait for them for ever.
-    process = multiprocessing.get_context("spawn").Process(target=_slow_extract, args=(tmp_path,))
+    process = CONTEXT.Process(target=_slow_extract, args=(tmp_path,))
     process.start()
     deadline = time.monotonic() + 120
     while not (tmp_path / "codes" / "codes-000000.json").exists() and time.monotonic() < deadline:

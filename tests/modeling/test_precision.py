@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from PIL import Image
+from processes import in_two_processes
 from test_trainer import conversation, drawing, make_trainer, rows, text, training_arguments
 from test_vq_trainer import make_images, tiny_vq_model
 from test_vq_trainer import make_trainer as make_vq_trainer
@@ -299,7 +300,7 @@ def test_a_tokenizer_that_is_trained_by_itself_is_sharded_again(tmp_path):
 
 def test_sharding_in_bfloat16_leaves_the_tokenizer_whole_and_its_codes_as_they_are(tmp_path):
     write_images(tmp_path, 24)
-    torch.multiprocessing.spawn(_sharded_codes, args=(free_port(), str(tmp_path)), nprocs=2)
+    in_two_processes(_sharded_codes, free_port(), str(tmp_path))
     (inside, outside, refusal), placed = torch.load(tmp_path / "codes.pt", weights_only=True)
     expected = tiny_model().vq_model.encode(images(24)).image_tokens
     assert torch.equal(inside, expected) and torch.equal(outside, expected)

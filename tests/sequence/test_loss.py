@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from processes import in_two_processes
 from reference_nextflow import ReferenceImage, as_batch, losses, scale_weights
 from test_modeling import LEVELS, ragged_batch, random_image, special_tokens
 from tiny import free_port, tiny_model
@@ -514,7 +515,7 @@ def _sharded_gradients(rank: int, port: int, folder: str):
 
 
 def test_sharded_heads_give_the_same_loss_and_gradients(tmp_path):
-    torch.multiprocessing.spawn(_sharded_gradients, args=(free_port(), str(tmp_path)), nprocs=2)
+    in_two_processes(_sharded_gradients, free_port(), str(tmp_path))
     model = tiny_model()
     _, inputs = ragged_batch(model.config)
     expected = model(**inputs, labels=all_labels(inputs)).loss

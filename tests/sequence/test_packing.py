@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from processes import in_two_processes
 from test_modeling import ATTENTIONS, LAYOUTS, attention
 from test_trainer import codes, conversation, drawing, question, text
 from tiny import free_port, tiny_config, tiny_model, tiny_processor
@@ -271,7 +272,7 @@ def _train_on_one_of_two(rank: int, port: int, folder: str):
 
 
 def test_two_processes_share_the_packs_and_end_with_the_same_weights(tmp_path):
-    torch.multiprocessing.spawn(_train_on_one_of_two, args=(free_port(), str(tmp_path)), nprocs=2)
+    in_two_processes(_train_on_one_of_two, free_port(), str(tmp_path))
     (first, costs), (second, _) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     seen = [number for step in first + second for number in step]
     assert len(first) == len(second) and set(seen) == set(range(30))

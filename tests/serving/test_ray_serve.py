@@ -94,5 +94,5 @@ def test_counts_that_cannot_be_are_refused_before_anything_starts():
     from transformers_nextflow.serving.settings import ServingSettings
 
     with pytest.raises(ValueError, match="max_replicas"):
-        ray_serve.start(ServingSettings(BUNDLED), replicas=3, max_replicas=2)
+        ray_serve.running(ServingSettings(BUNDLED), replicas=3, max_replicas=2).__enter__()
     assert not ray_serve.ray.is_initialized()

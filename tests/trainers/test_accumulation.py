@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import in_two_processes
 from test_packing import Stream, chat
 from test_trainer import codes, conversation, drawing, question, text
 from tiny import free_port, tiny_model, tiny_processor
@@ -330,7 +331,7 @@ def _one_of_two(rank: int, port: int, folder: str):
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(_one_of_two, args=(free_port(), str(folder)), nprocs=2)
+    in_two_processes(_one_of_two, free_port(), str(folder))
     return folder
 
 

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from processes import in_two_processes
 from safetensors.torch import load_file
 from test_grpo import make_trainer as make_grpo_trainer
 from test_trainer import drawing, make_trainer, question, rows, training_arguments
@@ -277,7 +278,7 @@ def _train_on_process(rank: int, port: int, folder: str):
 
 
 def test_what_one_process_computes_ends_the_training_of_all(tmp_path):
-    torch.multiprocessing.spawn(_train_on_process, args=(free_port(), str(tmp_path)), nprocs=2)
+    in_two_processes(_train_on_process, free_port(), str(tmp_path))
     errors = [json.loads((tmp_path / f"error_{rank}.json").read_text()) for rank in range(2)]
     assert errors[0] == errors[1] and errors[0].startswith("Step 2: text_loss is not finite. The last good checkpoint")
     assert checkpoints(tmp_path) == ["checkpoint-1", "error_0.json", "error_1.json"]

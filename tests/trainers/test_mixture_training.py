@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import in_two_processes
 from test_mixture import drawn_rows, text_row, write_codes
 from test_trainer import Killed, training_arguments
 from tiny import free_port, tiny_model, tiny_processor
@@ -118,7 +119,7 @@ def _train_a_share(rank: int, port: int, folder: str):
 
 
 def test_two_processes_read_rows_of_their_own_and_train_the_same_weights(data):
-    torch.multiprocessing.spawn(_train_a_share, args=(free_port(), str(data)), nprocs=2)
+    in_two_processes(_train_a_share, free_port(), str(data))
     (read, weight, logs), (other, same, _) = (torch.load(data / f"{rank}.pt") for rank in (0, 1))
     # The first rows are read by the first process once more, for the record of the training.
     assert not set(read[64:]) & set(other) and len(set(other)) > 8

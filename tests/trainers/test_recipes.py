@@ -10,6 +10,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
+from processes import in_two_processes
 from test_trainer import Killed, codes, conversation, drawing, question, text
 from tiny import free_port, tiny_model, tiny_processor, tiny_vq_config
 from typer.testing import CliRunner
@@ -307,7 +308,7 @@ def _sharded_step(rank: int, port: int, folder: str):
 
 
 def test_a_sharded_step_of_two_processes_is_the_step_of_one(tmp_path):
-    torch.multiprocessing.spawn(_sharded_step, args=(free_port(), str(tmp_path)), nprocs=2)
+    in_two_processes(_sharded_step, free_port(), str(tmp_path))
     weights = torch.load(tmp_path / "weights.pt", weights_only=True)
     model = tiny_model()
     _step(model, _two_drawings())

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from processes import in_two_processes
 from test_mixture import text_row
 from test_precision import image_rows, write_images
 from tiny import free_port, tiny_model, tiny_processor
@@ -71,7 +72,7 @@ def _compare(rank: int, port: int, folder: str):
 
 def test_two_processes_with_parts_of_all_weights_have_the_losses_and_codes_of_one(tmp_path):
     write_images(tmp_path, 6)
-    torch.multiprocessing.spawn(_compare, args=(free_port(), str(tmp_path)), nprocs=2)
+    in_two_processes(_compare, free_port(), str(tmp_path))
     (found, calls), (other, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert calls == STEPS * 2 * len(TOLERANCES)  # the loss stays fused with the heads
     for dtype, tolerance in TOLERANCES.items():

@@ -1,13 +1,14 @@
 """Training of the vision tokenizer: stages, losses, care of the codebook, the adversary, scores and resuming."""
 
 import copy
-import multiprocessing
 import os
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from processes import in_two_processes
 from tiny import tiny_vq_config
 from torch import nn
 
@@ -376,27 +377,21 @@ def test_the_discriminator_learns_to_tell_true_images():
     assert discriminator(real).mean() > 0.5 and discriminator(fake).mean() < -0.5
 
 
-def adversary_of_process(rank: int, count: int, store: str, results):
+def adversary_of_process(rank: int, count: int, folder: Path):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=count)
     torch.manual_seed(rank)
     adversary = Adversary(PatchDiscriminator(4, layers=1), learning_rate=1e-2)
     for step in range(2):
         adversary.loss(make_images(2, seed=10 * step + rank), make_images(2, seed=10 * step + rank + 5))
         adversary.step()
-    results.put((rank, {name: value.numpy() for name, value in adversary.discriminator.state_dict().items()}))
+    torch.save(adversary.discriminator.state_dict(), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_train_one_discriminator_on_all_their_images(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [context.Process(target=adversary_of_process, args=(i, 2, tmp_path / "store", results)) for i in (0, 1)]
-    for process in processes:
-        process.start()
-    weights = dict(results.get(timeout=120) for _ in processes)
-    for process in processes:
-        process.join()
+    in_two_processes(adversary_of_process, 2, tmp_path)
+    weights = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     torch.manual_seed(0)
     adversary = Adversary(PatchDiscriminator(4, layers=1), learning_rate=1e-2)
     for step in range(2):
@@ -404,8 +399,8 @@ def test_two_processes_train_one_discriminator_on_all_their_images(tmp_path):
         adversary.loss(torch.cat(fakes), torch.cat(reals))
         adversary.step()
     for name, value in adversary.discriminator.state_dict().items():
-        assert (weights[0][name] == weights[1][name]).all()
-        torch.testing.assert_close(torch.from_numpy(weights[0][name]), value, atol=1e-4, rtol=0)
+        assert torch.equal(weights[0][name], weights[1][name])
+        torch.testing.assert_close(weights[0][name], value, atol=1e-4, rtol=0)
 
 
 def test_the_adversary_joins_after_its_share_of_the_steps(tmp_path):

@@ -3,12 +3,12 @@
 import argparse
 import copy
 import json
-import multiprocessing
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import CONTEXT
 
 
 pytest.importorskip("trl")
@@ -207,5 +207,5 @@ def peak_of_a_large_tensor() -> int:
 def test_a_step_on_the_prefix_reads_its_codes_alone_and_the_peak_is_seen():
     figures = rl_cost.measure("random", (1, 2, 3, 4), 2, "cpu", torch.float32, batch=2, repeats=1)
     assert figures["codes"] == 5 and figures["seconds"] > 0
-    with multiprocessing.get_context("spawn").Pool(1) as pool:  # here, other tests left memory that can be taken again
+    with CONTEXT.Pool(1) as pool:  # here, other tests left memory that can be taken again
         assert pool.apply(peak_of_a_large_tensor) >= 190_000_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 
 import typer
@@ -38,6 +39,7 @@ def serve(
             model, name, device, dtype, max_batch_size, batch_wait, max_waiting, timeout, max_upload
         )
         load_pipeline(model, device, dtype)  # what is wrong with the folder is told here, not in a replica's log
-        ray_serve.start(settings, host, port, replicas, max_replicas, cpus, gpus, metrics_port)
-        typer.echo(f"{settings.name} answers at http://{host}:{port}/v1; Ctrl-C ends it.")
-        ray_serve.wait()
+        with ray_serve.running(settings, host, port, replicas, max_replicas, cpus, gpus, metrics_port):
+            typer.echo(f"{settings.name} answers at http://{host}:{port}/v1; Ctrl-C ends it.")
+            while True:
+                time.sleep(1)

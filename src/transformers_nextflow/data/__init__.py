@@ -3,7 +3,7 @@
 from ..vision_tokenizer.fingerprint import tokenizer_fingerprint
 from .code_extraction import check_codes, extract_codes
 from .columns import Columns
-from .row_codes import EncodedImage, ImageCodes, code_fields, encoded_images
+from .row_codes import EncodedImage, RowCodes, code_fields, encoded_images
 from .row_errors import BadRowError
 from .rows import Sample, load_image, read_row
 from .sources import open_rows
@@ -15,7 +15,7 @@ __all__ = [
     "BadRowError",
     "Columns",
     "EncodedImage",
-    "ImageCodes",
+    "RowCodes",
     "Sample",
     "ValidationReport",
     "check_codes",

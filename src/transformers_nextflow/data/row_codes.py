@@ -20,7 +20,7 @@ FINGERPRINT = "tokenizer_fingerprint"
 
 
 @dataclass
-class ImageCodes:
+class RowCodes:
     """The codes that a row gives for its images, in the order of the image parts.
 
     Args:
@@ -91,7 +91,7 @@ def code_fields(images: Sequence[EncodedImage], trained: Sequence[bool]) -> dict
     return fields | {CLEAN_TOKENS: clean if any(clean) else None}
 
 
-def read_codes(row: dict, trained: list[bool]) -> ImageCodes | None:
+def read_codes(row: dict, trained: list[bool]) -> RowCodes | None:
     """The codes of a row, with an entry of `trained` for each of its images; `None` if it gives none.
 
     Raises:
@@ -110,7 +110,7 @@ def read_codes(row: dict, trained: list[bool]) -> ImageCodes | None:
     )
     for index, own in enumerate(zip(tokens, labels, clean, trained)):
         _check_fellows(index, *own)
-    return ImageCodes(tokens, labels, clean, grids, trained, fingerprint)
+    return RowCodes(tokens, labels, clean, grids, trained, fingerprint)
 
 
 def read_grids(row: dict, count: int | None = None) -> list[Grid]:

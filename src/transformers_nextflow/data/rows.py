@@ -16,7 +16,7 @@ from ..utils.field_errors import FieldError, shown
 from ..utils.image_files import read_image
 from ..utils.plain_values import as_list
 from ..video_processing_nextflow import read_frames
-from .row_codes import ImageCodes, read_codes
+from .row_codes import RowCodes, read_codes
 from .row_errors import BadImageError, BadRowError
 
 
@@ -41,7 +41,7 @@ class Sample:
     messages: list[dict]
     images: list[Any] = field(default_factory=list)
     fields: list[str] = field(default_factory=list)
-    codes: ImageCodes | None = None
+    codes: RowCodes | None = None
 
     @property
     def trained_images(self) -> list[bool]:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, eager_mask, sdpa_mask
 
-from ..sequence.layout import check_room
+from ..sequence.layout import check_new_positions
 from ..sequence.scale_sdpa import plan_behind
 from ..utils.older_transformers import CACHE
 
@@ -33,7 +33,8 @@ def check_cache(cache: Cache | None, config: PreTrainedConfig):
 class CachedSequences:
     """What rows (R) have read so far, and where each goes on.
 
-    Rows may sit out a reading. The cache grows by its columns all the same; they do not count for those rows.
+    Rows may be masked out of a forward pass. The cache grows by its columns all the same; they do not count for those
+    rows.
 
     Args:
         model: the [`NextFlowModel`] that reads.
@@ -57,17 +58,17 @@ class CachedSequences:
         attention_mask: torch.Tensor | None = None,
         image_tokens: torch.Tensor | None = None,
         image_grids: torch.Tensor | None = None,
-        room: torch.Tensor | None = None,
+        max_new_positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Read prompts (R, L), padded on the left, with whole images; returns hidden states (R, L, D).
 
         Raises:
-            ValueError: if what follows, at most `room` (R,) positions in each row, goes beyond those of the model.
+            ValueError: if what follows, at most `max_new_positions` (R,) in each row, goes beyond those of the model.
         """
         layout = self.model.layout_batch(input_ids, attention_mask, image_tokens=image_tokens, image_grids=image_grids)
         self.position = layout.position_ids[0, :, -1:]
-        if room is not None:
-            check_room(layout, room, self.model.config)
+        if max_new_positions is not None:
+            check_new_positions(layout, max_new_positions, self.model.config)
         self._begin(len(input_ids), attention_mask)
         outputs = self.model(
             input_ids=input_ids,
@@ -104,7 +105,7 @@ class CachedSequences:
             position_ids: (3, C, B, n), scale, row, column: the slots' coordinates behind `<boi>`, from `slot_origins`.
             occupied: (B, n) int64, which slots are an image's own; `None` for all.
             rows: (C, B) int64, ascending: the rows that read each image, as many as guidance compares. The others
-                sit out.
+                are masked out.
 
         Returns:
             Hidden states (C, B, n, D).

@@ -131,9 +131,9 @@ def _read_images(
     )
     asked = [start[end:] for start, end in zip(starts, ends)]
     following = places.new_tensor([len(ids) + count for ids, count in zip(asked, num_answer_tokens)])
-    room = following.new_zeros(len(distinct)).scatter_reduce(0, places, following, "amax")
+    max_new_positions = following.new_zeros(len(distinct)).scatter_reduce(0, places, following, "amax")
     sequences = CachedSequences(model.model)
-    sequences.read(*rows, distinct[:, 2:], distinct[:, :2], room)
+    sequences.read(*rows, distinct[:, 2:], distinct[:, :2], max_new_positions)
     sequences.keep(places)
     return sequences, asked
 

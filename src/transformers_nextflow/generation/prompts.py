@@ -20,14 +20,14 @@ class Prompts:
         attention_mask: (B, L); `None` for all.
         image_tokens: (num_images, N) codes.
         image_grids: (num_images, 2) final grids.
-        room: (B,) int64, how many positions may follow each row; `None` for none.
+        max_new_positions: (B,) int64, how many positions may follow each row; `None` for none.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None = None
     image_tokens: torch.Tensor | None = None
     image_grids: torch.Tensor | None = None
-    room: torch.Tensor | None = None
+    max_new_positions: torch.Tensor | None = None
 
     @classmethod
     def from_inputs(cls, inputs: Mapping[str, torch.Tensor], prefix: str = "") -> Prompts:
@@ -57,10 +57,10 @@ class Prompts:
         rows, places = torch.cat([self.input_ids, self.mask], dim=1).unique(dim=0, return_inverse=True)
         if len(rows) == len(places):
             return self, None
-        room = self.room
-        if room is not None:
-            room = room.new_zeros(len(rows)).scatter_reduce(0, places, room, "amax")
-        return Prompts(*rows.chunk(2, dim=1), room=room), places
+        most = self.max_new_positions
+        if most is not None:
+            most = most.new_zeros(len(rows)).scatter_reduce(0, places, most, "amax")
+        return Prompts(*rows.chunk(2, dim=1), max_new_positions=most), places
 
 
 def join_prompts(parts: Sequence[Prompts]) -> Prompts:
@@ -74,11 +74,12 @@ def join_prompts(parts: Sequence[Prompts]) -> Prompts:
         return torch.cat([nn.functional.pad(value, (length - value.shape[1], 0), value=0) for value in values])
 
     images = [part for part in parts if part.image_grids is not None]
-    rooms = [torch.zeros_like(part.input_ids[:, 0]) if part.room is None else part.room for part in parts]
+    most = [part.max_new_positions for part in parts]
+    most = [torch.zeros_like(part.input_ids[:, 0]) if own is None else own for part, own in zip(parts, most)]
     return Prompts(
         joined("input_ids"),
         joined("mask"),
         pad_codes([row for part in images for row in part.image_tokens]),
         torch.cat([part.image_grids for part in images]) if images else None,
-        torch.cat(rooms),
+        torch.cat(most),
     )

@@ -24,7 +24,7 @@ class SequenceWriter:
             with `<boi>`. Every image of a row is compared with the same ones.
 
     Raises:
-        ValueError: where prompts and what they have room for take more positions than the model has.
+        ValueError: where prompts and what may follow them take more positions than the model has.
 
     Attributes:
         tokens: of each row all ids so far, prompts and the slots of images included.
@@ -44,7 +44,7 @@ class SequenceWriter:
             joined, places = joined.distinct()
         self.sequences = CachedSequences(model.model)
         self._last = self.sequences.read(
-            joined.input_ids, joined.attention_mask, joined.image_tokens, joined.image_grids, joined.room
+            joined.input_ids, joined.attention_mask, joined.image_tokens, joined.image_grids, joined.max_new_positions
         )[:, -1:]
         if places is not None:
             self.sequences.keep(places)

@@ -23,9 +23,9 @@ from ..utils.known_names import check_names, checks_names
 from ..utils.short_repr import short_repr
 from ..utils.typed_values import is_of_type
 from .decoding import of_decoder, of_rows, of_size
-from .outside import texts_of_messages
 from .requests import ImageInput, ImageRequest, pixels_of_size, requested_schedule
 from .showing import video_as_html
+from .trained_on_warnings import texts_of_messages
 
 
 @dataclass
@@ -161,7 +161,7 @@ class ConversationMixin:
         read_last = self.processor.read_last_scale
         texts = [[encode_text(tokenizer, text) for text in script[1:]] for script in scripts]
         # The prompts of videos without a first frame end with its <boi>.
-        room = [
+        max_new_positions = [
             sum(len(text) for text in row) + schedule.num_positions(read_last) * (len(row) + 1 - given) - 1 + given
             for row, schedule in zip(texts, request.schedules)
         ]
@@ -170,7 +170,7 @@ class ConversationMixin:
                 *(Prompts.from_inputs(inputs, prefix) for prefix in ("", "negative_", "unconditional_")),
                 schedules=request.schedules,
                 sampling=sampling,
-                room=room,
+                max_new_positions=max_new_positions,
                 pixel_values=inputs.get("pixel_values"),
             )
             for frame in range(given, len(scripts[0])):

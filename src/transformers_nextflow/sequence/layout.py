@@ -275,9 +275,9 @@ def check_num_positions(count: int, config: PreTrainedConfig):
         )
 
 
-def check_room(layout: SequenceLayout, room: torch.Tensor, config: PreTrainedConfig):
+def check_new_positions(layout: SequenceLayout, max_new_positions: torch.Tensor, config: PreTrainedConfig):
     """Raises `ValueError` if rows and the positions (B,) that follow them take more than the model has."""
-    check_num_positions(int((layout.position_ids[0, :, -1] + room).max()) + 1, config)
+    check_num_positions(int((layout.position_ids[0, :, -1] + max_new_positions).max()) + 1, config)
 
 
 def scale_weights(schedule: ScaleSchedule, alpha: float) -> torch.Tensor:

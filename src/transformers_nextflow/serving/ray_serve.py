@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .settings import ServingSettings
@@ -28,7 +29,8 @@ MOST_REFUSED_AT_ONCE = 256
 SECONDS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
 
 
-def start(
+@contextmanager
+def running(
     settings: ServingSettings,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -37,8 +39,8 @@ def start(
     cpus: float | None = None,
     gpus: float | None = None,
     metrics_port: int | None = None,
-):
-    """Deploy a model on the Ray cluster of `RAY_ADDRESS`, or on one of this machine's own, and wait until it answers.
+) -> Iterator[None]:
+    """A model on the Ray cluster of `RAY_ADDRESS`, or on one of this machine's own, that answers during the block.
 
     Args:
         settings: of each replica.
@@ -56,19 +58,14 @@ def start(
         raise ValueError(f"There is at least 1 replica, and at most max_replicas, got {replicas} and {most}.")
     gpus = float(_wants_gpu(settings)) if gpus is None else gpus
     cpus = 1.0 if gpus else max(1.0, (os.cpu_count() or 1) // most) if cpus is None else cpus
-    if not ray.is_initialized():
-        ray.init(
-            _metrics_export_port=metrics_port, include_dashboard=False, log_to_driver=bool(os.environ.get("DEBUG"))
-        )
-    serve.start(http_options={"host": host, "port": port, "request_timeout_s": 2 * settings.timeout or None})
-    serve.run(deployment(settings, replicas, most, cpus, gpus), name=APPLICATION, route_prefix="/")
-
-
-def wait():
-    """Until Ctrl-C, which ends the server."""
     try:
-        while True:
-            time.sleep(1)
+        if not ray.is_initialized():
+            ray.init(
+                _metrics_export_port=metrics_port, include_dashboard=False, log_to_driver=bool(os.environ.get("DEBUG"))
+            )
+        serve.start(http_options={"host": host, "port": port, "request_timeout_s": 2 * settings.timeout or None})
+        serve.run(deployment(settings, replicas, most, cpus, gpus), name=APPLICATION, route_prefix="/")
+        yield
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 
+from .interrupts import uninterrupted
+
 
 # Files of weights, or their index: all of one name and variant are replaced together, whatever their number.
 WEIGHTS = re.compile(r"(.*?)(?:-\d{5}-of-\d{5})?(\.bin|\.safetensors)(?:\.index(.*)\.json)?")
@@ -139,6 +141,7 @@ def saved_whole(save_pretrained: Callable, replaced: Collection[str] = ()) -> Ca
 
 
 @contextmanager
+@uninterrupted
 def _hidden_folder(path: Path, parent: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{path.name[:60]}.", dir=parent) as folder:
         yield Path(folder)

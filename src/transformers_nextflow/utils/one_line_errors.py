@@ -70,15 +70,6 @@ def tells_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
         raise
 
 
-def end_on_termination():
-    """A request to terminate ends the process as Ctrl-C does: what is written in part is cleared away."""
-    signal.signal(signal.SIGTERM, _terminate)
-
-
-def _terminate(number: int, frame):
-    raise KeyboardInterrupt(number)
-
-
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 128 + (error.args[0] if error.args else signal.SIGINT)

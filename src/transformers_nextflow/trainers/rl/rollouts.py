@@ -148,10 +148,10 @@ def _padded(
     holding = [rollout for rollout, row in zip(rollouts, rows) if processor.eoi_token_id in row]
     codes = [codes.to(device) for rollout in holding for codes in rollout.input_tokens]
     grids = [grid for rollout in holding for grid in rollout.input_grids]
-    room = [rollout.schedule.num_positions(processor.read_last_scale) - 1 for rollout in rollouts]
+    max_new_positions = [rollout.schedule.num_positions(processor.read_last_scale) - 1 for rollout in rollouts]
     return Prompts(
         *padded_rows(rows, processor.tokenizer.pad_token_id, device),
         image_tokens=pad_codes(codes),
         image_grids=torch.tensor(grids, device=device) if grids else None,
-        room=torch.tensor(room, device=device),
+        max_new_positions=torch.tensor(max_new_positions, device=device),
     )

@@ -35,8 +35,6 @@ def reading_reward(model: nn.Module, processor: NextFlowProcessor, ask: Ask, bat
         questions = [list(ask(prompt)) for prompt in prompts]
         rows = [row for row, asked in enumerate(questions) for _ in asked]
         flat = [pair for asked in questions for pair in asked]
-        was_training = model.training
-        model.eval()
         parts = []
         for start in range(0, len(flat), batch_size):
             chosen = slice(start, start + batch_size)
@@ -51,7 +49,6 @@ def reading_reward(model: nn.Module, processor: NextFlowProcessor, ask: Ask, bat
                 list(answers),
             )
             parts.append((scores.text / scores.num_text_tokens).exp())
-        model.train(was_training)
         totals = torch.zeros(len(prompts)).index_add(0, torch.tensor(rows), torch.cat(parts).float().cpu())
         return (totals / torch.tensor([len(asked) for asked in questions])).tolist()
 

@@ -1,4 +1,4 @@
-"""Which implementations of attention a backbone takes: those that know the mask of the scales."""
+"""The attention backends that a backbone takes, and how the slots of a scale see each other in them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,20 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..utils.older_transformers import CACHE
 from .scale_sdpa import SCALE_SDPA
+
+
+class ScaleAttentionMixin:
+    """Makes an attention module of transformers take `both_ways`: its queries see all keys that no mask hides.
+
+    transformers' own `is_causal=False` does the same, but the backbone writes that argument into its config for the
+    time of the call. The config belongs to every call on the model, in other threads too; `both_ways` reaches the
+    attention without touching it.
+    """
+
+    def forward(self, *args, both_ways: bool = False, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if both_ways:
+            kwargs["is_causal"] = False
+        return super().forward(*args, **kwargs)
 
 
 class ScaleMaskedMixin:

@@ -1,15 +1,47 @@
-"""The semantic decoder: latents of the semantic codes to the teacher's features."""
+"""The semantic encoder, any vision model of transformers with patches, and the decoder to the teacher's features."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import SiglipVisionConfig
+from transformers import PreTrainedConfig, SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from ..configuration_nextflow import NextFlowVQConfig
 from ..scale_schedule import Grid
+from ..utils.offloading import onloaded
+from .resampling import resample
+
+
+def read_semantics(
+    encoder: nn.Module, config: NextFlowVQConfig, pixel_values: torch.Tensor, grid: Grid
+) -> torch.Tensor:
+    """Features (B, h, w, D) of images (B, 3, H, W) in [-1, 1] on the grid, of the layer `config.semantic_layer`."""
+    tower, layer = config.semantic_config, config.semantic_layer
+    if config.image_size is None:
+        pixel_values = resample(pixel_values, (grid[0] * tower.patch_size, grid[1] * tower.patch_size), "bicubic")
+    # transformers' vision models read some weights, such as those of positions, without calling what holds them.
+    with onloaded(encoder.modules()):
+        outputs = encoder(**_inputs_of(tower, pixel_values, grid), output_hidden_states=layer != -1)
+    features = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
+    if layer == -1 and tower.model_type == "clip_vision_model":
+        # transformers gives CLIP's closing norm to the class token only.
+        features = encoder.post_layernorm(features)
+    # Encoders with a class token put it first.
+    return features[:, -grid[0] * grid[1] :].unflatten(1, grid)
+
+
+def _inputs_of(tower: PreTrainedConfig, pixel_values: torch.Tensor, grid: Grid) -> dict:
+    """How a vision model of transformers takes images of any size."""
+    if not tower.model_type.startswith("siglip2"):
+        return {"pixel_values": pixel_values, "interpolate_pos_encoding": True}
+    # NaFlex reads a list of patches, each with its channels last, and the shape of the grid beside it.
+    patches = pixel_values.unfold(2, tower.patch_size, tower.patch_size).unfold(3, tower.patch_size, tower.patch_size)
+    patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+    shapes = torch.tensor([grid] * len(patches), device=patches.device)
+    mask = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
+    return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
 class SemanticDecoder(nn.Module):

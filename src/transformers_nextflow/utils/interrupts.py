@@ -1,0 +1,48 @@
+"""Ctrl-C and requests to terminate, as an exception that is neither lost nor leaves something behind."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import weakref
+from collections.abc import Callable
+from types import CodeType, FrameType
+from typing import TypeVar
+
+
+Function = TypeVar("Function", bound=Callable)
+
+# Seconds until a request that came at the wrong moment comes again.
+LATER = 0.01
+_UNINTERRUPTED: set[CodeType] = set()
+
+
+def uninterrupted(function: Function) -> Function:
+    """A function that runs to its end before a request takes effect; of a generator only its own lines do."""
+    _UNINTERRUPTED.add(function.__code__)
+    return function
+
+
+def end_on_termination():
+    """Ctrl-C and SIGTERM end the process by `KeyboardInterrupt`, which holds the signal's number."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None):
+    if _must_wait(frame):
+        again = threading.Timer(LATER, signal.raise_signal, [number])
+        again.daemon = True
+        again.start()
+        return
+    raise KeyboardInterrupt(number)
+
+
+def _must_wait(frame: FrameType | None) -> bool:
+    """Whether an exception would be lost, as Python drops those of finalizers, or would come amid clearing up."""
+    while frame is not None:
+        code = frame.f_code
+        if code in _UNINTERRUPTED or code.co_name == "__del__" or code.co_filename == weakref.__file__:
+            return True
+        frame = frame.f_back
+    return False
