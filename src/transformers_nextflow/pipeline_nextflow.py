@@ -21,6 +21,7 @@ from .generation.region_editing import KeptRegion
 from .generation.sampling import ImageSampling, PerScale, check_generators
 from .image_processing_nextflow import OUTPUT_TYPES
 from .modeling_nextflow import NextFlowForConditionalGeneration
+from .pipelines.auto_pipelines import AutoPipelinesMixin
 from .pipelines.callbacks import take_changes
 from .pipelines.concurrent_calls import PipelineCallsMixin
 from .pipelines.conversations import ConversationMixin
@@ -44,11 +45,6 @@ from .utils.typed_values import check_types, is_of_type
 
 try:
     from diffusers import DiffusionPipeline, PipelineQuantizationConfig
-    from diffusers.pipelines.auto_pipeline import (
-        AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
-        AUTO_INPAINT_PIPELINES_MAPPING,
-        AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
-    )
 
     from .diffusion_decoder import NextFlowDiffusionDecoder
     from .pipelines.outputs import Images, NextFlowPipelineOutput
@@ -108,6 +104,7 @@ def _checked_scores(scores: Sequence[float] | torch.Tensor, count: int) -> torch
 
 
 class NextFlowPipeline(
+    AutoPipelinesMixin,
     FinishedImagesMixin,
     ConversationMixin,
     DecodingMixin,
@@ -580,13 +577,3 @@ class NextFlowPipeline(
             ),
         }
         return {name: make[name]() for name in names}
-
-
-# `AutoPipelineForText2Image.from_pipe(pipe)`, …Image2Image and …Inpainting find the one class that does all three. By
-# `from_pretrained` they find only classes of diffusers itself.
-for _pipelines in (
-    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
-    AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
-    AUTO_INPAINT_PIPELINES_MAPPING,
-):
-    _pipelines["nextflow"] = NextFlowPipeline

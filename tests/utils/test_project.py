@@ -117,3 +117,9 @@ def test_any_prompt_reaches_the_demo_unchanged(prompt, tmp_path):
         installed.touch()
     subprocess.run(["make", "demo", f"VENV={tmp_path}", f"PROMPT={prompt}"], cwd=ROOT, check=True, capture_output=True)
     assert Path(f"{command}.prompt").read_text() == prompt
+
+
+def test_the_pipeline_imports_no_table_of_all_pipelines_and_warns_of_nothing():
+    code = "import sys\nfrom transformers_nextflow import NextFlowPipeline\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "diffusers.pipelines.auto_pipeline" not in done.stdout.split() and not done.stderr

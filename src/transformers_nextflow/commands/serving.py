@@ -21,7 +21,7 @@ def serve(
     cpus: Annotated[float | None, typer.Option(help="Of a replica; default: this machine's, shared out.")] = None,
     gpus: Annotated[float | None, typer.Option(help="Of a replica, as 0.5; default: one where the device is.")] = None,
     max_batch_size: Annotated[int, typer.Option(min=1, help="Images that are drawn in one batch.")] = 16,
-    batch_wait: Annotated[float, typer.Option(min=0, help="Seconds that an idle replica waits for more.")] = 0.01,
+    batch_wait: Annotated[float, typer.Option(min=0, help="Seconds that an idle replica waits for more.")] = 0.05,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests at most that a replica accepts at once.")] = 64,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 300.0,
     max_upload: Annotated[int, typer.Option(min=1, help="Bytes of a request at most.")] = 32 * 2**20,

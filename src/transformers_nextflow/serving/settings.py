@@ -30,7 +30,7 @@ class ServingSettings:
     device: str | None = None
     dtype: str = "auto"
     max_batch_size: int = 16
-    batch_wait: float = 0.01
+    batch_wait: float = 0.05
     max_waiting: int = 64
     timeout: float = 300.0
     max_upload: int = 32 * 2**20
