@@ -98,6 +98,28 @@ def test_requests_of_one_batch_are_answered_as_each_is_alone(pipe):
     asyncio.run(batch())
 
 
+def test_a_request_that_the_pipeline_fails_at_leaves_the_others_of_its_batch(pipe, monkeypatch):
+    draw = Worker._draw
+
+    def fails_at_seven(self, jobs):
+        if any(job.seeds == [7] for job in jobs):
+            raise ValueError("seven")
+        draw(self, jobs)
+
+    monkeypatch.setattr(Worker, "_draw", fails_at_seven)
+
+    async def batch():
+        jobs = [ImageJob(prompt="a red circle", seeds=[seed]) for seed in (6, 7, 8)]
+        await Worker(pipe, ServingSettings(BUNDLED)).run(jobs)
+        await asyncio.sleep(0)
+        first, (error,), last = map(answers_of, jobs)
+        assert str(error) == "seven"
+        for (image, end), seed in ((first, 6), (last, 8)):
+            assert end is END and png(image.image) == png(pipe("a red circle", generator=seeded(seed)).images[0])
+
+    asyncio.run(batch())
+
+
 def test_a_request_without_a_seed_has_one_of_its_own_that_draws_it_again(client):
     first = client.post(IMAGES, json={"prompt": "a red circle", "temperature": 2.0}).json()["data"][0]
     again = client.post(IMAGES, json={"prompt": "a red circle", "temperature": 2.0, "seed": first["seed"]}).json()
@@ -127,11 +149,15 @@ def test_an_edit_of_the_server_is_the_pipelines(client, pipe):
     region.paste(255, (0, 0, 32, 64))
     transparent = image.convert("RGBA")
     transparent.putalpha(region.point(lambda light: 255 - light))
-    fields = {"prompt": "a blue square", "seed": "7", "paste_back": "true"}
+    fields = {"prompt": "make the red circle blue", "seed": "7", "paste_back": "true"}
     files = {"image": ("image.png", png(image)), "mask": ("mask.png", png(transparent))}
     answer = client.post(EDITS, data=fields, files=files).json()
-    own = pipe("a blue square", image=image, mask_image=region, paste_back=True, generator=seeded(7)).images[0]
+    prompt, options = "make the red circle blue", {"image": image, "paste_back": True}
+    own = pipe(prompt, mask_image=region, generator=seeded(7), **options).images[0]
     assert decoded(answer["data"][0]) == png(own)
+    # The circle lies inside of the region.
+    opposite = region.point(lambda light: 255 - light)
+    assert png(own) != png(pipe(prompt, mask_image=opposite, generator=seeded(7), **options).images[0])
     unmasked = client.post(EDITS, data={"prompt": "make it blue", "seed": 7}, files=[("image[]", png(image))]).json()
     assert decoded(unmasked["data"][0]) == png(pipe("make it blue", image=image, generator=seeded(7)).images[0])
 
