@@ -25,7 +25,7 @@ from backbone import CHECKPOINT, RESULTS, random_config, with_sides
 from tqdm import tqdm
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
-from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowImageProcessorPil, NextFlowProcessor
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowImageProcessor, NextFlowProcessor
 from transformers_nextflow.evaluation.results import write_result
 from transformers_nextflow.trainers import (
     NextFlowCollator,
@@ -46,7 +46,7 @@ def make_model(read_last_scale: bool) -> tuple[NextFlowForConditionalGeneration,
     config = with_sides(random_config(), SIDES, LEVEL_SIDES)
     config.text_config.num_hidden_layers, config.text_config.layer_types = 2, ["full_attention"] * 2
     config.read_last_scale = read_last_scale
-    image_processor = NextFlowImageProcessorPil(SIDES, config.vq_config.patch_size, config.vq_config.levels)
+    image_processor = NextFlowImageProcessor(SIDES, config.vq_config.patch_size, config.vq_config.levels)
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     processor = NextFlowProcessor(image_processor, tokenizer, read_last_scale=read_last_scale)
     for name in ("boi_token_id", "eoi_token_id", "image_token_id"):

@@ -36,7 +36,7 @@ from transformers import Qwen2_5_VLTextConfig
 from transformers_nextflow import (
     NextFlowConfig,
     NextFlowForConditionalGeneration,
-    NextFlowImageProcessorPil,
+    NextFlowImageProcessor,
     NextFlowProcessor,
     NextFlowVQConfig,
 )
@@ -67,7 +67,7 @@ PATIENCE = 3600
 def make_start(size: dict, folder: Path):
     """A model with random weights, and its processor."""
     tokenizer = train_tokenizer([" ".join(WORDS)], vocab_size=512)
-    processor = NextFlowProcessor(NextFlowImageProcessorPil(SQUARE_SIDES, 16, LEVELS), tokenizer)
+    processor = NextFlowProcessor(NextFlowImageProcessor(SQUARE_SIDES, 16, LEVELS), tokenizer)
     tower = PRESETS["tiny"]
     vq_config = NextFlowVQConfig(
         semantic_config={

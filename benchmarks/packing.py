@@ -26,7 +26,7 @@ from backbone import CHECKPOINT, RESULTS, random_config, with_sides
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowImageProcessorPil, NextFlowProcessor
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowImageProcessor, NextFlowProcessor
 from transformers_nextflow.evaluation.results import write_result
 from transformers_nextflow.sequence.scale_sdpa import SCALE_SDPA
 from transformers_nextflow.trainers import CostModel, NextFlowCollator, PackedDataset
@@ -47,7 +47,7 @@ def make_model() -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor]:
     """The random model on a schedule of two levels, and a processor that fits."""
     config = with_sides(random_config(), SIDES, LEVEL_SIDES)
     config.text_config.num_hidden_layers, config.text_config.layer_types = LAYERS, ["full_attention"] * LAYERS
-    image_processor = NextFlowImageProcessorPil(SIDES, config.vq_config.patch_size, config.vq_config.levels)
+    image_processor = NextFlowImageProcessor(SIDES, config.vq_config.patch_size, config.vq_config.levels)
     processor = NextFlowProcessor(image_processor, AutoTokenizer.from_pretrained(CHECKPOINT))
     for name in ("boi_token_id", "eoi_token_id", "image_token_id"):
         setattr(config, name, getattr(processor, name))

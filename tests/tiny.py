@@ -7,7 +7,7 @@ import torch
 from transformers_nextflow import (
     NextFlowConfig,
     NextFlowForConditionalGeneration,
-    NextFlowImageProcessorPil,
+    NextFlowImageProcessor,
     NextFlowProcessor,
     NextFlowVQConfig,
 )
@@ -23,7 +23,7 @@ def tiny_tokenizer():
 
 
 def tiny_processor(scales=SCALES, patch_size=PATCH_SIZE, levels=None, read_last_scale=False) -> NextFlowProcessor:
-    image_processor = NextFlowImageProcessorPil(scales=scales, patch_size=patch_size, levels=levels)
+    image_processor = NextFlowImageProcessor(scales=scales, patch_size=patch_size, levels=levels)
     return NextFlowProcessor(image_processor, tiny_tokenizer(), read_last_scale=read_last_scale)
 
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers_nextflow import (
     OneCatConfig,
     OneCatForConditionalGeneration,
-    OneCatImageProcessorPil,
+    OneCatImageProcessor,
     OneCatProcessor,
 )
 
@@ -33,7 +33,7 @@ def tiny_onecat_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_onecat_processor(levels=LEVELS) -> OneCatProcessor:
-    return OneCatProcessor(OneCatImageProcessorPil(levels=levels), tiny_onecat_tokenizer())
+    return OneCatProcessor(OneCatImageProcessor(levels=levels), tiny_onecat_tokenizer())
 
 
 def tiny_onecat_config(text_config=None, vq_config=None, **kwargs) -> OneCatConfig:

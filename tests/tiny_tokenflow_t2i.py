@@ -5,7 +5,7 @@ from tiny import PATCH_SIZE, SCALES, tiny_tokenizer, tiny_vq_config
 from tokenizers.processors import TemplateProcessing
 
 from transformers_nextflow import (
-    NextFlowImageProcessorPil,
+    NextFlowImageProcessor,
     NextFlowVQConfig,
     TokenFlowT2IConfig,
     TokenFlowT2IForConditionalGeneration,
@@ -24,7 +24,7 @@ def tiny_t2i_tokenizer():
 
 
 def tiny_t2i_processor() -> TokenFlowT2IProcessor:
-    image_processor = NextFlowImageProcessorPil(scales=SCALES, patch_size=PATCH_SIZE)
+    image_processor = NextFlowImageProcessor(scales=SCALES, patch_size=PATCH_SIZE)
     return TokenFlowT2IProcessor(image_processor, tiny_t2i_tokenizer())
 
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers_nextflow import (
     NextFlowConfig,
     NextFlowForConditionalGeneration,
-    NextFlowImageProcessorPil,
+    NextFlowImageProcessor,
     NextFlowProcessor,
     NextFlowVQModel,
     SelfCorrection,
@@ -172,7 +172,7 @@ def write_start(tokenizer: str, size: Size, world: World, output: Path, count: i
     vq_model = NextFlowVQModel.from_pretrained(tokenizer, dtype=torch.float32)
     config = vq_model.config
     processor = NextFlowProcessor(
-        NextFlowImageProcessorPil(scales=list(config.scales), patch_size=config.patch_size, levels=config.levels),
+        NextFlowImageProcessor(scales=list(config.scales), patch_size=config.patch_size, levels=config.levels),
         text_tokenizer(world, size, count),
         think_prefix=THINK_PREFIX,
         caption_request=CAPTION_REQUEST,

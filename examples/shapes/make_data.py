@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 
-from transformers_nextflow import NextFlowImageProcessorPil, NextFlowProcessor, NextFlowVQModel, SelfCorrection
+from transformers_nextflow import NextFlowImageProcessor, NextFlowProcessor, NextFlowVQModel, SelfCorrection
 from transformers_nextflow.data import EncodedImage, code_fields, encoded_images
 from transformers_nextflow.tokenization_nextflow import THINK_PREFIX, train_tokenizer
 from transformers_nextflow.worlds.shapes import (
@@ -137,7 +137,7 @@ def make_processor(
 ) -> NextFlowProcessor:
     """The processor of a tokenizer; with the text tokenizer of the processor in folder `tokenizer_of`, or a new one."""
     config = vq_model.config
-    image_processor = NextFlowImageProcessorPil(
+    image_processor = NextFlowImageProcessor(
         scales=list(config.scales), patch_size=config.patch_size, levels=config.levels
     )
     if tokenizer_of is not None:

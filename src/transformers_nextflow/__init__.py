@@ -21,12 +21,12 @@ from .generation.image_codes import ImageGenerationOutput, ScaleState
 from .generation.interleaved import InterleavedGenerationOutput, InterleavedStreamer, Segment
 from .generation.region_editing import KeptRegion
 from .generation.sampling import ImageSampling
-from .image_processing_nextflow import NextFlowImageProcessorPil
+from .image_processing_nextflow import NextFlowImageProcessor
 from .modeling_nextflow import NextFlowForConditionalGeneration, NextFlowModel
 from .modeling_nextflow_vq import NextFlowVQModel
 from .onecat.configuration_onecat import BitwiseVQConfig, OneCatConfig
 from .onecat.generation_onecat import BitwiseEditingSampling, BitwiseImageSampling
-from .onecat.image_processing_onecat import OneCatImageProcessorPil
+from .onecat.image_processing_onecat import OneCatImageProcessor
 from .onecat.modeling_bitwise_vq import BitwiseVQModel
 from .onecat.modeling_onecat import OneCatForConditionalGeneration
 from .onecat.processing_onecat import OneCatProcessor
@@ -57,14 +57,14 @@ __all__ = [
     "ImageSampling",
     "NextFlowConfig",
     "NextFlowForConditionalGeneration",
-    "NextFlowImageProcessorPil",
+    "NextFlowImageProcessor",
     "NextFlowModel",
     "NextFlowProcessor",
     "NextFlowVQConfig",
     "NextFlowVQModel",
     "OneCatConfig",
     "OneCatForConditionalGeneration",
-    "OneCatImageProcessorPil",
+    "OneCatImageProcessor",
     "OneCatProcessor",
     "RefinedImageSampling",
     "ScaleSchedule",
@@ -87,15 +87,11 @@ AutoModelForCausalLM.register(NextFlowConfig, NextFlowForConditionalGeneration, 
 AutoModelForImageTextToText.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
 AutoModelForMultimodalLM.register(NextFlowConfig, NextFlowForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(NextFlowConfig, NextFlowProcessor, exist_ok=True)
-AutoImageProcessor.register(NextFlowConfig, image_processor_classes={"pil": NextFlowImageProcessorPil}, exist_ok=True)
 
 AutoConfig.register("tokenflow_t2i", TokenFlowT2IConfig, exist_ok=True)
 AutoModel.register(TokenFlowT2IConfig, TokenFlowT2IForConditionalGeneration, exist_ok=True)
 AutoModelForMultimodalLM.register(TokenFlowT2IConfig, TokenFlowT2IForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(TokenFlowT2IConfig, TokenFlowT2IProcessor, exist_ok=True)
-AutoImageProcessor.register(
-    TokenFlowT2IConfig, image_processor_classes={"pil": NextFlowImageProcessorPil}, exist_ok=True
-)
 
 AutoConfig.register("onecat", OneCatConfig, exist_ok=True)
 AutoConfig.register("bitwise_vq", BitwiseVQConfig, exist_ok=True)
@@ -104,7 +100,15 @@ AutoModel.register(BitwiseVQConfig, BitwiseVQModel, exist_ok=True)
 AutoModelForImageTextToText.register(OneCatConfig, OneCatForConditionalGeneration, exist_ok=True)
 AutoModelForMultimodalLM.register(OneCatConfig, OneCatForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(OneCatConfig, OneCatProcessor, exist_ok=True)
-AutoImageProcessor.register(OneCatConfig, image_processor_classes={"pil": OneCatImageProcessorPil}, exist_ok=True)
+
+# PIL's are those of torchvision's backend too: the codes of an image must not depend on which packages there are.
+for _config, _image_processor in (
+    (NextFlowConfig, NextFlowImageProcessor),
+    (TokenFlowT2IConfig, NextFlowImageProcessor),
+    (OneCatConfig, OneCatImageProcessor),
+):
+    _backends = dict.fromkeys(("pil", "torchvision"), _image_processor)
+    AutoImageProcessor.register(_config, image_processor_classes=_backends, exist_ok=True)
 
 
 def __getattr__(name: str):

@@ -47,7 +47,7 @@ class NextFlowImageProcessorKwargs(TypedDict, total=False):
     return_tensors: str | None
 
 
-class NextFlowImageProcessorPil(PilBackend):
+class NextFlowImageProcessor(PilBackend):
     r"""Brings images to the sizes that the scale schedules draw, and to values in [-1, 1].
 
     Each image goes to the schedule whose aspect ratio is nearest: it is resized until it covers that size and the

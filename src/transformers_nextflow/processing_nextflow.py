@@ -65,7 +65,7 @@ class NextFlowProcessor(DrawingInputsMixin, ProcessorMixin):
     r"""Tokenizer, image processor and chat template in one.
 
     Args:
-        image_processor ([`NextFlowImageProcessorPil`]): brings images to the sizes of the scale schedules.
+        image_processor ([`NextFlowImageProcessor`]): brings images to the sizes of the scale schedules.
         tokenizer: any tokenizer with `<|im_start|>` and `<|im_end|>`; one without `<boi>`, `<eoi>` or `<|image_pad|>`
             (Qwen2.5-VL's) is given them.
         chat_template: Jinja; default: Qwen's format without a system message.
@@ -104,7 +104,7 @@ class NextFlowProcessor(DrawingInputsMixin, ProcessorMixin):
             text: one text or a list. Each `<|image_pad|>` in it stands for one image and becomes `<boi>`, as many
                 `<|image_pad|>` as the image has slots (paper, figure 5), `<eoi>`.
             images: the images in order of appearance, flat or as one list per text; see
-                [`NextFlowImageProcessorPil`].
+                [`NextFlowImageProcessor`].
 
         Returns:
             `input_ids` and `attention_mask` (batch, length), `pixel_values` (num_images, 3, height, width) and

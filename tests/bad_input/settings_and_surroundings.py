@@ -15,7 +15,7 @@ from tiny import tiny_config, tiny_tokenizer, tiny_vq_config
 from words_and_calls import BOUNDS, CALLS, _outside, _seeded, user
 
 from transformers_nextflow import (
-    NextFlowImageProcessorPil,
+    NextFlowImageProcessor,
     NextFlowPipeline,
     NextFlowProcessor,
     cli,
@@ -83,14 +83,14 @@ CALL_CASES = [
     _case(
         CALLS, "a pipeline of a tokenizer", lambda p: NextFlowPipeline(p.pipe.model, tiny_tokenizer()), "processor",
     ),
-    _case(CALLS, "scales: 5", lambda p: NextFlowImageProcessorPil(scales=5), "scales", "5"),
-    _case(CALLS, "scales: '12'", lambda p: NextFlowImageProcessorPil(scales="12"), "scales", "'12'"),
-    _case(CALLS, "scales of fractions", lambda p: NextFlowImageProcessorPil(scales=[1, 2.5]), "scales", "2.5"),
-    _case(CALLS, "patch_size='4'", lambda p: NextFlowImageProcessorPil(patch_size="4"), "patch_size", "'4'"),
-    _case(CALLS, "levels without scales", lambda p: NextFlowImageProcessorPil(levels=[[256]]), "levels", "256"),
+    _case(CALLS, "scales: 5", lambda p: NextFlowImageProcessor(scales=5), "scales", "5"),
+    _case(CALLS, "scales: '12'", lambda p: NextFlowImageProcessor(scales="12"), "scales", "'12'"),
+    _case(CALLS, "scales of fractions", lambda p: NextFlowImageProcessor(scales=[1, 2.5]), "scales", "2.5"),
+    _case(CALLS, "patch_size='4'", lambda p: NextFlowImageProcessor(patch_size="4"), "patch_size", "'4'"),
+    _case(CALLS, "levels without scales", lambda p: NextFlowImageProcessor(levels=[[256]]), "levels", "256"),
     _case(
         CALLS, "think_prefix=5",
-        lambda p: NextFlowProcessor(NextFlowImageProcessorPil(), tiny_tokenizer(), think_prefix=5), "think_prefix", "5",
+        lambda p: NextFlowProcessor(NextFlowImageProcessor(), tiny_tokenizer(), think_prefix=5), "think_prefix", "5",
     ),
 ]  # fmt: skip
 

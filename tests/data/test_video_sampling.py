@@ -6,7 +6,7 @@ from PIL import Image
 from test_trainer import conversation, text
 from tiny import tiny_processor
 
-from transformers_nextflow import NextFlowImageProcessorPil
+from transformers_nextflow import NextFlowImageProcessor
 from transformers_nextflow.data import read_row
 from transformers_nextflow.scale_schedule import SQUARE_SIDES, most_frames
 from transformers_nextflow.trainers import NextFlowCollator
@@ -41,7 +41,7 @@ def test_frames_are_two_seconds_apart_or_spread_evenly_over_a_longer_video():
 
 def test_the_paper_says_how_many_frames_a_level_takes():
     assert [most_frames(level) for level in (1024, 512, 256, 16)] == [3, 5, 20, 20]
-    processor = NextFlowImageProcessorPil(SQUARE_SIDES, 16, LEVELS)
+    processor = NextFlowImageProcessor(SQUARE_SIDES, 16, LEVELS)
     assert processor.max_frames == 3
     processor.level = 512
     assert processor.max_frames == 5

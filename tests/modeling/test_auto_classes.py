@@ -1,5 +1,6 @@
 """transformers' Auto classes in a fresh process after `import transformers_nextflow`, and its pipeline."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -9,10 +10,12 @@ import pytest
 from PIL import Image
 from tiny import tiny_model, tiny_processor
 from transformers import pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import transformers_nextflow
 
 
+ROOT = Path(__file__).parents[2]
 LOAD = """
 import sys
 import transformers, transformers_nextflow
@@ -26,7 +29,7 @@ EXPECTED = [
     ("AutoModelForImageTextToText", "", "NextFlowForConditionalGeneration"),
     ("AutoModelForMultimodalLM", "", "NextFlowForConditionalGeneration"),
     ("AutoProcessor", "", "NextFlowProcessor"),
-    ("AutoImageProcessor", "", "NextFlowImageProcessorPil"),
+    ("AutoImageProcessor", "", "NextFlowImageProcessor"),
     ("AutoConfig", "vq_model", "NextFlowVQConfig"),
     ("AutoModel", "vq_model", "NextFlowVQModel"),
 ]
@@ -49,6 +52,13 @@ def test_auto_classes_load_a_checkpoint_in_a_fresh_process(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [loaded for _, _, loaded in EXPECTED]
+
+
+@pytest.mark.parametrize("backend", ["pil", "torchvision"])
+def test_the_image_processor_is_one_for_all_backends_and_loads_without_a_warning(backend, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    processor = AutoImageProcessor.from_pretrained(ROOT / "checkpoints" / "nextflow-shapes", backend=backend)
+    assert type(processor) is transformers_nextflow.NextFlowImageProcessor and not caplog.records
 
 
 @pytest.mark.parametrize("read_last_scale", [False, True])

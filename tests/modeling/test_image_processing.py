@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it without torchvision
 
 import transformers_nextflow  # noqa: F401  (registers the Auto classes)
-from transformers_nextflow.image_processing_nextflow import NextFlowImageProcessorPil
+from transformers_nextflow.image_processing_nextflow import NextFlowImageProcessor
 
 
 SIDES = (1, 1, 2, 2, 4, 8)
@@ -17,7 +17,7 @@ SIDES = (1, 1, 2, 2, 4, 8)
 
 @pytest.fixture
 def processor():
-    return NextFlowImageProcessorPil(scales=SIDES, patch_size=8)
+    return NextFlowImageProcessor(scales=SIDES, patch_size=8)
 
 
 def noise(height=64, width=64, channels=3):
@@ -291,7 +291,7 @@ def test_without_conversion_only_rgb_is_taken(processor):
 
 
 def test_the_level_is_the_nearest_in_area_or_the_one_asked_for():
-    processor = NextFlowImageProcessorPil(scales=(1, 2, 4, 8), patch_size=8, levels=[[32, 3], [64, 4]])
+    processor = NextFlowImageProcessor(scales=(1, 2, 4, 8), patch_size=8, levels=[[32, 3], [64, 4]])
     small, large = Image.new("RGB", (30, 30)), Image.new("RGB", (500, 500))
     assert processor([small, large])["image_grids"].tolist() == [[4, 4], [8, 8]]
     assert processor([small, large], level=32)["image_grids"].tolist() == [[4, 4], [4, 4]]
@@ -300,7 +300,7 @@ def test_the_level_is_the_nearest_in_area_or_the_one_asked_for():
 
 
 def test_arguments_of_a_call_win_over_the_processors_own():
-    processor = NextFlowImageProcessorPil(scales=SIDES, patch_size=8, do_normalize=False)
+    processor = NextFlowImageProcessor(scales=SIDES, patch_size=8, do_normalize=False)
     white = Image.new("RGB", (64, 64), "white")
     assert processor(white)["pixel_values"].max() == 1
     assert processor(white, do_rescale=False)["pixel_values"].max() == 255
@@ -315,15 +315,15 @@ def test_sizes_are_the_schedules_matter(processor):
 
 def test_scales_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="start at 1"):
-        NextFlowImageProcessorPil(scales=(2, 4))
+        NextFlowImageProcessor(scales=(2, 4))
 
 
 def test_it_is_saved_and_loaded(tmp_path):
     levels = [[32, 5], [64, 6]]
-    processor = NextFlowImageProcessorPil(scales=SIDES, patch_size=8, levels=levels, level=64)
+    processor = NextFlowImageProcessor(scales=SIDES, patch_size=8, levels=levels, level=64)
     processor.save_pretrained(tmp_path)
-    for loaded in (NextFlowImageProcessorPil.from_pretrained(tmp_path), AutoImageProcessor.from_pretrained(tmp_path)):
-        assert type(loaded) is NextFlowImageProcessorPil
+    for loaded in (NextFlowImageProcessor.from_pretrained(tmp_path), AutoImageProcessor.from_pretrained(tmp_path)):
+        assert type(loaded) is NextFlowImageProcessor
         assert loaded.to_dict() == processor.to_dict()
         assert loaded.scale_schedules == processor.scale_schedules
-    assert NextFlowImageProcessorPil.from_pretrained(tmp_path, level=32).level == 32
+    assert NextFlowImageProcessor.from_pretrained(tmp_path, level=32).level == 32

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 import transformers_nextflow  # noqa: F401  (registers the Auto classes)
-from transformers_nextflow.image_processing_nextflow import NextFlowImageProcessorPil
+from transformers_nextflow.image_processing_nextflow import NextFlowImageProcessor
 from transformers_nextflow.processing_nextflow import NextFlowProcessor
 from transformers_nextflow.sequence.chat_encoding import encode_chats, encode_text
 from transformers_nextflow.tokenization_nextflow import CHAT_TEMPLATE, add_image_tokens, train_tokenizer
@@ -26,7 +26,7 @@ def make_tokenizer():
 
 
 def make_processor(**kwargs):
-    image_processor = NextFlowImageProcessorPil(scales=(1, 1, 2, 2, 4, 8), patch_size=8)
+    image_processor = NextFlowImageProcessor(scales=(1, 1, 2, 2, 4, 8), patch_size=8)
     return NextFlowProcessor(image_processor, make_tokenizer(), **kwargs)
 
 
@@ -375,7 +375,7 @@ def test_it_is_saved_and_loaded(tmp_path):
 
 
 def test_it_works_with_a_foreign_tokenizer():
-    image_processor = NextFlowImageProcessorPil(scales=(1, 1, 2, 2, 4, 8), patch_size=8)
+    image_processor = NextFlowImageProcessor(scales=(1, 1, 2, 2, 4, 8), patch_size=8)
     processor = NextFlowProcessor(image_processor, make_foreign_tokenizer())
     ids = processor(text="<|image_pad|>", images=SQUARE)["input_ids"][0]
     assert (ids[0], ids[-1]) == (processor.boi_token_id, processor.eoi_token_id)

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny import CAPTIONS, tiny_processor, tiny_tokenizer
 from tiny_tokenflow_t2i import tiny_t2i_processor
 
-from transformers_nextflow import NextFlowImageProcessorPil, NextFlowProcessor
+from transformers_nextflow import NextFlowImageProcessor, NextFlowProcessor
 
 
 PLACEHOLDER = "<|image_pad|>"
@@ -21,8 +21,8 @@ NOISE = np.random.default_rng(0).integers(0, 256, (2, 16, 20, 3), dtype=np.uint8
 IMAGES = [Image.fromarray(array) for array in NOISE]
 
 
-def image_processor(**kwargs) -> NextFlowImageProcessorPil:
-    return NextFlowImageProcessorPil(scales=(1, 2, 3, 4), patch_size=4, **kwargs)
+def image_processor(**kwargs) -> NextFlowImageProcessor:
+    return NextFlowImageProcessor(scales=(1, 2, 3, 4), patch_size=4, **kwargs)
 
 
 def processor_of(image_kwargs=(), tokenizer_kwargs=()) -> NextFlowProcessor:
@@ -163,20 +163,20 @@ def test_an_image_processor_outlives_dicts_json_and_files(tmp_path):
     processor.to_json_file(tmp_path / "file.json")
     processor.save_pretrained(tmp_path)
     others = [
-        NextFlowImageProcessorPil.from_dict(processor.to_dict()),
-        NextFlowImageProcessorPil.from_json_file(tmp_path / "file.json"),
-        NextFlowImageProcessorPil.from_pretrained(tmp_path),
+        NextFlowImageProcessor.from_dict(processor.to_dict()),
+        NextFlowImageProcessor.from_json_file(tmp_path / "file.json"),
+        NextFlowImageProcessor.from_pretrained(tmp_path),
         copy.deepcopy(processor),
     ]
     for other in others:
         assert other.to_dict() == processor.to_dict()
         assert json.loads(other.to_json_string()) == json.loads(processor.to_json_string())
-    changed = NextFlowImageProcessorPil.from_dict(processor.to_dict(), do_normalize=True)
+    changed = NextFlowImageProcessor.from_dict(processor.to_dict(), do_normalize=True)
     assert changed.do_normalize is True and processor.do_normalize is False
 
 
 def test_an_image_processor_without_arguments_is_the_papers():
-    processor = NextFlowImageProcessorPil()
+    processor = NextFlowImageProcessor()
     assert processor.scale_schedules.resolutions == (1024,)
     assert processor(IMAGES[0].resize((1024, 1024)))["image_grids"].tolist() == [[64, 64]]
 

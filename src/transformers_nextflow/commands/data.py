@@ -36,7 +36,7 @@ def inspect(
         from ..data.sources import open_rows
         from ..data.vision_tokenizer import load_vision_tokenizer
         from ..evaluation.image_metrics import contact_sheet
-        from ..image_processing_nextflow import NextFlowImageProcessorPil
+        from ..image_processing_nextflow import NextFlowImageProcessor
         from ..utils.atomic_files import write_anyway
 
         if sheet is not None:
@@ -44,7 +44,7 @@ def inspect(
         rows, root = open_rows(data, Columns(image_column, None, edited_image_column), needs_texts=False)
         vq_model = load_vision_tokenizer(file)
         config = vq_model.config
-        processor = NextFlowImageProcessorPil(config.scales, config.patch_size, config.levels)
+        processor = NextFlowImageProcessor(config.scales, config.patch_size, config.levels)
         stated = getattr(AutoConfig.from_pretrained(file), "trained_on", None) or {}
         fit = fit_of(vq_model, pixels_of(rows, root, processor, limit), stated.get("lowest_psnr"))
         if sheet is not None:

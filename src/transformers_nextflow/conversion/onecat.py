@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from ..onecat.configuration_onecat import BitwiseVQConfig, OneCatConfig
-from ..onecat.image_processing_onecat import OneCatImageProcessorPil
+from ..onecat.image_processing_onecat import OneCatImageProcessor
 from ..onecat.modeling_bitwise_vq import BitwiseVQModel
 from ..onecat.modeling_onecat import OneCatForConditionalGeneration
 from ..onecat.processing_onecat import OneCatProcessor
@@ -258,5 +258,5 @@ def export_onecat(source: Path, target: Path, max_shard_size: str = "2GB"):
 def make_processor(source: Path, vq_config: BitwiseVQConfig) -> OneCatProcessor:
     """The processor of the released text tokenizer. Raises `ValueError` if it lacks one of OneCAT's tokens."""
     levels = [list(level) for level in vq_config.levels]
-    image_processor = OneCatImageProcessorPil(patch_size=vq_config.patch_size, levels=levels)
+    image_processor = OneCatImageProcessor(patch_size=vq_config.patch_size, levels=levels)
     return OneCatProcessor(image_processor, AutoTokenizer.from_pretrained(source))

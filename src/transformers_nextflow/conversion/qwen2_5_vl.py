@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, Qwen2_5_VLConfig
 
 from ..configuration_nextflow import NextFlowConfig, NextFlowVQConfig
-from ..image_processing_nextflow import NextFlowImageProcessorPil
+from ..image_processing_nextflow import NextFlowImageProcessor
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQModel
 from ..processing_nextflow import NextFlowProcessor
@@ -130,7 +130,7 @@ def convert_qwen2_5_vl(
     }
     vq_config = config.vq_config
     schedules = {"scales": vq_config.scales, "patch_size": vq_config.patch_size, "levels": vq_config.levels}
-    processor = NextFlowProcessor(NextFlowImageProcessorPil(**schedules), tokenizer, template)
+    processor = NextFlowProcessor(NextFlowImageProcessor(**schedules), tokenizer, template)
     _check_chat_template(processor, source)
 
     with new_folder(output, plan) as folder:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ..configuration_nextflow import NextFlowVQConfig
-from ..image_processing_nextflow import NextFlowImageProcessorPil
+from ..image_processing_nextflow import NextFlowImageProcessor
 from ..tokenflow_t2i.configuration_tokenflow_t2i import TokenFlowT2IConfig
 from ..tokenflow_t2i.modeling_tokenflow_t2i import TokenFlowT2IForConditionalGeneration
 from ..tokenflow_t2i.processing_tokenflow_t2i import TokenFlowT2IProcessor
@@ -231,5 +231,5 @@ def make_processor(source: Path, config: TokenFlowT2IConfig) -> TokenFlowT2IProc
             "belong together?"
         )
     vq = config.vq_config
-    image_processor = NextFlowImageProcessorPil(scales=vq.scales, patch_size=vq.patch_size, levels=vq.levels)
+    image_processor = NextFlowImageProcessor(scales=vq.scales, patch_size=vq.patch_size, levels=vq.levels)
     return TokenFlowT2IProcessor(image_processor, tokenizer)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..image_processing_nextflow import NextFlowImageProcessorPil
+from ..image_processing_nextflow import NextFlowImageProcessor
 from ..utils.atomic_files import write_whole
 from ..utils.checkpoint_checks import read_json
 from ..utils.devices import on_device
@@ -299,7 +299,7 @@ class _Encoder:
         self.extraction = extraction
         self.model = on_device(load_vision_tokenizer(extraction.tokenizer), device)
         config = self.model.config
-        self.image_processor = NextFlowImageProcessorPil(
+        self.image_processor = NextFlowImageProcessor(
             scales=config.scales, patch_size=config.patch_size, levels=config.levels, level=extraction.level
         )
         self.rows, self.root = open_rows(extraction.source, extraction.columns)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ..evaluation.image_metrics import psnr, to_uint8
-from ..image_processing_nextflow import NextFlowImageProcessorPil
+from ..image_processing_nextflow import NextFlowImageProcessor
 from ..modeling_nextflow_vq import NextFlowVQModel
 from ..utils.trained_on import MARGIN
 from .row_encoding import read_pixels
@@ -76,7 +76,7 @@ def fit_of(vq_model: NextFlowVQModel, images: Iterable[torch.Tensor], own: float
 
 
 def pixels_of(
-    rows: Iterable[dict], root: str | os.PathLike, processor: NextFlowImageProcessorPil, limit: int
+    rows: Iterable[dict], root: str | os.PathLike, processor: NextFlowImageProcessor, limit: int
 ) -> Iterator[torch.Tensor]:
     """The first images of rows as a model reads them, (3, H, W); of each row all. Rows that hold codes only give none.
 

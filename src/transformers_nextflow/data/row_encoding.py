@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..image_processing_nextflow import NextFlowImageProcessorPil
+from ..image_processing_nextflow import NextFlowImageProcessor
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import Grid, ScaleSchedules
 from ..sequence.loss import IGNORE_INDEX
@@ -90,7 +90,7 @@ def encode_sample(
 
 def read_images(
     sample: Sample,
-    image_processor: NextFlowImageProcessorPil,
+    image_processor: NextFlowImageProcessor,
     schedules: ScaleSchedules | None,
     codebook_size: int | None,
     fingerprint: str | None,
@@ -102,7 +102,7 @@ def read_images(
     return sample.codes.grids, []
 
 
-def read_pixels(sample: Sample, image_processor: NextFlowImageProcessorPil) -> tuple[list[Grid], list[np.ndarray]]:
+def read_pixels(sample: Sample, image_processor: NextFlowImageProcessor) -> tuple[list[Grid], list[np.ndarray]]:
     """The final grids (height, width) of a row's images, and their pixel values (3, H, W) in [-1, 1].
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig, AutoProcessor
 from transformers.utils import PROCESSOR_NAME, has_file
 
-from ..image_processing_nextflow import NextFlowImageProcessorPil
+from ..image_processing_nextflow import NextFlowImageProcessor
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedules
 from ..utils.checkpoint_checks import loading_errors
@@ -104,9 +104,9 @@ def validate_rows(
     if processor is not None:
         image_processor, schedules = processor.image_processor, processor.image_processor.scale_schedules
     elif schedules is not None:
-        image_processor = NextFlowImageProcessorPil(schedules.sides, schedules.patch_size, schedules.levels)
+        image_processor = NextFlowImageProcessor(schedules.sides, schedules.patch_size, schedules.levels)
     else:
-        image_processor = NextFlowImageProcessorPil()
+        image_processor = NextFlowImageProcessor()
     report, kinds = ValidationReport(), _OneKind()
     for number, row in enumerate(_rows_or_errors(rows)):
         report.rows += 1

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from transformers.processing_utils import Unpack
 
-from ..image_processing_nextflow import NextFlowImageProcessorKwargs, NextFlowImageProcessorPil
+from ..image_processing_nextflow import NextFlowImageProcessor, NextFlowImageProcessorKwargs
 from ..utils.atomic_files import saved_whole
 from .schedules import TABLES, OneCatSchedules, schedules_of_levels
 
@@ -28,15 +28,15 @@ THUMBNAIL = (448, 448)
 REFERENCE_SIDES = {512: 672, 1024: 1008}
 
 
-class OneCatImageProcessorPil(NextFlowImageProcessorPil):
-    r"""[`NextFlowImageProcessorPil`] with OneCAT's schedules, and `read`, which prepares images that the model reads.
+class OneCatImageProcessor(NextFlowImageProcessor):
+    r"""[`NextFlowImageProcessor`] with OneCAT's schedules, and `read`, which prepares images that the model reads.
 
     Args:
         scales: sides of the square grids; OneCAT's.
         patch_size, levels: as in [`BitwiseVQConfig`].
     """
 
-    save_pretrained = saved_whole(NextFlowImageProcessorPil.save_pretrained)
+    save_pretrained = saved_whole(NextFlowImageProcessor.save_pretrained)
 
     def __init__(
         self,

@@ -68,7 +68,7 @@ class OneCatProcessor(DrawingInputsMixin, ProcessorMixin):
     r"""Tokenizer, image processor and the model's formats of prompts.
 
     Args:
-        image_processor ([`OneCatImageProcessorPil`]): makes pixels of images, and images of pixels.
+        image_processor ([`OneCatImageProcessor`]): makes pixels of images, and images of pixels.
         tokenizer: the released one, which has the tokens of `MARKERS`.
         chat_template: Jinja; default: the released format.
 

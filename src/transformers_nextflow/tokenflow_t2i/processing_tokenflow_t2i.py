@@ -16,7 +16,7 @@ class TokenFlowT2IProcessor(DrawingInputsMixin, ProcessorMixin):
     r"""Tokenizer and image processor in one. A prompt is the text as it stands, `<s>` before it and nothing behind.
 
     Args:
-        image_processor ([`NextFlowImageProcessorPil`]): makes images of pixels.
+        image_processor ([`NextFlowImageProcessor`]): makes images of pixels.
         tokenizer: one that begins every text with a token of its own, as Llama's does, and has a padding token.
         max_text_tokens: the longest prompt, `<s>` included; the released model was trained with 128.
 

@@ -17,7 +17,7 @@ from ..data.columns import Columns
 from ..data.row_errors import BadRowError
 from ..data.rows import load_image, read_row
 from ..data.sources import open_rows
-from ..image_processing_nextflow import NextFlowImageProcessorPil
+from ..image_processing_nextflow import NextFlowImageProcessor
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..processing_nextflow import NextFlowProcessor
 from ..tokenization_nextflow import train_tokenizer
@@ -167,7 +167,7 @@ def _processor(size: Preset, facts: Facts, vq_config: NextFlowVQConfig, choices:
     tokenizer = train_tokenizer(facts.texts, size.most_words)
     words = {word for text in facts.texts for word in text.split()}
     choices.append(f"{len(tokenizer)} text tokens, from {len(words)} words; any other text is spelt in bytes")
-    return NextFlowProcessor(NextFlowImageProcessorPil(vq_config.scales, vq_config.patch_size), tokenizer)
+    return NextFlowProcessor(NextFlowImageProcessor(vq_config.scales, vq_config.patch_size), tokenizer)
 
 
 def _config(size: Preset, vq_config: NextFlowVQConfig, processor: NextFlowProcessor) -> NextFlowConfig:

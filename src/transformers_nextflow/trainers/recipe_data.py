@@ -21,7 +21,7 @@ from ..data.row_codes import (
 )
 from ..data.row_errors import BadImageError, BadRowError
 from ..data.rows import NumberedRows, Sample, check_is_row, load_image, read_messages, read_row
-from ..image_processing_nextflow import NextFlowImageProcessorPil
+from ..image_processing_nextflow import NextFlowImageProcessor
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import most_frames
 
@@ -151,7 +151,7 @@ class StageImages(Dataset):
         ValueError: if no row gives an image.
     """
 
-    def __init__(self, rows, root: Path, processor: NextFlowImageProcessorPil, level: int):
+    def __init__(self, rows, root: Path, processor: NextFlowImageProcessor, level: int):
         processor.scale_schedules.for_size(level, level)  # raises for a size that is not drawn
         self.processor, self.level, self.rows, self.root = processor, level, NumberedRows(rows), root
         # Row, number in it, field and path of each; what rows hold themselves is left there: it may be more than fits.

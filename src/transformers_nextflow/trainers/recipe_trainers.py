@@ -19,7 +19,7 @@ from ..data.mixture import Mixture, open_source
 from ..data.sources import open_rows
 from ..data.vision_tokenizer import load_vision_tokenizer
 from ..evaluation.image_metrics import contact_sheet
-from ..image_processing_nextflow import NextFlowImageProcessorPil
+from ..image_processing_nextflow import NextFlowImageProcessor
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQModel
 from ..utils.checkpoint_checks import loading_errors
@@ -249,7 +249,7 @@ def _tokenizer_trainer(recipe: Recipe, folder, data, output) -> NextFlowVQTraine
     source, root = open_rows(data, recipe.columns, needs_texts=False)
     config = model.config
     level = recipe.level or config.scale_schedules.resolutions[-1]
-    processor = NextFlowImageProcessorPil(config.scales, config.patch_size, config.levels)
+    processor = NextFlowImageProcessor(config.scales, config.patch_size, config.levels)
     images = StageImages(source, root, processor, level)
     return NextFlowVQTrainer(model, args, train_dataset=images, teacher=teacher)
 

@@ -13,7 +13,7 @@ import torch
 from ...data.sources import open_rows
 from ...data.vision_tokenizer import load_vision_tokenizer
 from ...diffusion_decoder import NextFlowDiffusionDecoder, decoder_on_base, small_decoder
-from ...image_processing_nextflow import NextFlowImageProcessorPil
+from ...image_processing_nextflow import NextFlowImageProcessor
 from ...modeling_nextflow_vq import NextFlowVQModel
 from ...utils.known_names import check_names
 from ..recipe_data import StageImages
@@ -27,7 +27,7 @@ class DecoderImages(StageImages):
     An item has `pixel_values` (3, side, side) in [-1, 1].
     """
 
-    def __init__(self, rows, root: Path, processor: NextFlowImageProcessorPil, level: int, upsampling: int):
+    def __init__(self, rows, root: Path, processor: NextFlowImageProcessor, level: int, upsampling: int):
         super().__init__(rows, root, processor, level)
         self.upsampling = upsampling
 
@@ -72,6 +72,6 @@ def decoder_trainer(recipe, folder: str | os.PathLike, data: str | os.PathLike, 
     torch.manual_seed(args.seed)
     decoder = make_decoder(vq_model, recipe.decoder, level)
     source, root = open_rows(data, recipe.columns, needs_texts=False)
-    processor = NextFlowImageProcessorPil(config.scales, config.patch_size, config.levels)
+    processor = NextFlowImageProcessor(config.scales, config.patch_size, config.levels)
     images = DecoderImages(source, root, processor, level, decoder.config.upsampling)
     return NextFlowDiffusionTrainer(decoder, args, images, vq_model=vq_model)
