@@ -55,7 +55,7 @@ def value_errors(config_class: type) -> type:
     """A config class that raises `ValueError`s in one line: for values of other types than its annotations, which
     `strict` does not read where they are postponed, and for whatever `strict` itself refuses.
     """
-    init, assign = config_class.__init__, config_class.__setattr__
+    init, assign, load = config_class.__init__, config_class.__setattr__, config_class.from_dict.__func__
     hints = inspect.get_annotations(config_class, eval_str=True)
 
     @contextmanager
@@ -79,7 +79,15 @@ def value_errors(config_class: type) -> type:
         with checked({name: value}):
             assign(self, name, value)
 
+    @wraps(load)
+    def checked_load(cls, config_dict: dict[str, Any], **kwargs):
+        loaded = load(cls, config_dict, **kwargs)
+        with checked({}):  # what was given beside the file took its place without a look at the whole
+            (loaded[0] if isinstance(loaded, tuple) else loaded).validate()
+        return loaded
+
     config_class.__init__, config_class.__setattr__ = checked_init, checked_assign
+    config_class.from_dict = classmethod(checked_load)
     return config_class
 
 

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from tiny import tiny_config, tiny_text_config, tiny_vq_config
+from tiny_onecat import tiny_onecat_config
+from tiny_tokenflow_t2i import tiny_t2i_config
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowVQConfig, NextFlowVQModel
 
@@ -58,3 +60,20 @@ def test_what_may_be_built_is_built():
     assert buildable(NextFlowVQModel, VQ)
     assert buildable(NextFlowVQModel, VQ | KINDS["convolutional"] | {"pixel_channels": 32})
     assert not buildable(NextFlowVQModel, VQ | KINDS["convolutional"] | {"pixel_channels": 48})
+
+
+@pytest.mark.parametrize(
+    ("make", "value", "message"),
+    [
+        (tiny_config, {"image_token_id": 10**9}, "image_token_id"),
+        (tiny_vq_config, {"patch_size": 0}, "patch_size"),
+        (tiny_t2i_config, {"qk_norm_eps": -1.0}, "qk_norm_eps must be positive"),
+        (tiny_onecat_config, {"drawing_frequencies": "float16"}, "drawing_frequencies must be one of"),
+        (tiny_onecat_config, {"vq_config": {"code_bits": 100}}, "code_bits"),
+    ],
+)
+def test_values_given_beside_a_file_are_looked_at_as_those_in_it(make, value, message, tmp_path):
+    config = make()
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        type(config).from_pretrained(tmp_path, **value)
