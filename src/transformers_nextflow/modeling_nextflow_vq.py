@@ -284,8 +284,6 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
     def decode(self, image_tokens: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
         """Images (B, 3, H, W) in [-1, 1] from codes (B, n) of all scales, or of the first ones (a preview)."""
         features = self.quantizer.decode(image_tokens, schedule)
-        if torch.is_grad_enabled():
-            return self.decode_features(features).clamp(-1, 1)
         size = next(self.pixel_decoder.parameters()).element_size()
         return self.decode_in_parts(features, self.config.pixel_decoder_channels, schedule, size)
 
