@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +67,8 @@ def start(
 
 
 def wait():
-    """Until Ctrl-C, which ends the server."""
+    """Until Ctrl-C, or SIGTERM as service managers send it, which ends the server."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         while True:
             time.sleep(1)
