@@ -248,7 +248,7 @@ def test_an_image_of_a_chat_comes_with_the_request(client, url):
         ([("image", encoded(Image.new("RGB", (8, 8)), "TIFF"))], "none of PNG, JPEG, WEBP, GIF"),
         ([("image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")], "none of PNG, JPEG"),
         ([("image[]", png(Image.new("RGB", (8, 8))))] * 17, "at most 16 images"),
-        ([*[("image", png(Image.new("L", (8, 8))))] * 2, ("mask", png(Image.new("L", (8, 8))))], "at most 1 images where"),
+        ([*[("image", png(Image.new("L", (8, 8))))] * 2, ("mask", png(Image.new("L", (8, 8))))], "at most 1 images"),
         ([("image", png(Image.new("RGB", (64, 64)))), ("mask", png(Image.new("L", (8, 8))))], "8x8"),
         ([("image", png(Image.new("RGB", (64, 64)))), *[("mask", png(Image.new("L", (8, 8))))] * 2], "at most one"),
     ],
