@@ -49,13 +49,17 @@ def files_of(source: str) -> tuple[str, list[str]]:
         ValueError: for anything else, and for a store that cannot be reached.
     """
     system, place = opened(source)
+    kinds = {".parquet": "parquet", ".tar": "webdataset"}
     with told(source, ValueError):
-        for kind, suffix in (("parquet", ".parquet"), ("webdataset", ".tar")):
-            pattern = place if place.endswith(suffix) else f"{place.rstrip('/')}/*{suffix}"
-            if found := [path for path in system.glob(pattern) if not path.endswith("/metadata.parquet")]:
-                return kind, sorted(system.unstrip_protocol(path) for path in found)
-        if system.exists(f"{place.rstrip('/')}/{METADATA}"):
-            return "images", [source]
+        if PurePosixPath(place).suffix in kinds:
+            found = [place] if system.exists(place) else system.glob(place)
+        else:
+            found = system.ls(place, detail=False) if system.isdir(place) else []
+    for suffix, kind in kinds.items():
+        if files := [path for path in found if path.endswith(suffix) and not path.endswith("/metadata.parquet")]:
+            return kind, sorted(system.unstrip_protocol(path) for path in files)
+    if any(PurePosixPath(path).name == METADATA for path in found):
+        return "images", [source]
     raise ValueError(f"{short_path(source)} is not {STORED_KINDS}; nothing else is read from a store.")
 
 
