@@ -152,6 +152,8 @@ def extract_codes(
     """
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {tuple(ENGINES)}, got {engine!r}.")
+    if processes < 1:
+        raise ValueError(f"processes start at 1, got {processes}.")
     for name, place in (("source", source), ("output", output)):
         if str(place).startswith("memory://") and (engine != "local" or processes > 1):
             raise ValueError(f"{name} {place} is the memory of this process, which the others do not see.")
@@ -162,13 +164,13 @@ def extract_codes(
     extraction = replace(extraction, source_rows=len(open_rows(source, extraction.columns)[0]))
     if extraction.level is not None:
         model.config.scale_schedules.build(level=extraction.level)  # raises if there is no such level
-    if engine == "local":
+    if engine == "local" or not device.startswith("cuda"):  # a cluster may have what this machine lacks
         on_device(torch.empty(0), device)  # raises if there is no such device
     _begin(extraction, folder)
     missing = [shard for shard in extraction.shards if not _is_whole(folder, shard)]
     progress = tqdm(total=len(extraction.shards), initial=len(extraction.shards) - len(missing), unit="shard")
     with tells_what_is_kept(lambda: _kept(folder, progress.n, progress.total)), progress:
-        for _ in ENGINES[engine](missing, extraction, folder, device, processes):
+        for _ in ENGINES[engine](missing, extraction, folder, device, processes) if missing else ():
             progress.update()
     return check_codes(output) | {"found": len(extraction.shards) - len(missing)}
 
@@ -242,6 +244,10 @@ def _write_by_ray(
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    if device.startswith("cuda") and not ray.cluster_resources().get("GPU"):
+        raise ValueError(
+            f"device {device} needs a GPU, and the Ray cluster has none; take cpu."
+        )  # else it waits for one
     data.DataContext.get_current().enable_progress_bars = False  # there is one bar, of shards
     numbers = data.from_items([{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), MOST_BLOCKS))
     written = numbers.map_batches(
