@@ -53,8 +53,9 @@ def lora_config(
             f"new_token_ids {outside} lie outside of the vocabulary of {size}; add them to the tokenizer and call "
             "model.resize_token_embeddings(len(tokenizer)) first."
         )
-    if model.config.image_token_id in new_token_ids:
-        raise ValueError(f"{model.config.image_token_id} stands for slots of images, whose embeddings are not trained.")
+    for name in ("image_token_id", "reference_token_id"):  # not every model that draws has them
+        if (placeholder := getattr(model.config, name, None)) in new_token_ids:
+            raise ValueError(f"{placeholder} stands for slots of images, whose embeddings are not trained.")
     if new_token_ids:
         # PEFT ties the head's rows by itself where the model ties the matrices.
         tables = ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]

@@ -55,7 +55,7 @@ def value_errors(config_class: type) -> type:
     """A config class that raises `ValueError`s in one line: for values of other types than its annotations, which
     `strict` does not read where they are postponed, and for whatever `strict` itself refuses.
     """
-    init, assign = config_class.__init__, config_class.__setattr__
+    init, assign, load = config_class.__init__, config_class.__setattr__, config_class.from_dict.__func__
     hints = inspect.get_annotations(config_class, eval_str=True)
 
     @contextmanager
@@ -71,7 +71,7 @@ def value_errors(config_class: type) -> type:
         with checked(kwargs):
             try:
                 init(self, *args, **kwargs)
-            except (AttributeError, LookupError, TypeError) as error:
+            except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
                 raise ValueError(f"{config_class.__name__} cannot be made of such values: {error}") from error
 
     @wraps(assign)
@@ -79,7 +79,15 @@ def value_errors(config_class: type) -> type:
         with checked({name: value}):
             assign(self, name, value)
 
+    @wraps(load)
+    def checked_load(cls, config_dict: dict[str, Any], **kwargs):
+        loaded = load(cls, config_dict, **kwargs)
+        with checked({}):  # what was given beside the file took its place without a look at the whole
+            (loaded[0] if isinstance(loaded, tuple) else loaded).validate()
+        return loaded
+
     config_class.__init__, config_class.__setattr__ = checked_init, checked_assign
+    config_class.from_dict = classmethod(checked_load)
     return config_class
 
 
@@ -108,6 +116,28 @@ def _check_layers(config: PreTrainedConfig, names: Sequence[str], prefix: str = 
 def _check_activation(name: str, value: str):
     if value not in ACT2FN:
         raise ValueError(f"{name} {value!r} is no activation of transformers; take gelu_pytorch_tanh or silu.")
+
+
+def check_backbone(text: PreTrainedConfig):
+    """Raises `ValueError` for a `text_config` of which no model can be built."""
+    _check_at_least(text, 1, TEXT_FROM_ONE, "text_config.")
+    _check_layers(text, ("num_hidden_layers",), "text_config.")
+    _check_at_least(text, 0, ("initializer_range",), "text_config.")
+    _check_activation("text_config.hidden_act", text.hidden_act)
+    if text.hidden_size % text.num_attention_heads or text.num_attention_heads % text.num_key_value_heads:
+        raise ValueError(
+            f"text_config.hidden_size {text.hidden_size}, num_attention_heads {text.num_attention_heads} and "
+            f"num_key_value_heads {text.num_key_value_heads} must each be a multiple of the next."
+        )
+    layer_types = getattr(text, "layer_types", None)  # Llama's config has none
+    if layer_types is not None and len(layer_types) != text.num_hidden_layers:
+        raise ValueError(
+            f"text_config.layer_types names {len(layer_types)} layers, of {text.num_hidden_layers} that there are by "
+            "num_hidden_layers."
+        )
+    theta = text.rope_parameters.get("rope_theta", 1.0)
+    if not is_of_type(theta, float) or not theta > 0:
+        raise ValueError(f"text_config.rope_parameters: rope_theta must be a number above 0, got {short_repr(theta)}.")
 
 
 @value_errors
@@ -343,39 +373,17 @@ class NextFlowConfig(PreTrainedConfig):
             )
         if self.trained_on is not None:
             read_typed(TrainedOn, self.trained_on, "trained_on")
-        self._check_backbone()
+        check_backbone(self.text_config)
         frequencies = self.text_config.hidden_size // self.text_config.num_attention_heads // 2
         sections = self.text_config.rope_parameters.get("mrope_section", MROPE_SECTION)
         if not is_of_type(sections, tuple[int, ...]):
             raise ValueError(
                 f"text_config.rope_parameters: mrope_section must hold whole numbers, got {short_repr(sections)}."
             )
-        theta = self.text_config.rope_parameters.get("rope_theta", 1.0)
-        if not is_of_type(theta, float) or not theta > 0:
-            raise ValueError(
-                f"text_config.rope_parameters: rope_theta must be a number above 0, got {short_repr(theta)}."
-            )
         if sum(sections) != frequencies:
             raise ValueError(
                 f"mrope_section {list(sections)} shares out {sum(sections)} frequencies, but heads of "
                 f"{2 * frequencies} channels have {frequencies}; correct text_config.rope_parameters."
-            )
-
-    def _check_backbone(self):
-        text = self.text_config
-        _check_at_least(text, 1, TEXT_FROM_ONE, "text_config.")
-        _check_layers(text, ("num_hidden_layers",), "text_config.")
-        _check_at_least(text, 0, ("initializer_range",), "text_config.")
-        _check_activation("text_config.hidden_act", text.hidden_act)
-        if text.hidden_size % text.num_attention_heads or text.num_attention_heads % text.num_key_value_heads:
-            raise ValueError(
-                f"text_config.hidden_size {text.hidden_size}, num_attention_heads {text.num_attention_heads} and "
-                f"num_key_value_heads {text.num_key_value_heads} must each be a multiple of the next."
-            )
-        if len(text.layer_types) != text.num_hidden_layers:
-            raise ValueError(
-                f"text_config.layer_types names {len(text.layer_types)} layers, of {text.num_hidden_layers} that there "
-                "are by num_hidden_layers."
             )
 
     @property

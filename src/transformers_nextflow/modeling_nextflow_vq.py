@@ -98,6 +98,20 @@ class NextFlowVQPreTrainedModel(ModelCardMixin, StrictLoadingMixin, ExecutionDev
         for part in self.code_parts:
             getattr(self, part).float()
 
+    def decode_in_parts(
+        self, features: torch.Tensor, channels: int, schedule: ScaleSchedule, size: int
+    ) -> torch.Tensor:
+        """Images (B, 3, H, W) in [-1, 1] from sums of code vectors (B, C, h, w), as many at once as fit into memory.
+
+        On a CPU one by one: there a product's order of sums depends on its number of rows, and an image must not depend
+        on its neighbours in a batch by as much as a bit.
+
+        Args:
+            channels, size: of the pixel decoder, and bytes of its weights, as in `images_at_once`.
+        """
+        at_once = 1 if features.device.type == "cpu" else images_at_once(self.config, channels, schedule, size)
+        return torch.cat([self.decode_features(part).clamp(-1, 1) for part in features.split(at_once)])
+
     def _apply(self, fn, recurse=True):
         # A cast of the whole model, as diffusers' `pipe.to("cuda", torch.bfloat16)` makes, moves these parts only.
         def moved(tensor: torch.Tensor) -> torch.Tensor:
@@ -249,11 +263,8 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
     def decode(self, image_tokens: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
         """Images (B, 3, H, W) in [-1, 1] from codes (B, n) of all scales, or of the first ones (a preview)."""
         features = self.quantizer.decode(image_tokens, schedule)
-        if torch.is_grad_enabled():
-            return self.decode_features(features).clamp(-1, 1)
-        config, size = self.config, next(self.pixel_decoder.parameters()).element_size()
-        parts = features.split(images_at_once(config, config.pixel_decoder_channels, schedule, size))
-        return torch.cat([self.decode_features(part).clamp(-1, 1) for part in parts])
+        size = next(self.pixel_decoder.parameters()).element_size()
+        return self.decode_in_parts(features, self.config.pixel_decoder_channels, schedule, size)
 
     def reconstruct(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) in [-1, 1], through codes and back; their size must be one that is drawn."""

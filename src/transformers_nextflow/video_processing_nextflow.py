@@ -119,7 +119,7 @@ def expand_videos(conversation: Sequence, max_frames: int | None = None) -> list
     """Messages, or a batch of them, with every video replaced by its frames, of a file `max_frames` at most; other
     parts are left alone.
     """
-    if not isinstance(conversation, list | tuple):
+    if not isinstance(conversation, list | tuple) or not conversation:
         raise ValueError(f"A conversation is a list of messages with role and content, got {short_repr(conversation)}.")
     return [
         _expand(entry, max_frames) if isinstance(entry, dict) else expand_videos(entry, max_frames)

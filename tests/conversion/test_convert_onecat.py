@@ -161,8 +161,10 @@ def test_a_killed_run_goes_on_and_one_from_other_weights_does_not(model, tmp_pat
             convert(tmp_path / "released", tmp_path / "released" / VAE, tmp_path / "ours", "50KB")
     shard = next((tmp_path / "ours.partial").glob("model-00001-*"))
     written = shard.stat().st_mtime_ns
+    (tmp_path / "ours.partial" / ".tmpAbCdEf").write_bytes(b"half of a shard")
     convert(tmp_path / "released", tmp_path / "released" / VAE, tmp_path / "ours", "50KB")
     assert (tmp_path / "ours" / shard.name).stat().st_mtime_ns == written
+    assert not list((tmp_path / "ours").glob(".*"))
     (tmp_path / "ours").rename(tmp_path / "ours.partial")
     (tmp_path / "ours.partial" / "conversion.json").write_text(json.dumps({"source": "another"}))
     with pytest.raises(ValueError, match="begun from other files"):
@@ -260,6 +262,8 @@ def test_a_vision_tokenizer_of_other_bits_and_files_that_are_none_are_refused(mo
         ({"llm": {"hidden_size": None}}, "does not describe a OneCAT"),
         ({"llm": {"num_hidden_layers": 3}}, "missing: language_model.layers.2"),
         ({"llm": {"rope_scaling": {"type": "yarn"}}}, "rope_scaling"),
+        ({"llm": {"num_attention_heads": 0}}, "num_attention_heads"),
+        ({"llm": {"rope_theta": "1e6"}}, "rope_theta must be a number above 0"),
     ],
 )
 def test_a_config_of_another_model_is_refused(model, tmp_path, values, message):
@@ -278,6 +282,23 @@ def test_a_text_tokenizer_without_the_models_tokens_and_converted_folders_are_re
         OneCatConfig.from_pretrained(tmp_path / "released")
     tiny_tokenizer().save_pretrained(tmp_path / "released")
     check_refused(tmp_path, "The tokenizer lacks <img>")
+    (tmp_path / "released" / "tokenizer.json").write_text("{")
+    check_refused(tmp_path, "The tokenizer in .*released cannot be read; is it whole")
+    (tmp_path / "released" / "tokenizer.json").unlink()
+    check_refused(tmp_path, "released holds no tokenizer")
+
+
+def test_a_model_without_its_processor_does_not_go_back_and_leaves_nothing(model, tmp_path):
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.raises(OSError, match="ours"):
+        convert_back(tmp_path / "ours", tmp_path / "again")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_the_released_config_raises_no_warning(model, tmp_path, capfd):
+    write_released(tmp_path / "released", model)
+    convert(tmp_path / "released", tmp_path / "released" / VAE, tmp_path / "ours")
+    assert "using a model of type" not in capfd.readouterr().err
 
 
 def test_a_file_of_the_released_width_tells_its_config():

@@ -351,7 +351,33 @@ def test_actors_of_ray_write_the_shards_that_processes_do(tmp_path):
     with pytest.raises(ValueError) as told_by_ray:
         extract(tmp_path, "by_ray_too", engine="ray")
     assert str(told_by_ray.value) == str(told.value)
+    if not ray.cluster_resources().get("GPU"):
+        with pytest.raises(ValueError, match="needs a GPU, and the Ray cluster has none"):
+            extract(tmp_path, "on_gpus", engine="ray", device="cuda")
     ray.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"processes": 0}, "processes start at 1, got 0"), ({"device": "nonsense"}, "nonsense")],
+    ids=str,
+)
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_settings_of_engines_that_cannot_be_are_refused_before_anything_starts(engine, settings, message, tmp_path):
+    make_source(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        extract(tmp_path, engine=engine, **settings)
+    assert not (tmp_path / "codes").exists()
+
+
+def test_where_nothing_lacks_no_engine_starts(tmp_path, monkeypatch):
+    make_source(tmp_path)
+    whole = extract(tmp_path)
+    write_lines(tmp_path / "empty.jsonl", [])
+    monkeypatch.setitem(code_extraction.ENGINES, "ray", lambda *args: pytest.fail("started"))
+    assert extract(tmp_path, engine="ray") == whole | {"found": 3}
+    empty = extract_codes(tmp_path / "empty.jsonl", tmp_path / "tokenizer", tmp_path / "none", engine="ray")
+    assert empty == {"rows": 0, "skipped": 0, "shards": 0, "found": 0}
 
 
 def test_an_engine_that_is_not_known_is_refused(tmp_path):

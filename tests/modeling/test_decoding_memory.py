@@ -4,7 +4,9 @@ import weakref
 
 import pytest
 import torch
+from test_modeling_vq import tiny_vq_model
 from tiny import tiny_model, tiny_vq_config
+from tiny_onecat import tiny_onecat_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,6 +25,10 @@ def convolutional(**options) -> NextFlowVQModel:
     )
     torch.manual_seed(0)
     return NextFlowVQModel(config).eval()
+
+
+def bitwise():
+    return tiny_onecat_model().vq_model
 
 
 def random_codes(model, count: int, size: tuple[int, int] = (16, 16)):
@@ -55,7 +61,7 @@ def test_stripes_in_half_precision_are_as_near_to_float32_as_the_layers(monkeypa
 
 
 @torch.no_grad()
-def test_images_of_a_batch_are_decoded_together_and_are_those_of_single_ones():
+def test_images_of_several_sizes_are_decoded_as_single_ones():
     model, called = tiny_model(), []
     model.vq_model.pixel_decoder.register_forward_hook(lambda module, args, output: called.append(len(output)))
     schedules = [model.config.vq_config.scale_schedules.for_size(*size) for size in ((16, 16), (8, 32))]
@@ -67,19 +73,31 @@ def test_images_of_a_batch_are_decoded_together_and_are_those_of_single_ones():
         codes[row, :count] = torch.randint(32, (count,), generator=torch.Generator().manual_seed(row))
     grids = torch.tensor([schedules[which].final_grid for which in rows])
     together = model.decode_image_tokens(codes, grids)
-    assert called == [2, 2, 1]
+    assert called == [1] * 5
     for row in range(5):
         (single,) = model.decode_image_tokens(codes[row : row + 1], grids[row : row + 1])
-        torch.testing.assert_close(together[row], single, atol=1e-5, rtol=0)
+        assert torch.equal(together[row], single)
 
 
 @torch.no_grad()
-def test_as_many_images_are_decoded_at_once_as_memory_is_meant_for(monkeypatch):
-    model, called = convolutional(), []
+@pytest.mark.parametrize("make", [convolutional, tiny_vq_model, bitwise])
+def test_on_a_cpu_an_image_does_not_depend_on_its_neighbours_by_a_bit(make):
+    model = make()
+    schedule = model.config.scale_schedules.for_size(*model.config.scale_schedules.all_sizes()[-1])
+    codes = torch.randint(32, (16, schedule.num_tokens), generator=torch.Generator().manual_seed(0))
+    together = model.decode(codes, schedule)
+    assert all(torch.equal(model.decode(codes[n : n + 1], schedule)[0], together[n]) for n in range(16))
+
+
+@torch.no_grad()
+def test_off_a_cpu_as_many_images_are_decoded_at_once_as_memory_is_meant_for(monkeypatch):
+    model, called = convolutional().to("meta"), []
     model.pixel_decoder.register_forward_hook(lambda module, args, output: called.append(len(output)))
-    codes, schedule = random_codes(model, 5)
+    schedule = random_codes(model, 5)[1]
+    features = torch.empty(5, model.config.semantic_code_dim + model.config.pixel_code_dim, 4, 4, device="meta")
     monkeypatch.setattr(modeling_nextflow_vq, "BYTES_AT_ONCE", 2 * 5 * 16 * 16 * 16 * 4)
-    assert model.decode(codes, schedule).shape == (5, 3, 16, 16) and called == [2, 2, 1]
+    channels = model.config.pixel_decoder_channels
+    assert model.decode_in_parts(features, channels, schedule, 4).shape == (5, 3, 16, 16) and called == [2, 2, 1]
 
 
 @torch.no_grad()

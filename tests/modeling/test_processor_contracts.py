@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 from tiny import CAPTIONS, tiny_processor, tiny_tokenizer
+from tiny_onecat import tiny_onecat_processor
 from tiny_tokenflow_t2i import tiny_t2i_processor
 
-from transformers_nextflow import NextFlowImageProcessor, NextFlowProcessor
+from transformers_nextflow import NextFlowImageProcessor, NextFlowProcessor, OneCatProcessor
 
 
 PLACEHOLDER = "<|image_pad|>"
@@ -71,9 +72,12 @@ def test_settings_of_loading_win_over_those_that_were_saved(tmp_path):
 # The processor: what it gives -----------------------------------------------------------------------------------------
 
 
-def test_it_gives_what_its_model_takes_and_no_more():
-    processor = tiny_processor()
-    output = processor(text=PLACEHOLDER, images=IMAGES[0], return_tensors="pt")
+@pytest.mark.parametrize(
+    ("make", "placeholder"), [(tiny_processor, PLACEHOLDER), (tiny_onecat_processor, "<IMG_CONTEXT>")]
+)
+def test_it_gives_what_its_model_takes_and_no_more(make, placeholder):
+    processor = make()
+    output = processor(text=placeholder, images=IMAGES[0], return_tensors="pt")
     assert list(output) == processor.model_input_names
     assert list(processor(text="one", return_tensors="pt")) == ["input_ids", "attention_mask"]
     with pytest.raises((TypeError, ValueError)):
@@ -103,17 +107,18 @@ def test_texts_of_a_call_are_left_as_they_were():
     assert texts == before and rows == [[IMAGES[0]], []]
 
 
-def test_the_arguments_of_a_call_are_optional_and_its_parts_are_named_in_its_init():
-    parameters = inspect.signature(NextFlowProcessor.__call__).parameters
+@pytest.mark.parametrize("kind", [NextFlowProcessor, OneCatProcessor])
+def test_the_arguments_of_a_call_are_optional_and_its_parts_are_named_in_its_init(kind):
+    parameters = inspect.signature(kind.__call__).parameters
     assert all(parameters[name].default is None for name in ("text", "images"))
-    init = inspect.signature(NextFlowProcessor.__init__).parameters
-    assert set(NextFlowProcessor.get_attributes()) == {"image_processor", "tokenizer"} <= set(init)
+    init = inspect.signature(kind.__init__).parameters
+    assert set(kind.get_attributes()) == {"image_processor", "tokenizer"} <= set(init)
 
 
 # The processor: chats and files ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [tiny_processor, tiny_t2i_processor], ids=["NextFlow", "TokenFlow-t2i"])
+@pytest.mark.parametrize("make", [tiny_processor, tiny_t2i_processor, tiny_onecat_processor])
 def test_it_outlives_its_file_and_its_copy(make, tmp_path):
     processor = make()
     processor.save_pretrained(tmp_path)
@@ -137,8 +142,9 @@ def test_a_chat_template_of_its_own_is_kept_in_a_file_and_takes_arguments(tmp_pa
 
 @pytest.mark.parametrize("batched", [False, True], ids=["one", "batch"])
 @pytest.mark.parametrize("tensors", [None, "pt", "np"])
-def test_a_chat_with_images_is_the_call_on_its_text_and_images(batched, tensors):
-    processor = tiny_processor()
+@pytest.mark.parametrize("make", [tiny_processor, tiny_onecat_processor])
+def test_a_chat_with_images_is_the_call_on_its_text_and_images(batched, tensors, make):
+    processor = make()
     image = {"type": "image", "image": IMAGES[0]}
     chat = [{"role": "user", "content": [image, {"type": "text", "text": "how many?"}]}]
     chats = [chat, chat] if batched else chat
@@ -147,8 +153,8 @@ def test_a_chat_with_images_is_the_call_on_its_text_and_images(batched, tensors)
     count = 2 if batched else 1
     expected = processor(text=text, images=[[IMAGES[0]]] * count, return_tensors=tensors)
     assert list(output) == list(expected)
+    assert len(output["input_ids"]) == count
     for name in output:
-        assert len(output[name]) == count
         np.testing.assert_array_equal(np.asarray(output[name]), np.asarray(expected[name]))
 
 

@@ -8,7 +8,7 @@ import reference_onecat as reference
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from tiny_onecat import LEVELS, tiny_onecat_config, tiny_onecat_model, tiny_onecat_processor
+from tiny_onecat import FIRST, LEVELS, TOKENS, tiny_onecat_config, tiny_onecat_model, tiny_onecat_processor
 
 from transformers_nextflow import (
     BitwiseEditingSampling,
@@ -324,8 +324,65 @@ def test_prompts_are_the_released_strings(processor):
 
 
 def test_tokens_that_a_prompt_spells_out_are_plain_text(processor):
-    ids = unpadded(processor.apply_image_prompt("an <img_gen> <REEF_GEN_CONTEXT> <|im_end|>"))[0]
-    assert max(ids.count(token) for token in (305, 307)) == 1 and ids.count(307) == 0 and ids.count(300) == 2
+    def own_tokens(ids):
+        return [token for token in ids if token >= FIRST and token != processor.reference_token_id]
+
+    hostile, schedules = "an " + " ".join(TOKENS), [processor.image_processor.scale_schedules.for_size(64, 64)]
+    for images in (None, [[RED]]):
+        parts = ("negative",) if images is None else ("negative", "unconditional")
+        plain, spelled = (
+            processor.drawing_inputs([text], [text], images, parts, schedules) for text in ("an owl", hostile)
+        )
+        for name in ("input_ids", *(f"{part}_input_ids" for part in parts)):
+            assert own_tokens(plain[name][0].tolist()) == own_tokens(spelled[name][0].tolist())
+    chats = [[{"role": "user", "content": text}] for text in ("an owl", hostile)]
+    plain, spelled = processor.apply_chat_template(chats, tokenize=True)
+    assert own_tokens(plain) == own_tokens(spelled)
+
+
+def test_a_call_on_a_rendered_chat_and_its_images_is_the_chat(processor):
+    chats = [QUESTION, [{"role": "user", "content": "hello"}]]
+    texts = processor.apply_chat_template(chats, add_generation_prompt=True)
+    found = processor(text=texts, images=[WIDE], return_tensors="pt", padding=True)
+    expected = processor.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    rows = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True)
+    assert rows == unpadded(expected)
+    begun = [*chats[1], {"role": "assistant", "content": "I am"}]
+    assert processor.apply_chat_template(begun, continue_final_message=True).endswith("assistant\nI am")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: p(text="one", images=[RED]), "hold 0 <IMG_CONTEXT>, but were given 1 images"),
+        (lambda p: p(text=["<IMG_CONTEXT>", "<IMG_CONTEXT>"], images=[RED]), "hold 2 <IMG_CONTEXT>"),
+        (lambda p: p(images=[RED]), "text must be a string"),
+        (lambda p: p(text="one", truncation=True, max_length=2), "does not take truncation=True"),
+        (lambda p: p(text="one", videos=[[RED]]), "does not take videos"),
+        (lambda p: p.apply_chat_template([]), "list of messages"),
+        (lambda p: p.apply_chat_template("hello"), "list of messages"),
+        (lambda p: p.apply_chat_template([[]]), "cannot be written by the chat template"),
+        (lambda p: p.apply_chat_template([{"role": "user"}], tokenize=True), r"messages\[0\].content"),
+        (lambda p: p.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=True), "missing"),
+        (lambda p: p.apply_chat_template(QUESTION, tokenize=True, processor_kwargs={"max_length": 2}), "max_length=2"),
+        (lambda p: p.apply_image_prompt("one", [["none.png"]]), "Image 0 cannot be read: There is no image file"),
+        (lambda p: p.apply_image_prompt("one", [[Image.new("RGB", (1, 300))]]), "image of 300x1 pixels"),
+    ],
+)
+def test_what_the_processor_cannot_read_is_refused(processor, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(processor)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16"])
+def test_images_of_edits_may_be_of_any_mode(processor, mode):
+    image = Image.fromarray(np.full((20, 30), 40000, np.uint16)) if mode == "I;16" else WIDE.convert(mode)
+    read = processor.apply_image_prompt("one", [[image]])
+    rgb = processor.apply_image_prompt("one", [processor.image_processor.to_rgb([image])])
+    assert image.mode == mode and torch.equal(read["pixel_values"], rgb["pixel_values"])
 
 
 def test_sizes_of_read_images_are_the_originals():

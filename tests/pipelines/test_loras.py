@@ -5,21 +5,23 @@ import pytest
 import torch
 from test_pipeline import draw, quiet
 from tiny import tiny_model, tiny_processor
+from tiny_onecat import tiny_onecat_model, tiny_onecat_processor
+from tiny_tokenflow_t2i import tiny_t2i_model, tiny_t2i_processor
 
 from transformers_nextflow import NextFlowPipeline
 from transformers_nextflow.adapters import lora_config
 
 
-def random_adapter(folder, seed: int, rank: int = 2, **options):
+def random_adapter(folder, seed: int, rank: int = 2, make=tiny_model, processor=tiny_processor, **options):
     """A saved adapter, and what a model with it draws."""
-    model = tiny_model()
+    model = make()
     wrapped = peft.get_peft_model(model, lora_config(model, rank, **options))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name or "trainable_tokens" in name:
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
     wrapped.save_pretrained(folder)
-    return draw(quiet(NextFlowPipeline(wrapped.eval(), tiny_processor())))
+    return draw(quiet(NextFlowPipeline(wrapped.eval(), processor())))
 
 
 @pytest.fixture
@@ -45,6 +47,33 @@ def test_a_loaded_adapter_draws_as_it_was_saved_and_leaves_nothing_behind(pipe, 
     assert torch.equal(draw(pipe), plain) and {name for name, _ in pipe.model.named_parameters()} == names
     pipe.load_lora_weights(tmp_path / "again", "again")
     assert torch.equal(draw(pipe), expected)
+
+
+OTHERS = {"TokenFlow-t2i": (tiny_t2i_model, tiny_t2i_processor), "OneCAT": (tiny_onecat_model, tiny_onecat_processor)}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_models_take_adapters_by_the_same_names(kind, tmp_path):
+    make, processor = OTHERS[kind]
+    expected = random_adapter(tmp_path, 0, make=make, processor=processor)
+    pipe = quiet(NextFlowPipeline(make(), processor()))
+    plain = draw(pipe)
+    pipe.load_lora_weights(tmp_path)
+    assert torch.equal(draw(pipe), expected) and not torch.equal(expected, plain)
+    pipe.fuse_lora()
+    pipe.unfuse_lora()
+    pipe.disable_lora()
+    assert torch.equal(draw(pipe), plain)
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe), plain)
+
+
+def test_a_model_that_only_draws_takes_a_whole_ones_adapter_without_what_it_left_out(tmp_path):
+    expected = random_adapter(tmp_path / "adapter", 0, make=tiny_onecat_model, processor=tiny_onecat_processor)
+    NextFlowPipeline(tiny_onecat_model(), tiny_onecat_processor()).save_pretrained(tmp_path / "whole")
+    drawing = quiet(NextFlowPipeline.from_pretrained(tmp_path / "whole", drawing_only=True))
+    drawing.load_lora_weights(tmp_path / "adapter")
+    assert torch.equal(draw(drawing), expected)
 
 
 def test_adapters_are_switched_mixed_and_switched_off(pipe, saved):

@@ -41,10 +41,14 @@ def client(pipe):
         yield client
 
 
-def png(image: Image.Image) -> bytes:
+def encoded(image: Image.Image, kind: str) -> bytes:
     content = io.BytesIO()
-    image.save(content, "PNG")
+    image.save(content, kind)
     return content.getvalue()
+
+
+def png(image: Image.Image) -> bytes:
+    return encoded(image, "PNG")
 
 
 def seeded(*seeds: int) -> list[torch.Generator]:
@@ -223,6 +227,7 @@ PATH = {"type": "image_url", "image_url": {"url": f"{BUNDLED}/text_to_image.png"
         (IMAGES, {"prompt": "a", "size": "99999x99999"}, 400, "99999"),
         (IMAGES, {"prompt": "a", "n": 5}, 400, "at most 4"),
         (IMAGES, {"prompt": "a", "n": 0}, 400, "n:"),
+        (IMAGES, {"prompt": "a", "n": 10**9}, 400, "n:"),
         (IMAGES, {"prompt": "a", "seed": -1}, 400, "seed"),
         (IMAGES, {"prompt": "a", "temperature": "hot"}, 400, "temperature"),
         (IMAGES, {"prompt": "a", "guidance_scale": 1e9}, 400, "guidance_scale"),
@@ -266,6 +271,10 @@ def test_an_image_of_a_chat_comes_with_the_request(client, url):
         ([], "at least one image"),
         ([("image", b"no image")], "image"),
         ([("images", b"")], "images"),
+        ([("image", encoded(Image.new("RGB", (8, 8)), "TIFF"))], "none of PNG, JPEG, WEBP, GIF"),
+        ([("image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")], "none of PNG, JPEG"),
+        ([("image[]", png(Image.new("RGB", (8, 8))))] * 17, "at most 16 images"),
+        ([*[("image", png(Image.new("L", (8, 8))))] * 2, ("mask", png(Image.new("L", (8, 8))))], "at most 1 images"),
         ([("image", png(Image.new("RGB", (64, 64)))), ("mask", png(Image.new("L", (8, 8))))], "8x8"),
         ([("image", png(Image.new("RGB", (64, 64)))), *[("mask", png(Image.new("L", (8, 8))))] * 2], "at most one"),
     ],
@@ -273,6 +282,45 @@ def test_an_image_of_a_chat_comes_with_the_request(client, url):
 def test_a_bad_edit_is_told_what_is_wrong_with_it(client, files, told):
     answer = client.post(EDITS, data={"prompt": "make it blue"}, files=files)
     assert answer.status_code == 400 and told in answer.json()["error"]["message"], answer.text
+
+
+def test_a_field_that_is_given_twice_is_refused(client):
+    answer = client.post(EDITS, data={"prompt": ["a", "b"]}, files=[("image", png(Image.new("RGB", (64, 64))))])
+    assert answer.status_code == 400 and "'prompt' is given twice" in answer.json()["error"]["message"]
+
+
+def test_images_that_are_small_files_are_counted_before_they_fill_the_memory(client, monkeypatch):
+    decoded = []
+    load = Image.Image.load
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: decoded.append(image.size) or load(image))
+    part = {"type": "image_url", "image_url": {"url": data_url(Image.new("1", (4000, 4000)))}}
+    content = [part] * 5
+    answer = client.post(CHAT, json={"messages": [{"role": "user", "content": content}]})
+    assert answer.status_code == 400 and "content[4].image_url.url: the base64 has 4000x4000" in answer.text
+    assert len(decoded) == 4
+    small = {"type": "image_url", "image_url": {"url": data_url(Image.new("1", (4, 4)))}}
+    answer = client.post(CHAT, json={"messages": [{"role": "user", "content": [small] * 100}]})
+    assert answer.status_code == 400 and "at most 16 images" in answer.text and len(decoded) == 20
+
+
+def test_texts_of_a_chat_are_bounded_together(pipe):
+    client = TestClient(create_app(Worker(pipe, ServingSettings(BUNDLED))), raise_server_exceptions=False)
+    messages = [{"role": "user", "content": "a" * 250_000}] * 2
+    answer = client.post(CHAT, json={"messages": messages})
+    assert answer.status_code == 400 and "400000 characters" in answer.text
+
+
+def test_a_body_that_is_announced_too_long_is_not_waited_for():
+    async def never() -> dict:
+        await asyncio.sleep(60)
+
+    async def read(scope, receive, send):
+        await receive()
+
+    scope = {"type": "http", "headers": [(b"content-length", b"99999999999")]}
+    with pytest.raises(BodyRefused) as refused:
+        asyncio.run(BodyLimits(read, most_bytes=10, seconds=30)(scope, never, None))
+    assert refused.value.status == 413
 
 
 def test_what_is_no_json_and_what_is_too_long_is_refused(client):

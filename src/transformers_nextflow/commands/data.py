@@ -90,7 +90,7 @@ def validate_data(
 def extract_codes(
     source: Source,
     tokenizer: Annotated[str, typer.Option(help="Folder of a model or a vision tokenizer.")],
-    output: Annotated[Path, typer.Option(help="Folder of the shards; an interrupted one is finished.")],
+    output: Annotated[str, typer.Option(help="Folder of the shards, or its address; an interrupted one is finished.")],
     processes: Annotated[int, typer.Option(min=1, help="How many shards are made at once.")] = 1,
     shard_size: Annotated[int, typer.Option(min=1, help="Rows in a shard.")] = 1000,
     level: Annotated[int | None, typer.Option(help="Resolution of all images; default: each one's nearest.")] = None,
@@ -110,8 +110,10 @@ def extract_codes(
     """Encode the images of training data ahead of time: codes to read, and codes to write."""
     with errors_in_one_line():
         from ..data.code_extraction import extract_codes
+        from ..data.stores import is_address
 
-        check_output_folder(output)
+        if not is_address(output):
+            check_output_folder(output)
         settings = {"shard_size": shard_size, "level": level, "top_k": top_k, "token_share": token_share, "seed": seed}
         settings |= {"batch_size": batch_size, "on_bad_image": on_bad_image, "image_column": image_column}
         settings |= {"caption_column": caption_column, "edited_image_column": edited_image_column}
@@ -122,7 +124,7 @@ def extract_codes(
     )
 
 
-def check_codes(output: Annotated[Path, typer.Argument(help="Folder that extract-codes wrote.")]):
+def check_codes(output: Annotated[str, typer.Argument(help="Folder that extract-codes wrote, or its address.")]):
     """Check that codes are complete and as they were written."""
     with errors_in_one_line():
         from ..data.code_extraction import check_codes

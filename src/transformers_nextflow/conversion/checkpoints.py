@@ -378,6 +378,8 @@ def new_folder(target: Path | str, plan: dict | None = None) -> Iterator[Path]:
     elif partial.exists() and any(path != unfinished for path in partial.iterdir()):
         raise ValueError(f"{partial} is there, but not from a conversion; move it away, files go there first.")
     partial.mkdir(parents=True, exist_ok=True)
+    for left in partial.glob(".tmp*"):  # into which safetensors was writing when a run was killed
+        left.unlink()
     unfinished.write_text(described)
     unfinished.replace(partial / PLAN)
     then = "begins anew" if plan is None else "goes on"
@@ -410,7 +412,7 @@ def write_shards(
         ValueError: if a tensor differs from its layout, or holds NaN or infinity; for a size that is none.
         OSError: if a file cannot be written.
     """
-    if not re.fullmatch("[1-9][0-9]*[KMGT]B", max_shard_size):
+    if not re.fullmatch("[1-9][0-9]*[KMGT]B", str(max_shard_size)):
         raise ValueError(f"max_shard_size must be a size such as '2GB' or '500MB', got {max_shard_size!r}.")
     shards = split_torch_state_dict_into_shards(dict(layout), max_shard_size=max_shard_size)
     with tqdm(total=len(layout), desc=f"writing {folder.stem}", unit="tensor") as progress:

@@ -7,13 +7,14 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig, Qwen2Config
 
 from ..onecat.configuration_onecat import BitwiseVQConfig, OneCatConfig
 from ..onecat.image_processing_onecat import OneCatImageProcessor
 from ..onecat.modeling_bitwise_vq import BitwiseVQModel
 from ..onecat.modeling_onecat import OneCatForConditionalGeneration
 from ..onecat.processing_onecat import OneCatProcessor
+from ..utils.checkpoint_checks import loading_errors
 from .checkpoints import (
     KeyMap,
     ShardedCheckpoint,
@@ -29,6 +30,7 @@ from .checkpoints import (
     write_model_card,
     write_shards,
 )
+from .text_tokenizers import read_tokenizer
 
 
 KEYS = KeyMap(
@@ -239,6 +241,8 @@ def export_onecat(source: Path, target: Path, max_shard_size: str = "2GB"):
     if config.drawing_only:
         raise ValueError(f"{source} was saved with drawing_only=True and lacks what reads and writes; convert it anew.")
     check_state(ours.layout, expected_layout(config))
+    with loading_errors(source):
+        tokenizer = OneCatProcessor.from_pretrained(source).tokenizer
     sources = {KEYS.inverse_key(key): key for key in ours if not key.startswith("vq_model.")}
     layout = {name: ours.layout[key] for name, key in sources.items()}
     vq_names = {VQ_KEYS.inverse_key(key.removeprefix("vq_model.")): key for key in ours if key.startswith("vq_model.")}
@@ -251,7 +255,7 @@ def export_onecat(source: Path, target: Path, max_shard_size: str = "2GB"):
         write_shards(folder, layout, make, max_shard_size)
         torch.save({"vae": {name: ours[key] for name, key in vq_names.items()}}, folder / VISION_TOKENIZER)
         (folder / "config.json").write_text(json.dumps(released_config(config), indent=2) + "\n")
-        OneCatProcessor.from_pretrained(source).tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         check_written(folder, layout, make)
 
 
@@ -259,4 +263,4 @@ def make_processor(source: Path, vq_config: BitwiseVQConfig) -> OneCatProcessor:
     """The processor of the released text tokenizer. Raises `ValueError` if it lacks one of OneCAT's tokens."""
     levels = [list(level) for level in vq_config.levels]
     image_processor = OneCatImageProcessor(patch_size=vq_config.patch_size, levels=levels)
-    return OneCatProcessor(image_processor, AutoTokenizer.from_pretrained(source))
+    return OneCatProcessor(image_processor, read_tokenizer(source, Qwen2Config()))

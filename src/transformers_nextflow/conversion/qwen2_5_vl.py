@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, Qwen2_5_VLConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2_5_VLConfig
 
 from ..configuration_nextflow import NextFlowConfig, NextFlowVQConfig
 from ..image_processing_nextflow import NextFlowImageProcessor
@@ -35,6 +35,7 @@ from .checkpoints import (
     write_model_card,
     write_shards,
 )
+from .text_tokenizers import read_tokenizer
 
 
 EMBEDDING, HEAD, CODE_HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight", "visual_head.weight"
@@ -98,7 +99,7 @@ def convert_qwen2_5_vl(
     if vision_tokenizer is not None and vq_config is not None:
         raise ValueError("vision_tokenizer and vq_config were given; a trained tokenizer brings its own config.")
     qwen_config = read_qwen_config(source)
-    tokenizer, rows = _read_tokenizer(source), qwen_config.text_config.vocab_size
+    tokenizer, rows = read_tokenizer(source), qwen_config.text_config.vocab_size
     if len(tokenizer) > rows:
         raise ValueError(
             f"The tokenizer of {source} has {len(tokenizer)} tokens, its config a vocabulary of {rows}; do they belong "
@@ -150,16 +151,6 @@ def read_qwen_config(folder: Path | str) -> Qwen2_5_VLConfig:
     read_config(folder, Qwen2_5_VLConfig.model_type)
     with config_errors(folder):
         return Qwen2_5_VLConfig.from_pretrained(folder)
-
-
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    files = {path.name for path in folder.iterdir()}
-    if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
-        raise ValueError(f"{folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt); add it.")
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"The tokenizer in {folder} cannot be read; is it whole? {error}") from error
 
 
 def _read_chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from ..configuration_nextflow import NextFlowVQConfig
 from ..image_processing_nextflow import NextFlowImageProcessor
 from ..tokenflow_t2i.configuration_tokenflow_t2i import TokenFlowT2IConfig
 from ..tokenflow_t2i.modeling_tokenflow_t2i import TokenFlowT2IForConditionalGeneration
 from ..tokenflow_t2i.processing_tokenflow_t2i import TokenFlowT2IProcessor
+from ..utils.checkpoint_checks import loading_errors
 from .checkpoints import (
     KeyMap,
     ShardedCheckpoint,
@@ -28,6 +28,7 @@ from .checkpoints import (
     write_model_card,
     write_shards,
 )
+from .text_tokenizers import read_tokenizer
 from .tokenflow import check_is_tokenflow
 
 
@@ -199,6 +200,8 @@ def export_tokenflow_t2i(source: Path, target: Path, max_shard_size: str = "2GB"
     read_config(source, TokenFlowT2IConfig.model_type)
     config, ours = TokenFlowT2IConfig.from_pretrained(source), ShardedCheckpoint(source)
     check_state(ours.layout, expected_layout(config))
+    with loading_errors(source):
+        tokenizer = TokenFlowT2IProcessor.from_pretrained(source).tokenizer
     sources = {KEYS.inverse_key(key): key for key in ours if not key.startswith("vq_model.")}
     layout = {name: ours.layout[key] for name, key in sources.items()}
 
@@ -209,7 +212,7 @@ def export_tokenflow_t2i(source: Path, target: Path, max_shard_size: str = "2GB"
     with new_folder(target, plan) as folder:
         write_shards(folder, layout, make, max_shard_size)
         (folder / "config.json").write_text(json.dumps(released_config(config), indent=2) + "\n")
-        TokenFlowT2IProcessor.from_pretrained(source).tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         check_written(folder, layout, make)
 
 
@@ -219,7 +222,7 @@ def make_processor(source: Path, config: TokenFlowT2IConfig) -> TokenFlowT2IProc
     Raises:
         ValueError: if a token that is no code has the number of one.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = read_tokenizer(source)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     start = config.image_token_start

@@ -25,9 +25,8 @@ import torch
 from tqdm import tqdm
 
 from ..image_processing_nextflow import NextFlowImageProcessor
-from ..utils.atomic_files import write_whole
-from ..utils.checkpoint_checks import read_json
 from ..utils.devices import on_device
+from ..utils.extras import import_extra
 from ..utils.one_line_errors import tells_what_is_kept
 from ..utils.typed_values import read_typed
 from ..vision_tokenizer.fingerprint import tokenizer_fingerprint
@@ -36,7 +35,8 @@ from .columns import Columns
 from .row_codes import CLEAN_TOKENS, FINGERPRINT, GRIDS, LABELS, TOKENS, code_fields, encoded_images
 from .row_encoding import read_pixels
 from .rows import Sample, read_row
-from .sources import import_extra, open_rows
+from .sources import open_rows
+from .stores import Folder, LocalFolder, folder_at, is_address, without_file_scheme
 from .validation import check_on_bad_image, usable_rows
 from .vision_tokenizer import load_vision_tokenizer
 
@@ -136,7 +136,7 @@ def extract_codes(
     Args:
         source: see `open_rows`.
         tokenizer: folder of a `NextFlowVQModel`, or of a model that holds one.
-        output: folder of the shards.
+        output: folder of the shards, or its address in a store that fsspec knows.
         processes: each takes a shard at a time.
         device: of the tokenizer.
         engine: one of `ENGINES`: processes of this machine ("local"), or actors of Ray, of a cluster or of this
@@ -152,20 +152,25 @@ def extract_codes(
     """
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {tuple(ENGINES)}, got {engine!r}.")
-    model = load_vision_tokenizer(tokenizer)
-    place = str(Path(source).resolve() if os.path.exists(source) else source)
-    extraction = Extraction(place, 0, str(tokenizer), tokenizer_fingerprint(model), **settings)
-    extraction = replace(extraction, source_rows=len(open_rows(place, extraction.columns)[0]))
+    if processes < 1:
+        raise ValueError(f"processes start at 1, got {processes}.")
+    for name, place in (("source", source), ("output", output)):
+        if str(place).startswith("memory://") and (engine != "local" or processes > 1):
+            raise ValueError(f"{name} {place} is the memory of this process, which the others do not see.")
+    model, folder = load_vision_tokenizer(tokenizer), folder_at(output)
+    # Other processes and machines do not share this one's working folder.
+    source, tokenizer = (_absolute(without_file_scheme(place)) for place in (source, tokenizer))
+    extraction = Extraction(source, 0, tokenizer, tokenizer_fingerprint(model), **settings)
+    extraction = replace(extraction, source_rows=len(open_rows(source, extraction.columns)[0]))
     if extraction.level is not None:
         model.config.scale_schedules.build(level=extraction.level)  # raises if there is no such level
-    if engine == "local":
+    if engine == "local" or not device.startswith("cuda"):  # a cluster may have what this machine lacks
         on_device(torch.empty(0), device)  # raises if there is no such device
-    output = Path(output)
-    _begin(extraction, output)
-    missing = [shard for shard in extraction.shards if not _is_whole(output, shard)]
+    _begin(extraction, folder)
+    missing = [shard for shard in extraction.shards if not _is_whole(folder, shard)]
     progress = tqdm(total=len(extraction.shards), initial=len(extraction.shards) - len(missing), unit="shard")
-    with tells_what_is_kept(lambda: _kept(output, progress.n, progress.total)), progress:
-        for _ in ENGINES[engine](missing, extraction, output, device, processes):
+    with tells_what_is_kept(lambda: _kept(folder, progress.n, progress.total)), progress:
+        for _ in ENGINES[engine](missing, extraction, folder, device, processes) if missing else ():
             progress.update()
     return check_codes(output) | {"found": len(extraction.shards) - len(missing)}
 
@@ -176,53 +181,53 @@ def check_codes(output: str | os.PathLike) -> dict[str, int]:
     Raises:
         ValueError: naming the shards that lack or are damaged.
     """
-    output = Path(output)
-    if not (output / SETTINGS).is_file():
-        raise ValueError(f"{output} holds no {SETTINGS}; is it a folder of extract-codes?")
-    shards = read_typed(Extraction, read_json(output / SETTINGS), f"{output / SETTINGS}").shards
-    bad = [_shard(output, shard).name for shard in shards if not _is_whole(output, shard)]
+    folder = folder_at(output)
+    if SETTINGS not in folder.names():
+        raise ValueError(f"{folder} holds no {SETTINGS}; is it a folder of extract-codes?")
+    shards = read_typed(Extraction, _read_json(folder, SETTINGS), f"{folder}/{SETTINGS}").shards
+    bad = [_shard(shard) for shard in shards if not _is_whole(folder, shard)]
     if bad:
-        raise ValueError(f"{output}: {', '.join(bad)} lack or are damaged; extract once more, the others stay.")
-    notes = [read_json(_note(output, shard)) for shard in shards]
+        raise ValueError(f"{folder}: {', '.join(bad)} lack or are damaged; extract once more, the others stay.")
+    notes = [_read_json(folder, _note(shard)) for shard in shards]
     for shard, note in zip(shards, notes):
         if not all(isinstance(note.get(name), int) for name in ("rows", "skipped")):
-            raise ValueError(f"{_note(output, shard)} does not count its rows; remove it, and extract once more.")
+            raise ValueError(f"{folder}/{_note(shard)} does not count its rows; remove it, and extract once more.")
     return {name: sum(note[name] for note in notes) for name in ("rows", "skipped")} | {"shards": len(notes)}
 
 
-def _begin(extraction: Extraction, output: Path):
+def _begin(extraction: Extraction, folder: Folder):
     """Write down the settings, or see that they are those that the folder was begun with."""
-    path = output / SETTINGS
-    for partial in output.glob(".codes-*"):
-        shutil.rmtree(partial)  # of a call that was killed
-    if not path.exists():
-        if output.is_dir() and any(output.glob("codes-*")):
-            raise ValueError(f"{output} holds codes without {SETTINGS}; take an empty folder.")
-        with write_whole(path) as partial:
-            partial.write_text(json.dumps(asdict(extraction), indent=2) + "\n")
-    begun = read_json(path)
+    names = folder.names()
+    if isinstance(folder, LocalFolder):
+        for partial in folder.path.glob(".codes-*"):
+            shutil.rmtree(partial)  # of a call that was killed
+    if SETTINGS not in names:
+        if any(name.startswith("codes-") for name in names):
+            raise ValueError(f"{folder} holds codes without {SETTINGS}; take an empty folder.")
+        folder.write(SETTINGS, lambda path: path.write_text(json.dumps(asdict(extraction), indent=2) + "\n"))
+    begun = _read_json(folder, SETTINGS)
     for name, value in asdict(extraction).items():
         # The tokenizer may have moved: its fingerprint says whether it is the same.
         if begun.get(name) != value and name != "tokenizer":
             raise ValueError(
-                f"{output} was begun with {name} {begun.get(name)!r}, now it is {value!r}; take the same, or an empty "
+                f"{folder} was begun with {name} {begun.get(name)!r}, now it is {value!r}; take the same, or an empty "
                 "folder."
             )
 
 
 def _write_locally(
-    shards: list[int], extraction: Extraction, output: Path, device: str, processes: int
+    shards: list[int], extraction: Extraction, folder: Folder, device: str, processes: int
 ) -> Iterator[int]:
     """Write the shards, and say of each when it is done; what is done stays if another one fails."""
     if processes == 1:
         encoder = _Encoder(extraction, device)
         for shard in shards:
-            yield encoder.write(shard, output)
+            yield encoder.write(shard, folder)
         return
     # Not forked: threads of torch and CUDA do not survive it.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _start_worker, (extraction, device)) as pool:
-        futures = [pool.submit(_write_in_worker, shard, output) for shard in shards]
+        futures = [pool.submit(_write_in_worker, shard, folder) for shard in shards]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -231,7 +236,7 @@ def _write_locally(
 
 
 def _write_by_ray(
-    shards: list[int], extraction: Extraction, output: Path, device: str, processes: int
+    shards: list[int], extraction: Extraction, folder: Folder, device: str, processes: int
 ) -> Iterator[int]:
     """The same by actors of Ray Data: of a shard whose actor is killed, another one makes the whole."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -239,12 +244,15 @@ def _write_by_ray(
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    if device.startswith("cuda") and not ray.cluster_resources().get("GPU"):
+        raise ValueError(
+            f"device {device} needs a GPU, and the Ray cluster has none; take cpu."
+        )  # else it waits for one
     data.DataContext.get_current().enable_progress_bars = False  # there is one bar, of shards
     numbers = data.from_items([{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), MOST_BLOCKS))
     written = numbers.map_batches(
         _ShardWriter,
-        # Other machines of a cluster do not share this one's working folder.
-        fn_constructor_args=(extraction, device, output.absolute()),
+        fn_constructor_args=(extraction, device, folder),
         batch_size=1,
         compute=data.ActorPoolStrategy(size=processes),
         num_cpus=1,
@@ -259,16 +267,16 @@ def _write_by_ray(
 class _ShardWriter:
     """What an actor of Ray does. What a user can mend goes back as a value, since Ray wraps what is raised."""
 
-    def __init__(self, extraction: Extraction, device: str, output: Path):
+    def __init__(self, extraction: Extraction, device: str, folder: Folder):
         torch.set_num_threads(1)
-        self.encoder, self.output = _Encoder(extraction, device), output
+        self.encoder, self.folder = _Encoder(extraction, device), folder
 
     def __call__(self, batch: dict) -> dict:
         (shard,) = map(int, batch["shard"])
         error = b""
         try:
-            if not _is_whole(self.output, shard):  # it may have been written by an actor that was killed after it
-                self.encoder.write(shard, self.output)
+            if not _is_whole(self.folder, shard):  # it may have been written by an actor that was killed after it
+                self.encoder.write(shard, self.folder)
         except (OSError, ValueError) as raised:
             error = pickle.dumps(raised)
         return {"shard": [shard], "error": [error]}
@@ -288,8 +296,8 @@ def _start_worker(extraction: Extraction, device: str):
     _worker = _Encoder(extraction, device)
 
 
-def _write_in_worker(shard: int, output: Path) -> int:
-    return _worker.write(shard, output)
+def _write_in_worker(shard: int, folder: Folder) -> int:
+    return _worker.write(shard, folder)
 
 
 class _Encoder:
@@ -304,16 +312,19 @@ class _Encoder:
         )
         self.rows, self.root = open_rows(extraction.source, extraction.columns)
 
-    def write(self, shard: int, output: Path) -> int:
+    def write(self, shard: int, folder: Folder) -> int:
         """Write a shard and then its note, without which it does not count."""
         skipped: list[str] = []
         rows = self.encode(shard, skipped)
-        path = _shard(output, shard)
-        with write_whole(path) as partial:
-            _write_parquet(rows, partial, self.model.config.codebook_size)
-        note = {"rows": len(rows), "skipped": len(skipped), "skipped_because": skipped, "sha256": _hash(path)}
-        with write_whole(_note(output, shard)) as partial:
-            partial.write_text(json.dumps(note, indent=2) + "\n")
+        written = []
+
+        def write_shard(path: Path):
+            _write_parquet(rows, path, self.model.config.codebook_size)
+            written.append(_hash(path.read_bytes()))
+
+        folder.write(_shard(shard), write_shard)
+        note = {"rows": len(rows), "skipped": len(skipped), "skipped_because": skipped, "sha256": written[0]}
+        folder.write(_note(shard), lambda path: path.write_text(json.dumps(note, indent=2) + "\n"))
         return shard
 
     def encode(self, shard: int, skipped: list[str]) -> list[dict]:
@@ -395,24 +406,38 @@ def _write_parquet(rows: list[dict], path: Path, codebook_size: int):
     parquet.write_table(pa.Table.from_pylist(rows, pa.schema(fields)), path)
 
 
-def _kept(output: Path, done: int, count: int) -> str:
-    return f"{done} of {count} shards are kept in {output}; the same command goes on with the others."
+def _absolute(place: str | os.PathLike) -> str:
+    return str(place if is_address(place) or not os.path.exists(place) else Path(place).resolve())
 
 
-def _shard(output: Path, shard: int) -> Path:
-    return output / f"codes-{shard:06d}.parquet"
+def _kept(folder: Folder, done: int, count: int) -> str:
+    return f"{done} of {count} shards are kept in {folder}; the same command goes on with the others."
 
 
-def _note(output: Path, shard: int) -> Path:
-    return _shard(output, shard).with_suffix(".json")
+def _shard(shard: int) -> str:
+    return f"codes-{shard:06d}.parquet"
 
 
-def _is_whole(output: Path, shard: int) -> bool:
+def _note(shard: int) -> str:
+    return f"codes-{shard:06d}.json"
+
+
+def _is_whole(folder: Folder, shard: int) -> bool:
     try:
-        return read_json(_note(output, shard)).get("sha256") == _hash(_shard(output, shard))
-    except (FileNotFoundError, ValueError):  # the latter: no note, or one that is no JSON
+        return _read_json(folder, _note(shard)).get("sha256") == _hash(folder.read(_shard(shard)))
+    except (FileNotFoundError, ValueError):  # the latter: a note that is no JSON
         return False
 
 
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _read_json(folder: Folder, name: str) -> dict:
+    try:
+        content = json.loads(folder.read(name))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{folder}/{name} is no JSON; is it whole? {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{folder}/{name} holds no object; is it whole?")
+    return content
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

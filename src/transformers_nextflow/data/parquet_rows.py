@@ -11,7 +11,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .sources import import_extra
+from ..utils.extras import import_extra
+from .stores import is_address, opened
 
 
 if TYPE_CHECKING:
@@ -26,10 +27,9 @@ def parquet_files(source: str) -> list[str]:
 
     Empty for anything else.
     """
-    if "://" in source:
+    if is_address(source):
         pattern = source if source.endswith(".parquet") else f"{source.rstrip('/')}/*.parquet"
-        fsspec = import_extra("fsspec")
-        system, place = fsspec.core.url_to_fs(pattern)
+        system, place = opened(pattern)
         return sorted(system.unstrip_protocol(path) for path in system.glob(place))
     path = Path(source)
     if path.is_dir():
@@ -102,9 +102,9 @@ def _value(scalar: pa.Scalar) -> Any:
 def _open(file: str):
     parquet, system = import_extra("pyarrow.parquet"), None
     place = file
-    if "://" in file:
+    if is_address(file):
         arrow = import_extra("pyarrow.fs")
-        system, place = import_extra("fsspec").core.url_to_fs(file)
+        system, place = opened(file)
         system = arrow.PyFileSystem(arrow.FSSpecHandler(system))
     try:
         return parquet.ParquetFile(place, filesystem=system)

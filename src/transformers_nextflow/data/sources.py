@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import importlib
 import json
 import os
 import re
@@ -13,17 +12,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ..utils.extras import import_extra
 from ..utils.short_repr import short_path
 from .columns import CLASS, Columns, ConversationRows
+from .parquet_rows import ParquetRows
 from .row_errors import BadRowError
+from .stores import METADATA, StoredImages, files_of, is_address, without_file_scheme
 
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 
-# Beside a folder's images, by the convention of `datasets`.
-METADATA = "metadata.jsonl"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 KINDS = "a .jsonl, .parquet or .tar file, a folder of those, of images or of save_to_disk, or a data set of the Hub"
 
@@ -42,7 +42,8 @@ def open_rows(
     Args:
         source: a `.jsonl` file with images beside it; `.parquet` files; a folder of images with `metadata.jsonl`,
             `.csv` or `.parquet`; WebDataset `.tar` files; a folder that `Dataset.save_to_disk` wrote; or the name of a
-            data set of the Hub, of which the split "train" is taken.
+            data set of the Hub, of which the split "train" is taken. Or an address in a store that fsspec knows, of
+            `.parquet` or `.tar` files, or of a folder of images with `metadata.jsonl`.
         columns: which hold what; those that are not named are found by their names.
         streaming: give tables as a stream of `datasets`, which reads them as they are asked for. Files of rows, and
             what `save_to_disk` wrote, are read so anyway, by number.
@@ -51,7 +52,10 @@ def open_rows(
     Raises:
         ValueError: for anything else, and for columns that are not there.
     """
-    columns, path = columns or Columns(), Path(source)
+    columns, source = columns or Columns(), without_file_scheme(source)
+    if is_address(source):
+        return _stored_rows(str(source), columns, streaming, needs_texts), Path(".")
+    path = Path(source)
     if path.suffix in (".jsonl", ".json") and path.is_file():
         return _file_of_rows(JsonLines(path), columns, needs_texts), path.parent
     kind, files = _kind_of(source, path)
@@ -63,7 +67,21 @@ def open_rows(
     return _table_of_rows(table, columns, needs_texts, short_path(path)), path if path.exists() else Path(".")
 
 
-def _file_of_rows(rows: JsonLines, columns: Columns, needs_texts: bool) -> Sequence[dict]:
+def _stored_rows(source: str, columns: Columns, streaming: bool, needs_texts: bool):
+    """Parquet is read row group by row group, and images one by one, where they lie; tars are fetched by `datasets`."""
+    kind, files = files_of(source)
+    if kind != "webdataset":
+        rows = ParquetRows(files) if kind == "parquet" else StoredImages(source)
+        return _file_of_rows(rows, columns, needs_texts)
+    datasets = import_extra("datasets")
+    try:
+        table = _load(datasets, kind, files, streaming)
+    except Exception as error:
+        raise ValueError(f"{short_path(source)} cannot be read as rows: {error}") from error
+    return _table_of_rows(table, columns, needs_texts, short_path(source))
+
+
+def _file_of_rows(rows: Sequence[dict], columns: Columns, needs_texts: bool) -> Sequence[dict]:
     try:
         names = [] if len(rows) == 0 else list(rows[0])
     except (BadRowError, TypeError):
@@ -147,14 +165,6 @@ def _check_texts(columns: Columns, needed: bool, names: Sequence[str]):
             f"No column is known to hold captions; there are {', '.join(sorted(names))}. Name it by --caption-column; "
             "beside a folder's images lies metadata.jsonl, with file_name and text in each line."
         )
-
-
-def import_extra(name: str, extra: str = "train") -> ModuleType:
-    """A module of an extra. Raises `ValueError` that says how to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(f"This needs {name}: pip install transformers-nextflow[{extra}].") from error
 
 
 class JsonLines:

@@ -165,6 +165,11 @@ class OneCatTextModel(ScaleMaskedMixin, Qwen2PreTrainedModel):
         )
         self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_init()
+        # Qwen2's, by the names of the experts. That of slots is left whole, as its adapters are.
+        experts = ("mlp_te",) if drawing_only else ("mlp_te", "mlp_ue")
+        self.tp_plan = {
+            name.replace(".mlp.", f".{expert}."): style for expert in experts for name, style in self.tp_plan.items()
+        }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

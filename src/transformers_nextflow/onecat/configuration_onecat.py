@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, Qwen2Config
 
-from ..configuration_nextflow import NORM_GROUPS, config_from, value_errors
+from ..configuration_nextflow import NORM_GROUPS, check_backbone, config_from, value_errors
 from ..utils.atomic_files import saved_whole
 from ..utils.finite_numbers import check_finite
 from .schedules import MOST_SCALES, OneCatSchedules, schedules_of_levels
@@ -143,10 +143,12 @@ class OneCatConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Raises `ValueError` for values that do not fit together, and for numbers that are not finite."""
         check_finite(vars(self) | {"text_config": vars(self.text_config)})
-        text, head_dim = self.text_config, self.head_dim
-        if head_dim % 8 or text.hidden_size % text.num_attention_heads:
+        text = self.text_config
+        check_backbone(text)
+        if self.head_dim % 8:
             raise ValueError(
-                f"The width of a head must be a multiple of 8, whose quarters are rows and columns; {head_dim} is not."
+                f"The width of a head must be a multiple of 8, whose quarters are rows and columns; {self.head_dim} is "
+                "not."
             )
         for name in ("adapter_rank", "reader_hidden_size", "reader_patch_size"):
             if getattr(self, name) < 1:

@@ -77,10 +77,7 @@ def size_of_chat(height: int, width: int) -> tuple[int, int]:
     Raises:
         ValueError: for an image more elongated than 1:200.
     """
-    if max(height, width) > MOST_ELONGATED * min(height, width):
-        raise ValueError(
-            f"An image of {height}x{width} pixels is more elongated than 1:{MOST_ELONGATED}; crop it first."
-        )
+    _check_elongation(height, width)
     sides = [max(UNIT, round(side / UNIT) * UNIT) for side in (height, width)]
     if sides[0] * sides[1] > MOST_PIXELS:
         factor, whole = 1 / math.sqrt(height * width / MOST_PIXELS), math.floor
@@ -92,7 +89,12 @@ def size_of_chat(height: int, width: int) -> tuple[int, int]:
 
 
 def size_of_reference(height: int, width: int, level: int) -> tuple[int, int]:
-    """To which an image that an edit refers to is resized, where the edited one is drawn at a level (a resolution)."""
+    """To which an image that an edit refers to is resized, where the edited one is drawn at a level (a resolution).
+
+    Raises:
+        ValueError: for an image more elongated than 1:200.
+    """
+    _check_elongation(height, width)
     side = REFERENCE_SIDES[min(REFERENCE_SIDES, key=lambda known: abs(known - level))]
     ratio = height / width
     if width < height:
@@ -103,3 +105,10 @@ def size_of_reference(height: int, width: int, level: int) -> tuple[int, int]:
 def num_tokens(size: tuple[int, int]) -> int:
     """How many tokens a read image of (height, width) pixels has."""
     return (size[0] // UNIT) * (size[1] // UNIT)
+
+
+def _check_elongation(height: int, width: int):
+    if max(height, width) > MOST_ELONGATED * min(height, width):
+        raise ValueError(
+            f"An image of {height}x{width} pixels is more elongated than 1:{MOST_ELONGATED}; crop it first."
+        )

@@ -9,7 +9,6 @@ from ..configuration_nextflow import NORM_GROUPS
 from ..modeling_nextflow_vq import (
     NextFlowVQEncoderOutput,
     NextFlowVQPreTrainedModel,
-    images_at_once,
     leave_out_of_sharding,
 )
 from ..scale_schedule import ScaleSchedule
@@ -199,8 +198,7 @@ class BitwiseVQModel(NextFlowVQPreTrainedModel):
     def decode(self, image_tokens: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
         """Images (B, 3, H, W) in [-1, 1] from codes (B, n) of all scales, or of the first ones (a preview)."""
         features, size = self.quantizer.decode(image_tokens, schedule), self.decoder.conv_in.weight.element_size()
-        parts = features.split(images_at_once(self.config, self.config.channels, schedule, size))
-        return torch.cat([self.decode_features(part).clamp(-1, 1) for part in parts])
+        return self.decode_in_parts(features, self.config.channels, schedule, size)
 
     def decode_features(self, features: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W), not clamped, from a sum of code vectors (B, bits, h, w)."""

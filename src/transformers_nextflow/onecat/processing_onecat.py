@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from tokenizers import AddedToken
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from ..image_processing_nextflow import flatten_images
 from ..processing_nextflow import DrawingInputsMixin, check_prompts
-from ..sequence.chat_encoding import check_texts, encode_chats, gather_special_tokens
+from ..sequence.chat_encoding import check_texts, encode_chats, template_errors
+from ..sequence.messages import IMAGE_NAMES, check_conversation
 from ..sequence.padding import pad_left
+from ..tokenization_nextflow import check_text
 from ..utils.atomic_files import saved_whole
+from ..utils.short_repr import short_repr
 from .configuration_onecat import OneCatConfig
 from .image_processing_onecat import THUMBNAIL, num_tokens, size_of_chat, size_of_reference
 
@@ -23,6 +28,8 @@ IMAGE, REFERENCE = "<IMG_CONTEXT>", "<REEF_GEN_CONTEXT>"  # spelled so
 MARKERS = (
     "<|im_start|>", "<|im_end|>", "<img>", "</img>", IMAGE, "<img_gen>", "<ref_gen>", "</ref_gen>", REFERENCE,
 )  # fmt: skip
+# What stands around a drawn image, which no prompt holds, where the tokenizer has it.
+DRAWN_MARKERS = ("</img_gen>", "<IMG_GEN_CONTEXT>")
 PARTS = """
 {%- macro render(content, image) -%}
     {%- for part in ([{"type": "text", "text": content}] if content is string else content) -%}
@@ -86,7 +93,8 @@ class OneCatProcessor(DrawingInputsMixin, ProcessorMixin):
         if missing := [token for token in MARKERS if token not in known]:
             raise ValueError(f"The tokenizer lacks {', '.join(missing)}; take the one that was released with OneCAT.")
         # Read as special wherever the released file does not say so, so that no prompt can spell them out.
-        tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in MARKERS], special_tokens=True)
+        own = [AddedToken(t, special=True, normalized=False) for t in (*MARKERS, *DRAWN_MARKERS) if t in known]
+        tokenizer.add_tokens(own, special_tokens=True)
         self.image_token_id, self.reference_token_id = known[IMAGE], known[REFERENCE]
         self.end_token_id = known["<|im_end|>"]
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
@@ -108,6 +116,30 @@ class OneCatProcessor(DrawingInputsMixin, ProcessorMixin):
                 f"Processor and model do not fit together: {', '.join(differing)}. Load both from one checkpoint."
             )
 
+    def __call__(self, text=None, images=None, *, return_tensors: str | None = None, padding: bool = True, **other):
+        """Texts that `apply_chat_template` rendered, with `tokenize=False`; all special tokens in them are read.
+
+        Args:
+            text: one text or a list. Each `<IMG_CONTEXT>` in it stands for one image.
+            images: the images in order of appearance, flat or as one list per text.
+
+        Returns:
+            As `apply_chat_template` with `return_dict`.
+
+        Raises:
+            ValueError: if placeholders and images differ in number, for an image that cannot be read, and for videos,
+                sound and settings of tokenizers, which are not taken.
+        """
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, list | tuple) or not all(isinstance(one, str) for one in texts) or not texts:
+            raise ValueError(f"text must be a string or a list of strings, got {short_repr(text)}.")
+        for number, one in enumerate(texts):
+            check_text(one, f"Text {number}")
+        _check_settings(other | {"padding": padding})
+        rows = self.tokenizer(list(texts), add_special_tokens=False).input_ids
+        rows, read = self._with_images(rows, [] if images is None else flatten_images(images))
+        return self._features(rows, read, return_tensors)
+
     def apply_image_prompt(
         self,
         prompts: str | Sequence[str],
@@ -122,7 +154,7 @@ class OneCatProcessor(DrawingInputsMixin, ProcessorMixin):
 
         Args:
             prompts: one prompt or several.
-            images: for each prompt a list of one PIL image, which it edits.
+            images: for each prompt a list of one image, which it edits.
             allow_empty: let a prompt be empty, as the unconditional half of guidance is.
             levels: the resolution at which each image is drawn; default: the largest.
 
@@ -131,18 +163,21 @@ class OneCatProcessor(DrawingInputsMixin, ProcessorMixin):
             `pixel_sizes` too.
 
         Raises:
-            ValueError: for no prompts, one that is no string, an empty one, and more images than one for a prompt.
+            ValueError: for no prompts, one that is no string, an empty one, more images than one for a prompt, and
+                images that cannot be read or are more elongated than 1:200.
         """
         prompts = check_prompts(prompts, allow_empty)
         images = [[]] * len(prompts) if images is None else images
         if len(images) != len(prompts) or any(len(row) > 1 for row in images):
             raise ValueError("OneCAT edits one image for each prompt; give a list with one, or several prompts.")
+        rgb = iter(self.image_processor.to_rgb([image for row in images for image in row]))
+        images = [[next(rgb) for _ in row] for row in images]
         levels = [max(self.image_processor.scale_schedules.resolutions)] * len(prompts) if levels is None else levels
         chats = [_user_turn(prompt, len(row)) for prompt, row in zip(prompts, images)]
         rows = [chat.ids for chat in encode_chats(self.tokenizer, chats, DRAWING_TEMPLATE)]
         read = [
             (image, size_of_reference(image.height, image.width, level))
-            for row, level in zip(images, levels)
+            for row, level in zip(images, levels, strict=True)
             for image in row
         ]
         counts = iter([num_tokens(size) for _, size in read])
@@ -174,6 +209,7 @@ class OneCatProcessor(DrawingInputsMixin, ProcessorMixin):
         conversation,
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         tokenize: bool = False,
         return_dict: bool = False,
         return_tensors: str | None = None,
@@ -183,32 +219,47 @@ class OneCatProcessor(DrawingInputsMixin, ProcessorMixin):
         left (with `tokenize` and `return_dict`), to ids, or to text.
 
         An image in them is read at about its own size, and once more as a view of 448 x 448 pixels behind it. Special
-        tokens that messages spell out are read as plain text.
+        tokens that messages spell out are read as plain text; in the text that `tokenize=False` gives they are not
+        marked.
 
         Raises:
-            ValueError: for what the template refuses, images that cannot be read or are more elongated than 1:200.
+            ValueError: for what is no conversation, what the template refuses, images that cannot be read or are more
+                elongated than 1:200, and settings of tokenizers.
         """
-        template = chat_template or self.chat_template
-        is_one = isinstance(conversation[0], dict)
-        chats = [conversation] if is_one else list(conversation)
-        check_texts(chats)
-        if not tokenize:
-            from transformers.utils.chat_template_utils import render_jinja_template
-
-            texts, _ = render_jinja_template(
-                conversations=chats, chat_template=template, add_generation_prompt=add_generation_prompt
+        if not isinstance(conversation, list | tuple) or not conversation:
+            raise ValueError(
+                f"A conversation is a list of messages with role and content, got {short_repr(conversation)}."
             )
+        is_one = not isinstance(conversation[0], list | tuple)
+        chats = [conversation] if is_one else list(conversation)
+        _check_settings(processor_kwargs or {})
+        options = {
+            "chat_template": chat_template or self.chat_template,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
+        if not tokenize:
+            check_texts(chats)
+            with template_errors():
+                texts, _ = render_jinja_template(conversations=chats, **options)
             return texts[0] if is_one else texts
-        chats = gather_special_tokens(self.tokenizer, chats)
-        encoded = encode_chats(self.tokenizer, chats, template, add_generation_prompt=add_generation_prompt)
-        images = self.image_processor.to_rgb([image for chat in chats for image in _images_of(chat)])
-        sizes = [size_of_chat(image.height, image.width) for image in images]
-        counts = iter([num_tokens(size) + num_tokens(THUMBNAIL) for size in sizes])
-        rows = [self._expanded(chat.ids, self.image_token_id, counts) for chat in encoded]
+        for number, chat in enumerate(chats):
+            check_conversation(chat, "messages" if is_one else f"messages[{number}]")
+        encoded = [chat.ids for chat in encode_chats(self.tokenizer, chats, **options)]
+        rows, read = self._with_images(encoded, [image for chat in chats for image in _images_of(chat)])
         if not return_dict:
             return rows[0] if is_one else rows
-        read = [view for image, size in zip(images, sizes) for view in ((image, size), (image, THUMBNAIL))]
         return self._features(rows, read, return_tensors)
+
+    def _with_images(self, rows: list[list[int]], images: list) -> tuple[list[list[int]], list]:
+        """Rows with as many placeholders as each image has tokens, and what is read: views with their sizes."""
+        if (count := sum(row.count(self.image_token_id) for row in rows)) != len(images):
+            raise ValueError(f"The texts hold {count} {IMAGE}, but were given {len(images)} images; give each its own.")
+        images = self.image_processor.to_rgb(images)
+        sizes = [size_of_chat(image.height, image.width) for image in images]
+        counts = iter([num_tokens(size) + num_tokens(THUMBNAIL) for size in sizes])
+        rows = [self._expanded(row, self.image_token_id, counts) for row in rows]
+        return rows, [view for image, size in zip(images, sizes) for view in ((image, size), (image, THUMBNAIL))]
 
     def _expanded(self, row: list[int], placeholder: int, counts) -> list[int]:
         return [token for i in row for token in ([i] * next(counts) if i == placeholder else [i])]
@@ -235,5 +286,11 @@ def _user_turn(prompt: str, num_images: int) -> list[dict]:
 
 def _images_of(chat: list[dict]) -> list:
     parts = [part for message in chat if not isinstance(message["content"], str) for part in message["content"]]
-    names = ("image", "url", "path", "base64")
-    return [next(p[n] for n in names if p.get(n) is not None) for p in parts if p["type"] == "image"]
+    return [next(p[n] for n in IMAGE_NAMES if p.get(n) is not None) for p in parts if p["type"] == "image"]
+
+
+def _check_settings(settings: dict):
+    """Raises `ValueError` for a setting that would be passed over: rows are padded on the left, and that is all."""
+    for name, value in settings.items():
+        if value is not None and not (name == "padding" and value in (True, "longest")):
+            raise ValueError(f"OneCAT's processor does not take {name}={short_repr(value)}; leave it out.")

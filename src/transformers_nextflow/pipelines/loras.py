@@ -152,7 +152,7 @@ class LoraMixin:
 
     def _compile_again(self):
         """Recorded scales hold the layers as they were."""
-        if self.unwrapped_model.compiled_drawing is not None:
+        if getattr(self.unwrapped_model, "compiled_drawing", None) is not None:
             self.unwrapped_model.compile_drawing()
 
 

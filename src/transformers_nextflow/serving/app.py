@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 
 from .body_limits import BodyLimits, BodyRefused
 from .jobs import ChatJob, Finished, ImageJob, Job, Partial
-from .schemas import Body, ChatBody, EditBody, ImageBody, region_of, uploaded_image
+from .schemas import MOST_IMAGES, Body, ChatBody, EditBody, ImageBody, UploadedImages, region_of
 from .worker import TooManyRequests, Worker
 
 
@@ -64,8 +64,11 @@ def create_app(worker: Worker, on_answer: OnAnswer = lambda path, status: None) 
     @app.post("/v1/images/edits")
     async def edit(request: Request) -> Response:
         async with request.form(max_files=17, max_part_size=settings.max_upload) as form:
-            fields = {name: value for name, value in form.multi_items() if not isinstance(value, UploadFile)}
+            given = [(name, value) for name, value in form.multi_items() if not isinstance(value, UploadFile)]
             files = [(name, await value.read()) for name, value in form.multi_items() if isinstance(value, UploadFile)]
+        fields = dict(given)
+        if len(fields) < len(given):
+            raise ValueError(f"{_repeated([name for name, _ in given])} is given twice.")
         body = _checked(EditBody, fields, settings.name)
         images, mask = await run_in_threadpool(_uploads, files)
         job = ImageJob(
@@ -223,15 +226,21 @@ def _usage(worker: Worker, job: ImageJob, finished: list[Finished]) -> dict:
     return {"input_tokens": text, "output_tokens": drawn, "total_tokens": text + drawn, "input_tokens_details": details}
 
 
+def _repeated(names: list[str]) -> str:
+    return repr(next(name for number, name in enumerate(names) if name in names[:number])[:40])
+
+
 def _uploads(files: list[tuple[str, bytes]]) -> tuple[list[Image.Image], Image.Image | None]:
     """Images and mask of a form."""
-    images, masks = [], []
+    images, masks, uploads = [], [], UploadedImages(MOST_IMAGES + 1)  # a mask among them
     for name, content in files:
         if name.removesuffix("[]") not in ("image", "mask"):
             raise ValueError(f"{name[:40]!r} is not known; the files of an edit are image and mask.")
-        (masks if name == "mask" else images).append(uploaded_image(content, name))
+        (masks if name == "mask" else images).append(uploads.read(content, name))
     if not images or len(masks) > 1:
         raise ValueError(f"An edit has at least one image and at most one mask, got {len(images)} and {len(masks)}.")
+    if len(images) > (most := 1 if masks else MOST_IMAGES):
+        raise ValueError(f"An edit has at most {most} images{' where it has a mask' * bool(masks)}, got {len(images)}.")
     return images, region_of(masks[0]) if masks else None
 
 

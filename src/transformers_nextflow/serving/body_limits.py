@@ -32,9 +32,13 @@ class BodyLimits:
             await self.app(scope, receive, send)
             return
         end, count, whole = time.monotonic() + self.seconds, 0, False
+        announced = dict(scope.get("headers", ())).get(b"content-length", b"")
+        is_too_long = announced.isdigit() and int(announced[:20]) > self.most_bytes
 
         async def limited() -> dict:
             nonlocal count, whole
+            if is_too_long and not whole:  # not waited for
+                raise BodyRefused(413, f"The request has more than the {self.most_bytes} bytes that are read.")
             if whole:  # what follows tells that the client left, for which is waited as long as it takes
                 return await receive()
             try:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ..utils.interrupts import end_on_termination
 from .settings import ServingSettings
 
 
@@ -65,6 +66,7 @@ def running(
             )
         serve.start(http_options={"host": host, "port": port, "request_timeout_s": 2 * settings.timeout or None})
         serve.run(deployment(settings, replicas, most, cpus, gpus), name=APPLICATION, route_prefix="/")
+        end_on_termination()  # in order, on SIGTERM too, which Ray has taken
         yield
     finally:
         serve.shutdown()

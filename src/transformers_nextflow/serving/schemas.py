@@ -18,8 +18,14 @@ from ..utils.image_files import read_image
 
 MOST_SEEDS = 2**32
 MOST_CHARACTERS = 32_000
-# Images that a conversation shows.
-MOST_IMAGES = 16
+# Of all texts of a conversation.
+MOST_CHAT_CHARACTERS = 400_000
+# Images of a request, in which at most, and which a conversation shows.
+MOST_DRAWN, MOST_IMAGES = 1024, 16
+# What all images of a request hold together, however small its files are; and their kinds, by PIL's names: some of
+# those that PIL knows run programs.
+MOST_PIXELS = 2**26
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 StopText = Annotated[str, Field(min_length=1, max_length=100)]
 Guidance = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
@@ -44,7 +50,7 @@ class ImageBody(Body):
 
     prompt: Annotated[str, Field(min_length=1, max_length=MOST_CHARACTERS)]
     negative_prompt: Annotated[str, Field(max_length=MOST_CHARACTERS)] = ""
-    n: Annotated[int, Field(ge=1)] = 1
+    n: Annotated[int, Field(ge=1, le=MOST_DRAWN)] = 1
     size: str = "auto"
     partial_images: Annotated[int, Field(ge=0, le=16)] = 0
     output_format: Literal["png", "jpeg", "webp"] = "png"
@@ -131,11 +137,8 @@ class ChatBody(Body):
             ValueError: naming the part, for what is no message of text and images, and for images that are not sent
                 with the request.
         """
-        conversation = [_message(message, f"messages[{number}]") for number, message in enumerate(self.messages)]
-        count = sum(part["type"] == "image" for message in conversation for part in message["content"])
-        if count > MOST_IMAGES:
-            raise ValueError(f"messages show {count} images; at most {MOST_IMAGES} are read.")
-        return conversation
+        uploads = UploadedImages()
+        return [_message(message, f"messages[{number}]", uploads) for number, message in enumerate(self.messages)]
 
 
 def size_of(size: str) -> dict[str, int]:
@@ -148,12 +151,34 @@ def size_of(size: str) -> dict[str, int]:
     return {"height": int(height), "width": int(width)}
 
 
-def uploaded_image(content: bytes, place: str) -> Image.Image:
-    """The image that bytes hold. Raises `ValueError` naming `place`."""
-    try:
-        return read_image(content)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+class UploadedImages:
+    """Reads the images and counts the texts of one request, within what a request may hold in all.
+
+    Args:
+        most_images: that are read.
+    """
+
+    def __init__(self, most_images: int = MOST_IMAGES):
+        self.images_left, self.pixels_left, self.characters_left = most_images, MOST_PIXELS, MOST_CHAT_CHARACTERS
+
+    def read(self, content: bytes | str, place: str) -> Image.Image:
+        """The image that bytes or a `data:` URL hold. Raises `ValueError` naming `place`."""
+        self.images_left -= 1
+        if self.images_left < 0:
+            raise ValueError(f"{place}: at most {MOST_IMAGES} images are read of a request.")
+        try:
+            image = read_image(content, self.pixels_left, FORMATS)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        self.pixels_left -= image.width * image.height
+        return image
+
+    def count(self, text: Any) -> Any:
+        """The text. Raises `ValueError` if it is one too many."""
+        self.characters_left -= len(text) if isinstance(text, str) else 0
+        if self.characters_left < 0:
+            raise ValueError(f"messages have more than the {MOST_CHAT_CHARACTERS} characters that are read.")
+        return text
 
 
 def region_of(mask: Image.Image) -> Image.Image:
@@ -166,7 +191,7 @@ def region_of(mask: Image.Image) -> Image.Image:
     return mask
 
 
-def _message(message: dict, place: str) -> dict:
+def _message(message: dict, place: str, uploads: UploadedImages) -> dict:
     role = "system" if message.get("role") == "developer" else message.get("role")
     content = message.get("content")
     parts = [] if content is None else content
@@ -180,16 +205,16 @@ def _message(message: dict, place: str) -> dict:
     unknown = sorted(message.keys() - {"role", "content", "images", "name", "refusal"})
     if unknown:
         raise ValueError(f"{place}.{unknown[0]} is not known; a message has role, content and images.")
-    read = [_part(part, f"{place}.content[{number}]") for number, part in enumerate(parts)]
-    read += [_part(part, f"{place}.images[{number}]") for number, part in enumerate(shown)]
+    read = [_part(part, f"{place}.content[{number}]", uploads) for number, part in enumerate(parts)]
+    read += [_part(part, f"{place}.images[{number}]", uploads) for number, part in enumerate(shown)]
     # The pipeline checks roles and texts, and names their place.
     return {"role": role, "content": read}
 
 
-def _part(part: Any, place: str) -> dict:
+def _part(part: Any, place: str, uploads: UploadedImages) -> dict:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
-        return {"type": "text", "text": part.get("text")}
+        return {"type": "text", "text": uploads.count(part.get("text"))}
     if kind != "image_url":
         raise ValueError(f"{place}.type must be text or image_url, got {str(kind)[:40]!r}.")
     holder = part.get("image_url")
@@ -197,7 +222,4 @@ def _part(part: Any, place: str) -> dict:
     # Neither the server's disk nor its network is read for a client.
     if not isinstance(url, str) or not url.startswith("data:"):
         raise ValueError(f"{place}.image_url.url must hold the image itself, data:image/png;base64,….")
-    try:
-        return {"type": "image", "image": read_image(url)}
-    except ValueError as error:
-        raise ValueError(f"{place}.image_url.url: {error}") from error
+    return {"type": "image", "image": uploads.read(url, f"{place}.image_url.url")}

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PreTrainedConfig
 
-from ..configuration_nextflow import NextFlowVQConfig, config_from, value_errors
+from ..configuration_nextflow import NextFlowVQConfig, check_backbone, config_from, value_errors
 from ..scale_schedule import ScaleSchedule
 from ..utils.atomic_files import saved_whole
 
@@ -56,6 +56,7 @@ class TokenFlowT2IConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Raises `ValueError` for values that do not fit together."""
+        check_backbone(self.text_config)
         stop, size = self.image_token_start + self.vq_config.codebook_size, self.text_config.vocab_size
         if self.image_token_start < 1 or stop > size:
             raise ValueError(

@@ -26,30 +26,33 @@ MOST_SECONDS, MOST_BYTES = 60, 2**28
 SHORTEST_BASE64 = 64
 
 
-def read_image(source: Any) -> Image.Image:
+def read_image(source: Any, most_pixels: int | None = None, formats: tuple[str, ...] | None = None) -> Image.Image:
     """An image, decoded, as it is stored: in its own mode and orientation, of several frames the first.
 
     Args:
         source: a PIL image, a path, an http(s) URL, bytes, an open file, or base64 with or without `data:image/…`.
+        most_pixels: that a file may hold; default: `PIL.Image.MAX_IMAGE_PIXELS`.
+        formats: of files, by PIL's names; default: all that PIL reads.
 
     Raises:
         ValueError: naming it, for what is not there, no image, damaged, a folder, a pipe or a device, of more pixels
-            than `PIL.Image.MAX_IMAGE_PIXELS`, or nothing of these.
+            than `most_pixels`, or nothing of these.
     """
+    limits = (most_pixels, formats)
     if isinstance(source, Image.Image):
-        return _decoded(source, short_path(getattr(source, "filename", "") or "the image"))
+        return _decoded(source, short_path(getattr(source, "filename", "") or "the image"), *limits)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _decoded(io.BytesIO(source), f"what the {len(bytes(source))} bytes hold")
+        return _decoded(io.BytesIO(source), f"what the {len(bytes(source))} bytes hold", *limits)
     if hasattr(source, "read"):
-        return _decoded(_seekable(source), short_path(getattr(source, "name", "the open file")))
+        return _decoded(_seekable(source), short_path(getattr(source, "name", "the open file")), *limits)
     if isinstance(source, str):
         if re.match(r"[a-z][a-z0-9+.]+://", source, re.IGNORECASE):
-            return _decoded(io.BytesIO(_fetched(source)), short_path(source))
+            return _decoded(io.BytesIO(_fetched(source)), short_path(source), *limits)
         if (content := _from_base64(source)) is not None:
-            return _decoded(io.BytesIO(content), "the base64")
+            return _decoded(io.BytesIO(content), "the base64", *limits)
     elif not isinstance(source, os.PathLike):
         raise ValueError(f"it is {short_repr(source)}, not {IMAGE_KINDS}, an array or a tensor.")
-    return _decoded(regular_file(source), short_path(source))
+    return _decoded(regular_file(source), short_path(source), *limits)
 
 
 def regular_file(path: str | os.PathLike, kind: str = "image") -> Path:
@@ -68,30 +71,33 @@ def regular_file(path: str | os.PathLike, kind: str = "image") -> Path:
     return Path(path)
 
 
-def check_pixels(width: int, height: int, name: str):
-    """Raises `ValueError` for more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, PIL's own guard against decompression
-    bombs, of which it only warns.
+def check_pixels(width: int, height: int, name: str, most: int | None = None):
+    """Raises `ValueError` for more than `most` pixels; default: `PIL.Image.MAX_IMAGE_PIXELS`, PIL's own guard against
+    decompression bombs, of which it only warns.
     """
-    most = Image.MAX_IMAGE_PIXELS
-    if most is not None and width * height > most:
+    limit = Image.MAX_IMAGE_PIXELS if most is None else most
+    if limit is not None and width * height > limit:
         raise ValueError(
-            f"{name} has {width}x{height} pixels, and at most {most} are read, since a small file may hold more than "
-            "the memory does; make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS."
+            f"{name} has {width}x{height} pixels, and at most {limit} are read, since a small file may hold more than "
+            f"the memory does; make it smaller{', or raise PIL.Image.MAX_IMAGE_PIXELS' if most is None else ''}."
         )
 
 
-def _decoded(source: Image.Image | io.BytesIO | Path, name: str) -> Image.Image:
+def _decoded(
+    source: Image.Image | io.BytesIO | Path, name: str, most_pixels: int | None, formats: tuple[str, ...] | None
+) -> Image.Image:
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
+        image = source if isinstance(source, Image.Image) else Image.open(source, formats=formats)
         if image is not source:
-            check_pixels(*image.size, name)
+            check_pixels(*image.size, name, most_pixels)
         image.load()
         # Else the file stays open.
         return image.copy() if getattr(image, "is_animated", False) else image
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is refused: {error} Make it smaller.") from error
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name} cannot be read as an image: it is no image of a known kind.") from error
+        kind = "it is no image of a known kind" if formats is None else f"it is none of {', '.join(formats)}"
+        raise ValueError(f"{name} cannot be read as an image: {kind}.") from error
     except Exception as error:  # PIL's decoders of broken files raise what comes
         if isinstance(error, ValueError) and str(error).startswith(name):
             raise

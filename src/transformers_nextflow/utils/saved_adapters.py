@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from functools import wraps
 from pathlib import Path
 
@@ -183,6 +184,9 @@ def _fill(model: nn.Module, name: str, saved: dict[str, torch.Tensor]):
     of the weights that are adapted.
     """
     own = _weights(model, name)
+    # A model that leaves out parts, as OneCAT does with `drawing_only`, takes a whole model's adapter without them.
+    left_out = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()) or "(?!)")
+    saved = {key: value for key, value in saved.items() if key in own or not left_out.search(key)}
     if odd := sorted(own.keys() ^ saved.keys()):
         raise ValueError(
             f"The adapter {name!r} does not fit {type(model).__name__}: only one of them has {odd[0]}; load the model "
