@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..utils.one_line_errors import errors_in_one_line
+from ..utils.one_line_errors import errors_in_one_line, tells_what_is_kept
 from .options import Device, Dtype
 
 
@@ -30,7 +30,7 @@ def serve(
     dtype: Dtype = "auto",
 ):
     """Serve a model by HTTP, as clients of OpenAI's API know it; see docs/serving.md."""
-    with errors_in_one_line():
+    with errors_in_one_line(), tells_what_is_kept(lambda: "The server has ended."):
         from ..serving import ray_serve
         from ..serving.loading import load_pipeline
         from ..serving.settings import ServingSettings

@@ -64,9 +64,9 @@ def running(
             ray.init(
                 _metrics_export_port=metrics_port, include_dashboard=False, log_to_driver=bool(os.environ.get("DEBUG"))
             )
+        end_on_termination()  # in order, on SIGTERM too, which Ray has taken
         serve.start(http_options={"host": host, "port": port, "request_timeout_s": 2 * settings.timeout or None})
         serve.run(deployment(settings, replicas, most, cpus, gpus), name=APPLICATION, route_prefix="/")
-        end_on_termination()  # in order, on SIGTERM too, which Ray has taken
         yield
     finally:
         serve.shutdown()
