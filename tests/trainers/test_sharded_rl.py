@@ -19,6 +19,7 @@ from transformers_nextflow.trainers.rl import grpo_trainer, rollouts  # noqa: E4
 ROWS = [{"prompt": "a red circle", "height": 16, "width": 16}, {"prompt": "one", "height": 28, "width": 8}]
 OPTIONS = {"beta": 0.1, "steps_per_generation": 2, "shuffle_dataset": False, "num_generations": 4}
 TRAINED = {"full": None, "lora": lora()}
+KINDS = {"full": (False, True), "lora": (True,)}
 
 
 def _step(folder: str, peft_config, rank: int = 0, processes: int = 1, mesh=None) -> dict:
@@ -30,6 +31,7 @@ def _step(folder: str, peft_config, rank: int = 0, processes: int = 1, mesh=None
         folder, rows=ROWS, peft_config=peft_config, per_device_train_batch_size=4 // processes, **OPTIONS
     )
     model = trainer.model.train()
+    before = [weight.detach().clone() for weight in model.parameters() if weight.requires_grad]
     if mesh is not None:
         for sharded in filter(None, (model, trainer.ref_model)):
             shard(sharded, mesh, torch.float32)
@@ -51,6 +53,7 @@ def _step(folder: str, peft_config, rank: int = 0, processes: int = 1, mesh=None
         "reference": inputs["ref_per_token_logps"],
         "loss": loss.detach(),
         "weights": {name: w.full_tensor() if hasattr(w, "full_tensor") else w for name, w in trained.items()},
+        "moved": sum(not torch.equal(a, b) for a, b in zip(before, trained.values())) if mesh is None else None,
         "in_parts": sum(hasattr(weight, "placements") for weight in trained.values()),
     }
 
@@ -64,7 +67,7 @@ def _steps(rank: int, port: int, folder: str):
     found = {
         (kind, is_sharded): _step(folder, peft_config, rank, 2, mesh if is_sharded else None)
         for kind, peft_config in TRAINED.items()
-        for is_sharded in (False, True)
+        for is_sharded in KINDS[kind]
     }
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -76,7 +79,8 @@ def test_two_processes_draw_score_and_learn_as_one_with_whole_weights_and_with_p
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for kind, peft_config in TRAINED.items():
         one = _step(str(tmp_path), peft_config)
-        for is_sharded in (False, True):
+        assert one["moved"] >= len(one["weights"]) // 2 and one["loss"] != 0
+        for is_sharded in KINDS[kind]:
             first, second = (found[kind, is_sharded] for found in both)
             assert first["in_parts"] == (len(first["weights"]) if is_sharded else 0)
             for codes, expected in zip(first["codes"] + second["codes"], one["codes"], strict=True):

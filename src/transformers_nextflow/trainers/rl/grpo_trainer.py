@@ -23,7 +23,12 @@ from ...processing_nextflow import NextFlowProcessor
 from ..runs.averaged_weights import AveragedWeightsMixin
 from ..runs.finite_training import FiniteTrainingMixin
 from ..runs.resumable_training import ResumableTrainingMixin
-from ..runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights, gathered_weights, place_vision_tokenizer
+from ..runs.trained_weights import (
+    TrainedInFloat32Mixin,
+    check_trained_weights,
+    gathered_weights,
+    place_vision_tokenizer,
+)
 from ..runs.training_card import TrainingCardMixin
 from .checked_reward import LARGEST_REWARD, checked
 from .grpo_config import NextFlowGRPOConfig
@@ -157,7 +162,9 @@ class NextFlowGRPOTrainer(
                     # TRL rounds the adapters of a quantised model.
                     parameter.data = trained.get(parameter, parameter.data).to(parameter.device, torch.float32)
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
-            raise ValueError("RL reads the model in parts, which FSDP of version 1 does not gather; set fsdp_version to 2.")
+            raise ValueError(
+                "RL reads the model in parts, which FSDP of version 1 does not gather; set fsdp_version to 2."
+            )
         place_vision_tokenizer(self)
         if reference is not None:
             disable_dropout_in_model(reference)
