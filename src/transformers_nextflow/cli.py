@@ -18,7 +18,7 @@ from PIL import Image
 from .commands.data import check_codes, extract_codes, inspect, validate_data
 from .commands.options import Device, Dtype
 from .commands.serving import serve
-from .commands.training import init, recipes, train
+from .commands.training import evaluate_run, init, recipes, train
 from .evaluation.suites import SUITES
 from .utils.atomic_files import write_anyway
 from .utils.image_files import regular_file
@@ -380,7 +380,7 @@ def evaluate(
     typer.echo(json.dumps(scores, indent=2))
 
 
-for command in (inspect, validate_data, extract_codes, check_codes, init, train, recipes, serve):
+for command in (inspect, validate_data, extract_codes, check_codes, init, train, evaluate_run, recipes, serve):
     app.command()(command)
 
 

@@ -1,5 +1,6 @@
 """NextFlow: one decoder-only transformer over text tokens and images drawn scale by scale (paper, section 2)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -506,6 +507,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         codes_only: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
         loss_weights: LossWeights = PLAIN,
+        inside: Callable | None = None,
         **kwargs,
     ) -> NextFlowCausalLMOutputWithPast:
         """One pass over sequences with whole images.
@@ -529,10 +531,15 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             num_items_in_batch: over how many trained positions the loss is averaged, where the batch is a part of a
                 larger one: the sum of `num_trained_positions` over its parts. Default: those of this batch.
             loss_weights: what weighs in the loss beside the scales of images, see [`LossWeights`].
+            inside: a function that takes the place of all else: it is called with the model, and what it returns,
+                tensors, is returned. Whatever wraps the model (DDP, FSDP2, an adapter) so sees one call, however often
+                and in which parts the function reads the model; it calls `model.forward`, not the model.
 
         Raises:
             ValueError: if placeholders, grids and codes do not match, or `num_items_in_batch` comes without labels.
         """
+        if inside is not None:
+            return inside(self)
         if image_tokens is None and pixel_values is not None:
             if image_grids is None:
                 raise ValueError("pixel_values need image_grids, the final grid of each image; see NextFlowProcessor.")

@@ -114,11 +114,11 @@ def test_a_prompt_that_images_share_is_read_once_and_each_gets_what_it_gets_alon
         writer = SequenceWriter(model, prompts, [empty])
         writer.draw(drawing, range(3), lambda _, scale, state: drawn_from.append(state.logits), go_on=False)
 
-        def forward(inputs_embeds, **kwargs):
-            seen.append(len(inputs_embeds))
-            return model(inputs_embeds=inputs_embeds, **kwargs)
-
-        together = prefix_log_probabilities(model, prompts, [empty], drawing, 3, forward=forward)
+        backbone = model.model.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+        )
+        together = prefix_log_probabilities(model, prompts, [empty], drawing, 3)
+        backbone.remove()
         assert seen == [3, 6]  # two prompts and the empty one, then the slots of three images under two contexts
         for row, text in enumerate(texts):
             alone = ImageCodes(model, schedules[:1], sampling, torch.Generator().manual_seed(row))

@@ -20,12 +20,13 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
 WEIGHTS = LossWeights(text=2.0, z=1e-3)
 
 
-def _shard(model, mesh, dtype: torch.dtype):
+def shard(model, mesh, dtype: torch.dtype):
     """Layers, embedding and heads by themselves, and the rest; the vision tokenizer stays whole."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     shard = partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(dtype, torch.float32))
-    for module in (*model.model.language_model.layers, model.lm_head, model.visual_head):
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for module in (*base.model.language_model.layers, base.lm_head, base.visual_head):
         shard(module)
     shard(model)
 
@@ -35,7 +36,7 @@ def _train(rows: list[dict], count: int, mesh, dtype: torch.dtype, folder: str) 
     over all of these, and the codes of the images.
     """
     model, codes, losses = tiny_model().train(), [], []
-    _shard(model, mesh, dtype)
+    shard(model, mesh, dtype)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
     encode = model.vq_model.encode
     model.vq_model.encode = lambda pixels: codes.append(encode(pixels).image_tokens) or encode(pixels)

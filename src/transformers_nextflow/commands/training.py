@@ -9,10 +9,11 @@ from typing import Annotated
 
 import typer
 
+from ..evaluation.suites import SUITES
 from ..utils.atomic_files import write_whole
 from ..utils.one_line_errors import errors_in_one_line
 from ..utils.output_files import check_output_folder
-from .options import CaptionColumn, Data, EditedImageColumn, ImageColumn
+from .options import CaptionColumn, Data, Device, EditedImageColumn, ImageColumn
 
 
 def init(
@@ -85,6 +86,25 @@ def train(
         run_recipe(asked, model, data, output, resume, profile)
     if int(os.environ.get("RANK", 0)) == 0:
         typer.echo(output / "final")
+
+
+def evaluate_run(
+    run: Annotated[Path, typer.Argument(help="Folder of a training, which holds its checkpoints.")],
+    suite: Annotated[str, typer.Option(help=f"What is scored: {', '.join(SUITES)}.")] = "shapes",
+    output: Annotated[Path | None, typer.Option(help="Folder for scores; default: evaluation/SUITE in RUN.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Cases of each kind at most.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 4,
+    every: Annotated[float, typer.Option(min=1, help="Seconds until the folder is looked at again.")] = 60,
+    once: Annotated[bool, typer.Option("--once", help="Score what is there, and do not wait for more.")] = False,
+    device: Device = None,
+):
+    """Score the checkpoints of a training as they appear, until it is finished: scores, sheets, a curve."""
+    with errors_in_one_line():
+        from ..trainers.runs.scored_checkpoints import CheckpointScores
+
+        evaluator = CheckpointScores(run, suite, output, limit, seeds, device)
+        for step in evaluator.update() if once else evaluator.watch(every):
+            typer.echo(evaluator.output / f"checkpoint-{step}")
 
 
 def recipes(copy: Annotated[Path | None, typer.Option(help="Folder to which they are copied, to be changed.")] = None):

@@ -96,15 +96,26 @@ def prefix_log_probabilities(
         prompts: (B, L), left padded, that end with `<boi>`.
         contexts: the prompts that guidance compares with, as [`SequenceWriter`] takes it.
         drawing: of all scales looked at; its temperature, and where `truncate` says so its top-k and top-p are taken.
-        forward: called in place of the model, where a wrapper around it has to see the pass.
+        forward: called in place of the model, where a wrapper around it (DDP, FSDP2, an adapter) has to see the pass:
+            once, and all that is read is read within this call.
     """
     columns = PrefixColumns.of(drawing.schedules, num_scales, model.device)
-    num_scales = min(num_scales, drawing.num_scales)
-    logits = _prefix_logits(model, forward or model, prompts, contexts, drawing, num_scales)
+
+    def likelihoods(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = _prefix_logits(model, prompts, contexts, drawing, min(num_scales, drawing.num_scales))
+        return _of_drawn_codes(logits, columns, drawing, truncate)
+
+    return PrefixLogProbabilities(*(forward or model)(inside=likelihoods), columns)
+
+
+def _of_drawn_codes(
+    logits: torch.Tensor, columns: PrefixColumns, drawing: ImageCodes, truncate: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and entropies (B, n) of the drawn codes, from logits (C, B, n', codes) before guidance."""
     codes = columns.place(list(drawing.image_tokens))
     values = torch.zeros(codes.shape, device=codes.device)
     entropies, stop = torch.zeros_like(values), 0
-    for scale in range(num_scales):
+    for scale in range(min(columns.num_scales, drawing.num_scales)):
         start, stop = stop, stop + int((columns.scales == scale + 1).sum())
         guided = guide_over_contexts(logits[:, :, start:stop].float(), drawing.guidance[scale])
         for schedule, rows in drawing.groups.items():
@@ -116,7 +127,7 @@ def prefix_log_probabilities(
                 values[rows, own], entropies[rows, own] = code_log_probabilities(
                     guided[rows, : own.stop - start], codes[rows, own], **options
                 )
-    return PrefixLogProbabilities(values, entropies, columns)
+    return values, entropies
 
 
 def code_log_probabilities(
@@ -136,7 +147,7 @@ def code_log_probabilities(
     return log_probabilities.gather(-1, codes[..., None]).squeeze(-1), entropies
 
 
-def _prefix_logits(model, forward, prompts, contexts, drawing, num_scales) -> torch.Tensor:
+def _prefix_logits(model, prompts, contexts, drawing, num_scales) -> torch.Tensor:
     """Logits (C, B, n, codes) before guidance: one pass over the distinct prompts, which groups of images share, and
     one behind them over the slots of scales 2 … `num_scales`.
     """
@@ -155,7 +166,7 @@ def _prefix_logits(model, forward, prompts, contexts, drawing, num_scales) -> to
         embeds, positions = [embeds[0][places]], [layout.position_ids[:, places]]
     else:
         cache = DynamicCache(config=model.model.language_model.config)
-        logits = [_read(model, forward, embeds, positions, [layout.block_ids], [mask], 1, cache)[places]]
+        logits = [_read(model, embeds, positions, [layout.block_ids], [mask], 1, cache)[places]]
         cache.batch_select_indices(places)
         embeds, positions = [], []
     # Slots lie behind `<boi>`, whose position counts on the scale axis alone.
@@ -170,11 +181,11 @@ def _prefix_logits(model, forward, prompts, contexts, drawing, num_scales) -> to
         blocks.append(torch.zeros_like(masks[-1]) + first_block + scale)
     if embeds:
         count = sum(part.shape[1] for part in blocks[1:]) + (cache is None)
-        logits.append(_read(model, forward, embeds, positions, blocks, masks, count, cache))
+        logits.append(_read(model, embeds, positions, blocks, masks, count, cache))
     return torch.cat(logits, 1).unflatten(0, (num_contexts, -1))
 
 
-def _read(model, forward, embeds, positions, blocks, masks, count, cache) -> torch.Tensor:
+def _read(model, embeds, positions, blocks, masks, count, cache) -> torch.Tensor:
     """Logits of the last `count` columns; `blocks` and `masks` are of the cached columns too."""
     embeds, mask, block_ids = (torch.cat(parts, 1) for parts in (embeds, masks, blocks))
     config = model.model.language_model.config
@@ -183,7 +194,7 @@ def _read(model, forward, embeds, positions, blocks, masks, count, cache) -> tor
         attention_mask = create_causal_mask(
             config=config, inputs_embeds=embeds, attention_mask=mask, **{CACHE: cache}, block_sequence_ids=block_ids
         )
-    return forward(
+    return model.forward(  # within a call of the model, which its wrappers have seen
         inputs_embeds=embeds,
         attention_mask={"full_attention": attention_mask},
         position_ids=torch.cat(positions, 2),

@@ -23,7 +23,12 @@ from ...processing_nextflow import NextFlowProcessor
 from ..runs.averaged_weights import AveragedWeightsMixin
 from ..runs.finite_training import FiniteTrainingMixin
 from ..runs.resumable_training import ResumableTrainingMixin
-from ..runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights, place_vision_tokenizer
+from ..runs.trained_weights import (
+    TrainedInFloat32Mixin,
+    check_trained_weights,
+    gathered_weights,
+    place_vision_tokenizer,
+)
 from ..runs.training_card import TrainingCardMixin
 from .checked_reward import LARGEST_REWARD, checked
 from .grpo_config import NextFlowGRPOConfig
@@ -34,7 +39,7 @@ from .rollouts import Rollout, as_drawn, check_lengths, continue_rollouts, gener
 
 try:
     from trl import GRPOTrainer
-    from trl.models import unwrap_model_for_generation
+    from trl.models import prepare_fsdp, unwrap_model_for_generation
     from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, use_adapter
 except ImportError as error:
     raise ImportError("RL needs trl: pip install transformers-nextflow[rl]") from error
@@ -156,10 +161,17 @@ class NextFlowGRPOTrainer(
                 if parameter.requires_grad and parameter.dtype == torch.bfloat16:
                     # TRL rounds the adapters of a quantised model.
                     parameter.data = trained.get(parameter, parameter.data).to(parameter.device, torch.float32)
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
+            raise ValueError(
+                "RL reads the model in parts, which FSDP of version 1 does not gather; set fsdp_version to 2."
+            )
         place_vision_tokenizer(self)
         if reference is not None:
             disable_dropout_in_model(reference)
-            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+            if self.is_fsdp_enabled:
+                self.ref_model = prepare_fsdp(reference, self.accelerator)
+            else:
+                self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         if args.max_prompt_length is not None and isinstance(train_dataset, Dataset):
             # A long run shall not end at a prompt that could have been seen before it began.
             prompts = train_dataset.unique("prompt")
@@ -210,10 +222,15 @@ class NextFlowGRPOTrainer(
 
     @contextmanager
     def _drawing_model(self):
-        """The policy as it draws. Gradient checkpointing would drop the cache; it is off in evaluation mode."""
-        with unwrap_model_for_generation(
-            self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
-        ) as model:
+        """The policy as it draws, whole on every process, since images of other sizes take other numbers of passes.
+        Gradient checkpointing would drop the cache; it is off in evaluation mode.
+        """
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        gathers = self.args.ds3_gather_for_generation
+        with (
+            gathered_weights(self.model_wrapped, plugin is None or bool(plugin.reshard_after_forward)),
+            unwrap_model_for_generation(self.model_wrapped, self.accelerator, gathers) as model,
+        ):
             was_training = model.training
             model.eval()
             try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from transformers import TrainingArguments
@@ -26,6 +29,28 @@ def check_trained_weights(model: nn.Module, args: TrainingArguments):
 def is_sharded(model: nn.Module) -> bool:
     """Whether weights are in parts (FSDP, ZeRO 3), so that no process has a whole model."""
     return any(hasattr(weight, "placements") or hasattr(weight, "ds_id") for weight in model.parameters())
+
+
+@contextmanager
+def gathered_weights(model: nn.Module, reshard_after_forward: bool = True) -> Iterator[None]:
+    """All weights on every process that FSDP2 has in parts, so that each reads the model as often and in whatever parts
+    it wants to, without waiting for others; does nothing for a model that is whole.
+
+    Args:
+        reshard_after_forward: what holds of the modules again afterwards.
+    """
+    modules = [module for module in model.modules() if hasattr(module, "set_reshard_after_forward")]
+    if modules:
+        model(inside=lambda _: None)  # FSDP2 takes for the root what is called first
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.reshard()
+            module.set_reshard_after_forward(reshard_after_forward, recurse=False)
 
 
 class TrainedInFloat32Mixin:

@@ -1,0 +1,171 @@
+"""Scores of a training's checkpoints, made beside it: a process that reads its folder and nothing else of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from ...evaluation.results import write_result
+from ...evaluation.suites import SUITES
+from ...utils.atomic_files import write_whole
+from .atomic_checkpoints import checkpoints_in, is_superseded, step_of
+
+
+CURVE, SCORES = "curve", "scores.json"
+COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f")
+WIDTH, HEIGHT, MARGIN = 640, 320, 40
+
+
+class CheckpointScores:
+    """Scores each `checkpoint-STEP` of a training's folder once, as it appears.
+
+    In `output`, `checkpoint-STEP/scores.json` holds suite → category → score and where they come from, beside the
+    suite's sheets of images; it is whole or not there. `curve.csv` has a line for each step, and `curve.png` shows it.
+    A checkpoint whose weights were written again, or that was scored with other settings, is scored anew. Those that a
+    newer training in the same folder superseded are left out.
+
+    Args:
+        run: the folder; its checkpoints are any that `from_pretrained` reads.
+        suite: a name of `SUITES`.
+        output: default `evaluation/SUITE` in `run`.
+        limit, seeds, device: as the suite takes them.
+
+    Raises:
+        ValueError: for a suite that there is not, and for no folder.
+    """
+
+    def __init__(
+        self,
+        run: Path | str,
+        suite: str = "shapes",
+        output: Path | str | None = None,
+        limit: int | None = None,
+        seeds: int = 4,
+        device: str | None = None,
+    ):
+        if not Path(run).is_dir():
+            raise ValueError(f"{run} is no folder; name that of a training (--output), which holds its checkpoints.")
+        self.run, self.evaluate, self.device = Path(run), SUITES[suite], device
+        self.output = Path(output) if output is not None else self.run / "evaluation" / suite
+        self.settings = {"suite": suite, "limit": limit, "seeds": seeds}
+
+    def update(self) -> Iterator[int]:
+        """Score the checkpoints that lack it, the oldest first; yields the step of each."""
+        while (checkpoint := next(self._unscored(), None)) is not None:
+            try:
+                self._score(checkpoint)
+            except Exception:
+                if checkpoint.exists():
+                    raise
+                continue  # the training has rotated it away
+            self._write_curve()
+            yield step_of(checkpoint)
+
+    def watch(self, every: float = 60.0) -> Iterator[int]:
+        """As `update`, again and again, until the training has written `final` and all is scored.
+
+        Args:
+            every: in seconds, how long to wait before the folder is looked at again.
+        """
+        while True:
+            is_finished = self._is_finished()  # before the last look, so that no checkpoint falls between
+            yield from self.update()
+            if is_finished:
+                return
+            time.sleep(every)
+
+    def scores(self) -> dict[int, dict]:
+        """What was scored with these settings: step → suite → category → score, by steps."""
+        found = {}
+        for folder in checkpoints_in(self.output):
+            stored = json.loads((folder / SCORES).read_text())
+            if stored["settings"] == self.settings:
+                found[step_of(folder)] = stored["scores"]
+        return found
+
+    def _checkpoints(self) -> list[Path]:
+        return [checkpoint for checkpoint in checkpoints_in(self.run) if not is_superseded(checkpoint)]
+
+    def _unscored(self) -> Iterator[Path]:
+        for checkpoint in self._checkpoints():
+            path = self.output / checkpoint.name / SCORES
+            stored = json.loads(path.read_text()) if path.exists() else {}
+            if (stored.get("settings"), stored.get("written")) != (self.settings, _written(checkpoint)):
+                yield checkpoint
+
+    def _score(self, checkpoint: Path):
+        with write_whole(self.output / checkpoint.name) as partial:
+            partial.mkdir()
+            written = _written(checkpoint)
+            options = {name: self.settings[name] for name in ("limit", "seeds")}
+            scores = self.evaluate(str(checkpoint), **options, sheets=partial, device=self.device)
+            values = {"step": step_of(checkpoint), "settings": self.settings, "written": written, "scores": scores}
+            write_result(partial / SCORES, values)
+
+    def _is_finished(self) -> bool:
+        final = self.run / "final"
+        newest = max((_written(path) for path in self._checkpoints()), default=0)
+        return final.is_dir() and _written(final) >= newest
+
+    def _write_curve(self):
+        rows = {step: dict(_flat(scores)) for step, scores in self.scores().items()}
+        names = list(dict.fromkeys(name for row in rows.values() for name in row))
+        with write_whole(self.output / f"{CURVE}.csv") as partial, open(partial, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["step", *names])
+            writer.writerows([step, *(row.get(name, "") for name in names)] for step, row in rows.items())
+        with write_whole(self.output / f"{CURVE}.png") as partial:
+            _curves(rows, [name for name in names if _is_share(name, rows)]).save(partial)
+
+
+def _written(folder: Path) -> int:
+    """When the newest file of a folder was written, in nanoseconds; 0 for a folder that is gone."""
+    try:
+        return max((entry.stat().st_mtime_ns for entry in os.scandir(folder) if entry.is_file()), default=0)
+    except FileNotFoundError:
+        return 0
+
+
+def _flat(scores: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in scores.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            yield f"{prefix}{name}", value
+
+
+def _is_share(name: str, rows: dict[int, dict[str, float]]) -> bool:
+    """Whether a score is between 0 and 1 at all steps, as those are that one image shows together."""
+    return all(0 <= row[name] <= 1 for row in rows.values() if name in row)
+
+
+def _curves(rows: dict[int, dict[str, float]], names: list[str]) -> Image.Image:
+    """A line for each score over the steps, from 0 to 1, with the names and last values below."""
+    image = Image.new("RGB", (WIDTH, HEIGHT + 14 * len(names) + MARGIN), "white")
+    pen, last = ImageDraw.Draw(image), max(rows)
+    pen.rectangle([MARGIN, MARGIN, WIDTH - MARGIN, HEIGHT - MARGIN], outline="#999999")
+    for text, place in (("1", (MARGIN - 12, MARGIN)), ("0", (MARGIN - 12, HEIGHT - MARGIN - 10))):
+        pen.text(place, text, fill="black")
+    pen.text((WIDTH - MARGIN - 60, HEIGHT - MARGIN + 4), f"step {last}", fill="black")
+    for index, name in enumerate(names):
+        color = COLORS[index % len(COLORS)]
+        points = [
+            (
+                MARGIN + (WIDTH - 2 * MARGIN) * step / max(last, 1),
+                HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * row[name],
+            )
+            for step, row in rows.items()
+            if name in row
+        ]
+        pen.line(points, fill=color, width=2)
+        for x, y in points:
+            pen.ellipse([x - 2, y - 2, x + 2, y + 2], fill=color)
+        value = next(row[name] for row in reversed(list(rows.values())) if name in row)
+        pen.text((MARGIN, HEIGHT + 14 * index), f"{name}: {value:.3f}", fill=color)
+    return image
