@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -98,8 +101,8 @@ def _draw_tab(pipe):
 
 def _edit_tab(pipe):
     painted = gr.ImageEditor(
-        label="Image: paint over what is to change, or over nothing to let all of it change",
-        type="pil", format="png", layers=False, transforms=(), sources=("upload", "clipboard"), height="auto",
+        label="Image: paint over what is to change",
+        type="pil", format="png", layers=False, transforms=(), sources=("upload", "clipboard"),
         brush=gr.Brush(default_size=48, colors=["#ff00ff"], color_mode="fixed"),
     )  # fmt: skip
     prompt = gr.Textbox(label="Instruction", placeholder="Enter edits", lines=1, max_lines=1)
@@ -169,8 +172,10 @@ def _settings(label: str, of: int = 1, has_guidance: bool = True):
 
 def _shown(label: str):
     look = {"format": "png", "object_fit": "contain", "interactive": False, "elem_classes": "gallery"}
-    images = gr.Gallery(label=label, type="pil", columns=4, height="auto", buttons=["download", "fullscreen"], **look)
-    growth = gr.Gallery(label="Growth by scales", columns=8, height="auto", allow_preview=False, buttons=[], **look)
+    images = gr.Gallery(
+        label=label, type="pil", columns=2, fit_columns=False, height="auto", buttons=["download", "fullscreen"], **look
+    )
+    growth = gr.Gallery(label="Growth by scales", columns=4, height="auto", allow_preview=False, buttons=[], **look)
     return images, growth
 
 
@@ -182,7 +187,27 @@ def _on_enter(function: Callable, prompt, button, inputs: list, outputs: list):
 def _outputs(shown: Shown):
     for warning in shown.warnings:
         gr.Warning(warning)
-    return shown.images, shown.growth
+    return _files(shown.images), _files(shown.growth)
+
+
+def _files(images: list[tuple[Image.Image, str]]) -> list[tuple[str, str]]:
+    """Images as files, each written once: Gradio by itself would write one again while a browser still reads it.
+
+    What drew an image is in its file, as in every image that the pipeline saves.
+    """
+    found = []
+    for image, caption in images:
+        path = Path(_folder().name, f"{hashlib.sha256(image.tobytes()).hexdigest()}.png")
+        if not path.exists():
+            image.save(path)
+        found.append((str(path), caption))
+    return found
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory:
+    """Of what was drawn, until the process ends."""
+    return tempfile.TemporaryDirectory(prefix="nextflow-demo-")
 
 
 def _index(event: gr.SelectData) -> int:
