@@ -72,9 +72,9 @@ def browser():
 def open_page(browser, address):
     def opened(width: int = 1000, height: int = 900) -> Page:
         page = browser.new_page(viewport={"width": width, "height": height})
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(30_000)
         page.goto(address)
-        expect(page.get_by_label("Prompt", exact=True)).to_be_focused(timeout=60_000)
+        expect(page.get_by_label("Prompt", exact=True)).to_be_focused(timeout=30_000)
         return page
 
     return opened
@@ -94,7 +94,7 @@ def drawn(page: Page, gallery: str, caption: str = "seed 0"):
     panel.get_by_text("scale 8").wait_for()
     images = panel.locator(".gallery").filter(has_text=gallery)
     images.get_by_text(caption).first.wait_for()
-    page.wait_for_load_state("networkidle")
+    expect(page.locator(".generating")).to_have_count(0)  # Gradio's mark of what goes on
     return images.locator("img").first
 
 
@@ -193,7 +193,6 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(open_page, screensho
     page.get_by_role("button", name="Edit the chosen image").click()
     page.get_by_label("Instruction").wait_for()
     for name in ("Edit", "Vary", "Chat", "Draw"):
-        if not page.get_by_role("tab", name=name).is_visible():
-            page.locator(".overflow-menu > button").click()
-        page.locator("button").filter(has_text=name).filter(visible=True).first.click()
+        # Gradio has a hidden list of the tabs besides, by which it measures them.
+        page.locator(".tab-container:not(.visually-hidden)").get_by_role("tab", name=name).click()
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], name

@@ -99,7 +99,8 @@ def test_variations_keep_scales(pipe):
     assert [image for image, _ in last(actions.vary(pipe, "one", image, 1, 2, 4)).images] == expected
 
 
-def test_a_chat_goes_on_with_what_was_said_and_shown(pipe):
+def test_a_chat_goes_on_with_what_was_said_and_shown():
+    pipe = quiet(NextFlowPipeline(tiny_model(text_config={"max_position_embeddings": 2048}), tiny_processor()))
     image = Image.new("RGB", (32, 32), "red")
     first = actions.chat(pipe, [], "a red circle", [image], 0)
     second = actions.chat(pipe, first, "one", [], 0)

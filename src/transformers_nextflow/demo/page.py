@@ -27,6 +27,8 @@ TITLE = "NextFlow"
 # Below this side an image is shown with its pixels, not blurred.
 SMALL_SIDE = 256
 PIXELATED = ".gallery img, .image img {image-rendering: pixelated}"
+# Gradio's columns are at least 100 pixels wide each, and run out of a phone.
+COLUMNS = ".gallery .grid-container {grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important}"
 # One drawing at a time: all share the model.
 QUEUE = {"concurrency_limit": 1, "concurrency_id": "model"}
 
@@ -63,7 +65,7 @@ def launch(pipe: NextFlowPipeline, **options):
         options: of Gradio's `launch`, such as `server_name`, `server_port` and `share`.
     """
     side = max(pipe.processor.image_processor.scale_schedules.resolutions)
-    css = PIXELATED if side < SMALL_SIDE else ""
+    css = COLUMNS + (PIXELATED if side < SMALL_SIDE else "")
     return make_page(pipe).queue().launch(**({"css": css, "footer_links": []} | options))
 
 
@@ -147,9 +149,7 @@ def _chat_tab(pipe):
         label="Message, with images if there are any", placeholder="Enter sends", file_types=["image"],
         file_count="multiple", sources=["upload"],
     )  # fmt: skip
-    with gr.Row():
-        seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, min_width=120)
-        again = gr.Button("Begin anew", min_width=120)
+    seed = gr.Number(label="Seed", value=0, precision=0, minimum=0)
 
     @for_people
     def send(conversation, message, seed):
@@ -158,7 +158,7 @@ def _chat_tab(pipe):
         yield conversation, _bubbles(conversation), None
 
     message.submit(send, [conversation, message, seed], [conversation, seen, message], **QUEUE)
-    again.click(lambda: ([], []), outputs=[conversation, seen], show_progress="hidden")
+    seen.clear(list, outputs=conversation, show_progress="hidden")
 
 
 def _settings(label: str, of: int = 1, has_guidance: bool = True):
