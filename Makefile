@@ -9,13 +9,18 @@ PROMPT = a red circle and a blue square
 export DEMO_PROMPT := $(value PROMPT)
 unexport PROMPT
 
-.PHONY: demo test lint docs
+.PHONY: demo test browser lint docs
 
 demo: $(VENV)/.installed-pipelines
 	$(VENV)/bin/transformers-nextflow generate --model $(MODEL) --output demo.png --scale 4 -- "$$DEMO_PROMPT"
 
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -q -n auto --dist loadfile tests
+
+# The demo in a headless browser: Debian's chromium, else Playwright's own.
+browser: $(VENV)/.installed-browser
+	command -v chromium >/dev/null || $(VENV)/bin/playwright install --with-deps chromium
+	$(VENV)/bin/python -m pytest -q tests/browser
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

@@ -16,7 +16,8 @@ import typer
 from PIL import Image
 
 from .commands.data import check_codes, extract_codes, inspect, validate_data
-from .commands.options import Device, Dtype
+from .commands.demo import demo
+from .commands.options import Device, Dtype, Model, default_model
 from .commands.serving import serve
 from .commands.training import evaluate_run, init, recipes, train
 from .evaluation.suites import SUITES
@@ -51,9 +52,6 @@ MOST_CHECKED = 1024
 ADDS_PROVENANCE = ContextVar("adds_provenance", default=True)
 VIDEO_EXTENSIONS = (".gif", ".mp4")
 
-MODEL = "TRANSFORMERS_NEXTFLOW_MODEL"
-# Where a clone has the bundled checkpoint.
-BUNDLED = Path("checkpoints", "nextflow-shapes")
 TOUR = """\
 transformers-nextflow {version}: text and images in one transformer that draws scale by scale.
 
@@ -62,35 +60,11 @@ transformers-nextflow {version}: text and images in one transformer that draws s
   vary "a blue circle" --image edited.png          variations: what is coarse is kept
   video "a red circle. it turns blue" --num-frames 3
   describe nextflow.png --question "what is where?"
+  demo                                             all of it in the browser
 
 Each takes --model FOLDER, a folder or a repository of the Hub. {model}
 `transformers-nextflow --help` lists all commands, `transformers-nextflow COMMAND --help` what one takes.
 """
-
-
-def default_model() -> str | None:
-    """The model of commands that name none: that of the environment, or the bundled one in a clone."""
-    return os.environ.get(MODEL) or (str(BUNDLED) if (BUNDLED / "config.json").is_file() else None)
-
-
-def _named_model(model: str | None) -> str:
-    if model is None:
-        raise typer.BadParameter(
-            f"name a model: a folder, or a repository of the Hub. Without --model it is the one that {MODEL} names, or "
-            f"{BUNDLED} in a clone of the repository."
-        )
-    return model
-
-
-Model = Annotated[
-    str,
-    typer.Option(
-        default_factory=default_model,
-        callback=_named_model,
-        show_default=False,
-        help=f"Folder of a model or a pipeline, or a repository of the Hub; default: {MODEL}, or {BUNDLED}.",
-    ),
-]
 
 
 Output = Annotated[Path, typer.Option(help="Where the image goes; several are numbered.")]
@@ -380,7 +354,7 @@ def evaluate(
     typer.echo(json.dumps(scores, indent=2))
 
 
-for command in (inspect, validate_data, extract_codes, check_codes, init, train, evaluate_run, recipes, serve):
+for command in (inspect, validate_data, extract_codes, check_codes, init, train, evaluate_run, recipes, serve, demo):
     app.command()(command)
 
 

@@ -53,7 +53,7 @@ LAYERS = (
     ("pipelines",),
     ("pipeline_nextflow",),
     ("data",),
-    ("conversion", "serving", "trainers"),
+    ("conversion", "demo", "serving", "trainers"),
     ("worlds",),
     ("commands",),
     ("__init__", "cli"),

@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+
+MODEL = "TRANSFORMERS_NEXTFLOW_MODEL"
+# Where a clone has the bundled checkpoint.
+BUNDLED = Path("checkpoints", "nextflow-shapes")
+MODEL_HELP = f"Folder of a model or a pipeline, or a repository of the Hub; default: {MODEL}, or {BUNDLED}."
+
+
+def default_model() -> str | None:
+    """The model of commands that name none: that of the environment, or the bundled one in a clone."""
+    return os.environ.get(MODEL) or (str(BUNDLED) if (BUNDLED / "config.json").is_file() else None)
+
+
+def named_model(model: str | None) -> str:
+    """Raises `typer.BadParameter` where there is none."""
+    if model is None:
+        raise typer.BadParameter(
+            f"name a model: a folder, or a repository of the Hub. Without one it is the one that {MODEL} names, or "
+            f"{BUNDLED} in a clone of the repository."
+        )
+    return model
+
+
+Model = Annotated[
+    str,
+    typer.Option(default_factory=default_model, callback=named_model, show_default=False, help=MODEL_HELP),
+]
 
 Source = Annotated[
     str,

@@ -1,0 +1,1 @@
+"""The demo in the browser: what it does (`actions.py`), and its page (`page.py`)."""

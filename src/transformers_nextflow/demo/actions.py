@@ -1,0 +1,199 @@
+"""What the demo does, as functions of a pipeline; they know of no browser."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..utils.one_line_errors import MENDABLE, one_line
+
+
+if TYPE_CHECKING:
+    from ..pipeline_nextflow import NextFlowPipeline
+
+logger = logging.getLogger(__name__)
+
+# Images smaller than this are painted on enlarged, pixel by pixel: a brush on 64 pixels is no brush.
+PAINTED_SIDE = 512
+DEFAULT_SIZE = "default"
+
+
+@dataclass
+class Shown:
+    """What is to be seen of a drawing.
+
+    Args:
+        images: as far as they are drawn, each with its caption.
+        growth: of the first image what it was after each scale, with its number.
+        is_finished: whether these are the images themselves.
+        warnings: what the pipeline warned of.
+    """
+
+    images: list[tuple[Image.Image, str]]
+    growth: list[tuple[Image.Image, str]] = field(default_factory=list)
+    is_finished: bool = False
+    warnings: list[str] = field(default_factory=list)
+
+
+def sizes(pipe: NextFlowPipeline) -> list[str]:
+    """The sizes that a model draws, as "WIDTH x HEIGHT", smallest first."""
+    schedules = pipe.processor.image_processor.scale_schedules
+    every = sorted(set(schedules.all_sizes()), key=lambda size: (size[0] * size[1], size))
+    return [DEFAULT_SIZE, *(f"{width} x {height}" for height, width in every)]
+
+
+def draw(pipe: NextFlowPipeline, prompt: str, size: str, count, seed, guidance) -> Iterator[Shown]:
+    """Draw candidates for a prompt as they grow; finished, the one that fits best by the model's own score is first.
+
+    Args:
+        prompt: of all of them.
+        size: one of `sizes`.
+        count: of candidates; number i has the seed `seed` + i.
+        guidance: `None` for the checkpoint's own.
+
+    Raises:
+        ValueError: for what the pipeline refuses.
+    """
+    asked = {} if size == DEFAULT_SIZE else dict(zip(("width", "height"), map(int, size.split(" x "))))
+    for shown in _growing(pipe, prompt, count, seed, guidance_scale=guidance, **asked):
+        if shown.is_finished and len(shown.images) > 1 and hasattr(pipe.unwrapped_model, "generate_interleaved"):
+            images = [image for image, _ in shown.images]
+            scores = pipe.score(images, [prompt] * len(images)).text_given_image.tolist()
+            ranked = sorted(zip(shown.images, scores), key=lambda pair: -pair[1])
+            shown.images = [(image, f"{caption}, score {score:.2f}") for (image, caption), score in ranked]
+        yield shown
+
+
+def edit(pipe: NextFlowPipeline, prompt: str, painted: dict | None, count, seed, guidance) -> Iterator[Shown]:
+    """Edit an image as a prompt says, inside of what was painted, or everywhere where nothing was.
+
+    Args:
+        painted: "background", the image, and "layers", images with an alpha channel of what was painted on it.
+
+    Raises:
+        ValueError: without an image, and for what the pipeline refuses.
+    """
+    if not painted or painted.get("background") is None:
+        raise ValueError("There is no image to edit; upload one, or take one that was drawn.")
+    image = shrunk(pipe, painted["background"])
+    mask = mask_of(painted["layers"], image.size)
+    regions = {} if mask is None else {"mask_image": mask, "paste_back": True}
+    return _growing(pipe, prompt, count, seed, image=image, guidance_scale=guidance, **regions)
+
+
+def vary(pipe: NextFlowPipeline, prompt: str, image: Image.Image | None, kept, count, seed) -> Iterator[Shown]:
+    """Draw variations of an image, whose first `kept` scales stay.
+
+    Raises:
+        ValueError: without an image, and for what the pipeline refuses.
+    """
+    if image is None:
+        raise ValueError("There is no image to vary; upload one, or take one that was drawn.")
+    return _growing(pipe, prompt, count, seed, image=shrunk(pipe, image), num_kept_scales=_whole(kept, "kept"))
+
+
+def chat(pipe: NextFlowPipeline, conversation: list[dict], text: str, images: list[Image.Image], seed) -> list[dict]:
+    """A conversation with one more question, of text and images, and its answer.
+
+    Raises:
+        ValueError: for a question without words, and for what the pipeline refuses.
+    """
+    if not text.strip():
+        raise ValueError("A message needs words; write some.")
+    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
+    asked = [*conversation, {"role": "user", "content": content}]
+    drawing = {}
+    if hasattr(pipe.unwrapped_model, "generate_interleaved"):
+        drawing = {"generator": torch.Generator().manual_seed(_whole(seed, "seed"))}
+    return [*asked, pipe.chat(asked, **drawing)]
+
+
+def explained(error: Exception) -> str:
+    """What a person is told of an error; a defect is logged with its traceback besides."""
+    if not isinstance(error, (*MENDABLE, MemoryError, torch.OutOfMemoryError)):
+        logger.error("The demo failed.", exc_info=error)
+    return one_line(error).removeprefix("Error: ")
+
+
+def enlarged(image: Image.Image) -> Image.Image:
+    """An image as it is painted on: small ones with each pixel repeated."""
+    factor = max(1, PAINTED_SIDE // max(image.size))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def shrunk(pipe: NextFlowPipeline, image: Image.Image) -> Image.Image:
+    """What `enlarged` has made of an image of the model's; any other image as it is, RGB."""
+    image = image.convert("RGB")
+    for height, width in pipe.processor.image_processor.scale_schedules.all_sizes():
+        small = image.resize((width, height), Image.Resampling.NEAREST)
+        again = enlarged(small)
+        if again.size == image.size and np.array_equal(np.asarray(again), np.asarray(image)):
+            return small
+    return image
+
+
+def mask_of(layers: list[Image.Image], size: tuple[int, int]) -> Image.Image | None:
+    """Where layers were painted, of an image's size (width, height); `None` where nothing was."""
+    marked = [np.asarray(layer.convert("RGBA").getchannel("A")) > 0 for layer in layers]
+    if not any(layer.any() for layer in marked):
+        return None
+    mask = Image.fromarray(255 * np.logical_or.reduce(marked).astype(np.uint8))
+    # Enlarged images come back to their size: a pixel is marked where most of what shows it is.
+    return mask.resize(size, Image.Resampling.BOX)
+
+
+def _growing(pipe: NextFlowPipeline, prompt: str, count, seed, **settings) -> Iterator[Shown]:
+    """Call the pipeline in a thread, and show after each scale what is there; whoever stops reading stops it."""
+    if not (prompt or "").strip():
+        raise ValueError("There is no prompt; say what is to be drawn.")
+    count, seed = _whole(count, "number of images"), _whole(seed, "seed")
+    pipe.check_batch_size(count)  # before so many generators are made
+    generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
+    captions = [f"seed {seed + index}" for index in range(count)]
+    told, growth, is_left = SimpleQueue(), [], threading.Event()
+
+    def after_scale(pipe, step: int, scale: int, values: dict):
+        growth.append((values["preview"][0], f"scale {scale + 1}"))
+        told.put(Shown(list(zip(values["preview"], captions)), list(growth)))
+        pipe._interrupt = is_left.is_set()
+
+    def call():
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                images = pipe(
+                    prompt, num_images_per_prompt=count, generator=generators, callback_on_step_end=after_scale,
+                    callback_on_step_end_tensor_inputs=["preview"], **settings,
+                ).images  # fmt: skip
+            own = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+            told.put(Shown(list(zip(images, captions)), growth, is_finished=True, warnings=own))
+        except Exception as error:
+            told.put(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    try:
+        while True:
+            shown = told.get()
+            if isinstance(shown, Exception):
+                raise shown
+            yield shown
+            if shown.is_finished:
+                return
+    finally:
+        is_left.set()
+
+
+def _whole(value, name: str) -> int:
+    """Raises `ValueError` for what a field for whole numbers should not hold."""
+    if value is None or not float(value).is_integer() or not 0 <= value <= 2**32:
+        raise ValueError(f"The {name} must be a whole number from 0 to {2**32}, got {value}.")
+    return int(value)
