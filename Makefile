@@ -9,7 +9,7 @@ PROMPT = a red circle and a blue square
 export DEMO_PROMPT := $(value PROMPT)
 unexport PROMPT
 
-.PHONY: demo test browser lint docs
+.PHONY: demo test browser notebooks lint docs
 
 demo: $(VENV)/.installed-pipelines
 	$(VENV)/bin/transformers-nextflow generate --model $(MODEL) --output demo.png --scale 4 -- "$$DEMO_PROMPT"
@@ -21,6 +21,9 @@ test: $(VENV)/.installed-dev
 browser: $(VENV)/.installed-browser
 	command -v chromium >/dev/null || $(VENV)/bin/playwright install --with-deps chromium
 	$(VENV)/bin/python -m pytest -q tests/browser
+
+notebooks: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest -q tests/notebooks
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

@@ -60,10 +60,10 @@ transformers-nextflow {version}: text and images in one transformer that draws s
   vary "a blue circle" --image edited.png          variations: what is coarse is kept
   video "a red circle. it turns blue" --num-frames 3
   describe nextflow.png --question "what is where?"
-  demo                                             all of it in the browser
 
 Each takes --model FOLDER, a folder or a repository of the Hub. {model}
-`transformers-nextflow --help` lists all commands, `transformers-nextflow COMMAND --help` what one takes.
+`transformers-nextflow demo` shows all of it in the browser, `transformers-nextflow --help` lists all commands,
+`transformers-nextflow COMMAND --help` what one takes.
 """
 
 

@@ -111,12 +111,20 @@ def test_a_chat_goes_on_with_what_was_said_and_shown():
     assert isinstance(bubbles[0]["content"], gr.Image) and bubbles[1]["content"] == "a red circle"
 
 
-def test_who_stops_watching_stops_the_drawing(pipe):
-    scales = []
+def test_who_stops_watching_stops_the_drawing(pipe, monkeypatch):
+    previews, make = [], pipe._callback_kwargs
+
+    def slowly(*values):
+        previews.append(values)
+        time.sleep(0.2)
+        return make(*values)
+
+    monkeypatch.setattr(pipe, "_callback_kwargs", slowly)
     drawing = actions.draw(pipe, "one", actions.DEFAULT_SIZE, 1, 0, None)
-    scales.append(next(drawing))
+    next(drawing)
     drawing.close()
-    time.sleep(0.5)
+    time.sleep(0.2 * NUM_SCALES)
+    assert len(previews) <= 2 < NUM_SCALES
     [(image, _)] = last(actions.draw(pipe, "one", actions.DEFAULT_SIZE, 1, 0, None)).images
     assert image == pipe("one", generator=seeded(0)).images[0]  # the next one is whole
 

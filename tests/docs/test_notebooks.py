@@ -8,15 +8,18 @@ import pytest
 from code_blocks import CLONED, ROOT
 
 
-NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
+FOLDER = ROOT / "examples" / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+# Those that train take longer: `make notebooks` runs them.
+TRAINING = sorted((FOLDER / "training").glob("*.ipynb"))
 
 
 def cells_of(path) -> list[dict]:
     return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_in_order_and_shows_something(path, tmp_path, monkeypatch):
+def check_run(path, tmp_path, monkeypatch):
+    """Run a notebook as it stands; it must show something."""
     pytest.importorskip("matplotlib").use("Agg")
     monkeypatch.setitem(
         sys.modules, "IPython", type("IPython", (), {"get_ipython": staticmethod(lambda: None), "version_info": (9, 0)})
@@ -39,6 +42,11 @@ def test_a_notebook_runs_in_order_and_shows_something(path, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_in_order_and_shows_something(path, tmp_path, monkeypatch):
+    check_run(path, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *TRAINING], ids=lambda path: path.stem)
 def test_a_notebook_is_stored_with_its_outputs_and_no_errors(path):
     cells = cells_of(path)
     outputs = [output for cell in cells for output in cell["outputs"]]
