@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import pickle
@@ -17,9 +16,12 @@ from safetensors import safe_open
 from torch import nn
 
 from .short_repr import short_path
+from .unique_names import load_json
 
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Where a name that is there twice would silently be the last one.
+SETTINGS = ("*config.json", "adapters.json", "model_index.json")
 SAFETENSORS_FLOATS = dict(zip(("F64", "F32", "BF16", "F16"), FLOATS))
 # Tensors that an error names.
 MOST_NAMED = 5
@@ -56,6 +58,13 @@ def unsafe_pickle(path: object, error: Exception) -> str:
         f"{short_path(path)} is no pickle of tensors alone and was not opened: it holds {found[1] if found else 'more'}"
         ". Where you trust it, save its tensors as safetensors."
     )
+
+
+def check_settings(folder: str | os.PathLike):
+    """Raises `ValueError` for a file of settings in a folder, if it is there, that holds a name twice, or no object."""
+    for pattern in SETTINGS:
+        for file in Path(folder).glob(pattern):
+            read_json(file)
 
 
 def check_index(folder: str | os.PathLike):
@@ -138,9 +147,9 @@ def read_json(path: Path | str) -> dict:
     if not path.is_file():
         raise ValueError(f"There is no file {path}.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON; is it whole? {error}") from error
+        raise ValueError(f"{path} is no JSON that can be used; is it whole? {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__} in place of an object; fetch it again.")
     return content

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
+from .short_repr import short_repr
+
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,6 +25,9 @@ ELSEWHERE: dict[str, str] = {
     "cfg": "guidance_scale",
     "cfg_scale": "guidance_scale",
     "true_cfg_scale": "guidance_scale",
+    "tokenizer": "processor",
+    "image_processor": "processor",
+    "torch_type": "torch_dtype",
     "images": "image",
     "input_image": "image",
     "init_image": "image",
@@ -64,6 +69,20 @@ def check_names(given: Iterable[object], known: Iterable[str], what: str):
             nearest = nearest_name(name, known)
             remedy = f"did you mean {nearest}?" if nearest else f"there are {', '.join(known)}."
             raise ValueError(f"{what} has no {str(name)[:80]!r}; {remedy}")
+
+
+def check_function(function: object, count: int, name: str):
+    """Raises `ValueError` for what is no function that can be called with `count` arguments."""
+    if not callable(function):
+        raise ValueError(f"{name} must be a function, got {short_repr(function)}.")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of functions in C, which tell none
+        return
+    try:
+        signature.bind(*range(count))
+    except TypeError as error:
+        raise ValueError(f"{name} is called with {count} arguments, and takes {signature}: {error}.") from error
 
 
 def checks_names(function: Callable[P, R]) -> Callable[P, R]:
