@@ -32,7 +32,7 @@ from .pipelines.showing import Growth
 from .pipelines.trained_on_warnings import OutsideWarningsMixin
 from .processing_nextflow import NextFlowProcessor
 from .sequence.padding import pad_codes
-from .utils.atomic_files import write_into
+from .utils.atomic_files import check_named, write_into
 from .utils.checkpoint_checks import loading_errors
 from .utils.devices import usable_device
 from .utils.known_names import check_function, checks_names
@@ -236,6 +236,7 @@ class NextFlowPipeline(
         Raises:
             ValueError: for adapters that are merged into weights and not unloaded, and for those of a quantised model.
         """
+        check_named(save_directory)
         pipeline, model = self, self.unwrapped_model
         if kwargs.get("push_to_hub"):
             card_first(self, kwargs.get("repo_id", os.path.basename(save_directory)), kwargs.get("token"))

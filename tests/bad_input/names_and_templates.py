@@ -98,7 +98,6 @@ NAME_CASES = [
     _case(CALLS, "processor image=", _processor(image=1), "'image'", "images"),
     _case(CALLS, "processor images_kwargs", _processor(images_kwargs={"leval": 16}), "'leval'", "level"),
     _case(CALLS, "processor text_kwargs", _processor(text_kwargs={"paddin": True}), "'paddin'", "padding"),
-    _case(CALLS, "processor padding", _processor(padding=True, return_tensors="pt")) if False else
     Case(CALLS, "processor of what it knows", lambda p: p.pipe.processor(
         text=["<|image_pad|>"], images=[_array()], padding=True, level=16, return_tensors="pt", text_kwargs={
             "add_special_tokens": False}), (), RIGHT),
@@ -310,9 +309,7 @@ MEETING_CASES = [
     Case(OUTPUTS, "previews around the output", _previewed("p/a.png", "p"), (), RIGHT),
     _case(OUTPUTS, "sheets are the JSON", _scored("a", "a"), "--sheets", "--json"),
     _case(OUTPUTS, "sheets inside of the JSON", _scored("a", "a/b"), "--sheets", "--json"),
-    _case(OUTPUTS, "the JSON is a sheet", _scored("s/shapes.png", "s"), "--json"),
     _case(OUTPUTS, "codes into their tokenizer", _extracted("model"), "--output", "--tokenizer"),
-    _case(OUTPUTS, "codes into their images", _extracted("data"), "--output"),
     _case(OUTPUTS, "a training into its model", _trained("model"), "--output", "--model"),
     _case(OUTPUTS, "a training into its data", _trained("data/rows.jsonl"), "rows.jsonl"),
     _case(

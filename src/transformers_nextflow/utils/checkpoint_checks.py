@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from .known_names import check_names
 from .short_repr import short_path
 from .unique_names import load_json
 
@@ -23,6 +24,8 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Where a name that is there twice would silently be the last one.
 SETTINGS = ("*config.json", "adapters.json", "model_index.json")
 SAFETENSORS_FLOATS = dict(zip(("F64", "F32", "BF16", "F16"), FLOATS))
+# Of pipelines and models; others are values of the config.
+LOADING_NAMES = ("model", "processor", "diffusion_decoder", "dtype", "torch_dtype", "device_map", "revision", "token")
 # Tensors that an error names.
 MOST_NAMED = 5
 
@@ -41,14 +44,22 @@ def loading_errors(folder: object) -> Iterator[None]:
         raise
     except (ImportError, MemoryError, ValueError, torch.OutOfMemoryError):
         raise
+    except TypeError as error:
+        if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+            check_names([unknown[1]], LOADING_NAMES, "from_pretrained")
+        raise damaged(folder, error) from error
     except pickle.UnpicklingError as error:
         raise ValueError(unsafe_pickle(folder, error)) from error
     except Exception as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(
-            f"{short_path(folder)} cannot be loaded: a file in it is damaged, or its config belongs to other files. "
-            f"{told}"
-        ) from error
+        raise damaged(folder, error) from error
+
+
+def damaged(folder: object, error: Exception) -> ValueError:
+    """The error for whatever a library raised that says nothing to its user."""
+    told = " ".join(f"{type(error).__name__}: {error}".split())
+    return ValueError(
+        f"{short_path(folder)} cannot be loaded: a file in it is damaged, or its config belongs to other files. {told}"
+    )
 
 
 def unsafe_pickle(path: object, error: Exception) -> str:

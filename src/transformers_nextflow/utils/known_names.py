@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -52,7 +53,8 @@ def nearest_name(name: object, known: Iterable[str]) -> str | None:
     """The known name that was probably meant, if there is one; or in words what stands for it."""
     known = list(known)
     stands_for = ELSEWHERE.get(str(name))
-    if stands_for is not None and (stands_for in known or " " in stands_for):
+    # What is no name itself begins with one, or is said of any call.
+    if stands_for is not None and re.split("[ ,]", stands_for)[0] in (*known, "the"):
         return stands_for
     return next(iter(difflib.get_close_matches(str(name), known, n=1)), None)
 
