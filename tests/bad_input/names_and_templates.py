@@ -121,7 +121,8 @@ NAME_CASES = [
     _case(CALLS, "made with level=5.5", _made(level=5.5), "level", "5.5"),
     _case(
         CALLS, "a processor made with think=",
-        lambda p: NextFlowProcessor(NextFlowImageProcessorPil(), tiny_tokenizer(), think="a"), "'think'", "think_prefix",
+        lambda p: NextFlowProcessor(NextFlowImageProcessorPil(), tiny_tokenizer(), think="a"), "'think'",
+        "think_prefix",
     ),
     _case(
         CALLS, "a processor of the wrong parts", lambda p: NextFlowProcessor(tiny_tokenizer(), tiny_tokenizer()),
@@ -314,7 +315,8 @@ MEETING_CASES = [
     _case(OUTPUTS, "a training into its data", _trained("data/rows.jsonl"), "rows.jsonl"),
     _case(
         OUTPUTS, "edit over its own input",
-        lambda p: p.run("edit", "a", "--image", p.image, "--output", p.image, "--model", p.model), "--output", "--image",
+        lambda p: p.run("edit", "a", "--image", p.image, "--output", p.image, "--model", p.model), "--output",
+        "--image",
     ),
     _case(
         OUTPUTS, "edit over its mask", lambda p: p.run(
