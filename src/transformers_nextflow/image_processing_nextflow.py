@@ -144,7 +144,9 @@ class NextFlowImageProcessorPil(PilBackend):
                 place in the list.
         """
         _check_settings(kwargs)
-        return super().preprocess(images, **kwargs)
+        # The library takes no whole numbers there.
+        means = {name: tuple(map(float, kwargs[name])) for name in ("image_mean", "image_std") if kwargs.get(name)}
+        return super().preprocess(images, **kwargs | means)
 
     def fetch_images(self, images):
         """Read what is no array among `images`, by `read_image`. Arrays come to three axes, with which the library's
@@ -315,8 +317,6 @@ def _check_settings(given: Mapping):
         value = given.get(name)
         if value is not None and (len(value) != 3 or not all(map(math.isfinite, value))):
             raise ValueError(f"{name} holds a finite number for each of red, green and blue, got {short_repr(value)}.")
-    if given.get("image_std") is not None and min(given["image_std"]) <= 0:
-        raise ValueError(f"image_std holds numbers above 0, by which is divided, got {short_repr(given['image_std'])}.")
     if (resample := given.get("resample")) is not None and resample not in list(PILImageResampling):
         known = ", ".join(f"{one.value} ({one.name.lower()})" for one in PILImageResampling)
         raise ValueError(f"resample must be one of {known}, got {short_repr(resample)}.")

@@ -42,7 +42,8 @@ PROCESSOR_TYPES = {
 # Of a call, as one keyword each or grouped.
 TEXT_NAMES = [*get_type_hints(TextKwargs), "return_tensors"]
 GROUPS = {"text_kwargs": TEXT_NAMES, "images_kwargs": IMAGE_SETTINGS, "common_kwargs": ["return_tensors"]}
-CALL_NAMES = ["text", "images", *TEXT_NAMES, *IMAGE_SETTINGS, *get_type_hints(ProcessingKwargs), *GROUPS]
+# The library calls with videos and audio too, without a value.
+CALL_NAMES = ["text", "images", "videos", "audio", *TEXT_NAMES, *IMAGE_SETTINGS, *get_type_hints(ProcessingKwargs), *GROUPS]
 
 
 class DrawingInputsMixin:
