@@ -43,7 +43,8 @@ PROCESSOR_TYPES = {
 TEXT_NAMES = [*get_type_hints(TextKwargs), "return_tensors"]
 GROUPS = {"text_kwargs": TEXT_NAMES, "images_kwargs": IMAGE_SETTINGS, "common_kwargs": ["return_tensors"]}
 # The library calls with videos and audio too, without a value.
-CALL_NAMES = ["text", "images", "videos", "audio", *TEXT_NAMES, *IMAGE_SETTINGS, *get_type_hints(ProcessingKwargs), *GROUPS]
+CALL_NAMES = ["text", "images", "videos", "audio", *TEXT_NAMES, *IMAGE_SETTINGS, *GROUPS]
+CALL_NAMES += get_type_hints(ProcessingKwargs)
 
 
 class DrawingInputsMixin:
