@@ -19,7 +19,6 @@ from transformers_nextflow import (
     NextFlowPipeline,
     NextFlowProcessor,
 )
-from transformers_nextflow.utils.provenance import read_provenance
 
 
 # --- Names that a file holds twice --------------------------------------------------------------------------------
@@ -353,7 +352,12 @@ def _gif(place: Place) -> Path:
 
 
 def _read(make):
-    return lambda place: read_provenance(make(place))
+    def act(place: Place):
+        from transformers_nextflow.utils.provenance import read_provenance  # which earlier code, if measured, has not
+
+        return read_provenance(make(place))
+
+    return act
 
 
 PROVENANCE_CASES = [
