@@ -19,7 +19,10 @@ from transformers_nextflow.evaluation.results import write_result
 
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("files_and_images", "words_and_calls", "checkpoints_and_recipes")
+MODULES = (
+    "files_and_images", "words_and_calls", "checkpoints_and_recipes", "settings_and_surroundings",
+    "names_and_templates",
+)  # fmt: skip
 # Run with the code to be measured on the path, in a process of its own; its last line are the counts.
 COUNT = """
 import importlib, json, pathlib, resource, sys, tempfile

@@ -25,8 +25,7 @@ from .utils.atomic_files import write_anyway
 from .utils.image_files import regular_file
 from .utils.interrupts import end_on_termination
 from .utils.one_line_errors import DEBUG, errors_in_one_line, tells_what_is_kept
-from .utils.output_files import check_output_file, check_output_folder
-from .utils.short_repr import short_path
+from .utils.output_files import check_apart, check_image_format, check_output_file, check_output_folder
 from .utils.version import __version__
 
 
@@ -129,7 +128,7 @@ def generate(
 ):
     """Draw an image for each prompt, all of them in one batch."""
     with errors_in_one_line():
-        _check_image_path(output, len(prompts) * num_images)
+        _check_image_path(output, len(prompts) * num_images, ("--previews", previews))
         if previews is not None:
             check_output_folder(previews)
             # Of a model's last scale; the others' names are no longer.
@@ -187,7 +186,7 @@ def edit(
 ):
     """Edit an image, inside a mask or as a whole; or draw from several images."""
     with errors_in_one_line():
-        _check_image_path(output, num_images)
+        _check_image_path(output, num_images, *(("--image", path) for path in images), ("--mask", mask))
         _check_files(images + ([mask] if mask else []))
         pipeline = _load_pipeline(model, device, dtype)
         _check_enlarged(pipeline, scale, output, height, width)
@@ -231,7 +230,7 @@ def vary(
 ):
     """Draw variations of an image."""
     with errors_in_one_line():
-        _check_image_path(output, num_images)
+        _check_image_path(output, num_images, ("--image", image))
         _check_files([image])
         pipeline = _load_pipeline(model, device, dtype)
         _check_enlarged(pipeline, scale, output)
@@ -271,6 +270,7 @@ def video(
         from .video_processing_nextflow import check_video_path, write_frames
 
         check_video_path(output)
+        check_apart([("--output", output)], ("--first-frame", first_frame))
         _check_files([first_frame] if first_frame else [])
         pipeline = _load_pipeline(model, device, dtype)
         _check_enlarged(pipeline, scale, output, height, width)
@@ -342,6 +342,7 @@ def evaluate(
 ):
     """Score a checkpoint: suite, category, score."""
     with errors_in_one_line():
+        check_apart([("--json", json_file)], ("--sheets", sheets))
         if json_file is not None:
             check_output_file(json_file)
         if sheets is not None:
@@ -390,16 +391,10 @@ def _tell(seconds: float, paths: list[Path]):
     typer.echo("\n".join(map(str, paths)))
 
 
-def _check_image_path(output: Path, count: int):
-    """Whether images can be written: asked before the drawing, which would be lost."""
-    extension = output.suffix.lower()
-    if Image.registered_extensions().get(extension) not in Image.SAVE:
-        raise ValueError(f"{short_path(output)} has no extension of an image that can be written; take .png.")
-    try:
-        # Some formats are known, and cannot be written all the same, or not in colours.
-        Image.new("RGB", (16, 16)).save(io.BytesIO(), Image.registered_extensions()[extension])
-    except Exception as error:
-        raise ValueError(f"Images cannot be written as {extension} ({error}); take .png.") from error
+def _check_image_path(output: Path, count: int, *others: tuple[str, Path | None]):
+    """Whether images can be written, and not over the `others`: asked before the drawing, which would be lost."""
+    check_apart([("--output", path) for path in _numbered(output, min(count, MOST_CHECKED))], *others)
+    check_image_format(output)
     for path in _numbered(output, min(count, MOST_CHECKED)):
         check_output_file(path)
 

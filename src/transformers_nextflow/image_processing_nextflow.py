@@ -1,8 +1,8 @@
 """Images to pixel values and back, with PIL and numpy only: no torchvision is needed."""
 
 import math
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
+from typing import TypedDict, get_type_hints
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -14,7 +14,9 @@ from transformers.processing_utils import Unpack
 from .scale_schedule import SQUARE_SIDES, ScaleSchedule, ScaleSchedules, most_frames, schedules_of
 from .utils.atomic_files import saved_whole
 from .utils.image_files import read_image
+from .utils.known_names import check_names
 from .utils.short_repr import short_repr
+from .utils.typed_values import check_types
 
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -45,6 +47,11 @@ class NextFlowImageProcessorKwargs(TypedDict, total=False):
     image_std: list[float] | tuple[float, ...] | None
     input_data_format: str | None
     return_tensors: str | None
+
+
+IMAGE_SETTINGS = get_type_hints(NextFlowImageProcessorKwargs)
+# What files of settings hold beside them.
+SAVED = ("feature_extractor_type", "image_processor_type", "processor_class", "auto_map", "transformers_version")
 
 
 class NextFlowImageProcessor(PilBackend):
@@ -88,6 +95,8 @@ class NextFlowImageProcessor(PilBackend):
         levels: Sequence[Sequence[int]] | None = None,
         **kwargs: Unpack[NextFlowImageProcessorKwargs],
     ):
+        # Saved settings hold names of the library's too, without a value.
+        _check_settings({name: value for name, value in kwargs.items() if value is not None and name not in SAVED})
         super().__init__(**kwargs)
         self.scales, self.patch_size, self.levels = scales, patch_size, levels
         self.scale_schedules  # raises for scales and levels that do not fit
@@ -134,7 +143,10 @@ class NextFlowImageProcessor(PilBackend):
                 its range, or with settings of scale that do not fit its kind of values; the message names it by its
                 place in the list.
         """
-        return super().preprocess(images, **kwargs)
+        _check_settings(kwargs)
+        # The library takes no whole numbers there.
+        means = {name: tuple(map(float, kwargs[name])) for name in ("image_mean", "image_std") if kwargs.get(name)}
+        return super().preprocess(images, **kwargs | means)
 
     def fetch_images(self, images):
         """Read what is no array among `images`, by `read_image`. Arrays come to three axes, with which the library's
@@ -295,6 +307,19 @@ class NextFlowImageProcessor(PilBackend):
     def _validate_preprocess_kwargs(self, do_resize=None, **kwargs):
         # The library asks for a `size` with `do_resize`; here the schedules hold the sizes.
         super()._validate_preprocess_kwargs(**kwargs)
+
+
+def _check_settings(given: Mapping):
+    """Raises `ValueError` for names that are no settings of images, with the nearest one, and for their values."""
+    check_names(given, IMAGE_SETTINGS, "The image processor")
+    check_types(given, IMAGE_SETTINGS, "The image processor")
+    for name in ("image_mean", "image_std"):
+        value = given.get(name)
+        if value is not None and (len(value) != 3 or not all(map(math.isfinite, value))):
+            raise ValueError(f"{name} holds a finite number for each of red, green and blue, got {short_repr(value)}.")
+    if (resample := given.get("resample")) is not None and resample not in list(PILImageResampling):
+        known = ", ".join(f"{one.value} ({one.name.lower()})" for one in PILImageResampling)
+        raise ValueError(f"resample must be one of {known}, got {short_repr(resample)}.")
 
 
 def flatten_images(images) -> list:

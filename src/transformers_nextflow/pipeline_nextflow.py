@@ -33,9 +33,10 @@ from .pipelines.showing import Growth
 from .pipelines.trained_on_warnings import OutsideWarningsMixin
 from .processing_nextflow import NextFlowProcessor
 from .sequence.padding import pad_codes
-from .utils.atomic_files import write_into
+from .utils.atomic_files import check_named, write_into
 from .utils.checkpoint_checks import loading_errors
-from .utils.known_names import checks_names
+from .utils.devices import usable_device
+from .utils.known_names import check_function, checks_names
 from .utils.model_cards import CARD, card_first
 from .utils.saved_adapters import FOLDER as ADAPTERS
 from .utils.saved_adapters import HUB_OPTIONS, is_adapted, unwrapped, with_adapters_beside
@@ -69,6 +70,10 @@ def caption_scorer(pipe: NextFlowPipeline, image_tokens, image_grids, prompts: l
 
 def _dtype_of(component: str, dtype):
     """The part of a component, of the model or the diffusion decoder, in a `dtype` that names components."""
+    for one in dtype.values() if isinstance(dtype, dict) else [dtype]:
+        known = getattr(torch, one, None) if isinstance(one, str) else one
+        if one not in (None, "auto") and not isinstance(known, torch.dtype):
+            raise ValueError(f"dtype must be a type of torch, such as torch.bfloat16, got {short_repr(one)}.")
     if not isinstance(dtype, dict):
         return dtype
     if unknown := sorted(dtype.keys() - {"model", "processor", "diffusion_decoder", "default"}):
@@ -86,8 +91,8 @@ def _check_options(think: bool, max_thought_tokens: int, thought_temperature: fl
     if thought_temperature and not think:
         raise ValueError(f"thought_temperature={thought_temperature} is of a thought; add think, or leave it at 0.")
     for name, function in called.items():
-        if function is not None and not callable(function):
-            raise ValueError(f"{name} must be a function, got {short_repr(function)}.")
+        if function is not None:
+            check_function(function, 4, name)
 
 
 def _checked_scores(scores: Sequence[float] | torch.Tensor, count: int) -> torch.Tensor:
@@ -175,6 +180,11 @@ class NextFlowPipeline(
             OSError: if there is no such folder, or files are missing in it.
             ValueError: for a `subfolder`, or a `dtype` of a component that is not there.
         """
+        if not isinstance(pretrained_model_name_or_path, str | os.PathLike):
+            raise ValueError(
+                f"A pipeline is loaded from a folder or a repository of the Hub, got "
+                f"{short_repr(pretrained_model_name_or_path)}."
+            )
         if "subfolder" in kwargs:
             raise ValueError(f"A pipeline is a whole folder, got subfolder={kwargs['subfolder']!r}; load its parts.")
         if isinstance(kwargs.get("quantization_config"), PipelineQuantizationConfig):
@@ -223,6 +233,7 @@ class NextFlowPipeline(
         Raises:
             ValueError: for adapters that are merged into weights and not unloaded, and for those of a quantised model.
         """
+        check_named(save_directory)
         pipeline, model = self, self.unwrapped_model
         if kwargs.get("push_to_hub"):
             card_first(self, kwargs.get("repo_id", os.path.basename(save_directory)), kwargs.get("token"))
@@ -236,6 +247,12 @@ class NextFlowPipeline(
             if not has_card:
                 self.write_model_card(folder)
             DiffusionPipeline.save_pretrained(pipeline, str(folder), **kwargs)
+
+    def to(self, *args, **kwargs) -> Self:
+        """As in diffusers. Raises `ValueError` for a device that cannot be used, and for a type that is no float."""
+        places = [one for one in (*args, *kwargs.values()) if not isinstance(one, torch.dtype | bool | None)]
+        with usable_device(places[0] if places else "cpu"):
+            return super().to(*args, **kwargs)
 
     def write_model_card(self, folder):
         """Write the card of the pipeline to a folder, as `model.write_model_card` does for the model by itself."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_type_hints
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import BatchFeature
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+from transformers import BatchFeature, ImageProcessingMixin, PreTrainedTokenizerBase
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 
 from .configuration_nextflow import NextFlowConfig
-from .image_processing_nextflow import flatten_images
+from .image_processing_nextflow import IMAGE_SETTINGS, flatten_images
 from .scale_schedule import ScaleSchedule
 from .sequence.chat_encoding import (
     check_spells_out_no_special_tokens,
     check_texts,
+    check_written,
     encode_chats,
     encode_text,
     gather_special_tokens,
@@ -22,13 +24,27 @@ from .sequence.chat_encoding import (
 from .sequence.padding import pad_left
 from .tokenization_nextflow import CHAT_TEMPLATE, add_image_tokens, check_text
 from .utils.atomic_files import saved_whole
+from .utils.known_names import check_names
 from .utils.older_transformers import SANITIZES_CONTROL_TOKENS
 from .utils.short_repr import short_repr
 from .utils.typed_values import check_types
 from .video_processing_nextflow import expand_videos
 
 
-PROCESSOR_TYPES = {"read_last_scale": bool, "think_prefix": str | None, "caption_request": str}
+PROCESSOR_TYPES = {
+    "image_processor": ImageProcessingMixin,
+    "tokenizer": PreTrainedTokenizerBase,
+    "chat_template": str | dict | None,
+    "read_last_scale": bool,
+    "think_prefix": str | None,
+    "caption_request": str,
+}
+# Of a call, as one keyword each or grouped.
+TEXT_NAMES = [*get_type_hints(TextKwargs), "return_tensors"]
+GROUPS = {"text_kwargs": TEXT_NAMES, "images_kwargs": IMAGE_SETTINGS, "common_kwargs": ["return_tensors"]}
+# The library calls with videos and audio too, without a value.
+CALL_NAMES = ["text", "images", "videos", "audio", *TEXT_NAMES, *IMAGE_SETTINGS, *GROUPS]
+CALL_NAMES += get_type_hints(ProcessingKwargs)
 
 
 class DrawingInputsMixin:
@@ -87,8 +103,11 @@ class NextFlowProcessor(DrawingInputsMixin, ProcessorMixin):
         read_last_scale: bool = False,
         think_prefix: str | None = None,
         caption_request: str = "describe the picture.",
+        **unknown,
     ):
+        check_names(unknown, PROCESSOR_TYPES, type(self).__name__)
         given = {"read_last_scale": read_last_scale, "think_prefix": think_prefix, "caption_request": caption_request}
+        given |= {"image_processor": image_processor, "tokenizer": tokenizer, "chat_template": chat_template}
         check_types(given, PROCESSOR_TYPES, type(self).__name__)
         add_image_tokens(tokenizer)
         self.image_token, self.image_token_id = tokenizer.image_token, tokenizer.image_token_id
@@ -114,6 +133,9 @@ class NextFlowProcessor(DrawingInputsMixin, ProcessorMixin):
         Raises:
             ValueError: if placeholders and images differ in number, or an image is not usable.
         """
+        check_names(kwargs, CALL_NAMES, type(self).__name__)
+        for group, names in GROUPS.items():
+            check_names(kwargs.get(group) or (), names, group)
         try:
             return super().__call__(images=images, text=text, **kwargs)
         except StrictDataclassError as error:
@@ -140,15 +162,21 @@ class NextFlowProcessor(DrawingInputsMixin, ProcessorMixin):
         conversation = expand_videos(conversation, self.image_processor.max_frames)
         if tokenize:
             conversation = gather_special_tokens(self.tokenizer, conversation)
-        if tokenize and SANITIZES_CONTROL_TOKENS:
+        with template_errors():
+            rendered = super().apply_chat_template(conversation, chat_template, *args, tokenize=False, **kwargs)
+        is_one = isinstance(rendered, str)
+        check_written([conversation] if is_one else conversation, [rendered] if is_one else rendered, self.image_token)
+        if not tokenize:
+            return rendered
+        if SANITIZES_CONTROL_TOKENS:
             kwargs.setdefault("sanitize_control_tokens", True)
-        elif tokenize:
+        else:
             check_spells_out_no_special_tokens(self.tokenizer, conversation)
         with template_errors():
             output = super().apply_chat_template(
                 conversation, chat_template, *args, tokenize=tokenize, return_dict=return_dict, **kwargs
             )
-        if return_assistant_tokens_mask and tokenize and return_dict:
+        if return_assistant_tokens_mask and return_dict:
             chats = [conversation] if isinstance(conversation[0], dict) else conversation
             output["assistant_masks"] = self._answer_masks(chats, output, chat_template or self.chat_template)
             tensor_type = kwargs.get("return_tensors") or kwargs.get("processor_kwargs", {}).get("return_tensors")
@@ -276,7 +304,9 @@ class NextFlowProcessor(DrawingInputsMixin, ProcessorMixin):
             [{"role": "user", "content": [{"type": "image"}] * len(grids) + [{"type": "text", "text": prompt}]}]
             for prompt, grids in zip(prompts, image_grids)
         ]
-        encoded = encode_chats(self.tokenizer, chats, self.chat_template, add_generation_prompt=True)
+        encoded = encode_chats(
+            self.tokenizer, chats, self.chat_template, image_token=self.image_token, add_generation_prompt=True
+        )
         rows = [chat.ids for chat in encoded]
         expanded = []
         for row, grids in zip(rows, image_grids):

@@ -5,12 +5,13 @@ import sys
 import bad_input
 import checkpoints_and_recipes
 import files_and_images
+import names_and_templates
 import pytest
 import settings_and_surroundings
 import words_and_calls
 
 
-MODULES = [files_and_images, words_and_calls, checkpoints_and_recipes, settings_and_surroundings]
+MODULES = [files_and_images, words_and_calls, checkpoints_and_recipes, settings_and_surroundings, names_and_templates]
 CASES = [case for module in MODULES for case in module.CASES]
 
 

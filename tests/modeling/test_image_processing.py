@@ -309,7 +309,7 @@ def test_arguments_of_a_call_win_over_the_processors_own():
 
 
 def test_sizes_are_the_schedules_matter(processor):
-    with pytest.raises(TypeError, match="size"):
+    with pytest.raises(ValueError, match="size"):
         processor(noise(), size={"height": 32, "width": 32})
 
 

@@ -227,5 +227,5 @@ def test_images_of_several_modes_make_one_batch():
 
 
 def test_arguments_that_are_not_known_are_refused():
-    with pytest.raises(TypeError, match="do_center_crop"):
+    with pytest.raises(ValueError, match="do_center_crop"):
         image_processor()(IMAGES[0], do_center_crop=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..utils.one_line_errors import errors_in_one_line
-from ..utils.output_files import check_output_file, check_output_folder
+from ..utils.output_files import check_apart, check_image_format, check_output_file, check_output_folder
 from .options import CaptionColumn, EditedImageColumn, ImageColumn, OnBadImage, Source
 
 
@@ -25,6 +25,8 @@ def inspect(
     """List the tensors of a file, and how far they are those of a NextFlow; or say whether a checkpoint fits images."""
     with errors_in_one_line():
         if data is None:
+            if sheet is not None:
+                raise ValueError(f"--sheet {sheet} shows the images of --data; give both, or leave it out.")
             from ..conversion.report import report
 
             typer.echo(report(file))
@@ -40,6 +42,8 @@ def inspect(
         from ..utils.atomic_files import write_anyway
 
         if sheet is not None:
+            check_image_format(sheet)
+            check_apart([("--sheet", sheet)], ("--data", data))
             check_output_file(sheet)
         rows, root = open_rows(data, Columns(image_column, None, edited_image_column), needs_texts=False)
         vq_model = load_vision_tokenizer(file)
@@ -113,6 +117,7 @@ def extract_codes(
         from ..data.stores import is_address
 
         if not is_address(output):
+            check_apart([("--output", output)], ("the data", source), ("--tokenizer", tokenizer))
             check_output_folder(output)
         settings = {"shard_size": shard_size, "level": level, "top_k": top_k, "token_share": token_share, "seed": seed}
         settings |= {"batch_size": batch_size, "on_bad_image": on_bad_image, "image_column": image_column}

@@ -19,7 +19,9 @@ def encode_messages(processor: NextFlowProcessor, messages: list[dict]) -> tuple
     Raises:
         ValueError: for text that holds the two noncharacters that mark parts here.
     """
-    (encoded,) = encode_chats(processor.tokenizer, [messages], processor.chat_template, with_answers=True)
+    (encoded,) = encode_chats(
+        processor.tokenizer, [messages], processor.chat_template, with_answers=True, image_token=processor.image_token
+    )
     if not any("train" in segment for message in messages for segment in (message, *message["content"])):
         return encoded.ids, encoded.is_answer
     return encoded.ids, _with_flags(processor, messages, encoded)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..utils.extras import import_extra
 from ..utils.short_repr import short_path
+from ..utils.unique_names import load_json
 from .columns import CLASS, Columns, ConversationRows
 from .parquet_rows import ParquetRows
 from .row_errors import BadRowError
@@ -186,9 +186,9 @@ class JsonLines:
         with open(self.path, "rb") as file:
             file.seek(self.offsets[index])
             try:
-                return json.loads(file.readline())
+                return load_json(file.readline())
             except (ValueError, RecursionError) as error:
-                raise BadRowError("row", f"is no JSON: {error}") from error
+                raise BadRowError("row", f"is no JSON that can be used: {error}") from error
 
     def __iter__(self) -> Iterator[dict]:
         return (self[index] for index in range(len(self)))

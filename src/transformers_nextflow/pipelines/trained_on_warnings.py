@@ -39,10 +39,10 @@ class OutsideWarningsMixin:
                 "words", f"The prompt has words that this checkpoint has never seen: {named}. {_knows(stated)}, and "
                 "draws something of it whatever else is asked for.",
             )  # fmt: skip
-        if phrases := stated.too_many(texts):
+        if phrases := stated.other_counts(texts):
             self._warn_outside(
-                "count", f"The prompt asks for {phrases[0]!r}, and this checkpoint has never seen more than "
-                f"{stated.most} of one kind; it will draw another number.",
+                "count", f"The prompt asks for {phrases[0]!r}, and this checkpoint has only ever "
+                f"seen from 1 to {stated.most} of one kind; it will draw another number.",
             )  # fmt: skip
         if others := stated.other_sizes(sizes):
             own = " and ".join("x".join(map(str, size)) for size in stated.sizes)

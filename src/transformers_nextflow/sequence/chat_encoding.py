@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..tokenization_nextflow import CLOSE, OPEN, check_text
+from ..utils.short_repr import short_repr
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,18 @@ def encode_chats(
     chats: Sequence[list[dict]],
     chat_template: str,
     with_answers: bool = False,
+    image_token: str | None = None,
     **template_kwargs,
 ) -> list[EncodedChat]:
     """Encode conversations. Only the special tokens that the template writes are read as such.
 
     Args:
         with_answers: whether to ask the template which tokens the assistant wrote.
+        image_token: which the template writes for each image; `None` for templates of other formats.
         template_kwargs: such as `add_generation_prompt`.
 
     Raises:
-        ValueError: for a text that no tokenizer reads (`text_fault`), and what the template refuses.
+        ValueError: for a text that no tokenizer reads (`text_fault`), and what the template refuses or leaves out.
     """
     special = _special_tokens(tokenizer)
     with template_errors():
@@ -55,6 +58,7 @@ def encode_chats(
             return_assistant_tokens_mask=with_answers,
             **tokenizer.special_tokens_map | template_kwargs,
         )
+    check_written(chats, rendered, image_token)
     return [_encode(tokenizer, text, own) for text, own in zip(rendered, spans or [[]] * len(rendered))]
 
 
@@ -65,6 +69,32 @@ def template_errors() -> Iterator[None]:
         yield
     except (TemplateError, ArithmeticError) as error:
         raise ValueError(f"The conversation cannot be written by the chat template: {error}") from error
+
+
+def check_written(chats: Sequence[list[dict]], rendered: Sequence[str], image_token: str | None):
+    """Raises `ValueError` for a text that is no answer, or an image, of conversations that a template has left out of
+    what it made of them.
+    """
+    for chat, written in zip(chats, rendered):
+        written = written.replace(OPEN, "").replace(CLOSE, "")
+        words, num_images = " ".join(written.split()), 0
+        for message in chat:
+            content = message.get("content") or ()
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                num_images += part.get("type") == "image"
+                said = part.get("text") or ""
+                num_images += said.count(image_token or "") if image_token else 0
+                # Templates may trim what they are given.
+                if message.get("role") != "assistant" and " ".join(said.split()) not in words:
+                    raise ValueError(
+                        f"The chat template leaves out the prompt {short_repr(said)}, so the model would not read it; "
+                        "take the template that the checkpoint came with."
+                    )
+        if image_token and (found := written.count(image_token)) < num_images:
+            raise ValueError(
+                f"The chat template writes {image_token} {found} times for {num_images} images, so the model would not "
+                "read them all; take the template that the checkpoint came with."
+            )
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

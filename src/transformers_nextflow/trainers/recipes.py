@@ -19,6 +19,7 @@ from ..utils.one_line_errors import tells_what_is_kept
 from ..utils.registry import Registry
 from ..utils.short_repr import short_path, short_repr
 from ..utils.typed_values import check_types, hints_of, is_of_type, read_typed
+from ..utils.unique_names import load_yaml
 from .profiling import ProfiledSteps
 
 
@@ -192,9 +193,9 @@ def _number(value: Any, hint: Any) -> Any:
 
 def _from_yaml(text: str, what: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ValueError(f"{what} is no YAML: {error}") from error
+        raise ValueError(f"{what} is no YAML that can be used: {error}") from error
 
 
 def run_recipe(recipe: Recipe, model, data, output, resume: bool = False, profile: bool = False):

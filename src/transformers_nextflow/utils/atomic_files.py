@@ -36,6 +36,7 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
     Raises:
         OSError: for a file in the place of a folder, and the other way round.
     """
+    check_named(path)
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # In a folder of its own, so that it keeps its name: writers of images and videos read the format from it.
@@ -59,6 +60,7 @@ def write_into(folder: str | os.PathLike, replaced: Collection[str] = ()) -> Ite
     Args:
         replaced: names of folders, as `model/adapters`, that do not stay.
     """
+    check_named(folder)
     target = Path(os.path.realpath(folder))
     target.mkdir(parents=True, exist_ok=True)
     parent = target.parent if _may_be_swapped(target) else target
@@ -70,6 +72,12 @@ def write_into(folder: str | os.PathLike, replaced: Collection[str] = ()) -> Ite
             swap_folders(new, target)
         else:
             _move_files(new, target, replaced)
+
+
+def check_named(path: object):
+    """Raises `ValueError` for what is no path, and for an empty one."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ValueError(f"{path!r:.80} names no file or folder; give a path.")
 
 
 def swap_folders(new: Path, old: Path):
@@ -124,6 +132,7 @@ def saved_whole(save_pretrained: Callable, replaced: Collection[str] = ()) -> Ca
 
     @wraps(save_pretrained)
     def save(self, save_directory: str | os.PathLike, *args, **kwargs):
+        check_named(save_directory)
         if os.path.isfile(save_directory):
             raise ValueError(f"{save_directory} is a file; name a folder to save to.")
         # Several processes write one folder together.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import pickle
@@ -16,11 +15,17 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from .known_names import check_names
 from .short_repr import short_path
+from .unique_names import load_json
 
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Where a name that is there twice would silently be the last one.
+SETTINGS = ("*config.json", "adapters.json", "model_index.json")
 SAFETENSORS_FLOATS = dict(zip(("F64", "F32", "BF16", "F16"), FLOATS))
+# Of pipelines and models; others are values of the config.
+LOADING_NAMES = ("model", "processor", "diffusion_decoder", "dtype", "torch_dtype", "device_map", "revision", "token")
 # Tensors that an error names.
 MOST_NAMED = 5
 
@@ -39,14 +44,22 @@ def loading_errors(folder: object) -> Iterator[None]:
         raise
     except (ImportError, MemoryError, ValueError, torch.OutOfMemoryError):
         raise
+    except TypeError as error:
+        if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+            check_names([unknown[1]], LOADING_NAMES, "from_pretrained")
+        raise damaged(folder, error) from error
     except pickle.UnpicklingError as error:
         raise ValueError(unsafe_pickle(folder, error)) from error
     except Exception as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(
-            f"{short_path(folder)} cannot be loaded: a file in it is damaged, or its config belongs to other files. "
-            f"{told}"
-        ) from error
+        raise damaged(folder, error) from error
+
+
+def damaged(folder: object, error: Exception) -> ValueError:
+    """The error for whatever a library raised that says nothing to its user."""
+    told = " ".join(f"{type(error).__name__}: {error}".split())
+    return ValueError(
+        f"{short_path(folder)} cannot be loaded: a file in it is damaged, or its config belongs to other files. {told}"
+    )
 
 
 def unsafe_pickle(path: object, error: Exception) -> str:
@@ -56,6 +69,13 @@ def unsafe_pickle(path: object, error: Exception) -> str:
         f"{short_path(path)} is no pickle of tensors alone and was not opened: it holds {found[1] if found else 'more'}"
         ". Where you trust it, save its tensors as safetensors."
     )
+
+
+def check_settings(folder: str | os.PathLike):
+    """Raises `ValueError` for a file of settings in a folder, if it is there, that holds a name twice, or no object."""
+    for pattern in SETTINGS:
+        for file in Path(folder).glob(pattern):
+            read_json(file)
 
 
 def check_index(folder: str | os.PathLike):
@@ -138,9 +158,9 @@ def read_json(path: Path | str) -> dict:
     if not path.is_file():
         raise ValueError(f"There is no file {path}.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON; is it whole? {error}") from error
+        raise ValueError(f"{path} is no JSON that can be used; is it whole? {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__} in place of an object; fetch it again.")
     return content

@@ -11,7 +11,7 @@ import stat
 import time
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.request import Request, urlopen
 
 from PIL import Image, UnidentifiedImageError
@@ -53,6 +53,17 @@ def read_image(source: Any, most_pixels: int | None = None, formats: tuple[str, 
     elif not isinstance(source, os.PathLike):
         raise ValueError(f"it is {short_repr(source)}, not {IMAGE_KINDS}, an array or a tensor.")
     return _decoded(regular_file(source), short_path(source), *limits)
+
+
+def open_image(source: str | os.PathLike | BinaryIO) -> Image.Image:
+    """The file of an image, not decoded. Raises `ValueError`, naming it, for what is none."""
+    if not (hasattr(source, "read") or isinstance(source, str | os.PathLike)):
+        raise ValueError(f"{short_repr(source)} is no path and no open file; name the file of an image.")
+    name = short_path(getattr(source, "name", "the open file") if hasattr(source, "read") else source)
+    try:
+        return Image.open(source if hasattr(source, "read") else regular_file(source))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 
 def regular_file(path: str | os.PathLike, kind: str = "image") -> Path:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import ParamSpec, TypeVar
+
+from .short_repr import short_repr
 
 
 P = ParamSpec("P")
@@ -23,6 +26,9 @@ ELSEWHERE: dict[str, str] = {
     "cfg": "guidance_scale",
     "cfg_scale": "guidance_scale",
     "true_cfg_scale": "guidance_scale",
+    "tokenizer": "processor",
+    "image_processor": "processor",
+    "torch_type": "torch_dtype",
     "images": "image",
     "input_image": "image",
     "init_image": "image",
@@ -47,7 +53,8 @@ def nearest_name(name: object, known: Iterable[str]) -> str | None:
     """The known name that was probably meant, if there is one; or in words what stands for it."""
     known = list(known)
     stands_for = ELSEWHERE.get(str(name))
-    if stands_for is not None and (stands_for in known or " " in stands_for):
+    # What is no name itself begins with one, or is said of any call.
+    if stands_for is not None and re.split("[ ,]", stands_for)[0] in (*known, "the"):
         return stands_for
     return next(iter(difflib.get_close_matches(str(name), known, n=1)), None)
 
@@ -64,6 +71,20 @@ def check_names(given: Iterable[object], known: Iterable[str], what: str):
             nearest = nearest_name(name, known)
             remedy = f"did you mean {nearest}?" if nearest else f"there are {', '.join(known)}."
             raise ValueError(f"{what} has no {str(name)[:80]!r}; {remedy}")
+
+
+def check_function(function: object, count: int, name: str):
+    """Raises `ValueError` for what is no function that can be called with `count` arguments."""
+    if not callable(function):
+        raise ValueError(f"{name} must be a function, got {short_repr(function)}.")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of functions in C, which tell none
+        return
+    try:
+        signature.bind(*range(count))
+    except TypeError as error:
+        raise ValueError(f"{name} is called with {count} arguments, and takes {signature}: {error}.") from error
 
 
 def checks_names(function: Callable[P, R]) -> Callable[P, R]:

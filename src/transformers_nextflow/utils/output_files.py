@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from PIL import Image
 
 from .short_repr import short_path
 
@@ -30,6 +33,33 @@ def check_output_folder(path: str | os.PathLike):
     if os.path.exists(path) and not os.path.isdir(path):
         raise ValueError(f"{short_path(path)} is a file; name a folder.")
     _try(path / "file", Path.touch)
+
+
+def check_image_format(path: str | os.PathLike):
+    """Raises `ValueError` for a path whose extension is of no image that can be written in colours."""
+    extension = Path(path).suffix.lower()
+    image_format = Image.registered_extensions().get(extension)
+    if image_format not in Image.SAVE:
+        raise ValueError(f"{short_path(path)} has no extension of an image that can be written; take .png.")
+    try:
+        # Some formats are known, and cannot be written all the same, or not in colours.
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), image_format)
+    except Exception as error:
+        raise ValueError(f"Images cannot be written as {extension} ({error}); take .png.") from error
+
+
+def check_apart(files: Iterable[tuple[str, str | os.PathLike | None]], *others: tuple[str, str | os.PathLike | None]):
+    """Raises `ValueError` where what will be written would lie on one of the `others`, or have it inside.
+
+    Args:
+        files, others: options with the paths that they name; `None` for one that is not given.
+    """
+    for option, file in files:
+        for other, path in others:
+            if file is not None and path is not None:
+                place = Path(os.path.realpath(path))
+                if _checked(file) in (place, *place.parents):
+                    raise ValueError(f"{option} and {other} meet in {short_path(path)}; name another place for one.")
 
 
 def _checked(path: str | os.PathLike) -> Path:

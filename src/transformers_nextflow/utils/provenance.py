@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from .image_files import open_image
 from .version import __version__
 
 
@@ -68,13 +69,20 @@ def _fields(kind: str, provenance: dict) -> dict:
 
 
 def read_provenance(path) -> dict | None:
-    """What the file of an image says of its origin; `None` if it says nothing."""
-    with Image.open(path) as image:
+    """What the file of an image says of its origin; `None` if it says nothing.
+
+    Args:
+        path: of the file, or an open one.
+
+    Raises:
+        ValueError: for what is no file of an image.
+    """
+    with open_image(path) as image:
         comment = image.info.get("comment", "")
         comment = comment.decode("utf-8", "replace") if isinstance(comment, bytes) else comment
         text = image.info.get(KEY) or image.getexif().get(DESCRIPTION_TAG) or comment
     try:
         found = json.loads(text or "null")
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and str(found.get("software", "")).startswith(KEY) else None

@@ -10,6 +10,7 @@ from .checkpoint_checks import (
     check_complete,
     check_floats,
     check_index,
+    check_settings,
     check_shapes,
     check_weights,
     loading_errors,
@@ -28,6 +29,7 @@ class StrictLoadingMixin:
         with loading_errors(path):
             if path is not None and os.path.isdir(folder := os.path.join(path, kwargs.get("subfolder") or "")):
                 check_index(folder)
+                check_settings(folder)
             model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         check_complete(info["missing_keys"])
         check_weights(model)

@@ -11,9 +11,11 @@ from .short_repr import short_repr
 
 
 # Signs beyond Latin-1 that are no punctuation, such as emoji, are words too.
-WORD = re.compile(r"[^\W\d_]+|\d+|[^\w\s\x00-\xff\u2000-\u206f\u3000-\u303f\ufe00-\ufe0f]")
+WORD = re.compile(
+    r"[^\W\d_]+|(?<!\w)[-−]?\d+\.\d+|(?<!\w)[-−]\d+|\d+|[^\w\s\x00-\xff\u2000-\u206f\u3000-\u303f\ufe00-\ufe0f]"
+)
 NUMBER_WORDS = "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
-NUMBERS = {word: number for number, word in enumerate(NUMBER_WORDS, start=2)}
+NUMBERS = {"zero": 0, "no": 0} | {word: number for number, word in enumerate(NUMBER_WORDS, start=2)}
 # Between a number and what is counted, they say that something else is: "six minus four stars".
 OPERATIONS = {"minus", "plus", "times", "more", "fewer", "less", "than", "of", "and", "after"}
 # From its own images' lowest signal-to-noise ratio down to where an image is taken for another kind, in dB.
@@ -59,18 +61,19 @@ class TrainedOn:
         if self.words is None:
             return []
         said = [words_of(text) or text.split() for text in texts]
-        found = [word for words in said for word in words if not (word.isdecimal() or word in NUMBERS)]
+        found = [word for words in said for word in words if number_of(word) is None]
         return [word for word in dict.fromkeys(found) if word not in set(self.words)]
 
-    def too_many(self, texts: Iterable[str]) -> list[str]:
-        """What texts ask for in a larger number than the training had, as "five red stars"."""
-        return [phrase for text in texts if self.most is not None for phrase in self._too_many(words_of(text))]
+    def other_counts(self, texts: Iterable[str]) -> list[str]:
+        """What texts ask for in another number than the training had, from 1 to `most`, as "five red stars"."""
+        return [phrase for text in texts if self.most is not None for phrase in self._other_counts(words_of(text))]
 
-    def _too_many(self, words: list[str]) -> Iterable[str]:
+    def _other_counts(self, words: list[str]) -> Iterable[str]:
         for start, word in enumerate(words):
-            number = int(word[:9]) if word.isdecimal() else NUMBERS.get(word, 0)
-            for stop in range(start + 1, min(start + 4, len(words))) if number > self.most else ():
-                if words[stop] in OPERATIONS or words[stop] in NUMBERS:
+            number = number_of(word)
+            is_other = number is not None and number not in range(1, self.most + 1)
+            for stop in range(start + 1, min(start + 4, len(words))) if is_other else ():
+                if words[stop] in OPERATIONS or number_of(words[stop]) is not None:
                     break
                 if words[stop] in self.counted:
                     yield " ".join(words[start : stop + 1])
@@ -90,3 +93,10 @@ class TrainedOn:
 def words_of(text: str) -> list[str]:
     """The words of a text, in small letters."""
     return WORD.findall(text.lower())
+
+
+def number_of(word: str) -> float | None:
+    """The number that a word of `words_of` stands for, in digits or spelled out; `None` for no number."""
+    if word in NUMBERS:
+        return NUMBERS[word]
+    return float(word[:20].replace("\u2212", "-")) if word[-1].isdecimal() else None
