@@ -1,0 +1,18 @@
+#!/bin/bash
+# sbatch --nodes 8 launch/slurm.sh pretrain_256 --model runs/alignment/final --data DATA --output runs/256
+# Submitted again with the same line it goes on from the newest checkpoint (--resume).
+#SBATCH --job-name=nextflow
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --requeue
+set -euo pipefail
+
+export CARDS=8 OMP_NUM_THREADS=8
+export MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+# Each node asks for its own rank, so the line is expanded there. Folders are on storage that all nodes see.
+srun bash -c 'accelerate launch --config_file recipes/accelerate/fsdp2.yaml \
+    --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * CARDS))" \
+    --machine_rank "$SLURM_NODEID" --main_process_ip "$MASTER" --main_process_port 29500 \
+    -m transformers_nextflow.cli train "$@" --resume' train "$@"
