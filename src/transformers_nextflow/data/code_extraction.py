@@ -29,6 +29,7 @@ from ..utils.devices import on_device
 from ..utils.extras import import_extra
 from ..utils.one_line_errors import tells_what_is_kept
 from ..utils.typed_values import read_typed
+from ..utils.unique_names import load_json
 from ..vision_tokenizer.fingerprint import tokenizer_fingerprint
 from ..vision_tokenizer.multiscale_quantizer import SelfCorrection
 from .columns import Columns
@@ -169,7 +170,7 @@ def extract_codes(
     _begin(extraction, folder)
     missing = [shard for shard in extraction.shards if not _is_whole(folder, shard)]
     progress = tqdm(total=len(extraction.shards), initial=len(extraction.shards) - len(missing), unit="shard")
-    with tells_what_is_kept(lambda: _kept(folder, progress.n, progress.total)), progress:
+    with tells_what_is_kept(lambda: _kept(output, progress.n, progress.total)), progress:
         for _ in ENGINES[engine](missing, extraction, folder, device, processes) if missing else ():
             progress.update()
     return check_codes(output) | {"found": len(extraction.shards) - len(missing)}
@@ -410,8 +411,8 @@ def _absolute(place: str | os.PathLike) -> str:
     return str(place if is_address(place) or not os.path.exists(place) else Path(place).resolve())
 
 
-def _kept(folder: Folder, done: int, count: int) -> str:
-    return f"{done} of {count} shards are kept in {folder}; the same command goes on with the others."
+def _kept(output: str | os.PathLike, done: int, count: int) -> str:
+    return f"{done} of {count} shards are kept in {output}; the same command goes on with the others."
 
 
 def _shard(shard: int) -> str:
@@ -431,7 +432,7 @@ def _is_whole(folder: Folder, shard: int) -> bool:
 
 def _read_json(folder: Folder, name: str) -> dict:
     try:
-        content = json.loads(folder.read(name))
+        content = load_json(folder.read(name))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder}/{name} is no JSON; is it whole? {error}") from error
     if not isinstance(content, dict):

@@ -79,8 +79,6 @@ def encode_sample(
             answer = tokens[:predicting] + [IGNORE_INDEX] * (len(tokens) - predicting - 1) + tokens[-1:]
         ids += tokens
         labels += answer if trained else [IGNORE_INDEX] * len(tokens)
-    if remaining:
-        raise BadRowError("messages", f"the chat template leaves out {len(remaining)} of {len(grids)} images")
     if max_positions is not None and positions > max_positions:
         those = f"they take {positions} positions, but the model has {max_positions} (max_position_embeddings)"
         raise BadRowError("messages", f"{those}; shorten the texts, or give fewer images")

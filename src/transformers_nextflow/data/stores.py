@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 from ..utils.atomic_files import write_whole
 from ..utils.extras import import_extra
 from ..utils.short_repr import short_path
+from ..utils.unique_names import load_json
 from .row_errors import BadImageError, BadRowError
 
 
@@ -93,7 +93,7 @@ class StoredImages(Sequence):
 
     def __getitem__(self, index: int) -> dict:
         try:
-            row = json.loads(self.lines[index])
+            row = load_json(self.lines[index])
         except (ValueError, RecursionError) as error:
             raise BadRowError("row", f"is no JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(name := row.get("file_name"), str):

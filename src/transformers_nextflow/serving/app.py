@@ -18,6 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
+from ..utils.unique_names import load_json
 from .body_limits import BodyLimits, BodyRefused
 from .jobs import ChatJob, Finished, ImageJob, Job, Partial
 from .schemas import MOST_IMAGES, Body, ChatBody, EditBody, ImageBody, UploadedImages, region_of
@@ -246,7 +247,7 @@ def _uploads(files: list[tuple[str, bytes]]) -> tuple[list[Image.Image], Image.I
 
 async def _json(request: Request) -> dict:
     try:
-        body = json.loads(await request.body())
+        body = load_json(await request.body())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"The request's body is no JSON: {error}") from error
     if not isinstance(body, dict):

@@ -31,11 +31,19 @@ def end_on_termination():
 
 def _interrupt(number: int, frame: FrameType | None):
     if _must_wait(frame):
-        again = threading.Timer(LATER, signal.raise_signal, [number])
+        again = threading.Timer(LATER, _send, [number])
         again.daemon = True
         again.start()
         return
     raise KeyboardInterrupt(number)
+
+
+def _send(number: int):
+    # To the thread that handles it, which may be waiting for something else.
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident, number)
+    else:
+        signal.raise_signal(number)
 
 
 def _must_wait(frame: FrameType | None) -> bool:
