@@ -152,6 +152,13 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(pipe, saved, t
         pipe.set_adapters(["one", "three"])
     with pytest.raises(ValueError, match="1 adapters came with 2 weights"):
         pipe.set_adapters("one", [1.0, 2.0])
+    for bad in ("half", True, [None], float("nan")):
+        with pytest.raises(ValueError, match="adapter_weights"):
+            pipe.set_adapters("one", bad)
+    with pytest.raises(ValueError, match="lora_scale must be a number"):
+        pipe.fuse_lora("half")
+    with pytest.raises(ValueError, match="adapter_names must be a text or a list of texts"):
+        pipe.delete_adapters(5)
     with pytest.raises(ValueError, match="no 'weight_name'"):
         pipe.load_lora_weights(folder / "one", "two", weight_name="pytorch_lora_weights.safetensors")
     with pytest.raises(OSError):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..utils.typed_values import check_types
 from .columns import Columns, ConversationRows
 from .parquet_rows import ParquetRows, parquet_files
 from .rows import ROW_NUMBER, ROW_ROOT
@@ -202,6 +203,7 @@ class Mixture(IterableDataset):
 
 def check_weights(weights: Mapping[str, float]):
     """Raises `ValueError` for weights of sources that are not positive and finite."""
+    check_types({"mixture": weights}, {"mixture": dict[str, float]}, "sources")
     if not weights or not all(weight > 0 and math.isfinite(weight) for weight in weights.values()):
         raise ValueError(f"A mixture needs sources with weights above 0, got {dict(weights)}.")
 

@@ -8,8 +8,10 @@ from torch import nn
 
 from ..utils.atomic_files import write_into
 from ..utils.checkpoint_checks import loading_errors
+from ..utils.finite_numbers import check_finite
 from ..utils.known_names import check_names
 from ..utils.saved_adapters import HUB_OPTIONS, add_saved_adapter, save_adapter, without_adapters
+from ..utils.typed_values import check_types
 
 
 class LoraMixin:
@@ -62,6 +64,7 @@ class LoraMixin:
         Args:
             adapter_weights: one for all or one for each; 1 (the default) is as it was trained, 0 is without it.
         """
+        _check(adapter_names=adapter_names, adapter_weights=adapter_weights)
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         weights = 1.0 if adapter_weights is None else adapter_weights
         weights = list(weights) if isinstance(weights, Sequence) else [weights] * len(names)
@@ -84,6 +87,7 @@ class LoraMixin:
             adapter_names: default: the active ones.
             safe_fusing: refuse weights that would not be finite.
         """
+        _check(lora_scale=lora_scale)
         names = self.get_active_adapters() if adapter_names is None else list(adapter_names)
         self._check_adapters(names)
         for layer in self._adapted_layers():
@@ -108,6 +112,7 @@ class LoraMixin:
 
     def delete_adapters(self, adapter_names: str | Sequence[str]):
         """Take some adapters away."""
+        _check(adapter_names=adapter_names)
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._check_adapters(names)
         if set(names) == set(self.get_list_adapters()["model"]):
@@ -154,6 +159,17 @@ class LoraMixin:
         """Recorded scales hold the layers as they were."""
         if getattr(self.unwrapped_model, "compiled_drawing", None) is not None:
             self.unwrapped_model.compile_drawing()
+
+
+def _check(**given):
+    """Raises `ValueError` for names that are no texts, and for weights that are no finite numbers."""
+    hints = {
+        "adapter_names": str | Sequence[str],
+        "adapter_weights": float | Sequence[float] | None,
+        "lora_scale": float,
+    }
+    check_types(given, hints, "adapters")
+    check_finite(given)
 
 
 def _has(layer: nn.Module, name: str) -> bool:
