@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import subprocess
 from pathlib import Path
 
@@ -16,10 +15,10 @@ from transformers_nextflow.trainers.recipes import RECIPES
 
 
 FOLDER = RECIPES / "launch"
-ARGUMENTS = ["pretrain_256", "--model", "runs/alignment/final", "--data", "two words", "--output", "runs/256"]
+ARGUMENTS = ["pretrain_256", "--model", "runs/alignment/final", "--data", "two words"]
 
 
-def slurm_command(folder: Path) -> list[str]:
+def slurm_command(folder: Path, output: Path) -> list[str]:
     """What the second of two nodes is told to run, by the script with Slurm's commands replaced."""
     tools = {
         "scontrol": "echo first; echo second",
@@ -29,7 +28,7 @@ def slurm_command(folder: Path) -> list[str]:
     for name, body in tools.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n".replace(r"\"", '"'))
         (folder / name).chmod(0o755)
-    slurm = {"SLURM_JOB_NODELIST": "two", "SLURM_NNODES": "2", "SLURM_NODEID": "1"}
+    slurm = {"SLURM_JOB_NODELIST": "two", "SLURM_NNODES": "2", "SLURM_NODEID": "1", "OUTPUT": str(output)}
     environment = os.environ | slurm | {"PATH": f"{folder}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", FOLDER / "slurm.sh", *ARGUMENTS], env=environment, capture_output=True, text=True, check=True
@@ -37,15 +36,20 @@ def slurm_command(folder: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def kubernetes_command(_) -> list[str]:
+def kubernetes_command(folder: Path, output: Path) -> list[str]:
     _, job = yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text())
     (line,) = job["spec"]["template"]["spec"]["containers"][0]["args"]
-    return shlex.split(line.replace("$JOB_COMPLETION_INDEX", "1"))[1:]
+    line = line.replace("exec accelerate", r"printf '%s\n' accelerate").replace("/runs/256", str(output))
+    environment = os.environ | {"JOB_COMPLETION_INDEX": "1"}
+    return subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True).stdout.splitlines()
 
 
+@pytest.mark.parametrize("is_begun", [False, True], ids=["new", "begun"])
 @pytest.mark.parametrize("command", [slurm_command, kubernetes_command], ids=["slurm", "kubernetes"])
-def test_the_commands_are_ones_that_accelerate_and_the_package_read(command, tmp_path):
-    words = command(tmp_path)
+def test_the_commands_are_read_and_go_on_where_there_is_a_checkpoint(command, is_begun, tmp_path):
+    output = tmp_path / "output"
+    (output / "checkpoint-1" if is_begun else output).mkdir(parents=True)
+    words = command(tmp_path, output)
     assert words[:2] == ["accelerate", "launch"]
     launch = launch_command_parser().parse_args(words[2:])
     assert launch.num_processes == 8 * launch.num_machines and launch.machine_rank == 1 and launch.main_process_ip
@@ -54,7 +58,8 @@ def test_the_commands_are_ones_that_accelerate_and_the_package_read(command, tmp
     name, *arguments = launch.training_script_args
     train = typer.main.get_command(app).commands[name]
     read = train.make_context(name, list(arguments)).params
-    assert read["recipe"] == "pretrain_256" and read["resume"]
+    assert read["recipe"] == "pretrain_256" and read["resume"] == is_begun
+    assert read["output"] == output
     if command is slurm_command:
         assert read["data"] == "two words"
 
