@@ -30,7 +30,7 @@ def test_no_prompt_of_the_training_lies_outside(stated):
     rng = np.random.default_rng(1)
     for ability in ABILITIES:
         texts = [text for _ in range(100) for text in texts_of(training_case(rng, WORLD, ability).exchange.asked)]
-        assert not stated.unknown_words(texts) and not stated.too_many(texts), ability
+        assert not stated.unknown_words(texts) and not stated.other_counts(texts), ability
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_no_prompt_of_the_training_lies_outside(stated):
     ],
 )
 def test_words_and_numbers_outside_are_named(stated, text, words, phrases):
-    assert stated.unknown_words([text]) == words and stated.too_many([text]) == phrases
+    assert stated.unknown_words([text]) == words and stated.other_counts([text]) == phrases
 
 
 def test_sizes_and_images_outside_are_told(stated):

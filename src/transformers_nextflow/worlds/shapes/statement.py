@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 
-from ...utils.trained_on import NUMBERS, words_of
+from ...utils.trained_on import number_of, words_of
 from ..conversations import texts_of
 from .abilities import ABILITIES, training_case
 from .language import plural
@@ -48,4 +48,5 @@ def prompt_words(world: World) -> tuple[str, ...]:
     for _ in range(CASES):
         words.update(words_of(question_example(rng, world)[1]))
     words.update(word for request, _ in DESCRIPTIONS.values() for word in words_of(request))
-    return tuple(sorted(word for word in words if not (word.isdecimal() or word in NUMBERS)))
+    # "no" is a number before what is counted, and an answer.
+    return tuple(sorted(word for word in words if number_of(word) is None or word == "no"))
