@@ -19,8 +19,11 @@ ROOT = Path(__file__).parents[2]
 LOAD = """
 import sys
 import transformers, transformers_nextflow
+# transformers 5.17 shows it at its top level only beside torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 for name, folder in zip(sys.argv[1::2], sys.argv[2::2]):
-    print(type(getattr(transformers, name).from_pretrained(folder)).__name__)
+    auto = AutoImageProcessor if name == "AutoImageProcessor" else getattr(transformers, name)
+    print(type(auto.from_pretrained(folder)).__name__)
 """
 EXPECTED = [
     ("AutoConfig", "", "NextFlowConfig"),
