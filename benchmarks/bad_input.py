@@ -26,6 +26,9 @@ MODULES = (
 # Run with the code to be measured on the path, in a process of its own; its last line are the counts.
 COUNT = """
 import importlib, json, pathlib, resource, sys, tempfile
+import transformers_nextflow as package
+# As the earlier code has it.
+package.NextFlowImageProcessor = getattr(package, "NextFlowImageProcessor", None) or package.NextFlowImageProcessorPil
 # What fills the memory fails in its own process.
 resource.setrlimit(resource.RLIMIT_AS, (10 * 2**30, 10 * 2**30))
 sys.path[:0] = {paths}
