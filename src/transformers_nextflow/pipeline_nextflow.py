@@ -250,6 +250,9 @@ class NextFlowPipeline(
 
     def to(self, *args, **kwargs) -> Self:
         """As in diffusers. Raises `ValueError` for a device that cannot be used, and for a type that is no float."""
+        for dtype in (one for one in (*args, *kwargs.values()) if isinstance(one, torch.dtype)):
+            if not dtype.is_floating_point:
+                raise ValueError(f"The weights cannot be {dtype}; take torch.float32, torch.bfloat16 or torch.float16.")
         places = [one for one in (*args, *kwargs.values()) if not isinstance(one, torch.dtype | bool | None)]
         with usable_device(places[0] if places else "cpu"):
             return super().to(*args, **kwargs)
