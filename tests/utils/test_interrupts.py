@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import time
+import weakref
 
 import pytest
 
@@ -45,6 +46,24 @@ def test_a_request_during_a_finalizer_takes_effect_after_it():
         Closed()
         wait()
     assert ended and interrupt.value.args == (signal.SIGTERM,)
+
+
+def test_so_does_one_during_what_a_weak_reference_calls():
+    ended = []
+
+    class Closed:
+        pass
+
+    def close():
+        terminate()
+        ended.append(True)
+
+    closed = Closed()
+    weakref.finalize(closed, close)
+    with pytest.raises(KeyboardInterrupt):
+        del closed
+        wait()
+    assert ended
 
 
 def test_a_function_that_is_not_interrupted_runs_to_its_end():
