@@ -16,6 +16,7 @@ from ..generation.sampling import Generators, ImageSampling, sampled_probabiliti
 from ..generation.scale_loop import PlainScales, ScaleCallback, draw_scales
 from ..scale_schedule import ScaleSchedule
 from ..sequence.layout import check_num_positions
+from ..sequence.padding import check_left_padded
 from ..utils.evaluation_mode import in_evaluation_mode
 from .backbone import TokenKinds
 from .schedules import cell_positions
@@ -230,7 +231,5 @@ class OneCatDrawingMixin:
                 raise ValueError(f"Guidance needs {name}_input_ids; give them, or leave guidance at 1.")
             if len(part.input_ids) != len(schedules):
                 raise ValueError(f"{len(schedules)} prompts came with {len(part.input_ids)} {name} ones.")
-            mask = part.mask
-            if not bool(mask[:, -1].all()) or bool((mask[:, 1:] < mask[:, :-1]).any()):
-                raise ValueError(f"{name} prompts must be padded on the left: the image begins behind them.".strip())
-            check_num_positions(int(mask.sum(1).max()) + longest, self.config)
+            check_left_padded(part.mask, f"{name} prompts".strip())
+            check_num_positions(int(part.mask.sum(1).max()) + longest, self.config)

@@ -19,6 +19,7 @@ from transformers.utils import can_return_tuple
 from ..modeling_nextflow import NextFlowModel, NextFlowPreTrainedModel
 from ..scale_schedule import ScaleSchedule
 from ..sequence.layout import check_num_positions
+from ..sequence.padding import check_left_padded
 from ..utils.evaluation_mode import in_evaluation_mode
 from ..utils.offloading import onloaded
 from ..utils.older_transformers import CACHE, takes_the_cache
@@ -398,9 +399,3 @@ class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin
 def prompt_positions(mask: torch.Tensor) -> torch.Tensor:
     """Row and column (2, B, L) of the tokens of prompts (B, L) of drawings, padded on the left: both count tokens."""
     return (mask.cumsum(-1) - 1).clamp_min(0).expand(2, -1, -1)
-
-
-def check_left_padded(mask: torch.Tensor, what: str):
-    """Raises `ValueError` for a mask (B, L) with padding anywhere but on the left."""
-    if not bool(mask[:, -1].all()) or bool((mask[:, 1:] < mask[:, :-1]).any()):
-        raise ValueError(f"{what} must be padded on the left: the image begins behind their last token.")

@@ -29,3 +29,9 @@ def padded_rows(
 def pad_codes(images: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """Codes (n,) of each image as (num_images, N), padded with -1; `None` of no image."""
     return pad_sequence(list(images), batch_first=True, padding_value=-1) if len(images) else None
+
+
+def check_left_padded(mask: torch.Tensor, what: str):
+    """Raises `ValueError` for a mask (B, L) with padding anywhere but on the left."""
+    if not bool(mask[:, -1].all()) or bool((mask[:, 1:] < mask[:, :-1]).any()):
+        raise ValueError(f"{what} must be padded on the left: the image begins behind their last token.")

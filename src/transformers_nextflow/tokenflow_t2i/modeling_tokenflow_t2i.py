@@ -18,6 +18,7 @@ from ..modeling_nextflow import NextFlowPreTrainedModel
 from ..modeling_nextflow_vq import frozen_vision_tokenizer
 from ..sequence.attention_backends import ScaleAttentionMixin, ScaleMaskedMixin
 from ..sequence.layout import check_num_positions
+from ..sequence.padding import check_left_padded
 from ..utils.offloading import onloaded
 from ..utils.older_transformers import CACHE, takes_the_cache
 from ..vision_tokenizer.resampling import resample
@@ -202,8 +203,7 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
         """
         schedule = self.config.schedule
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if not bool(mask[:, -1].all()):
-            raise ValueError("Prompts must be padded on the left: the image begins at their last token.")
+        check_left_padded(mask, "Prompts")
         position_ids, block_ids = (mask.cumsum(-1) - 1).clamp_min(0), None
         embeds = self.embed_prompts(input_ids)
         if image_tokens is not None:
