@@ -106,6 +106,25 @@ def test_an_image_that_lacks_in_a_store_is_told_or_skipped(sources, store, tmp_p
 
 
 @pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "one"}', "row 0, file_name: must be the name of an image"),
+        ('{"file_name": 5, "text": "one"}', "row 0, file_name: must be the name of an image"),
+        (
+            '{"file_name": "0.png", "text": "one", "text": "two"}',
+            "row 0, row: is no JSON: The name 'text' is there twice",
+        ),
+        ("[", "row 0, row: is no JSON"),
+    ],
+)
+def test_a_line_of_a_store_that_names_no_image_is_told(sources, store, tmp_path, line, message):
+    system, place = fsspec.core.url_to_fs(f"{store}/images")
+    system.pipe_file(f"{place}/metadata.jsonl", line.encode())
+    with pytest.raises(ValueError, match=message):
+        extract_codes(f"{store}/images", sources / "tokenizer", tmp_path / "codes", **SETTINGS)
+
+
+@pytest.mark.parametrize(
     ("source", "output", "options", "message"),
     [
         ("memory://nowhere", "codes", {}, "is not a .parquet or .tar file, a folder of those, or a folder of images"),

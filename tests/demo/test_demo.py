@@ -94,9 +94,10 @@ def test_variations_keep_scales(pipe):
     [image] = pipe("a red circle", generator=seeded(0)).images
     shown = last(actions.vary(pipe, "one", actions.enlarged(image), NUM_SCALES, 1, 4))
     assert [found for found in shown.warnings if "is the image itself" in found]
-    options = {"num_kept_scales": 1, "num_images_per_prompt": 2, "generator": seeded(4, 5)}
+    options = {"num_kept_scales": NUM_SCALES - 1, "num_images_per_prompt": 2, "generator": seeded(4, 5)}
     expected = pipe("one", image=image, **options).images
-    assert [image for image, _ in last(actions.vary(pipe, "one", image, 1, 2, 4)).images] == expected
+    varied = last(actions.vary(pipe, "one", actions.enlarged(image), NUM_SCALES - 1, 2, 4))
+    assert [image for image, _ in varied.images] == expected
 
 
 def test_a_chat_goes_on_with_what_was_said_and_shown():
