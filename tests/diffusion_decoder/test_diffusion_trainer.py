@@ -70,6 +70,16 @@ def test_a_resumed_training_ends_as_the_unbroken_one(vq_model, tmp_path):
     assert all(torch.equal(whole._averages[name], average) for name, average in resumed._averages.items())
 
 
+def test_a_training_is_resumed_in_a_process_that_orders_the_defaults_of_a_config_otherwise(vq_model, tmp_path):
+    trainer_of(vq_model, tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
+    decoder = tiny_decoder(vq_model)
+    # diffusers lists them in the order of a set, which differs from process to process.
+    decoder.register_to_config(_use_default_values=[*reversed(decoder.config["_use_default_values"]), "another"])
+    resumed = trainer_of(vq_model, tmp_path, decoder, max_steps=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed.state.global_step == 2
+
+
 def test_what_is_saved_is_the_mean_of_the_weights(vq_model, tmp_path):
     trainer = trainer_of(vq_model, tmp_path, ema_decay=0.5)
     seen = [trainer.model.projection[0].weight.detach().clone()]

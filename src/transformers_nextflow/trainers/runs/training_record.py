@@ -44,10 +44,12 @@ HARMLESS = {
 HARMLESS_FAMILIES = ("logging_", "log_", "save_", "hub_", "trackio_")
 # Arguments of the resuming itself, and of the process.
 NOT_RECORDED = {"resume_from_checkpoint", "resume_with_changes", "local_rank"}
-# What transformers notes in a config, or sets in it, without a meaning for the training of a model that is at hand.
+# What transformers and diffusers note in a config, or set in it, without a meaning for the training of a model that is
+# at hand.
 NOT_OF_CONFIG = {
     "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "bos_token_id",
     "eos_token_id", "pad_token_id", "trained_on", "_attn_implementation", "_attn_implementation_internal",
+    "_use_default_values", "_class_name", "_diffusers_version",
 }  # fmt: skip
 
 
