@@ -10,7 +10,7 @@ import time
 import warnings
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from PIL import Image
@@ -71,6 +71,14 @@ GuidanceScale = Annotated[float | None, typer.Option(help="1 is none; default: t
 NumImages = Annotated[int, typer.Option(help="Images for each prompt.")]
 NumCandidates = Annotated[int, typer.Option(help="Drawn for each image that is kept, the best one.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32, help="Of the first image; the next ones count on from it.")]
+Decoder = Annotated[
+    str,
+    typer.Option(
+        help="Of codes into pixels: pixel, or the folder or repository of a diffusion decoder, which sharpens; "
+        "diffusion is that of a pipeline's folder."
+    ),
+]
+DecoderSteps = Annotated[int | None, typer.Option(min=1, help="Of a diffusion decoder; default: its own.")]
 Scale = Annotated[int, typer.Option(min=1, help="Enlarge each pixel so many times, for viewing.")]
 Pixels = Annotated[int | None, typer.Option(help="Pixels; default: the input image's, or the model's largest square.")]
 
@@ -121,6 +129,8 @@ def generate(
     num_images: NumImages = 1,
     num_candidates: NumCandidates = 1,
     seed: Seed = 0,
+    decoder: Decoder = "pixel",
+    decoder_steps: DecoderSteps = None,
     device: Device = None,
     dtype: Dtype = "auto",
     previews: Annotated[Path | None, typer.Option(help="Folder for the images after each scale.")] = None,
@@ -133,8 +143,8 @@ def generate(
             check_output_folder(previews)
             # Of a model's last scale; the others' names are no longer.
             _check_image_path(_preview(previews, output, 99), len(prompts) * num_images)
-        pipeline = _load_pipeline(model, device, dtype)
-        _check_enlarged(pipeline, scale, output, height, width)
+        pipeline = _load_pipeline(model, device, dtype, decoder)
+        _check_enlarged(pipeline, scale, output, decoder, height, width)
         stages: list[list[Image.Image]] = []
 
         def keep_preview(pipeline, step, scale, callback_kwargs):
@@ -151,6 +161,7 @@ def generate(
             thought_temperature=thought_temperature,
             num_images_per_prompt=num_images,
             num_candidates=num_candidates,
+            **_decoding(decoder, decoder_steps),
             generator=_generators(pipeline, seed, len(prompts) * num_images * num_candidates),
             callback_on_step_end=keep_preview if previews else None,
             callback_on_step_end_tensor_inputs=["preview"] if previews else [],
@@ -180,6 +191,8 @@ def edit(
     num_images: NumImages = 1,
     num_candidates: NumCandidates = 1,
     seed: Seed = 0,
+    decoder: Decoder = "pixel",
+    decoder_steps: DecoderSteps = None,
     device: Device = None,
     dtype: Dtype = "auto",
     scale: Scale = 1,
@@ -188,8 +201,8 @@ def edit(
     with errors_in_one_line():
         _check_image_path(output, num_images, *(("--image", path) for path in images), ("--mask", mask))
         _check_files(images + ([mask] if mask else []))
-        pipeline = _load_pipeline(model, device, dtype)
-        _check_enlarged(pipeline, scale, output, height, width)
+        pipeline = _load_pipeline(model, device, dtype, decoder)
+        _check_enlarged(pipeline, scale, output, decoder, height, width)
         start = time.perf_counter()
         drawn = pipeline(
             instruction,
@@ -202,6 +215,7 @@ def edit(
             width=width,
             num_images_per_prompt=num_images,
             num_candidates=num_candidates,
+            **_decoding(decoder, decoder_steps),
             generator=_generators(pipeline, seed, num_images * num_candidates),
         )
         seconds = time.perf_counter() - start
@@ -224,6 +238,8 @@ def vary(
     ] = None,
     num_images: NumImages = 4,
     seed: Seed = 0,
+    decoder: Decoder = "pixel",
+    decoder_steps: DecoderSteps = None,
     device: Device = None,
     dtype: Dtype = "auto",
     scale: Scale = 1,
@@ -232,8 +248,8 @@ def vary(
     with errors_in_one_line():
         _check_image_path(output, num_images, ("--image", image))
         _check_files([image])
-        pipeline = _load_pipeline(model, device, dtype)
-        _check_enlarged(pipeline, scale, output)
+        pipeline = _load_pipeline(model, device, dtype, decoder)
+        _check_enlarged(pipeline, scale, output, decoder)
         start = time.perf_counter()
         drawn = pipeline(
             prompt,
@@ -242,6 +258,7 @@ def vary(
             guidance_scale=guidance_scale,
             temperature=temperature,
             num_images_per_prompt=num_images,
+            **_decoding(decoder, decoder_steps),
             generator=_generators(pipeline, seed, num_images),
         )
         seconds = time.perf_counter() - start
@@ -261,6 +278,8 @@ def video(
     width: Pixels = None,
     frames_per_second: Annotated[float, typer.Option(min=0.1)] = 2.0,
     seed: Seed = 0,
+    decoder: Decoder = "pixel",
+    decoder_steps: DecoderSteps = None,
     device: Device = None,
     dtype: Dtype = "auto",
     scale: Scale = 1,
@@ -272,8 +291,8 @@ def video(
         check_video_path(output)
         check_apart([("--output", output)], ("--first-frame", first_frame))
         _check_files([first_frame] if first_frame else [])
-        pipeline = _load_pipeline(model, device, dtype)
-        _check_enlarged(pipeline, scale, output, height, width)
+        pipeline = _load_pipeline(model, device, dtype, decoder)
+        _check_enlarged(pipeline, scale, output, decoder, height, width)
         start = time.perf_counter()
         drawn = pipeline.video(
             texts[0] if len(texts) == 1 else [texts],
@@ -282,6 +301,7 @@ def video(
             guidance_scale=guidance_scale,
             height=height,
             width=width,
+            **_decoding(decoder, decoder_steps),
             generator=_generators(pipeline, seed, 1),
         )
         seconds = time.perf_counter() - start
@@ -366,12 +386,17 @@ def main():
     app(prog_name="transformers-nextflow")
 
 
-def _load_pipeline(model: str, device: str | None, dtype: str) -> NextFlowPipeline:
+def _load_pipeline(model: str, device: str | None, dtype: str, decoder: str = "pixel") -> NextFlowPipeline:
     from .serving.loading import load_pipeline
 
-    pipeline = load_pipeline(model, device, dtype)
+    pipeline = load_pipeline(model, device, dtype, None if decoder in ("pixel", "diffusion") else decoder)
     pipeline.adds_provenance = ADDS_PROVENANCE.get()
     return pipeline
+
+
+def _decoding(decoder: str, steps: int | None) -> dict[str, Any]:
+    """A call's arguments for the options `Decoder` and `DecoderSteps`."""
+    return {"decoder": "pixel" if decoder == "pixel" else "diffusion", "decoder_steps": steps}
 
 
 def _generators(pipeline: NextFlowPipeline, seed: int, count: int) -> list[torch.Generator]:
@@ -424,7 +449,12 @@ def _save(images: list[Image.Image], output: Path, scale: int) -> list[Path]:
 
 
 def _check_enlarged(
-    pipeline: NextFlowPipeline, scale: int, output: Path, height: int | None = None, width: int | None = None
+    pipeline: NextFlowPipeline,
+    scale: int,
+    output: Path,
+    decoder: str,
+    height: int | None = None,
+    width: int | None = None,
 ):
     """Raises `ValueError` for images that would take more memory than an image for viewing should, or than the format
     of `output` holds.
@@ -432,7 +462,10 @@ def _check_enlarged(
     if scale == 1:
         return
     side = max(pipeline.processor.image_processor.scale_schedules.resolutions)
-    pixels = (height or side) * (width or side)
+    by_diffusion = decoder != "pixel" and pipeline.diffusion_decoder is not None
+    factor = pipeline.diffusion_decoder.config.upsampling if by_diffusion else 1
+    height, width = factor * (height or side), factor * (width or side)
+    pixels = height * width
     if pixels * scale**2 > MOST_PIXELS:
         most = max(1, int((MOST_PIXELS / pixels) ** 0.5))
         raise ValueError(
@@ -440,7 +473,7 @@ def _check_enlarged(
             f"take {most} at most."
         )
     if image_format := Image.registered_extensions().get(output.suffix.lower()):
-        size = ((width or side) * scale, (height or side) * scale)
+        size = (width * scale, height * scale)
         try:
             Image.new("RGB", size).save(io.BytesIO(), image_format)
         except Exception as error:

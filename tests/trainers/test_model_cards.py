@@ -9,8 +9,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from test_own_images import SHORT, changes, run
 from tiny import tiny_model, tiny_processor
+from tiny_diffusion import save_pipeline_folder
 
-from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowPipeline
+from transformers_nextflow import NextFlowDiffusionDecoder, NextFlowForConditionalGeneration, NextFlowPipeline
 from transformers_nextflow.utils import model_cards
 from transformers_nextflow.utils.model_cards import head_after, told_by
 
@@ -114,6 +115,21 @@ def test_the_card_of_a_tokenizer_has_its_psnr_as_the_hub_reads_results(start, ph
         *changes(**SHORT),
     )
     assert "vq_model.reconstruct" in card_of(tmp_path / "own" / "final").text
+
+
+def test_the_card_of_a_diffusion_decoder_says_what_it_draws_and_tells_its_bases_licence(start, photos, tmp_path):
+    base = save_pipeline_folder(tmp_path / "base", "sd3")
+    (base / "README.md").write_text(HEAD)
+    options = changes(**SHORT, level=16, decoder=f"{{base: {base}, lora_rank: 2}}", logging_steps=1)
+    run("train", "diffusion_decoder", "--model", start, "--data", photos, "--output", tmp_path / "out", *options)
+    final = tmp_path / "out" / "final"
+    card = card_of(final, "1 of 1 steps", 'decoder="diffusion"', "adapters of rank 2", "images of 16x16 pixels")
+    told = card.data
+    assert (told.library_name, told.pipeline_tag, told.license) == ("diffusers", "image-to-image", "apache-2.0")
+    assert told.base_model == "someone/base" and Image.open(final / "reconstructions.png").size == (64, 64)
+    decoder = NextFlowDiffusionDecoder.from_pretrained(final)
+    decoder.save_pretrained(tmp_path / "again")
+    assert card_of(tmp_path / "again", "of the same size").data.license == "apache-2.0"
 
 
 def test_the_card_of_an_adapter_says_so_and_how_to_load_it(start, photos, tmp_path):

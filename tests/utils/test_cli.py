@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import tiny_model, tiny_processor
+from tiny_diffusion import tiny_decoder
 from typer.testing import CliRunner
 
 import transformers_nextflow
@@ -45,6 +46,32 @@ def assert_refused(result, message):
     assert result.exit_code == 2
     assert message in result.stderr.splitlines()[-1] and result.stderr.splitlines()[-1].startswith("Error: ")
     assert "Traceback" not in result.stderr
+
+
+def test_a_diffusion_decoder_is_named_or_the_one_of_the_pipelines_folder(checkpoint, tmp_path):
+    pipe = NextFlowPipeline.from_pretrained(checkpoint)
+    decoder = tiny_decoder(pipe.model.vq_model, upsampling=2)
+    decoder.save_pretrained(tmp_path / "decoder")
+    NextFlowPipeline(pipe.model, pipe.processor, decoder).save_pretrained(tmp_path / "pipe")
+    Image.new("RGB", (16, 16)).save("own.png")
+    calls = {"generate": ["a"], "edit": ["a", "--image", "own.png"], "video": ["a", "--num-frames", 2]}
+    calls["vary"] = ["a", "--image", "own.png", "--num-images", 1]
+    for command, arguments in calls.items():
+        drawn = []
+        for model, named in ((checkpoint, tmp_path / "decoder"), (tmp_path / "pipe", "diffusion")):
+            output = f"{command}-{len(drawn)}.{'gif' if command == 'video' else 'png'}"
+            options = ["--decoder", named, "--decoder-steps", 2, "--output", output]
+            done = run(command, *arguments, "--model", model, *options)
+            assert done.exit_code == 0, done.output
+            drawn.append(np.asarray(Image.open(output)))
+        assert drawn[0].shape[:2] == (32, 32) and (drawn[0] == drawn[1]).all()
+    assert read_provenance("edit-0.png")["settings"]["decoder_steps"] == 2
+    assert_refused(run("generate", "a", "--model", checkpoint, "--decoder", "no/folder"), "decoder no/folder")
+    assert_refused(run("generate", "a", "--model", checkpoint, "--decoder", "diffusion"), "no diffusion decoder")
+    assert_refused(run("generate", "a", "--model", checkpoint, "--decoder-steps", 2), "decoder_steps")
+    # 16 pixels a side, and 32 by this decoder.
+    large = run("generate", "a", "--model", checkpoint, "--decoder", tmp_path / "decoder", "--scale", 257)
+    assert_refused(large, "take 256 at most")
 
 
 def test_help_lists_all_commands():

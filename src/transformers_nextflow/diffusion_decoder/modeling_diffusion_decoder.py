@@ -12,6 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from ..utils.checkpoint_checks import check_complete, check_weights, loading_errors
+from ..utils.model_cards import DECODER_USE, ModelCardMixin, in_words, with_card
 from .bases import PromptEmbeddings, add_lora, base_of, make_base
 
 
@@ -19,7 +20,7 @@ Predicts = Literal["velocity", "image", "noise"]
 UPSAMPLING = (1, 2)
 
 
-class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin):
+class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
     """A denoiser of images that is conditioned on the codes of a vision tokenizer.
 
     The condition reaches the denoiser through its visual branch: one projection brings the vector of each cell to the
@@ -50,6 +51,9 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules: list[str] = []
     ignore_for_config = ["base_model", "vae_model"]
+    card_title, card_pipeline_tag, card_library = "Diffusion decoder of NextFlow", "image-to-image", "diffusers"
+    card_use = DECODER_USE
+    save_pretrained = with_card(ModelMixin.save_pretrained)
 
     @register_to_config
     def __init__(
@@ -171,6 +175,26 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin):
                 f"This diffusion decoder was trained on the codes of the tokenizer {own}, and the model's is "
                 f"{fingerprint}; take the decoder of this model, or decoder='pixel'."
             )
+
+    # Its card ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def name_or_path(self) -> str:
+        """What it was loaded from, or the base that it begins with; empty for random weights."""
+        return str(self.config.get("_name_or_path") or "")
+
+    def card_text(self) -> str:
+        config = self.config
+        size = "of the same size" if config.upsampling == 1 else "twice as large"
+        sizes = " and ".join("x".join(map(str, one)) for one in config.trained_sizes or ())
+        text = f"{self.card_title} ({self.card_origin}, section 2.4): it turns the codes of an image into a sharper "
+        text += (
+            f"image {size}, which need not be strictly what the pixel decoder draws. A {config.base['_class_name']} "
+        )
+        text += f"that predicts {config.predicts}; {in_words(self.num_parameters())} parameters"
+        text += f", of which adapters of rank {config.lora_rank} were trained" if config.lora_rank else ""
+        text += f"; {config.num_inference_steps} steps by default"
+        return text + (f"; for images of {sizes} pixels (height x width)." if sizes else ".")
 
     # Pixels to what is denoised, and back -----------------------------------------------------------------------------
 

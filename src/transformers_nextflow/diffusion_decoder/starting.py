@@ -79,10 +79,12 @@ def decoder_on_base(vq_model: NextFlowVQModel, base: str | os.PathLike, **settin
         scheduler = getattr(diffusers, parts["scheduler"][1]).from_pretrained(base, subfolder="scheduler")
     is_flow = type(scheduler).__name__.startswith("FlowMatch")
     settings = {"predicts": "velocity" if is_flow else "noise"} | of_tokenizer(vq_model) | settings
-    return NextFlowDiffusionDecoder(
+    decoder = NextFlowDiffusionDecoder(
         base=config_of(denoiser), vae=None if vae is None else config_of(vae), scheduler=config_of(scheduler),
         base_model=denoiser, vae_model=vae, **settings,
     )  # fmt: skip
+    decoder.register_to_config(_name_or_path=str(base))  # whose licence its card tells on
+    return decoder
 
 
 def config_of(part) -> dict[str, Any]:

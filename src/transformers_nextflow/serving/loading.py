@@ -16,13 +16,16 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load_pipeline(model: str, device: str | None = None, dtype: str = "auto") -> NextFlowPipeline:
+def load_pipeline(
+    model: str, device: str | None = None, dtype: str = "auto", diffusion_decoder: str | None = None
+) -> NextFlowPipeline:
     """Load a pipeline and bring it to its device.
 
     Args:
         model: folder of a model or a pipeline, or a repository of the Hub.
         device: as "cpu" or "cuda:0"; default: a GPU where there is one.
         dtype: one of `DTYPES`; "auto": as the weights are stored.
+        diffusion_decoder: its folder or repository; default: a pipeline folder's own if it has one.
 
     Raises:
         ImportError: without diffusers.
@@ -35,7 +38,8 @@ def load_pipeline(model: str, device: str | None = None, dtype: str = "auto") ->
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}.")
     logging.disable_progress_bar()
     try:
-        pipeline = NextFlowPipeline.from_pretrained(model, dtype=dtype)
+        pipeline = NextFlowPipeline.from_pretrained(model, dtype=dtype, diffusion_decoder=diffusion_decoder)
     except (OSError, ValueError) as error:
-        raise OSError(f"No model can be loaded from {short_path(model)}: {error}") from error
+        beside = "" if diffusion_decoder is None else f" with the diffusion decoder {short_path(diffusion_decoder)}"
+        raise OSError(f"No model can be loaded from {short_path(model)}{beside}: {error}") from error
     return on_device(pipeline, device)

@@ -79,10 +79,11 @@ def save_outcome(trainer: Trainer, recipe: Recipe, start: str | os.PathLike, fol
         _save_tokenizer(trainer, start, Path(folder))
         return
     trainer.save_model(str(folder))
-    if not is_written_alone or recipe.kind == "diffusion_decoder":
+    if not is_written_alone:
         return
     try:
-        _draw_samples(trainer, Path(folder))
+        draw = _draw_decoded if recipe.kind == "diffusion_decoder" else _draw_samples
+        draw(trainer, Path(folder))
     except Exception as error:  # the weights are worth more than a sheet
         logger.warning(f"No samples could be drawn for the card: {error}")
     trainer.write_training_card(folder)
@@ -126,6 +127,15 @@ def _draw_samples(trainer: Trainer, folder: Path):
     contact_sheet([images[start : start + OF_EACH] for start in range(0, len(images), OF_EACH)]).save(folder / SAMPLES)
     trainer.card_prompts = tuple(prompts)
     trainer.card_images = {SAMPLES: f"{OF_EACH} images of each of the prompts {', '.join(prompts)}"}
+
+
+def _draw_decoded(trainer: Trainer, folder: Path):
+    from .diffusion.from_recipe import decoded_beside_pixels
+
+    images = [trainer.train_dataset[index]["pixel_values"] for index in range(min(len(trainer.train_dataset), SHOWN))]
+    with trainer.averaged_weights():
+        contact_sheet(decoded_beside_pixels(trainer, images)).save(folder / RECONSTRUCTIONS)
+    trainer.card_images = {RECONSTRUCTIONS: "images of the training; of the pixel decoder; of this one"}
 
 
 def _first_prompts(rows) -> list[str]:

@@ -38,6 +38,16 @@ from transformers_nextflow import NextFlowVQModel
 vq_model = NextFlowVQModel.from_pretrained("FOLDER or REPOSITORY")
 vq_model.reconstruct(pixel_values)  # (B, 3, H, W) in [-1, 1], through codes and back
 ```"""
+DECODER_USE = """\
+```python
+from transformers_nextflow import NextFlowPipeline
+
+pipe = NextFlowPipeline.from_pretrained("MODEL", diffusion_decoder="FOLDER or REPOSITORY")
+pipe("{prompt}", decoder="diffusion").images[0].save("image.png")
+```
+
+MODEL is a model with the vision tokenizer that the decoder was trained on; another one is refused.
+`pip install transformers-nextflow[pipelines]` has what this needs."""
 EXAMPLE_PROMPT = "a red circle"
 
 
@@ -117,6 +127,7 @@ class ModelCardMixin:
     card_title = "NextFlow"
     card_origin = "[arXiv 2601.02204](https://arxiv.org/abs/2601.02204)"
     card_pipeline_tag: str | None = "any-to-any"
+    card_library = "transformers"
     card_use = USE
 
     def push_to_hub(self, repo_id: str, **kwargs):
@@ -131,9 +142,9 @@ class ModelCardMixin:
         sizes = " and ".join(map(str, schedules.resolutions))
         largest = schedules.for_size(schedules.resolutions[-1], schedules.resolutions[-1])
         text = f"{self.card_title} ({self.card_origin}). "
-        text += f"It has {_in_words(self.num_parameters())} parameters, "
+        text += f"It has {in_words(self.num_parameters())} parameters, "
         if vq_model is not self:
-            text += f"{_in_words(vq_model.num_parameters())} of them in the vision tokenizer, "
+            text += f"{in_words(vq_model.num_parameters())} of them in the vision tokenizer, "
         text += f"for images of {sizes} pixels in up to {largest.num_scales} scales, of "
         text += f"{vq_config.codebook_size} codes."
         stated = getattr(self.config, "trained_on", None)
@@ -146,7 +157,7 @@ class ModelCardMixin:
         Args:
             data: of the card's head, in place of the model's.
         """
-        data = {"library_name": "transformers", "pipeline_tag": self.card_pipeline_tag, "tags": list(TAGS)} | data
+        data = {"library_name": self.card_library, "pipeline_tag": self.card_pipeline_tag, "tags": list(TAGS)} | data
         head = head_after(self.name_or_path, **data)
         use = self.card_use.format(prompt=EXAMPLE_PROMPT, extras="pipelines")
         write_card(folder, self.card_title, [self.card_text(), "## Use", use], **head)
@@ -169,7 +180,8 @@ def table(columns: tuple[str, str], values: dict[str, Any]) -> str:
     return "\n".join([f"| {columns[0]} | {columns[1]} |", "|---|---|", *rows])
 
 
-def _in_words(number: int) -> str:
+def in_words(number: int) -> str:
+    """A number of parameters, as people say it."""
     return f"{number / 1e6:.1f} million" if number >= 1e6 else f"{number:,}"
 
 

@@ -16,12 +16,13 @@ from ..runs.averaged_weights import AveragedWeightsMixin
 from ..runs.finite_training import FiniteTrainingMixin
 from ..runs.resumable_training import ResumableTrainingMixin
 from ..runs.trained_weights import TrainedInFloat32Mixin
+from ..runs.training_card import TrainingCardMixin
 from ..tokenizer.vq_trainer import ImageCollator
 from .arguments import NextFlowDiffusionTrainingArguments
 
 
 class NextFlowDiffusionTrainer(
-    TrainedInFloat32Mixin, ResumableTrainingMixin, AveragedWeightsMixin, FiniteTrainingMixin, Trainer
+    TrainingCardMixin, TrainedInFloat32Mixin, ResumableTrainingMixin, AveragedWeightsMixin, FiniteTrainingMixin, Trainer
 ):
     """Trains a [`NextFlowDiffusionDecoder`].
 
@@ -84,6 +85,7 @@ class NextFlowDiffusionTrainer(
             self.check_weights()
             with self.averaged_weights() if self._averages else nullcontext():
                 self._core.save_pretrained(output_dir or self.args.output_dir)
+            self.write_training_card(output_dir or self.args.output_dir)
 
     def decisive_extras(self) -> dict:
         return {"tokenizer": self._tokenizer}

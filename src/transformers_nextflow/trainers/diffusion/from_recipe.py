@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
 from ...data.sources import open_rows
 from ...data.vision_tokenizer import load_vision_tokenizer
-from ...diffusion_decoder import NextFlowDiffusionDecoder, decoder_on_base, small_decoder
+from ...diffusion_decoder import (
+    DiffusionSettings,
+    NextFlowDiffusionDecoder,
+    decode_codes,
+    decoder_on_base,
+    small_decoder,
+)  # fmt: skip
+from ...evaluation.image_metrics import to_uint8
 from ...image_processing_nextflow import NextFlowImageProcessor
 from ...modeling_nextflow_vq import NextFlowVQModel
+from ...utils.evaluation_mode import evaluation_mode
 from ...utils.known_names import check_names
 from ..recipe_data import StageImages
 from .arguments import NextFlowDiffusionTrainingArguments
@@ -61,6 +72,23 @@ def make_decoder(vq_model: NextFlowVQModel, settings: dict[str, Any], level: int
         decoder = small_decoder(vq_model, **settings) if base is None else decoder_on_base(vq_model, base, **settings)
     decoder.register_to_config(trained_sizes=[[level, level]])
     return decoder
+
+
+@torch.no_grad()
+def decoded_beside_pixels(trainer: NextFlowDiffusionTrainer, images: Sequence[torch.Tensor]) -> list[list[Image.Image]]:
+    """Three rows of images: some (3, H, W) in [-1, 1] of the decoder's size; what the pixel decoder makes of their
+    codes; and what the diffusion decoder does.
+    """
+    decoder, vq_model = trainer.accelerator.unwrap_model(trainer.model), trainer.vq_model
+    originals = torch.stack([*images]).to(vq_model.device)
+    small = F.avg_pool2d(originals, decoder.config.upsampling)
+    codes, schedule = vq_model.encode(small).image_tokens, vq_model.schedule_of(small)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(images))]
+    settings = DiffusionSettings.of(decoder, None, None)
+    with evaluation_mode(decoder):
+        diffused = decode_codes(decoder, vq_model, codes, [schedule] * len(images), settings, generators)
+    rows = (originals, vq_model.reconstruct(small), diffused)
+    return [[Image.fromarray(to_uint8(pixels)) for pixels in row] for row in rows]
 
 
 def decoder_trainer(recipe, folder: str | os.PathLike, data: str | os.PathLike, output: str | os.PathLike):

@@ -68,7 +68,7 @@ class TrainingCardMixin:
         name, set_of_rows = self.dataset_name or "local", self.dataset_name or "the training's own evaluation"
         head = head_after(
             base.name_or_path,
-            library_name="peft" if is_peft_model(model) else "transformers",
+            library_name="peft" if is_peft_model(model) else base.card_library,
             pipeline_tag=base.card_pipeline_tag,
             tags=[
                 *TAGS,
