@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
@@ -24,6 +25,7 @@ from ..data.mixture import Mixture
 from ..data.row_codes import TOKENS
 from ..data.row_errors import BadRowError
 from ..data.rows import NumberedRows
+from ..data.stored_sizes import rows_of_sizes
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedule
@@ -137,8 +139,16 @@ def packed(
         return size.length if args.packing == "length" else model.cost(size, config.read_last_scale)
 
     if hasattr(rows, "__len__"):
-        return PackedDataset(rows, cost, args.packing_budget, args.seed)
+        return PackedDataset(rows, cost, args.packing_budget, args.seed, _sizes_of(rows, collator))
     return PackedStream(rows, cost, args.packing_budget)
+
+
+def _sizes_of(rows, collator: NextFlowCollator) -> Iterable[dict] | None:
+    """The rows with what is stored of their sizes only; those of which that is not known as they are."""
+    stored = rows_of_sizes(rows)
+    if stored is None:
+        return None
+    return (sizes if collator.knows_size(sizes) else rows[number] for number, sizes in enumerate(stored))
 
 
 def _schedules_of(rows, collator: NextFlowCollator) -> list[ScaleSchedule]:

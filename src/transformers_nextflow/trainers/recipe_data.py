@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,17 +12,11 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from ..data.row_codes import (
-    CLEAN_TOKENS,
-    GRIDS,
-    LABELS,
-    TOKENS,
-    read_codes,
-    read_grids,
-    schedule_of,
-)
+from ..data.row_codes import GRIDS, read_grids, schedule_of
 from ..data.row_errors import BadImageError, BadRowError
-from ..data.rows import NumberedRows, Sample, check_is_row, load_image, read_messages, read_row
+from ..data.rows import NumberedRows, Sample, check_is_row, load_image, read_row
+from ..data.stored_sizes import rows_of_sizes
+from ..data.views import AS_CAPTION, AS_IT_IS, WITHOUT_PROMPT, sizes_of_view, viewed
 from ..image_processing_nextflow import NextFlowImageProcessor
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import most_frames
@@ -80,10 +76,22 @@ class StageRows(Dataset):
         """A row as the stage takes it; `index` tells it from others."""
         check_is_row(row)
         self._check_level(index, row)
+        return viewed(row, self._view(index), self.processor.caption_request)
+
+    def rows_of_sizes(self) -> Iterator[dict] | None:
+        """What is stored of the sizes of the rows as the stage takes them, see `rows_of_sizes` of `data`."""
+        stored = rows_of_sizes(self.rows)
+        return None if stored is None else itertools.starmap(self._sizes, enumerate(stored))
+
+    def _sizes(self, index: int, row: dict) -> dict:
+        self._check_level(index, row)
+        return sizes_of_view(row, self._view(index))
+
+    def _view(self, index: int | str) -> int:
         drawn = random.Random(f"{self.seed} {index}" + (f" {self.epoch}" if self.epoch else "")).random()
         if drawn < self.caption_share:
-            return as_caption(row, self.processor.caption_request)
-        return without_prompt(row) if drawn < self.caption_share + self.empty_share else row
+            return AS_CAPTION
+        return WITHOUT_PROMPT if drawn < self.caption_share + self.empty_share else AS_IT_IS
 
     def _check_level(self, index: int | str, row: dict):
         if self.level is None:
@@ -96,50 +104,6 @@ class StageRows(Dataset):
                     f"Row {index} has an image of {grid[0]}x{grid[1]} cells, which is none of level {self.level}; "
                     f"extract its codes with --level {self.level}, or set the recipe's level to null."
                 )
-
-
-def as_caption(row: dict, request: str) -> dict:
-    """A drawing turned round: the image and `request`, answered by the prompt. Other rows are returned as they are.
-
-    The image is read with its clean codes, since it is not trained on.
-
-    Raises:
-        BadRowError: for codes sampled for self-correction without the clean ones, and what is no row.
-    """
-    turns = prompt_and_image(row)
-    if turns is None or [part["type"] for part in turns[0]] != ["text"] or not turns[0][0]["text"]:
-        return row
-    turned = _with_turns(row, [*turns[1], {"type": "text", "text": request}], turns[0])
-    codes = read_codes(turned, trained=[False])
-    if codes is None:
-        return turned
-    return turned | {TOKENS: [image.tolist() for image in codes.read], LABELS: None, CLEAN_TOKENS: None}
-
-
-def without_prompt(row: dict) -> dict:
-    """A row that is answered by an image alone with its texts left empty, images kept. Others as they are."""
-    turns = prompt_and_image(row)
-    if turns is None:
-        return row
-    emptied = [part | {"text": ""} if part["type"] == "text" else part for part in turns[0]]
-    return _with_turns(row, emptied, turns[1])
-
-
-def prompt_and_image(row: dict) -> tuple[list[dict], list[dict]] | None:
-    """The user's parts, and the answer's, in a row of one turn each that is answered by one image; `None` for others.
-
-    Rows that say what is trained on are left alone.
-    """
-    messages = read_messages(row)
-    if [message["role"] for message in messages] != ["user", "assistant"]:
-        return None
-    asked, drawn = (message["content"] for message in messages)
-    flagged = any("train" in holder for holder in (*messages, *asked, *drawn))
-    return None if flagged or [part["type"] for part in drawn] != ["image"] else (asked, drawn)
-
-
-def _with_turns(row: dict, question: list[dict], answer: list[dict]) -> dict:
-    return row | {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 class StageImages(Dataset):

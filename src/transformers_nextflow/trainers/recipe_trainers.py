@@ -17,6 +17,7 @@ from ..configuration_nextflow import NextFlowConfig
 from ..data.fitness import fit_of
 from ..data.mixture import Mixture, open_source
 from ..data.sources import open_rows
+from ..data.views import prompt_and_image
 from ..data.vision_tokenizer import load_vision_tokenizer
 from ..evaluation.image_metrics import contact_sheet
 from ..image_processing_nextflow import NextFlowImageProcessor
@@ -27,7 +28,7 @@ from ..utils.evaluation_mode import evaluation_mode
 from ..vision_tokenizer.fingerprint import tokenizer_fingerprint
 from .collator import NextFlowCollator
 from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
-from .recipe_data import StageImages, StageRows, prompt_and_image
+from .recipe_data import StageImages, StageRows
 from .recipes import Recipe
 from .rl.rollouts import generate_rollouts
 from .runs.trained_weights import is_sharded
