@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -206,9 +206,7 @@ class NextFlowVQTrainer(
         first = self.stage.first_quantized_step(args.autoencoder_share, self.state.max_steps)
         if self.stage.starts_codebook(args.autoencoder_share) and step == first:
             # The same images and the same seed on every process: no broadcast is needed.
-            rows = [self.train_dataset[i] for i in range(min(args.kmeans_images, len(self.train_dataset)))]
-            pixels = self.data_collator([{"pixel_values": row["pixel_values"]} for row in rows])["pixel_values"]
-            initialize_codebook(self._core, pixels.to(args.device), args.kmeans_shares, seed=args.seed)
+            initialize_codebook(self._core, self._first_images(), args.kmeans_shares, seed=args.seed)
         revives = self.stage.learns_codes and args.revive_every and step % args.revive_every == 0
         # With gradient accumulation a step has several calls; the first revives.
         if revives and self._used is not None and step > self._counted_from:
@@ -220,6 +218,18 @@ class NextFlowVQTrainer(
         if self.adversary and self.progress >= args.adversarial_start:
             self.note(self.adversary.step())
         return loss
+
+    def _first_images(self) -> Iterator[torch.Tensor]:
+        """The images from which the codebooks start, in batches (B, 3, H, W) of one size as a step takes them."""
+        waiting: dict[torch.Size, list[torch.Tensor]] = {}
+        for number in range(min(self.args.kmeans_images, len(self.train_dataset))):
+            image = torch.as_tensor(self.train_dataset[number]["pixel_values"])
+            held = waiting.setdefault(image.shape, [])
+            held.append(image)
+            if len(held) == self.args.per_device_train_batch_size:
+                yield torch.stack(waiting.pop(image.shape))
+        for held in waiting.values():
+            yield torch.stack(held)
 
     def _count_codes(self, image_tokens: torch.Tensor):
         counts = torch.bincount(image_tokens.flatten(), minlength=self._core.config.codebook_size)
