@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from pathlib import Path
 
@@ -18,9 +17,7 @@ from ..data.fitness import fit_of
 from ..data.mixture import Mixture, open_source
 from ..data.sources import open_rows
 from ..data.views import prompt_and_image
-from ..data.vision_tokenizer import load_vision_tokenizer
 from ..evaluation.image_metrics import contact_sheet
-from ..image_processing_nextflow import NextFlowImageProcessor
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQModel
 from ..utils.checkpoint_checks import loading_errors
@@ -28,12 +25,11 @@ from ..utils.evaluation_mode import evaluation_mode
 from ..vision_tokenizer.fingerprint import tokenizer_fingerprint
 from .collator import NextFlowCollator
 from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
-from .recipe_data import StageImages, StageRows
+from .recipe_data import StageRows
 from .recipes import Recipe
 from .rl.rollouts import generate_rollouts
 from .runs.trained_weights import is_sharded
-from .tokenizer.stages import STAGES
-from .tokenizer.vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
+from .tokenizer.from_recipe import tokenizer_trainer
 
 
 logger = logging.get_logger(__name__)
@@ -61,7 +57,7 @@ def make_trainer(
     """
     makers = {
         "transformer": _transformer_trainer,
-        "tokenizer": _tokenizer_trainer,
+        "tokenizer": tokenizer_trainer,
         "rl": _rl_trainer,
         "diffusion_decoder": _decoder_trainer,
     }
@@ -241,20 +237,6 @@ def _rows_of(recipe: Recipe, data, processor, seed: int) -> tuple[Dataset | Iter
     return Mixture(weighted, seed, StageRows((), *settings).stage_row), folder
 
 
-def _tokenizer_trainer(recipe: Recipe, folder, data, output) -> NextFlowVQTrainer:
-    args = NextFlowVQTrainingArguments(output_dir=str(output), **recipe.arguments)
-    model = load_vision_tokenizer(folder)
-    teacher = Teacher(model) if STAGES[args.stage].learns_codes and args.semantic_weight else None
-    if recipe.decoder_width != 1:
-        model = with_wider_decoder(model, recipe.decoder_width)
-    source, root = open_rows(data, recipe.columns, needs_texts=False)
-    config = model.config
-    level = recipe.level or config.scale_schedules.resolutions[-1]
-    processor = NextFlowImageProcessor(config.scales, config.patch_size, config.levels)
-    images = StageImages(source, root, processor, level)
-    return NextFlowVQTrainer(model, args, train_dataset=images, teacher=teacher)
-
-
 def _rl_trainer(recipe: Recipe, folder, data, output) -> Trainer:
     from .rl.grpo_config import NextFlowGRPOConfig
     from .rl.grpo_trainer import NextFlowGRPOTrainer
@@ -282,35 +264,3 @@ def _decoder_trainer(recipe: Recipe, folder, data, output) -> Trainer:
     from .diffusion.from_recipe import decoder_trainer  # says what lacks without diffusers
 
     return decoder_trainer(recipe, folder, data, output)
-
-
-class Teacher(nn.Module):
-    """The semantic encoder as a stage finds it; pixels (B, 3, H, W) → its features (B, h, w, D).
-
-    Raises:
-        ValueError: if the semantic decoder's features are of another size.
-    """
-
-    def __init__(self, model: NextFlowVQModel):
-        super().__init__()
-        own, target = model.config.semantic_config.hidden_size, model.config.semantic_target_dim
-        if own != target:
-            raise ValueError(
-                f"The teacher, the semantic encoder, has {own} features, but semantic_target_dim is {target}."
-            )
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        self.model.to(pixel_values.device)
-        return self.model.encode_semantics(pixel_values, self.model.schedule_of(pixel_values).final_grid)
-
-
-@torch.no_grad()
-def with_wider_decoder(model: NextFlowVQModel, factor: int) -> NextFlowVQModel:
-    """The same tokenizer with a new pixel decoder, `factor` times as wide (paper, section 2.1)."""
-    config = copy.deepcopy(model.config)
-    config.pixel_decoder_channels *= factor
-    wider = NextFlowVQModel(config)
-    kept = {name: weight for name, weight in model.state_dict().items() if not name.startswith("pixel_decoder.")}
-    wider.load_state_dict(kept, strict=False)
-    return wider

@@ -57,6 +57,9 @@ class Recipe:
         empty_share: share of the rows answered by an image alone whose prompt is left empty, for guidance. The two
             shares come to 1 at most.
         decoder_width: the tokenizer's pixel decoder starts anew, so many times as wide; 1 keeps it.
+        perceptual: of the tokenizer, with a `perceptual_weight` above 0: file or folder with the weights of LPIPS, see
+            `load_perceptual`.
+        discriminator: of the tokenizer, with an `adversarial_weight` above 0: settings of [`PatchDiscriminator`].
         decoder: what a diffusion decoder begins from and is made of, see `diffusion.from_recipe.make_decoder`.
         attention: implementation of the transformer's attention, such as "eager", which is faster than fused kernels in
             the backward pass of small models on CPUs; `None` for transformers' own choice.
@@ -75,6 +78,8 @@ class Recipe:
     caption_share: float = 0.0
     empty_share: float = 0.0
     decoder_width: int = 1
+    perceptual: str | None = None
+    discriminator: dict[str, int] = field(default_factory=dict)
     decoder: dict[str, Any] = field(default_factory=dict)
     attention: str | None = None
     image_column: str | None = None
@@ -104,6 +109,10 @@ class Recipe:
         if self.lora_rank < 0 or (self.lora_rank and self.kind in ("tokenizer", "diffusion_decoder")):
             raise ValueError(
                 f"lora_rank is for the transformer, and starts at 1; got {self.lora_rank} for the kind {self.kind!r}."
+            )
+        if (self.perceptual is not None or self.discriminator) and self.kind != "tokenizer":
+            raise ValueError(
+                f"perceptual and discriminator are of the kind tokenizer, and this recipe is of the kind {self.kind}."
             )
         if self.decoder and self.kind != "diffusion_decoder":
             raise ValueError(f"decoder is of the kind diffusion_decoder, and this recipe is of the kind {self.kind}.")

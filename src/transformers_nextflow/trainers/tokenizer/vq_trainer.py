@@ -119,7 +119,7 @@ class NextFlowVQTrainer(
         **kwargs,
     ):
         if args.perceptual_weight and perceptual is None:
-            raise ValueError("perceptual_weight > 0 needs `perceptual=`, for instance lpips.LPIPS(net='vgg').")
+            raise ValueError("perceptual_weight > 0 needs `perceptual=`, for instance what load_perceptual gives.")
         if args.adversarial_weight and discriminator is None:
             raise ValueError("adversarial_weight > 0 needs `discriminator=`, for instance PatchDiscriminator().")
         self.stage = STAGES[args.stage]
@@ -130,6 +130,8 @@ class NextFlowVQTrainer(
         kwargs.setdefault("data_collator", ImageCollator())
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self.teacher, self.perceptual = teacher, perceptual
+        if isinstance(perceptual, nn.Module):
+            perceptual.to(args.device)
         self.adversary = None
         if args.adversarial_weight:
             self.adversary = Adversary(discriminator.to(args.device), learning_rate=args.learning_rate)
@@ -216,7 +218,9 @@ class NextFlowVQTrainer(
             self._used, self._counted_from = None, step
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.adversary and self.progress >= args.adversarial_start:
-            self.note(self.adversary.step())
+            values = self.adversary.step()
+            self.note(values)
+            self._losses.setdefault("discriminator_loss", []).append(values["discriminator_loss"])
         return loss
 
     def _first_images(self) -> Iterator[torch.Tensor]:
@@ -238,7 +242,12 @@ class NextFlowVQTrainer(
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def decisive_extras(self) -> dict:
-        return {"teacher": self.teacher, "perceptual": self.perceptual}
+        extras = {"teacher": self.teacher, "perceptual": self.perceptual}
+        if self.adversary:
+            # Its weights are those of the checkpoint.
+            weights = self.adversary.discriminator.state_dict()
+            extras["discriminator"] = {name: list(weight.shape) for name, weight in weights.items()}
+        return extras
 
     def _save_optimizer_and_scheduler(self, output_dir: str):
         super()._save_optimizer_and_scheduler(output_dir)
