@@ -15,7 +15,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list, is_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
@@ -38,6 +38,7 @@ from .pace import Pace
 from .packing import PACKINGS, CostModel, PackedDataset, PackedStream
 from .runs.averaged_weights import AveragedWeightsMixin
 from .runs.checked_arguments import NOT_NEGATIVE, CheckedArguments, Rule
+from .runs.epochs import TellsEpochs
 from .runs.finite_training import FiniteTrainingMixin
 from .runs.resumable_training import ResumableTrainingMixin
 from .runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights, place_vision_tokenizer
@@ -157,19 +158,6 @@ def _schedules_of(rows, collator: NextFlowCollator) -> list[ScaleSchedule]:
     return [schedule for index in range(count) for schedule in collator.size(rows[index]).schedules]
 
 
-class EpochOfRows(TrainerCallback):
-    """Tells rows that differ by epochs which one begins. accelerate tells samplers, and data sets in one process only.
-
-    Packs are not told: their rows are those that were measured.
-    """
-
-    def __init__(self, rows: NumberedRows):
-        self.rows = rows
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.rows.set_epoch(int((state.epoch or 0) + 1e-6))
-
-
 def _warn_of_images(model: nn.Module, rows, collator: NextFlowCollator):
     """Tell of images that the vision tokenizer cannot hold, so that no adapter can either; of the first rows."""
     config, image_processor = model.config, collator.processor.image_processor
@@ -285,7 +273,8 @@ class NextFlowTrainer(
                 "for each with torchrun or accelerate launch, or show it one by CUDA_VISIBLE_DEVICES."
             )
         if isinstance(self.train_dataset, NumberedRows):
-            self.add_callback(EpochOfRows(self.train_dataset))
+            # Packs are not told: their rows are those that were measured.
+            self.add_callback(TellsEpochs(self.train_dataset))
         if args.checkpoint_every > 1:
             self.add_callback(CheckpointedLayers(args.checkpoint_every))
         self._trained, self._evaluated = TrainedMeans(), TrainedMeans()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import random
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset
 
 from ..data.row_codes import GRIDS, read_grids, schedule_of
@@ -20,10 +21,15 @@ from ..data.views import AS_CAPTION, AS_IT_IS, WITHOUT_PROMPT, sizes_of_view, vi
 from ..image_processing_nextflow import NextFlowImageProcessor
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import most_frames
+from ..utils.image_files import open_image
 
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
+
+
+# Orientations of files whose height is the width of what is stored.
+SIDEWAYS = {5, 6, 7, 8}
 
 
 class StageRows(Dataset):
@@ -137,16 +143,79 @@ class StageImages(Dataset):
         except BadRowError as error:
             raise error.of_row(number) from error
 
+    def place(self, index: int) -> str:
+        """Where an image stands, for messages of errors."""
+        return f"row {self.images[index][0]}, {self.images[index][2]}"
+
+    def source(self, index: int):
+        """What the row gives of an image."""
+        number, position, _, path = self.images[index]
+        return self._read(number).images[position] if path is None else path
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"pixel_values": self.processor(self.square(index, self.level), return_tensors="pt")["pixel_values"][0]}
 
     def square(self, index: int, side: int) -> Image.Image:
         """An image cut square, brought to `side` pixels."""
-        number, position, field, source = self.images[index]
-        place = f"row {number}, {field}"
-        loaded = load_image(self._read(number).images[position] if source is None else source, place)
+        loaded = load_image(self.source(index), self.place(index))
         try:
             image = self.processor.to_rgb(loaded)[0]
         except ValueError as error:
-            raise BadImageError(place, str(error)) from error
+            raise BadImageError(self.place(index), str(error)) from error
         return ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
+
+
+class BucketedImages(StageImages):
+    """The images of rows at one or several levels, cut square or at their own ratios.
+
+    An item has `pixel_values` (3, H, W) in [-1, 1]. Sizes of files are read here, the images when they are asked for.
+
+    Args:
+        levels: each image comes at one of them; which one follows from `seed` and its number.
+        cut_square: else an image is brought to the size of the nearest ratio, as a model reads it.
+
+    Raises:
+        ValueError: if no row gives an image; for a level that is not drawn, and without `cut_square` for an image that
+            cannot be opened, or of a ratio that is not drawn.
+    """
+
+    def __init__(self, rows, root: Path, processor: NextFlowImageProcessor, levels, cut_square: bool, seed: int = 0):
+        for level in levels:
+            processor.scale_schedules.build(level=level)  # raises if there is no such level
+        super().__init__(rows, root, processor, max(levels))
+        self.cut_square = cut_square
+        self.levels = [random.Random(f"{seed} {index}").choice(levels) for index in range(len(self))]
+        # Of each image height and width in pixels.
+        self.sizes = [self._size(index) for index in range(len(self))]
+
+    @property
+    def settings(self) -> dict:
+        """What beside the rows decides about the images."""
+        return {"levels": sorted(set(self.levels)), "cut_square": self.cut_square}
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if self.cut_square:
+            image = self.square(index, self.levels[index])
+        else:
+            image = load_image(self.source(index), self.place(index))
+        try:
+            processed = self.processor.preprocess(image, level=self.levels[index], return_tensors="pt")
+        except ValueError as error:
+            raise BadImageError(self.place(index), str(error)) from error
+        return {"pixel_values": processed["pixel_values"][0]}
+
+    def _size(self, index: int) -> tuple[int, int]:
+        level = self.levels[index]
+        if self.cut_square:
+            return level, level
+        image = self.source(index)
+        try:
+            if not isinstance(image, Image.Image):
+                image = open_image(io.BytesIO(image) if isinstance(image, bytes) else image)
+            height, width = image.height, image.width
+            if image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS:
+                height, width = width, height
+            schedule = self.processor.scale_schedules.nearest(height, width, level)
+        except ValueError as error:
+            raise BadImageError(self.place(index), str(error)) from error
+        return schedule.image_size(self.processor.patch_size)

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..adapters import lora_config
 from ..configuration_nextflow import NextFlowConfig
-from ..data.fitness import fit_of
+from ..data.fitness import Fit, fit_of
 from ..data.mixture import Mixture, open_source
 from ..data.sources import open_rows
 from ..data.views import prompt_and_image
@@ -28,6 +28,7 @@ from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
 from .recipe_data import StageRows
 from .recipes import Recipe
 from .rl.rollouts import generate_rollouts
+from .runs.averaged_weights import FOLDER as EMA_FOLDER
 from .runs.trained_weights import is_sharded
 from .tokenizer.from_recipe import tokenizer_trainer
 
@@ -88,8 +89,8 @@ def save_outcome(trainer: Trainer, recipe: Recipe, start: str | os.PathLike, fol
 def _save_tokenizer(trainer: Trainer, start: str | os.PathLike, folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     vq_model, images = trainer.accelerator.unwrap_model(trainer.model), trainer.train_dataset
-    shown = (images[index]["pixel_values"] for index in range(min(len(images), LOOKED_AT)))
-    fit = fit_of(vq_model.eval(), shown)
+    shown = range(min(len(images), LOOKED_AT))
+    fit = fit_of(vq_model.eval(), (images[index]["pixel_values"] for index in shown))
     contact_sheet(list(zip(*fit.pairs[:SHOWN]))).save(folder / RECONSTRUCTIONS)
     trainer.card_images = {RECONSTRUCTIONS: "images of the training above their reconstructions"}
     trainer.card_results = {"psnr": round(fit.mean, 2)}
@@ -98,6 +99,18 @@ def _save_tokenizer(trainer: Trainer, start: str | os.PathLike, folder: Path):
     if not is_whole:
         trainer.save_model(str(folder))
         return
+    model = _save_around(start, vq_model, fit, folder)
+    trainer.write_training_card(folder, model)
+    if trainer.args.ema_decay:
+        with trainer.averaged_weights():
+            averaged = fit_of(vq_model, (images[index]["pixel_values"] for index in shown))
+            _save_around(start, vq_model, averaged, folder / EMA_FOLDER)
+
+
+def _save_around(
+    start: str | os.PathLike, vq_model: NextFlowVQModel, fit: Fit, folder: Path
+) -> NextFlowForConditionalGeneration:
+    """Write the model that the tokenizer was taken out of with the tokenizer in it, and its processor."""
     model = with_vision_tokenizer(start, vq_model)
     model.config.trained_on = {
         "domain": "images like those that its vision tokenizer was trained on",
@@ -106,7 +119,7 @@ def _save_tokenizer(trainer: Trainer, start: str | os.PathLike, folder: Path):
     model.save_pretrained(folder)
     with loading_errors(start):
         AutoProcessor.from_pretrained(start).save_pretrained(folder)
-    trainer.write_training_card(folder, model)
+    return model
 
 
 def _draw_samples(trainer: Trainer, folder: Path):

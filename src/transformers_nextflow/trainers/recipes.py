@@ -53,6 +53,9 @@ class Recipe:
         reward: of the kind "rl": a name of `REWARDS`, or "file.py:function".
         level: resolution of all images; `None` leaves the transformer's rows as they are, and is the tokenizer's
             largest.
+        levels: of the tokenizer, in place of `level`: each image comes at one of them, which one is drawn by the seed.
+        cut_square: of the tokenizer: whether images are cut square. Else each keeps its ratio, as a model reads it, and
+            batches have images of one size.
         caption_share: share of the drawings that are turned round into captions (paper, section 3.2).
         empty_share: share of the rows answered by an image alone whose prompt is left empty, for guidance. The two
             shares come to 1 at most.
@@ -75,6 +78,8 @@ class Recipe:
     lora_rank: int = 0
     reward: str | None = None
     level: int | None = None
+    levels: tuple[int, ...] = ()
+    cut_square: bool = True
     caption_share: float = 0.0
     empty_share: float = 0.0
     decoder_width: int = 1
@@ -114,6 +119,12 @@ class Recipe:
             raise ValueError(
                 f"perceptual and discriminator are of the kind tokenizer, and this recipe is of the kind {self.kind}."
             )
+        if (self.levels or not self.cut_square) and self.kind != "tokenizer":
+            raise ValueError(
+                f"levels and cut_square are of the kind tokenizer, and this recipe is of the kind {self.kind}."
+            )
+        if self.levels and self.level is not None:
+            raise ValueError(f"Images come at level {self.level} or at the levels {list(self.levels)}; leave out one.")
         if self.decoder and self.kind != "diffusion_decoder":
             raise ValueError(f"decoder is of the kind diffusion_decoder, and this recipe is of the kind {self.kind}.")
         if (self.reward is None) == (self.kind == "rl"):

@@ -13,7 +13,7 @@ from ...data.vision_tokenizer import load_vision_tokenizer
 from ...image_processing_nextflow import NextFlowImageProcessor
 from ...modeling_nextflow_vq import NextFlowVQModel
 from ...utils.known_names import check_names
-from ..recipe_data import StageImages
+from ..recipe_data import BucketedImages
 from .adversarial import PatchDiscriminator
 from .perceptual import load_perceptual
 from .stages import STAGES
@@ -30,14 +30,15 @@ def tokenizer_trainer(recipe, folder: str | os.PathLike, data: str | os.PathLike
         model = with_wider_decoder(model, recipe.decoder_width)
     source, root = open_rows(data, recipe.columns, needs_texts=False)
     config = model.config
-    level = recipe.level or config.scale_schedules.resolutions[-1]
+    levels = recipe.levels or (recipe.level or config.scale_schedules.resolutions[-1],)
     processor = NextFlowImageProcessor(config.scales, config.patch_size, config.levels)
-    images = StageImages(source, root, processor, level)
+    images = BucketedImages(source, root, processor, levels, recipe.cut_square, args.seed)
+    smallest = min(map(min, images.sizes))
     for name, judge in judges.items():
-        if judge.smallest_side > level:
+        if judge.smallest_side > smallest:
             remedy = "set discriminator: {layers: 2}, or fewer" if name == "discriminator" else "leave it out"
             raise ValueError(
-                f"Images have {level} pixels a side, and the {name} takes {judge.smallest_side} at least; {remedy}."
+                f"Images have sides of {smallest} pixels, and {name} takes {judge.smallest_side} at least; {remedy}."
             )
     return NextFlowVQTrainer(model, args, train_dataset=images, teacher=teacher, **judges)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -19,12 +19,14 @@ from ...modeling_nextflow_vq import NextFlowVQModel, NextFlowVQOutput, codebook_
 from ...utils.atomic_files import write_whole
 from ..runs.averaged_weights import AveragedWeightsMixin
 from ..runs.checked_arguments import FROM_ONE, NOT_NEGATIVE, SHARE, CheckedArguments
+from ..runs.epochs import TellsEpochs
 from ..runs.finite_training import FiniteTrainingMixin
 from ..runs.resumable_training import ResumableTrainingMixin
 from ..runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights
 from ..runs.training_card import TrainingCardMixin
 from .adversarial import Adversary
 from .codebook_care import initialize_codebook, revive_dead_codes
+from .image_batches import OneSizeSampler
 from .stages import STAGES
 
 
@@ -97,7 +99,8 @@ class NextFlowVQTrainer(
 ):
     """Trains a [`NextFlowVQModel`].
 
-    Rows hold `pixel_values` (3, H, W) in [-1, 1] and whatever `semantic_loss` reads.
+    Rows hold `pixel_values` (3, H, W) in [-1, 1] and whatever `semantic_loss` reads. A data set of images of several
+    sizes says which each has by `sizes`, and each batch has images of one.
 
     Args:
         teacher: frozen module that maps pixels (B, 3, H, W) to features (B, h, w, D); the semantic decoder learns to
@@ -141,6 +144,15 @@ class NextFlowVQTrainer(
         # Codes in use since `_counted_from`, the step of the last revival.
         self._used: torch.Tensor | None = None
         self._counted_from = 0
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        sizes = getattr(self.train_dataset if train_dataset is None else train_dataset, "sizes", None)
+        if sizes is None or len(set(sizes)) < 2:
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        sampler = OneSizeSampler(sizes, args.train_batch_size, args.world_size, args.seed)
+        self.add_callback(TellsEpochs(sampler))
+        return sampler
 
     # Which losses -----------------------------------------------------------------------------------------------------
 
@@ -209,11 +221,13 @@ class NextFlowVQTrainer(
         if self.stage.starts_codebook(args.autoencoder_share) and step == first:
             # The same images and the same seed on every process: no broadcast is needed.
             initialize_codebook(self._core, self._first_images(), args.kmeans_shares, seed=args.seed)
+            self.restart_averages("quantizer.")
         revives = self.stage.learns_codes and args.revive_every and step % args.revive_every == 0
         # With gradient accumulation a step has several calls; the first revives.
         if revives and self._used is not None and step > self._counted_from:
             used = self.accelerator.reduce(self._used, "sum")
             revived = revive_dead_codes(self._core, inputs["pixel_values"], used == 0, seed=args.seed + step)
+            self.restart_averages("quantizer.", used == 0)
             self._losses.setdefault("revived_codes", []).append(float(revived))
             self._used, self._counted_from = None, step
         loss = super().training_step(model, inputs, num_items_in_batch)
