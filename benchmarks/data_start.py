@@ -6,8 +6,9 @@ Writes 7.5 million rows of an image's codes and 2.5 million of text as `extract-
 groups of a thousand rows; files of the same rows are hard links, so that they take the room of a few. A mixture of both
 is opened in a new process, as the trainer opens it for one of 64 processes, and packed: seconds until it is open and
 until the first batch, with and without what the imports take. Then 64 readers are started one after another: the row
-groups that each opens for its first rows are counted, and no two may open the same. At last one goes on for a thousand
-steps: memory after the first hundred and at the end. The processes are counted, not run at once.
+groups that each opens for its first rows are counted, and no two may open the same. Then one goes on for a
+thousand steps: memory after the first hundred and at the end. The processes are counted, not run at once. At last some
+thousand rows are packed as a data set with a length is, with the stored sizes and without: seconds until it is packed.
 Writes `results/data_start.json`.
 """
 
@@ -32,6 +33,7 @@ SHARES = {"images": 0.75, "text": 0.25}
 ROWS_PER_FILE, GROUP = 100_000, 1_000
 CODES, GRID = 30, [4, 4]
 STEPS, SETTLED = 1000, 100
+ROWS_BY_NUMBER = 4000
 
 
 def write_rows(folder: Path, files: int, with_codes: bool, rows_per_file: int):
@@ -41,10 +43,13 @@ def write_rows(folder: Path, files: int, with_codes: bool, rows_per_file: int):
     from pyarrow import parquet
 
     from transformers_nextflow.data.code_extraction import _write_parquet
+    from transformers_nextflow.data.stored_sizes import PROCESSOR, processor_fingerprint
+    from transformers_nextflow.data.views import size_fields
 
     folder.mkdir()
     chance = np.random.default_rng(0)
     words = ["red", "blue", "circle", "star", "two"]
+    processor = tiny().tiny_processor()
 
     def row(number: int) -> dict:
         said = " ".join(words[i] for i in chance.integers(len(words), size=8))
@@ -53,7 +58,8 @@ def write_rows(folder: Path, files: int, with_codes: bool, rows_per_file: int):
         messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": [answer]}]
         codes = [chance.integers(32, size=CODES).tolist()] if with_codes else None
         grids = [GRID] if with_codes else None
-        return {"messages": messages, "image_tokens": codes, "image_labels": codes, "image_grids": grids}
+        held = {"messages": messages, "image_tokens": codes, "image_labels": codes, "image_grids": grids}
+        return held | size_fields(held, processor) | {PROCESSOR: processor_fingerprint(processor)}
 
     first = folder / "codes-000000.parquet"
     _write_parquet([row(number) for number in range(min(rows_per_file, GROUP))], first, 32)
@@ -74,14 +80,19 @@ def open_mixture(folder: Path, share: int, shares: int):
     return mixture
 
 
+def tiny():
+    """The tiny models of the tests."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import tiny
+
+    return tiny
+
+
 def packs_of(mixture):
     """Batches as the trainer makes them, of the tiny model of the tests."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from tiny import tiny_model, tiny_processor
-
     from transformers_nextflow.trainers import CostModel, NextFlowCollator, PackedStream
 
-    collator, model = NextFlowCollator(tiny_processor()), CostModel.from_config(tiny_model().config)
+    collator, model = NextFlowCollator(tiny().tiny_processor()), CostModel.from_config(tiny().tiny_config())
     packs = PackedStream(mixture, lambda row: model.cost(collator.size(row)), 800)
     return (collator([pack]) for pack in packs)
 
@@ -156,7 +167,33 @@ def current_memory() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-PARTS = {"start": start, "groups": count_groups, "steps": run_on}
+def pack_by_number(folder: Path, _) -> dict:
+    """Packs of rows by number, as the trainer makes them, with the stored sizes and with those of another processor."""
+    from transformers_nextflow.data import open_rows
+    from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainingArguments
+    from transformers_nextflow.trainers.nextflow_trainer import packed
+    from transformers_nextflow.trainers.recipe_data import StageRows
+
+    rows, _ = open_rows(folder / "by_number")
+    config, processors = tiny().tiny_config(), [tiny().tiny_processor() for _ in range(2)]
+    processors[1].chat_template += "{# another one #}"
+    options = {"packing": "compute", "packing_budget": 800, "per_device_train_batch_size": 1, "use_cpu": True}
+    args = NextFlowTrainingArguments(output_dir=str(folder / "out"), **options)
+    found = []
+    for processor in processors:
+        stage, begun = StageRows(rows, processor, caption_share=0.1, empty_share=0.1), time.perf_counter()
+        found.append((packed(stage, NextFlowCollator(processor), config, args), time.perf_counter() - begun))
+    (stored, seconds), (read, seconds_without) = found
+    assert stored.packs == read.packs
+    return {
+        "rows": len(stored.rows),
+        "packs": len(stored),
+        "seconds_with_stored_sizes": round(seconds, 2),
+        "seconds_without": round(seconds_without, 2),
+    }
+
+
+PARTS = {"start": start, "groups": count_groups, "steps": run_on, "by_number": pack_by_number}
 
 
 def main():
@@ -168,7 +205,7 @@ def main():
     parser.add_argument("--part", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     parser.add_argument("--results", default=RESULTS, help="folder of the result file")
     arguments = parser.parse_args()
-    more = {"start": (), "groups": (200,), "steps": (arguments.steps,)}
+    more = {"start": (), "groups": (200,), "steps": (arguments.steps,), "by_number": ()}
     if arguments.part:
         name, folder = arguments.part
         print(json.dumps(PARTS[name](Path(folder), arguments.readers, *more[name])))
@@ -178,6 +215,7 @@ def main():
         for name, share in SHARES.items():
             files = round(arguments.rows * share / arguments.rows_per_file)
             write_rows(Path(folder) / name, files, name == "images", arguments.rows_per_file)
+        write_rows(Path(folder) / "by_number", 1, True, ROWS_BY_NUMBER)
         for name in PARTS:
             command = [sys.executable, __file__, *sys.argv[1:], "--part", name, folder]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

@@ -296,7 +296,7 @@ def test_a_folder_of_rows_of_another_format_is_not_continued(tmp_path):
     settings = json.loads((tmp_path / "codes" / "extraction.json").read_text())
     del settings["row_format"]
     (tmp_path / "codes" / "extraction.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="was begun with row_format None, now it is 2; take .* an empty folder"):
+    with pytest.raises(ValueError, match="was begun with row_format None, now it is 3; take .* an empty folder"):
         extract(tmp_path)
     assert check_codes(tmp_path / "codes")["rows"] == 2
 

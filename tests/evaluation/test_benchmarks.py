@@ -330,6 +330,7 @@ def test_more_processes_wait_longer_for_the_slowest_and_packs_of_one_cost_hardly
 def test_the_data_of_many_rows_are_opened_without_reading_them_and_no_group_is_read_by_two(tmp_path, monkeypatch):
     import data_start
 
+    monkeypatch.setattr(data_start, "GROUP", 100)
     for name, share in data_start.SHARES.items():
         data_start.write_rows(tmp_path / name, round(16 * share), name == "images", 2000)
     # Of the readers' first rows.

@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowVQModel
 from transformers_nextflow.cli import app
 from transformers_nextflow.data import BadRowError, extract_codes, open_rows
+from transformers_nextflow.data.views import as_caption, without_prompt
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer
-from transformers_nextflow.trainers.recipe_data import StageImages, StageRows, as_caption, without_prompt
+from transformers_nextflow.trainers.recipe_data import StageImages, StageRows
 from transformers_nextflow.trainers.recipe_trainers import make_trainer as trainer_of
 from transformers_nextflow.trainers.recipes import RECIPES, load_recipe, recipe_names, run_recipe
 

@@ -16,6 +16,7 @@ from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.evaluation.image_metrics import psnr
 from transformers_nextflow.modeling_nextflow_vq import codebook_statistics
 from transformers_nextflow.trainers import NextFlowVQTrainer, NextFlowVQTrainingArguments, PatchDiscriminator
+from transformers_nextflow.trainers.tokenizer import codebook_care
 from transformers_nextflow.trainers.tokenizer.adversarial import Adversary
 from transformers_nextflow.trainers.tokenizer.codebook_care import initialize_codebook, revive_dead_codes
 
@@ -270,6 +271,67 @@ def test_k_means_of_a_scale_sees_what_the_scales_before_it_leave_over():
         # Where Lloyd's algorithm has come to rest, each code is the mean of the vectors that are nearest to it.
         means = torch.stack([vectors[assigned == code].mean(0) for code in range(share)])
         torch.testing.assert_close(own, means, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def undivided(model, pixels, seed, most) -> torch.Tensor:
+    """The codebook of a k-means that holds all images and all vectors of a scale at once."""
+    quantizer, residual, schedule = model.quantizer, model.encode_latents(pixels), model.schedule_of(pixels)
+    generator, centers = torch.Generator().manual_seed(seed), torch.empty(0, residual.shape[1])
+    for grid in schedule.grids:
+        target, vectors = quantizer.targets(residual, grid)
+        vectors = vectors.flatten(0, 2)
+        drawn = vectors[torch.randperm(len(vectors), generator=generator)[:most]]
+        own = drawn[torch.randperm(len(drawn), generator=generator)[:8]].clone()
+        for _ in range(codebook_care.KMEANS_STEPS):
+            assigned = quantizer.distances(drawn, own).argmin(-1)
+            for code in assigned.unique():
+                own[code] = drawn[assigned == code].mean(0)
+            empty = torch.bincount(assigned, minlength=8) == 0
+            own[empty] = drawn[torch.randint(len(drawn), (int(empty.sum()),), generator=generator)]
+            own = quantizer.normalize(own) if model.config.normalize_codes else own
+        centers = torch.cat([centers, own])
+        nearest = centers[quantizer.distances(vectors, centers).argmin(-1)].view(target.shape).permute(0, 3, 1, 2)
+        residual = residual - F.interpolate(nearest, schedule.final_grid, mode="bicubic", align_corners=False)
+    return centers
+
+
+@pytest.mark.parametrize("normalize", [True, False], ids=["unit length", "Euclidean"])
+@pytest.mark.parametrize("size", [1, 5, 24])
+def test_k_means_in_batches_is_the_undivided_one(size, normalize, monkeypatch):
+    monkeypatch.setattr(codebook_care, "MAX_VECTORS", 60)  # fewer than the vectors of the last scales
+    model, pixels = tiny_vq_model(normalize_codes=normalize), make_images(24)
+    expected = undivided(model, pixels, seed=3, most=60)
+    initialize_codebook(model, iter(pixels.split(size)), seed=3)
+    torch.testing.assert_close(model.quantizer.codebook, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_k_means_of_a_training_encodes_no_more_images_at_once_than_a_step(tmp_path, monkeypatch):
+    model, sizes, encode = tiny_vq_model(), [], NextFlowVQModel.encode_latents
+
+    def counted(own, pixels):
+        sizes.append(len(pixels))
+        return encode(own, pixels)
+
+    monkeypatch.setattr(NextFlowVQModel, "encode_latents", counted)
+    options = {"per_device_train_batch_size": 4, "kmeans_images": 10, "learning_rate": 0.0, "max_steps": 1}
+    make_trainer(tmp_path, model, rows(12), stage="codebook", **options).train()
+    assert sizes[:3] == [4, 4, 2] and max(sizes) == 4
+    expected = tiny_vq_model()
+    initialize_codebook(expected, make_images(12)[:10], seed=42)
+    torch.testing.assert_close(model.quantizer.codebook, expected.quantizer.codebook, atol=1e-5, rtol=1e-5)
+
+
+def test_k_means_takes_images_of_several_levels_and_a_scale_sees_those_that_have_it():
+    levels = [[12, 3], [16, 4]]
+    small, large = make_images(6, size=12), make_images(24)
+    several, alone = (tiny_vq_model(normalize_codes=False, levels=levels) for _ in range(2))
+    initialize_codebook(several, [small, large, F.interpolate(small, (28, 8))], seed=1)
+    assert torch.isfinite(several.quantizer.codebook).all()
+    # The last scale is the large images' own: without them there is none.
+    initialize_codebook(alone, [small], [8, 8, 16], seed=1)
+    with pytest.raises(ValueError, match="must give 4 scales 32 codes"):
+        initialize_codebook(several, [small, large], [8, 8, 16])
 
 
 def test_k_means_does_with_fewer_vectors_than_codes():

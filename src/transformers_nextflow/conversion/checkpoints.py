@@ -6,7 +6,6 @@ A state dict of meta tensors tells names, shapes and dtypes without data: what a
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,21 +18,19 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..configuration_nextflow import NextFlowVQConfig
-from ..utils.checkpoint_checks import FLOATS, is_finite, read_json, unsafe_pickle
+from ..utils.checkpoint_checks import FLOATS, is_finite, read_json
 from ..utils.model_cards import INHERITED, told_by, write_card
 from ..utils.one_line_errors import tells_what_is_kept
+from ..utils.weight_files import State, read_state_dict, safetensors_errors
 
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PLAN = "conversion.json"
-
-State = dict[str, torch.Tensor]
-
 
 # --- Keys ---------------------------------------------------------------------------------------------------------
 
@@ -188,41 +185,6 @@ def config_errors(folder: Path | str) -> Iterator[None]:
         raise ValueError(f"{Path(folder) / 'config.json'} does not describe its model; correct it. {told}") from error
 
 
-def read_state_dict(path: Path | str, allowed: Iterable[type] = ()) -> State:
-    """All tensors of one file: .safetensors, or a pickle (.pt, .pth, .bin, …) that holds tensors and plain values.
-
-    Args:
-        path: the file.
-        allowed: classes beyond torch's own that a pickle may hold.
-
-    Raises:
-        ValueError: if the file is not there, damaged, or a pickle with other code in it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}, or it is a pipe or a device.")
-    if path.suffix == ".json":
-        raise ValueError(f"{path} holds no weights; give the folder that it is in.")
-    if path.suffix == ".safetensors":
-        with _safetensors_errors(path):
-            return load_file(path)
-    try:
-        with torch.serialization.safe_globals(list(allowed)):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" not in str(error) and not _begins_as_pickle(path):
-            raise ValueError(f"{path} cannot be read; is it whole, or a pointer of Git LFS?") from error
-        raise ValueError(unsafe_pickle(path, error)) from error
-    except (RuntimeError, EOFError, OSError, LookupError, ValueError, AttributeError) as error:
-        # torch takes what is no archive for an old pickle, and stumbles over its bytes in many ways.
-        raise ValueError(f"{path} cannot be read; is it whole? {error}") from error
-
-
-def _begins_as_pickle(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(1) == pickle.PROTO
-
-
 class ShardedCheckpoint(Mapping):
     """The tensors of a folder with `model.safetensors`, or with shards and their index; one is read when asked for.
 
@@ -268,7 +230,7 @@ class ShardedCheckpoint(Mapping):
     def __getitem__(self, key: str) -> torch.Tensor:
         """Raises `ValueError` for NaN and infinite values."""
         path = self.folder / self.files[key]
-        with _safetensors_errors(path), safe_open(path, framework="pt") as file:
+        with safetensors_errors(path), safe_open(path, framework="pt") as file:
             # Copied, since the mapped file would count as memory as long as it is open.
             tensor = file.get_tensor(key).clone()
         check_finite(key, tensor)
@@ -323,7 +285,7 @@ def read_layout(path: Path | str, allowed: Iterable[type] = ()) -> State:
         raise ValueError(f"There is no file {path}, or it is a pipe or a device.")
     if path.suffix != ".safetensors":
         return {key: tensor.to("meta") for key, tensor in _tensors(read_state_dict(path, allowed))}
-    with _safetensors_errors(path), safe_open(path, framework="pt") as file:
+    with safetensors_errors(path), safe_open(path, framework="pt") as file:
         slices = {key: file.get_slice(key) for key in file.keys()}
         # An empty slice tells the type and reads nothing; a scalar has none.
         samples = {key: part[:0] if part.get_shape() else part[...] for key, part in slices.items()}
@@ -337,14 +299,6 @@ def _tensors(value: object, prefix: str = "") -> Iterator[tuple[str, torch.Tenso
     elif isinstance(value, dict):
         for name, part in value.items():
             yield from _tensors(part, f"{prefix}.{name}" if prefix else str(name))
-
-
-@contextmanager
-def _safetensors_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read; is it whole? {error}") from error
 
 
 # --- Writing ------------------------------------------------------------------------------------------------------

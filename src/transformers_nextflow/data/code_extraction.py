@@ -37,14 +37,16 @@ from .row_codes import CLEAN_TOKENS, FINGERPRINT, GRIDS, LABELS, TOKENS, code_fi
 from .row_encoding import read_pixels
 from .rows import Sample, read_row
 from .sources import open_rows
+from .stored_sizes import PROCESSOR, SIZES, processor_fingerprint
 from .stores import Folder, LocalFolder, folder_at, is_address, without_file_scheme
 from .validation import check_on_bad_image, usable_rows
-from .vision_tokenizer import load_vision_tokenizer
+from .views import size_fields
+from .vision_tokenizer import load_processor, load_vision_tokenizer
 
 
 SETTINGS = "extraction.json"
-# 1 had codes sampled for self-correction for images of all turns, and no clean ones.
-ROW_FORMAT = 2
+# 1 had codes sampled for self-correction for images of all turns, and no clean ones; 2 had no sizes.
+ROW_FORMAT = 3
 # Batches of images that are held at once; their sizes are many.
 MOST_WAITING = 8
 # Seeds of shards, which follow from it, are numbers of 64 bits.
@@ -70,6 +72,7 @@ class Extraction:
         on_bad_image: "stop" or "skip".
         image_column, caption_column, edited_image_column: of the source, see [`Columns`].
         row_format: of the shards; those of another one are not continued.
+        processor: fingerprint of the model's processor, by which sizes are stored; `None` without one.
     """
 
     source: str
@@ -87,6 +90,7 @@ class Extraction:
     caption_column: str | None = None
     edited_image_column: str | None = None
     row_format: int = ROW_FORMAT
+    processor: str | None = None
 
     def __post_init__(self):
         self.self_correction  # raises for values that make no sense
@@ -128,6 +132,8 @@ def extract_codes(
 ) -> dict[str, int]:
     """Encode the images of all rows.
 
+    Where `tokenizer` is a model with its processor, what packing needs to know is stored too, see `stored_sizes.py`.
+
     An image that is not trained on has its codes as `image_tokens`. One that is trained on has codes sampled for
     self-correction there, which are read, the nearest codes as `image_labels`, which are written, and its own codes as
     `image_clean_tokens`, which are read where the image is not trained on after all.
@@ -161,7 +167,9 @@ def extract_codes(
     model, folder = load_vision_tokenizer(tokenizer), folder_at(output)
     # Other processes and machines do not share this one's working folder.
     source, tokenizer = (_absolute(without_file_scheme(place)) for place in (source, tokenizer))
-    extraction = Extraction(source, 0, tokenizer, tokenizer_fingerprint(model), **settings)
+    processor = load_processor(tokenizer)
+    fingerprint = None if processor is None else processor_fingerprint(processor)
+    extraction = Extraction(source, 0, tokenizer, tokenizer_fingerprint(model), processor=fingerprint, **settings)
     extraction = replace(extraction, source_rows=len(open_rows(source, extraction.columns)[0]))
     if extraction.level is not None:
         model.config.scale_schedules.build(level=extraction.level)  # raises if there is no such level
@@ -312,6 +320,7 @@ class _Encoder:
             scales=config.scales, patch_size=config.patch_size, levels=config.levels, level=extraction.level
         )
         self.rows, self.root = open_rows(extraction.source, extraction.columns)
+        self.processor = load_processor(extraction.tokenizer)
 
     def write(self, shard: int, folder: Folder) -> int:
         """Write a shard and then its note, without which it does not count."""
@@ -351,10 +360,13 @@ class _Encoder:
                 self._encode_group(kind[0], waiting.pop(kind), generator)
         for (trained, _), group in waiting.items():
             self._encode_group(trained, group, generator)
-        return [
+        rows = [
             row | code_fields([codes for codes, _ in images], trained) | {GRIDS: [grid for _, grid in images]}
             for row, trained, images in result
         ]
+        if self.processor is None:
+            return rows
+        return [row | size_fields(row, self.processor) | {PROCESSOR: extraction.processor} for row in rows]
 
     def _row(self, number: int, sample: Sample) -> dict:
         messages = [_arrow_message(message) for message in sample.messages]
@@ -403,7 +415,8 @@ def _write_parquet(rows: list[dict], path: Path, codebook_size: int):
     codes = pa.list_(pa.list_(pa.int16() if codebook_size <= 2**15 else pa.int32()))
     grids = pa.list_(pa.list_(pa.int32()))
     fields = [("messages", pa.list_(message)), (TOKENS, codes), (LABELS, codes), (CLEAN_TOKENS, codes), (GRIDS, grids)]
-    fields += [(FINGERPRINT, pa.string()), ("source_row", pa.int64())]
+    fields += [(FINGERPRINT, pa.string()), ("source_row", pa.int64()), (PROCESSOR, pa.string())]
+    fields += [(name, pa.list_(pa.int32())) for name in SIZES]
     parquet.write_table(pa.Table.from_pylist(rows, pa.schema(fields)), path)
 
 

@@ -35,9 +35,13 @@ class EncodedRow:
     sample: Sample
     pixels: list[np.ndarray]
 
+    @property
+    def num_trained(self) -> int:
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
+
     def check_learned(self):
         """Raises `BadRowError` if nothing is learned from it."""
-        if all(label == IGNORE_INDEX for label in self.labels):
+        if not self.num_trained:
             raise nothing_learned()
 
 

@@ -18,6 +18,7 @@ from ..utils.plain_values import as_list
 from ..video_processing_nextflow import read_frames
 from .row_codes import RowCodes, read_codes
 from .row_errors import BadImageError, BadRowError
+from .stored_sizes import rows_of_sizes
 
 
 # What readers put into rows: their number, or how else they are told, and what paths of their images are relative to.
@@ -163,6 +164,11 @@ class NumberedRows:
 
     def __iter__(self) -> Iterator[dict]:
         return (self[index] for index in range(len(self)))
+
+    def rows_of_sizes(self) -> Iterator[dict] | None:
+        """See `rows_of_sizes` of `stored_sizes.py`."""
+        stored = rows_of_sizes(self.rows)
+        return None if stored is None else (row | {ROW_NUMBER: index} for index, row in enumerate(stored))
 
 
 def _take_part(sample: Sample, part: dict, place: str, root: Path, max_frames: int) -> list[dict]:

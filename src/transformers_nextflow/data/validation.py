@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import AutoConfig, AutoProcessor
-from transformers.utils import PROCESSOR_NAME, has_file
+from transformers import AutoConfig
 
 from ..image_processing_nextflow import NextFlowImageProcessor
 from ..processing_nextflow import NextFlowProcessor
@@ -21,7 +20,7 @@ from .row_encoding import encode_sample, read_images
 from .row_errors import BadImageError, BadRowError
 from .rows import Sample, read_row
 from .sources import open_rows
-from .vision_tokenizer import load_vision_tokenizer
+from .vision_tokenizer import load_processor, load_vision_tokenizer
 
 
 ON_BAD_IMAGE = ("stop", "skip")
@@ -143,9 +142,8 @@ def validate_source(
         return validate_rows(rows, root, on_bad_image=on_bad_image)
     vq_model = load_vision_tokenizer(model)
     config = vq_model.config
-    # A tokenizer's folder has none.
+    processor = load_processor(model)
     with loading_errors(model):
-        processor = AutoProcessor.from_pretrained(model) if has_file(model, PROCESSOR_NAME) else None
         text_config = getattr(AutoConfig.from_pretrained(model), "text_config", None)
     return validate_rows(
         rows, root, config.scale_schedules, config.codebook_size, tokenizer_fingerprint(vq_model), on_bad_image,

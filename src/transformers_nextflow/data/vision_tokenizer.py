@@ -1,11 +1,12 @@
-"""The vision tokenizer that codes come from."""
+"""The vision tokenizer that codes come from, and the processor beside it."""
 
 from __future__ import annotations
 
 import os
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoProcessor, ProcessorMixin
+from transformers.utils import PROCESSOR_NAME, has_file
 
 from ..configuration_nextflow import NextFlowConfig, NextFlowVQConfig
 from ..modeling_nextflow import NextFlowForConditionalGeneration
@@ -23,3 +24,9 @@ def load_vision_tokenizer(folder: str | os.PathLike) -> NextFlowVQModel:
         raise ValueError(f"{folder} holds a model of type {model_type!r}, not a NextFlow or a vision tokenizer.")
     # The rest of a large model would fill the memory in float32.
     return NextFlowForConditionalGeneration.from_pretrained(folder).vq_model.float().eval()
+
+
+def load_processor(folder: str | os.PathLike) -> ProcessorMixin | None:
+    """The processor in the folder (or repository) of a model; a vision tokenizer's has none."""
+    with loading_errors(folder):
+        return AutoProcessor.from_pretrained(folder) if has_file(folder, PROCESSOR_NAME) else None

@@ -16,6 +16,7 @@ from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
 from .optimizers import MuonWithAdamW
 from .packing import CostModel, PackedDataset, PackedStream
 from .tokenizer.adversarial import PatchDiscriminator
+from .tokenizer.perceptual import load_perceptual
 from .tokenizer.vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
 
 
@@ -37,6 +38,7 @@ __all__ = [
     "PackedStream",
     "PatchDiscriminator",
     "ImageGrids",
+    "load_perceptual",
 ]
 # RL needs trl and the diffusion decoder diffusers, both extras.
 if find_spec("diffusers"):

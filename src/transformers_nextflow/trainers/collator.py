@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
+from functools import cached_property
 
 import torch
+from transformers.utils import logging
 
+from ..data.row_codes import FINGERPRINT, read_grids
 from ..data.row_encoding import EncodedRow, encode_sample
 from ..data.row_errors import BadRowError
 from ..data.rows import ROW_NUMBER, read_row
+from ..data.stored_sizes import processor_fingerprint, stored_size
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedule
 from ..sequence.loss import IGNORE_INDEX
 from ..sequence.padding import pad_codes
 from .packing import SampleSize
+
+
+logger = logging.get_logger(__name__)
 
 
 class NextFlowCollator:
@@ -74,10 +81,35 @@ class NextFlowCollator:
         return encoded.ids, encoded.labels
 
     def size(self, row: dict) -> SampleSize:
-        """What the cost of the row depends on. Raises `ValueError` as a call on it."""
-        encoded = self._encode_to_train(row)
-        trained = len(encoded.labels) - encoded.labels.count(IGNORE_INDEX)
-        return SampleSize(len(encoded.ids), trained, tuple(self._schedule(grid) for grid in encoded.grids))
+        """What the cost of the row depends on: as it is stored, else by reading the row.
+
+        Raises:
+            ValueError: where it is read, as a call on it.
+        """
+        if self.knows_size(row):
+            counts, grids = stored_size(row, self._processor_fingerprint), read_grids(row)
+        else:
+            encoded = self._encode_to_train(row)
+            counts, grids = (len(encoded.ids), encoded.num_trained), encoded.grids
+            logger.warning_once(
+                "Rows are read and tokenized to know their lengths before they are packed: they come without lengths, "
+                "or with those of another processor or tokenizer. `extract-codes` stores them."
+            )
+        return SampleSize(*counts, tuple(self._schedule(grid) for grid in grids))
+
+    def knows_size(self, row: dict) -> bool:
+        """Whether the size of a row is stored, by this processor and for codes of this tokenizer, and is no reason to
+        refuse the row.
+        """
+        size = stored_size(row, self._processor_fingerprint) if isinstance(row, dict) else None
+        if size is None or self.tokenizer_fingerprint not in (None, row.get(FINGERPRINT)):
+            return False
+        # Positions are at most as many as tokens.
+        return size[1] > 0 and (self.max_positions is None or size[0] <= self.max_positions)
+
+    @cached_property
+    def _processor_fingerprint(self) -> str:
+        return processor_fingerprint(self.processor)
 
     def _encode_to_train(self, row: dict) -> EncodedRow:
         """A row of which something is learned; errors name its number where it holds one."""

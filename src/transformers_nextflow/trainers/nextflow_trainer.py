@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
@@ -14,7 +15,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list, is_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
@@ -24,6 +25,7 @@ from ..data.mixture import Mixture
 from ..data.row_codes import TOKENS
 from ..data.row_errors import BadRowError
 from ..data.rows import NumberedRows
+from ..data.stored_sizes import rows_of_sizes
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedule
@@ -36,6 +38,7 @@ from .pace import Pace
 from .packing import PACKINGS, CostModel, PackedDataset, PackedStream
 from .runs.averaged_weights import AveragedWeightsMixin
 from .runs.checked_arguments import NOT_NEGATIVE, CheckedArguments, Rule
+from .runs.epochs import TellsEpochs
 from .runs.finite_training import FiniteTrainingMixin
 from .runs.resumable_training import ResumableTrainingMixin
 from .runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights, place_vision_tokenizer
@@ -137,27 +140,22 @@ def packed(
         return size.length if args.packing == "length" else model.cost(size, config.read_last_scale)
 
     if hasattr(rows, "__len__"):
-        return PackedDataset(rows, cost, args.packing_budget, args.seed)
+        return PackedDataset(rows, cost, args.packing_budget, args.seed, _sizes_of(rows, collator))
     return PackedStream(rows, cost, args.packing_budget)
+
+
+def _sizes_of(rows, collator: NextFlowCollator) -> Iterable[dict] | None:
+    """The rows with what is stored of their sizes only; those of which that is not known as they are."""
+    stored = rows_of_sizes(rows)
+    if stored is None:
+        return None
+    return (sizes if collator.knows_size(sizes) else rows[number] for number, sizes in enumerate(stored))
 
 
 def _schedules_of(rows, collator: NextFlowCollator) -> list[ScaleSchedule]:
     """Of the images in the first rows; a stream is not looked into."""
     count = min(len(rows), LOOKED_AT_ROWS) if hasattr(rows, "__len__") else 0
     return [schedule for index in range(count) for schedule in collator.size(rows[index]).schedules]
-
-
-class EpochOfRows(TrainerCallback):
-    """Tells rows that differ by epochs which one begins. accelerate tells samplers, and data sets in one process only.
-
-    Packs are not told: their rows are those that were measured.
-    """
-
-    def __init__(self, rows: NumberedRows):
-        self.rows = rows
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.rows.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
 def _warn_of_images(model: nn.Module, rows, collator: NextFlowCollator):
@@ -275,7 +273,8 @@ class NextFlowTrainer(
                 "for each with torchrun or accelerate launch, or show it one by CUDA_VISIBLE_DEVICES."
             )
         if isinstance(self.train_dataset, NumberedRows):
-            self.add_callback(EpochOfRows(self.train_dataset))
+            # Packs are not told: their rows are those that were measured.
+            self.add_callback(TellsEpochs(self.train_dataset))
         if args.checkpoint_every > 1:
             self.add_callback(CheckpointedLayers(args.checkpoint_every))
         self._trained, self._evaluated = TrainedMeans(), TrainedMeans()

@@ -134,14 +134,17 @@ class PackedDataset(Dataset):
         cost: of a row.
         budget: of a pack.
         seed: of the order in which rows are packed.
+        sizes: the rows in their order once more, with what `cost` needs only; read in place of the rows.
 
     Raises:
         ValueError: for a row that costs more than the budget; the message names it.
     """
 
-    def __init__(self, rows, cost: Callable[[dict], float], budget: float, seed: int = 0):
+    def __init__(
+        self, rows, cost: Callable[[dict], float], budget: float, seed: int = 0, sizes: Iterable[dict] | None = None
+    ):
         self.rows = rows
-        costs = list(costs_within(rows, cost, budget))
+        costs = list(costs_within(rows if sizes is None else sizes, cost, budget))
         order = list(range(len(costs)))
         random.Random(seed).shuffle(order)
         self.packs = list(pack(order, (costs[i] for i in order), budget))

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset
 
-from ..data.row_codes import (
-    CLEAN_TOKENS,
-    GRIDS,
-    LABELS,
-    TOKENS,
-    read_codes,
-    read_grids,
-    schedule_of,
-)
+from ..data.row_codes import GRIDS, read_grids, schedule_of
 from ..data.row_errors import BadImageError, BadRowError
-from ..data.rows import NumberedRows, Sample, check_is_row, load_image, read_messages, read_row
+from ..data.rows import NumberedRows, Sample, check_is_row, load_image, read_row
+from ..data.stored_sizes import rows_of_sizes
+from ..data.views import AS_CAPTION, AS_IT_IS, WITHOUT_PROMPT, sizes_of_view, viewed
 from ..image_processing_nextflow import NextFlowImageProcessor
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import most_frames
+from ..utils.image_files import open_image
 
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
+
+
+# Orientations of files whose height is the width of what is stored.
+SIDEWAYS = {5, 6, 7, 8}
 
 
 class StageRows(Dataset):
@@ -80,10 +82,22 @@ class StageRows(Dataset):
         """A row as the stage takes it; `index` tells it from others."""
         check_is_row(row)
         self._check_level(index, row)
+        return viewed(row, self._view(index), self.processor.caption_request)
+
+    def rows_of_sizes(self) -> Iterator[dict] | None:
+        """What is stored of the sizes of the rows as the stage takes them, see `rows_of_sizes` of `data`."""
+        stored = rows_of_sizes(self.rows)
+        return None if stored is None else itertools.starmap(self._sizes, enumerate(stored))
+
+    def _sizes(self, index: int, row: dict) -> dict:
+        self._check_level(index, row)
+        return sizes_of_view(row, self._view(index))
+
+    def _view(self, index: int | str) -> int:
         drawn = random.Random(f"{self.seed} {index}" + (f" {self.epoch}" if self.epoch else "")).random()
         if drawn < self.caption_share:
-            return as_caption(row, self.processor.caption_request)
-        return without_prompt(row) if drawn < self.caption_share + self.empty_share else row
+            return AS_CAPTION
+        return WITHOUT_PROMPT if drawn < self.caption_share + self.empty_share else AS_IT_IS
 
     def _check_level(self, index: int | str, row: dict):
         if self.level is None:
@@ -96,50 +110,6 @@ class StageRows(Dataset):
                     f"Row {index} has an image of {grid[0]}x{grid[1]} cells, which is none of level {self.level}; "
                     f"extract its codes with --level {self.level}, or set the recipe's level to null."
                 )
-
-
-def as_caption(row: dict, request: str) -> dict:
-    """A drawing turned round: the image and `request`, answered by the prompt. Other rows are returned as they are.
-
-    The image is read with its clean codes, since it is not trained on.
-
-    Raises:
-        BadRowError: for codes sampled for self-correction without the clean ones, and what is no row.
-    """
-    turns = prompt_and_image(row)
-    if turns is None or [part["type"] for part in turns[0]] != ["text"] or not turns[0][0]["text"]:
-        return row
-    turned = _with_turns(row, [*turns[1], {"type": "text", "text": request}], turns[0])
-    codes = read_codes(turned, trained=[False])
-    if codes is None:
-        return turned
-    return turned | {TOKENS: [image.tolist() for image in codes.read], LABELS: None, CLEAN_TOKENS: None}
-
-
-def without_prompt(row: dict) -> dict:
-    """A row that is answered by an image alone with its texts left empty, images kept. Others as they are."""
-    turns = prompt_and_image(row)
-    if turns is None:
-        return row
-    emptied = [part | {"text": ""} if part["type"] == "text" else part for part in turns[0]]
-    return _with_turns(row, emptied, turns[1])
-
-
-def prompt_and_image(row: dict) -> tuple[list[dict], list[dict]] | None:
-    """The user's parts, and the answer's, in a row of one turn each that is answered by one image; `None` for others.
-
-    Rows that say what is trained on are left alone.
-    """
-    messages = read_messages(row)
-    if [message["role"] for message in messages] != ["user", "assistant"]:
-        return None
-    asked, drawn = (message["content"] for message in messages)
-    flagged = any("train" in holder for holder in (*messages, *asked, *drawn))
-    return None if flagged or [part["type"] for part in drawn] != ["image"] else (asked, drawn)
-
-
-def _with_turns(row: dict, question: list[dict], answer: list[dict]) -> dict:
-    return row | {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 class StageImages(Dataset):
@@ -173,16 +143,79 @@ class StageImages(Dataset):
         except BadRowError as error:
             raise error.of_row(number) from error
 
+    def place(self, index: int) -> str:
+        """Where an image stands, for messages of errors."""
+        return f"row {self.images[index][0]}, {self.images[index][2]}"
+
+    def source(self, index: int):
+        """What the row gives of an image."""
+        number, position, _, path = self.images[index]
+        return self._read(number).images[position] if path is None else path
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"pixel_values": self.processor(self.square(index, self.level), return_tensors="pt")["pixel_values"][0]}
 
     def square(self, index: int, side: int) -> Image.Image:
         """An image cut square, brought to `side` pixels."""
-        number, position, field, source = self.images[index]
-        place = f"row {number}, {field}"
-        loaded = load_image(self._read(number).images[position] if source is None else source, place)
+        loaded = load_image(self.source(index), self.place(index))
         try:
             image = self.processor.to_rgb(loaded)[0]
         except ValueError as error:
-            raise BadImageError(place, str(error)) from error
+            raise BadImageError(self.place(index), str(error)) from error
         return ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
+
+
+class BucketedImages(StageImages):
+    """The images of rows at one or several levels, cut square or at their own ratios.
+
+    An item has `pixel_values` (3, H, W) in [-1, 1]. Sizes of files are read here, the images when they are asked for.
+
+    Args:
+        levels: each image comes at one of them; which one follows from `seed` and its number.
+        cut_square: else an image is brought to the size of the nearest ratio, as a model reads it.
+
+    Raises:
+        ValueError: if no row gives an image; for a level that is not drawn, and without `cut_square` for an image that
+            cannot be opened, or of a ratio that is not drawn.
+    """
+
+    def __init__(self, rows, root: Path, processor: NextFlowImageProcessor, levels, cut_square: bool, seed: int = 0):
+        for level in levels:
+            processor.scale_schedules.build(level=level)  # raises if there is no such level
+        super().__init__(rows, root, processor, max(levels))
+        self.cut_square = cut_square
+        self.levels = [random.Random(f"{seed} {index}").choice(levels) for index in range(len(self))]
+        # Of each image height and width in pixels.
+        self.sizes = [self._size(index) for index in range(len(self))]
+
+    @property
+    def settings(self) -> dict:
+        """What beside the rows decides about the images."""
+        return {"levels": sorted(set(self.levels)), "cut_square": self.cut_square}
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if self.cut_square:
+            image = self.square(index, self.levels[index])
+        else:
+            image = load_image(self.source(index), self.place(index))
+        try:
+            processed = self.processor.preprocess(image, level=self.levels[index], return_tensors="pt")
+        except ValueError as error:
+            raise BadImageError(self.place(index), str(error)) from error
+        return {"pixel_values": processed["pixel_values"][0]}
+
+    def _size(self, index: int) -> tuple[int, int]:
+        level = self.levels[index]
+        if self.cut_square:
+            return level, level
+        image = self.source(index)
+        try:
+            if not isinstance(image, Image.Image):
+                image = open_image(io.BytesIO(image) if isinstance(image, bytes) else image)
+            height, width = image.height, image.width
+            if image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS:
+                height, width = width, height
+            schedule = self.processor.scale_schedules.nearest(height, width, level)
+        except ValueError as error:
+            raise BadImageError(self.place(index), str(error)) from error
+        return schedule.image_size(self.processor.patch_size)

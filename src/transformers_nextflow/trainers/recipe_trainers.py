@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from pathlib import Path
 
@@ -14,12 +13,11 @@ from transformers.utils import logging
 
 from ..adapters import lora_config
 from ..configuration_nextflow import NextFlowConfig
-from ..data.fitness import fit_of
+from ..data.fitness import Fit, fit_of
 from ..data.mixture import Mixture, open_source
 from ..data.sources import open_rows
-from ..data.vision_tokenizer import load_vision_tokenizer
+from ..data.views import prompt_and_image
 from ..evaluation.image_metrics import contact_sheet
-from ..image_processing_nextflow import NextFlowImageProcessor
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQModel
 from ..utils.checkpoint_checks import loading_errors
@@ -27,12 +25,12 @@ from ..utils.evaluation_mode import evaluation_mode
 from ..vision_tokenizer.fingerprint import tokenizer_fingerprint
 from .collator import NextFlowCollator
 from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
-from .recipe_data import StageImages, StageRows, prompt_and_image
+from .recipe_data import StageRows
 from .recipes import Recipe
 from .rl.rollouts import generate_rollouts
+from .runs.averaged_weights import FOLDER as EMA_FOLDER
 from .runs.trained_weights import is_sharded
-from .tokenizer.stages import STAGES
-from .tokenizer.vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
+from .tokenizer.from_recipe import tokenizer_trainer
 
 
 logger = logging.get_logger(__name__)
@@ -60,7 +58,7 @@ def make_trainer(
     """
     makers = {
         "transformer": _transformer_trainer,
-        "tokenizer": _tokenizer_trainer,
+        "tokenizer": tokenizer_trainer,
         "rl": _rl_trainer,
         "diffusion_decoder": _decoder_trainer,
     }
@@ -92,8 +90,8 @@ def save_outcome(trainer: Trainer, recipe: Recipe, start: str | os.PathLike, fol
 def _save_tokenizer(trainer: Trainer, start: str | os.PathLike, folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     vq_model, images = trainer.accelerator.unwrap_model(trainer.model), trainer.train_dataset
-    shown = (images[index]["pixel_values"] for index in range(min(len(images), LOOKED_AT)))
-    fit = fit_of(vq_model.eval(), shown)
+    shown = range(min(len(images), LOOKED_AT))
+    fit = fit_of(vq_model.eval(), (images[index]["pixel_values"] for index in shown))
     contact_sheet(list(zip(*fit.pairs[:SHOWN]))).save(folder / RECONSTRUCTIONS)
     trainer.card_images = {RECONSTRUCTIONS: "images of the training above their reconstructions"}
     trainer.card_results = {"psnr": round(fit.mean, 2)}
@@ -102,6 +100,18 @@ def _save_tokenizer(trainer: Trainer, start: str | os.PathLike, folder: Path):
     if not is_whole:
         trainer.save_model(str(folder))
         return
+    model = _save_around(start, vq_model, fit, folder)
+    trainer.write_training_card(folder, model)
+    if trainer.args.ema_decay:
+        with trainer.averaged_weights():
+            averaged = fit_of(vq_model, (images[index]["pixel_values"] for index in shown))
+            _save_around(start, vq_model, averaged, folder / EMA_FOLDER)
+
+
+def _save_around(
+    start: str | os.PathLike, vq_model: NextFlowVQModel, fit: Fit, folder: Path
+) -> NextFlowForConditionalGeneration:
+    """Write the model that the tokenizer was taken out of with the tokenizer in it, and its processor."""
     model = with_vision_tokenizer(start, vq_model)
     model.config.trained_on = {
         "domain": "images like those that its vision tokenizer was trained on",
@@ -110,7 +120,7 @@ def _save_tokenizer(trainer: Trainer, start: str | os.PathLike, folder: Path):
     model.save_pretrained(folder)
     with loading_errors(start):
         AutoProcessor.from_pretrained(start).save_pretrained(folder)
-    trainer.write_training_card(folder, model)
+    return model
 
 
 def _draw_samples(trainer: Trainer, folder: Path):
@@ -250,20 +260,6 @@ def _rows_of(recipe: Recipe, data, processor, seed: int) -> tuple[Dataset | Iter
     return Mixture(weighted, seed, StageRows((), *settings).stage_row), folder
 
 
-def _tokenizer_trainer(recipe: Recipe, folder, data, output) -> NextFlowVQTrainer:
-    args = NextFlowVQTrainingArguments(output_dir=str(output), **recipe.arguments)
-    model = load_vision_tokenizer(folder)
-    teacher = Teacher(model) if STAGES[args.stage].learns_codes and args.semantic_weight else None
-    if recipe.decoder_width != 1:
-        model = with_wider_decoder(model, recipe.decoder_width)
-    source, root = open_rows(data, recipe.columns, needs_texts=False)
-    config = model.config
-    level = recipe.level or config.scale_schedules.resolutions[-1]
-    processor = NextFlowImageProcessor(config.scales, config.patch_size, config.levels)
-    images = StageImages(source, root, processor, level)
-    return NextFlowVQTrainer(model, args, train_dataset=images, teacher=teacher)
-
-
 def _rl_trainer(recipe: Recipe, folder, data, output) -> Trainer:
     from .rl.grpo_config import NextFlowGRPOConfig
     from .rl.grpo_trainer import NextFlowGRPOTrainer
@@ -291,35 +287,3 @@ def _decoder_trainer(recipe: Recipe, folder, data, output) -> Trainer:
     from .diffusion.from_recipe import decoder_trainer  # says what lacks without diffusers
 
     return decoder_trainer(recipe, folder, data, output)
-
-
-class Teacher(nn.Module):
-    """The semantic encoder as a stage finds it; pixels (B, 3, H, W) → its features (B, h, w, D).
-
-    Raises:
-        ValueError: if the semantic decoder's features are of another size.
-    """
-
-    def __init__(self, model: NextFlowVQModel):
-        super().__init__()
-        own, target = model.config.semantic_config.hidden_size, model.config.semantic_target_dim
-        if own != target:
-            raise ValueError(
-                f"The teacher, the semantic encoder, has {own} features, but semantic_target_dim is {target}."
-            )
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        self.model.to(pixel_values.device)
-        return self.model.encode_semantics(pixel_values, self.model.schedule_of(pixel_values).final_grid)
-
-
-@torch.no_grad()
-def with_wider_decoder(model: NextFlowVQModel, factor: int) -> NextFlowVQModel:
-    """The same tokenizer with a new pixel decoder, `factor` times as wide (paper, section 2.1)."""
-    config = copy.deepcopy(model.config)
-    config.pixel_decoder_channels *= factor
-    wider = NextFlowVQModel(config)
-    kept = {name: weight for name, weight in model.state_dict().items() if not name.startswith("pixel_decoder.")}
-    wider.load_state_dict(kept, strict=False)
-    return wider

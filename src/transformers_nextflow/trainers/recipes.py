@@ -53,10 +53,16 @@ class Recipe:
         reward: of the kind "rl": a name of `REWARDS`, or "file.py:function".
         level: resolution of all images; `None` leaves the transformer's rows as they are, and is the tokenizer's
             largest.
+        levels: of the tokenizer, in place of `level`: each image comes at one of them, which one is drawn by the seed.
+        cut_square: of the tokenizer: whether images are cut square. Else each keeps its ratio, as a model reads it, and
+            batches have images of one size.
         caption_share: share of the drawings that are turned round into captions (paper, section 3.2).
         empty_share: share of the rows answered by an image alone whose prompt is left empty, for guidance. The two
             shares come to 1 at most.
         decoder_width: the tokenizer's pixel decoder starts anew, so many times as wide; 1 keeps it.
+        perceptual: of the tokenizer, with a `perceptual_weight` above 0: file or folder with the weights of LPIPS, see
+            `load_perceptual`.
+        discriminator: of the tokenizer, with an `adversarial_weight` above 0: settings of [`PatchDiscriminator`].
         decoder: what a diffusion decoder begins from and is made of, see `diffusion.from_recipe.make_decoder`.
         attention: implementation of the transformer's attention, such as "eager", which is faster than fused kernels in
             the backward pass of small models on CPUs; `None` for transformers' own choice.
@@ -72,9 +78,13 @@ class Recipe:
     lora_rank: int = 0
     reward: str | None = None
     level: int | None = None
+    levels: tuple[int, ...] = ()
+    cut_square: bool = True
     caption_share: float = 0.0
     empty_share: float = 0.0
     decoder_width: int = 1
+    perceptual: str | None = None
+    discriminator: dict[str, int] = field(default_factory=dict)
     decoder: dict[str, Any] = field(default_factory=dict)
     attention: str | None = None
     image_column: str | None = None
@@ -105,6 +115,16 @@ class Recipe:
             raise ValueError(
                 f"lora_rank is for the transformer, and starts at 1; got {self.lora_rank} for the kind {self.kind!r}."
             )
+        if (self.perceptual is not None or self.discriminator) and self.kind != "tokenizer":
+            raise ValueError(
+                f"perceptual and discriminator are of the kind tokenizer, and this recipe is of the kind {self.kind}."
+            )
+        if (self.levels or not self.cut_square) and self.kind != "tokenizer":
+            raise ValueError(
+                f"levels and cut_square are of the kind tokenizer, and this recipe is of the kind {self.kind}."
+            )
+        if self.levels and self.level is not None:
+            raise ValueError(f"Images come at level {self.level} or at the levels {list(self.levels)}; leave out one.")
         if self.decoder and self.kind != "diffusion_decoder":
             raise ValueError(f"decoder is of the kind diffusion_decoder, and this recipe is of the kind {self.kind}.")
         if (self.reward is None) == (self.kind == "rl"):

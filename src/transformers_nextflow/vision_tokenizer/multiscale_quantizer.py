@@ -63,8 +63,9 @@ def outside_of_autocast(method: Callable) -> Callable:
 
     @wraps(method)
     def exact(self, *args, **kwargs):
-        tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        with maybe_autocast(tensor.device.type, enabled=False):
+        # Where no tensor is given, it is that of a model.
+        place = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), self)
+        with maybe_autocast(place.device.type, enabled=False):
             return method(self, *args, **kwargs)
 
     return exact

@@ -46,6 +46,16 @@ class AveragedWeightsMixin:
         finally:
             self._exchange()
 
+    @torch.no_grad()
+    def restart_averages(self, prefix: str, rows: torch.Tensor | None = None):
+        """For weights that were set and not learned: the averages of those whose names begin with `prefix` become the
+        weights, in the marked rows or in all.
+        """
+        for name, weight in self._trained_weights() if self._averages else ():
+            if name.startswith(prefix):
+                marked = slice(None) if rows is None else rows
+                self._averages[name][marked] = weight[marked]
+
     def _prepare_for_training(self, *args, **kwargs):
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.args.ema_decay:

@@ -2,48 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from ...modeling_nextflow_vq import NextFlowVQModel
-from ...scale_schedule import ScaleSchedule
 from ...vision_tokenizer.multiscale_quantizer import outside_of_autocast
 from ...vision_tokenizer.resampling import resample
 
 
 KMEANS_STEPS = 15
 MAX_VECTORS = 32768
+# Of images that are given in one tensor.
+BATCH = 256
+
+
+class _LeftOver:
+    """What codes have not said yet of a batch of images: latents (B, C, h, w), less what each scale has taken."""
+
+    def __init__(self, model: NextFlowVQModel, pixel_values: torch.Tensor):
+        self.model, self.schedule = model, model.schedule_of(pixel_values)
+        self.residual = model.encode_latents(pixel_values)
+
+    def count(self, scale: int) -> int:
+        """How many vectors a scale compares."""
+        height, width = self.schedule.grids[scale]
+        return len(self.residual) * height * width
+
+    def vectors(self, scale: int) -> torch.Tensor:
+        """These vectors (n, C)."""
+        _, vectors = self.model.quantizer.targets(self.residual, self.schedule.grids[scale])
+        return vectors.flatten(0, 2)
+
+    def take(self, scale: int, centers: torch.Tensor):
+        """Take away what the nearest of the centers (V, C) say at a scale."""
+        height, width = self.schedule.grids[scale]
+        codes = _nearest(self.model, self.vectors(scale), centers).view(len(self.residual), height, width, -1)
+        upsampled = resample(codes.permute(0, 3, 1, 2), self.schedule.final_grid, self.model.config.upsample)
+        self.residual = self.residual - upsampled
 
 
 @outside_of_autocast
 @torch.no_grad()
 def initialize_codebook(
-    model: NextFlowVQModel, pixel_values: torch.Tensor, shares: Sequence[int] | None = None, seed: int = 0
+    model: NextFlowVQModel,
+    images: torch.Tensor | Iterable[torch.Tensor],
+    shares: Sequence[int] | None = None,
+    seed: int = 0,
 ):
-    """Starts both codebooks from k-means over what each scale of the images (B, 3, H, W) has to say.
+    """Starts both codebooks from k-means over what each scale of the images has to say.
 
     Every scale gets `shares[k]` of the codes (default: as many as any other), and leaves to the next ones what its
-    codes could not say.
+    codes could not say. Of the images their latents are held, and in k-means `MAX_VECTORS` vectors of a scale.
+
+    Args:
+        images: (B, 3, H, W), or batches of them, each of one size, that are asked for one after another. A scale has
+            the vectors of all images that are so large.
 
     Raises:
-        ValueError: if the shares are not one for each scale or do not add up to the codebook.
+        ValueError: if the shares are not one for each scale of the largest image, or do not add up to the codebook.
     """
-    generator = torch.Generator(pixel_values.device).manual_seed(seed)
-    schedule = model.schedule_of(pixel_values)
-    latents = _latents(model, pixel_values)
+    batches = images.split(BATCH) if isinstance(images, torch.Tensor) else images
+    left = [_LeftOver(model, pixel_values.to(model.device)) for pixel_values in batches]
+    generator = torch.Generator(model.device).manual_seed(seed)
     size = model.config.codebook_size
-    count = schedule.num_scales
+    count = max(batch.schedule.num_scales for batch in left)
     shares = shares or [size // count + (i < size % count) for i in range(count)]
     if len(shares) != count or sum(shares) != size:
         raise ValueError(f"Shares {list(shares)} must give {count} scales {size} codes in all.")
     centers: list[torch.Tensor] = []
-    residual = latents
-    for grid, share in zip(schedule.grids, shares):
-        vectors, restore = _vectors(model, residual, grid)
-        centers.append(_kmeans(model, vectors, share, generator))
-        residual = residual - restore(_nearest(model, vectors, torch.cat(centers)), schedule)
-    _write(model, torch.arange(size, device=latents.device), torch.cat(centers))
+    for scale, share in enumerate(shares):
+        having = [batch for batch in left if scale < batch.schedule.num_scales]
+        centers.append(_kmeans(model, _draw_of(having, scale, generator), share, generator))
+        for batch in having:
+            batch.take(scale, torch.cat(centers))
+    _write(model, torch.arange(size, device=model.device), torch.cat(centers))
+
+
+def _draw_of(batches: Sequence[_LeftOver], scale: int, generator: torch.Generator) -> torch.Tensor:
+    """At most `MAX_VECTORS` of the vectors of a scale of all batches, in the order in which they are drawn."""
+    counts = [batch.count(scale) for batch in batches]
+    chosen = torch.randperm(sum(counts), generator=generator, device=generator.device)[:MAX_VECTORS]
+    drawn, start = [], 0
+    for batch, count in zip(batches, counts):
+        places = ((chosen >= start) & (chosen < start + count)).nonzero().squeeze(1)
+        drawn.append((places, batch.vectors(scale)[chosen[places] - start]))
+        start += count
+    places, vectors = (torch.cat(parts) for parts in zip(*drawn))
+    return vectors[places.argsort()]
 
 
 @outside_of_autocast
@@ -57,34 +103,17 @@ def revive_dead_codes(model: NextFlowVQModel, pixel_values: torch.Tensor, dead: 
     if count == 0:
         return 0
     generator = torch.Generator(pixel_values.device).manual_seed(seed)
-    schedule = model.schedule_of(pixel_values)
-    residual = _latents(model, pixel_values)
-    candidates = []
-    for grid in schedule.grids:
-        vectors, restore = _vectors(model, residual, grid)
+    left, candidates = _LeftOver(model, pixel_values), []
+    for scale in range(left.schedule.num_scales):
+        vectors = left.vectors(scale)
         # As many from each scale: fine scales have by far the most cells, coarse codes matter as much.
         candidates.append(_draw(vectors, min(len(vectors), count), generator))
-        residual = residual - restore(_nearest(model, vectors, model.quantizer.codebook), schedule)
+        left.take(scale, model.quantizer.codebook)
     replacements = _draw(torch.cat(candidates), count, generator)
     if torch.distributed.is_initialized():
         torch.distributed.broadcast(replacements, src=0)
     _write(model, dead.nonzero().squeeze(1)[: len(replacements)], replacements)
     return len(replacements)
-
-
-def _latents(model: NextFlowVQModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    return torch.cat([model.encode_latents(chunk) for chunk in pixel_values.split(256)])
-
-
-def _vectors(model: NextFlowVQModel, residual: torch.Tensor, grid):
-    """The vectors (n, C) that a scale compares, and how code vectors (n, C) are brought up again."""
-    config = model.config
-    target, vectors = model.quantizer.targets(residual, grid)
-
-    def restore(codes: torch.Tensor, schedule: ScaleSchedule) -> torch.Tensor:
-        return resample(codes.view(target.shape).permute(0, 3, 1, 2), schedule.final_grid, config.upsample)
-
-    return vectors.flatten(0, 2), restore
 
 
 def _draw(vectors: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -98,7 +127,6 @@ def _nearest(model: NextFlowVQModel, vectors: torch.Tensor, centers: torch.Tenso
 
 def _kmeans(model: NextFlowVQModel, vectors: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
     """Lloyd's algorithm under the quantiser's own distance; empty clusters start anew from random vectors."""
-    vectors = _draw(vectors, MAX_VECTORS, generator)
     centers = _draw(vectors, count, generator).clone()
     while len(centers) < count:
         noise = torch.randn(centers.shape, generator=generator, device=vectors.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -19,12 +19,14 @@ from ...modeling_nextflow_vq import NextFlowVQModel, NextFlowVQOutput, codebook_
 from ...utils.atomic_files import write_whole
 from ..runs.averaged_weights import AveragedWeightsMixin
 from ..runs.checked_arguments import FROM_ONE, NOT_NEGATIVE, SHARE, CheckedArguments
+from ..runs.epochs import TellsEpochs
 from ..runs.finite_training import FiniteTrainingMixin
 from ..runs.resumable_training import ResumableTrainingMixin
 from ..runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights
 from ..runs.training_card import TrainingCardMixin
 from .adversarial import Adversary
 from .codebook_care import initialize_codebook, revive_dead_codes
+from .image_batches import OneSizeSampler
 from .stages import STAGES
 
 
@@ -97,7 +99,8 @@ class NextFlowVQTrainer(
 ):
     """Trains a [`NextFlowVQModel`].
 
-    Rows hold `pixel_values` (3, H, W) in [-1, 1] and whatever `semantic_loss` reads.
+    Rows hold `pixel_values` (3, H, W) in [-1, 1] and whatever `semantic_loss` reads. A data set of images of several
+    sizes says which each has by `sizes`, and each batch has images of one.
 
     Args:
         teacher: frozen module that maps pixels (B, 3, H, W) to features (B, h, w, D); the semantic decoder learns to
@@ -119,7 +122,7 @@ class NextFlowVQTrainer(
         **kwargs,
     ):
         if args.perceptual_weight and perceptual is None:
-            raise ValueError("perceptual_weight > 0 needs `perceptual=`, for instance lpips.LPIPS(net='vgg').")
+            raise ValueError("perceptual_weight > 0 needs `perceptual=`, for instance what load_perceptual gives.")
         if args.adversarial_weight and discriminator is None:
             raise ValueError("adversarial_weight > 0 needs `discriminator=`, for instance PatchDiscriminator().")
         self.stage = STAGES[args.stage]
@@ -130,6 +133,8 @@ class NextFlowVQTrainer(
         kwargs.setdefault("data_collator", ImageCollator())
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         self.teacher, self.perceptual = teacher, perceptual
+        if isinstance(perceptual, nn.Module):
+            perceptual.to(args.device)
         self.adversary = None
         if args.adversarial_weight:
             self.adversary = Adversary(discriminator.to(args.device), learning_rate=args.learning_rate)
@@ -139,6 +144,15 @@ class NextFlowVQTrainer(
         # Codes in use since `_counted_from`, the step of the last revival.
         self._used: torch.Tensor | None = None
         self._counted_from = 0
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        sizes = getattr(self.train_dataset if train_dataset is None else train_dataset, "sizes", None)
+        if sizes is None or len(set(sizes)) < 2:
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        sampler = OneSizeSampler(sizes, args.train_batch_size, args.world_size, args.seed)
+        self.add_callback(TellsEpochs(sampler))
+        return sampler
 
     # Which losses -----------------------------------------------------------------------------------------------------
 
@@ -206,20 +220,34 @@ class NextFlowVQTrainer(
         first = self.stage.first_quantized_step(args.autoencoder_share, self.state.max_steps)
         if self.stage.starts_codebook(args.autoencoder_share) and step == first:
             # The same images and the same seed on every process: no broadcast is needed.
-            rows = [self.train_dataset[i] for i in range(min(args.kmeans_images, len(self.train_dataset)))]
-            pixels = self.data_collator([{"pixel_values": row["pixel_values"]} for row in rows])["pixel_values"]
-            initialize_codebook(self._core, pixels.to(args.device), args.kmeans_shares, seed=args.seed)
+            initialize_codebook(self._core, self._first_images(), args.kmeans_shares, seed=args.seed)
+            self.restart_averages("quantizer.")
         revives = self.stage.learns_codes and args.revive_every and step % args.revive_every == 0
         # With gradient accumulation a step has several calls; the first revives.
         if revives and self._used is not None and step > self._counted_from:
             used = self.accelerator.reduce(self._used, "sum")
             revived = revive_dead_codes(self._core, inputs["pixel_values"], used == 0, seed=args.seed + step)
+            self.restart_averages("quantizer.", used == 0)
             self._losses.setdefault("revived_codes", []).append(float(revived))
             self._used, self._counted_from = None, step
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.adversary and self.progress >= args.adversarial_start:
-            self.note(self.adversary.step())
+            values = self.adversary.step()
+            self.note(values)
+            self._losses.setdefault("discriminator_loss", []).append(values["discriminator_loss"])
         return loss
+
+    def _first_images(self) -> Iterator[torch.Tensor]:
+        """The images from which the codebooks start, in batches (B, 3, H, W) of one size as a step takes them."""
+        waiting: dict[torch.Size, list[torch.Tensor]] = {}
+        for number in range(min(self.args.kmeans_images, len(self.train_dataset))):
+            image = torch.as_tensor(self.train_dataset[number]["pixel_values"])
+            held = waiting.setdefault(image.shape, [])
+            held.append(image)
+            if len(held) == self.args.per_device_train_batch_size:
+                yield torch.stack(waiting.pop(image.shape))
+        for held in waiting.values():
+            yield torch.stack(held)
 
     def _count_codes(self, image_tokens: torch.Tensor):
         counts = torch.bincount(image_tokens.flatten(), minlength=self._core.config.codebook_size)
@@ -228,7 +256,12 @@ class NextFlowVQTrainer(
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def decisive_extras(self) -> dict:
-        return {"teacher": self.teacher, "perceptual": self.perceptual}
+        extras = {"teacher": self.teacher, "perceptual": self.perceptual}
+        if self.adversary:
+            # Its weights are those of the checkpoint.
+            weights = self.adversary.discriminator.state_dict()
+            extras["discriminator"] = {name: list(weight.shape) for name, weight in weights.items()}
+        return extras
 
     def _save_optimizer_and_scheduler(self, output_dir: str):
         super()._save_optimizer_and_scheduler(output_dir)

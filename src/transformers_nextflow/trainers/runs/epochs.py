@@ -1,0 +1,26 @@
+"""What rows and samplers that differ by epochs are told."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from transformers import TrainerCallback
+
+
+class DiffersByEpochs(Protocol):
+    """Rows or a sampler."""
+
+    def set_epoch(self, epoch: int): ...
+
+
+class TellsEpochs(TrainerCallback):
+    """Tells rows or a sampler which epoch begins, also where a training is resumed within one.
+
+    accelerate tells samplers that it finds, which it does not in several processes, and data sets in one process only.
+    """
+
+    def __init__(self, told: DiffersByEpochs):
+        self.told = told
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.told.set_epoch(int((state.epoch or 0) + 1e-6))
