@@ -25,7 +25,7 @@ MODULES = (
 )  # fmt: skip
 # Run with the code to be measured on the path, in a process of its own; its last line are the counts.
 COUNT = """
-import importlib, json, pathlib, resource, sys, tempfile
+import importlib, json, multiprocessing, pathlib, resource, sys, tempfile
 import transformers_nextflow as package
 # As the earlier code has it.
 package.NextFlowImageProcessor = getattr(package, "NextFlowImageProcessor", None) or package.NextFlowImageProcessorPil
@@ -33,13 +33,33 @@ package.NextFlowImageProcessor = getattr(package, "NextFlowImageProcessor", None
 resource.setrlimit(resource.RLIMIT_AS, (10 * 2**30, 10 * 2**30))
 sys.path[:0] = {paths}
 import bad_input
+processes = multiprocessing.get_context("fork")
+
+def act(case, place, results):
+    results.send(bad_input.outcome(case, place))
+
+def outcome_of(case, place):
+    # In a process of its own: what hangs outside of Python, or ends the process, ends nothing else.
+    ours, theirs = processes.Pipe(False)
+    process = processes.Process(target=act, args=(case, place, theirs))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv() if ours.poll(2 * bad_input.SECONDS) else (bad_input.HUNG, "")
+    except EOFError:
+        return bad_input.LOST, "the process ended"
+    finally:
+        process.kill()
+        process.join()
+
 counts, missed = {{}}, []
 with tempfile.TemporaryDirectory() as folder:
-    model, shared = bad_input.make_model(pathlib.Path(folder) / "model"), {{}}
+    first = bad_input.Place(pathlib.Path(folder), bad_input.make_model(pathlib.Path(folder) / "model"))
+    first.pipe, first.shapes  # read once, for all
     for name in {modules}:
         for case in importlib.import_module(name).CASES:
-            place = pathlib.Path(tempfile.mkdtemp(dir=folder))
-            outcome, told = bad_input.outcome(case, bad_input.Place(place, model, shared))
+            place = bad_input.Place(pathlib.Path(tempfile.mkdtemp(dir=folder)), first.model, first.shared)
+            outcome, told = outcome_of(case, place)
             kind = counts.setdefault(case.kind, {{"cases": 0, "as expected": 0}})
             kind["cases"] += 1
             kind["as expected"] += outcome == case.expected
