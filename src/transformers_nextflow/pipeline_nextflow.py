@@ -15,10 +15,11 @@ import torch
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 from transformers.utils import cached_file
 
+from .generation.guidance import PerScale
 from .generation.image_codes import ImageGenerationOutput, ScaleState
 from .generation.likelihood import score_answers
 from .generation.region_editing import KeptRegion
-from .generation.sampling import ImageSampling, PerScale, check_generators
+from .generation.sampling import ImageSampling, check_generators
 from .image_processing_nextflow import OUTPUT_TYPES
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .pipelines.auto_pipelines import AutoPipelinesMixin

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from .cached_sequences import CachedSequences
+from .guidance import guide_over_contexts
 from .image_codes import ImageCodes, ScaleState
-from .sampling import guide_over_contexts
 
 
 ScaleCallback = Callable[[nn.Module, int, ScaleState], bool | None]

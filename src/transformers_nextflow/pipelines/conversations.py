@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 
 from ..diffusion_decoder.decoding import DiffusionSettings
+from ..generation.guidance import PerScale
 from ..generation.image_codes import ImageCodes, ScaleState
 from ..generation.interleaved import InterleavedStreamer
 from ..generation.likelihood import score_answers, score_images
 from ..generation.prompts import Prompts
-from ..generation.sampling import ImageSampling, PerScale
+from ..generation.sampling import ImageSampling
 from ..generation_nextflow import InterleavedGenerationOutput
 from ..processing_nextflow import check_prompts
 from ..sequence.chat_encoding import encode_text
