@@ -13,7 +13,7 @@ from ..generation.cached_sequences import CachedSequences
 from ..generation.image_codes import ImageCodes, ImageGenerationOutput
 from ..generation.prompts import Prompts, join_prompts
 from ..generation.sampling import Generators, ImageSampling, sampled_probabilities
-from ..generation.scale_loop import PlainScales, ScaleCallback, draw_scales
+from ..generation.scale_loop import PlainScales, ScaleCallback, check_drawing, draw_scales
 from ..scale_schedule import ScaleSchedule
 from ..sequence.layout import check_num_positions
 from ..sequence.padding import check_left_padded
@@ -174,6 +174,7 @@ class OneCatDrawingMixin:
         """
         if given := sorted(name for name, value in unknown.items() if value is not None):
             raise ValueError(f"OneCAT does not take {', '.join(given)} where it draws.")
+        check_drawing(sampling, callback)
         is_edit = pixel_values is not None
         sampling = self._sampling(sampling, is_edit)
         schedules = self._schedules(image_sizes, len(input_ids))
