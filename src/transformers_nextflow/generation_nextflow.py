@@ -355,6 +355,8 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
         return [schedules[end - 1] if count and end <= len(schedules) else square for count, end in zip(counts, ends)]
 
     def _schedules(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> list[ScaleSchedule]:
+        if not isinstance(image_sizes, Sequence):
+            raise ValueError(f"image_sizes are pairs of height and width in pixels, got {short_repr(image_sizes)}.")
         if len(image_sizes) != batch:
             raise ValueError(f"{batch} prompts came with {len(image_sizes)} image_sizes; give one for each.")
         return [self.config.vq_config.scale_schedules.for_size(height, width) for height, width in image_sizes]

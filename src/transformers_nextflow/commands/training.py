@@ -84,6 +84,8 @@ def train(
             raise ValueError(f"The recipe {name} is of the kind {asked.kind!r}; --rl takes one of the kind 'rl'.")
         if lora and not asked.lora_rank:
             asked = load_recipe(name, changes, model, **given, lora_rank=16)
+            if not asked.lora_rank:
+                raise ValueError("--lora trains adapters, and lora_rank=0 has none; leave out one of the two.")
         run_recipe(asked, model, data, output, resume, profile)
     if int(os.environ.get("RANK", 0)) == 0:
         typer.echo(output / "final")

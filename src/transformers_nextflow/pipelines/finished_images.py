@@ -86,13 +86,13 @@ class FinishedImagesMixin:
             is_unsafe, *others = (is_flag(flag) for flag in flags)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                "safety_checker gives a pair: as many images as it takes, and as many flags, True where one is unsafe; "
-                f"got {short_repr(answer)}."
+                "safety_checker gives images and flags as many as it takes, a flag being True where one is unsafe; got "
+                f"{short_repr(answer)}."
             ) from error
         if others or kept.shape != values.shape[1:] or not (bool(kept.min() >= 0) and bool(kept.max() <= 1)):
             raise ValueError(
-                f"safety_checker gives one flag and images of floats in [0, 1] of the shape {values.shape}, got "
-                f"{short_repr(answer)}."
+                f"safety_checker gives images and flags as many as it takes, images as floats in [0, 1] of the shape "
+                f"{values.shape}, got {short_repr(answer)}."
             )
         same = returned is values and not is_unsafe
         return image if same else (kept.to(image).permute(2, 0, 1) * 2 - 1), is_unsafe

@@ -20,7 +20,7 @@ from ..data.row_codes import (
     schedule_of,
 )
 from ..data.row_errors import BadImageError, BadRowError
-from ..data.rows import NumberedRows, Sample, check_is_row, load_image, read_messages, read_row
+from ..data.rows import ROW_NUMBER, NumberedRows, Sample, check_is_row, load_image, read_messages, read_row
 from ..image_processing_nextflow import NextFlowImageProcessor
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import most_frames
@@ -73,8 +73,14 @@ class StageRows(Dataset):
         return self.stage_row(self.rows[index], index)
 
     def stream(self) -> IterableDataset:
-        """The same rows where they are a stream of `datasets`."""
-        return self.rows.map(self.stage_row, with_indices=True)
+        """The same rows where they are a stream of `datasets`, each with its number."""
+        return self.rows.map(self._numbered, with_indices=True)
+
+    def _numbered(self, row: dict, index: int) -> dict:
+        try:
+            return self.stage_row(row, index) | {ROW_NUMBER: index}
+        except BadRowError as error:
+            raise error.of_row(index) from error
 
     def stage_row(self, row: dict, index: int | str) -> dict:
         """A row as the stage takes it; `index` tells it from others."""

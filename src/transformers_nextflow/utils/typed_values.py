@@ -103,7 +103,7 @@ def _in_words(hint: Any) -> str:
         return "a list" + "".join(f" of {several[one]}" for one in get_args(hint)[:1] if one in several)
     if get_origin(hint) is dict or hint is dict:
         kinds = [_in_words(one) for one in get_args(hint) if one is not Any]
-        return "names with values" if len(kinds) < 2 or hint is dict else f"{kinds[0]} with {kinds[1]} each"
+        return "names with values" + (f", {kinds[1]} for {kinds[0]} each" if len(kinds) == 2 else "")
     if isinstance(hint, type) and issubclass(hint, Enum):
         return f"one of {', '.join(str(member.value) for member in hint)}"
     return names.get(hint, getattr(hint, "__name__", str(hint)))
