@@ -249,7 +249,8 @@ CALL_CASES = [
     ),
     _case(
         CALLS, "generate_images(sampling=5)",
-        lambda p: p.pipe.model.generate_images(torch.tensor([[1]]), image_sizes=[(16, 16)], sampling=5), "sampling", "5",
+        lambda p: p.pipe.model.generate_images(torch.tensor([[1]]), image_sizes=[(16, 16)], sampling=5),
+        "sampling", "5",
     ),
 ]  # fmt: skip
 
@@ -334,7 +335,9 @@ ADAPTER_CASES = [
     _case(ADAPTERS, "adapter: {}", lambda p: _pipe(p).load_lora_weights({}), "{}", "folder"),
     _case(ADAPTERS, "no adapter is saved", lambda p: _pipe(p).save_lora_weights("out"), "no adapters"),
     _with_adapter("saved to a file", lambda pipe: (Path("file").touch(), pipe.save_lora_weights("file")), "is a file"),
-    _with_adapter("saved with more", lambda pipe: pipe.save_lora_weights("out", unet_lora_layers={}), "unet_lora_layers"),
+    _with_adapter(
+        "saved with more", lambda pipe: pipe.save_lora_weights("out", unet_lora_layers={}), "unet_lora_layers",
+    ),
     _with_adapter("set twice", lambda pipe: pipe.set_adapters(["own", "own"], [1, 2]), "own", "once"),
     _with_adapter("fused twice", lambda pipe: (pipe.fuse_lora(0.5), pipe.fuse_lora(0.5)), "unfuse_lora"),
     _with_adapter("set while fused", lambda pipe: (pipe.fuse_lora(), pipe.set_adapters("own", 0.5)), "unfuse_lora"),

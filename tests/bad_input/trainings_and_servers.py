@@ -1,4 +1,4 @@
-"""Cases of settings of trainings and of RL, of rows and archives, of servers, and of what is scored beside a training."""
+"""Cases of settings of trainings and of RL, of rows and archives, of servers, and of scores beside a training."""
 
 from __future__ import annotations
 
@@ -51,6 +51,11 @@ def _setting(change: str, *words: str, kind: str = TYPED) -> Case:
     )
 
 
+def _diffusion(*changes: str, data=_rows):
+    small = ("level=null", "per_device_train_batch_size=1", "decoder={channels: [8, 16], pixel_cell: 2}")
+    return lambda place: _trained(place, "diffusion_decoder", data=data(place), changes=(*small, *changes))
+
+
 def _stream(name: str, image, *words: str) -> Case:
     def act(place: Place):
         import pyarrow as pa
@@ -94,7 +99,8 @@ TRAINING_CASES = [
     _setting("mixture={../none.jsonl: 1}", "There is no file or folder ../none.jsonl"),
     Case(
         TYPED, "train mixture of 1e-1",
-        lambda p: _trained(p, "sft", data=_rows(p).parent, changes=(*UNPACKED, "mixture={rows.jsonl: 1e-1}")), (), RIGHT,
+        lambda p: _trained(p, "sft", data=_rows(p).parent, changes=(*UNPACKED, "mixture={rows.jsonl: 1e-1}")),
+        (), RIGHT,
     ),
     Case(
         TYPED, "train streaming a file of rows",
@@ -106,6 +112,15 @@ TRAINING_CASES = [
     ),
     _stream("numbers as images", 5, "image"),
     _stream("bytes of no image", b"none", "image"),
+    Case(TYPED, "diffusion with checkpoints of activations", _diffusion("gradient_checkpointing=true"), (), RIGHT),
+    _case(
+        TYPED, "diffusion on images too small for its levels",
+        _diffusion("decoder={channels: [8, 8, 8, 8, 8], pixel_cell: 2}"), "multiples of 16", "16x16",
+    ),
+    _case(
+        TYPED, "diffusion that predicts nothing known",
+        _diffusion("decoder={channels: [8], pixel_cell: 2, predicts: x}"), "predicts", "velocity", "'x'",
+    ),
     _rl("a reward that fails", "'reward'", "KeyError", reward="columns['none']"),
     _rl("a file that is no Python", "own.py", "SyntaxError", file="def reward(:"),
     _rl("a file that fails", "own.py", "KeyError", file="{}['none']"),
@@ -173,6 +188,12 @@ ROW_CASES = [
     _source("a folder without images", {"d/a.txt": "a"}, "d", "no images"),
     _source("an image out of its folder", {"d/metadata.jsonl": '{"file_name": "../own.png", "text": "x"}\n'},
             "d", "own.png"),
+    _case(TYPED, "a store with a Parquet column twice", lambda p: _stored_twice(p), "a.parquet", "'text'", "twice"),
+    *(_case(TYPED, f"codes at {address}", lambda p, a=address: p.run(
+        "extract-codes", _rows(p), "--tokenizer", p.model, "--output", a), address.removeprefix("file://")) for address in (
+        "dir://x", "reference://x", "zip://x", "ftp://127.0.0.1:9/x", "file:///dev/null",
+    )),
+    _source("a zip that is none", {"a.zip": "a"}, "zip://*.parquet::a.zip", "a.zip"),
     _source("half a saved table", {"d/dataset_info.json": "{}", "d/state.json": "{}"}, "d", "_data_files", "lacks"),
     _case(
         IMAGES, "EPS, which a program draws",
@@ -188,6 +209,13 @@ ROW_CASES = [
 ]  # fmt: skip
 
 
+def _stored_twice(place: Place):
+    import fsspec
+
+    fsspec.filesystem("memory").pipe("/twice/a.parquet", _parquet(*TWICE))
+    return place.run("validate-data", "memory://twice")
+
+
 def _sound(place: Place) -> Path:
     with wave.open("sound.mp4", "wb") as file:
         file.setnchannels(1), file.setsampwidth(2), file.setframerate(8000), file.writeframes(bytes(8000))
@@ -200,7 +228,10 @@ def _sound(place: Place) -> Path:
 def _served(*options: str, words: tuple[str, ...]) -> Case:
     def act(place: Place):
         begun = RuntimeError("Ray was begun")
-        with mock.patch.object(ray_serve.ray, "init", side_effect=begun), mock.patch.object(ray_serve.serve, "shutdown"):
+        with (
+            mock.patch.object(ray_serve.ray, "init", side_effect=begun),
+            mock.patch.object(ray_serve.serve, "shutdown"),
+        ):
             return place.run("serve", place.model, *options)
 
     return _case(SERVERS, f"serve {' '.join(options)[:40]!r}", act, *words)
@@ -251,6 +282,12 @@ def _chat(name: str, *words: str, part: dict | None = None, **given) -> Case:
     return _case(SERVERS, f"a chat: {name}", act, *words)
 
 
+def _of_server(name: str, value) -> Case:
+    given = {"model": "m", name: value}
+    return _case(SERVERS, f"settings: {name}={value!r}", lambda place: ServingSettings(**given), name)
+
+
+WRONG = (("batch_wait", "x"), ("timeout", None), ("timeout", 0), ("name", 5), ("device", 5))
 SERVER_CASES = [
     _served("--cpus", "-1", words=("cpus", "-1")),
     _served("--cpus", "inf", words=("cpus", "inf")),
@@ -265,14 +302,13 @@ SERVER_CASES = [
     _case(SERVERS, "more replicas than there are cores", _more_than_there_is, "3 CPUs", "has 2"),
     _taken("serve"),
     _taken("demo"),
-    *(_case(SERVERS, f"settings: {name}={value!r}", lambda p, n=name, v=value: ServingSettings(**{"model": "m"} | {n: v}),
-            name) for name, value in (("batch_wait", "x"), ("timeout", None), ("timeout", 0), ("name", 5), ("device", 5))),
+    *(_of_server(name, value) for name, value in WRONG),
     _case(SERVERS, "settings of no model", lambda p: ServingSettings(""), "No model"),
     _asked("a truth value for a number", {"n": True}, "n: "),
     _asked("a text for a number", {"seed": "5"}, "seed"),
     _asked("a text for a truth value", {"guidance_ramp": "no"}, "guidance_ramp"),
     _asked("compression without loss", {"output_compression": 5}, "output_compression", "png"),
-    _asked("half a surrogate pair as a name", '{"prompt": "a", "\\ud800": 1}', "ud800"),
+    _asked("half a surrogate pair as a name", '{"prompt": "a", "\\ud800": 1}', "unicode"),
     _chat("no modalities", "modalities", modalities=[]),
     _chat("17 stops", "stop", "16", stop=["a"] * 17),
     _chat("stops of nothing", "stop", "1 to 100 characters", stop=[""]),
@@ -294,3 +330,44 @@ def _scored(name: str, before: Callable[[Place], object], *words: str, options: 
             return place.run("evaluate-run", "run", "--once", "--suite", "scored", *options)
 
     return _case(OUTPUTS, f"evaluate-run: {name}", act, *words)
+
+
+def _stored(content: str, step: int = 1):
+    return lambda place: place.file(f"run/evaluation/scored/checkpoint-{step}/scores.json", content)
+
+
+def _interrupted(place: Place):
+    for step in (1, 2):
+        place.file(f"run/checkpoint-{step}/weights")
+    suite = ModuleType("scored")
+
+    def evaluate(checkpoint, **kwargs):
+        if checkpoint.endswith("2"):
+            raise KeyboardInterrupt
+        return {"drawing": {"overall": 0.5}}
+
+    suite.evaluate = evaluate
+    places = mock.patch.dict(SUITES.places, {"scored": "scored:evaluate"})
+    with mock.patch.dict("sys.modules", {"scored": suite}), places:
+        result = place.run("evaluate-run", "run", "--once", "--suite", "scored")
+    scored = place.folder / "run" / "evaluation" / "scored"
+    assert (scored / "checkpoint-1" / "scores.json").exists(), "scores are lost"
+    assert not [name for name in os.listdir(scored) if name.startswith(".")], "half a folder is left"
+    return result
+
+
+ODD = '{"settings": {"suite": "scored", "limit": null, "seeds": 4}, "written": 1, "scores": 5}'
+SCORE_CASES = [
+    _scored("scores that are a list", _stored("[]"), "checkpoint-1", "scores.json"),
+    _scored("scores that are no JSON", _stored("{"), "checkpoint-1", "scores.json"),
+    _scored("scores of nothing", _stored("{}"), "scores.json", "lacks"),
+    _scored("scores that are a number", _stored(ODD, step=9), "checkpoint-9", "scores.json", "5"),
+    _scored("seconds without end", lambda place: None, "--every", options=("--every", "inf")),
+    _case(
+        OUTPUTS, "evaluate-run: no checkpoint", lambda p: (os.mkdir("run"), p.run("evaluate-run", "run", "--once"))[1],
+        "checkpoint-STEP",
+    ),
+    _case(OUTPUTS, "evaluate-run: Ctrl-C", _interrupted, "Interrupted", "1 checkpoints are kept"),
+]  # fmt: skip
+
+CASES = [*TRAINING_CASES, *ROW_CASES, *SERVER_CASES, *SCORE_CASES]

@@ -228,6 +228,10 @@ class NextFlowDiffusionDecoder(ModelMixin, ConfigMixin):
             prompt = PromptEmbeddings.nothing(self.denoiser, sample) if prompt is None else prompt.to(sample)
         return self.kind.call(self.denoiser, torch.cat([sample, projected], 1), time.to(sample), prompt)
 
+    def gradient_checkpointing_enable(self, **options):
+        """As `Trainer` asks for it of models of transformers: activations of the base are computed twice, not kept."""
+        self.enable_gradient_checkpointing()
+
     # Where decoders come from -----------------------------------------------------------------------------------------
 
     @classmethod

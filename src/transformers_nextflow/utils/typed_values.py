@@ -104,6 +104,8 @@ def _in_words(hint: Any) -> str:
     if get_origin(hint) is dict or hint is dict:
         kinds = [_in_words(one) for one in get_args(hint) if one is not Any]
         return "names with values" + (f", {kinds[1]} for {kinds[0]} each" if len(kinds) == 2 else "")
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
     if isinstance(hint, type) and issubclass(hint, Enum):
         return f"one of {', '.join(str(member.value) for member in hint)}"
     return names.get(hint, getattr(hint, "__name__", str(hint)))
