@@ -175,6 +175,11 @@ def _source(name: str, files: dict[str, bytes | str], source: str, *words: str, 
     return _case(TYPED, f"source: {name}", act, source.split("/")[0], *words)
 
 
+def _extracted(address: str):
+    return lambda p: p.run("extract-codes", _rows(p), "--tokenizer", p.model, "--output", address)
+
+
+NO_FOLDERS = ("dir://x", "reference://x", "zip://x", "ftp://127.0.0.1:9/x", "file:///dev/null")
 TWICE = (("image", _png()), ("text", "a"), ("text", "b"))
 SAMPLE = {"0.png": _png(), "0.json": b'{"caption": "a", "caption": "b"}'}
 ROW_CASES = [
@@ -189,10 +194,7 @@ ROW_CASES = [
     _source("an image out of its folder", {"d/metadata.jsonl": '{"file_name": "../own.png", "text": "x"}\n'},
             "d", "own.png"),
     _case(TYPED, "a store with a Parquet column twice", lambda p: _stored_twice(p), "a.parquet", "'text'", "twice"),
-    *(_case(TYPED, f"codes at {address}", lambda p, a=address: p.run(
-        "extract-codes", _rows(p), "--tokenizer", p.model, "--output", a), address.removeprefix("file://")) for address in (
-        "dir://x", "reference://x", "zip://x", "ftp://127.0.0.1:9/x", "file:///dev/null",
-    )),
+    *(_case(TYPED, f"codes at {place}", _extracted(place), place.removeprefix("file://")) for place in NO_FOLDERS),
     _source("a zip that is none", {"a.zip": "a"}, "zip://*.parquet::a.zip", "a.zip"),
     _source("half a saved table", {"d/dataset_info.json": "{}", "d/state.json": "{}"}, "d", "_data_files", "lacks"),
     _case(

@@ -35,7 +35,7 @@ def opened(address: object) -> tuple[Any, str]:
     """The store of an address, and the place in it.
 
     Raises:
-        ValueError: for a scheme that fsspec does not know, that needs another package, or of which no store can be made.
+        ValueError: for a scheme that fsspec does not know, that needs another package, or that makes no store.
     """
     fsspec = import_extra("fsspec")
     try:
