@@ -402,7 +402,6 @@ ONECAT_CASES = [
     _written("do_sample", "'no'", do_sample="no"),
     _written("num_beams", "0", num_beams=0),
     _written("eos_token_id", "'x'", eos_token_id="x"),
-    _written("num_return_sequences", num_return_sequences=2, do_sample=True),
     _written("return_dict_in_generate", return_dict_in_generate=True),
     _written("generation_config", "5", generation_config=5),
     _written("input_ids", input_ids=1),

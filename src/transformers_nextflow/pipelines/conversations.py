@@ -373,9 +373,8 @@ def _check_written(options: dict, inputs: dict):
         if options.get(name, 1) < 1:
             raise ValueError(f"{name} must be at least 1, got {options[name]}.")
     ImageSampling(**{name: options[name] for name in ("temperature", "top_p") if options.get(name) is not None})
-    odd = {"return_dict_in_generate"} if options.get("return_dict_in_generate") else set()
-    odd |= {"num_return_sequences"} if options.get("num_return_sequences") not in (None, 1) else set()
-    if odd := sorted(odd | (options.keys() & inputs.keys())):
+    given = options.keys() & (inputs.keys() | {"return_dict_in_generate"})
+    if odd := sorted(name for name in given if options[name] is not False):
         raise ValueError(f"chat answers each conversation with one message; leave out {', '.join(odd)}.")
 
 

@@ -51,8 +51,8 @@ class ServingSettings:
         check_types({f.name: getattr(self, f.name) for f in fields(self)}, hints_of(ServingSettings), "ServingSettings")
         if not 0 < self.timeout < math.inf:
             raise ValueError(f"timeout must be a number of seconds above 0, got {self.timeout!r}.")
-        if not 0 <= self.batch_wait < self.timeout:
-            raise ValueError(f"batch_wait must be a number of seconds from 0, below timeout, got {self.batch_wait!r}.")
+        if not 0 <= self.batch_wait <= self.timeout:
+            raise ValueError(f"batch_wait must be a number of seconds from 0 to timeout, got {self.batch_wait!r}.")
         if not self.model:
             raise ValueError("No model is named; name a folder, or a repository of the Hub.")
         if len(self.name) > MOST_CHARACTERS or not (self.name.isprintable() and text_fault(self.name) is None):
