@@ -113,8 +113,8 @@ class Recipe:
             default = own.default_factory() if own.default is MISSING else own.default
             if self.kind not in kinds and getattr(self, name) != default:
                 raise ValueError(
-                    f"{name} is of the kind {' or '.join(kinds)}, and this recipe is of the kind {self.kind}; leave it "
-                    "out."
+                    f"{name}={short_repr(getattr(self, name))} is of the kind {' or '.join(kinds)}, and this recipe is of "
+                    f"the kind {self.kind}; leave it out."
                 )
         for name in ("resume_from_checkpoint",):
             if self.arguments.get(name) is not None:
