@@ -113,12 +113,11 @@ class Recipe:
             default = own.default_factory() if own.default is MISSING else own.default
             if self.kind not in kinds and getattr(self, name) != default:
                 raise ValueError(
-                    f"{name}={short_repr(getattr(self, name))} is of the kind {' or '.join(kinds)}, and this recipe is of "
-                    f"the kind {self.kind}; leave it out."
+                    f"{name}={short_repr(getattr(self, name))} is of the kind {' or '.join(kinds)}, and this recipe is "
+                    f"of the kind {self.kind}; leave it out."
                 )
-        for name in ("resume_from_checkpoint",):
-            if self.arguments.get(name) is not None:
-                raise ValueError(f"{name} is not followed in a recipe; call train with --resume.")
+        if self.arguments.get("resume_from_checkpoint") is not None:
+            raise ValueError("resume_from_checkpoint is not followed in a recipe; call train with --resume.")
         if self.decoder_width < 1:
             raise ValueError(f"decoder_width must be at least 1, got {self.decoder_width}.")
         if self.lora_rank < 0 or (self.lora_rank and self.kind in ("tokenizer", "diffusion_decoder")):
