@@ -23,7 +23,7 @@ def main(
     vision_config: Annotated[Path | None, typer.Option(help="Folder of a fresh one's config; default: 7B.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Repository of the source, for the model card.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "2GB",
-    seed: Annotated[int, typer.Option(help="Of what is new.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32, help="Of what is new.")] = 0,
     verify: Annotated[bool, typer.Option("--verify", help="Draw and read a fixed set, and print a report.")] = False,
 ):
     """Convert a Qwen2.5-VL into the start of a NextFlow. Run it again to go on after an interruption."""

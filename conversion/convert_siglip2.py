@@ -21,7 +21,7 @@ def main(
     output: Annotated[Path, typer.Argument(help="Folder that is made.")],
     vision_config: Annotated[Path | None, typer.Option(help="Folder of its config; default: the large one's.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Repository of the source, for the model card.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the parts that are new.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32, help="Of the parts that are new.")] = 0,
     verify: Annotated[bool, typer.Option("--verify", help="Draw and read a fixed set, and print a report.")] = False,
 ):
     """Start a vision tokenizer from a vision tower."""

@@ -34,7 +34,8 @@ def lora_config(
 
     Args:
         model: whose vocabulary was extended, if there are `new_token_ids`.
-        rank: of the adapters, from 1; their scale is `lora_alpha / rank`, with a `lora_alpha` of twice the rank.
+        rank: of the adapters, from 1 to the model's width; their scale is `lora_alpha / rank`, with a `lora_alpha` of
+            twice the rank.
         new_token_ids: rows of the vocabulary that are trained whole, in the input embeddings and in the text head.
         kwargs: further fields of `peft.LoraConfig`.
 
@@ -45,9 +46,9 @@ def lora_config(
         from peft import LoraConfig
     except ImportError as error:
         raise ValueError("Adapters need peft: pip install transformers-nextflow[peft].") from error
-    if rank < 1:
-        raise ValueError(f"rank must be 1 or more, got {rank}.")
-    size = model.config.text_config.vocab_size
+    size, width = model.config.text_config.vocab_size, model.config.text_config.hidden_size
+    if not 1 <= rank <= width:
+        raise ValueError(f"rank must be from 1 to the model's width of {width}, got {rank}.")
     if outside := [token for token in new_token_ids if not 0 <= token < size]:
         raise ValueError(
             f"new_token_ids {outside} lie outside of the vocabulary of {size}; add them to the tokenizer and call "

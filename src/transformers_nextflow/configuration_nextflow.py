@@ -36,6 +36,8 @@ FROM_ONE = (
 )  # fmt: skip
 # Each layer is a module, so that more would rather fill the memory than be built.
 MOST_LAYERS = 1000
+# More channels rather fill the memory than are meant.
+MOST_CHANNELS = 2**20
 LAYERS = ("pixel_num_res_blocks", "pixel_decoder_num_res_blocks", "semantic_decoder_depth")
 FROM_ZERO = (
     "pixel_num_res_blocks", "pixel_decoder_num_res_blocks", "semantic_decoder_depth", "semantic_distance_weight",
@@ -94,6 +96,9 @@ def value_errors(config_class: type) -> type:
 def config_from(value: Any, name: str, config_class: type) -> Any:
     """A config from a dict, or as it is. Raises `ValueError` naming it for anything else."""
     if isinstance(value, dict):
+        layers = value.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > MOST_LAYERS:  # transformers makes a list of as many entries
+            raise ValueError(f"{name}.num_hidden_layers must be at most {MOST_LAYERS}, got {layers}.")
         return config_class(**value)
     if not isinstance(value, config_class):
         raise ValueError(f"{name} must be a {config_class.__name__} or its values, got {short_repr(value)}.")

@@ -17,7 +17,7 @@ from .generation.interleaved import InterleavedGenerationOutput, InterleavedLoop
 from .generation.prompts import Prompts
 from .generation.region_editing import KeptRegion
 from .generation.sampling import Generators, ImageSampling
-from .generation.scale_loop import ScaleCallback
+from .generation.scale_loop import ScaleCallback, check_drawing
 from .generation.sequence_writer import SequenceWriter
 from .generation.stored_sampling import SAMPLINGS, StoredSamplingMixin
 from .generation.text import TextGenerationMixin
@@ -59,6 +59,9 @@ def _with_nearest(name: str) -> str:
 def _check_text_settings(text: GenerationConfig, max_new_tokens: int | None, streamer):
     given = {name: getattr(text, name) for name in TEXT_TYPES} | {"max_new_tokens": max_new_tokens}
     check_types(given, TEXT_TYPES | {"max_new_tokens": int | None}, "generate_interleaved")
+    stops = [text.stop_strings] if isinstance(text.stop_strings, str) else text.stop_strings or []
+    if "" in stops:
+        raise ValueError("stop_strings must not be empty: '' is found everywhere.")
     if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
         raise ValueError(f"streamer must have put and end, as transformers' TextStreamer, got {short_repr(streamer)}.")
 
@@ -171,6 +174,7 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
             ValueError: if the prompts do not end with `<boi>`, sizes, generators or given codes do not match them,
                 guidance comes without negative prompts, or prompts and images take more positions than the model has.
         """
+        check_drawing(sampling, callback)
         sampling = sampling or self.default_image_sampling
         schedules = self._schedules(image_sizes, len(input_ids))
         self._check_at_boi("input_ids", input_ids)
@@ -244,6 +248,7 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
                 stop strings without a tokenizer, a streamer with several rows, guidance without negative prompts, and
                 where prompts, `max_new_tokens` and `max_images` together take more positions than the model has.
         """
+        check_types({"generation_config": generation_config}, {"generation_config": GenerationConfig | None}, "Text")
         given = {} if generation_config is None else generation_config.to_diff_dict()
         unknown = sorted((set(kwargs) - set(TEXT_SETTINGS)) | (set(given) - set(TEXT_SETTINGS) - OTHER_SETTINGS))
         if unknown:
@@ -254,6 +259,7 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
         text = copy.deepcopy(generation_config or self.generation_config)
         text.update(**kwargs)
         _check_text_settings(text, max_new_tokens, streamer)
+        check_drawing(sampling, callback)
         if max_new_tokens is None:
             max_new_tokens = text.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
         sampling = sampling or self.default_image_sampling
@@ -349,6 +355,8 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
         return [schedules[end - 1] if count and end <= len(schedules) else square for count, end in zip(counts, ends)]
 
     def _schedules(self, image_sizes: Sequence[tuple[int, int]], batch: int) -> list[ScaleSchedule]:
+        if not isinstance(image_sizes, Sequence):
+            raise ValueError(f"image_sizes are pairs of height and width in pixels, got {short_repr(image_sizes)}.")
         if len(image_sizes) != batch:
             raise ValueError(f"{batch} prompts came with {len(image_sizes)} image_sizes; give one for each.")
         return [self.config.vq_config.scale_schedules.for_size(height, width) for height, width in image_sizes]

@@ -155,7 +155,10 @@ class NextFlowImageProcessor(PilBackend):
         if isinstance(images, list | tuple):
             return [self.fetch_images(entry) for entry in images]
         if not _is_array(images):
-            return read_image(images)
+            try:
+                return read_image(images)
+            except ValueError as error:
+                raise ValueError(f"An image cannot be read: {error}") from error
         axes = images.ndim
         if axes not in (2, 3, 4):
             raise ValueError(f"An image is an array or a tensor with 2 or 3 axes, got {short_repr(images)}.")

@@ -23,7 +23,8 @@ from .generation.sampling import ImageSampling, check_generators
 from .image_processing_nextflow import OUTPUT_TYPES
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .pipelines.auto_pipelines import AutoPipelinesMixin
-from .pipelines.callbacks import take_changes
+from .pipelines.callbacks import CALLBACK_KWARGS, take_changes
+from .pipelines.checked_options import check_options, checked_scores, dtype_of
 from .pipelines.concurrent_calls import PipelineCallsMixin
 from .pipelines.conversations import ConversationMixin
 from .pipelines.decoding import DecodingMixin, load_diffusion_decoder, of_decoder, of_rows
@@ -37,12 +38,12 @@ from .sequence.padding import pad_codes
 from .utils.atomic_files import check_named, write_into
 from .utils.checkpoint_checks import loading_errors
 from .utils.devices import usable_device
-from .utils.known_names import check_function, checks_names
+from .utils.known_names import checks_names
 from .utils.model_cards import CARD, card_first
 from .utils.saved_adapters import FOLDER as ADAPTERS
 from .utils.saved_adapters import HUB_OPTIONS, is_adapted, unwrapped, with_adapters_beside
 from .utils.short_repr import short_repr
-from .utils.typed_values import check_types, is_of_type
+from .utils.typed_values import is_of_type
 
 
 try:
@@ -67,46 +68,6 @@ def caption_scorer(pipe: NextFlowPipeline, image_tokens, image_grids, prompts: l
     requests = [pipe.processor.caption_request] * len(prompts)
     scores = score_answers(pipe.unwrapped_model, pipe.processor, image_tokens, image_grids, requests, prompts)
     return scores.text / scores.num_text_tokens
-
-
-def _dtype_of(component: str, dtype):
-    """The part of a component, of the model or the diffusion decoder, in a `dtype` that names components."""
-    for one in dtype.values() if isinstance(dtype, dict) else [dtype]:
-        known = getattr(torch, one, None) if isinstance(one, str) else one
-        if one not in (None, "auto") and not isinstance(known, torch.dtype):
-            raise ValueError(f"dtype must be a type of torch, such as torch.bfloat16, got {short_repr(one)}.")
-    if not isinstance(dtype, dict):
-        return dtype
-    if unknown := sorted(dtype.keys() - {"model", "processor", "diffusion_decoder", "default"}):
-        raise ValueError(f"A dict of dtype names model, processor, diffusion_decoder or default, got {unknown[0]!r}.")
-    return dtype.get(component, dtype.get("default", torch.float32))
-
-
-def _check_options(think: bool, max_thought_tokens: int, thought_temperature: float, **called):
-    """Raises `ValueError` for functions that are none, and for settings of a thought without one."""
-    check_types({"max_thought_tokens": max_thought_tokens}, {"max_thought_tokens": int}, "NextFlowPipeline")
-    if max_thought_tokens < 0:
-        raise ValueError(f"max_thought_tokens must be at least 0, got {max_thought_tokens}.")
-    if not is_of_type(thought_temperature, float) or not 0 <= thought_temperature < float("inf"):
-        raise ValueError(f"thought_temperature must be a number from 0, got {short_repr(thought_temperature)}.")
-    if thought_temperature and not think:
-        raise ValueError(f"thought_temperature={thought_temperature} is of a thought; add think, or leave it at 0.")
-    for name, function in called.items():
-        if function is not None:
-            check_function(function, 4, name)
-
-
-def _checked_scores(scores: Sequence[float] | torch.Tensor, count: int) -> torch.Tensor:
-    """Raises `ValueError` for anything but a finite number for each candidate."""
-    try:
-        checked = torch.as_tensor(scores, dtype=torch.float32).flatten()
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"candidate_scorer must give a number for each candidate, got {short_repr(scores)}."
-        ) from error
-    if len(checked) != count or not bool(checked.isfinite().all()):
-        raise ValueError(f"candidate_scorer must give {count} finite numbers, got {short_repr(scores)}.")
-    return checked
 
 
 class NextFlowPipeline(
@@ -141,7 +102,7 @@ class NextFlowPipeline(
     _optional_components = ["diffusion_decoder"]
     # Images that one call draws, all in one batch; more would rather fill the memory than end.
     max_batch_size = 1024
-    _callback_tensor_inputs = ["image_tokens", "preview"]
+    _callback_tensor_inputs = list(CALLBACK_KWARGS)
 
     def __init__(
         self,
@@ -193,7 +154,7 @@ class NextFlowPipeline(
             chosen = mapping._resolve_quant_config(is_diffusers=False, module_name="model")
             kwargs |= {} if chosen is None else {"quantization_config": chosen}
         asked = next((kwargs[name] for name in ("dtype", "torch_dtype") if name in kwargs), None)
-        kwargs |= {name: _dtype_of("model", kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
+        kwargs |= {name: dtype_of("model", kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
         path, hub_options = pretrained_model_name_or_path, {k: v for k, v in kwargs.items() if k in HUB_OPTIONS}
         model, processor = kwargs.pop("model", None), kwargs.pop("processor", None)
         diffusion_decoder = kwargs.pop("diffusion_decoder", None)
@@ -211,7 +172,7 @@ class NextFlowPipeline(
                 source = path if is_pipeline or holds("processor_config.json") else model.name_or_path
                 subfolder = "processor" if is_pipeline else ""
                 processor = AutoProcessor.from_pretrained(source, subfolder=subfolder, **hub_options)
-            decoder_options = {"dtype": _dtype_of("diffusion_decoder", asked), "device": model.device}
+            decoder_options = {"dtype": dtype_of("diffusion_decoder", asked), "device": model.device}
             if isinstance(diffusion_decoder, str | os.PathLike):
                 diffusion_decoder = load_diffusion_decoder(diffusion_decoder, **decoder_options)
             elif diffusion_decoder is None and is_pipeline and holds("diffusion_decoder/config.json"):
@@ -293,7 +254,7 @@ class NextFlowPipeline(
         if request.images is None and "unconditional" in contexts:
             raise ValueError("image_guidance_scale leads towards input images; give image=, or leave it at 1.")
         for name, value in (("num_images_per_prompt", num_images_per_prompt), ("num_candidates", num_candidates)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_of_type(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number from 1, got {short_repr(value)}.")
         if request.regions is not None and not self.unwrapped_model.draws_in_regions:
             raise ValueError(
@@ -316,7 +277,7 @@ class NextFlowPipeline(
                 f"Images of different sizes cannot be one array; take output_type='pil', not {output_type!r}."
             )
         wanted = callback_on_step_end_tensor_inputs
-        if not isinstance(wanted, list | tuple) or not set(wanted) <= set(self._callback_tensor_inputs):
+        if not isinstance(wanted, list | tuple) or not all(name in self._callback_tensor_inputs for name in wanted):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs is a list of {self._callback_tensor_inputs}, got {wanted!r}."
             )
@@ -444,13 +405,16 @@ class NextFlowPipeline(
             request, sampling, num_images_per_prompt, num_candidates, generator, output_type,
             callback_on_step_end_tensor_inputs,
         )  # fmt: skip
-        _check_options(
+        check_options(
             think, max_thought_tokens, thought_temperature,
+            {"paste_back": paste_back, "preview": preview, "return_dict": return_dict},
             candidate_scorer=candidate_scorer, callback_on_step_end=callback_on_step_end,
         )  # fmt: skip
         settings = self._diffusion_settings(decoder, decoder_steps, decoder_guidance_scale, request.schedules)
-        if settings is not None and output_type == "latent":
-            raise ValueError("output_type='latent' gives codes, which no decoder has read; leave out decoder.")
+        if output_type == "latent" and (settings is not None or paste_back):
+            given = "paste_back" if settings is None else "decoder"
+            raise ValueError(f"output_type='latent' gives codes, which no decoder has read; leave out {given}.")
+        self.check_hooks()
         self._warn_of_request(request)
         if num_candidates > 1 and candidate_scorer is None:
             self._check_interleaves("To rank candidates without a candidate_scorer")
@@ -518,7 +482,7 @@ class NextFlowPipeline(
         if count == 1 or self.interrupt:
             return first, None
         scores = (scorer or caption_scorer)(self, drawn.image_tokens, drawn.image_grids, request.prompts)
-        scores = _checked_scores(scores, len(drawn.image_tokens)).view(-1, count)
+        scores = checked_scores(scores, len(drawn.image_tokens)).view(-1, count)
         return [start + best for start, best in zip(first, scores.argmax(1).tolist())], scores
 
     def _drawing_inputs(self, request: ImageRequest, sampling: ImageSampling, answer: str | None = None) -> dict:

@@ -59,6 +59,8 @@ def read_frames(video: Video, max_frames: int | None = None) -> list[Image.Image
         raise ValueError(f"A video is a list of images, or the path of a file, got {short_repr(video)}.")
     if not frames:
         raise ValueError("A video needs at least one frame, got none.")
+    if missing := [number for number, frame in enumerate(frames) if frame is None]:
+        raise ValueError(f"Frame {missing[0]} of a video is None; give an image, or leave it out.")
     sizes = {getattr(frame, "size", None) if isinstance(frame, Image.Image) else np.shape(frame) for frame in frames}
     if len(sizes) > 1:
         raise ValueError(f"All frames of a video have one size, got {sorted(map(str, sizes))}; resize them first.")
@@ -155,7 +157,9 @@ def _read_file(path: Path, max_frames: int | None) -> list[Image.Image]:
     except ImportError:
         raise
     except Exception as error:  # decoders of broken files raise what comes
-        raise ValueError(f"{path} cannot be read as a video: {str(error) or type(error).__name__}") from error
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        # ffmpeg says what it is and all that it does, and in the last line what is wrong.
+        raise ValueError(f"{path} cannot be read as a video: {told[-1]}") from error
     return frames
 
 

@@ -73,7 +73,7 @@ CALL_CASES = [
     ),
     _case(
         CALLS, "video max_transition_tokens='x'",
-        lambda p: p.pipe.video("a red circle", num_frames=2, max_transition_tokens="x"), "max_new_tokens",
+        lambda p: p.pipe.video("a red circle", num_frames=2, max_transition_tokens="x"), "max_transition_tokens",
     ),
     _case(
         CALLS, "processor level='x'",

@@ -4,14 +4,19 @@ import sys
 
 import bad_input
 import checkpoints_and_recipes
+import decoders_and_adapters
 import files_and_images
 import names_and_templates
 import pytest
 import settings_and_surroundings
+import trainings_and_servers
 import words_and_calls
 
 
-MODULES = [files_and_images, words_and_calls, checkpoints_and_recipes, settings_and_surroundings, names_and_templates]
+MODULES = [
+    files_and_images, words_and_calls, checkpoints_and_recipes, settings_and_surroundings, names_and_templates,
+    decoders_and_adapters, trainings_and_servers,
+]  # fmt: skip
 CASES = [case for module in MODULES for case in module.CASES]
 
 

@@ -15,7 +15,8 @@ from transformers_nextflow.diffusion_decoder import (
     decode_codes,
     decoder_on_base,
 )
-from transformers_nextflow.diffusion_decoder.denoising import diffusion_loss, make_scheduler
+from transformers_nextflow.diffusion_decoder.denoising import diffusion_loss
+from transformers_nextflow.diffusion_decoder.schedulers import make_scheduler
 
 
 TWO_STEPS = DiffusionSettings(2, 1.0)
@@ -180,7 +181,7 @@ def test_guidance_leads_away_from_the_unconditional_prediction(vq_model):
 
 def knowing(decoder, clean):
     """The `forward` of a decoder that knows what is below the noise, by the formulas of its kind."""
-    alphas = getattr(make_scheduler(decoder), "alphas_cumprod", None)
+    alphas = getattr(make_scheduler(decoder.config.scheduler), "alphas_cumprod", None)
 
     def forward(noisy, time, *_):
         at = time.view(-1, 1, 1, 1)

@@ -195,8 +195,8 @@ def test_diffusion_pipeline_loads_it(pipe, tmp_path, monkeypatch):
     [
         ({"decoder": "vae"}, "decoder must be one of"),
         ({"decoder": "pixel", "decoder_steps": 4}, "the pixel decoder has none"),
-        ({"decoder_steps": 0}, "decoder_steps must be a whole number from 1, got 0"),
-        ({"decoder_guidance_scale": float("inf")}, "decoder_guidance_scale must be a finite number"),
+        ({"decoder_steps": 0}, "decoder_steps must be a whole number from 1 to 1000, got 0"),
+        ({"decoder_guidance_scale": float("inf")}, "decoder_guidance_scale must be a number from 0"),
         ({"output_type": "latent"}, "which no decoder has read"),
     ],
 )

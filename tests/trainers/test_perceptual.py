@@ -197,7 +197,7 @@ def test_judges_that_do_not_fit_a_recipe_are_refused_before_it_begins(changes, m
 
 
 def test_judges_are_of_the_tokenizer_and_are_read_from_a_file(data):
-    with pytest.raises(ValueError, match="perceptual and discriminator are of the kind tokenizer"):
+    with pytest.raises(ValueError, match="is of the kind tokenizer"):
         Recipe("transformer", {}, perceptual="lpips")
     with pytest.raises(ValueError, match="discriminator must be names with values"):
         load_recipe(FOLDER / "tokenizer_decoder.yaml", ["discriminator=4"])

@@ -114,11 +114,12 @@ def extract_codes(
     """Encode the images of training data ahead of time: codes to read, and codes to write."""
     with errors_in_one_line():
         from ..data.code_extraction import extract_codes
-        from ..data.stores import is_address
+        from ..data.stores import is_address, without_file_scheme
 
-        if not is_address(output):
-            check_apart([("--output", output)], ("the data", source), ("--tokenizer", tokenizer))
-            check_output_folder(output)
+        place = without_file_scheme(output)
+        if not is_address(place):
+            check_apart([("--output", place)], ("the data", without_file_scheme(source)), ("--tokenizer", tokenizer))
+            check_output_folder(place)
         settings = {"shard_size": shard_size, "level": level, "top_k": top_k, "token_share": token_share, "seed": seed}
         settings |= {"batch_size": batch_size, "on_bad_image": on_bad_image, "image_column": image_column}
         settings |= {"caption_column": caption_column, "edited_image_column": edited_image_column}

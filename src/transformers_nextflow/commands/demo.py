@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..utils.addresses import check_can_listen
 from ..utils.one_line_errors import errors_in_one_line
 from .options import MODEL_HELP, Device, Dtype, default_model, named_model
 
@@ -26,4 +27,5 @@ def demo(
         from ..demo.page import launch
         from ..serving.loading import load_pipeline
 
+        check_can_listen(host, port)
         launch(load_pipeline(model, device, dtype), server_name=host, server_port=port, inbrowser=open_browser)

@@ -11,7 +11,7 @@ import typer
 
 from ..evaluation.suites import SUITES
 from ..utils.atomic_files import write_whole
-from ..utils.one_line_errors import errors_in_one_line
+from ..utils.one_line_errors import errors_in_one_line, tells_what_is_kept
 from ..utils.output_files import check_apart, check_output_folder
 from .options import CaptionColumn, Data, Device, EditedImageColumn, ImageColumn
 
@@ -84,6 +84,8 @@ def train(
             raise ValueError(f"The recipe {name} is of the kind {asked.kind!r}; --rl takes one of the kind 'rl'.")
         if lora and not asked.lora_rank:
             asked = load_recipe(name, changes, model, **given, lora_rank=16)
+            if not asked.lora_rank:
+                raise ValueError("--lora trains adapters, and lora_rank=0 has none; leave out one of the two.")
         run_recipe(asked, model, data, output, resume, profile)
     if int(os.environ.get("RANK", 0)) == 0:
         typer.echo(output / "final")
@@ -95,7 +97,7 @@ def evaluate_run(
     output: Annotated[Path | None, typer.Option(help="Folder for scores; default: evaluation/SUITE in RUN.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Cases of each kind at most.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 4,
-    every: Annotated[float, typer.Option(min=1, help="Seconds until the folder is looked at again.")] = 60,
+    every: Annotated[float, typer.Option(min=1, max=86400, help="Seconds until the folder is looked at again.")] = 60,
     once: Annotated[bool, typer.Option("--once", help="Score what is there, and do not wait for more.")] = False,
     device: Device = None,
 ):
@@ -104,8 +106,11 @@ def evaluate_run(
         from ..trainers.runs.scored_checkpoints import CheckpointScores
 
         evaluator = CheckpointScores(run, suite, output, limit, seeds, device)
-        for step in evaluator.update() if once else evaluator.watch(every):
-            typer.echo(evaluator.output / f"checkpoint-{step}")
+        if once:
+            evaluator.check_begun()
+        with tells_what_is_kept(evaluator.kept):
+            for step in evaluator.update() if once else evaluator.watch(every):
+                typer.echo(evaluator.output / f"checkpoint-{step}")
 
 
 def recipes(copy: Annotated[Path | None, typer.Option(help="Folder to which they are copied, to be changed.")] = None):

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -25,6 +26,7 @@ from ..configuration_nextflow import NextFlowVQConfig
 from ..utils.checkpoint_checks import FLOATS, is_finite, read_json
 from ..utils.model_cards import INHERITED, told_by, write_card
 from ..utils.one_line_errors import tells_what_is_kept
+from ..utils.short_repr import short_repr
 from ..utils.weight_files import State, read_state_dict, safetensors_errors
 
 
@@ -409,6 +411,15 @@ def fingerprint(folder: Path | str) -> list:
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
+def check_repository(name: str | None):
+    """Raises `ValueError` for what names no repository of the Hub; it would be written into a card's header."""
+    if name is not None:
+        try:
+            validate_repo_id(name)
+        except ValueError as error:
+            raise ValueError(f"base_model {short_repr(name)} names no repository of the Hub: {error}") from error
+
+
 def write_model_card(
     folder: Path,
     source: Path | str,
@@ -430,6 +441,7 @@ def write_model_card(
         tags: beyond `nextflow`.
         prompts: texts of the widget; without any there is none.
     """
+    check_repository(base_model)
     source = Path(source).absolute()  # and not resolved: files of the Hub's cache are links into another folder
     folder_of_source = source.parent if source.is_file() else source
     told = told_by(folder_of_source)

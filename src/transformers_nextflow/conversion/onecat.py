@@ -15,10 +15,12 @@ from ..onecat.modeling_bitwise_vq import BitwiseVQModel
 from ..onecat.modeling_onecat import OneCatForConditionalGeneration
 from ..onecat.processing_onecat import OneCatProcessor
 from ..utils.checkpoint_checks import loading_errors
+from ..utils.short_repr import short_repr
 from .checkpoints import (
     KeyMap,
     ShardedCheckpoint,
     State,
+    check_repository,
     check_state,
     check_written,
     fingerprint,
@@ -112,7 +114,10 @@ def onecat_config(released: dict, vq_config: BitwiseVQConfig, **token_ids: int) 
             f"has {vq_config.code_bits}; take {VISION_TOKENIZER}."
         )
     # transformers writes the second form since its version 5.
-    rope = {"rope_type": "default", "rope_theta": text.get("rope_theta", 10000.0)} | (text.get("rope_parameters") or {})
+    given = text.get("rope_parameters") or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"The config says rope_parameters={short_repr(given)}, which are no names with values.")
+    rope = {"rope_type": "default", "rope_theta": text.get("rope_theta", 10000.0)} | given
     if rope["rope_type"] != "default":
         raise ValueError(f"The config says rope_type={rope['rope_type']!r}; OneCAT has 'default'.")
     try:
@@ -149,7 +154,8 @@ def read_vision_tokenizer(file: Path) -> tuple[BitwiseVQConfig, State]:
     """
     found = read_state_dict(file)
     state = found.get("vae") if isinstance(found, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    tensors = state.items() if isinstance(state, dict) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors):
         raise ValueError(f'{file} has no tensors under the key "vae"; take {VISION_TOKENIZER} of Infinity.')
     state = VQ_KEYS.forward(state)
     config = bitwise_vq_config(state, file)
@@ -166,11 +172,13 @@ def bitwise_vq_config(state: State, source: Path | str = "the file") -> BitwiseV
         channels = len(state["encoder.conv_in.weight"])
         widths = [len(state[f"encoder.down.{level}.block.0.conv1.weight"]) for level in range(levels)]
         bits = len(state["encoder.conv_out.weight"])
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{source} is no vision tokenizer of Infinity's kind: it lacks {error}.") from error
+        multipliers = [width // channels for width in widths]
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        lacks = f"it lacks {error}" if isinstance(error, KeyError) else f"its tensors tell no sizes ({error})"
+        raise ValueError(f"{source} is no vision tokenizer of Infinity's kind: {lacks}.") from error
     return BitwiseVQConfig(
         code_bits=bits, channels=channels, num_res_blocks=blocks,
-        channel_multipliers=[width // channels for width in widths],
+        channel_multipliers=multipliers,
         # 16 pixels a cell are what OneCAT's levels are made for.
         levels=[[32 * 2 ** (levels - 1), 10], [64 * 2 ** (levels - 1), 13]],
     )  # fmt: skip
@@ -191,6 +199,7 @@ def convert_onecat(
         ValueError: if source, vision tokenizer, text tokenizer and config do not fit together, tensors are missing,
             surplus, misshapen or not finite, or files are damaged. Nothing is left then.
     """
+    check_repository(base_model)
     told, released = read_config(source, FIXED_FIELDS["model_type"]), open_checkpoint(source)
     vq_config, vq_state = read_vision_tokenizer(vision_tokenizer)
     processor = make_processor(source, vq_config)

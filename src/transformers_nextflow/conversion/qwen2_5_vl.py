@@ -22,6 +22,7 @@ from .checkpoints import (
     KeyMap,
     ShardedCheckpoint,
     State,
+    check_repository,
     check_state,
     check_written,
     config_errors,
@@ -95,6 +96,7 @@ def convert_qwen2_5_vl(
         ValueError: if the source is no Qwen2.5-VL, or its files are damaged, incomplete or of another layout; then
             there is no `output`.
     """
+    check_repository(base_model)
     source, output = Path(source), Path(output)
     if vision_tokenizer is not None and vq_config is not None:
         raise ValueError("vision_tokenizer and vq_config were given; a trained tokenizer brings its own config.")
@@ -343,6 +345,7 @@ def export_qwen2_5_vl(
     Raises:
         ValueError: if a folder is damaged, or the two are of different size; then there is no `output`.
     """
+    check_repository(base_model)
     source, original, output = Path(source), Path(original), Path(output)
     read_qwen_config(original)
     trained, qwen = open_checkpoint(source), open_checkpoint(original)

@@ -11,6 +11,7 @@ from ..configuration_nextflow import NextFlowVQConfig
 from ..modeling_nextflow_vq import NextFlowVQModel
 from .checkpoints import (
     KeyMap,
+    check_repository,
     check_state,
     config_errors,
     new_folder,
@@ -68,6 +69,7 @@ def convert_siglip2(
         ValueError: if the source is another model, its files are damaged or incomplete, or the written encoder's
             features are not the source's; then there is no `output`.
     """
+    check_repository(base_model)
     source, output = Path(source), Path(output)
     config = (vq_config or NextFlowVQConfig(levels=[[256, 12], [512, 16], [1024, 18]])).to_dict()
     vision_config = read_vision_config(source)

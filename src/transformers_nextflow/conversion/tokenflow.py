@@ -20,6 +20,7 @@ from ..utils.atomic_files import write_whole
 from .checkpoints import (
     KeyMap,
     State,
+    check_repository,
     check_state,
     new_folder,
     read_config,
@@ -429,6 +430,7 @@ def convert_tokenflow(source: Path | str, target: Path | str, base_model: str | 
         ValueError: for a file that is damaged, holds code, or whose tensors do not fit, or a target that is there
             already; nothing is written then.
     """
+    check_repository(base_model)
     model = load_tokenflow(source, **options)
     size = model.config.image_size or model.config.scale_schedules.resolutions[-1]
     with new_folder(target) as folder:

@@ -17,6 +17,7 @@ from ..utils.checkpoint_checks import loading_errors
 from .checkpoints import (
     KeyMap,
     ShardedCheckpoint,
+    check_repository,
     check_state,
     check_written,
     fingerprint,
@@ -159,6 +160,7 @@ def convert_tokenflow_t2i(
         ValueError: if source, vision tokenizer and config do not fit together, tensors are missing, surplus, misshapen
             or not finite, or files are damaged. Nothing is left then.
     """
+    check_repository(base_model)
     vq_config = vision_tokenizer_config(vq_folder)
     released, vq_model = open_checkpoint(source), ShardedCheckpoint(vq_folder)
     config = t2i_config(read_config(source, FIXED_FIELDS["model_type"]), vq_config)

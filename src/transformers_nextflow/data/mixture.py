@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..utils.finite_numbers import is_finite_number
+from ..utils.short_repr import short_repr
 from ..utils.typed_values import check_types
 from .columns import Columns, ConversationRows
 from .parquet_rows import ParquetRows, parquet_files
@@ -204,8 +205,8 @@ class Mixture(IterableDataset):
 def check_weights(weights: Mapping[str, float]):
     """Raises `ValueError` for weights of sources that are not positive and finite."""
     check_types({"mixture": weights}, {"mixture": dict[str, float]}, "sources")
-    if not weights or not all(weight > 0 and math.isfinite(weight) for weight in weights.values()):
-        raise ValueError(f"A mixture needs sources with weights above 0, got {dict(weights)}.")
+    if not weights or not all(weight > 0 and is_finite_number(weight) for weight in weights.values()):
+        raise ValueError(f"A mixture needs sources with weights above 0, got {short_repr(dict(weights))}.")
 
 
 def open_source(name: str, folder: Path, columns: Columns, streaming: bool = False) -> Source | StreamedSource:

@@ -44,7 +44,7 @@ class ParquetRows(Sequence):
         files: paths or addresses, in order.
 
     Raises:
-        ValueError: for a file that is no Parquet file.
+        ValueError: for a file that is no Parquet file, and for one with a column twice.
     """
 
     def __init__(self, files: Sequence[str]):
@@ -53,7 +53,9 @@ class ParquetRows(Sequence):
         self.groups: list[tuple[str, int, int]] = []
         with ThreadPoolExecutor(READERS) as pool:
             footers = list(pool.map(_footer, self.files))
-        for file, (_, counts) in zip(self.files, footers):
+        for file, (names, counts) in zip(self.files, footers):
+            if repeated := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{file} has the column {repeated[0]!r} twice; keep one of them.")
             self.groups += [(file, group, count) for group, count in enumerate(counts)]
         self.names = footers[0][0]
         self.starts = [0, *accumulate(count for *_, count in self.groups)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import glob
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -12,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..utils.extras import import_extra
-from ..utils.short_repr import short_path
+from ..utils.short_repr import short_path, short_repr
 from ..utils.unique_names import load_json
 from .columns import CLASS, Columns, ConversationRows
 from .parquet_rows import ParquetRows
@@ -24,7 +26,12 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# What `datasets` says of sources without rows, and what it means.
+TOLD = {
+    "corresponds to no data": "it holds no images.",
+    "Must pass at least one table": "it holds no files of rows.",
+}
 KINDS = "a .jsonl, .parquet or .tar file, a folder of those, of images or of save_to_disk, or a data set of the Hub"
 
 
@@ -60,10 +67,7 @@ def open_rows(
         return _file_of_rows(JsonLines(path), columns, needs_texts), path.parent
     kind, files = _kind_of(source, path)
     datasets = import_extra("datasets")
-    try:
-        table = _load(datasets, kind, files, streaming)
-    except Exception as error:  # of pyarrow, datasets and the Hub, each its own
-        raise ValueError(f"{short_path(path)} cannot be read as rows: {error}") from error
+    table = _load(datasets, kind, files, streaming, short_path(path))
     return _table_of_rows(table, columns, needs_texts, short_path(path)), path if path.exists() else Path(".")
 
 
@@ -74,18 +78,16 @@ def _stored_rows(source: str, columns: Columns, streaming: bool, needs_texts: bo
         rows = ParquetRows(files) if kind == "parquet" else StoredImages(source)
         return _file_of_rows(rows, columns, needs_texts)
     datasets = import_extra("datasets")
-    try:
-        table = _load(datasets, kind, files, streaming)
-    except Exception as error:
-        raise ValueError(f"{short_path(source)} cannot be read as rows: {error}") from error
+    table = _load(datasets, kind, files, streaming, short_path(source))
     return _table_of_rows(table, columns, needs_texts, short_path(source))
 
 
 def _file_of_rows(rows: Sequence[dict], columns: Columns, needs_texts: bool) -> Sequence[dict]:
     try:
-        names = [] if len(rows) == 0 else list(rows[0])
-    except (BadRowError, TypeError):
-        names = []  # told with its number, where the row is used
+        first = rows[0] if len(rows) else {}
+    except BadRowError:
+        first = {}
+    names = list(first) if isinstance(first, dict) else []  # told with its number, where the row is used
     if not columns.are_named and ("messages" in names or not names):
         return rows
     try:
@@ -119,11 +121,41 @@ def _kind_of(source: str | os.PathLike, path: Path) -> tuple[str, Any]:
     if not is_folder or not any(path.iterdir()):
         raise ValueError(f"{short_path(path)} is not {KINDS}.")
     folder = path / "train" if (path / "train").is_dir() else path
+    for file in folder.rglob("metadata.csv"):
+        _check_header(file)
     # All files are named, since `datasets` would take some for those of a test set by their names.
     return "imagefolder", glob.escape(str(folder.absolute())) + "/**"
 
 
-def _load(datasets: ModuleType, kind: str, files: Any, streaming: bool) -> Dataset | IterableDataset:
+def _check_header(file: Path):
+    """Raises `ValueError` for a name that the first line of a CSV holds twice; its reader gives one another name."""
+    with open(file, newline="", encoding="utf-8-sig", errors="replace") as lines:
+        names = next(csv.reader(lines), [])
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{short_path(file)} has the column {short_repr(repeated[0])} twice; keep one of them.")
+
+
+def _load(datasets: ModuleType, kind: str, files: Any, streaming: bool, name: str) -> Dataset | IterableDataset:
+    """What `datasets` makes of files. Raises `ValueError` with what it, pyarrow and the Hub, each its own way, say."""
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs with a traceback what it raises
+    try:
+        return _loaded(datasets, kind, files, streaming)
+    except Exception as error:
+        while type(error).__name__ == "DatasetGenerationError" and isinstance(error.__cause__, Exception):
+            error = error.__cause__
+        told = next((ours for theirs, ours in TOLD.items() if theirs in str(error)), str(error))
+        told = f"it lacks {error}" if isinstance(error, KeyError) else told
+        raise ValueError(f"{name} cannot be read as rows: {told}") from error
+    finally:
+        datasets.logging.set_verbosity(level)
+
+
+def _loaded(datasets: ModuleType, kind: str, files: Any, streaming: bool) -> Dataset | IterableDataset:
+    if kind == "webdataset":
+        # Its own reader of JSON keeps the last of repeated names, and does not tell.
+        decoders = import_extra("datasets.packaged_modules.webdataset.webdataset").WebDataset.DECODERS
+        decoders.update(json=load_json, jsn=load_json)
     if kind == "hub":
         return datasets.load_dataset(files, split="train", streaming=streaming)
     if kind == "saved":
@@ -155,8 +187,15 @@ def _table_of_rows(table: Dataset | IterableDataset, columns: Columns, needs_tex
         found = Columns(found.image, CLASS, found.edited_image)
     _check_texts(found, needs_texts, names)
     if isinstance(table, datasets.IterableDataset):
-        return table.map(partial(found.conversation, classes=classes), remove_columns=names)
+        return table.map(partial(_conversation, found, classes), with_indices=True, remove_columns=names)
     return ConversationRows(table, found, classes)
+
+
+def _conversation(columns: Columns, classes: Sequence[str] | None, row: dict, index: int) -> dict:
+    try:
+        return columns.conversation(row, classes)
+    except BadRowError as error:
+        raise error.of_row(index) from error
 
 
 def _check_texts(columns: Columns, needed: bool, names: Sequence[str]):

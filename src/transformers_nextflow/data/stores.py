@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ STORED_KINDS = f"a .parquet or .tar file, a folder of those, or a folder of imag
 
 def is_address(place: object) -> bool:
     """Whether a place is an address, as s3://bucket/images, and no path of this machine."""
-    return "://" in str(place)
+    return re.match(r"[A-Za-z][\w+.-]*:", str(place)) is not None and "://" in str(place)
 
 
 def without_file_scheme(place: Any) -> Any:
@@ -34,11 +35,12 @@ def opened(address: object) -> tuple[Any, str]:
     """The store of an address, and the place in it.
 
     Raises:
-        ValueError: for a scheme that fsspec does not know, or that needs another package.
+        ValueError: for a scheme that fsspec does not know, that needs another package, or that makes no store.
     """
+    fsspec = import_extra("fsspec")
     try:
-        return import_extra("fsspec").core.url_to_fs(str(address))
-    except (ImportError, ValueError) as error:
+        return fsspec.core.url_to_fs(str(address))
+    except Exception as error:  # stores are reached or read here already, and raise what comes
         raise ValueError(f"{short_path(str(address))} cannot be opened: {error}") from error
 
 

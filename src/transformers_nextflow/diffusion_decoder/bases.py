@@ -135,7 +135,7 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 def base_of(config: dict) -> Base:
     """The kind of a denoiser by its config. Raises `ValueError` for one whose visual branch is not known."""
     name = config.get("_class_name")
-    if name not in BASES:
+    if not isinstance(name, str) or name not in BASES:
         raise ValueError(
             f"{name} is no base of a diffusion decoder, since no visual branch of it is known that could take the "
             f"condition; there are {', '.join(BASES)}."

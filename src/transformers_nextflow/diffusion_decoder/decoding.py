@@ -2,51 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from ..modeling_nextflow_vq import NextFlowVQModel
 from ..scale_schedule import ScaleSchedule
-from ..utils.short_repr import short_repr
 from .bases import PromptEmbeddings
 from .condition import code_condition
 from .denoising import denoise
 from .modeling_diffusion_decoder import NextFlowDiffusionDecoder
+from .settings import DiffusionSettings
 
 
 # Pixels of the images that are denoised in one batch: four of 1024 x 1024.
 MOST_PIXELS = 2**22
-
-
-@dataclass(frozen=True)
-class DiffusionSettings:
-    """How images are decoded.
-
-    Raises:
-        ValueError: for fewer steps than one, or a guidance scale that is no finite number.
-    """
-
-    num_inference_steps: int
-    guidance_scale: float
-
-    def __post_init__(self):
-        steps, scale = self.num_inference_steps, self.guidance_scale
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"decoder_steps must be a whole number from 1, got {short_repr(steps)}.")
-        if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale):
-            raise ValueError(f"decoder_guidance_scale must be a finite number, got {short_repr(scale)}.")
-
-    @classmethod
-    def of(cls, decoder: NextFlowDiffusionDecoder, steps: int | None, guidance_scale: float | None):
-        """What is asked for, and the decoder's own where nothing is."""
-        config = decoder.config
-        return cls(
-            config.num_inference_steps if steps is None else steps,
-            config.guidance_scale if guidance_scale is None else guidance_scale,
-        )
 
 
 @torch.no_grad()
@@ -68,7 +38,7 @@ def decode_codes(
         prompts: of each image, for a decoder with a `text_encoder`.
 
     Raises:
-        ValueError: for a size that the decoder does not draw.
+        ValueError: for a size that the decoder does not draw, and where an image comes out as NaN or infinity.
     """
     shapes = [decoder.sample_shape(schedule.final_grid) for schedule in schedules]
     device = vq_model.device

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler
 
 from .bases import TIMESTEPS, PromptEmbeddings
 from .modeling_diffusion_decoder import NextFlowDiffusionDecoder
+from .schedulers import make_scheduler, set_steps
 
 
 # An error of the image weighs 1 / time² (it is one of the velocity), and at times below this one no more: there the
 # noisy image says most, and what is to be learned is what the codes say.
 LEAST_TIME = 0.5
-
-
-def make_scheduler(decoder: NextFlowDiffusionDecoder):
-    """A scheduler of the decoder's own, which nothing else steps."""
-    config = decoder.config.scheduler
-    if config is None:
-        return FlowMatchEulerDiscreteScheduler()
-    # Few steps must begin at the last time, where there is noise only; many schedulers leave it out by default.
-    spacing = {"timestep_spacing": "trailing"} if "timestep_spacing" in config else {}
-    return getattr(diffusers, config["_class_name"]).from_config(dict(config), **spacing)
 
 
 def diffusion_loss(
@@ -42,7 +31,7 @@ def diffusion_loss(
         condition: (B, D, h, w); rows of zeros are trained without a condition.
         call: the decoder as a trainer has wrapped it.
     """
-    call, scheduler = call or decoder, make_scheduler(decoder)
+    call, scheduler = call or decoder, make_scheduler(decoder.config.scheduler)
     noise, drawn = torch.randn_like(clean), torch.rand(len(clean), device=clean.device)
     if not decoder.is_flow_matching:
         steps = (drawn * scheduler.config.num_train_timesteps).long()
@@ -68,15 +57,14 @@ def denoise(
     guidance_scale: float,
     prompt: PromptEmbeddings | None = None,
 ) -> torch.Tensor:
-    """Pixels (B, 3, H, W) in [-1, 1] from noise (B, C, H', W') and the condition (B, D, h, w)."""
-    scheduler, sample = make_scheduler(decoder), noise.float()
-    if decoder.is_flow_matching:
-        options = {"sigmas": torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()}
-        if scheduler.config.use_dynamic_shifting:
-            options["mu"] = _shift_of_size(scheduler.config, sample.shape[-2] * sample.shape[-1] // 4)
-        scheduler.set_timesteps(device=sample.device, **options)
-    else:
-        scheduler.set_timesteps(num_inference_steps, device=sample.device)
+    """Pixels (B, 3, H, W) in [-1, 1] from noise (B, C, H', W') and the condition (B, D, h, w).
+
+    Raises:
+        ValueError: where they come out as NaN or infinity.
+    """
+    scheduler, sample = make_scheduler(decoder.config.scheduler), noise.float()
+    set_steps(scheduler, num_inference_steps, sample.shape[-2] * sample.shape[-1], sample.device)
+    if not decoder.is_flow_matching:
         sample = sample * scheduler.init_noise_sigma
     for step in scheduler.timesteps:
         time = (step / TIMESTEPS).expand(len(sample))
@@ -88,10 +76,10 @@ def denoise(
         if decoder.config.predicts == "image":
             predicted = (sample - predicted) / time[0]
         sample = scheduler.step(predicted, step, sample).prev_sample
-    return decoder.decode_pixels(sample)
-
-
-def _shift_of_size(config, tokens: int) -> float:
-    """By how much schedulers with a dynamic shift move an image of so many tokens: linear between their two ends."""
-    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-    return config.base_shift + slope * (tokens - config.base_image_seq_len)
+    pixels = decoder.decode_pixels(sample)
+    if not bool(pixels.isfinite().all()):
+        raise ValueError(
+            f"The diffusion decoder gives NaN or infinity with guidance_scale={guidance_scale} as {decoder.dtype}: its "
+            "weights are damaged or the type is too small for it; take float32, less guidance, or decoder='pixel'."
+        )
+    return pixels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,9 +12,18 @@ from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from ..utils.checkpoint_checks import check_complete, check_weights, loading_errors
+from ..utils.atomic_files import check_named
+from ..utils.checkpoint_checks import (
+    check_complete,
+    check_floats,
+    check_index,
+    check_settings,
+    check_weights,
+    loading_errors,
+)
 from ..utils.model_cards import DECODER_USE, ModelCardMixin, in_words, with_card
 from .bases import PromptEmbeddings, add_lora, base_of, make_base
+from .config_checks import check_config, made
 
 
 Predicts = Literal["velocity", "image", "noise"]
@@ -77,11 +87,12 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
         vae_model: AutoencoderKL | None = None,
     ):
         super().__init__()
+        check_config(self.config, type(self).__init__)
         self.kind = base_of(base)
-        self.denoiser = base_model if base_model is not None else make_base(base)
+        self.denoiser = base_model if base_model is not None else made(make_base, base, "base")
         self.autoencoder = vae_model
         if vae_model is None and vae is not None:
-            self.autoencoder = AutoencoderKL.from_config(dict(vae))
+            self.autoencoder = made(AutoencoderKL.from_config, vae, "vae")
         if self.autoencoder is not None:
             self.autoencoder.eval().requires_grad_(False)
         self._check_settings()
@@ -241,15 +252,24 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
             prompt = PromptEmbeddings.nothing(self.denoiser, sample) if prompt is None else prompt.to(sample)
         return self.kind.call(self.denoiser, torch.cat([sample, projected], 1), time.to(sample), prompt)
 
+    def gradient_checkpointing_enable(self, **options):
+        """As `Trainer` asks for it of models of transformers: activations of the base are computed twice, not kept."""
+        self.enable_gradient_checkpointing()
+
     # Where decoders come from -----------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> NextFlowDiffusionDecoder:
-        """As in diffusers. Raises `ValueError` naming tensors that are missing, or that are not finite."""
+        """As in diffusers. Raises `ValueError` naming tensors that are missing, or that are no finite floats."""
         with_info = kwargs.pop("output_loading_info", False)
+        check_named(pretrained_model_name_or_path)
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         with loading_errors(pretrained_model_name_or_path):
+            check_settings(folder)
+            check_index(folder)
             model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         check_complete(info["missing_keys"])
+        check_floats(map(str, folder.glob("*.safetensors")), info["unexpected_keys"])
         check_weights(model)
         return (model, info) if with_info else model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
@@ -9,14 +10,21 @@ import diffusers
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel
 
 from ..modeling_nextflow_vq import NextFlowVQModel
-from ..utils.checkpoint_checks import loading_errors
+from ..utils.atomic_files import check_named
+from ..utils.checkpoint_checks import check_weights, loading_errors
+from ..utils.known_names import check_names
+from ..utils.short_repr import short_repr
+from ..utils.typed_values import check_types
 from .bases import base_of
 from .condition import condition_channels, condition_fingerprint
+from .config_checks import MOST_CHANNELS, MOST_LAYERS
 from .modeling_diffusion_decoder import NextFlowDiffusionDecoder
+from .schedulers import scheduler_class
 
 
 # Where pipelines of diffusers keep their denoiser.
 DENOISERS = ("transformer", "unet")
+NORM_GROUPS = 8
 
 
 def of_tokenizer(vq_model: NextFlowVQModel) -> dict[str, Any]:
@@ -42,7 +50,18 @@ def small_decoder(
         layers: residual blocks of a level.
         pixel_cell: side of the squares of pixels that are one cell of it.
         settings: other arguments of [`NextFlowDiffusionDecoder`].
+
+    Raises:
+        ValueError: for channels that are no multiples of 8, and what `NextFlowDiffusionDecoder` refuses.
     """
+    given = {"channels": channels, "layers": layers, "pixel_cell": pixel_cell}
+    check_types(given, {"channels": tuple[int, ...], "layers": int, "pixel_cell": int}, "small_decoder")
+    known = set(inspect.signature(NextFlowDiffusionDecoder).parameters) - {"base", "base_model", "vae", "vae_model"}
+    check_names(settings, sorted(known), "small_decoder")
+    if not channels or min(channels) < 1 or any(width % NORM_GROUPS for width in channels):
+        raise ValueError(f"channels are multiples of {NORM_GROUPS}, one for each level, got {short_repr(channels)}.")
+    if not (1 <= pixel_cell <= MOST_CHANNELS and 1 <= layers <= MOST_LAYERS):
+        raise ValueError(f"pixel_cell and layers start at 1, got {short_repr(pixel_cell)} and {short_repr(layers)}.")
     own = 3 * pixel_cell**2
     base = UNet2DModel(
         in_channels=own,
@@ -51,7 +70,7 @@ def small_decoder(
         layers_per_block=layers,
         down_block_types=("DownBlock2D",) * len(channels),
         up_block_types=("UpBlock2D",) * len(channels),
-        norm_num_groups=8,
+        norm_num_groups=NORM_GROUPS,
         add_attention=False,
     )
     settings = {"predicts": "image"} | of_tokenizer(vq_model) | settings
@@ -62,21 +81,30 @@ def decoder_on_base(vq_model: NextFlowVQModel, base: str | os.PathLike, **settin
     """A decoder on the denoiser of a text-to-image pipeline, with its weights, VAE and scheduler.
 
     Args:
-        base: a folder or repository of diffusers with a `transformer` or a `unet`, and a `vae` if it has latents.
+        base: a folder or repository of diffusers with a `scheduler`, a `transformer` or a `unet`, and a `vae` if it has
+            latents.
         settings: other arguments of [`NextFlowDiffusionDecoder`], such as `lora_rank`.
 
     Raises:
-        ValueError: for a pipeline without a denoiser whose visual branch is known.
+        ValueError: for a pipeline without a denoiser whose visual branch is known, and for weights that are not finite.
     """
+    check_named(base)
     with loading_errors(base):
         parts = DiffusionPipeline.load_config(base)
-        name = next((name for name in DENOISERS if name in parts), None)
-        if name is None:
-            raise ValueError(f"{base} has no denoiser; it needs one of {', '.join(DENOISERS)}.")
-        base_of({"_class_name": parts[name][1]})  # raises before weights are loaded
-        denoiser = getattr(diffusers, parts[name][1]).from_pretrained(base, subfolder=name)
-        vae = AutoencoderKL.from_pretrained(base, subfolder="vae") if "vae" in parts else None
-        scheduler = getattr(diffusers, parts["scheduler"][1]).from_pretrained(base, subfolder="scheduler")
+        classes = {name: part[1] for name, part in parts.items() if isinstance(part, list) and len(part) == 2}
+        name = next((name for name in DENOISERS if classes.get(name)), None)
+        if name is None or not classes.get("scheduler"):
+            raise ValueError(
+                f"{base} has no denoiser, or no scheduler; its model_index.json names one of {', '.join(DENOISERS)}, "
+                "and a scheduler, each with its class."
+            )
+        base_of({"_class_name": classes[name]})  # raises before weights are loaded
+        denoiser = getattr(diffusers, classes[name]).from_pretrained(base, subfolder=name)
+        vae = AutoencoderKL.from_pretrained(base, subfolder="vae") if classes.get("vae") else None
+        scheduler = scheduler_class(classes["scheduler"]).from_pretrained(base, subfolder="scheduler")
+        for part in (denoiser, vae):
+            if part is not None:
+                check_weights(part)
     is_flow = type(scheduler).__name__.startswith("FlowMatch")
     settings = {"predicts": "velocity" if is_flow else "noise"} | of_tokenizer(vq_model) | settings
     decoder = NextFlowDiffusionDecoder(

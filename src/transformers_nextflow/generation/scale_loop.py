@@ -8,12 +8,22 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
+from ..utils.known_names import check_function
+from ..utils.typed_values import check_types
 from .cached_sequences import CachedSequences
 from .guidance import guide_over_contexts
 from .image_codes import ImageCodes, ScaleState
+from .sampling import ImageSampling
 
 
 ScaleCallback = Callable[[nn.Module, int, ScaleState], bool | None]
+
+
+def check_drawing(sampling: ImageSampling | None, callback: ScaleCallback | None):
+    """Raises `ValueError` for what are no settings, and for what cannot be called after each scale."""
+    check_types({"sampling": sampling}, {"sampling": ImageSampling | None}, "generate_images")
+    if callback is not None:
+        check_function(callback, 3, "callback")
 
 
 class PlainScales:

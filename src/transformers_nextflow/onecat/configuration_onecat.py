@@ -7,10 +7,18 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, Qwen2Config
 
-from ..configuration_nextflow import NORM_GROUPS, check_backbone, config_from, value_errors
+from ..configuration_nextflow import (
+    MOST_CHANNELS,
+    MOST_LAYERS,
+    NORM_GROUPS,
+    check_backbone,
+    config_from,
+    value_errors,
+)
+from ..generation.sampling import ImageSampling
 from ..utils.atomic_files import saved_whole
 from ..utils.finite_numbers import check_finite
-from .schedules import MOST_SCALES, OneCatSchedules, schedules_of_levels
+from .schedules import MOST_SCALES, OneCatSchedules, checked_levels, schedules_of_levels
 
 
 FREQUENCIES = ("float32", "bfloat16")
@@ -47,14 +55,16 @@ class BitwiseVQConfig(PreTrainedConfig):
         # One sign bit and the -1 of padding stay free.
         if not 1 <= self.code_bits <= 62:
             raise ValueError(f"code_bits must be from 1 to 62, got {self.code_bits}.")
-        if self.num_res_blocks < 1:
-            raise ValueError(f"num_res_blocks must be at least 1, got {self.num_res_blocks}.")
+        if not 1 <= self.num_res_blocks <= MOST_LAYERS:
+            raise ValueError(f"num_res_blocks must be from 1 to {MOST_LAYERS}, got {self.num_res_blocks}.")
         for multiplier in self.channel_multipliers:
-            if (width := self.channels * multiplier) < 1 or width % NORM_GROUPS:
+            if not 1 <= (width := self.channels * multiplier) <= MOST_CHANNELS or width % NORM_GROUPS:
                 raise ValueError(
                     f"channels {self.channels} times {multiplier} of channel_multipliers gives {width}, which is no "
-                    f"multiple of the {NORM_GROUPS} groups of the norms."
+                    f"multiple of the {NORM_GROUPS} groups of the norms, up to {MOST_CHANNELS}."
                 )
+        if self.initializer_range < 0:
+            raise ValueError(f"initializer_range must be at least 0, got {self.initializer_range}.")
         self.scale_schedules  # raises for levels that are none
 
     @property
@@ -68,11 +78,7 @@ class BitwiseVQConfig(PreTrainedConfig):
 
     @property
     def scale_schedules(self) -> OneCatSchedules:
-        try:
-            levels = tuple((int(resolution), int(count)) for resolution, count in self.levels)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"levels are [resolution, number of scales], got {self.levels!r}.") from error
-        return schedules_of_levels(self.patch_size, levels)
+        return schedules_of_levels(self.patch_size, checked_levels(self.levels))
 
 
 @value_errors
@@ -151,8 +157,17 @@ class OneCatConfig(PreTrainedConfig):
                 "not."
             )
         for name in ("adapter_rank", "reader_hidden_size", "reader_patch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            if not 1 <= getattr(self, name) <= MOST_CHANNELS:
+                raise ValueError(f"{name} must be from 1 to {MOST_CHANNELS}, got {getattr(self, name)}.")
+        if self.initializer_range < 0:
+            raise ValueError(f"initializer_range must be at least 0, got {self.initializer_range}.")
+        if self.image_token_id == self.reference_token_id:
+            raise ValueError(f"image_token_id and reference_token_id are two tokens, got {self.image_token_id} twice.")
+        for name in ("image_sampling", "editing_sampling"):
+            try:
+                ImageSampling.from_dict(getattr(self, name))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
         if self.num_scale_embeddings < MOST_SCALES:
             raise ValueError(f"num_scale_embeddings must be at least {MOST_SCALES}, got {self.num_scale_embeddings}.")
         if self.reader_image_size < self.reader_patch_size or self.reader_image_size % self.reader_patch_size:

@@ -13,11 +13,12 @@ from ..generation.cached_sequences import CachedSequences
 from ..generation.image_codes import ImageCodes, ImageGenerationOutput
 from ..generation.prompts import Prompts, join_prompts
 from ..generation.sampling import Generators, ImageSampling, sampled_probabilities
-from ..generation.scale_loop import PlainScales, ScaleCallback, draw_scales
+from ..generation.scale_loop import PlainScales, ScaleCallback, check_drawing, draw_scales
 from ..scale_schedule import ScaleSchedule
 from ..sequence.layout import check_num_positions
 from ..sequence.padding import check_left_padded
 from ..utils.evaluation_mode import in_evaluation_mode
+from ..utils.short_repr import short_repr
 from .backbone import TokenKinds
 from .schedules import cell_positions
 
@@ -174,6 +175,7 @@ class OneCatDrawingMixin:
         """
         if given := sorted(name for name, value in unknown.items() if value is not None):
             raise ValueError(f"OneCAT does not take {', '.join(given)} where it draws.")
+        check_drawing(sampling, callback)
         is_edit = pixel_values is not None
         sampling = self._sampling(sampling, is_edit)
         schedules = self._schedules(image_sizes, len(input_ids))
@@ -220,6 +222,8 @@ class OneCatDrawingMixin:
     def _schedules(self, image_sizes: Sequence[tuple[int, int]], count: int) -> list[ScaleSchedule]:
         if count < 1:
             raise ValueError("There is no prompt: input_ids have no rows.")
+        if not isinstance(image_sizes, Sequence):
+            raise ValueError(f"image_sizes are pairs of height and width in pixels, got {short_repr(image_sizes)}.")
         if len(image_sizes) != count:
             raise ValueError(f"{count} prompts came with {len(image_sizes)} image_sizes; give one for each.")
         return [self.config.vq_config.scale_schedules.for_size(height, width) for height, width in image_sizes]

@@ -11,7 +11,8 @@ from transformers.processing_utils import Unpack
 
 from ..image_processing_nextflow import NextFlowImageProcessor, NextFlowImageProcessorKwargs
 from ..utils.atomic_files import saved_whole
-from .schedules import TABLES, OneCatSchedules, schedules_of_levels
+from ..utils.short_repr import short_repr
+from .schedules import TABLES, OneCatSchedules, checked_levels, schedules_of_levels
 
 
 SIDES = tuple(grid[0] for grid in TABLES[1.0])
@@ -45,13 +46,13 @@ class OneCatImageProcessor(NextFlowImageProcessor):
         levels: Sequence[Sequence[int]] = ((512, 10), (1024, 13)),
         **kwargs: Unpack[NextFlowImageProcessorKwargs],
     ):
-        if tuple(scales) != SIDES:
-            raise ValueError(f"OneCAT's square grids have the sides {list(SIDES)}, got {list(scales)}.")
+        if not isinstance(scales, Sequence) or tuple(scales) != SIDES:
+            raise ValueError(f"OneCAT's square grids have the sides {list(SIDES)}, got {short_repr(scales)}.")
         super().__init__(scales, patch_size, levels, **kwargs)
 
     @property
     def scale_schedules(self) -> OneCatSchedules:
-        return schedules_of_levels(self.patch_size, tuple(tuple(level) for level in self.levels))
+        return schedules_of_levels(self.patch_size, checked_levels(self.levels))
 
     def read(self, images, sizes: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
         """Images as the model reads them.

@@ -10,6 +10,8 @@ from functools import cached_property, lru_cache
 import torch
 
 from ..scale_schedule import Grid, ScaleSchedule
+from ..utils.short_repr import short_repr
+from ..utils.typed_values import is_of_type
 
 
 # Grids of the ratios height / width of 1 and more, each of 13 scales; a ratio below 1 has its inverse's, swapped.
@@ -125,6 +127,13 @@ class OneCatSchedules:
 def schedules_of_levels(patch_size: int, levels: Sequence[tuple[int, int]]) -> OneCatSchedules:
     """[`OneCatSchedules`], kept: every image asks for its schedule."""
     return OneCatSchedules(patch_size, levels)
+
+
+def checked_levels(levels: object) -> tuple[tuple[int, int], ...]:
+    """Levels as tuples. Raises `ValueError` for anything but pairs of whole numbers."""
+    if not is_of_type(levels, list[list[int]]) or not all(len(level) == 2 for level in levels):
+        raise ValueError(f"levels are [resolution, number of scales], got {short_repr(levels)}.")
+    return tuple((resolution, count) for resolution, count in levels)
 
 
 @lru_cache

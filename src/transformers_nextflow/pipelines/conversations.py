@@ -7,22 +7,23 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from PIL import Image
+from transformers import GenerationConfig
 
-from ..diffusion_decoder.decoding import DiffusionSettings
+from ..diffusion_decoder.settings import DiffusionSettings
 from ..generation.guidance import PerScale
 from ..generation.image_codes import ImageCodes, ScaleState
 from ..generation.interleaved import InterleavedStreamer
 from ..generation.likelihood import score_answers, score_images
 from ..generation.prompts import Prompts
 from ..generation.sampling import ImageSampling
-from ..generation_nextflow import InterleavedGenerationOutput
+from ..generation_nextflow import TEXT_TYPES, InterleavedGenerationOutput
 from ..processing_nextflow import check_prompts
 from ..sequence.chat_encoding import encode_text
 from ..sequence.messages import check_conversation
 from ..utils.evaluation_mode import evaluation_mode
 from ..utils.known_names import check_names, checks_names
 from ..utils.short_repr import short_repr
-from ..utils.typed_values import is_of_type
+from ..utils.typed_values import check_types, is_of_type
 from .decoding import of_decoder, of_rows, of_size
 from .requests import ImageInput, ImageRequest, pixels_of_size, requested_schedule
 from .showing import video_as_html
@@ -110,6 +111,9 @@ class ConversationMixin:
         """
         self._check_interleaves("video")
         check_names(sampling, [*VIDEO_NAMES, *SAMPLING_NAMES], "NextFlowPipeline.video")
+        check_types({"max_transition_tokens": max_transition_tokens}, {"max_transition_tokens": int}, "video")
+        if max_transition_tokens < 0:
+            raise ValueError(f"max_transition_tokens must be at least 0, got {max_transition_tokens}.")
         scripts = _scripts(prompt, num_frames)
         is_scripted = not isinstance(prompt, str) and isinstance(prompt[0], list | tuple)
         prompts = [script[0] for script in scripts]
@@ -297,6 +301,7 @@ class ConversationMixin:
     def _written(self, inputs: dict, max_new_tokens: int | None, options: dict) -> list[dict]:
         """The assistant's messages of a model that answers with text."""
         options = options if max_new_tokens is None else options | {"max_new_tokens": max_new_tokens}
+        _check_written(options, inputs)
         written = self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
         texts = [self.processor.decode(ids, skip_special_tokens=True).strip() for ids in written]
         return [{"role": "assistant", "content": [{"type": "text", "text": text}]} for text in texts]
@@ -359,9 +364,24 @@ class ConversationMixin:
             )
 
 
+def _check_written(options: dict, inputs: dict):
+    """Raises `ValueError` for settings of transformers' `generate` that are of another type or out of range, and for
+    those with which a chat would not be answered by one text.
+    """
+    known = TEXT_TYPES | {"max_new_tokens": int, "num_beams": int, "generation_config": GenerationConfig | None}
+    check_types(options, known, "chat")
+    for name in ("max_new_tokens", "num_beams"):
+        if options.get(name, 1) < 1:
+            raise ValueError(f"{name} must be at least 1, got {options[name]}.")
+    ImageSampling(**{name: options[name] for name in ("temperature", "top_p") if options.get(name) is not None})
+    given = options.keys() & (inputs.keys() | {"return_dict_in_generate"})
+    if odd := sorted(name for name in given if options[name] is not False):
+        raise ValueError(f"chat answers each conversation with one message; leave out {', '.join(odd)}.")
+
+
 def _scripts(prompt, num_frames: int | None) -> list[list[str]]:
     """Of each video its prompt, and the texts between its frames where they are given."""
-    if num_frames is not None and (not isinstance(num_frames, int) or num_frames > MOST_FRAMES):
+    if num_frames is not None and (not is_of_type(num_frames, int) or num_frames > MOST_FRAMES):
         raise ValueError(
             f"num_frames must be a whole number from 2 to {MOST_FRAMES}, since every frame is drawn after all earlier "
             f"ones; got {short_repr(num_frames)}."

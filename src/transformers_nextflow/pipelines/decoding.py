@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from ..diffusion_decoder.condition import condition_fingerprint
-from ..diffusion_decoder.decoding import DiffusionSettings, decode_codes
+from ..diffusion_decoder.decoding import decode_codes
 from ..diffusion_decoder.modeling_diffusion_decoder import NextFlowDiffusionDecoder
+from ..diffusion_decoder.settings import DiffusionSettings
 from ..generation.sampling import Generators
 from ..modeling_nextflow_vq import NextFlowVQModel
 from ..scale_schedule import ScaleSchedule

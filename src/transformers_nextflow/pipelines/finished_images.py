@@ -43,13 +43,35 @@ class FinishedImagesMixin:
 
     def _checked(self, pixels: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[bool] | None]:
         """Images (3, H, W) in [-1, 1] as they may be seen, and which were found unsafe; `None` if nothing looked."""
+        self.check_hooks()
         pixels, flags = list(pixels), None
         if self.safety_checker is not None:
             pairs = [self._ask_checker(image) for image in pixels]
             pixels, flags = [image for image, _ in pairs], [flag for _, flag in pairs]
         if self.watermark is not None:
-            pixels = [self.watermark.apply_watermark(image[None])[0] for image in pixels]
+            pixels = [self._watermarked(image) for image in pixels]
         return pixels, flags
+
+    def check_hooks(self):
+        """Raises `ValueError` for hooks that are none."""
+        for name in ("safety_checker", "feature_extractor"):
+            if (hook := getattr(self, name)) is not None and not callable(hook):
+                raise ValueError(f"{name} must be a function, as of diffusers, or None, got {short_repr(hook)}.")
+        if self.watermark is not None and not callable(getattr(self.watermark, "apply_watermark", None)):
+            raise ValueError(
+                f"watermark must be an object with apply_watermark, or None, got {short_repr(self.watermark)}."
+            )
+        if not isinstance(self.adds_provenance, bool):
+            raise ValueError(f"adds_provenance must be True or False, got {short_repr(self.adds_provenance)}.")
+
+    def _watermarked(self, image: torch.Tensor) -> torch.Tensor:
+        marked = self.watermark.apply_watermark(image[None])
+        if not torch.is_tensor(marked) or marked.shape != image[None].shape or not bool(marked.isfinite().all()):
+            raise ValueError(
+                f"watermark gives a finite tensor of the shape that it takes, {tuple(image[None].shape)}, got "
+                f"{short_repr(marked)}."
+            )
+        return marked[0].to(image)
 
     def _ask_checker(self, image: torch.Tensor) -> tuple[torch.Tensor, bool]:
         values = self.processor.post_process_images([image], "np")[0][None]
@@ -57,12 +79,23 @@ class FinishedImagesMixin:
         if self.feature_extractor is not None:
             shown = [Image.fromarray((values[0] * 255).round().astype("uint8"))]
             clip_input = self.feature_extractor(shown, return_tensors="pt").pixel_values.to(image.device)
-        returned, flags = self.safety_checker(images=values, clip_input=clip_input)
-        if len(flags) != 1 or np.shape(returned) != values.shape:
-            raise ValueError(f"safety_checker gives images and flags as many as it takes, got {short_repr(flags)}.")
-        kept = returned[0] if torch.is_tensor(returned) else torch.from_numpy(np.asarray(returned[0]))
-        same = returned is values and not bool(flags[0])
-        return image if same else (kept.to(image).permute(2, 0, 1) * 2 - 1), bool(flags[0])
+        answer = self.safety_checker(images=values, clip_input=clip_input)
+        try:
+            returned, flags = answer
+            kept = returned[0] if torch.is_tensor(returned) else torch.from_numpy(np.array(returned[0]))
+            is_unsafe, *others = (is_flag(flag) for flag in flags)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "safety_checker gives images and flags as many as it takes, a flag being True where one is unsafe; got "
+                f"{short_repr(answer)}."
+            ) from error
+        if others or kept.shape != values.shape[1:] or not (bool(kept.min() >= 0) and bool(kept.max() <= 1)):
+            raise ValueError(
+                f"safety_checker gives images and flags as many as it takes, images as floats in [0, 1] of the shape "
+                f"{values.shape}, got {short_repr(answer)}."
+            )
+        same = returned is values and not is_unsafe
+        return image if same else (kept.to(image).permute(2, 0, 1) * 2 - 1), is_unsafe
 
     def _with_provenance(
         self, images: Sequence[Image.Image], rows: Sequence[int], generator: Generators, sampling: ImageSampling, **more
@@ -82,3 +115,10 @@ class FinishedImagesMixin:
             record = {"checkpoint": checkpoint, "seed": None if own is None else own.initial_seed()} | place
             result.append(GeneratedImage.of(image, record | {"settings": settings}))
         return result
+
+
+def is_flag(flag) -> bool:
+    """The truth value that a flag holds. Raises `TypeError` for anything else."""
+    if not isinstance(flag, bool | np.bool_) and not (torch.is_tensor(flag) and flag.dtype == torch.bool):
+        raise TypeError("a flag is True or False")
+    return bool(flag)

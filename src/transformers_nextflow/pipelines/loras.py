@@ -9,8 +9,9 @@ from torch import nn
 from ..utils.atomic_files import write_into
 from ..utils.checkpoint_checks import loading_errors
 from ..utils.finite_numbers import check_finite
-from ..utils.known_names import check_names
+from ..utils.known_names import check_names, checks_names
 from ..utils.saved_adapters import HUB_OPTIONS, add_saved_adapter, save_adapter, without_adapters
+from ..utils.short_repr import short_repr
 from ..utils.typed_values import check_types
 
 
@@ -45,6 +46,7 @@ class LoraMixin:
         self.unwrapped_model.eval().requires_grad_(False)
         self._compile_again()
 
+    @checks_names
     def save_lora_weights(self, save_directory, adapter_name: str | None = None):
         """Write an adapter in PEFT's format, from which `load_lora_weights` takes it.
 
@@ -53,7 +55,7 @@ class LoraMixin:
         """
         names = self.get_list_adapters()["model"]
         if adapter_name is None and len(names) != 1:
-            raise ValueError(f"The model has the adapters {names}; name the one that is saved.")
+            raise ValueError(f"The model has {names or 'no adapters'}; name the one that is saved.")
         self._check_adapters([adapter_name or names[0]])
         with write_into(save_directory) as folder:
             save_adapter(self.unwrapped_model, adapter_name or names[0], folder)
@@ -63,14 +65,18 @@ class LoraMixin:
 
         Args:
             adapter_weights: one for all or one for each; 1 (the default) is as it was trained, 0 is without it.
+
+        Raises:
+            ValueError: for a name that is there twice, and while adapters are fused.
         """
         _check(adapter_names=adapter_names, adapter_weights=adapter_weights)
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = _as_list(adapter_names)
         weights = 1.0 if adapter_weights is None else adapter_weights
         weights = list(weights) if isinstance(weights, Sequence) else [weights] * len(names)
         if len(weights) != len(names):
             raise ValueError(f"{len(names)} adapters came with {len(weights)} weights; give one for each.")
         self._check_adapters(names)
+        self._check_not_fused("set_adapters")
         for layer in self._adapted_layers():
             layer.set_adapter(names)
             for name, weight in zip(names, weights):
@@ -86,10 +92,15 @@ class LoraMixin:
             lora_scale: how much of them, 1 is as they are set.
             adapter_names: default: the active ones.
             safe_fusing: refuse weights that would not be finite.
+
+        Raises:
+            ValueError: where adapters are fused already.
         """
-        _check(lora_scale=lora_scale)
-        names = self.get_active_adapters() if adapter_names is None else list(adapter_names)
+        given = {} if adapter_names is None else {"adapter_names": adapter_names}
+        _check(lora_scale=lora_scale, safe_fusing=safe_fusing, **given)
+        names = self.get_active_adapters() if adapter_names is None else _as_list(adapter_names)
         self._check_adapters(names)
+        self._check_not_fused("fuse_lora")
         for layer in self._adapted_layers():
             if hasattr(layer, "scale_layer"):
                 layer.scaling_before_fusing = dict(layer.scaling)
@@ -113,7 +124,7 @@ class LoraMixin:
     def delete_adapters(self, adapter_names: str | Sequence[str]):
         """Take some adapters away."""
         _check(adapter_names=adapter_names)
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = _as_list(adapter_names)
         self._check_adapters(names)
         if set(names) == set(self.get_list_adapters()["model"]):
             self.unload_lora_weights()
@@ -148,6 +159,13 @@ class LoraMixin:
         known = self.get_list_adapters()["model"]
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"There is no adapter {unknown[0]!r}; the model has {known or 'none'}.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"An adapter is named once, got {short_repr(list(names))}.")
+
+    def _check_not_fused(self, what: str):
+        """Raises `ValueError` while adapters are fused: with another strength they could not be taken out again."""
+        if any(getattr(layer, "merged", False) for layer in self._adapted_layers()):
+            raise ValueError(f"Adapters are fused into the weights; call unfuse_lora before {what}.")
 
     def _adapted_layers(self) -> Iterator[nn.Module]:
         if self.get_list_adapters()["model"]:
@@ -167,9 +185,14 @@ def _check(**given):
         "adapter_names": str | Sequence[str],
         "adapter_weights": float | Sequence[float] | None,
         "lora_scale": float,
+        "safe_fusing": bool,
     }
     check_types(given, hints, "adapters")
     check_finite(given)
+
+
+def _as_list(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _has(layer: nn.Module, name: str) -> bool:

@@ -15,6 +15,7 @@ from PIL import Image
 from ..processing_nextflow import NextFlowProcessor, check_prompts
 from ..scale_schedule import ScaleSchedule
 from ..utils.short_repr import short_repr
+from ..utils.typed_values import is_of_type
 
 
 ImageInput = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike | bytes | BinaryIO
@@ -82,8 +83,10 @@ class ImageRequest:
             regions = _regions(processor, mask_image, last_images, prompt)
         if num_kept_scales is not None:
             least = min(schedule.num_scales for schedule in schedules)
-            if type(num_kept_scales) is not int or not 0 < num_kept_scales <= least:
-                raise ValueError(f"num_kept_scales must be from 1 to the {least} scales, got {num_kept_scales}.")
+            if not is_of_type(num_kept_scales, int) or not 0 < num_kept_scales <= least:
+                raise ValueError(
+                    f"num_kept_scales must be from 1 to the {least} scales, got {short_repr(num_kept_scales)}."
+                )
             # What is kept stands in the image that is drawn; the prompt is one for the image as a whole.
             images = None
         return cls(prompts, list(negative_prompt), schedules, images, pixels, regions, num_kept_scales)

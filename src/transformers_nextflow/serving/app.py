@@ -70,7 +70,7 @@ def create_app(worker: Worker, on_answer: OnAnswer = lambda path, status: None) 
         fields = dict(given)
         if len(fields) < len(given):
             raise ValueError(f"{_repeated([name for name, _ in given])} is given twice.")
-        body = _checked(EditBody, fields, settings.name)
+        body = _checked(EditBody, fields, settings.name, is_json=False)
         images, mask = await run_in_threadpool(_uploads, files)
         job = ImageJob(
             prompt=body.prompt, negative_prompt=body.negative_prompt, seeds=body.seeds, options=body.options,
@@ -255,8 +255,9 @@ async def _json(request: Request) -> dict:
     return body
 
 
-def _checked(kind: type[B], fields: dict[str, Any], name: str) -> B:
-    body = kind(**fields)
+def _checked(kind: type[B], fields: dict[str, Any], name: str, is_json: bool = True) -> B:
+    # Of JSON, whose values have types; those of a form are texts.
+    body = kind.model_validate(fields, strict=is_json)
     if body.model not in (None, name):
         raise HTTPException(404, f"There is no model {body.model[:100]!r} here; the one that is served is {name!r}.")
     return body
@@ -283,6 +284,8 @@ def _error_of(error: Exception) -> tuple[int, dict]:
     else:
         status, message = 500, "The server failed at this request; its log says why."
     kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    # A client may send halves of surrogate pairs, which no answer can hold.
+    message, param = (text and text.encode("utf-8", "backslashreplace").decode() for text in (message, param))
     return status, {"error": {"message": message, "type": kind, "param": param, "code": None}}
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ..utils.addresses import check_can_listen
 from ..utils.interrupts import end_on_termination
 from .settings import ServingSettings
 
@@ -52,11 +54,19 @@ def running(
         metrics_port: of Prometheus' metrics at `/metrics`; default: one that Ray chooses.
 
     Raises:
-        ValueError: for counts out of range.
+        ValueError: for counts out of range, an address where nothing can listen, and for more than this machine has.
     """
     most = replicas if max_replicas is None else max_replicas
     if replicas < 1 or most < replicas:
         raise ValueError(f"There is at least 1 replica, and at most max_replicas, got {replicas} and {most}.")
+    if metrics_port is not None and not 1 <= metrics_port <= 65535:
+        raise ValueError(f"metrics_port must be from 1 to 65535, got {metrics_port}.")
+    for name, value in (("cpus", cpus), ("gpus", gpus)):
+        if value is not None and not (0 <= value < math.inf and (value <= 1 or value == int(value))):
+            raise ValueError(f"{name} of a replica must be a share from 0 to 1, or a whole number, got {value}.")
+    is_own = not os.environ.get("RAY_ADDRESS")
+    if is_own:  # else the addresses are those of another machine
+        check_can_listen(host, port)
     gpus = float(_wants_gpu(settings)) if gpus is None else gpus
     cpus = 1.0 if gpus else max(1.0, (os.cpu_count() or 1) // most) if cpus is None else cpus
     try:
@@ -64,6 +74,8 @@ def running(
             ray.init(
                 _metrics_export_port=metrics_port, include_dashboard=False, log_to_driver=bool(os.environ.get("DEBUG"))
             )
+        if is_own:  # a cluster may grow
+            _check_resources(replicas, cpus, gpus)
         end_on_termination()  # in order, on SIGTERM too, which Ray has taken
         serve.start(http_options={"host": host, "port": port, "request_timeout_s": 2 * settings.timeout or None})
         serve.run(deployment(settings, replicas, most, cpus, gpus), name=APPLICATION, route_prefix="/")
@@ -71,6 +83,17 @@ def running(
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _check_resources(replicas: int, cpus: float, gpus: float):
+    """Raises `ValueError` for more than Ray has, for which replicas would wait."""
+    has = ray.cluster_resources()
+    for name, wanted in (("CPU", replicas * cpus), ("GPU", replicas * gpus)):
+        if wanted > has.get(name, 0):
+            raise ValueError(
+                f"{replicas} replicas want {wanted:g} {name}s, and this machine has {has.get(name, 0):g}; give fewer "
+                f"replicas, or a smaller share as --{name.lower()}s 0.5."
+            )
 
 
 def deployment(settings: ServingSettings, replicas: int, max_replicas: int, cpus: float, gpus: float) -> Any:

@@ -10,7 +10,7 @@ import secrets
 from typing import Annotated, Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..tokenization_nextflow import text_fault
 from ..utils.image_files import read_image
@@ -27,7 +27,8 @@ MOST_DRAWN, MOST_IMAGES = 1024, 16
 MOST_PIXELS = 2**26
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
-StopText = Annotated[str, Field(min_length=1, max_length=100)]
+# Of texts at which an answer ends.
+MOST_STOPS, LONGEST_STOP = 16, 100
 Guidance = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
 
@@ -74,6 +75,12 @@ class ImageBody(Body):
             raise ValueError(fault)
         return text
 
+    @model_validator(mode="after")
+    def _is_followed(self) -> ImageBody:
+        if self.output_compression is not None and self.output_format == "png":
+            raise ValueError("output_compression is of jpeg and webp; png loses nothing.")
+        return self
+
     @property
     def options(self) -> dict[str, Any]:
         """Arguments of the pipeline's call."""
@@ -103,7 +110,7 @@ class ChatBody(Body):
     """Body of `/v1/chat/completions`."""
 
     messages: Annotated[list[dict], Field(min_length=1)]
-    modalities: list[Literal["text", "image"]] = ["text", "image"]
+    modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1)] = ["text", "image"]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_images: Annotated[int, Field(ge=0, le=MOST_IMAGES)] = 1
@@ -111,9 +118,21 @@ class ChatBody(Body):
     partial_images: Annotated[int, Field(ge=0, le=16)] = 0
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(min_length=1, max_length=16)] | None = None
+    stop: str | list[str] | None = None
     n: Literal[1] = 1
     stream_options: dict | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _are_stops(cls, stop: Any) -> Any:
+        stops = [stop] if isinstance(stop, str) else stop
+        if stop is not None and not (
+            isinstance(stops, list)
+            and 1 <= len(stops) <= MOST_STOPS
+            and all(isinstance(one, str) and 1 <= len(one) <= LONGEST_STOP and not text_fault(one) for one in stops)
+        ):
+            raise ValueError(f"a text, or 1 to {MOST_STOPS} texts, of 1 to {LONGEST_STOP} characters each")
+        return stop
 
     @property
     def options(self) -> dict[str, Any]:
@@ -211,13 +230,24 @@ def _message(message: dict, place: str, uploads: UploadedImages) -> dict:
     return {"role": role, "content": read}
 
 
+def _check_keys(part: dict, known: tuple[str, ...], place: str):
+    """Raises `ValueError` for what would be passed over."""
+    if unknown := sorted(part.keys() - set(known)):
+        raise ValueError(f"{place}.{unknown[0][:40]} is not known; there are {', '.join(known)}.")
+
+
 def _part(part: Any, place: str, uploads: UploadedImages) -> dict:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
+        _check_keys(part, ("type", "text"), place)
         return {"type": "text", "text": uploads.count(part.get("text"))}
     if kind != "image_url":
         raise ValueError(f"{place}.type must be text or image_url, got {str(kind)[:40]!r}.")
+    # The answers of this server say of their previews which they are.
+    _check_keys(part, ("type", "image_url", "partial_image_index"), place)
     holder = part.get("image_url")
+    if isinstance(holder, dict):
+        _check_keys(holder, ("url", "detail"), f"{place}.image_url")  # there is one level of detail
     url = holder.get("url") if isinstance(holder, dict) else None
     # Neither the server's disk nor its network is read for a client.
     if not isinstance(url, str) or not url.startswith("data:"):

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+
+from ..tokenization_nextflow import text_fault
+from ..utils.short_repr import short_repr
+from ..utils.typed_values import check_types, hints_of
+
+
+# Of a name.
+MOST_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -40,9 +48,17 @@ class ServingSettings:
             value = getattr(self, field)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{field} must be a whole number from 1, got {value!r}.")
-        for field in ("batch_wait", "timeout"):
-            if not (math.isfinite(value := getattr(self, field)) and value >= 0):
-                raise ValueError(f"{field} must be a number of seconds from 0, got {value!r}.")
+        check_types({f.name: getattr(self, f.name) for f in fields(self)}, hints_of(ServingSettings), "ServingSettings")
+        if not 0 < self.timeout < math.inf:
+            raise ValueError(f"timeout must be a number of seconds above 0, got {self.timeout!r}.")
+        if not 0 <= self.batch_wait <= self.timeout:
+            raise ValueError(f"batch_wait must be a number of seconds from 0 to timeout, got {self.batch_wait!r}.")
+        if not self.model:
+            raise ValueError("No model is named; name a folder, or a repository of the Hub.")
+        if len(self.name) > MOST_CHARACTERS or not (self.name.isprintable() and text_fault(self.name) is None):
+            raise ValueError(
+                f"name must be of up to {MOST_CHARACTERS} characters that can be printed, got {short_repr(self.name)}."
+            )
         if not self.name:
             # Frozen, and the name follows from the folder.
             object.__setattr__(self, "name", Path(self.model).resolve().name)

@@ -11,7 +11,7 @@ from ..generation.cached_sequences import CachedSequences
 from ..generation.image_codes import ImageCodes, ImageGenerationOutput
 from ..generation.prompts import Prompts, join_prompts
 from ..generation.sampling import Generators, ImageSampling
-from ..generation.scale_loop import ScaleCallback, draw_scales
+from ..generation.scale_loop import ScaleCallback, check_drawing, draw_scales
 from ..sequence.layout import check_num_positions
 from ..utils.evaluation_mode import in_evaluation_mode
 
@@ -134,6 +134,7 @@ class TokenFlowT2IDrawingMixin:
         given = sorted(name for name, value in unknown.items() if value is not None)
         if given:
             raise ValueError(f"TokenFlow-t2i draws from text alone and does not take {', '.join(given)}.")
+        check_drawing(sampling, callback)
         sampling = sampling or self.default_image_sampling
         schedules = [self.config.schedule] * len(input_ids)
         contexts = sampling.contexts([self.config.schedule.num_scales])

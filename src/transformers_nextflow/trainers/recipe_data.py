@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ..data.row_codes import GRIDS, read_grids, schedule_of
 from ..data.row_errors import BadImageError, BadRowError
-from ..data.rows import NumberedRows, Sample, check_is_row, load_image, read_row
+from ..data.rows import ROW_NUMBER, NumberedRows, Sample, check_is_row, load_image, read_row
 from ..data.stored_sizes import rows_of_sizes
 from ..data.views import AS_CAPTION, AS_IT_IS, WITHOUT_PROMPT, sizes_of_view, viewed
 from ..image_processing_nextflow import NextFlowImageProcessor
@@ -75,8 +75,14 @@ class StageRows(Dataset):
         return self.stage_row(self.rows[index], index)
 
     def stream(self) -> IterableDataset:
-        """The same rows where they are a stream of `datasets`."""
-        return self.rows.map(self.stage_row, with_indices=True)
+        """The same rows where they are a stream of `datasets`, each with its number."""
+        return self.rows.map(self._numbered, with_indices=True)
+
+    def _numbered(self, row: dict, index: int) -> dict:
+        try:
+            return self.stage_row(row, index) | {ROW_NUMBER: index}
+        except BadRowError as error:
+            raise error.of_row(index) from error
 
     def stage_row(self, row: dict, index: int | str) -> dict:
         """A row as the stage takes it; `index` tells it from others."""

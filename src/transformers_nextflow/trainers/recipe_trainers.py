@@ -253,7 +253,8 @@ def _rows_of(recipe: Recipe, data, processor, seed: int) -> tuple[Dataset | Iter
     if recipe.mixture is None:
         source, root = open_rows(data, recipe.columns, recipe.streaming)
         rows = StageRows(source, *settings)
-        return rows.stream() if recipe.streaming else rows, root
+        # Files of rows are read as they are asked for anyway, by number.
+        return rows.stream() if recipe.streaming and not hasattr(source, "__len__") else rows, root
     folder = Path(data)
     sources = {name: open_source(name, folder, recipe.columns, recipe.streaming) for name in recipe.mixture}
     weighted = [(source, recipe.mixture[name]) for name, source in sources.items()]

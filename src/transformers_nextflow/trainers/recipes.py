@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 
@@ -37,6 +37,19 @@ KINDS = Registry(
 # In the folder of a model: what fits it and its data, as `init` writes them.
 OWN_RECIPES = "recipes"
 PARTS = ("visual_embedding", "heads", "text_embedding", "backbone")
+# Fields that only some kinds of training follow.
+OF_KINDS = {
+    "train": ("transformer", "rl"),
+    "attention": ("transformer", "rl"),
+    "caption_share": ("transformer",),
+    "empty_share": ("transformer",),
+    "decoder_width": ("tokenizer",),
+    "perceptual": ("tokenizer",),
+    "discriminator": ("tokenizer",),
+    "levels": ("tokenizer",),
+    "cut_square": ("tokenizer",),
+    "decoder": ("diffusion_decoder",),
+}
 
 
 @dataclass(frozen=True)
@@ -109,24 +122,24 @@ class Recipe:
             )
         if "output_dir" in self.arguments:
             raise ValueError("output_dir is the folder that the training is given; leave it out of arguments.")
+        for name, kinds in OF_KINDS.items():
+            own = next(f for f in fields(self) if f.name == name)
+            default = own.default_factory() if own.default is MISSING else own.default
+            if self.kind not in kinds and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={short_repr(getattr(self, name))} is of the kind {' or '.join(kinds)}, and this recipe is "
+                    f"of the kind {self.kind}; leave it out."
+                )
+        if self.arguments.get("resume_from_checkpoint") is not None:
+            raise ValueError("resume_from_checkpoint is not followed in a recipe; call train with --resume.")
         if self.decoder_width < 1:
             raise ValueError(f"decoder_width must be at least 1, got {self.decoder_width}.")
         if self.lora_rank < 0 or (self.lora_rank and self.kind in ("tokenizer", "diffusion_decoder")):
             raise ValueError(
                 f"lora_rank is for the transformer, and starts at 1; got {self.lora_rank} for the kind {self.kind!r}."
             )
-        if (self.perceptual is not None or self.discriminator) and self.kind != "tokenizer":
-            raise ValueError(
-                f"perceptual and discriminator are of the kind tokenizer, and this recipe is of the kind {self.kind}."
-            )
-        if (self.levels or not self.cut_square) and self.kind != "tokenizer":
-            raise ValueError(
-                f"levels and cut_square are of the kind tokenizer, and this recipe is of the kind {self.kind}."
-            )
         if self.levels and self.level is not None:
             raise ValueError(f"Images come at level {self.level} or at the levels {list(self.levels)}; leave out one.")
-        if self.decoder and self.kind != "diffusion_decoder":
-            raise ValueError(f"decoder is of the kind diffusion_decoder, and this recipe is of the kind {self.kind}.")
         if (self.reward is None) == (self.kind == "rl"):
             raise ValueError(f"A reward is for the kind 'rl', which needs one; got {self.reward!r} for {self.kind!r}.")
         if self.streaming and self.kind != "transformer":
@@ -196,13 +209,20 @@ def load_recipe(
             break  # refused below
         target[name] = _from_yaml(value, f"The change {short_repr(change)}")
     if isinstance(values["arguments"], dict) and values.get("kind") in tuple(KINDS):
-        hints = hints_of(KINDS[values["kind"]])
-        values["arguments"] = {name: _number(value, hints.get(name)) for name, value in values["arguments"].items()}
-    return read_typed(Recipe, values, str(path))
+        values["arguments"] = _with_numbers(values["arguments"], KINDS[values["kind"]])
+    return read_typed(Recipe, _with_numbers(values, Recipe), str(path))
+
+
+def _with_numbers(values: dict[str, Any], kind: type) -> dict[str, Any]:
+    hints = hints_of(kind)
+    return {name: _number(value, hints.get(name)) for name, value in values.items()}
 
 
 def _number(value: Any, hint: Any) -> Any:
     # YAML takes 1e-4, without a point, for a text.
+    if isinstance(value, dict):
+        inner = next((get_args(one)[1] for one in (hint, *get_args(hint)) if get_origin(one) is dict), None)
+        return {name: _number(entry, inner) for name, entry in value.items()}
     if isinstance(value, str) and is_of_type(0.5, hint) and not is_of_type(value, hint):
         try:
             return float(value)

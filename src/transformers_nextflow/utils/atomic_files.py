@@ -59,8 +59,13 @@ def write_into(folder: str | os.PathLike, replaced: Collection[str] = ()) -> Ite
 
     Args:
         replaced: names of folders, as `model/adapters`, that do not stay.
+
+    Raises:
+        ValueError: for a path that is a file.
     """
     check_named(folder)
+    if os.path.isfile(folder):
+        raise ValueError(f"{folder} is a file; name a folder to save to.")
     target = Path(os.path.realpath(folder))
     target.mkdir(parents=True, exist_ok=True)
     parent = target.parent if _may_be_swapped(target) else target

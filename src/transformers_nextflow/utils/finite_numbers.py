@@ -7,12 +7,22 @@ from collections.abc import Iterator
 from numbers import Real
 from typing import Any
 
+from .short_repr import short_repr
+
+
+def is_finite_number(value: Real) -> bool:
+    """Whether a number is neither NaN nor infinite, nor beyond all floats, as whole ones may be."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
 
 def check_finite(settings: dict[str, Any]):
     """Raises `ValueError` that names a number in the settings, or in lists and dicts in them, that is not finite."""
     for name, value in _numbers(settings):
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value}.")
+        if not is_finite_number(value):
+            raise ValueError(f"{name} must be a finite number, got {short_repr(value)}.")
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, Real]]:

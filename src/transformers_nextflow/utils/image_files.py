@@ -99,6 +99,8 @@ def _decoded(
 ) -> Image.Image:
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source, formats=formats)
+        if getattr(image, "format", None) == "EPS":
+            raise ValueError("EPS is drawn by another program, which is not run; save it as PNG")
         if image is not source:
             check_pixels(*image.size, name, most_pixels)
         image.load()

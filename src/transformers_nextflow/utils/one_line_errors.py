@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import typer
@@ -38,7 +38,7 @@ def errors_in_one_line() -> Iterator[None]:
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get(DEBUG):
             raise
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt) or _bars():
             print(file=sys.stderr)  # after the terminal's own ^C, or the bar of the work
         print(one_line(error), file=sys.stderr)
         raise typer.Exit(_exit_code(error)) from error
@@ -68,6 +68,11 @@ def tells_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         interrupt.add_note(kept())
         raise
+
+
+def _bars() -> Collection:
+    """The bars of work that is not done, which leave the cursor at the end of their line."""
+    return getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())
 
 
 def _exit_code(error: BaseException) -> int:

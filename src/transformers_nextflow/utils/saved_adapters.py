@@ -20,7 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import cached_file
 
-from .atomic_files import write_whole
+from .atomic_files import check_named, write_whole
+from .checkpoint_checks import FLOATS, is_finite, read_json
+from .finite_numbers import check_finite
+from .short_repr import short_repr
+from .typed_values import check_types
 
 
 FOLDER, INDEX = "adapters", "adapters.json"
@@ -120,19 +124,42 @@ def add_saved_adapter(model: nn.Module, name: str, path, subfolder: str = "", **
         from peft import PeftConfig
     except ImportError as error:
         raise ValueError(f"{path} holds an adapter, which needs peft: {INSTALL}.") from error
+    check_adapter_name(name)
+    check_named(path)
     weights, config = (cached_file(path, file, subfolder=subfolder, **hub_options) for file in FILES)
+    settings = read_json(config)
+    if not isinstance(settings.get("peft_type"), str):
+        raise ValueError(f"{config} has no peft_type; is it the config of an adapter?")
+    check_finite(settings)
+    saved = {key.removeprefix(PREFIX): value for key, value in load_file(weights).items()}
+    if broken := [key for key, value in saved.items() if value.dtype not in FLOATS or not bool(is_finite(value))]:
+        raise ValueError(f"{weights} holds {saved[broken[0]].dtype} that are no finite floats in {broken[0]}.")
+    settings = PeftConfig.from_pretrained(Path(config).parent)
+    # What is made for it is made at random, before its weights come into it.
+    largest = max((side for value in saved.values() for side in value.shape), default=0)
+    if getattr(settings, "r", 0) > largest:
+        raise ValueError(
+            f"{config} says r={settings.r}, and no side of the adapter's weights is larger than {largest}."
+        )
     # transformers 5.17 loads no rows of new tokens and no whole modules by its own `load_adapter`.
     before = _active_adapters(model) if getattr(model, "peft_config", None) else None
-    model.add_adapter(PeftConfig.from_pretrained(Path(config).parent), name)
     try:
-        _fill(model, name, {key.removeprefix(PREFIX): value for key, value in load_file(weights).items()})
-    except ValueError:
+        model.add_adapter(settings, name)
+        _fill(model, name, saved)
+    except Exception:
         if before is None:
             without_adapters(model)
         else:
-            model.delete_adapter(name)
+            if name in model.peft_config:
+                model.delete_adapter(name)
             model.set_adapter(before)
         raise
+
+
+def check_adapter_name(name: object):
+    """Raises `ValueError` for a name that names no module and no folder."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name, re.ASCII):
+        raise ValueError(f"An adapter's name is of letters, digits, _ and -, got {short_repr(name)}.")
 
 
 def without_adapters(model: nn.Module) -> nn.Module:
@@ -162,7 +189,12 @@ def load_adapters(model: nn.Module, path, subfolder: str = "", **kwargs):
     if index is None or hasattr(model, "peft_config"):
         # Where the adapter of another folder was asked for, transformers has loaded it: it was the only active one.
         return
-    saved = json.loads(Path(index).read_text())
+    saved = read_json(index)
+    check_types(saved, {"names": list[str], "active": list[str]}, INDEX)
+    if unknown := [name for name in saved.get("active", ()) if name not in saved.get("names", ())]:
+        raise ValueError(f"{index} has the adapter {unknown[0]!r} active, which is none of its names.")
+    if missing := [name for name in ("names", "active") if name not in saved]:
+        raise ValueError(f"{index} lacks {missing[0]}; save the model anew.")
     for name in saved["names"]:
         add_saved_adapter(model, name, path, f"{place}/{name}", **options)
     model.eval().requires_grad_(False)

@@ -77,7 +77,9 @@ def is_of_type(value: Any, hint: Any) -> bool:
             return False
         return all(is_of_type(entry, inner[0]) for entry in value) if len(set(inner) - {Ellipsis}) == 1 else True
     if origin in (dict, Mapping) or hint is dict:
-        return isinstance(value, Mapping) and all(is_of_type(v, inner[1]) for v in value.values() if len(inner) == 2)
+        if not isinstance(value, Mapping):
+            return False
+        return len(inner) != 2 or all(is_of_type(k, inner[0]) and is_of_type(v, inner[1]) for k, v in value.items())
     if not isinstance(hint, type):
         return True  # of what has an origin that is not known here
     if hint in (int, float):
@@ -100,7 +102,10 @@ def _in_words(hint: Any) -> str:
         several = {int: "whole numbers", float: "numbers", str: "texts"}
         return "a list" + "".join(f" of {several[one]}" for one in get_args(hint)[:1] if one in several)
     if get_origin(hint) is dict or hint is dict:
-        return "names with values"
+        kinds = [_in_words(one) for one in get_args(hint) if one is not Any]
+        return "names with values" + (f", {kinds[1]} for {kinds[0]} each" if len(kinds) == 2 else "")
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
     if isinstance(hint, type) and issubclass(hint, Enum):
         return f"one of {', '.join(str(member.value) for member in hint)}"
     return names.get(hint, getattr(hint, "__name__", str(hint)))

@@ -71,6 +71,8 @@ def make_decoder(vq_model: NextFlowVQModel, settings: dict[str, Any], level: int
         settings = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
         decoder = small_decoder(vq_model, **settings) if base is None else decoder_on_base(vq_model, base, **settings)
     decoder.register_to_config(trained_sizes=[[level, level]])
+    side = level // decoder.config.patch_size
+    decoder.sample_shape((side, side))  # raises for a size that its base does not divide
     return decoder
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Iterator, Set
+from contextlib import contextmanager
 from functools import partial
 
 
@@ -61,6 +62,17 @@ def _check_reward(name: str, index: int, reward) -> float | None:
     return value
 
 
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """What a reward raises names it; errors of the system, of memory and of timeouts stay what they are."""
+    try:
+        yield
+    except (ImportError, MemoryError, OSError, RuntimeError, TimeoutError):
+        raise
+    except Exception as error:
+        raise ValueError(f"The reward {name!r} raised {type(error).__name__}: {error}") from error
+
+
 def checked(function: Callable, timeout: float | None = None) -> Callable:
     """A reward function, sync or async, whose answers go through `check_rewards`; it keeps its name.
 
@@ -84,7 +96,8 @@ def checked(function: Callable, timeout: float | None = None) -> Callable:
 
         async def reward(*, completions, **kwargs):
             try:
-                rewards = await asyncio.wait_for(function(completions=completions, **kwargs), timeout)
+                with _named(name):
+                    rewards = await asyncio.wait_for(function(completions=completions, **kwargs), timeout)
             except TimeoutError as error:
                 raise ValueError(
                     f"The reward {name!r} did not answer within reward_timeout={timeout} seconds; set another, or look "
@@ -95,7 +108,9 @@ def checked(function: Callable, timeout: float | None = None) -> Callable:
     else:
 
         def reward(*, completions, **kwargs):
-            return check_rewards(name, function(completions=completions, **kwargs), len(completions))
+            with _named(name):
+                rewards = function(completions=completions, **kwargs)
+            return check_rewards(name, rewards, len(completions))
 
     reward.__name__ = name
     return reward

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from ...generation.sampling import ImageSampling
+from ...utils.typed_values import is_of_type
 from ..runs.checked_arguments import NOT_NEGATIVE, CheckedArguments
 from .prefix_objective import RATIO_LEVELS
 
@@ -22,6 +23,11 @@ except ImportError as error:
 LIKELIHOODS = ("cond", "guided", "guided_truncated")
 # Images of a group where neither batches nor groups are given (arXiv 2601.02256); smaller batches make smaller groups.
 GROUP_SIZE = 16
+# What batches and groups are divided by.
+COUNTS = (
+    "num_generations", "num_generations_eval", "num_iterations", "steps_per_generation", "generation_batch_size",
+    "gradient_accumulation_steps", "per_device_train_batch_size",
+)  # fmt: skip
 # What TRL has for texts, or for losses other than the one here.
 NOT_FOR_IMAGES = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs", "cache_implementation",
@@ -93,6 +99,9 @@ class NextFlowGRPOConfig(CheckedArguments, GRPOConfig):
     def __post_init__(self):
         if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
             self.bf16 = False  # TRL's default would be an error on a machine without an accelerator
+        for name in COUNTS:
+            if (value := getattr(self, name)) is not None and not (is_of_type(value, int) and value >= 1):
+                raise ValueError(f"{name} must be a whole number from 1, got {value!r}.")
         self._fill_batches_with_groups()
         super().__post_init__()
         for name, allowed in (("likelihood", LIKELIHOODS), ("importance_sampling_level", RATIO_LEVELS)):

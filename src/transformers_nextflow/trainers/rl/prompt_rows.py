@@ -11,7 +11,7 @@ from datasets import Dataset, Image, IterableDataset, List
 
 from ...data.columns import Columns
 from ...data.row_errors import BadRowError
-from ...data.rows import is_trained, read_row
+from ...data.rows import ROW_NUMBER, NumberedRows, is_trained, read_row
 from ...data.sources import JsonLines, open_rows
 from ...processing_nextflow import check_prompts
 from ...utils.short_repr import short_repr
@@ -28,7 +28,7 @@ def read_prompts(source: str | os.PathLike, columns: Columns | None = None) -> D
     if path.suffix in (".jsonl", ".json") and path.is_file():
         lines = JsonLines(path)
         if len(lines) and isinstance(lines[0], dict) and "prompt" in lines[0] and "messages" not in lines[0]:
-            return Dataset.from_list(list(lines))
+            return Dataset.from_list(_checked_lines(lines))
     rows, root = open_rows(source, columns)
     found = []
     for number, row in enumerate(rows):
@@ -53,6 +53,19 @@ def read_prompts(source: str | os.PathLike, columns: Columns | None = None) -> D
         for _, own in found
     ]
     return prompts.add_column("images", images).cast_column("images", List(Image()))
+
+
+def _checked_lines(lines: JsonLines) -> list[dict]:
+    """The rows of a file. Raises `ValueError` naming one that is no object, or whose prompt cannot be used."""
+    rows = []
+    for number, row in enumerate(NumberedRows(lines)):
+        prompt = row.get("prompt")
+        try:
+            check_prompts([text_of_prompt(prompt) if isinstance(prompt, list) else prompt])
+        except ValueError as error:
+            raise BadRowError("prompt", str(error).removeprefix("Prompt 0 ")).of_row(number) from error
+        rows.append({name: value for name, value in row.items() if name != ROW_NUMBER})
+    return rows
 
 
 def check_dataset(name: str, rows: Dataset | IterableDataset, needed: int):
@@ -99,10 +112,11 @@ def with_texts(rows):
 def text_of_prompt(prompt) -> str:
     """What the user says. Raises `ValueError` for anything but one turn of a user, with text."""
     turns = prompt if isinstance(prompt, list) else []
-    if len(turns) != 1 or turns[0].get("role") != "user":
+    if len(turns) != 1 or not isinstance(turns[0], dict) or turns[0].get("role") != "user":
         raise ValueError(f"A prompt is a text, or a conversation of one turn of a user, got {short_repr(prompt)}.")
-    content = turns[0]["content"]
-    texts = [content] if isinstance(content, str) else [part.get("text") for part in content]
+    content = turns[0].get("content")
+    parts = content if isinstance(content, list) and all(isinstance(part, dict) for part in content) else []
+    texts = [content] if isinstance(content, str) else [part.get("text") for part in parts]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(
             f"A conversation of a prompt holds text; its images are the row's image or images: {short_repr(prompt)}."

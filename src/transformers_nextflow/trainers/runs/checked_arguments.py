@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import ClassVar
 
+from transformers import SchedulerType
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_pt_utils import AcceleratorConfig
+
 from ...utils.finite_numbers import check_finite
+from ...utils.known_names import check_names
 from .gradient_spikes import SPIKE_RULES
 
 
@@ -21,10 +27,14 @@ RULES: tuple[Rule, ...] = (
     (("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "max_nonfinite_steps"), *NOT_NEGATIVE),
     (("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), *FROM_ONE),
     (("save_total_limit",), *FROM_ONE),
+    (("max_steps",), lambda value: value == -1 or value >= 1, "be at least 1, or -1 for whole epochs"),
+    (("save_steps", "logging_steps"), lambda value: value > 0, "be more than 0"),
     (("adam_beta1", "adam_beta2", "ema_decay"), lambda value: 0 <= value < 1, "lie in [0, 1)"),
     (("spike_factor",), lambda value: value > 1, "be more than 1"),
     (("adam_epsilon",), lambda value: value > 0, "be positive"),
 )
+# As `TrainingArguments` has turned truth values into words.
+TOKEN_COUNTS = ("no", "all", "non_padding")
 
 
 @dataclass
@@ -60,6 +70,8 @@ class CheckedArguments:
     logging_nan_inf_filter: bool = field(default=False)
 
     def __post_init__(self):
+        if isinstance(self.accelerator_config, dict):
+            check_names(self.accelerator_config, [f.name for f in fields(AcceleratorConfig)], "accelerator_config")
         super().__post_init__()
         self.check_values()
 
@@ -71,13 +83,29 @@ class CheckedArguments:
                 value = getattr(self, name)
                 if value is not None and not (isinstance(value, Real) and is_valid(value)):
                     raise ValueError(f"{name} must {demand}, got {value!r}.")
-        if self.on_spike not in SPIKE_RULES:
-            raise ValueError(f"on_spike must be one of {SPIKE_RULES}, got {self.on_spike!r}.")
+        for name, choices in self._choices().items():
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
         if self.spike_factor is not None and self.on_spike == "rewind" and self.save_only_model:
             raise ValueError(
                 "on_spike='rewind' goes back to the optimizer's states of a checkpoint; leave out save_only_model."
             )
+        self._check_parts()
         if self.logging_nan_inf_filter:
             raise ValueError(
                 "logging_nan_inf_filter=True would log a loss of 0 in place of one that is not finite; leave it out."
             )
+
+    def _choices(self) -> dict[str, tuple]:
+        """What may be chosen by name; transformers takes anything, and passes over what it does not know."""
+        own = {f.name: tuple(f.metadata["choices"]) for f in fields(self) if f.metadata.get("choices")}
+        return {"include_num_input_tokens_seen": TOKEN_COUNTS} | {
+            name: choices for name, choices in own.items() if isinstance(getattr(self, name), str)
+        }
+
+    def _check_parts(self):
+        """Raises `ValueError` for settings of the learning rate's schedule that it does not take."""
+        known = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(self.lr_scheduler_type)]).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+        if isinstance(self.lr_scheduler_kwargs, dict) and not takes_any:
+            check_names(self.lr_scheduler_kwargs, sorted(known), f"lr_scheduler_type {self.lr_scheduler_type}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from PIL import Image, ImageDraw
 from ...evaluation.results import write_result
 from ...evaluation.suites import SUITES
 from ...utils.atomic_files import write_whole
+from ...utils.checkpoint_checks import read_json
+from ...utils.typed_values import check_types
 from .atomic_checkpoints import checkpoints_in, is_superseded, step_of
 
 
@@ -84,10 +85,20 @@ class CheckpointScores:
         """What was scored with these settings: step → suite → category → score, by steps."""
         found = {}
         for folder in checkpoints_in(self.output):
-            stored = json.loads((folder / SCORES).read_text())
-            if stored["settings"] == self.settings:
+            stored = _read(folder / SCORES)
+            if stored.get("settings") == self.settings:
                 found[step_of(folder)] = stored["scores"]
         return found
+
+    def check_begun(self):
+        """Raises `ValueError` where there is no checkpoint."""
+        if not self._checkpoints():
+            raise ValueError(f"{self.run} holds no checkpoint-STEP; name the folder of a training (--output).")
+
+    def kept(self) -> str:
+        """What is there, for whoever interrupts."""
+        count = len(self.scores())
+        return f"The scores of {count} checkpoints are kept in {self.output}; the same command goes on."
 
     def _checkpoints(self) -> list[Path]:
         return [checkpoint for checkpoint in checkpoints_in(self.run) if not is_superseded(checkpoint)]
@@ -95,7 +106,7 @@ class CheckpointScores:
     def _unscored(self) -> Iterator[Path]:
         for checkpoint in self._checkpoints():
             path = self.output / checkpoint.name / SCORES
-            stored = json.loads(path.read_text()) if path.exists() else {}
+            stored = _read(path) if path.exists() else {}
             if (stored.get("settings"), stored.get("written")) != (self.settings, _written(checkpoint)):
                 yield checkpoint
 
@@ -122,6 +133,18 @@ class CheckpointScores:
             writer.writerows([step, *(row.get(name, "") for name in names)] for step, row in rows.items())
         with write_whole(self.output / f"{CURVE}.png") as partial:
             _curves(rows, [name for name in names if _is_share(name, rows)]).save(partial)
+
+
+def _read(path: Path) -> dict:
+    """What was stored of a checkpoint. Raises `ValueError` that names the file for anything else."""
+    stored = read_json(path)
+    try:
+        check_types(stored, {"settings": dict, "scores": dict, "written": int}, str(path))
+        if missing := [name for name in ("settings", "scores", "written") if name not in stored]:
+            raise ValueError(f"{path} lacks {missing[0]}.")
+    except ValueError as error:
+        raise ValueError(f"{error} Remove its folder, and the checkpoint is scored again.") from error
+    return stored
 
 
 def _written(folder: Path) -> int:

@@ -35,7 +35,7 @@ def reward_named(name: str, model: NextFlowForConditionalGeneration, processor: 
     """A reward of `REWARDS`, or a function of one's own as "file.py:function", which is run.
 
     Raises:
-        ValueError: if there is neither.
+        ValueError: if there is neither, and for a file that cannot be run.
     """
     file, separator, function = name.rpartition(":")
     if not separator:
@@ -48,7 +48,10 @@ def reward_named(name: str, model: NextFlowForConditionalGeneration, processor: 
     if spec is None or spec.loader is None:
         raise ValueError(f"{file} is no file of Python; give file.py:function.")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{file} cannot be run: {type(error).__name__}: {error}") from error
     reward = getattr(module, function, None)
     if not callable(reward):
         raise ValueError(f"{file} has no function {function}.")
