@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import wraps
 from pathlib import Path
@@ -137,7 +138,9 @@ def add_saved_adapter(model: nn.Module, name: str, path, subfolder: str = "", ra
     # refuses one beside another that holds a module whole.
     before = active_adapters(model) if getattr(model, "peft_config", None) else None
     config.base_model_name_or_path = vars(model).get("name_or_path")
-    inject_adapter_in_model(config, model, name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # a second adapter is asked for
+        inject_adapter_in_model(config, model, name)
     model._hf_peft_config_loaded = True
     try:
         _fill(model, name, weights)

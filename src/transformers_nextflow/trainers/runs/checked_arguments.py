@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import ClassVar
 
+import torch
+
 from ...utils.finite_numbers import check_finite
 from .gradient_spikes import SPIKE_RULES
 
@@ -61,6 +63,8 @@ class CheckedArguments:
 
     def __post_init__(self):
         super().__post_init__()
+        # True by default also where there is nothing to pin memory for, of which torch warns.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         self.check_values()
 
     def check_values(self):
