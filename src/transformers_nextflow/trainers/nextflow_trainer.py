@@ -228,7 +228,7 @@ class NextFlowTrainer(
         one; an adapter leaves it, since it leaves the model.
         """
         if not is_peft_model(self.model) and getattr(self.model.config, "trained_on", None) is not None:
-            logger.warning("trained_on, what the model's config says of its training, ends with this training.")
+            logger.warning("What the config says the model was trained on (trained_on) is taken out: no longer true.")
             self.model.config.trained_on = None
         return super().train(*args, **kwargs)
 
