@@ -270,7 +270,8 @@ def _error_of(error: Exception) -> tuple[int, dict]:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         param = ".".join(map(str, first["loc"]))
-        told = "this field is not known" if first["type"] == "extra_forbidden" else first["msg"]
+        told = first["msg"].removeprefix("Value error, ")  # pydantic's, before our own words
+        told = "this field is not known" if first["type"] == "extra_forbidden" else told
         status, message = 400, f"{param}: {told}"
     elif isinstance(error, TooManyRequests):
         status, message = 429, str(error)
