@@ -328,6 +328,12 @@ class NextFlowPipeline(
     def enable_vae_tiling(self):
         """Nothing to switch on: large images are decoded by stripes, with the pixels of the whole, by themselves."""
 
+    def disable_vae_slicing(self):
+        """Nothing to switch off, see `enable_vae_slicing`: the pixels are the same in parts."""
+
+    def disable_vae_tiling(self):
+        """Nothing to switch off, see `enable_vae_tiling`: the pixels are the same by stripes."""
+
     def check_batch_size(self, count: int):
         """Raises `ValueError` for more images in one batch than `max_batch_size`, which may be set."""
         if count > self.max_batch_size:

@@ -73,8 +73,9 @@ def test_what_a_callback_may_not_return_is_refused(pipe, returned, message):
 
 def test_decoding_in_parts_needs_no_switch(pipe):
     expected = draw(pipe)
-    pipe.enable_vae_slicing()
-    pipe.enable_vae_tiling()
+    for ways in ("enable", "disable"):
+        getattr(pipe, f"{ways}_vae_slicing")()
+        getattr(pipe, f"{ways}_vae_tiling")()
     assert torch.equal(draw(pipe), expected)
 
 
