@@ -79,6 +79,15 @@ def test_decoding_in_parts_needs_no_switch(pipe):
     assert torch.equal(draw(pipe), expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("prompt_embeds", "prompt, which is read"), ("cross_attention_kwargs", "the weights that set_adapters takes")],
+)
+def test_arguments_of_diffusers_own_pipelines_are_told_what_stands_for_them(pipe, name, instead):
+    with pytest.raises(ValueError, match=f"has no '{name}'; did you mean {instead}"):
+        pipe("one", **{name: None})
+
+
 @pytest.mark.parametrize("auto", [AutoPipelineForText2Image, AutoPipelineForImage2Image, AutoPipelineForInpainting])
 def test_auto_pipelines_take_it_over_from_another(pipe, auto):
     other = auto.from_pipe(pipe)

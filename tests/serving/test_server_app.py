@@ -234,6 +234,7 @@ def test_a_compression_of_png_that_changes_nothing_is_taken(client):
     assert plain["data"] == asked["data"]
 
 
+@pytest.mark.filterwarnings("ignore:The prompt has words")  # one of the texts has
 @pytest.mark.parametrize("text", ["draw a red circle.", "hello"])
 def test_a_streamed_chat_is_the_whole_ones_in_pieces(client, text):
     body = {"messages": [{"role": "user", "content": text}], "seed": 1, "temperature": 0}
