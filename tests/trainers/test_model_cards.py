@@ -116,6 +116,7 @@ def test_the_card_of_a_tokenizer_has_its_psnr_as_the_hub_reads_results(start, ph
     assert "vq_model.reconstruct" in card_of(tmp_path / "own" / "final").text
 
 
+@pytest.mark.filterwarnings("ignore:An adapter draws nothing that its tokenizer")  # which nothing has trained
 def test_the_card_of_an_adapter_says_so_and_how_to_load_it(start, photos, tmp_path):
     pytest.importorskip("peft")
     (start / "README.md").write_text(HEAD)
