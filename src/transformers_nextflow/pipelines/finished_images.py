@@ -60,7 +60,7 @@ class FinishedImagesMixin:
         returned, flags = self.safety_checker(images=values, clip_input=clip_input)
         if len(flags) != 1 or np.shape(returned) != values.shape:
             raise ValueError(f"safety_checker gives images and flags as many as it takes, got {short_repr(flags)}.")
-        kept = returned[0] if torch.is_tensor(returned) else torch.from_numpy(np.asarray(returned[0]))
+        kept = returned[0] if torch.is_tensor(returned) else torch.from_numpy(np.array(returned[0]))
         same = returned is values and not bool(flags[0])
         return image if same else (kept.to(image).permute(2, 0, 1) * 2 - 1), bool(flags[0])
 
