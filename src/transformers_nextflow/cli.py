@@ -381,6 +381,8 @@ for command in (inspect, validate_data, extract_codes, check_codes, init, train,
 
 def main():
     """Entry point of the console script."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)  # of libraries to one another: no command can heed them
     warnings.formatwarning = lambda message, *_, **__: f"Warning: {' '.join(str(message).split())}\n"
     end_on_termination()
     app(prog_name="transformers-nextflow")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Self, cast
@@ -44,6 +43,7 @@ from .utils.saved_adapters import FOLDER as ADAPTERS
 from .utils.saved_adapters import HUB_OPTIONS, is_adapted, unwrapped, with_adapters_beside
 from .utils.short_repr import short_repr
 from .utils.typed_values import is_of_type
+from .utils.user_warnings import warn_user
 
 
 try:
@@ -153,8 +153,10 @@ class NextFlowPipeline(
             mapping = kwargs.pop("quantization_config")
             chosen = mapping._resolve_quant_config(is_diffusers=False, module_name="model")
             kwargs |= {} if chosen is None else {"quantization_config": chosen}
-        asked = next((kwargs[name] for name in ("dtype", "torch_dtype") if name in kwargs), None)
-        kwargs |= {name: dtype_of("model", kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
+        if "torch_dtype" in kwargs:  # diffusers' name, of which transformers warns
+            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+        asked = kwargs.get("dtype")
+        kwargs |= {"dtype": dtype_of("model", asked)} if "dtype" in kwargs else {}
         path, hub_options = pretrained_model_name_or_path, {k: v for k, v in kwargs.items() if k in HUB_OPTIONS}
         model, processor = kwargs.pop("model", None), kwargs.pop("processor", None)
         diffusion_decoder = kwargs.pop("diffusion_decoder", None)
@@ -287,6 +289,12 @@ class NextFlowPipeline(
 
     def enable_vae_tiling(self):
         """Nothing to switch on: large images are decoded by stripes, with the pixels of the whole, by themselves."""
+
+    def disable_vae_slicing(self):
+        """Nothing to switch off, see `enable_vae_slicing`: the pixels are the same in parts."""
+
+    def disable_vae_tiling(self):
+        """Nothing to switch off, see `enable_vae_tiling`: the pixels are the same by stripes."""
 
     def check_batch_size(self, count: int):
         """Raises `ValueError` for more images in one batch than `max_batch_size`, which may be set."""
@@ -523,10 +531,9 @@ class NextFlowPipeline(
             if bool((codes[:, : len(other)] == other).all()):
                 found = f"All {count} variations" if count > 1 else "The variation"
                 same = "are the same image" if count > 1 else "is the image itself"
-                warnings.warn(
+                warn_user(
                     f"{found} for prompt {number} {same}: the first {request.num_kept_scales} scales, which are kept, "
                     "leave little to chance. Keep fewer scales, give a higher temperature, or take another seed.",
-                    stacklevel=4,  # who called the pipeline, behind torch.no_grad
                 )
 
     def _think(

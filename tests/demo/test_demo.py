@@ -39,6 +39,9 @@ def painted(image: Image.Image, box=None) -> dict:
 
 
 def test_a_drawing_grows_by_scales_and_ends_as_the_pipeline_draws_it(pipe):
+    for size in (None, "", "63 x 64"):
+        with pytest.raises(ValueError, match="choose one of the list"):
+            next(actions.draw(pipe, "a red circle", size, 1, 3, None))
     drawing = list(actions.draw(pipe, "a red circle", actions.DEFAULT_SIZE, 1, 3, None))
     assert [len(shown.growth) for shown in drawing] == [*range(1, NUM_SCALES + 1), NUM_SCALES]
     [(image, caption)] = drawing[-1].images

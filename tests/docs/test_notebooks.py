@@ -2,6 +2,7 @@
 
 import ast
 import json
+import logging
 import sys
 
 import pytest
@@ -25,6 +26,7 @@ def check_run(path, tmp_path, monkeypatch):
         sys.modules, "IPython", type("IPython", (), {"get_ipython": staticmethod(lambda: None), "version_info": (9, 0)})
     )
     monkeypatch.setitem(sys.modules, "IPython.display", type("display", (), {"HTML": str}))
+    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)  # some are quiet while they train
     for name in CLONED:
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "notebooks").mkdir()
@@ -38,7 +40,8 @@ def check_run(path, tmp_path, monkeypatch):
         if last is not None:
             shown.append(eval(compile(ast.Expression(last.value), path.name, "eval"), names))
     # As a notebook does: what can show itself is asked to.
-    assert any(getattr(value, "_repr_html_", lambda: None)() for value in shown)
+    ways = ("_repr_html_", "_repr_png_")
+    assert any(getattr(value, way, lambda: None)() for value in shown for way in ways)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""Notebooks that train, which takes some ten seconds each; `make notebooks` runs this."""
+"""Notebooks that train, which takes up to a minute each on two idle cores; `make notebooks` runs this."""
 
 import pytest
 from test_notebooks import TRAINING, check_run

@@ -236,6 +236,7 @@ def test_images_of_every_form_are_the_same(pipe):
 # --- variations ---
 
 
+@pytest.mark.filterwarnings("ignore:The variation for prompt 0 is the image")  # where all scales are kept
 def test_a_variation_keeps_the_first_scales_and_draws_the_rest(pipe):
     images = [make_image(1), make_image(2, (32, 8))]
     varied = pipe(["one", "two"], image=images, num_kept_scales=2, generator=seeds(0, 1)).image_tokens
@@ -274,6 +275,7 @@ def codes_of(output) -> list[tuple[int, ...]]:
     return [tuple(codes.tolist()) for codes in output.image_tokens]
 
 
+@pytest.mark.filterwarnings("ignore:The variation for prompt 0 is the image")  # told for each prompt
 def test_variations_that_are_all_the_same_are_warned_of(pipe):
     options = {"num_kept_scales": 1, "num_images_per_prompt": 2}
     same = {"generator": seeds(0, 0), **options}

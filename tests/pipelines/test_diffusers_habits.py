@@ -73,9 +73,19 @@ def test_what_a_callback_may_not_return_is_refused(pipe, returned, message):
 
 def test_decoding_in_parts_needs_no_switch(pipe):
     expected = draw(pipe)
-    pipe.enable_vae_slicing()
-    pipe.enable_vae_tiling()
+    for ways in ("enable", "disable"):
+        getattr(pipe, f"{ways}_vae_slicing")()
+        getattr(pipe, f"{ways}_vae_tiling")()
     assert torch.equal(draw(pipe), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("prompt_embeds", "prompt, which is read"), ("cross_attention_kwargs", "the weights that set_adapters takes")],
+)
+def test_arguments_of_diffusers_own_pipelines_are_told_what_stands_for_them(pipe, name, instead):
+    with pytest.raises(ValueError, match=f"has no '{name}'; did you mean {instead}"):
+        pipe("one", **{name: None})
 
 
 @pytest.mark.parametrize("auto", [AutoPipelineForText2Image, AutoPipelineForImage2Image, AutoPipelineForInpainting])

@@ -88,7 +88,7 @@ def test_pixels_outside_of_a_mask_are_the_images_own(upsampling):
     mask.paste(255, (4, 4, 12, 12))
     options = {"image": image, "mask_image": mask}
     pasted, drawn = diffused(pipe, paste_back=True, **options), diffused(pipe, **options)
-    own = torch.from_numpy(np.asarray(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    own = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
     own = resample(own, (16 * upsampling,) * 2, "bicubic").clamp(-1, 1) / 2 + 0.5
     inside = torch.zeros(16 * upsampling, 16 * upsampling, dtype=torch.bool)
     inside[4 * upsampling : 12 * upsampling, 4 * upsampling : 12 * upsampling] = True

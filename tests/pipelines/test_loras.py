@@ -18,10 +18,16 @@ def random_adapter(folder, seed: int, rank: int = 2, make=tiny_model, processor=
     wrapped = peft.get_peft_model(model, lora_config(model, rank, **options))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in wrapped.named_parameters():
-        if "lora_" in name or "trainable_tokens" in name:
+        if "lora_" in name or "trainable_tokens" in name or "modules_to_save" in name:
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
     wrapped.save_pretrained(folder)
     return draw(quiet(NextFlowPipeline(wrapped.eval(), processor())))
+
+
+def random_path(folder, rank: int = 2, **options):
+    """The folder of a saved adapter."""
+    random_adapter(folder, 3, rank, **options)
+    return folder
 
 
 @pytest.fixture
@@ -124,6 +130,134 @@ def test_fused_weights_draw_the_same_and_can_be_parted_or_kept(pipe, saved):
     assert torch.equal(draw(pipe), drawn["one"])
 
 
+def test_a_module_that_an_adapter_holds_whole_is_switched_fused_and_taken_away_with_it(pipe, saved, tmp_path):
+    plain, whole = draw(pipe), {"modules_to_save": ["visual_head"]}
+    drawn = {name: random_adapter(tmp_path / name, seed, **whole) for seed, name in enumerate(("one", "two"))}
+    for name in drawn:
+        pipe.load_lora_weights(tmp_path / name, name)
+    assert torch.equal(draw(pipe), drawn["two"])
+    pipe.set_adapters("one")
+    assert torch.equal(draw(pipe), drawn["one"])
+    pipe.disable_lora()
+    assert torch.equal(draw(pipe), plain)
+    pipe.enable_lora()
+    with pytest.raises(ValueError, match="hold the same module whole; take one"):
+        pipe.set_adapters(["one", "two"])
+    with pytest.raises(ValueError, match="hold the same module whole; fuse one"):
+        pipe.fuse_lora(adapter_names=["one", "two"])
+    assert torch.equal(draw(pipe), drawn["one"])
+    pipe.fuse_lora(adapter_names=["two"])
+    assert torch.equal(draw(pipe), drawn["two"])
+    pipe.unfuse_lora()
+    assert torch.equal(draw(pipe), drawn["one"])
+    pipe.load_lora_weights(saved[0] / "one", "plain")  # which has no such module
+    assert torch.equal(draw(pipe), saved[1]["one"])
+    pipe.set_adapters(["plain", "one"], [0.0, 1.0])
+    assert torch.equal(draw(pipe), drawn["one"])
+    pipe.delete_adapters("two")
+    assert torch.equal(draw(pipe), drawn["one"]) and pipe.get_active_adapters() == ["plain", "one"]
+    pipe.save_pretrained(tmp_path / "both")
+    again = quiet(NextFlowPipeline.from_pretrained(tmp_path / "both"))
+    again.set_adapters("one")
+    assert torch.equal(draw(again), drawn["one"])
+    pipe.set_adapters("one")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe), drawn["one"])
+
+
+def test_an_adapter_takes_the_place_of_another_in_its_own_tensors(pipe, saved, tmp_path):
+    folder, drawn = saved
+    third = random_adapter(tmp_path / "third", 2, rank=1)
+    pipe.load_lora_weights(folder / "one", "style")
+    pipe.load_lora_weights(folder / "two", "style_of_another")
+    pipe.set_adapters("style", 0.5)
+    tensors = {name: weight.data_ptr() for name, weight in pipe.model.named_parameters()}
+    for path, expected in ((folder / "two", drawn["two"]), (tmp_path / "third", third), (folder / "one", drawn["one"])):
+        pipe.load_lora_weights(path, "style", hotswap=True)
+        assert torch.equal(draw(pipe), expected) and pipe.get_active_adapters() == ["style"]
+    assert {name: weight.data_ptr() for name, weight in pipe.model.named_parameters()} == tensors
+    pipe.load_lora_weights(tmp_path / "third", "style", hotswap=True)
+    pipe.save_lora_weights(tmp_path / "again", "style")
+    pipe.set_adapters("style_of_another")
+    assert torch.equal(draw(pipe), drawn["two"])
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(tmp_path / "again")
+    assert torch.equal(draw(pipe), third)
+
+
+def test_room_for_higher_ranks_is_made_before_and_recorded_scales_are_kept(pipe, saved, tmp_path):
+    folder, drawn = saved
+    large = random_adapter(tmp_path / "large", 2, rank=5, lora_alpha=3)
+    half = random_adapter(tmp_path / "half", 2, rank=5, lora_alpha=1.5)
+    pipe.enable_lora_hotswap(target_rank=6)
+    pipe.load_lora_weights(folder / "one")
+    pipe.model.compile_drawing()
+    assert torch.allclose(draw(pipe), drawn["one"], atol=1e-5)
+    recorded = pipe.model.compiled_drawing
+    pipe.load_lora_weights(tmp_path / "large", hotswap=True)
+    assert pipe.model.compiled_drawing is recorded and torch.allclose(draw(pipe), large, atol=1e-5)
+    pipe.set_adapters("default_0", 0.5)
+    assert torch.allclose(draw(pipe), half, atol=1e-5)
+    pipe.fuse_lora(lora_scale=2.0)
+    assert torch.allclose(draw(pipe), large, atol=1e-5)
+    pipe.unfuse_lora()
+    assert torch.allclose(draw(pipe), half, atol=1e-5)
+    pipe.save_lora_weights(tmp_path / "again")
+    pipe.unload_lora_weights()
+    plain = quiet(NextFlowPipeline(tiny_model(), tiny_processor()))
+    plain.load_lora_weights(tmp_path / "again")
+    assert torch.equal(draw(plain), large)
+    with pytest.raises(ValueError, match="there is room for"):
+        plain.load_lora_weights(random_path(tmp_path / "larger", 7), hotswap=True)
+    with pytest.raises(ValueError, match="has rank 7, and enable_lora_hotswap made room for 6"):
+        pipe.load_lora_weights(tmp_path / "larger")
+    assert torch.equal(draw(plain), large) and pipe.get_list_adapters() == {"model": []}
+    with pytest.raises(ValueError, match="before the first is loaded"):
+        plain.enable_lora_hotswap()
+
+
+def test_an_adapter_of_other_parts_takes_no_ones_place(pipe, saved, tmp_path):
+    folder, drawn = saved
+    with pytest.raises(ValueError, match="adapters none; name the one"):
+        pipe.load_lora_weights(folder / "one", hotswap=True)
+    pipe.load_lora_weights(folder / "one", "one")
+    with pytest.raises(ValueError, match="no adapter 'two'"):
+        pipe.load_lora_weights(folder / "two", "two", hotswap=True)
+    others = {
+        "tokens": {"new_token_ids": [20]},
+        "whole": {"modules_to_save": ["visual_head"]},
+        "rs": {"use_rslora": True},
+    }
+    for name, options in others.items():
+        with pytest.raises(ValueError, match="only one of them has|incompatible"):
+            pipe.load_lora_weights(random_path(tmp_path / name, **options), "one", hotswap=True)
+    assert torch.equal(draw(pipe), drawn["one"])
+    few = random_path(tmp_path / "few", target_modules=r".*language_model.*\.q_proj")
+    expected = quiet(NextFlowPipeline(peft.PeftModel.from_pretrained(tiny_model(), few), tiny_processor()))
+    pipe.load_lora_weights(few, "one", hotswap=True)
+    assert torch.equal(draw(pipe), draw(expected))
+    pipe.save_lora_weights(tmp_path / "again")
+    pipe.load_lora_weights(tmp_path / "again", "again")
+    assert torch.equal(draw(pipe), draw(expected))
+    pipe.set_adapters("one")
+    pipe.fuse_lora()
+    with pytest.raises(ValueError, match="'one' is fused"):
+        pipe.load_lora_weights(folder / "two", "one", hotswap=True)
+
+
+def test_adapters_move_to_another_device_one_by_one(pipe, saved):
+    folder, drawn = saved
+    for name in drawn:
+        pipe.load_lora_weights(folder / name, name)
+    pipe.set_lora_device(["one"], "meta")
+    devices = {name: weight.device.type for name, weight in pipe.model.named_parameters()}
+    assert {name for name, device in devices.items() if device == "meta"} == {n for n in devices if ".one." in n}
+    assert torch.equal(draw(pipe), drawn["two"])
+    with pytest.raises(ValueError, match="no adapter 'three'"):
+        pipe.set_lora_device("three", "cpu")
+
+
 def test_a_wrapped_model_is_unwrapped_when_its_adapters_go(saved):
     folder, drawn = saved
     pipe = quiet(NextFlowPipeline(peft.PeftModel.from_pretrained(tiny_model(), folder / "one"), tiny_processor()))
@@ -161,5 +295,7 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(pipe, saved, t
         pipe.delete_adapters(5)
     with pytest.raises(ValueError, match="no 'weight_name'"):
         pipe.load_lora_weights(folder / "one", "two", weight_name="pytorch_lora_weights.safetensors")
+    with pytest.raises(ValueError, match="takes a folder or a repository"):
+        pipe.load_lora_weights({"weights": 1}, "two")
     with pytest.raises(OSError):
         pipe.load_lora_weights(tmp_path, "two")

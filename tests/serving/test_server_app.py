@@ -191,6 +191,50 @@ def test_a_chat_of_the_server_is_the_pipelines(client, pipe):
     assert client.post(CHAT, json={"messages": longer, "seed": 5}).status_code == 200
 
 
+@pytest.mark.parametrize("text", ["draw a red circle", "what is a circle?"])
+def test_the_usage_of_a_chat_is_the_same_streamed_and_whole(client, pipe, text):
+    body = {"messages": [{"role": "user", "content": text}], "seed": 3, "max_tokens": 12}
+    whole = client.post(CHAT, json=body).json()
+    chat = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+    read = pipe.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+    images = whole["choices"][0]["message"].get("images", [])
+    codes = pipe.processor.image_processor.scale_schedules.for_size(64, 64).num_tokens * len(images)
+    usage = whole["usage"]
+    assert usage["prompt_tokens"] == len(read["input_ids"][0]) and usage["completion_tokens"] >= codes
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
+    *chunks, last = events(client.post(CHAT, json=streamed).text)
+    assert last["choices"] == [] and last["usage"] == usage and all(chunk["usage"] is None for chunk in chunks)
+    assert all("usage" not in chunk for chunk in events(client.post(CHAT, json=body | {"stream": True}).text))
+
+
+REFUSED = {
+    "output_compression": (IMAGES, {"prompt": "a red circle", "output_compression": 50}),
+    "partial_images": (IMAGES, {"prompt": "a red circle", "partial_images": 2}),
+    "stream_options": (CHAT, {"stream_options": {"include_usage": True}}),
+    "stream_options.include_obfuscation": (CHAT, {"stream": True, "stream_options": {"include_obfuscation": True}}),
+    "stream_options.usage": (CHAT, {"stream": True, "stream_options": {"usage": True}}),
+    "modalities": (CHAT, {"modalities": ["image"]}),
+    "max_completion_tokens": (CHAT, {"max_tokens": 5, "max_completion_tokens": 6}),
+}
+
+
+@pytest.mark.parametrize("param", REFUSED)
+def test_what_would_not_be_followed_is_refused_by_name(client, param):
+    path, body = REFUSED[param]
+    body = body if path == IMAGES else body | {"messages": [{"role": "user", "content": "a red circle"}]}
+    answer = client.post(path, json=body)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param
+    assert answer.json()["error"]["message"].startswith(f"{param}: ")
+
+
+def test_a_compression_of_png_that_changes_nothing_is_taken(client):
+    body = {"prompt": "a red circle", "seed": 3}
+    plain, asked = (client.post(IMAGES, json=body | more).json() for more in ({}, {"output_compression": 100}))
+    assert plain["data"] == asked["data"]
+
+
+@pytest.mark.filterwarnings("ignore:The prompt has words")  # one of the texts has
 @pytest.mark.parametrize("text", ["draw a red circle.", "hello"])
 def test_a_streamed_chat_is_the_whole_ones_in_pieces(client, text):
     body = {"messages": [{"role": "user", "content": text}], "seed": 1, "temperature": 0}

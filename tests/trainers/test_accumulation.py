@@ -203,6 +203,7 @@ def test_the_last_micro_batches_of_an_epoch_are_a_batch_of_their_own(tmp_path):
         assert relative_difference(gradients, undivided(model, collator(part))) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:A batch has more or fewer labels")  # of the other collator
 def test_labels_of_another_collator_are_counted_as_they_are_trained(tmp_path):
     model, processor = tiny_model(read_last_scale=True), tiny_processor(read_last_scale=True)
     rows = rows_of("mixture", processor)

@@ -172,6 +172,7 @@ def test_a_tokenizer_by_itself_stays_one(photos, tmp_path):
     assert NextFlowVQModel.from_pretrained(tmp_path / "new" / "final")
 
 
+@pytest.mark.filterwarnings("ignore:An adapter draws nothing that its tokenizer")  # which nothing has trained
 def test_adapters_are_what_lora_trains_and_named_parts_are_saved_whole_with_them(start, photos, tmp_path):
     for parts, whole in (("[backbone]", set()), ("[backbone, visual_embedding]", {"visual_embedding"})):
         recipe = load_recipe("lora", [f"train={parts}", "report_to=none", "use_cpu=true"])

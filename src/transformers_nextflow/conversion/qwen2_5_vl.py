@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQModel
 from ..processing_nextflow import NextFlowProcessor
 from ..tokenization_nextflow import add_image_tokens
+from ..utils.user_warnings import warn_user
 from .checkpoints import (
     KeyMap,
     ShardedCheckpoint,
@@ -172,10 +172,9 @@ def _check_chat_template(processor: NextFlowProcessor, folder: Path):
     except ValueError as error:
         raise ValueError(f"The chat template of {folder} cannot be rendered; correct it. {error}") from error
     if "{% generation %}" not in processor.chat_template:
-        warnings.warn(
+        warn_user(
             f"The chat template of {folder} is not of Qwen2.5-VL's form: it is kept as it is and marks no answers, as "
             "training on answers alone needs it.",
-            stacklevel=3,
         )
 
 

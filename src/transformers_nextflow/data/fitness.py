@@ -18,7 +18,7 @@ from .row_errors import BadRowError
 from .rows import read_row
 
 
-# Of a tokenizer that says nothing of its own images. A rule of thumb: photographs of 64 pixels are recognised above it.
+# Of any tokenizer, whatever it makes of its own images. A rule of thumb: photographs of 64 pixels are recognised above.
 LEAST_PSNR = 18.0
 
 
@@ -43,7 +43,7 @@ class Fit:
     @property
     def least(self) -> float:
         """The mean from which on it counts as fit."""
-        return LEAST_PSNR if self.own is None else self.own - MARGIN
+        return LEAST_PSNR if self.own is None else max(LEAST_PSNR, self.own - MARGIN)
 
     @property
     def is_fit(self) -> bool:

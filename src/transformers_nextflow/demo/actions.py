@@ -63,6 +63,8 @@ def draw(pipe: NextFlowPipeline, prompt: str, size: str, count, seed, guidance) 
     Raises:
         ValueError: for what the pipeline refuses.
     """
+    if size not in sizes(pipe):
+        raise ValueError(f"No image is drawn in the size {size!r}; choose one of the list.")
     asked = {} if size == DEFAULT_SIZE else dict(zip(("width", "height"), map(int, size.split(" x "))))
     for shown in _growing(pipe, prompt, count, seed, guidance_scale=guidance, **asked):
         if shown.is_finished and len(shown.images) > 1 and hasattr(pipe.unwrapped_model, "generate_interleaved"):

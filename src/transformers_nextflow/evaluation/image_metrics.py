@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..utils.atomic_files import write_anyway
+from ..utils.user_warnings import warn_user
 
 
 def psnr(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
@@ -69,4 +69,4 @@ def save_sheet(rows: Sequence[Sequence[Image.Image]], path: Path):
     try:
         write_anyway(path, contact_sheet(rows).save)
     except OSError as error:
-        warnings.warn(str(error), stacklevel=2)
+        warn_user(str(error))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from ..utils.checkpoint_checks import read_json
+from ..utils.user_warnings import warn_user
 from .sampling import ImageSampling
 
 
@@ -29,10 +28,9 @@ class StoredSamplingMixin:
         self._check_samplings(file)
         end = self.config.text_config.eos_token_id
         if is_stored and self.generation_config.eos_token_id is None and end is not None:
-            warnings.warn(
+            warn_user(
                 f"There is no eos_token_id in {file}: text goes on until its limit, though the model ends its turns "
                 f"with {end}.",
-                stacklevel=2,
             )
 
     def _check_samplings(self, file: str):
@@ -45,10 +43,9 @@ class StoredSamplingMixin:
             except ValueError as error:
                 raise ValueError(f"{name} in {file} cannot be used: {error}") from error
         if settings["image_sampling"] is None:
-            warnings.warn(
+            warn_user(
                 f"There is no image_sampling in {file}: images are drawn without guidance and at temperature 1, unless "
                 "a call says otherwise. A model that was tuned with other settings has lost them with that file.",
-                stacklevel=2,
             )
 
 

@@ -23,9 +23,8 @@ DECODERS = ("pixel", "diffusion")
 
 def load_diffusion_decoder(folder, dtype, device: torch.device, **options) -> NextFlowDiffusionDecoder:
     """A diffusion decoder on the device of the model; a `dtype` that is none, such as "auto", leaves it in float32."""
-    if isinstance(dtype, torch.dtype):
-        options["torch_dtype"] = dtype
-    return NextFlowDiffusionDecoder.from_pretrained(folder, **options).to(device)
+    decoder = NextFlowDiffusionDecoder.from_pretrained(folder, **options)
+    return decoder.to(device, dtype) if isinstance(dtype, torch.dtype) else decoder.to(device)
 
 
 class DecodingMixin:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 
 from ..utils.atomic_files import write_into
 from ..utils.checkpoint_checks import loading_errors
 from ..utils.finite_numbers import check_finite
 from ..utils.known_names import check_names, checks_names
-from ..utils.saved_adapters import HUB_OPTIONS, add_saved_adapter, save_adapter, without_adapters
+from ..utils.saved_adapters import (
+    HUB_OPTIONS,
+    activate,
+    active_adapters,
+    adapted_parts,
+    add_saved_adapter,
+    delete_adapters,
+    save_adapter,
+    set_scale,
+    swap_adapter,
+    without_adapters,
+)
 from ..utils.short_repr import short_repr
 from ..utils.typed_values import check_types
 
@@ -18,33 +31,69 @@ from ..utils.typed_values import check_types
 class LoraMixin:
     """Adapters of a [`NextFlowPipeline`]'s model: loaded, switched, mixed, merged and taken away."""
 
+    # Of all adapters that `enable_lora_hotswap` made room for.
+    _lora_rank: int | None = None
+
     def load_lora_weights(
-        self, pretrained_model_name_or_path, adapter_name: str | None = None, subfolder: str = "", **kwargs
+        self,
+        pretrained_model_name_or_path,
+        adapter_name: str | None = None,
+        subfolder: str = "",
+        hotswap: bool = False,
+        **kwargs,
     ):
         """Put a saved adapter into the model and make it the active one; those that were there stay loaded.
 
         Args:
             pretrained_model_name_or_path: a folder in PEFT's format, as `save_lora_weights`, trainers and
                 `PeftModel.save_pretrained` write it, or a repository of the Hub.
-            adapter_name: default: "default_0", "default_1", …
+            adapter_name: default: "default_0", "default_1", …; with `hotswap` the only one.
             subfolder: the place of the adapter in it.
+            hotswap: take the place of the adapter of this name, in its own tensors, with a weight of 1; which ones are
+                active stays. `enable_lora_hotswap` makes room for higher ranks.
             kwargs: options of the Hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
 
         Raises:
             OSError: if there is no such adapter.
-            ValueError: for a name that is taken, and for an adapter that does not fit the model.
+            ValueError: for a name that is taken, or with `hotswap` for one that is not; for an adapter that does not
+                fit the model, or the one in whose place it shall be.
         """
         check_names(kwargs, HUB_OPTIONS, "load_lora_weights")
-        names = self.get_list_adapters()["model"]
+        path, names = pretrained_model_name_or_path, self.get_list_adapters()["model"]
+        if not isinstance(path, (str, os.PathLike)):
+            raise ValueError(f"load_lora_weights takes a folder or a repository of the Hub, got {short_repr(path)}.")
+        if hotswap:
+            name = self._named_or_only(adapter_name)
+            with loading_errors(path):
+                swap_adapter(self.unwrapped_model, name, path, subfolder, **kwargs)
+            if self._lora_rank is None:  # else what was recorded reads the same tensors
+                self._compile_again()
+            return
         if adapter_name is None:
             numbers = range(len(names) + 1)
             adapter_name = next(name for name in (f"default_{number}" for number in numbers) if name not in names)
         if adapter_name in names:
             raise ValueError(f"There is an adapter {adapter_name!r} already; take another name, or delete it first.")
-        with loading_errors(pretrained_model_name_or_path):
-            add_saved_adapter(self.unwrapped_model, adapter_name, pretrained_model_name_or_path, subfolder, **kwargs)
+        with loading_errors(path):
+            add_saved_adapter(self.unwrapped_model, adapter_name, path, subfolder, self._lora_rank, **kwargs)
         self.unwrapped_model.eval().requires_grad_(False)
         self._compile_again()
+
+    def enable_lora_hotswap(self, target_rank: int = 128):
+        """Make room in adapters that are loaded from now on, so that others up to a rank take their place by
+        `load_lora_weights(…, hotswap=True)`, and scales that `compile_drawing` recorded are kept.
+
+        Raises:
+            ValueError: for a rank below 1, and where an adapter is loaded already.
+        """
+        check_types({"target_rank": target_rank}, {"target_rank": int}, "enable_lora_hotswap")
+        if target_rank < 1:
+            raise ValueError(f"target_rank must be 1 or more, got {target_rank}.")
+        if names := self.get_list_adapters()["model"]:
+            raise ValueError(
+                f"The model has the adapters {names}; call enable_lora_hotswap before the first is loaded."
+            )
+        self._lora_rank = target_rank
 
     @checks_names
     def save_lora_weights(self, save_directory, adapter_name: str | None = None):
@@ -53,21 +102,20 @@ class LoraMixin:
         Args:
             adapter_name: default: the only one.
         """
-        names = self.get_list_adapters()["model"]
-        if adapter_name is None and len(names) != 1:
-            raise ValueError(f"The model has {names or 'no adapters'}; name the one that is saved.")
-        self._check_adapters([adapter_name or names[0]])
+        name = self._named_or_only(adapter_name)
         with write_into(save_directory) as folder:
-            save_adapter(self.unwrapped_model, adapter_name or names[0], folder)
+            save_adapter(self.unwrapped_model, name, folder)
 
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None):
         """Make adapters the active ones, and say how much each counts.
 
         Args:
-            adapter_weights: one for all or one for each; 1 (the default) is as it was trained, 0 is without it.
+            adapter_weights: one for all or one for each; 1 (the default) is as it was trained, 0 is without it. Modules
+                that an adapter holds whole have no weight: they are its own, or the model's where it is not active.
 
         Raises:
-            ValueError: for a name that is there twice, and while adapters are fused.
+            ValueError: for a name that is there twice, for two adapters that hold the same module whole, and while
+                adapters are fused.
         """
         _check(adapter_names=adapter_names, adapter_weights=adapter_weights)
         names = _as_list(adapter_names)
@@ -77,11 +125,10 @@ class LoraMixin:
             raise ValueError(f"{len(names)} adapters came with {len(weights)} weights; give one for each.")
         self._check_adapters(names)
         self._check_not_fused("set_adapters")
-        for layer in self._adapted_layers():
-            layer.set_adapter(names)
+        activate(self.unwrapped_model, names)
+        for layer in self._lora_layers():
             for name, weight in zip(names, weights):
-                if hasattr(layer, "set_scale"):
-                    layer.set_scale(name, weight)
+                set_scale(layer, name, weight)
         self.unwrapped_model.requires_grad_(False)
         self.enable_lora()
 
@@ -101,19 +148,31 @@ class LoraMixin:
         names = self.get_active_adapters() if adapter_names is None else _as_list(adapter_names)
         self._check_adapters(names)
         self._check_not_fused("fuse_lora")
-        for layer in self._adapted_layers():
-            if hasattr(layer, "scale_layer"):
-                layer.scaling_before_fusing = dict(layer.scaling)
-                layer.scale_layer(lora_scale)
-            layer.merge(safe_merge=safe_fusing, adapter_names=[name for name in names if _has(layer, name)])
+        fused = {part: [name for name in names if _has(part, name)] for part in adapted_parts(self.unwrapped_model)}
+        if any(len(own) > 1 for part, own in fused.items() if _is_whole(part)):
+            raise ValueError(f"Two of the adapters {names} hold the same module whole; fuse one of them.")
+        for layer in self._lora_layers():
+            layer.scaling_before_fusing = {name: float(scaling) for name, scaling in layer.scaling.items()}
+            layer.scale_layer(lora_scale)
+        for part, own in fused.items():
+            if _is_whole(part):
+                part.merged_adapters, part.active_before_fusing = own, list(part.active_adapters)
+                part.set_adapter(own)
+            elif hasattr(part, "merge"):
+                part.merge(safe_merge=safe_fusing, adapter_names=own)
         self._compile_again()
 
     def unfuse_lora(self):
         """Take adapters out of the weights again."""
-        for layer in self._adapted_layers():
-            if layer.merged:
-                layer.unmerge()
-                layer.scaling.update(getattr(layer, "scaling_before_fusing", {}))
+        for part in adapted_parts(self.unwrapped_model):
+            if _is_whole(part) and part.merged_adapters:
+                part.set_adapter(part.active_before_fusing)
+                part.merged_adapters = []
+            elif getattr(part, "merged", False):
+                part.unmerge()
+                for name, scaling in getattr(part, "scaling_before_fusing", {}).items():
+                    held = part.scaling[name]
+                    part.scaling[name] = held.fill_(scaling) if torch.is_tensor(held) else scaling
         self._compile_again()
 
     def unload_lora_weights(self):
@@ -129,8 +188,22 @@ class LoraMixin:
         if set(names) == set(self.get_list_adapters()["model"]):
             self.unload_lora_weights()
         else:
-            self.unwrapped_model.delete_adapter(names)
+            delete_adapters(self.unwrapped_model, names)
+            self.unwrapped_model.requires_grad_(False)
             self._compile_again()
+
+    def set_lora_device(self, adapter_names: str | Sequence[str], device: torch.device | str | int):
+        """Move adapters to another device, as those that are not in use to the CPU. Those that are active must be where
+        the model is.
+        """
+        _check(adapter_names=adapter_names)
+        names = _as_list(adapter_names)
+        self._check_adapters(names)
+        for part in adapted_parts(self.unwrapped_model):
+            for held in (getattr(part, kind) for kind in (*part.adapter_layer_names, *part.other_param_names)):
+                for name in names:
+                    if name in held and hasattr(held[name], "to"):
+                        held[name] = held[name].to(device)
 
     def enable_lora(self):
         """Let the active adapters act (again)."""
@@ -142,16 +215,15 @@ class LoraMixin:
 
     def get_active_adapters(self) -> list[str]:
         """Names of the adapters that act."""
-        layer = next(self._adapted_layers(), None)
-        return [] if layer is None or layer.disable_adapters else list(layer.active_adapters)
+        return active_adapters(self.unwrapped_model) if self.get_list_adapters()["model"] else []
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Names of all adapters, by component: there is one, "model"."""
         return {"model": list(getattr(self.unwrapped_model, "peft_config", {}))}
 
     def _switch(self, on: bool):
-        for layer in self._adapted_layers():
-            layer.enable_adapters(enabled=on)
+        for part in adapted_parts(self.unwrapped_model):
+            part.enable_adapters(on)
         self.unwrapped_model.requires_grad_(False)
         self._compile_again()
 
@@ -164,14 +236,19 @@ class LoraMixin:
 
     def _check_not_fused(self, what: str):
         """Raises `ValueError` while adapters are fused: with another strength they could not be taken out again."""
-        if any(getattr(layer, "merged", False) for layer in self._adapted_layers()):
+        if any(getattr(part, "merged_adapters", ()) for part in adapted_parts(self.unwrapped_model)):
             raise ValueError(f"Adapters are fused into the weights; call unfuse_lora before {what}.")
 
-    def _adapted_layers(self) -> Iterator[nn.Module]:
-        if self.get_list_adapters()["model"]:
-            from peft.tuners.tuners_utils import BaseTunerLayer
+    def _named_or_only(self, adapter_name: str | None) -> str:
+        names = self.get_list_adapters()["model"]
+        if adapter_name is None and len(names) != 1:
+            raise ValueError(f"The model has the adapters {names or 'none'}; name the one that is meant.")
+        name = adapter_name or names[0]
+        self._check_adapters([name])
+        return name
 
-            yield from (module for module in self.unwrapped_model.modules() if isinstance(module, BaseTunerLayer))
+    def _lora_layers(self) -> Iterator[nn.Module]:
+        return (part for part in adapted_parts(self.unwrapped_model) if hasattr(part, "set_scale"))
 
     def _compile_again(self):
         """Recorded scales hold the layers as they were."""
@@ -195,5 +272,10 @@ def _as_list(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def _has(layer: nn.Module, name: str) -> bool:
-    return any(name in getattr(layer, part, ()) for part in layer.adapter_layer_names)
+def _has(part: nn.Module, name: str) -> bool:
+    return any(name in getattr(part, kind, ()) for kind in part.adapter_layer_names)
+
+
+def _is_whole(part: nn.Module) -> bool:
+    """Whether a part is one that adapters hold whole."""
+    return "modules_to_save" in part.adapter_layer_names

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -11,6 +10,7 @@ from ..evaluation.image_metrics import psnr
 from ..utils.saved_adapters import is_adapted
 from ..utils.trained_on import TrainedOn
 from ..utils.typed_values import read_typed
+from ..utils.user_warnings import warn_user
 from .requests import ImageRequest
 
 
@@ -85,7 +85,7 @@ class OutsideWarningsMixin:
     def _warn_outside(self, kind: str, message: str):
         if kind not in self._told_outside:
             self._told_outside.add(kind)
-            warnings.warn(message, stacklevel=4)
+            warn_user(message)
 
 
 def _knows(stated: TrainedOn) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +9,7 @@ import torch
 
 from ..configuration_nextflow import NextFlowConfig
 from ..scale_schedule import ScaleSchedule
+from ..utils.user_warnings import warn_user
 from .layout import SequenceLayout, scale_weights
 
 
@@ -120,11 +120,10 @@ def loss_targets(
 def warn_of_miscounting(labels: torch.Tensor, targets: LossTargets):
     """Warns where (B, L) labels are other than one for each trained position, so that counting them miscounts."""
     if int((labels[:, 1:] != IGNORE_INDEX).sum()) != len(targets.classes):
-        warnings.warn(
+        warn_user(
             "A batch has more or fewer labels than trained positions. A num_items_in_batch that counts labels, as that "
             "of transformers' Trainer does, then gives another loss than the undivided batch; NextFlowTrainer counts "
             "trained positions, and NextFlowCollator gives one label to each.",
-            stacklevel=3,
         )
 
 

@@ -8,6 +8,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -22,6 +23,7 @@ from ..utils.unique_names import load_json
 from .body_limits import BodyLimits, BodyRefused
 from .jobs import ChatJob, Finished, ImageJob, Job, Partial
 from .schemas import MOST_IMAGES, Body, ChatBody, EditBody, ImageBody, UploadedImages, region_of
+from .usage import chat_usage, image_usage
 from .worker import TooManyRequests, Worker
 
 
@@ -58,7 +60,7 @@ def create_app(worker: Worker, on_answer: OnAnswer = lambda path, status: None) 
         body = _checked(ImageBody, await _json(request), settings.name)
         job = ImageJob(
             prompt=body.prompt, negative_prompt=body.negative_prompt, seeds=body.seeds, options=body.options,
-            partial_images=body.partial_images if body.stream else 0,
+            partial_images=body.partial_images,
         )  # fmt: skip
         return await _images(worker, job, body, "image_generation")
 
@@ -74,7 +76,7 @@ def create_app(worker: Worker, on_answer: OnAnswer = lambda path, status: None) 
         images, mask = await run_in_threadpool(_uploads, files)
         job = ImageJob(
             prompt=body.prompt, negative_prompt=body.negative_prompt, seeds=body.seeds, options=body.options,
-            partial_images=body.partial_images if body.stream else 0, images=images, mask=mask,
+            partial_images=body.partial_images, images=images, mask=mask,
         )  # fmt: skip
         return await _images(worker, job, body, "image_edit")
 
@@ -84,21 +86,20 @@ def create_app(worker: Worker, on_answer: OnAnswer = lambda path, status: None) 
         messages = await run_in_threadpool(lambda: body.conversation)
         job = ChatJob(
             messages=messages, seed=body.seed, options=body.options, is_streamed=body.stream,
-            partial_images=body.partial_images if body.stream else 0,
+            partial_images=body.partial_images,
         )  # fmt: skip
         answers = await _started(worker, job)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": settings.name}
+        processor = worker.pipeline.processor
         if body.stream:
-            return _events(_chat_chunks(answers, head))
-        text, images = "", []
-        async for answer in answers:
-            if isinstance(answer, str):
-                text += answer
-            else:
-                images.append(_image_part(answer))
-        message = {"role": "assistant", "content": text} | ({"images": images} if images else {})
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        return JSONResponse(head | {"object": "chat.completion", "choices": [choice]})
+            usage = partial(chat_usage, processor, job) if body.tells_usage else None
+            return _events(_chat_chunks(answers, head, usage))
+        given = [answer async for answer in answers]
+        text, finished = "".join(a for a in given if isinstance(a, str)), [a for a in given if isinstance(a, Finished)]
+        images = {"images": [_image_part(answer) for answer in finished]} if finished else {}
+        choice = {"index": 0, "message": {"role": "assistant", "content": text} | images, "finish_reason": "stop"}
+        usage = await run_in_threadpool(chat_usage, processor, job, text, finished)
+        return JSONResponse(head | {"object": "chat.completion", "choices": [choice], "usage": usage})
 
     return app
 
@@ -145,7 +146,7 @@ async def _images(worker: Worker, job: ImageJob, body: ImageBody, event: str) ->
     shared = {
         "size": _size(finished[0].image),
         "output_format": body.output_format,
-        "usage": _usage(worker, job, finished),
+        "usage": image_usage(worker.pipeline.processor, job, finished),
     }
     return JSONResponse({"created": int(time.time()), "data": data} | shared)
 
@@ -168,18 +169,27 @@ async def _image_events(answers: AsyncIterator[Answer], body: ImageBody, event: 
         yield _event({"type": name} | common | own, name)
 
 
-async def _chat_chunks(answers: AsyncIterator[Answer], head: dict) -> AsyncIterator[str]:
+async def _chat_chunks(
+    answers: AsyncIterator[Answer], head: dict, usage: Callable[[str, list[Finished]], dict] | None
+) -> AsyncIterator[str]:
+    """Events of a streamed chat; with `usage` a last chunk without choices tells it, and those before have none yet."""
+    head = head | {"object": "chat.completion.chunk"} | ({} if usage is None else {"usage": None})
+    text, finished = "", []
+
     def chunk(delta: dict, reason: str | None = None) -> str:
-        choices = [{"index": 0, "delta": delta, "finish_reason": reason}]
-        return _event(head | {"object": "chat.completion.chunk", "choices": choices})
+        return _event(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]})
 
     yield chunk({"role": "assistant", "content": ""})
     async for answer in _told_errors(answers):
         if isinstance(answer, dict):
             yield _event(answer)
             return
+        text += answer if isinstance(answer, str) else ""
+        finished += [answer] if isinstance(answer, Finished) else []
         yield chunk({"content": answer} if isinstance(answer, str) else {"images": [_image_part(answer)]})
     yield chunk({}, "stop")
+    if usage is not None:
+        yield _event(head | {"choices": [], "usage": await run_in_threadpool(usage, text, finished)})
     yield "data: [DONE]\n\n"
 
 
@@ -210,21 +220,13 @@ def _image_part(answer: Partial | Finished) -> dict:
 
 def _encoded(image: Image.Image, body: ImageBody) -> str:
     content = io.BytesIO()
-    quality = (
-        {} if body.output_compression is None or body.output_format == "png" else {"quality": body.output_compression}
-    )
-    image.save(content, body.output_format, **quality)
+    is_lossy = body.output_compression is not None and body.output_format != "png"
+    image.save(content, body.output_format, **({"quality": body.output_compression} if is_lossy else {}))
     return base64.b64encode(content.getvalue()).decode()
 
 
 def _size(image: Image.Image) -> str:
     return f"{image.width}x{image.height}"
-
-
-def _usage(worker: Worker, job: ImageJob, finished: list[Finished]) -> dict:
-    text, drawn = len(worker.pipeline.processor.tokenizer(job.prompt)["input_ids"]), sum(f.num_tokens for f in finished)
-    details = {"text_tokens": text, "image_tokens": 0}
-    return {"input_tokens": text, "output_tokens": drawn, "total_tokens": text + drawn, "input_tokens_details": details}
 
 
 def _repeated(names: list[str]) -> str:
@@ -269,7 +271,8 @@ def _error_of(error: Exception) -> tuple[int, dict]:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         param = ".".join(map(str, first["loc"]))
-        told = "this field is not known" if first["type"] == "extra_forbidden" else first["msg"]
+        told = first["msg"].removeprefix("Value error, ")  # pydantic's, before our own words
+        told = "this field is not known" if first["type"] == "extra_forbidden" else told
         status, message = 400, f"{param}: {told}"
     elif isinstance(error, TooManyRequests):
         status, message = 429, str(error)

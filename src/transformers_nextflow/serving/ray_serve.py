@@ -16,6 +16,9 @@ from .settings import ServingSettings
 try:
     # Nothing is told to the makers of Ray, unless the user says so.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Seconds, three times over, after which Serve ends a listener that is still starting, and with it the start: 5 are
+    # too few for a busy machine. Serve itself gives up after 60.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     import fastapi  # noqa: F401
     import ray
     from ray import serve

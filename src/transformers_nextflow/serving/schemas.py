@@ -10,7 +10,7 @@ import secrets
 from typing import Annotated, Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ..tokenization_nextflow import text_fault
 from ..utils.image_files import read_image
@@ -45,6 +45,23 @@ class Body(BaseModel):
     safety_identifier: str | None = None
     metadata: dict | None = None
 
+    @field_validator("partial_images", check_fields=False)
+    @classmethod
+    def _is_shown(cls, count: int, info: ValidationInfo) -> int:
+        if count and not info.data.get("stream"):
+            raise ValueError("only a streamed answer shows them; give stream: true")
+        return count
+
+
+class StreamOptions(BaseModel):
+    """What a streamed chat has beside its text and images."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool = False
+    # Random padding of the chunks.
+    include_obfuscation: Literal[False] = False
+
 
 class ImageBody(Body):
     """Body of `/v1/images/generations`."""
@@ -67,6 +84,13 @@ class ImageBody(Body):
     quality: Literal["auto"] = "auto"
     background: Literal["auto", "opaque"] = "auto"
     moderation: Literal["auto", "low"] = "auto"
+
+    @field_validator("output_compression")
+    @classmethod
+    def _is_followed(cls, compression: int | None, info: ValidationInfo) -> int | None:
+        if info.data.get("output_format") == "png" and compression not in (None, 100):
+            raise ValueError("PNG loses nothing; output_format webp or jpeg takes it")
+        return compression
 
     @field_validator("prompt", "negative_prompt")
     @classmethod
@@ -98,7 +122,7 @@ class EditBody(ImageBody):
 
     image_guidance_scale: Guidance | None = None
     paste_back: bool = False
-    input_fidelity: Literal["high", "low"] | None = None
+    input_fidelity: Literal["low"] | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -120,7 +144,33 @@ class ChatBody(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stop: str | list[str] | None = None
     n: Literal[1] = 1
-    stream_options: dict | None = None
+    stream_options: StreamOptions | None = None
+
+    @field_validator("modalities")
+    @classmethod
+    def _has_text(cls, modalities: list[str]) -> list[str]:
+        if "text" not in modalities:
+            raise ValueError("an answer has text; give text, or text and image")
+        return modalities
+
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _is_only_limit(cls, limit: int | None, info: ValidationInfo) -> int | None:
+        if limit is not None and info.data.get("max_tokens") not in (None, limit):
+            raise ValueError("max_tokens, its older name, says something else; give one of them")
+        return limit
+
+    @field_validator("stream_options")
+    @classmethod
+    def _is_streamed(cls, options: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if options is not None and not info.data.get("stream"):
+            raise ValueError("only a streamed answer has them; give stream: true")
+        return options
+
+    @property
+    def tells_usage(self) -> bool:
+        """Whether a stream ends with the number of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
 
     @field_validator("stop", mode="before")
     @classmethod

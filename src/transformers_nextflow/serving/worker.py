@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
+from PIL import Image
 from transformers.utils import logging
 
 from ..generation.image_codes import ScaleState
@@ -17,6 +18,7 @@ from ..generation.interleaved import InterleavedStreamer
 from ..generation.sampling import ImageSampling
 from ..pipeline_nextflow import NextFlowPipeline
 from ..pipelines.requests import ImageRequest
+from ..scale_schedule import ScaleSchedule
 from ..sequence.messages import check_conversation
 from .jobs import END, ChatJob, Finished, ImageJob, Job, Partial
 from .settings import ServingSettings
@@ -196,11 +198,10 @@ class Worker:
             return
         for job, message in zip(jobs, messages):
             for part in message["content"]:
-                job.put(part["text"] if part["type"] == "text" else Finished(part["image"], job.seed))
+                job.put(part["text"] if part["type"] == "text" else _finished(self.pipeline, part["image"], job))
 
     def _num_scales(self, image) -> int:
-        schedules = self.pipeline.processor.image_processor.scale_schedules
-        return schedules.for_size(image.height, image.width).num_scales
+        return schedule_of(self.pipeline, image).num_scales
 
 
 class _Streamer(InterleavedStreamer):
@@ -230,13 +231,24 @@ class _Streamer(InterleavedStreamer):
         image = self.pipeline.processor.post_process_images(pixels)[0]
         if state.is_finished:
             [image] = self.pipeline._with_provenance([image], [0], [_generator(self.job.seed)], self.sampling)
-        self.job.put(Finished(image, self.job.seed) if state.is_finished else Partial(image, shown.index(scale)))
+            self.job.put(_finished(self.pipeline, image, self.job))
+        else:
+            self.job.put(Partial(image, shown.index(scale)))
+
+
+def schedule_of(pipeline: NextFlowPipeline, image: Image.Image) -> ScaleSchedule:
+    """The scales that an image was drawn by."""
+    return pipeline.processor.image_processor.scale_schedules.for_size(image.height, image.width)
 
 
 def preview_scales(num_scales: int, count: int) -> list[int]:
     """After which scales `count` previews are shown, evenly and in order; never after the last, which is the image."""
     count = min(count, num_scales - 1)
     return [(index + 1) * num_scales // (count + 1) - 1 for index in range(count)]
+
+
+def _finished(pipeline: NextFlowPipeline, image: Image.Image, job: ChatJob) -> Finished:
+    return Finished(image, job.seed, schedule_of(pipeline, image).num_tokens)
 
 
 def _generator(seed: int) -> torch.Generator:

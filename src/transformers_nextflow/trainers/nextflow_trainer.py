@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedule
 from ..sequence.loss import IGNORE_INDEX, LossWeights
+from ..utils.user_warnings import warn_user
 from ..vision_tokenizer.fingerprint import tokenizer_fingerprint
 from .collator import NextFlowCollator
 from .device_settings import CheckpointedLayers, choose_attention, compile_layers, use_liger
@@ -104,9 +104,8 @@ class NextFlowTrainingArguments(CheckedArguments, TrainingArguments):
                     f"{self.per_device_train_batch_size}), and packing_budget to what a step shall hold."
                 )
         if self.bf16 and self.device.type == "cpu" and not has_bfloat16_units():
-            warnings.warn(
+            warn_user(
                 "This processor has no bfloat16 units: bf16=True is many times slower than float32; leave it out.",
-                stacklevel=2,
             )
         if self.checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}.")
@@ -169,10 +168,9 @@ def _warn_of_images(model: nn.Module, rows, collator: NextFlowCollator):
     except BadRowError:
         return  # told by its number where it is trained on
     if images and not (fit := fit_of(model.vq_model, images, stated.get("lowest_psnr"))).is_fit:
-        warnings.warn(
+        warn_user(
             f"An adapter draws nothing that its tokenizer cannot hold, and {fit}. Train the tokenizer on such images "
             "first, by the recipe tokenizer (docs/own_images.md).",
-            stacklevel=3,
         )
 
 
@@ -228,7 +226,7 @@ class NextFlowTrainer(
         one; an adapter leaves it, since it leaves the model.
         """
         if not is_peft_model(self.model) and getattr(self.model.config, "trained_on", None) is not None:
-            logger.warning("trained_on, what the model's config says of its training, ends with this training.")
+            logger.warning("What the config says the model was trained on (trained_on) is taken out: no longer true.")
             self.model.config.trained_on = None
         return super().train(*args, **kwargs)
 

@@ -12,8 +12,11 @@ from __future__ import annotations
 import copy
 import json
 import re
+import warnings
+from collections.abc import Iterator, Sequence
 from functools import wraps
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,6 +28,10 @@ from .checkpoint_checks import FLOATS, is_finite, read_json
 from .finite_numbers import check_finite
 from .short_repr import short_repr
 from .typed_values import check_types
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 FOLDER, INDEX = "adapters", "adapters.json"
@@ -100,60 +107,154 @@ def _save_adapters(model: nn.Module, folder: Path):
     for name in names:
         save_adapter(model, name, folder / FOLDER / name)
     with write_whole(folder / FOLDER / INDEX) as partial_file:
-        partial_file.write_text(json.dumps({"names": names, "active": _active_adapters(model)}, indent=2) + "\n")
+        partial_file.write_text(json.dumps({"names": names, "active": active_adapters(model)}, indent=2) + "\n")
 
 
 def save_adapter(model: nn.Module, name: str, folder: Path):
     """Write one adapter of an unwrapped model in PEFT's format."""
     folder.mkdir(parents=True, exist_ok=True)
-    state_dict = {PREFIX + key: value.contiguous() for key, value in _weights(model, name).items()}
+    state_dict = {
+        PREFIX + key: _of_own_rank(model, name, key, value).contiguous() for key, value in _weights(model, name).items()
+    }
     save_file(state_dict, folder / FILES[0], metadata={"format": "pt"})
     config = copy.copy(model.peft_config[name])
     config.inference_mode = True
     config.save_pretrained(folder)
 
 
-def add_saved_adapter(model: nn.Module, name: str, path, subfolder: str = "", **hub_options):
-    """Put an adapter in PEFT's format, from a folder or a repository of the Hub, into an unwrapped model.
+def add_saved_adapter(model: nn.Module, name: str, path, subfolder: str = "", rank: int | None = None, **hub_options):
+    """Put an adapter in PEFT's format, from a folder or a repository of the Hub, into an unwrapped model, and make it
+    the active one.
+
+    Args:
+        rank: which its matrices are padded to, so that adapters up to it can take its place (`swap_adapter`).
 
     Raises:
         OSError: if there is none.
         ValueError: if peft is missing, or the adapter does not fit; the model is then as it was.
     """
-    try:
-        from peft import PeftConfig
-    except ImportError as error:
-        raise ValueError(f"{path} holds an adapter, which needs peft: {INSTALL}.") from error
     check_adapter_name(name)
-    check_named(path)
-    weights, config = (cached_file(path, file, subfolder=subfolder, **hub_options) for file in FILES)
-    settings = read_json(config)
-    if not isinstance(settings.get("peft_type"), str):
-        raise ValueError(f"{config} has no peft_type; is it the config of an adapter?")
-    check_finite(settings)
-    saved = {key.removeprefix(PREFIX): value for key, value in load_file(weights).items()}
-    if broken := [key for key, value in saved.items() if value.dtype not in FLOATS or not bool(is_finite(value))]:
-        raise ValueError(f"{weights} holds {saved[broken[0]].dtype} that are no finite floats in {broken[0]}.")
-    settings = PeftConfig.from_pretrained(Path(config).parent)
-    # What is made for it is made at random, before its weights come into it.
-    largest = max((side for value in saved.values() for side in value.shape), default=0)
-    if getattr(settings, "r", 0) > largest:
-        raise ValueError(
-            f"{config} says r={settings.r}, and no side of the adapter's weights is larger than {largest}."
-        )
-    # transformers 5.17 loads no rows of new tokens and no whole modules by its own `load_adapter`.
-    before = _active_adapters(model) if getattr(model, "peft_config", None) else None
+    config, weights = _read_adapter(path, subfolder, **hub_options)
+    if rank is not None and (own := max([config.r, *config.rank_pattern.values()])) > rank:
+        raise ValueError(f"The adapter {name!r} has rank {own}, and enable_lora_hotswap made room for {rank}.")
+    from peft import inject_adapter_in_model
+
+    # transformers 5.17 loads no rows of new tokens and no whole modules by its own `load_adapter`, and `add_adapter`
+    # refuses one beside another that holds a module whole.
+    before = active_adapters(model) if getattr(model, "peft_config", None) else None
+    config.base_model_name_or_path = vars(model).get("name_or_path")
     try:
-        model.add_adapter(settings, name)
-        _fill(model, name, saved)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Already found a `peft_config` attribute"
+            )  # a second adapter is asked for
+            inject_adapter_in_model(config, model, name)
+        model._hf_peft_config_loaded = True
+        _fill(model, name, weights)
     except Exception:
         if before is None:
             without_adapters(model)
         else:
             if name in model.peft_config:
-                model.delete_adapter(name)
-            model.set_adapter(before)
+                delete_adapters(model, [name])
+            activate(model, before)
         raise
+    activate(model, [name])
+    if rank is not None:
+        from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+
+        prepare_model_for_compiled_hotswap(model, target_rank=rank)
+
+
+def swap_adapter(model: nn.Module, name: str, path, subfolder: str = "", **hub_options):
+    """Put a saved adapter into the tensors of one that an unwrapped model has. Layers that the new one leaves out are
+    then as without it.
+
+    Raises:
+        OSError: if there is no saved one.
+        ValueError: for one of another kind, of more layers or of a higher rank, and where the old one is merged; the
+            model is then as it was.
+    """
+    config, saved = _read_adapter(path, subfolder, **hub_options)
+    from peft.utils.hotswap import check_hotswap_configs_compatible
+
+    if any(name in getattr(part, "merged_adapters", ()) for part in adapted_parts(model)):
+        raise ValueError(f"The adapter {name!r} is fused; call unfuse_lora() before another takes its place.")
+    old = model.peft_config[name]
+    check_hotswap_configs_compatible(old, config)
+    own = _weights(model, name)
+    odd = (saved.keys() - own.keys()) | {key for key in own.keys() - saved.keys() if _rank_axis(key) is None}
+    refused = f"{path} cannot take the place of the adapter {name!r}: "
+    if odd or old.trainable_token_indices != config.trainable_token_indices:
+        raise ValueError(f"{refused}only one of them has {min(odd, default='these tokens')}; load it without hotswap.")
+    if large := [key for key in saved if not _has_room(key, own[key], saved[key])]:
+        raise ValueError(
+            f"{refused}{large[0]} has the shape {tuple(saved[large[0]].shape)}, and there is room for "
+            f"{tuple(own[large[0]].shape)}; call enable_lora_hotswap(target_rank=…) before the first adapter is loaded."
+        )
+    for key, value in own.items():
+        value.data.zero_()
+        if key in saved:
+            value.data[tuple(map(slice, saved[key].shape))].copy_(saved[key])
+    old.r, old.lora_alpha, old.rank_pattern = config.r, config.lora_alpha, config.rank_pattern  # its layers stay
+    from peft.utils.other import get_pattern_key
+
+    for place, layer in model.named_modules():
+        if name in getattr(layer, "lora_alpha", ()):
+            ranks, alphas = config.rank_pattern, config.alpha_pattern
+            layer.r[name] = ranks.get(get_pattern_key(ranks.keys(), place), config.r)
+            layer.lora_alpha[name] = alphas.get(get_pattern_key(alphas.keys(), place), config.lora_alpha)
+            set_scale(layer, name, 1.0)
+
+
+def set_scale(layer: nn.Module, name: str, scale: float):
+    """Say how much an adapter counts in a layer of LoRA. A tensor, which recordings read, stays the same one."""
+    held = layer.scaling.get(name)
+    layer.set_scale(name, scale)
+    if torch.is_tensor(held):
+        layer.scaling[name] = held.fill_(layer.scaling[name])
+
+
+def adapted_parts(model: nn.Module) -> Iterator[nn.Module]:
+    """What PEFT has put into an unwrapped model: around layers, and around modules that an adapter holds whole."""
+    if getattr(model, "peft_config", None):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import AuxiliaryTrainingWrapper
+
+        yield from (part for part in model.modules() if isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper)))
+
+
+def activate(model: nn.Module, names: Sequence[str]):
+    """Make adapters of an unwrapped model the active ones.
+
+    Raises:
+        ValueError: for two that hold the same module, or rows of the same table, whole.
+    """
+    names, chosen = list(names), []
+    for part in adapted_parts(model):
+        own = names
+        if _holds_whole(part):
+            try:
+                name = part.check_set_adapter(names) if names else None
+            except ValueError as error:
+                raise ValueError(
+                    f"Two of the adapters {names} hold the same module whole; take one of them."
+                ) from error
+            own = [] if name is None else [name]
+        chosen.append((part, own))
+    for part, own in chosen:
+        part.set_adapter(own)
+
+
+def delete_adapters(model: nn.Module, names: Sequence[str]):
+    """Take adapters, but not all of them, out of an unwrapped model; of those that are left the active ones, or else
+    the first, are active.
+    """
+    kept = [name for name in model.peft_config if name not in names]
+    active = [name for name in _chosen_adapters(model) if name in kept]
+    activate(model, kept[:1])  # PEFT warns where it has to choose
+    model.delete_adapter(list(names))
+    activate(model, active or kept[:1])
 
 
 def check_adapter_name(name: object):
@@ -163,11 +264,15 @@ def check_adapter_name(name: object):
 
 
 def without_adapters(model: nn.Module) -> nn.Module:
-    """The unwrapped model with its own layers in the places of PEFT's; weights are left as they are."""
+    """The unwrapped model with its own layers in the places of PEFT's; weights are left as they are, and a module that
+    a merged adapter holds whole stays.
+    """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             inner = getattr(child, "token_adapter", child)  # rows of new tokens stand inside of another wrapper
             own = getattr(inner, "base_layer", getattr(child, "original_module", None))
+            if merged := [name for name in getattr(child, "modules_to_save", ()) if name in child.merged_adapters]:
+                own = child.modules_to_save[merged[0]]
             if own is not None:
                 setattr(parent, name, own)
     if hasattr(model, "peft_config"):
@@ -199,9 +304,50 @@ def load_adapters(model: nn.Module, path, subfolder: str = "", **kwargs):
         add_saved_adapter(model, name, path, f"{place}/{name}", **options)
     model.eval().requires_grad_(False)
     if saved["active"]:
-        model.set_adapter(saved["active"])
+        activate(model, saved["active"])
     else:
         model.disable_adapters()
+
+
+def _read_adapter(path, subfolder: str, **hub_options) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    """Config and weights of a saved adapter; raises `ValueError` if peft is missing, or they are none of an adapter."""
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise ValueError(f"{path} holds an adapter, which needs peft: {INSTALL}.") from error
+    check_named(path)
+    weights, file = (cached_file(path, file, subfolder=subfolder, **hub_options) for file in FILES)
+    settings = read_json(file)
+    if not isinstance(settings.get("peft_type"), str):
+        raise ValueError(f"{file} has no peft_type; is it the config of an adapter?")
+    check_finite(settings)
+    saved = {key.removeprefix(PREFIX): value for key, value in load_file(weights).items()}
+    if broken := [key for key, value in saved.items() if value.dtype not in FLOATS or not bool(is_finite(value))]:
+        raise ValueError(f"{weights} holds {saved[broken[0]].dtype} that are no finite floats in {broken[0]}.")
+    config = PeftConfig.from_pretrained(Path(file).parent)
+    # What is made for it is made at random, before its weights come into it.
+    largest = max((side for value in saved.values() for side in value.shape), default=0)
+    if getattr(config, "r", 0) > largest:
+        raise ValueError(f"{file} says r={config.r}, and no side of the adapter's weights is larger than {largest}.")
+    return config, saved
+
+
+def _rank_axis(key: str) -> int | None:
+    """The axis of a weight that its rank is the size of; `None` for what has no rank."""
+    return 0 if key.endswith(".lora_A.weight") else 1 if key.endswith(".lora_B.weight") else None
+
+
+def _has_room(key: str, own: torch.Tensor, saved: torch.Tensor) -> bool:
+    axis = _rank_axis(key)
+    sizes = [(a, b) for number, (a, b) in enumerate(zip(own.shape, saved.shape)) if number != axis]
+    is_low_enough = axis is None or saved.shape[axis] <= own.shape[axis]
+    return own.dim() == saved.dim() and all(a == b for a, b in sizes) and is_low_enough
+
+
+def _of_own_rank(model: nn.Module, name: str, key: str, value: torch.Tensor) -> torch.Tensor:
+    """An adapter's weight without what it was padded with."""
+    axis = _rank_axis(key)
+    return value if axis is None else value.narrow(axis, 0, model.get_submodule(key.rsplit(".", 2)[0]).r[name])
 
 
 def _weights(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
@@ -234,8 +380,20 @@ def _fill(model: nn.Module, name: str, saved: dict[str, torch.Tensor]):
         tensors[value.data_ptr()].data = saved[key].to(value.device)
 
 
-def _active_adapters(model: nn.Module) -> list[str]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters that act in an unwrapped model that has some."""
+    return [] if _first_layer(model).disable_adapters else _chosen_adapters(model)
 
-    layer = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
-    return [] if layer.disable_adapters else list(layer.active_adapters)
+
+def _chosen_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters that act, or would if adapters were not switched off."""
+    return list(_first_layer(model).active_adapters)
+
+
+def _first_layer(model: nn.Module) -> nn.Module:
+    return next(part for part in adapted_parts(model) if not _holds_whole(part))
+
+
+def _holds_whole(part: nn.Module) -> bool:
+    """Whether a part is PEFT's wrapper around a module that adapters hold whole, or rows of it."""
+    return hasattr(part, "check_set_adapter")

@@ -25,6 +25,8 @@ class StrictLoadingMixin:
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         """As in transformers. Raises `ValueError` naming tensors that are missing, or that are no finite floats."""
+        if "torch_dtype" in kwargs:  # diffusers says so, and transformers warns of its own older name
+            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
         path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         with loading_errors(path):
             if path is not None and os.path.isdir(folder := os.path.join(path, kwargs.get("subfolder") or "")):

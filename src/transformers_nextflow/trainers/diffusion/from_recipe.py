@@ -61,7 +61,7 @@ def make_decoder(vq_model: NextFlowVQModel, settings: dict[str, Any], level: int
     start, base = settings.pop("start", None), settings.pop("base", None)
     if start is not None:
         check_names(settings, ["start", "upsampling"], "decoder of a recipe with start")
-        decoder = NextFlowDiffusionDecoder.from_pretrained(start, torch_dtype=torch.float32)
+        decoder = NextFlowDiffusionDecoder.from_pretrained(start).float()
         if settings.get("upsampling", decoder.config.upsampling) != decoder.config.upsampling:
             decoder = decoder.upsampled()
     else:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import ClassVar
 
+import torch
 from transformers import SchedulerType
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -73,6 +74,8 @@ class CheckedArguments:
         if isinstance(self.accelerator_config, dict):
             check_names(self.accelerator_config, [f.name for f in fields(AcceleratorConfig)], "accelerator_config")
         super().__post_init__()
+        # True by default also where there is nothing to pin memory for, of which torch warns.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         self.check_values()
 
     def check_values(self):
