@@ -10,7 +10,7 @@ import secrets
 from typing import Annotated, Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from ..tokenization_nextflow import text_fault
 from ..utils.image_files import read_image
@@ -98,12 +98,6 @@ class ImageBody(Body):
         if fault := text_fault(text):
             raise ValueError(fault)
         return text
-
-    @model_validator(mode="after")
-    def _is_followed(self) -> ImageBody:
-        if self.output_compression is not None and self.output_format == "png":
-            raise ValueError("output_compression is of jpeg and webp; png loses nothing.")
-        return self
 
     @property
     def options(self) -> dict[str, Any]:
