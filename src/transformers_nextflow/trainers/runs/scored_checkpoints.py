@@ -15,6 +15,7 @@ from ...evaluation.results import write_result
 from ...evaluation.suites import SUITES
 from ...utils.atomic_files import write_whole
 from .atomic_checkpoints import checkpoints_in, is_superseded, step_of
+from .sharded_checkpoints import PARTS
 
 
 CURVE, SCORES = "curve", "scores.json"
@@ -100,6 +101,11 @@ class CheckpointScores:
                 yield checkpoint
 
     def _score(self, checkpoint: Path):
+        if (checkpoint / PARTS).exists():
+            raise ValueError(
+                f"{checkpoint} holds weights in parts, which no one process reads; train with "
+                "fsdp_state_dict_type=FULL_STATE_DICT to have its checkpoints scored, or score its final."
+            )
         with write_whole(self.output / checkpoint.name) as partial:
             partial.mkdir()
             written = _written(checkpoint)

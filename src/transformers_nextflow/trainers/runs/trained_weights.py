@@ -31,6 +31,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(weight, "placements") or hasattr(weight, "ds_id") for weight in model.parameters())
 
 
+def own_part(weight: torch.Tensor) -> torch.Tensor:
+    """What this process has of a weight, in the same memory."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
+
+
 @contextmanager
 def gathered_weights(model: nn.Module, reshard_after_forward: bool = True) -> Iterator[None]:
     """All weights on every process that FSDP2 has in parts, so that each reads the model as often and in whatever parts
