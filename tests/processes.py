@@ -28,19 +28,22 @@ def in_two_processes(function: Callable, *args):
     in_processes(2, function, *args)
 
 
+def on_other_devices():
+    """Tell accelerate so: processes on CPUs it takes for ones that hold whole weights, without a word."""
+
+    def set_device(state: PartialState):
+        state.device, state.distributed_type = torch.device("cpu"), DistributedType.MULTI_GPU
+
+    PartialState.set_device = set_device
+
+
 def join_sharded(rank: int, port: int, processes: int = 2, *options: str):
     """Become one of some CPU processes that `accelerate launch --config_file fsdp2.yaml` starts, in float32 unless the
     command line's `options` say otherwise.
-
-    accelerate takes processes on CPUs for ones that hold whole weights, without a word; so it is told of other devices.
     """
     given = ["--config_file", str(FSDP2), "--num_processes", str(processes), "--mixed_precision", "no", *options]
     os.environ |= prepare_multi_gpu_env(_validate_launch_command(launch_command_parser().parse_args([*given, "-"]))[0])
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
-    PartialState.set_device = _as_on_other_devices
-
-
-def _as_on_other_devices(state: PartialState):
-    state.device, state.distributed_type = torch.device("cpu"), DistributedType.MULTI_GPU
+    on_other_devices()

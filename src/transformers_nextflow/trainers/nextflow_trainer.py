@@ -10,6 +10,7 @@ from numbers import Real
 from typing import ClassVar
 
 import torch
+import transformers
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list, is_peft_model
 from torch import nn
@@ -28,6 +29,7 @@ from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedule
 from ..sequence.loss import IGNORE_INDEX, LossWeights
+from ..utils.older_transformers import SAVES_DIVIDED
 from ..vision_tokenizer.fingerprint import tokenizer_fingerprint
 from .collator import NextFlowCollator
 from .device_settings import CheckpointedLayers, choose_attention, compile_layers, use_liger
@@ -241,6 +243,11 @@ class NextFlowTrainer(
                 f"{type(args).__name__}."
             )
         check_trainer_arguments(args, kwargs)
+        if (model.tp_size or 1) > 1 and not SAVES_DIVIDED:
+            raise ValueError(
+                f"The model is divided among {model.tp_size} processes (tensor parallel), and transformers "
+                f"{transformers.__version__} cannot save it after a training; install a newer transformers."
+            )
         collator = kwargs["data_collator"] = kwargs.get("data_collator") or _collator_of(kwargs.get("processing_class"))
         kwargs["processing_class"] = _processor_to_save(collator, kwargs.get("processing_class"))
         if isinstance(collator, NextFlowCollator):
@@ -320,6 +327,10 @@ class NextFlowTrainer(
 
     def create_optimizer(self, *args, **kwargs):
         if self.args.muon and self.optimizer is None:
+            if self.is_fsdp_enabled or self.get_tp_size() > 1:
+                raise ValueError(
+                    "muon needs whole matrices, and these are in parts (FSDP, tensor parallel); set optim."
+                )
             model = self.accelerator.unwrap_model(self.model)
             self.optimizer = MuonWithAdamW(
                 model,

@@ -127,6 +127,11 @@ class NextFlowGRPOTrainer(
                 "model must be a NextFlowForConditionalGeneration, or a PEFT model around it, got "
                 f"{type(base_model).__name__}."
             )
+        if (base_model.tp_size or 1) > 1:
+            raise ValueError(
+                f"The model is divided among {base_model.tp_size} processes (tensor parallel), which RL does not draw "
+                "with; load it without tp_plan, and shard it by FSDP2 (recipes/accelerate/fsdp2.yaml)."
+            )
         processing_class.check_fits(base_model.config)
         self.sampling = base_model.default_image_sampling
         if args.image_sampling is not None:

@@ -81,3 +81,9 @@ class CheckedArguments:
             raise ValueError(
                 "logging_nan_inf_filter=True would log a loss of 0 in place of one that is not finite; leave it out."
             )
+        for name in ("cp_size", "sp_size"):
+            if (size := getattr(self.parallelism_config, name, 1)) > 1:
+                raise ValueError(
+                    f"parallelism_config.{name}={size}: sequences are laid out as a whole, so no process trains on "
+                    "a part of one; leave it at 1."
+                )
