@@ -166,10 +166,6 @@ class NextFlowGRPOTrainer(
                 if parameter.requires_grad and parameter.dtype == torch.bfloat16:
                     # TRL rounds the adapters of a quantised model.
                     parameter.data = trained.get(parameter, parameter.data).to(parameter.device, torch.float32)
-        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
-            raise ValueError(
-                "RL reads the model in parts, which FSDP of version 1 does not gather; set fsdp_version to 2."
-            )
         place_vision_tokenizer(self)
         if reference is not None:
             disable_dropout_in_model(reference)

@@ -72,10 +72,16 @@ def place_vision_tokenizer(trainer):
     """Move the tokenizer to the device of a trainer whose model FSDP shards: FSDP moves what it shards and no more.
 
     Raises:
-        ValueError: where accelerate would load the weights on the first process only, and spread the sharded ones.
+        ValueError: for FSDP of version 1, and where accelerate would load the weights on the first process only, and
+            spread the sharded ones.
     """
     if not trainer.is_fsdp_enabled:
         return
+    if trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
+        raise ValueError(
+            "FSDP of version 1 shards the vision tokenizer too, and gathers no head that the loss reads in parts; set "
+            "fsdp_version to 2."
+        )
     if trainer.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
         raise ValueError(
             "fsdp_cpu_ram_efficient_loading spreads sharded weights only, and the vision tokenizer is not sharded; set "
