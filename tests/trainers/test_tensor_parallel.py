@@ -2,14 +2,16 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from processes import in_two_processes, on_other_devices
 from test_resuming import DATA, make, make_grpo
-from tiny import free_port, tiny_model
+from tiny import free_port, tiny_model, tiny_processor
 
 from transformers_nextflow import NextFlowForConditionalGeneration, modeling_nextflow
-from transformers_nextflow.trainers import nextflow_trainer
+from transformers_nextflow.trainers import ImageGrids, nextflow_trainer
 from transformers_nextflow.utils.older_transformers import SAVES_DIVIDED
 
 
@@ -27,10 +29,15 @@ def divided(rank: int, port: int, folder: str):
     model = NextFlowForConditionalGeneration.from_pretrained(f"{folder}/start", tp_plan="auto")
     in_parts = [name for name, weight in model.named_parameters() if 2 * local(weight).numel() == weight.numel()]
     trainer = make(folder, model, DATA, **OPTIONS)
+    trainer.add_callback(sheets())
     trainer.train()
     trainer.save_model(f"{folder}/final")
     torch.save((logged(trainer), in_parts, len(called)), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def sheets() -> ImageGrids:
+    return ImageGrids(tiny_processor(), [{"prompt": "a red circle"}], every=3, num_images=2)
 
 
 def local(weight: torch.Tensor) -> torch.Tensor:
@@ -47,6 +54,7 @@ def test_matrices_of_backbone_and_heads_are_divided_and_the_training_is_that_of_
     tiny_model().save_pretrained(tmp_path / "start")
     in_two_processes(divided, free_port(), str(tmp_path))
     whole = make(tmp_path / "whole", data=DATA, **OPTIONS)
+    whole.add_callback(sheets())
     whole.train()
     (found, in_parts, calls), (other, _, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert found == other and found == pytest.approx(logged(whole), rel=1e-5) and len(set(found)) == len(found)
@@ -55,6 +63,9 @@ def test_matrices_of_backbone_and_heads_are_divided_and_the_training_is_that_of_
         "lm_head", "visual_head", "embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
         "down_proj",
     }  # fmt: skip
+    for name in ("step_00000.png", "step_00003.png"):
+        drawn, alike = (Image.open(folder / "image_grids" / name) for folder in (tmp_path, tmp_path / "whole"))
+        np.testing.assert_allclose(np.array(drawn, int), np.array(alike, int), atol=1)
     expected = {"final": dict(whole.model.named_parameters()), "final/ema": whole._averages}
     for folder, weights in expected.items():
         trained = dict(NextFlowForConditionalGeneration.from_pretrained(tmp_path / folder).named_parameters())

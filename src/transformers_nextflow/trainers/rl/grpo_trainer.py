@@ -226,10 +226,9 @@ class NextFlowGRPOTrainer(
         """The policy as it draws, whole on every process, since images of other sizes take other numbers of passes.
         Gradient checkpointing would drop the cache; it is off in evaluation mode.
         """
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         gathers = self.args.ds3_gather_for_generation
         with (
-            gathered_weights(self.model_wrapped, plugin is None or bool(plugin.reshard_after_forward)),
+            gathered_weights(self.model_wrapped),
             unwrap_model_for_generation(self.model_wrapped, self.accelerator, gathers) as model,
         ):
             was_training = model.training

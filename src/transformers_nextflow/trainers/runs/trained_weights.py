@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import TrainingArguments
 
@@ -37,12 +38,9 @@ def own_part(weight: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def gathered_weights(model: nn.Module, reshard_after_forward: bool = True) -> Iterator[None]:
+def gathered_weights(model: nn.Module) -> Iterator[None]:
     """All weights on every process that FSDP2 has in parts, so that each reads the model as often and in whatever parts
     it wants to, without waiting for others; does nothing for a model that is whole.
-
-    Args:
-        reshard_after_forward: what holds of the modules again afterwards.
     """
     modules = [module for module in model.modules() if hasattr(module, "set_reshard_after_forward")]
     if modules:
@@ -53,9 +51,10 @@ def gathered_weights(model: nn.Module, reshard_after_forward: bool = True) -> It
     try:
         yield
     finally:
+        plugin = getattr(AcceleratorState(), "fsdp_plugin", None) if modules else None
         for module in modules:
             module.reshard()
-            module.set_reshard_after_forward(reshard_after_forward, recurse=False)
+            module.set_reshard_after_forward(plugin is None or bool(plugin.reshard_after_forward), recurse=False)
 
 
 class TrainedInFloat32Mixin:
