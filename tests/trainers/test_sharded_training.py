@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from processes import in_two_processes, join_sharded
 from test_mixture import text_row
@@ -109,3 +110,26 @@ def test_sheets_of_a_sharded_training_are_those_of_a_whole_one_and_change_nothin
         found, expected = (Image.open(tmp_path / run / "image_grids" / name) for run in ("True", "whole"))
         np.testing.assert_allclose(np.array(found, int), np.array(expected, int), atol=1)
     assert not (tmp_path / "False" / "image_grids").exists()
+
+
+def _losses(folder: str, rows_each: int, **options) -> list[float]:
+    data = DATA[:2] * 2
+    trainer = make(folder, data=data, per_device_train_batch_size=rows_each, max_steps=2, learning_rate=1e-3, **options)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _in_bfloat16(rank: int, port: int, folder: str):
+    join_sharded(rank, port, 2, "--mixed_precision", "bf16")
+    losses = _losses(folder, 1, bf16=True, save_strategy="no")
+    torch.save((losses, AcceleratorState().fsdp_plugin.mixed_precision_policy), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_under_accelerates_bfloat16_policy_gradients_are_added_up_and_losses_told_in_float32(tmp_path):
+    in_two_processes(_in_bfloat16, free_port(), str(tmp_path))
+    losses, policy = torch.load(tmp_path / "0.pt", weights_only=False)
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    one = _losses(f"{tmp_path}/whole", 2, bf16=True, save_strategy="no")
+    assert losses == pytest.approx(one, rel=2e-3)  # half of what bfloat16 tells apart
+    assert any(loss != float(torch.tensor(loss).bfloat16()) for loss in losses)

@@ -40,7 +40,7 @@ from .runs.averaged_weights import AveragedWeightsMixin
 from .runs.checked_arguments import NOT_NEGATIVE, CheckedArguments, Rule
 from .runs.finite_training import FiniteTrainingMixin
 from .runs.resumable_training import ResumableTrainingMixin
-from .runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights, place_vision_tokenizer
+from .runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights, prepare_sharding
 from .runs.training_card import TrainingCardMixin
 from .runs.training_record import processor_differences
 from .trained_means import TrainedMeans, parts_of
@@ -293,7 +293,7 @@ class NextFlowTrainer(
         evaluated = self.eval_dataset
         for rows in evaluated.values() if isinstance(evaluated, dict) else [evaluated]:
             self._check_evaluated(rows)
-        place_vision_tokenizer(self)
+        prepare_sharding(self)
         if (mixture := _mixture_in(self.train_dataset)) is not None:
             share = self.accelerator.process_index // self.get_tp_size()
             mixture.take_share(share, self._num_shares, args.dataloader_num_workers)

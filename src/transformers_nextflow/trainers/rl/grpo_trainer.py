@@ -27,7 +27,7 @@ from ..runs.trained_weights import (
     TrainedInFloat32Mixin,
     check_trained_weights,
     gathered_weights,
-    place_vision_tokenizer,
+    prepare_sharding,
 )
 from ..runs.training_card import TrainingCardMixin
 from .checked_reward import LARGEST_REWARD, checked
@@ -166,7 +166,7 @@ class NextFlowGRPOTrainer(
                 if parameter.requires_grad and parameter.dtype == torch.bfloat16:
                     # TRL rounds the adapters of a quantised model.
                     parameter.data = trained.get(parameter, parameter.data).to(parameter.device, torch.float32)
-        place_vision_tokenizer(self)
+        prepare_sharding(self)
         if reference is not None:
             disable_dropout_in_model(reference)
             if self.is_fsdp_enabled:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from accelerate.state import AcceleratorState
@@ -67,8 +68,9 @@ class TrainedInFloat32Mixin:
         return super().create_optimizer(*args, **kwargs)
 
 
-def place_vision_tokenizer(trainer):
-    """Move the tokenizer to the device of a trainer whose model FSDP shards: FSDP moves what it shards and no more.
+def prepare_sharding(trainer):
+    """What a trainer whose model FSDP2 shards needs beside accelerate: the tokenizer on its device, since FSDP moves
+    only what it shards; and under mixed precision gradients added up, and losses left, in float32.
 
     Raises:
         ValueError: for FSDP of version 1, and where accelerate would load the weights on the first process only, and
@@ -76,14 +78,18 @@ def place_vision_tokenizer(trainer):
     """
     if not trainer.is_fsdp_enabled:
         return
-    if trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version == 1:
         raise ValueError(
             "FSDP of version 1 shards the vision tokenizer too, and gathers no head that the loss reads in parts; set "
             "fsdp_version to 2."
         )
-    if trainer.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+    if plugin.cpu_ram_efficient_loading:
         raise ValueError(
             "fsdp_cpu_ram_efficient_loading spreads sharded weights only, and the vision tokenizer is not sharded; set "
             "it to false."
         )
+    if plugin.mixed_precision_policy is not None:
+        policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None)
+        plugin.mixed_precision_policy = policy
     trainer.model.vq_model.to(trainer.args.device)
