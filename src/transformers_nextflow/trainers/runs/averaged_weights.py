@@ -56,7 +56,7 @@ class AveragedWeightsMixin(ShardedCheckpointMixin):
     def _prepare_for_training(self, *args, **kwargs):
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.args.ema_decay:
-            self._averages = {name: weight.clone() for name, weight in self._trained_weights().items()}
+            self._averages = {name: weight.clone() for name, weight in self._trained_weights()}
             self._num_averaged = 0
             if self._start is not None:
                 self._load_averages(self._start)
@@ -98,20 +98,22 @@ class AveragedWeightsMixin(ShardedCheckpointMixin):
     def _state(self) -> dict[str, torch.Tensor]:
         return self._averages | {NUM_AVERAGED: torch.tensor(self._num_averaged)}
 
-    def _trained_weights(self) -> dict[str, torch.Tensor]:
-        return {name: weight.detach() for name, weight in self.model.named_parameters() if weight.requires_grad}
+    def _trained_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in self.model.named_parameters():
+            if weight.requires_grad:
+                yield name, weight.detach()
 
     @torch.no_grad()
     def _take_in(self):
         if not self._left_out:
-            weights = [own_part(weight) for weight in self._trained_weights().values()]
+            weights = [own_part(weight) for _, weight in self._trained_weights()]
             decay = min(self.args.ema_decay, (1 + self._num_averaged) / (10 + self._num_averaged))
             torch._foreach_lerp_([own_part(average) for average in self._averages.values()], weights, 1 - decay)
             self._num_averaged += 1
 
     @torch.no_grad()
     def _exchange(self):
-        for name, weight in self._trained_weights().items():
+        for name, weight in self._trained_weights():
             weight, average = own_part(weight), own_part(self._averages[name])
             held = weight.clone()
             weight.copy_(average)
