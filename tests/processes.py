@@ -1,15 +1,49 @@
 """Processes of tests: forked from one that has the imports, which take longer than most of what is tested."""
 
 import multiprocessing
+import os
 from collections.abc import Callable
+from pathlib import Path
 
+import torch
+from accelerate import DistributedType, PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.multiprocessing import start_processes
+
+import transformers_nextflow
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["diffusers", "peft", "trl", "transformers_nextflow.trainers"])
+FSDP2 = Path(transformers_nextflow.__file__).parent / "recipes" / "accelerate" / "fsdp2.yaml"
+
+
+def in_processes(count: int, function: Callable, *args):
+    """Call `function(rank, *args)` in so many processes, and raise what one of them raises."""
+    start_processes(function, args, nprocs=count, start_method="forkserver")
 
 
 def in_two_processes(function: Callable, *args):
-    """Call `function(rank, *args)` in two processes, and raise what one of them raises."""
-    start_processes(function, args, nprocs=2, start_method="forkserver")
+    in_processes(2, function, *args)
+
+
+def on_other_devices():
+    """Tell accelerate so: processes on CPUs it takes for ones that hold whole weights, without a word."""
+
+    def set_device(state: PartialState):
+        state.device, state.distributed_type = torch.device("cpu"), DistributedType.MULTI_GPU
+
+    PartialState.set_device = set_device
+
+
+def join_sharded(rank: int, port: int, processes: int = 2, *options: str):
+    """Become one of some CPU processes that `accelerate launch --config_file fsdp2.yaml` starts, in float32 unless the
+    command line's `options` say otherwise.
+    """
+    given = ["--config_file", str(FSDP2), "--num_processes", str(processes), "--mixed_precision", "no", *options]
+    os.environ |= prepare_multi_gpu_env(_validate_launch_command(launch_command_parser().parse_args([*given, "-"]))[0])
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    on_other_devices()

@@ -28,7 +28,7 @@ from transformers_nextflow.adapters import lora_config
 from transformers_nextflow.data import load_vision_tokenizer, tokenizer_fingerprint
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer
 from transformers_nextflow.trainers.recipes import Recipe, run_recipe
-from transformers_nextflow.trainers.runs.trained_weights import place_vision_tokenizer
+from transformers_nextflow.trainers.runs.trained_weights import prepare_sharding
 from transformers_nextflow.trainers.tokenizer.codebook_care import initialize_codebook, revive_dead_codes
 
 
@@ -277,18 +277,18 @@ def _sharded_codes(rank: int, port: int, folder: str):
 
 
 def test_a_trainer_places_a_tokenizer_that_fsdp_leaves_out_and_refuses_what_would_leave_it_empty():
-    plugin = SimpleNamespace(cpu_ram_efficient_loading=False)
+    plugin = SimpleNamespace(cpu_ram_efficient_loading=False, fsdp_version=2, mixed_precision_policy=None)
     accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
     trainer = SimpleNamespace(is_fsdp_enabled=False, accelerator=accelerator, model=tiny_model())
     trainer.args = SimpleNamespace(device="meta")
     for enabled in (False, True):
         trainer.is_fsdp_enabled = enabled
-        place_vision_tokenizer(trainer)
+        prepare_sharding(trainer)
         assert trainer.model.vq_model.device.type == ("meta" if enabled else "cpu")
     assert trainer.model.lm_head.weight.device.type == "cpu"
     plugin.cpu_ram_efficient_loading = True
     with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading .* set it to false"):
-        place_vision_tokenizer(trainer)
+        prepare_sharding(trainer)
 
 
 def test_a_tokenizer_that_is_trained_by_itself_is_sharded_again(tmp_path):

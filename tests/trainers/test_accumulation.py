@@ -21,6 +21,7 @@ from transformers_nextflow.trainers import (
     NextFlowCollator,
     NextFlowTrainer,
     NextFlowTrainingArguments,
+    NextFlowVQTrainingArguments,
     PackedDataset,
 )
 
@@ -461,9 +462,10 @@ def test_one_process_with_several_gpus_and_divided_sequences_are_refused(tmp_pat
     monkeypatch.setattr(NextFlowTrainingArguments, "n_gpu", property(lambda self: self._n_gpu))
     with pytest.raises(ValueError, match="One process has 2 GPUs"):
         NextFlowTrainer(tiny_model(), args, processing_class=tiny_processor())
-    args.parallelism_config = SimpleNamespace(cp_size=2)
-    with pytest.raises(ValueError, match="parallelism_config.cp_size=2: sequences are laid out as a whole"):
-        args.__post_init__()
+    for trained in (args, NextFlowVQTrainingArguments(str(tmp_path), use_cpu=True, report_to=[])):
+        trained.parallelism_config = SimpleNamespace(cp_size=2)
+        with pytest.raises(ValueError, match="parallelism_config.cp_size=2: sequences are laid out as a whole"):
+            trained.check_values()
 
 
 @pytest.mark.parametrize("option", ["label_smoothing_factor", "compute_loss_func"])

@@ -14,7 +14,7 @@ from test_trainer import Killed, drawing, question, training_arguments
 from test_vq_trainer import Teacher, tiny_vq_model
 from test_vq_trainer import make_trainer as make_vq_trainer
 from test_vq_trainer import rows as vq_rows
-from tiny import tiny_model, tiny_processor
+from tiny import PATCH_SIZE, tiny_model, tiny_processor
 from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoProcessor, TrainerCallback
 from typer.testing import CliRunner
@@ -32,9 +32,9 @@ STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_
 DATA = [drawing("one", 1), question("how many circles are there?", "one", 2), drawing("a red circle", 3)]
 
 
-def make(folder, model=None, data=DATA, **options) -> NextFlowTrainer:
+def make(folder, model=None, data=DATA, patch_size=PATCH_SIZE, **options) -> NextFlowTrainer:
     args = training_arguments(folder, DATA, **(STEPS | {"lr_scheduler_type": "cosine"} | options))
-    collator = NextFlowCollator(tiny_processor())
+    collator = NextFlowCollator(tiny_processor(patch_size=patch_size))
     return NextFlowTrainer(model or tiny_model(), args, train_dataset=data, data_collator=collator)
 
 

@@ -3,11 +3,17 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 import time
 from types import ModuleType
 
 import pytest
 from PIL import Image
+from test_resuming import make
+from test_shapes_evaluation import SEMANTIC_ENCODER
+from tiny import tiny_model
+from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from transformers_nextflow.cli import app
@@ -111,3 +117,55 @@ def test_the_command_scores_what_is_there(suite, tmp_path):
     assert result.exit_code == 0 and "checkpoint-1" in result.output, result.output
     result = CliRunner().invoke(app, ["evaluate-run", str(tmp_path / "none"), "--once"])
     assert result.exit_code == 2 and "none is no folder" in result.output
+
+
+def test_a_checkpoint_in_parts_is_refused_by_name(suite, tmp_path):
+    (tmp_path / "checkpoint-3" / "pytorch_model_fsdp_0").mkdir(parents=True)
+    with pytest.raises(ValueError, match="checkpoint-3 holds weights in parts.*FULL_STATE_DICT"):
+        list(CheckpointScores(tmp_path, "counted").update())
+
+
+# Another process and a training ---------------------------------------------------------------------------------------
+
+# The command with the suite of the shapes world as it is, on fewer scenes of its tokenizer.
+EVALUATOR = """
+from functools import partial
+from transformers_nextflow.cli import app
+from transformers_nextflow.worlds.shapes import evaluation, tokenizer_suite
+tokenizer_suite.PROBE_SCENES, tokenizer_suite.PROBE_STEPS = 40, 5
+evaluation.evaluate_tokenizer = partial(tokenizer_suite.evaluate_tokenizer, count=12)
+app()
+"""
+
+
+class WaitsFor(TrainerCallback):
+    """The step after the first checkpoint begins when that has its scores."""
+
+    def __init__(self, scores, evaluator: subprocess.Popen):
+        self.scores, self.evaluator = scores, evaluator
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        while state.global_step == 2 and not self.scores.exists():
+            assert self.evaluator.poll() is None
+            time.sleep(0.1)
+
+
+def test_a_training_is_scored_as_it_goes_by_another_process_that_ends_with_it(tmp_path):
+    command = ["evaluate-run", str(tmp_path), "--limit", "1", "--seeds", "1", "--every", "1", "--device", "cpu"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([sys.executable, "-c", EVALUATOR, *command], **pipes) as evaluator:
+        try:
+            scores = tmp_path / "evaluation" / "shapes" / "checkpoint-2" / "scores.json"
+            model = tiny_model(vq_config={"patch_size": 16, "semantic_config": SEMANTIC_ENCODER})
+            trainer = make(tmp_path, model, patch_size=16)
+            trainer.add_callback(WaitsFor(scores, evaluator))
+            trainer.train()
+            trainer.save_model(str(tmp_path / "final"))
+            output, _ = evaluator.communicate(timeout=300)
+        finally:
+            evaluator.kill()
+    assert evaluator.returncode == 0, output
+    assert [int(step) for step in CheckpointScores(tmp_path, limit=1, seeds=1).scores()] == [2, 4]
+    with open(tmp_path / "evaluation" / "shapes" / "curve.csv") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["2", "4"]
+    assert Image.open(scores.parent / "text_to_image.png").size[0] > 0

@@ -5,12 +5,15 @@ from functools import partial
 
 import pytest
 import torch
+from processes import in_processes, in_two_processes, join_sharded
+from test_sharded_checkpoints import IN_PARTS, whole
 from test_sharded_training import shard
 from tiny import free_port
 
 
 pytest.importorskip("trl")
 from test_grpo import lora, make_trainer  # noqa: E402
+from test_resuming import make  # noqa: E402
 
 from transformers_nextflow.trainers.rl import grpo_trainer, rollouts  # noqa: E402
 
@@ -93,3 +96,74 @@ def test_two_processes_draw_score_and_learn_as_one_with_whole_weights_and_with_p
             for name, weight in one["weights"].items():
                 assert torch.equal(first["weights"][name], second["weights"][name])
                 torch.testing.assert_close(first["weights"][name], weight, atol=1e-6, rtol=1e-5)
+
+
+# Through accelerate, from the start to the end -----------------------------------------------------------------------
+
+
+def _training(folder: str, kind: str, rank: int = 0, processes: int = 1, **options) -> dict:
+    """A training of two steps: what it logs, its weights at the end, and which of its models are in parts."""
+    count, resume = len(ROWS) * 4 // processes, options.pop("resume", None)
+    trainer = make_trainer(
+        folder, rows=ROWS, peft_config=TRAINED[kind], per_device_train_batch_size=count, optim="sgd", learning_rate=0.1,
+        **OPTIONS | {"steps_per_generation": 1, "max_steps": 2, "save_strategy": "steps", "save_steps": 1} | options,
+    )  # fmt: skip
+
+    def draw(*args):
+        first = 100 * trainer.state.global_step + rank * count
+        seeds = [torch.Generator().manual_seed(first + row) for row in range(count)]
+        return rollouts.generate_rollouts(*args, generator=seeds)
+
+    grpo_trainer.generate_rollouts = draw
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(f"{folder}/final")
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "logged": [entry[name] for entry in entries for name in ("loss", "grad_norm", "reward", "kl")],
+        "weights": whole({name: w.detach() for name, w in trainer.model.named_parameters() if w.requires_grad}),
+        "in parts": [_is_in_parts(model) for model in (trainer.model, trainer.ref_model) if model is not None],
+    }
+
+
+def _is_in_parts(model) -> bool:
+    """All but the vision tokenizer."""
+    weights = [weight for name, weight in model.named_parameters() if "vq_model" not in name]
+    return all(hasattr(weight, "placements") for weight in weights)
+
+
+def _trainings(rank: int, port: int, folder: str):
+    join_sharded(rank, port, 2, *IN_PARTS)
+    for kind in TRAINED:
+        found = _training(f"{folder}/{kind}", kind, rank, 2)
+        resumed = _training(f"{folder}/{kind}", kind, rank, 2, resume=f"{folder}/{kind}/checkpoint-1")
+        torch.save((found, resumed), f"{folder}/{kind}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_training_by_rewards_is_that_of_one_process_and_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo_trainer, "generate_rollouts", rollouts.generate_rollouts)
+    in_two_processes(_trainings, free_port(), str(tmp_path))
+    for kind in TRAINED:
+        one = _training(f"{tmp_path}/one {kind}", kind)
+        for rank in (0, 1):
+            found, resumed = torch.load(tmp_path / f"{kind}-{rank}.pt")
+            # The reference of a full training is in parts too; that of an adapter is the model without it.
+            assert found["in parts"] == [True] * (2 if kind == "full" else 1) and not any(one["in parts"])
+            assert found["logged"] == pytest.approx(one["logged"], rel=1e-4, abs=1e-6)
+            assert found["weights"].keys() == one["weights"].keys() == resumed["weights"].keys()
+            for name, weight in one["weights"].items():
+                torch.testing.assert_close(found["weights"][name], weight, atol=1e-6, rtol=1e-5)
+                assert torch.equal(resumed["weights"][name], found["weights"][name])
+            assert resumed["logged"] == found["logged"]
+
+
+def _version_1(rank: int, port: int, folder: str):
+    options = ("--fsdp_reshard_after_forward", "FULL_SHARD", "--fsdp_sync_module_states", "false")
+    join_sharded(rank, port, 1, "--fsdp_version", "1", *options)
+    for start in (lambda: make_trainer(folder, rows=ROWS), lambda: make(folder)):
+        with pytest.raises(ValueError, match="FSDP of version 1.*set fsdp_version to 2"):
+            start()
+
+
+def test_fsdp_of_version_1_is_refused(tmp_path):
+    in_processes(1, _version_1, free_port(), str(tmp_path))

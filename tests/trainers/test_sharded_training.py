@@ -3,16 +3,20 @@
 import os
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from processes import in_two_processes
+from accelerate.state import AcceleratorState
+from PIL import Image
+from processes import in_two_processes, join_sharded
 from test_mixture import text_row
 from test_precision import image_rows, write_images
+from test_resuming import DATA, make
 from tiny import free_port, tiny_model, tiny_processor
 
 from transformers_nextflow.sequence import fused_cross_entropy
 from transformers_nextflow.sequence.loss import LossWeights
-from transformers_nextflow.trainers import NextFlowCollator
+from transformers_nextflow.trainers import ImageGrids, NextFlowCollator
 
 
 STEPS = 3
@@ -81,3 +85,51 @@ def test_two_processes_with_parts_of_all_weights_have_the_losses_and_codes_of_on
         assert shared == other[dtype][1][0] == pytest.approx(whole, rel=tolerance)
         assert len(set(whole)) == STEPS
         assert torch.equal(torch.cat([first, other[dtype][1][1]]), codes)
+
+
+def _with_sheets(folder: str, rows_each: int, sheets: bool) -> dict[str, torch.Tensor]:
+    """The weights after a training of two steps, with a sheet of images before and after them."""
+    trainer = make(folder, data=DATA[:2] * 2, per_device_train_batch_size=rows_each, max_steps=2, save_strategy="no")
+    if sheets:
+        trainer.add_callback(ImageGrids(tiny_processor(), [{"prompt": "a red circle"}], every=2, num_images=2))
+    trainer.train()
+    return {n: w.full_tensor() if hasattr(w, "full_tensor") else w for n, w in trainer.model.state_dict().items()}
+
+
+def _sheets_of_parts(rank: int, port: int, folder: str):
+    join_sharded(rank, port)
+    weights = [_with_sheets(f"{folder}/{sheets}", 1, sheets) for sheets in (True, False)]
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+    torch.distributed.destroy_process_group()
+
+
+def test_sheets_of_a_sharded_training_are_those_of_a_whole_one_and_change_nothing_of_it(tmp_path):
+    in_two_processes(_sheets_of_parts, free_port(), str(tmp_path))
+    _with_sheets(f"{tmp_path}/whole", 2, True)
+    for name in ("step_00000.png", "step_00002.png"):
+        found, expected = (Image.open(tmp_path / run / "image_grids" / name) for run in ("True", "whole"))
+        np.testing.assert_allclose(np.array(found, int), np.array(expected, int), atol=1)
+    assert not (tmp_path / "False" / "image_grids").exists()
+
+
+def _losses(folder: str, rows_each: int, **options) -> list[float]:
+    data = DATA[:2] * 2
+    trainer = make(folder, data=data, per_device_train_batch_size=rows_each, max_steps=2, learning_rate=1e-3, **options)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _in_bfloat16(rank: int, port: int, folder: str):
+    join_sharded(rank, port, 2, "--mixed_precision", "bf16")
+    losses = _losses(folder, 1, bf16=True, save_strategy="no")
+    torch.save((losses, AcceleratorState().fsdp_plugin.mixed_precision_policy), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_under_accelerates_bfloat16_policy_gradients_are_added_up_and_losses_told_in_float32(tmp_path):
+    in_two_processes(_in_bfloat16, free_port(), str(tmp_path))
+    losses, policy = torch.load(tmp_path / "0.pt", weights_only=False)
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    one = _losses(f"{tmp_path}/whole", 2, bf16=True, save_strategy="no")
+    assert losses == pytest.approx(one, rel=2e-3)  # half of what bfloat16 tells apart
+    assert any(loss != float(torch.tensor(loss).bfloat16()) for loss in losses)

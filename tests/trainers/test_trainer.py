@@ -368,6 +368,6 @@ def test_a_grid_of_images_is_drawn_and_changes_nothing_of_the_training(tmp_path,
     with pytest.raises(ValueError, match="0 rows"):
         ImageGrids(tiny_processor(), [])
     model = tiny_model()
-    model.lm_head.weight.placements = ()
-    with pytest.raises(ValueError, match="Weights are sharded"):
+    model.lm_head.weight.ds_id = 0
+    with pytest.raises(ValueError, match="ZeRO 3 shards the weights"):
         grid.on_step_end(None, TrainerState(global_step=1, is_world_process_zero=True), None, model=model)

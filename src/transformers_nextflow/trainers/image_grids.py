@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 from transformers import TrainerCallback
 
@@ -14,14 +15,15 @@ from ..generation.sampling import ImageSampling
 from ..processing_nextflow import NextFlowProcessor
 from ..utils.atomic_files import write_whole
 from .rl.rollouts import generate_rollouts
-from .runs.trained_weights import is_sharded
+from .runs.trained_weights import gathered_weights, is_sharded
 
 
 class ImageGrids(TrainerCallback):
     """Draws a sheet before training and every so many steps, a row for each prompt: `step_00000.png`, ….
 
-    For any trainer of a [`NextFlowForConditionalGeneration`], or of a PEFT model around one. The first process draws.
-    The random state of the training is left alone, so that it is the same with and without the sheets.
+    For any trainer of a [`NextFlowForConditionalGeneration`], or of a PEFT model around one. The first process writes.
+    Weights that FSDP2 shards are gathered meanwhile, so a device must hold the whole model once. The random state of
+    the training is left alone, so that it is the same with and without the sheets.
 
     Args:
         processor: the checkpoint's.
@@ -32,8 +34,8 @@ class ImageGrids(TrainerCallback):
         sampling: default the checkpoint's own.
 
     Raises:
-        ValueError: for no rows, or an `every` below 1; when it draws, for weights that are sharded (FSDP, ZeRO 3), of
-            which no process has a whole model.
+        ValueError: for no rows, or an `every` below 1; when it draws, for weights that ZeRO 3 shards, of which
+            no process has a whole model.
     """
 
     def __init__(
@@ -58,10 +60,24 @@ class ImageGrids(TrainerCallback):
             self._save(args, state, model)
 
     def _save(self, args, state, model: nn.Module):
+        if any(hasattr(weight, "ds_id") for weight in model.parameters()):
+            raise ValueError(
+                "ZeRO 3 shards the weights, so no process has a whole model to draw with; leave out ImageGrids."
+            )
+        if not (state.is_world_process_zero or is_sharded(model)):
+            return
+        # Of weights in parts all processes draw the same: FSDP2 reads from the passes so far what it gathers next.
+        with gathered_weights(model):
+            images = self._draw(model)
         if not state.is_world_process_zero:
             return
-        if is_sharded(model):
-            raise ValueError("Weights are sharded (FSDP, ZeRO 3): no process can draw. Leave ImageGrids out.")
+        folder = Path(self.folder or Path(args.output_dir) / "image_grids")
+        starts = range(0, len(images), self.num_images)
+        sheet = contact_sheet([images[start : start + self.num_images] for start in starts])
+        with write_whole(folder / f"step_{state.global_step:05d}.png") as partial:
+            sheet.save(partial)
+
+    def _draw(self, model: nn.Module) -> list[Image.Image]:
         base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
         was_training = model.training
         model.eval()
@@ -73,8 +89,4 @@ class ImageGrids(TrainerCallback):
             generator=[torch.Generator().manual_seed(s) for _ in self.rows for s in range(self.num_images)],
         )
         model.train(was_training)
-        folder = Path(self.folder or Path(args.output_dir) / "image_grids")
-        starts = range(0, len(images), self.num_images)
-        sheet = contact_sheet([images[start : start + self.num_images] for start in starts])
-        with write_whole(folder / f"step_{state.global_step:05d}.png") as partial:
-            sheet.save(partial)
+        return images

@@ -10,6 +10,7 @@ from numbers import Real
 from typing import ClassVar
 
 import torch
+import transformers
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list, is_peft_model
 from torch import nn
@@ -29,6 +30,7 @@ from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedule
 from ..sequence.loss import IGNORE_INDEX, LossWeights
+from ..utils.older_transformers import SAVES_DIVIDED
 from ..utils.user_warnings import warn_user
 from ..vision_tokenizer.fingerprint import tokenizer_fingerprint
 from .collator import NextFlowCollator
@@ -41,7 +43,7 @@ from .runs.checked_arguments import NOT_NEGATIVE, CheckedArguments, Rule
 from .runs.epochs import TellsEpochs
 from .runs.finite_training import FiniteTrainingMixin
 from .runs.resumable_training import ResumableTrainingMixin
-from .runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights, place_vision_tokenizer
+from .runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights, prepare_sharding
 from .runs.training_card import TrainingCardMixin
 from .runs.training_record import processor_differences
 from .trained_means import TrainedMeans, parts_of
@@ -237,6 +239,11 @@ class NextFlowTrainer(
                 f"{type(args).__name__}."
             )
         check_trainer_arguments(args, kwargs)
+        if (model.tp_size or 1) > 1 and not SAVES_DIVIDED:
+            raise ValueError(
+                f"The model is divided among {model.tp_size} processes (tensor parallel), and transformers "
+                f"{transformers.__version__} cannot save it after a training; install a newer transformers."
+            )
         collator = kwargs["data_collator"] = kwargs.get("data_collator") or _collator_of(kwargs.get("processing_class"))
         kwargs["processing_class"] = _processor_to_save(collator, kwargs.get("processing_class"))
         if isinstance(collator, NextFlowCollator):
@@ -283,7 +290,7 @@ class NextFlowTrainer(
         evaluated = self.eval_dataset
         for rows in evaluated.values() if isinstance(evaluated, dict) else [evaluated]:
             self._check_evaluated(rows)
-        place_vision_tokenizer(self)
+        prepare_sharding(self)
         if (mixture := _mixture_in(self.train_dataset)) is not None:
             share = self.accelerator.process_index // self.get_tp_size()
             mixture.take_share(share, self._num_shares, args.dataloader_num_workers)
@@ -317,6 +324,10 @@ class NextFlowTrainer(
 
     def create_optimizer(self, *args, **kwargs):
         if self.args.muon and self.optimizer is None:
+            if self.is_fsdp_enabled or self.get_tp_size() > 1:
+                raise ValueError(
+                    "muon needs whole matrices, and these are in parts (FSDP, tensor parallel); set optim."
+                )
             model = self.accelerator.unwrap_model(self.model)
             self.optimizer = MuonWithAdamW(
                 model,

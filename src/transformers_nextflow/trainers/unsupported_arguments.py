@@ -58,9 +58,6 @@ def check_training_arguments(args: TrainingArguments):
     if not args.accelerator_config.even_batches:
         reason = "processes would wait for ever for one that has a batch less"
         raise _unsupported("accelerator_config.even_batches=False", reason)
-    for name in ("cp_size", "sp_size"):
-        if (size := getattr(args.parallelism_config, name, 1)) > 1:
-            raise _unsupported(f"parallelism_config.{name}={size}", "sequences are laid out as a whole")
 
 
 def check_trainer_arguments(args: TrainingArguments, arguments: dict[str, Any]):

@@ -6,7 +6,7 @@ import functools
 import inspect
 
 import torch
-from transformers import GenerationMixin, LogitsProcessor, PreTrainedTokenizerBase
+from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
@@ -16,6 +16,8 @@ SANITIZES_CONTROL_TOKENS = (
 )
 # transformers 5.17 takes it in beam search that the output has as many classes as the text vocabulary.
 SEARCHES_BEAMS_IN_TEXT_ALONE = "vocab_size" in inspect.signature(GenerationMixin._get_top_k_continuations).parameters
+# Whether `Trainer` saves a model whose matrices are divided among processes; transformers 5.17 hangs there.
+SAVES_DIVIDED = hasattr(PreTrainedModel, "is_distributed_loading_by_transformers")
 # What transformers calls the key-value cache in keywords and outputs: `past_key_values` before 5.24.
 CACHE = next(name for name in ("cache", "past_key_values") if name in BaseModelOutputWithPast.__dataclass_fields__)
 

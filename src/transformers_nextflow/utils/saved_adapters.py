@@ -145,9 +145,8 @@ def add_saved_adapter(model: nn.Module, name: str, path, subfolder: str = "", ra
     config.base_model_name_or_path = vars(model).get("name_or_path")
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Already found a `peft_config` attribute"
-            )  # a second adapter is asked for
+            # A second adapter is asked for.
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
             inject_adapter_in_model(config, model, name)
         model._hf_peft_config_loaded = True
         _fill(model, name, weights)

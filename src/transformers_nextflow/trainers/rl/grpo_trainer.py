@@ -27,7 +27,7 @@ from ..runs.trained_weights import (
     TrainedInFloat32Mixin,
     check_trained_weights,
     gathered_weights,
-    place_vision_tokenizer,
+    prepare_sharding,
 )
 from ..runs.training_card import TrainingCardMixin
 from .checked_reward import LARGEST_REWARD, checked
@@ -127,6 +127,11 @@ class NextFlowGRPOTrainer(
                 "model must be a NextFlowForConditionalGeneration, or a PEFT model around it, got "
                 f"{type(base_model).__name__}."
             )
+        if (base_model.tp_size or 1) > 1:
+            raise ValueError(
+                f"The model is divided among {base_model.tp_size} processes (tensor parallel), which RL does not draw "
+                "with; load it without tp_plan, and shard it by FSDP2 (recipes/accelerate/fsdp2.yaml)."
+            )
         processing_class.check_fits(base_model.config)
         self.sampling = base_model.default_image_sampling
         if args.image_sampling is not None:
@@ -161,11 +166,7 @@ class NextFlowGRPOTrainer(
                 if parameter.requires_grad and parameter.dtype == torch.bfloat16:
                     # TRL rounds the adapters of a quantised model.
                     parameter.data = trained.get(parameter, parameter.data).to(parameter.device, torch.float32)
-        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
-            raise ValueError(
-                "RL reads the model in parts, which FSDP of version 1 does not gather; set fsdp_version to 2."
-            )
-        place_vision_tokenizer(self)
+        prepare_sharding(self)
         if reference is not None:
             disable_dropout_in_model(reference)
             if self.is_fsdp_enabled:
@@ -225,10 +226,9 @@ class NextFlowGRPOTrainer(
         """The policy as it draws, whole on every process, since images of other sizes take other numbers of passes.
         Gradient checkpointing would drop the cache; it is off in evaluation mode.
         """
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         gathers = self.args.ds3_gather_for_generation
         with (
-            gathered_weights(self.model_wrapped, plugin is None or bool(plugin.reshard_after_forward)),
+            gathered_weights(self.model_wrapped),
             unwrap_model_for_generation(self.model_wrapped, self.accelerator, gathers) as model,
         ):
             was_training = model.training

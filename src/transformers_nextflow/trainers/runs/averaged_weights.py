@@ -9,23 +9,30 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed import checkpoint as distributed_checkpoint
 from transformers import TrainerCallback
 from transformers.utils import logging
+
+from .sharded_checkpoints import ShardedCheckpointMixin
+from .trained_weights import is_sharded, own_part
 
 
 logger = logging.get_logger(__name__)
 # Beside the weights that `save_model` writes: a model of the averages, which loads as the model itself does.
 FOLDER = "ema"
-# In the file's metadata: how many steps the averages hold.
+# In a checkpoint: whole, or a folder with the parts of all processes.
+FILE, PARTS = "ema.safetensors", "ema_parts"
+# Beside them: how many steps the averages hold.
 NUM_AVERAGED = "num_averaged"
 
 
-class AveragedWeightsMixin:
+class AveragedWeightsMixin(ShardedCheckpointMixin):
     """For trainers on `Trainer` with [`CheckedArguments`]: `ema_decay` above 0 keeps an average of each trained weight,
     in float32 on its device; of sharded weights each process averages its own part. The decay grows to `ema_decay`, as
     (1 + n) / (10 + n) after n steps, so that an average does not keep the weights of the start.
 
-    A checkpoint holds the averages as one more state. `save_model` writes them as a model of its own into `ema/`.
+    A checkpoint holds the averages as one more state, of sharded weights in parts that any number of processes reads.
+    `save_model` writes them as a model of its own into `ema/`.
     """
 
     def __init__(self, *args, **kwargs):
@@ -78,47 +85,49 @@ class AveragedWeightsMixin:
 
     def _save_optimizer_and_scheduler(self, output_dir: str):
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._averages and (self._are_parts or self.args.should_save):
-            save_file(self._averages, self._file(Path(output_dir)), {NUM_AVERAGED: str(self._num_averaged)})
+        if not self._averages:
+            return
+        if is_sharded(self.model):
+            distributed_checkpoint.save(self._state(), checkpoint_id=Path(output_dir) / PARTS)
+        elif self.args.should_save:
+            save_file(self._averages, Path(output_dir) / FILE, {NUM_AVERAGED: str(self._num_averaged)})
 
     def _load_averages(self, checkpoint: Path):
-        path = self._file(checkpoint)
-        if not path.is_file():  # resumed with changes
+        path = checkpoint / (PARTS if is_sharded(self.model) else FILE)
+        if not path.exists():  # resumed with changes
             logger.warning(f"{checkpoint} holds no averages of the weights: they begin with its weights.")
-            return
-        with safe_open(path, "pt") as found:
-            self._num_averaged = int(found.metadata()[NUM_AVERAGED])
-            for name, average in self._averages.items():
-                average.copy_(found.get_tensor(name))
+        elif is_sharded(self.model):
+            distributed_checkpoint.load(state := self._state(), checkpoint_id=path)
+            self._num_averaged = int(state[NUM_AVERAGED])
+        else:
+            with safe_open(path, "pt") as found:
+                self._num_averaged = int(found.metadata()[NUM_AVERAGED])
+                for name, average in self._averages.items():
+                    average.copy_(found.get_tensor(name))
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        return self._averages | {NUM_AVERAGED: torch.tensor(self._num_averaged)}
 
     def _trained_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and numbers; of sharded weights those of this process."""
         for name, weight in self.model.named_parameters():
             if weight.requires_grad:
-                weight = weight.detach()
-                yield name, weight.to_local() if hasattr(weight, "to_local") else weight
-
-    @property
-    def _are_parts(self) -> bool:
-        return any(hasattr(weight, "to_local") for weight in self.model.parameters())
-
-    def _file(self, checkpoint: Path) -> Path:
-        return checkpoint / (f"ema-{self.args.process_index:05d}.safetensors" if self._are_parts else "ema.safetensors")
+                yield name, weight.detach()
 
     @torch.no_grad()
     def _take_in(self):
         if not self._left_out:
-            weights = [weight for _, weight in self._trained_weights()]
+            weights = [own_part(weight) for _, weight in self._trained_weights()]
             decay = min(self.args.ema_decay, (1 + self._num_averaged) / (10 + self._num_averaged))
-            torch._foreach_lerp_(list(self._averages.values()), weights, 1 - decay)
+            torch._foreach_lerp_([own_part(average) for average in self._averages.values()], weights, 1 - decay)
             self._num_averaged += 1
 
     @torch.no_grad()
     def _exchange(self):
         for name, weight in self._trained_weights():
+            weight, average = own_part(weight), own_part(self._averages[name])
             held = weight.clone()
-            weight.copy_(self._averages[name])
-            self._averages[name].copy_(held)
+            weight.copy_(average)
+            average.copy_(held)
 
 
 class _AfterEachStep(TrainerCallback):

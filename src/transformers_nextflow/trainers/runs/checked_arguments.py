@@ -81,6 +81,12 @@ class CheckedArguments:
     def check_values(self):
         """Raises `ValueError` for a value that no training can follow."""
         check_finite({f.name: getattr(self, f.name) for f in fields(self)})
+        for name in ("cp_size", "sp_size"):
+            if (size := getattr(self.parallelism_config, name, 1)) > 1:
+                raise ValueError(
+                    f"parallelism_config.{name}={size}: sequences are laid out as a whole, so no process trains on "
+                    "a part of one; leave it at 1."
+                )
         for names, is_valid, demand in (*RULES, *self.rules):
             for name in names:
                 value = getattr(self, name)

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ...utils.finite_numbers import check_finite
 from .gradient_spikes import WINDOW, GradientSpikes
+from .trained_weights import own_part
 
 
 logger = logging.get_logger(__name__)
@@ -184,7 +185,7 @@ def are_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether all numbers of all tensors are finite; of sharded ones those of this process."""
     flags = []
     for tensor in tensors:
-        tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        tensor = own_part(tensor)
         if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel() and not tensor.is_meta:
             # NaN is both the least and the largest number, and nothing of the tensor's size is made.
             flags.append(torch.stack(tensor.detach().aminmax()).isfinite().all())

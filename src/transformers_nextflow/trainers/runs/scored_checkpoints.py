@@ -16,6 +16,7 @@ from ...utils.atomic_files import write_whole
 from ...utils.checkpoint_checks import read_json
 from ...utils.typed_values import check_types
 from .atomic_checkpoints import checkpoints_in, is_superseded, step_of
+from .sharded_checkpoints import PARTS
 
 
 CURVE, SCORES = "curve", "scores.json"
@@ -111,6 +112,11 @@ class CheckpointScores:
                 yield checkpoint
 
     def _score(self, checkpoint: Path):
+        if (checkpoint / PARTS).exists():
+            raise ValueError(
+                f"{checkpoint} holds weights in parts, which no one process reads; train with "
+                "fsdp_state_dict_type=FULL_STATE_DICT to have its checkpoints scored, or score its final."
+            )
         with write_whole(self.output / checkpoint.name) as partial:
             partial.mkdir()
             written = _written(checkpoint)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import TrainingArguments
 
@@ -31,13 +33,15 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(weight, "placements") or hasattr(weight, "ds_id") for weight in model.parameters())
 
 
+def own_part(weight: torch.Tensor) -> torch.Tensor:
+    """What this process has of a weight, in the same memory."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
+
+
 @contextmanager
-def gathered_weights(model: nn.Module, reshard_after_forward: bool = True) -> Iterator[None]:
+def gathered_weights(model: nn.Module) -> Iterator[None]:
     """All weights on every process that FSDP2 has in parts, so that each reads the model as often and in whatever parts
     it wants to, without waiting for others; does nothing for a model that is whole.
-
-    Args:
-        reshard_after_forward: what holds of the modules again afterwards.
     """
     modules = [module for module in model.modules() if hasattr(module, "set_reshard_after_forward")]
     if modules:
@@ -48,9 +52,10 @@ def gathered_weights(model: nn.Module, reshard_after_forward: bool = True) -> It
     try:
         yield
     finally:
+        plugin = getattr(AcceleratorState(), "fsdp_plugin", None) if modules else None
         for module in modules:
             module.reshard()
-            module.set_reshard_after_forward(reshard_after_forward, recurse=False)
+            module.set_reshard_after_forward(plugin is None or bool(plugin.reshard_after_forward), recurse=False)
 
 
 class TrainedInFloat32Mixin:
@@ -63,17 +68,28 @@ class TrainedInFloat32Mixin:
         return super().create_optimizer(*args, **kwargs)
 
 
-def place_vision_tokenizer(trainer):
-    """Move the tokenizer to the device of a trainer whose model FSDP shards: FSDP moves what it shards and no more.
+def prepare_sharding(trainer):
+    """What a trainer whose model FSDP2 shards needs beside accelerate: the tokenizer on its device, since FSDP moves
+    only what it shards; and under mixed precision gradients added up, and losses left, in float32.
 
     Raises:
-        ValueError: where accelerate would load the weights on the first process only, and spread the sharded ones.
+        ValueError: for FSDP of version 1, and where accelerate would load the weights on the first process only, and
+            spread the sharded ones.
     """
     if not trainer.is_fsdp_enabled:
         return
-    if trainer.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version == 1:
+        raise ValueError(
+            "FSDP of version 1 shards the vision tokenizer too, and gathers no head that the loss reads in parts; set "
+            "fsdp_version to 2."
+        )
+    if plugin.cpu_ram_efficient_loading:
         raise ValueError(
             "fsdp_cpu_ram_efficient_loading spreads sharded weights only, and the vision tokenizer is not sharded; set "
             "it to false."
         )
+    if plugin.mixed_precision_policy is not None:
+        policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None)
+        plugin.mixed_precision_policy = policy
     trainer.model.vq_model.to(trainer.args.device)
