@@ -133,7 +133,7 @@ class NextFlowPreTrainedModel(ModelCardMixin, StrictLoadingMixin, ExecutionDevic
     """What the models of this family share: loading, placement on devices, and initial weights."""
 
     config: NextFlowConfig
-    # The class that loads adapters saved beside the weights.
+    # Adapters in the folder belong to the weights that are replaced, so they are replaced too.
     save_pretrained = with_card(saved_whole(PreTrainedModel.save_pretrained, replaced=[ADAPTERS]))
     base_model_prefix = "model"
     input_modalities, output_modalities = ("image", "text"), ("image", "text")
@@ -331,7 +331,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 start = attention_mask[:, :-length].sum(1, keepdim=True)
         layout = layout_batch(self.config, input_ids, mask, image_tokens, image_grids, seq_idx, start)
         if reach > self.config.text_config.max_position_embeddings:
-            # Padding takes no positions. The device is only waited for if not even one position for each column fits.
+            # Padding takes no positions. The exact number is read from the device only if the columns exceed the limit.
             check_num_positions(int(layout.position_ids.max()) + 1, self.config)
         return layout
 
