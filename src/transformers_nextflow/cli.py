@@ -39,15 +39,15 @@ app = typer.Typer(
     help="NextFlow: images from text, and text from images.",
     invoke_without_command=True,
     add_completion=False,
-    # A traceback of a defect is for reading as it is: no boxes, no values of variables.
+    # Tracebacks of unexpected errors are printed plainly, without boxes and values of variables.
     pretty_exceptions_enable=False,
 )
 
-# Of an image that is enlarged for viewing: a quarter of a gigabyte.
+# The limit for an image that is enlarged for viewing: a quarter of a gigabyte.
 MOST_PIXELS = 2**26
-# Paths of results that are tried before the work; a pipeline draws no more images in a call.
+# How many paths of results are checked before the work; a pipeline draws no more images in a call.
 MOST_CHECKED = 1024
-# Whether the command at hand writes into images' files what drew them.
+# Whether the current command writes into image files what drew them.
 ADDS_PROVENANCE = ContextVar("adds_provenance", default=True)
 VIDEO_EXTENSIONS = (".gif", ".mp4")
 
@@ -95,7 +95,7 @@ def _options(
     if debug:
         os.environ[DEBUG] = "1"
     ADDS_PROVENANCE.set(provenance)
-    # What a model or a file's name holds may be no text in the terminal's encoding.
+    # Texts of a model and names of files may not fit the terminal's encoding.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     if context.invoked_subcommand is None:
@@ -131,7 +131,7 @@ def generate(
         _check_image_path(output, len(prompts) * num_images, ("--previews", previews))
         if previews is not None:
             check_output_folder(previews)
-            # Of a model's last scale; the others' names are no longer.
+            # The path of the last scale, which has the longest name.
             _check_image_path(_preview(previews, output, 99), len(prompts) * num_images)
         pipeline = _load_pipeline(model, device, dtype)
         _check_enlarged(pipeline, scale, output, height, width)
@@ -320,7 +320,7 @@ def score(
     device: Device = None,
     dtype: Dtype = "auto",
 ):
-    """Say how well images fit a prompt, as the model sees it: log-likelihoods in nats."""
+    """Print how well images fit a prompt according to the model: log-likelihoods in nats."""
     with errors_in_one_line():
         _check_files(images)
         pipeline = _load_pipeline(model, device, dtype)
@@ -340,7 +340,7 @@ def evaluate(
     sheets: Annotated[Path | None, typer.Option(help="Folder for contact sheets.")] = None,
     device: Device = None,
 ):
-    """Score a checkpoint: suite, category, score."""
+    """Score a checkpoint; prints suite, category and score."""
     with errors_in_one_line():
         check_apart([("--json", json_file)], ("--sheets", sheets))
         if json_file is not None:
@@ -377,7 +377,7 @@ def _load_pipeline(model: str, device: str | None, dtype: str) -> NextFlowPipeli
 def _generators(pipeline: NextFlowPipeline, seed: int, count: int) -> list[torch.Generator]:
     import torch
 
-    pipeline.check_batch_size(count)  # before so many generators are made
+    pipeline.check_batch_size(count)  # before `count` generators are made
     return [torch.Generator().manual_seed(seed + index) for index in range(count)]
 
 
@@ -392,7 +392,7 @@ def _tell(seconds: float, paths: list[Path]):
 
 
 def _check_image_path(output: Path, count: int, *others: tuple[str, Path | None]):
-    """Whether images can be written, and not over the `others`: asked before the drawing, which would be lost."""
+    """Check before drawing that images can be written and do not replace the `others`, so no drawing is lost."""
     check_apart([("--output", path) for path in _numbered(output, min(count, MOST_CHECKED))], *others)
     check_image_format(output)
     for path in _numbered(output, min(count, MOST_CHECKED)):
@@ -400,7 +400,7 @@ def _check_image_path(output: Path, count: int, *others: tuple[str, Path | None]
 
 
 def _numbered(path: Path, count: int) -> list[Path]:
-    """The path of one image, or of several with their numbers before the extension."""
+    """The path of a single image, or the paths of several, with their numbers before the extension."""
     return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
 
 
@@ -409,7 +409,7 @@ def _preview(folder: Path, output: Path, number: int) -> Path:
 
 
 def _save(images: list[Image.Image], output: Path, scale: int) -> list[Path]:
-    """Save every image that can be saved. Raises `OSError` that says where the others are."""
+    """Save every image that can be saved. Raises an `OSError` that says where the others were saved."""
     paths, written, refused = _numbered(output, len(images)), [], []
     with tells_what_is_kept(lambda: f"Written are {', '.join(map(str, written)) or 'none of the images'}."):
         for image, path in zip(images, paths):
@@ -426,8 +426,8 @@ def _save(images: list[Image.Image], output: Path, scale: int) -> list[Path]:
 def _check_enlarged(
     pipeline: NextFlowPipeline, scale: int, output: Path, height: int | None = None, width: int | None = None
 ):
-    """Raises `ValueError` for images that would take more memory than an image for viewing should, or than the format
-    of `output` holds.
+    """Raises `ValueError` for enlarged images that take too much memory, or have more pixels than the format of
+    `output` can hold.
     """
     if scale == 1:
         return
@@ -451,7 +451,7 @@ def _check_enlarged(
 
 
 def _enlarge(image: Image.Image, scale: int) -> Image.Image:
-    # By repeating pixels, so that none is invented.
+    # Repeats pixels, without interpolation.
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 

@@ -1,4 +1,4 @@
-"""LoRA by the names that diffusers' users type. What acts are PEFT's layers, inside of the pipeline's model."""
+"""LoRA with the method names of diffusers. The adapters are PEFT's layers inside of the pipeline's model."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ..utils.typed_values import check_types
 
 
 class LoraMixin:
-    """Adapters of a [`NextFlowPipeline`]'s model: loaded, switched, mixed, merged and taken away."""
+    """Loads, switches, mixes, merges and removes adapters of a [`NextFlowPipeline`]'s model."""
 
     def load_lora_weights(
         self, pretrained_model_name_or_path, adapter_name: str | None = None, subfolder: str = "", **kwargs
     ):
-        """Put a saved adapter into the model and make it the active one; those that were there stay loaded.
+        """Load a saved adapter into the model and make it the active one; adapters that were there stay loaded.
 
         Args:
             pretrained_model_name_or_path: a folder in PEFT's format, as `save_lora_weights`, trainers and
                 `PeftModel.save_pretrained` write it, or a repository of the Hub.
             adapter_name: default: "default_0", "default_1", …
-            subfolder: the place of the adapter in it.
+            subfolder: the folder of the adapter in it.
             kwargs: options of the Hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
 
         Raises:
             OSError: if there is no such adapter.
-            ValueError: for a name that is taken, and for an adapter that does not fit the model.
+            ValueError: for a name that is already used, and for an adapter that does not fit the model.
         """
         check_names(kwargs, HUB_OPTIONS, "load_lora_weights")
         names = self.get_list_adapters()["model"]
@@ -59,10 +59,11 @@ class LoraMixin:
             save_adapter(self.unwrapped_model, adapter_name or names[0], folder)
 
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None):
-        """Make adapters the active ones, and say how much each counts.
+        """Make adapters the active ones, and set their weights.
 
         Args:
-            adapter_weights: one for all or one for each; 1 (the default) is as it was trained, 0 is without it.
+            adapter_weights: one for all or one for each; with 1 (the default) an adapter acts as it was trained, with 0
+                not at all.
         """
         _check(adapter_names=adapter_names, adapter_weights=adapter_weights)
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -80,12 +81,12 @@ class LoraMixin:
         self.enable_lora()
 
     def fuse_lora(self, lora_scale: float = 1.0, adapter_names: Sequence[str] | None = None, safe_fusing: bool = False):
-        """Add adapters to the weights that they stand beside, so that drawing costs nothing for them.
+        """Merge adapters into the weights of the model, so that they cost no time in drawing.
 
         Args:
-            lora_scale: how much of them, 1 is as they are set.
+            lora_scale: a factor for the weights of the adapters; 1 changes nothing.
             adapter_names: default: the active ones.
-            safe_fusing: refuse weights that would not be finite.
+            safe_fusing: raise an error for merged weights that are not finite.
         """
         _check(lora_scale=lora_scale)
         names = self.get_active_adapters() if adapter_names is None else list(adapter_names)
@@ -98,7 +99,7 @@ class LoraMixin:
         self._compile_again()
 
     def unfuse_lora(self):
-        """Take adapters out of the weights again."""
+        """Remove merged adapters from the weights again."""
         for layer in self._adapted_layers():
             if layer.merged:
                 layer.unmerge()
@@ -106,12 +107,12 @@ class LoraMixin:
         self._compile_again()
 
     def unload_lora_weights(self):
-        """Take all adapters away; the model is the plain one again. What is fused stays in the weights."""
+        """Remove all adapters; the model is the plain one again. Merged adapters stay in the weights."""
         self.register_modules(model=without_adapters(self.unwrapped_model))
         self._compile_again()
 
     def delete_adapters(self, adapter_names: str | Sequence[str]):
-        """Take some adapters away."""
+        """Remove some adapters."""
         _check(adapter_names=adapter_names)
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._check_adapters(names)
@@ -122,20 +123,20 @@ class LoraMixin:
             self._compile_again()
 
     def enable_lora(self):
-        """Let the active adapters act (again)."""
+        """Switch the active adapters on (again)."""
         self._switch(True)
 
     def disable_lora(self):
-        """Draw as without adapters; they stay loaded."""
+        """Switch all adapters off; they stay loaded."""
         self._switch(False)
 
     def get_active_adapters(self) -> list[str]:
-        """Names of the adapters that act."""
+        """Names of the active adapters."""
         layer = next(self._adapted_layers(), None)
         return [] if layer is None or layer.disable_adapters else list(layer.active_adapters)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
-        """Names of all adapters, by component: there is one, "model"."""
+        """Names of all adapters by component; the only component is "model"."""
         return {"model": list(getattr(self.unwrapped_model, "peft_config", {}))}
 
     def _switch(self, on: bool):
@@ -156,13 +157,13 @@ class LoraMixin:
             yield from (module for module in self.unwrapped_model.modules() if isinstance(module, BaseTunerLayer))
 
     def _compile_again(self):
-        """Recorded scales hold the layers as they were."""
+        """Discard recorded scales, which hold the layers as they were before."""
         if getattr(self.unwrapped_model, "compiled_drawing", None) is not None:
             self.unwrapped_model.compile_drawing()
 
 
 def _check(**given):
-    """Raises `ValueError` for names that are no texts, and for weights that are no finite numbers."""
+    """Raises `ValueError` for names that are not strings, and for weights that are not finite numbers."""
     hints = {
         "adapter_names": str | Sequence[str],
         "adapter_weights": float | Sequence[float] | None,
