@@ -322,7 +322,9 @@ class NextFlowProcessor(DrawingInputsMixin, ProcessorMixin):
     def post_process_multimodal_output(
         self, generated_outputs, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs
     ) -> list:
-        """Texts from token ids, or with `generation_mode="image"` PIL images from the output of `decode_image_tokens`."""
+        """Texts from token ids, or with `generation_mode="image"` PIL images from the output of
+        `decode_image_tokens`.
+        """
         if generation_mode == "image":
             return self.post_process_images(generated_outputs)
         return super().post_process_multimodal_output(

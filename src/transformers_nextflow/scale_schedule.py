@@ -100,7 +100,9 @@ class ScaleSchedule:
         return height * patch_size, width * patch_size
 
     def split(self, image_tokens):
-        """Split (..., N) codes into one (..., h_k, w_k) tensor per scale; the codes of only the first scales work too."""
+        """Split (..., N) codes into one (..., h_k, w_k) tensor per scale; the codes of only the first scales work
+        too.
+        """
         length = image_tokens.shape[-1]
         if length not in self.offsets[1:]:
             raise ValueError(f"{length} codes do not fill whole scales of {self.grids}; allowed: {self.offsets[1:]}.")

@@ -63,7 +63,9 @@ class PipelineCallsMixin:
 
     @contextmanager
     def _call(self) -> Iterator[None]:
-        """One call: an offloaded model is moved to the device that computes, and back afterwards, even after an error."""
+        """One call: an offloaded model is moved to the device that computes, and back afterwards, even after an
+        error.
+        """
         calls = self._calls()
         if calls and calls[-1].is_over:
             calls.pop()

@@ -43,7 +43,9 @@ class FinishedImagesMixin:
         return other
 
     def _checked(self, pixels: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[bool] | None]:
-        """Images (3, H, W) in [-1, 1] after the safety checker, and which were found unsafe; `None` without a checker."""
+        """Images (3, H, W) in [-1, 1] after the safety checker, and which were found unsafe; `None` without a
+        checker.
+        """
         pixels, flags = list(pixels), None
         if self.safety_checker is not None:
             pairs = [self._ask_checker(image) for image in pixels]
