@@ -1,4 +1,6 @@
-"""How the codes of a scale are drawn from logits: guidance, temperature, top-k, top-p; per scale where asked."""
+"""How the codes of a scale are sampled from logits: guidance, temperature, top-k, top-p; also with one value a
+scale.
+"""
 
 from __future__ import annotations
 
@@ -17,31 +19,31 @@ from ..utils.typed_values import is_of_type
 
 PerScale = Real | Sequence[Real]
 Generators = torch.Generator | Sequence[torch.Generator] | None
-# Beyond it differences of logits leave the range of half precision.
+# With stronger guidance, differences of logits leave the range of half precision.
 MOST_GUIDANCE = 1000
 
 
 @dataclass(frozen=True)
 class ImageSampling:
-    """Settings of the scale loop. Numbers hold for all scales; sequences give one value a scale, coarse to fine.
+    """Settings of the scale loop. A number holds for all scales; a sequence has one value for each, coarse to fine.
 
     Args:
         guidance_scale: logits are `unconditional + guidance_scale * (conditional - unconditional)`; 1 is no guidance.
-        image_guidance_scale: of the images in a prompt, apart from its text, as InstructPix2Pix has it: logits are
-            `nothing + image_guidance_scale * (images - nothing) + guidance_scale * (all - images)`; 1 is no
+        image_guidance_scale: guidance by the images in a prompt, separately from its text, as in InstructPix2Pix:
+            logits are `neither + image_guidance_scale * (images - neither) + guidance_scale * (all - images)`; 1 is no
             guidance.
         guidance_ramp: let the guidance grow linearly from 1 at the first scale to `guidance_scale` at the last guided
-            one, as TokenFlow does. Only with a number.
-        num_unguided_scales: the last scales that run without any guidance, at half the cost.
+            one, as in TokenFlow. Only if the guidance scales are numbers.
+        num_unguided_scales: how many of the last scales run without any guidance, at half the cost.
         temperature: 0 takes the likeliest code.
-        top_k: number of likeliest codes among which is drawn; `None` for all.
-        top_p: the likeliest codes whose probabilities sum up to it.
+        top_k: sample only among this many of the likeliest codes; `None` for all.
+        top_p: sample only among the likeliest codes whose probabilities sum up to this value.
 
     Raises:
         ValueError: for a value that is no number or out of range.
     """
 
-    # Whose strength leads from each context that guidance compares to the next.
+    # The names of the strengths between each context that guidance compares and the next.
     guided_parts: ClassVar[tuple[str, str]] = ("guidance_scale", "image_guidance_scale")
 
     guidance_scale: PerScale = 1.0
@@ -76,8 +78,8 @@ class ImageSampling:
 
     @classmethod
     def from_dict(cls, settings: Mapping) -> ImageSampling:
-        """The inverse of `to_dict`; what is left out has its default. Raises `ValueError` for what is no dict, and for
-        unknown names.
+        """The inverse of `to_dict`; settings that are left out have their defaults. Raises `ValueError` for anything
+        but a dict, and for unknown names.
         """
         if not isinstance(settings, Mapping):
             raise ValueError(f"The settings of the scale loop are a dict, got {short_repr(settings)}.")
@@ -98,7 +100,7 @@ class ImageSampling:
         return value[scale]
 
     def check_scales(self, counts: Sequence[int]):
-        """Raises `ValueError` if sequences give another number of values than any of the model's `counts` of scales."""
+        """Raises `ValueError` for a sequence whose length is none of the model's numbers of scales, `counts`."""
         for name in (field.name for field in fields(ImageSampling)):
             if _is_sequence(value := getattr(self, name)) and len(value) not in counts:
                 raise ValueError(
@@ -106,11 +108,11 @@ class ImageSampling:
                 )
 
     def drawing_at(self, scale: int, num_scales: int) -> dict:
-        """Temperature, top-k and top-p at a scale, as `sample_codes` takes them."""
+        """Temperature, top-k and top-p at a scale, as arguments of `sample_codes`."""
         return {name: self.value_at(name, scale, num_scales) for name in ("temperature", "top_k", "top_p")}
 
     def is_sampled_at(self, scale: int, num_scales: int) -> bool:
-        """Whether chance decides at a scale, counted from 0; else the likeliest codes are taken."""
+        """Whether codes are sampled at a scale, counted from 0; else the likeliest codes are taken."""
         options = self.drawing_at(scale, num_scales)
         return options["temperature"] > 0 and options["top_k"] != 1
 
@@ -129,7 +131,8 @@ class ImageSampling:
         return any(self.guidance_at(scale, num_scales, part) != 1 for scale in range(num_scales))
 
     def contexts(self, scale_counts: Iterable[int]) -> tuple[str, ...]:
-        """What guidance compares the prompts of images of so many scales with, the fullest first.
+        """The names of the contexts with which guidance compares prompts, for images with these numbers of scales; the
+        most conditioned context comes first.
 
         "negative" is the negative prompt with the prompt's images, "unconditional" is the same without images.
         """
@@ -146,9 +149,9 @@ def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance: floa
 
 
 def guide_over_contexts(logits: torch.Tensor, guidance: Sequence[float | torch.Tensor]) -> torch.Tensor:
-    """Logits (C, B, n, V) of the same images under contexts that know less and less, as one (B, n, V).
+    """Guided logits (B, n, V) from logits (C, B, n, V) of the same images under C contexts, the most conditioned first.
 
-    Each context leads away from the next: `guidance[c]` is the strength between context c and c + 1.
+    Each context is guided away from the next: `guidance[c]` is the strength between context c and c + 1.
     """
     guided = logits[0]
     if len(logits) > 1:
@@ -159,14 +162,14 @@ def guide_over_contexts(logits: torch.Tensor, guidance: Sequence[float | torch.T
 
 
 def truncate_logits(logits: torch.Tensor, top_k: int | None = None, top_p: float = 1.0) -> torch.Tensor:
-    """Logits (…, V) with all but the codes allowed by top-k, then top-p, at minus infinity."""
+    """Logits (…, V) in which all codes that top-k, then top-p, do not allow are minus infinity."""
     if top_k is not None and top_k < logits.shape[-1]:
         threshold = logits.topk(int(top_k), dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(-1)
-        # A code stays if those before it do not yet reach top_p: the likeliest one always does.
+        # A code is allowed if the sum of those before it is below top_p, so the likeliest code always is.
         removed = probabilities.cumsum(-1) - probabilities >= top_p
         logits = logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
     return logits
@@ -175,17 +178,17 @@ def truncate_logits(logits: torch.Tensor, top_k: int | None = None, top_p: float
 def sampled_probabilities(
     logits: torch.Tensor, temperature: float, top_k: int | None = None, top_p: float = 1.0
 ) -> torch.Tensor:
-    """Probabilities (…, V) in float32 by which classes are sampled; `temperature` is not 0.
+    """Probabilities (…, V) in float32 with which classes are sampled; `temperature` must not be 0.
 
     Raises:
-        ValueError: on a CPU for logits that are not finite; a GPU would wait for the values.
+        ValueError: for logits that are not finite, only on a CPU; on a GPU the check would wait for the values.
     """
     logits = logits.float()
     if temperature != 1:
-        # From the largest one on, so that no quotient overflows.
+        # Relative to the largest logit, so that no quotient overflows.
         logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     probabilities = truncate_logits(logits, top_k, top_p).softmax(-1)
-    # One NaN or infinity makes NaN of its whole row.
+    # One NaN or infinity turns its whole row into NaN.
     if probabilities.device.type == "cpu" and not bool(probabilities[..., 0].isfinite().all()):
         raise ValueError(
             "The model's logits hold NaN or infinity, so nothing can be drawn from them; take a smaller "
@@ -201,22 +204,22 @@ def sample_codes(
     top_p: float = 1.0,
     generator: Generators = None,
 ) -> torch.Tensor:
-    """Codes (…) drawn independently from logits (…, V), in float32.
+    """Codes (…) sampled independently from logits (…, V), in float32.
 
     `generator` is one for all, or a sequence with one for each entry of the first dimension. A CPU generator gives the
-    same numbers on every device, as diffusers' users expect.
+    same random numbers on every device, as in diffusers.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    # One random number a code on the cumulated probabilities; `torch.multinomial` takes one for each of the V classes.
+    # One random number for each code, by inverting the cumulated probabilities; `torch.multinomial` takes V of them.
     cumulated = sampled_probabilities(logits, temperature, top_k, top_p).cumsum_(-1)
     threshold = _random_numbers((*logits.shape[:-1], 1), generator, logits.device) * cumulated[..., -1:]
-    # Random numbers stay below one, hence thresholds below the sum: the first code above one always exists.
+    # Random numbers are below one, so thresholds are below the sum, and a code above the threshold always exists.
     return torch.searchsorted(cumulated, threshold, right=True).squeeze(-1)
 
 
 def check_generators(generator: Generators, count: int):
-    """Raises `ValueError` for what is neither one generator for all nor one for each of `count`."""
+    """Raises `ValueError` unless `generator` is one generator, or a sequence with one for each of `count`."""
     several = isinstance(generator, Sequence)
     for source in generator if several else [generator]:
         if not isinstance(source, torch.Generator) and (several or source is not None):
