@@ -1,4 +1,4 @@
-"""Commands on data and weights: what is in them, whether they fit, codes ahead of time."""
+"""Commands on data and weights: inspection, validation, and extraction of codes."""
 
 from __future__ import annotations
 

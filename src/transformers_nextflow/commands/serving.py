@@ -38,7 +38,7 @@ def serve(
         settings = ServingSettings(
             model, name, device, dtype, max_batch_size, batch_wait, max_waiting, timeout, max_upload
         )
-        load_pipeline(model, device, dtype)  # what is wrong with the folder is told here, not in a replica's log
+        load_pipeline(model, device, dtype)  # errors about the folder are shown here, not only in a replica's log
         with ray_serve.running(settings, host, port, replicas, max_replicas, cpus, gpus, metrics_port):
             typer.echo(f"{settings.name} answers at http://{host}:{port}/v1; Ctrl-C ends it.")
             while True:

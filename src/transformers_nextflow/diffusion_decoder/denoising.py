@@ -1,4 +1,4 @@
-"""Noise to images and back: what is learned at a time between them, and the steps of decoding."""
+"""Diffusion between noise and images: the training loss, and the steps of decoding."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .bases import TIMESTEPS, PromptEmbeddings
 from .modeling_diffusion_decoder import NextFlowDiffusionDecoder
 
 
-# An error of the image weighs 1 / time² (it is one of the velocity), and at times below this one no more: there the
-# noisy image says most, and what is to be learned is what the codes say.
+# An error of the image has the weight 1 / time² (then it is an error of the velocity), but at times below this one the
+# weight does not grow any more: there the noisy image determines most, and the decoder is to learn from the codes.
 LEAST_TIME = 0.5
 
 
 def make_scheduler(decoder: NextFlowDiffusionDecoder):
-    """A scheduler of the decoder's own, which nothing else steps."""
+    """A new scheduler with the decoder's config, whose state is not shared."""
     config = decoder.config.scheduler
     if config is None:
         return FlowMatchEulerDiscreteScheduler()
-    # Few steps must begin at the last time, where there is noise only; many schedulers leave it out by default.
+    # A few steps must start at the last time, at which there is only noise; many schedulers leave it out by default.
     spacing = {"timestep_spacing": "trailing"} if "timestep_spacing" in config else {}
     return getattr(diffusers, config["_class_name"]).from_config(dict(config), **spacing)
 
@@ -35,12 +35,12 @@ def diffusion_loss(
     prompt: PromptEmbeddings | None = None,
     call: Callable | None = None,
 ) -> torch.Tensor:
-    """The loss of a batch, at times and with noise from torch's own generator.
+    """The loss of a batch, with times and noise from torch's global generator.
 
     Args:
         clean: (B, C, H, W), see `encode_pixels`.
         condition: (B, D, h, w); rows of zeros are trained without a condition.
-        call: the decoder as a trainer has wrapped it.
+        call: the decoder, possibly wrapped by a trainer.
     """
     call, scheduler = call or decoder, make_scheduler(decoder)
     noise, drawn = torch.randn_like(clean), torch.rand(len(clean), device=clean.device)
@@ -48,7 +48,7 @@ def diffusion_loss(
         steps = (drawn * scheduler.config.num_train_timesteps).long()
         noisy = scheduler.add_noise(clean, noise, steps)
         return F.mse_loss(call(noisy, steps / TIMESTEPS, condition, prompt).float(), noise)
-    # In (0, 1], and as a scheduler with a shift has it.
+    # Times in (0, 1], shifted if the scheduler has a shift.
     shift = scheduler.shift
     time = 1 - drawn
     time = shift * time / (1 + (shift - 1) * time)
@@ -92,6 +92,6 @@ def denoise(
 
 
 def _shift_of_size(config, tokens: int) -> float:
-    """By how much schedulers with a dynamic shift move an image of so many tokens: linear between their two ends."""
+    """The shift of schedulers with a dynamic shift for an image of `tokens` tokens: linear between two given sizes."""
     slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
     return config.base_shift + slope * (tokens - config.base_image_seq_len)

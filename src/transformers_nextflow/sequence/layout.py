@@ -206,8 +206,8 @@ def layout_sequence(
     With `seq_idx` (B, L) a row holds several samples, and the positions of each start at 0. A `<boi>` without slots and
     `<eoi>` after it (a prompt for drawing) is text. `start` (B, 1) or a number is the first position.
 
-    The values of tokens are checked at the start of sequences without images. They are not read when a sequence
-    continues, so no generated token waits for the device, nor in a graph that is being compiled.
+    The values of tokens are read if there are images, and at the start of a sequence. They are not read when text
+    continues, so no generated token waits for the device, nor for text in a graph that is being compiled.
 
     Raises:
         ValueError: if the placeholders do not match the images, or the sequences take more positions than the model

@@ -1,4 +1,4 @@
-"""A pipeline as commands and servers load it."""
+"""How commands and servers load a pipeline."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_pipeline(model: str, device: str | None = None, dtype: str = "auto") -> NextFlowPipeline:
-    """Load a pipeline and bring it to its device.
+    """Load a pipeline and move it to its device.
 
     Args:
         model: folder of a model or a pipeline, or a repository of the Hub.
-        device: as "cpu" or "cuda:0"; default: a GPU where there is one.
-        dtype: one of `DTYPES`; "auto": as the weights are stored.
+        device: such as "cpu" or "cuda:0"; default: a GPU if there is one.
+        dtype: one of `DTYPES`; "auto" is that of the stored weights.
 
     Raises:
         ImportError: without diffusers.
         OSError: if nothing can be loaded from there.
         ValueError: for another dtype, and a device that cannot be used.
     """
-    from ..pipeline_nextflow import NextFlowPipeline  # says which extra it needs
+    from ..pipeline_nextflow import NextFlowPipeline  # its error names the extra
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}.")
