@@ -66,12 +66,12 @@ Each takes --model FOLDER, a folder or a repository of the Hub. {model}
 """
 
 
-Output = Annotated[Path, typer.Option(help="Where the image goes; several are numbered.")]
-GuidanceScale = Annotated[float | None, typer.Option(help="1 is none; default: the checkpoint's own.")]
+Output = Annotated[Path, typer.Option(help="File of the image; several images are numbered.")]
+GuidanceScale = Annotated[float | None, typer.Option(help="1 is no guidance; default: the checkpoint's own.")]
 NumImages = Annotated[int, typer.Option(help="Images for each prompt.")]
-NumCandidates = Annotated[int, typer.Option(help="Drawn for each image that is kept, the best one.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32, help="Of the first image; the next ones count on from it.")]
-Scale = Annotated[int, typer.Option(min=1, help="Enlarge each pixel so many times, for viewing.")]
+NumCandidates = Annotated[int, typer.Option(help="Candidates for each image, of which the best is kept.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32, help="Seed of the first image; image i has this seed plus i.")]
+Scale = Annotated[int, typer.Option(min=1, help="Enlarge each pixel this many times, for viewing.")]
 Pixels = Annotated[int | None, typer.Option(help="Pixels; default: the input image's, or the model's largest square.")]
 
 
@@ -114,9 +114,9 @@ def generate(
     height: Pixels = None,
     width: Pixels = None,
     guidance_scale: GuidanceScale = None,
-    think: Annotated[bool, typer.Option(help="Write a reasoning first, and draw from it.")] = False,
+    think: Annotated[bool, typer.Option(help="Write a thought first, and draw from it.")] = False,
     thought_temperature: Annotated[
-        float, typer.Option(min=0, help="Above 0, images of one prompt are thought out differently.")
+        float, typer.Option(min=0, help="Above 0 thoughts are sampled, so they differ between images of one prompt.")
     ] = 0.0,
     num_images: NumImages = 1,
     num_candidates: NumCandidates = 1,
@@ -167,14 +167,14 @@ def generate(
 
 @app.command()
 def edit(
-    instruction: Annotated[str, typer.Argument(help="What is to be done; with several images, with them.")],
+    instruction: Annotated[str, typer.Argument(help="What to change in the image, or what to draw from several.")],
     images: Annotated[list[Path], typer.Option("--image", help="The image; several may be given, in order.")],
     model: Model,
     output: Output = Path("edited.png"),
-    mask: Annotated[Path | None, typer.Option(help="An image that is light where is to be drawn.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="An image that is light where to draw.")] = None,
     paste_back: Annotated[bool, typer.Option(help="Put the image's own pixels back outside of the mask.")] = False,
     guidance_scale: GuidanceScale = None,
-    image_guidance_scale: Annotated[float | None, typer.Option(help="Towards the images; 1 is none.")] = None,
+    image_guidance_scale: Annotated[float | None, typer.Option(help="Guidance by the images; 1 is none.")] = None,
     height: Pixels = None,
     width: Pixels = None,
     num_images: NumImages = 1,
@@ -215,7 +215,7 @@ def vary(
     image: Annotated[Path, typer.Option(help="An image file.")],
     model: Model,
     keep_scales: Annotated[
-        int, typer.Option(min=1, help="The first so many scales are kept, the rest is drawn anew: fewer vary more.")
+        int, typer.Option(min=1, help="How many of the first scales are kept; with fewer, variations differ more.")
     ] = 1,
     output: Output = Path("varied.png"),
     guidance_scale: GuidanceScale = None,
@@ -255,7 +255,7 @@ def video(
     model: Model,
     output: Annotated[Path, typer.Option(help="A .gif, or an .mp4 with the extra `video`.")] = Path("video.gif"),
     num_frames: Annotated[int | None, typer.Option(help="Needed with a single text.")] = None,
-    first_frame: Annotated[Path | None, typer.Option(help="An image file from which the video goes on.")] = None,
+    first_frame: Annotated[Path | None, typer.Option(help="An image file with which the video begins.")] = None,
     guidance_scale: GuidanceScale = None,
     height: Pixels = None,
     width: Pixels = None,
@@ -295,8 +295,8 @@ def video(
 def describe(
     images: Annotated[list[Path], typer.Argument(help="Image files, or videos (.gif, .mp4), in order.")],
     model: Model,
-    question: Annotated[str | None, typer.Option(help="What is asked; default: a description.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 128,
+    question: Annotated[str | None, typer.Option(help="The question; default: a description.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The largest length of the answer.")] = 128,
     device: Device = None,
     dtype: Dtype = "auto",
 ):
@@ -333,8 +333,8 @@ def score(
 @app.command()
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a model, or a repository of the Hub.")],
-    suite: Annotated[str, typer.Option(help=f"What is scored: {', '.join(SUITES)}.")] = "shapes",
-    limit: Annotated[int | None, typer.Option(min=1, help="Cases of each kind at most.")] = None,
+    suite: Annotated[str, typer.Option(help=f"The suite of scores: {', '.join(SUITES)}.")] = "shapes",
+    limit: Annotated[int | None, typer.Option(min=1, help="The largest number of cases of each kind.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 4,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the scores.")] = None,
     sheets: Annotated[Path | None, typer.Option(help="Folder for contact sheets.")] = None,

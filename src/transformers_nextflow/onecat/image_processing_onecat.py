@@ -15,9 +15,9 @@ from .schedules import TABLES, OneCatSchedules, schedules_of_levels
 
 
 SIDES = tuple(grid[0] for grid in TABLES[1.0])
-# Pixels of a token that is read, per side: two patches of 14.
+# Pixels per side of a token of an input image: two patches of 14.
 UNIT = 28
-# A read image has from 576 to 4,000 tokens, as far as whole ones allow.
+# An input image has from 576 to 4,000 tokens, as far as whole tokens allow.
 FEWEST_PIXELS, MOST_PIXELS = 576 * UNIT**2, 4000 * UNIT**2
 MOST_ELONGATED = 200
 # Means and deviations of ImageNet.

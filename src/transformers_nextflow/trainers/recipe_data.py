@@ -1,4 +1,4 @@
-"""The rows of a stage: some drawings turned round, some without their prompts, images of the stage's level."""
+"""The rows of a stage: some drawings turned into captions, some without their prompts, images of the stage's level."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 
 
 class StageRows(Dataset):
-    """Rows of the data format (docs/data.md) as a stage of the transformer takes them.
+    """Rows of the data format (docs/data.md), changed for a stage of the transformer's training.
 
     Args:
-        rows: by number.
-        processor: of the model.
+        rows: rows that are read by number.
+        processor: the processor of the model.
         level: resolution that images with codes must have; `None` for any.
-        caption_share: share of the drawings that are turned round.
-        empty_share: share of the rows answered by an image alone whose prompt is left empty: the unconditional half
-            of guidance. Both shares come to 1 at most, and which rows they take depends on `seed`, the number and the
-            epoch only: few rows that are seen often are all seen as they are, too.
+        caption_share: share of the drawings that are turned into captions.
+        empty_share: share of the rows answered by only an image whose prompt is left empty, for guidance. The two
+            shares add up to 1 at most. Which rows they change depends only on `seed`, the number and the epoch, so in
+            several epochs every row is also seen unchanged.
 
     Raises:
-        ValueError: on access, for a row with codes of another level, or what is no row; the message names it.
+        ValueError: on access, for a row with codes of another level, or an invalid row; the message names it.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class StageRows(Dataset):
 
     @property
     def settings(self) -> dict:
-        """What beside the rows decides about the samples."""
+        """The settings, besides the rows, on which samples depend."""
         return {name: getattr(self, name) for name in ("level", "caption_share", "empty_share", "seed")}
 
     def __len__(self) -> int:
@@ -73,11 +73,11 @@ class StageRows(Dataset):
         return self.stage_row(self.rows[index], index)
 
     def stream(self) -> IterableDataset:
-        """The same rows where they are a stream of `datasets`."""
+        """The same changes for rows that are a stream of `datasets`."""
         return self.rows.map(self.stage_row, with_indices=True)
 
     def stage_row(self, row: dict, index: int | str) -> dict:
-        """A row as the stage takes it; `index` tells it from others."""
+        """A row, changed for the stage; `index` is its number or name."""
         check_is_row(row)
         self._check_level(index, row)
         drawn = random.Random(f"{self.seed} {index}" + (f" {self.epoch}" if self.epoch else "")).random()
@@ -99,12 +99,12 @@ class StageRows(Dataset):
 
 
 def as_caption(row: dict, request: str) -> dict:
-    """A drawing turned round: the image and `request`, answered by the prompt. Other rows are returned as they are.
+    """A drawing turned into a caption: the image and `request`, answered by the prompt. Other rows are unchanged.
 
     The image is read with its clean codes, since it is not trained on.
 
     Raises:
-        BadRowError: for codes sampled for self-correction without the clean ones, and what is no row.
+        BadRowError: for codes sampled for self-correction without clean ones, and for an invalid row.
     """
     turns = prompt_and_image(row)
     if turns is None or [part["type"] for part in turns[0]] != ["text"] or not turns[0][0]["text"]:
@@ -117,7 +117,7 @@ def as_caption(row: dict, request: str) -> dict:
 
 
 def without_prompt(row: dict) -> dict:
-    """A row that is answered by an image alone with its texts left empty, images kept. Others as they are."""
+    """A row that only an image answers, with empty texts and its input images. Other rows are unchanged."""
     turns = prompt_and_image(row)
     if turns is None:
         return row
@@ -126,9 +126,9 @@ def without_prompt(row: dict) -> dict:
 
 
 def prompt_and_image(row: dict) -> tuple[list[dict], list[dict]] | None:
-    """The user's parts, and the answer's, in a row of one turn each that is answered by one image; `None` for others.
+    """The parts of the user and of the answer, in a row with one turn each that one image answers; `None` for others.
 
-    Rows that say what is trained on are left alone.
+    Rows with `train` flags count as others.
     """
     messages = read_messages(row)
     if [message["role"] for message in messages] != ["user", "assistant"]:
@@ -143,7 +143,7 @@ def _with_turns(row: dict, question: list[dict], answer: list[dict]) -> dict:
 
 
 class StageImages(Dataset):
-    """The images of rows as a stage of the vision tokenizer takes them: cut square, `level` pixels a side.
+    """The images of rows for a stage of the vision tokenizer: cropped to squares of `level` pixels a side.
 
     An item has `pixel_values` (3, level, level) in [-1, 1].
 
@@ -154,7 +154,7 @@ class StageImages(Dataset):
     def __init__(self, rows, root: Path, processor: NextFlowImageProcessor, level: int):
         processor.scale_schedules.for_size(level, level)  # raises for a size that is not drawn
         self.processor, self.level, self.rows, self.root = processor, level, NumberedRows(rows), root
-        # Row, number in it, field and path of each; what rows hold themselves is left there: it may be more than fits.
+        # Row, number in it, field and path of each image; images inside of rows may be too large to keep in memory.
         self.images: list[tuple[int, int, str, Path | None]] = []
         for number in range(len(rows)):
             sample = self._read(number)
@@ -177,7 +177,7 @@ class StageImages(Dataset):
         return {"pixel_values": self.processor(self.square(index, self.level), return_tensors="pt")["pixel_values"][0]}
 
     def square(self, index: int, side: int) -> Image.Image:
-        """An image cut square, brought to `side` pixels."""
+        """An image, cropped to a square and resized to `side` pixels."""
         number, position, field, source = self.images[index]
         place = f"row {number}, {field}"
         loaded = load_image(self._read(number).images[position] if source is None else source, place)
