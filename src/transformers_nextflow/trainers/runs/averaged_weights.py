@@ -1,4 +1,4 @@
-"""An exponential moving average (EMA) of the weights that are trained, saved and resumed with them."""
+"""An exponential moving average (EMA) of the trained weights, saved and resumed with them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
-# Beside the weights that `save_model` writes: a model of the averages, which loads as the model itself does.
+# The subfolder in which `save_model` writes the averages as a separate model.
 FOLDER = "ema"
-# In the file's metadata: how many steps the averages hold.
+# The entry of the file's metadata with the number of averaged steps.
 NUM_AVERAGED = "num_averaged"
 
 
 class AveragedWeightsMixin:
     """For trainers on `Trainer` with [`CheckedArguments`]: `ema_decay` above 0 keeps an average of each trained weight,
-    in float32 on its device; of sharded weights each process averages its own part. The decay grows to `ema_decay`, as
-    (1 + n) / (10 + n) after n steps, so that an average does not keep the weights of the start.
+    in float32 on its device; of sharded weights each process averages its own part. The decay is (1 + n) / (10 + n)
+    after n steps until it reaches `ema_decay`, so that an average forgets the initial weights.
 
-    A checkpoint holds the averages as one more state. `save_model` writes them as a model of its own into `ema/`.
+    A checkpoint holds the averages as one more state. `save_model` writes them as a separate model into `ema/`.
     """
 
     def __init__(self, *args, **kwargs):
@@ -39,7 +39,7 @@ class AveragedWeightsMixin:
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """The model has its averages for weights meanwhile."""
+        """During the block the weights of the model are their averages."""
         self._exchange()
         try:
             yield
@@ -82,7 +82,7 @@ class AveragedWeightsMixin:
                 average.copy_(found.get_tensor(name))
 
     def _trained_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and numbers; of sharded weights those of this process."""
+        """Names and values of the trained weights; of sharded weights the part of this process."""
         for name, weight in self.model.named_parameters():
             if weight.requires_grad:
                 weight = weight.detach()

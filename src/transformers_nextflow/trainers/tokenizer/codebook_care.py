@@ -1,4 +1,4 @@
-"""What keeps a codebook alive: a start from k-means, and codes that nobody used moved to where they are needed."""
+"""Care of the codebook: a start from k-means, and unused codes that are moved to vectors of the data."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ MAX_VECTORS = 32768
 def initialize_codebook(
     model: NextFlowVQModel, pixel_values: torch.Tensor, shares: Sequence[int] | None = None, seed: int = 0
 ):
-    """Starts both codebooks from k-means over what each scale of the images (B, 3, H, W) has to say.
+    """Starts both codebooks from k-means over the downsampled residuals of images (B, 3, H, W) at each scale.
 
-    Every scale gets `shares[k]` of the codes (default: as many as any other), and leaves to the next ones what its
-    codes could not say.
+    Every scale gets `shares[k]` of the codes (default: equal shares), and its codes leave a residual to the next
+    scales.
 
     Raises:
         ValueError: if the shares are not one for each scale or do not add up to the codebook.
@@ -49,9 +49,9 @@ def initialize_codebook(
 @outside_of_autocast
 @torch.no_grad()
 def revive_dead_codes(model: NextFlowVQModel, pixel_values: torch.Tensor, dead: torch.Tensor, seed: int = 0) -> int:
-    """Moves codes marked in `dead` (V,) to vectors of the images (B, 3, H, W); returns how many were moved.
+    """Moves the codes marked in `dead` (V,) to vectors of the images (B, 3, H, W); returns how many were moved.
 
-    Every process must come with the same `dead`; the vectors are the first process's.
+    Every process must pass the same `dead`; the vectors are those of the first process.
     """
     count = int(dead.sum())
     if count == 0:
@@ -62,7 +62,7 @@ def revive_dead_codes(model: NextFlowVQModel, pixel_values: torch.Tensor, dead: 
     candidates = []
     for grid in schedule.grids:
         vectors, restore = _vectors(model, residual, grid)
-        # As many from each scale: fine scales have by far the most cells, coarse codes matter as much.
+        # The same number from each scale: fine scales have most cells, but coarse codes are as important.
         candidates.append(_draw(vectors, min(len(vectors), count), generator))
         residual = residual - restore(_nearest(model, vectors, model.quantizer.codebook), schedule)
     replacements = _draw(torch.cat(candidates), count, generator)
@@ -77,7 +77,7 @@ def _latents(model: NextFlowVQModel, pixel_values: torch.Tensor) -> torch.Tensor
 
 
 def _vectors(model: NextFlowVQModel, residual: torch.Tensor, grid):
-    """The vectors (n, C) that a scale compares, and how code vectors (n, C) are brought up again."""
+    """The vectors (n, C) that a scale compares with codes, and a function that upsamples code vectors (n, C)."""
     config = model.config
     target, vectors = model.quantizer.targets(residual, grid)
 
