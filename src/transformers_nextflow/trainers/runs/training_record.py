@@ -93,7 +93,9 @@ def write_record(record: dict, checkpoint: Path):
 
 
 def changes_since(checkpoint: Path, record: dict) -> tuple[list[str], list[str]]:
-    """Differences from the training that wrote the checkpoint, in words: those that change the result, and the others."""
+    """Differences from the training that wrote the checkpoint, in words: those that change the result, and the
+    others.
+    """
     try:
         old = json.loads((checkpoint / RECORD_FILE).read_text())
     except (OSError, ValueError):

@@ -69,7 +69,7 @@ class Adversary:
                 torch.distributed.broadcast(tensor, src=0)
 
     def loss(self, reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        """How far the reconstruction (B, 3, H, W) is from being taken for real; keeps both images for `step`."""
+        """The adversarial loss of a reconstruction (B, 3, H, W); keeps both images for `step`."""
         self._pair = reconstruction.detach(), pixels.detach()
         # The gradient goes through the discriminator, not into its weights.
         weights = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
