@@ -1,4 +1,4 @@
-"""NextFlow's own release → this package; a slot that waits for it, since no weights have been published.
+"""Converter for NextFlow's own release; its key table is empty, since no weights have been published.
 
 To fill it, write the release's key patterns into `NEXTFLOW_KEYS`, then read, map, check and write as `tokenflow_t2i.py`
 does.
@@ -17,7 +17,7 @@ NEXTFLOW_KEYS: dict[str, str] = {}
 
 
 def check_release(file: Path):
-    """Raises `ValueError` that names what the key table lacks for a file of the release."""
+    """Raises `ValueError` that names the keys of a file of the release which the key table lacks."""
     if not NEXTFLOW_KEYS:
         raise ValueError("NEXTFLOW_KEYS is empty, since there is no release yet; fill it from the list of tensors.")
     KeyMap(NEXTFLOW_KEYS).forward(layout_of(file))

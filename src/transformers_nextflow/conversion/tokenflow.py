@@ -1,6 +1,6 @@
-"""TokenFlow's tokenizers (arXiv 2412.03069) to `NextFlowVQModel` and back: configs, key table, checks.
+"""Converts TokenFlow's tokenizers (arXiv 2412.03069) to `NextFlowVQModel` and back: configs, key table, checks.
 
-A state is a dict name → tensor; "released" is the layout of TokenFlow's files, `docs/conversion_tokenflow.md` has both.
+A state is a dict name → tensor; "released" means the layout of TokenFlow's files; see `docs/conversion_tokenflow.md`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .checkpoints import (
 
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
 
-# What the tensors do not tell, and the widths of the released files.
+# Settings that do not follow from the tensors, and the widths of the released files.
 TOKENIZERS = {
     "clipb_224": {
         "semantic_config": {
@@ -75,12 +75,13 @@ COMMON = {
     "semantic_decoder_hidden_act": "gelu",
     "semantic_decoder_positions": "learned",
 }
-# CLIP's tokenizer at 256 pixels has one scale more, and its positions interpolated.
+# The CLIP tokenizer at 256 pixels has one more scale, and interpolated positions.
 INTERPOLATED_SIDE = 16
 
 _CLIP_LAYERS, _TOWER_LAYERS = "encoder_vqkd.transformer.resblocks.*", "semantic_encoder.encoder.layers.*"
 
-# Released → NextFlow, for what both kinds share; `key_map` adds the rest. The first row that fits counts.
+# Released → NextFlow, for the keys that both kinds share; `key_map` adds the others. The first row that matches is
+# used.
 KEYS = {
     "quant_conv.*": "pixel_encoder.output_projection.*",
     "post_quant_conv.*": "pixel_decoder.input_projection.*",
@@ -127,7 +128,7 @@ def tokenflow_config(name: str, **values) -> NextFlowVQConfig:
     """The config of a released tokenizer, "clipb_224" (the enhanced one), "clipb_256" or "siglip_384".
 
     Args:
-        values: fields that differ; `semantic_config` holds those of the tower that differ.
+        values: fields with other values; `semantic_config` holds those of the tower.
 
     Raises:
         ValueError: for another name.
@@ -146,13 +147,14 @@ def tokenflow_config(name: str, **values) -> NextFlowVQConfig:
 def config_of(
     released: Mapping[str, torch.Tensor], semantic_heads: int | None = None, semantic_decoder_heads: int | None = None
 ) -> NextFlowVQConfig:
-    """The config of a released state: its kind and widths are read off the shapes.
+    """The config of a released state: its kind and widths are read from the shapes.
 
     Args:
-        semantic_heads, semantic_decoder_heads: attention heads, which no shape tells; default those of the releases.
+        semantic_heads, semantic_decoder_heads: numbers of attention heads, which do not follow from shapes; default:
+            those of the releases.
 
     Raises:
-        ValueError: if a tensor that tells a width is missing or has another number of dimensions.
+        ValueError: if a tensor that gives a width is missing or has another number of dimensions.
     """
 
     def shape(key: str, dimensions: int) -> torch.Size:

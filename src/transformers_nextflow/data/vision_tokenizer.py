@@ -1,4 +1,4 @@
-"""The vision tokenizer that codes come from."""
+"""Loading of the vision tokenizer that makes codes."""
 
 from __future__ import annotations
 

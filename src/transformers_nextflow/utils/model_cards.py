@@ -1,4 +1,4 @@
-"""Model cards: what the Hub reads of a model in a card's head, and what people read below it."""
+"""Model cards: the head, which the Hub reads, and the text below it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .atomic_files import write_whole
 
 
 CARD = "README.md"
-# What the weights that a model starts from say of it, too.
+# Entries that a model takes over from the card of the weights from which it starts.
 INHERITED = ("license", "license_name", "license_link", "language")
 TAGS = ("nextflow", "next-scale-prediction")
-# How to load what the card is of; `prompt` and `extras` are filled in.
+# Code that loads the model of the card; `prompt` and `extras` are filled in.
 USE = """\
 ```python
 import torch
