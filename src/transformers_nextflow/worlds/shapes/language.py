@@ -1,7 +1,7 @@
-"""What is said about scenes: captions to draw from, captions to read back, questions with answers.
+"""The language of scenes: captions to draw from, captions to read back, questions with answers.
 
 A caption mentions every object of its scene, so whatever else an image holds is wrong. What a caption leaves open (a
-colour, a place, the background) is uniform in the scene. Every wording is a template that is both filled and parsed.
+colour, a place, the background) is sampled uniformly. Every wording is a template that is both filled and parsed.
 """
 
 from __future__ import annotations
