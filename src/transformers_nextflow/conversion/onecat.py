@@ -1,4 +1,4 @@
-"""OneCAT as it was released, with Infinity's tokenizer ↔ `OneCatForConditionalGeneration`: names and checks."""
+"""Converts OneCAT and Infinity's tokenizer from their released layout to `OneCatForConditionalGeneration` and back."""
 
 from __future__ import annotations
 

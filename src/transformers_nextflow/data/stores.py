@@ -81,7 +81,7 @@ def told(address: str, kind: type[Exception]) -> Iterator[None]:
 
 
 class StoredImages(Sequence):
-    """The rows of a folder of images in a store; an image is fetched when its row is asked for."""
+    """The rows of a folder of images in a store; an image is downloaded when its row is read."""
 
     def __init__(self, address: str):
         self.address = address.rstrip("/")

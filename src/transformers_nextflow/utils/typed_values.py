@@ -79,7 +79,7 @@ def is_of_type(value: Any, hint: Any) -> bool:
     if origin in (dict, Mapping) or hint is dict:
         return isinstance(value, Mapping) and all(is_of_type(v, inner[1]) for v in value.values() if len(inner) == 2)
     if not isinstance(hint, type):
-        return True  # types whose origin is not known here
+        return True  # a type whose origin is not known here
     if hint in (int, float):
         return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
     if issubclass(hint, Enum) and isinstance(value, str):

@@ -336,7 +336,7 @@ def draw_share(rng: np.random.Generator, shares: dict[str, float]) -> str:
 def random_sticker(
     rng: np.random.Generator, world: World, concept: str | None = None, style: str | None = None
 ) -> Sticker:
-    """A concept in a style, where not given uniform; some painted, with a skin tone, or turned."""
+    """A sticker; concept and style are uniform if not given, and some are recoloured, toned or turned."""
     if concept is None:
         # Of a style the concepts that it has.
         concept = choose(rng, world.concepts if style is None else world.concepts_in[style])

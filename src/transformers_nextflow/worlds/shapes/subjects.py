@@ -60,6 +60,6 @@ def _different(rng, world: World, count: int, allow_held_out: bool) -> list[Obje
 
 
 def _portrait(rng, item: Object, world: World) -> Scene:
-    """The object alone, somewhere."""
+    """Only the object, somewhere."""
     row, column = choose(rng, world.cells)
     return Scene((replace(item, row=row, column=column),), random_background(rng, world))
