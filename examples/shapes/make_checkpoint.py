@@ -51,7 +51,7 @@ INTRODUCTION = """\
 A small NextFlow ([arXiv 2601.02204](https://arxiv.org/abs/2601.02204)): one transformer that draws scale by scale,
 edits, thinks before it draws, tells stories and videos, and answers questions. It has {total:.1f} million parameters,
 {vision:.1f} million of them in the vision tokenizer. It was trained from scratch, some hours on two CPU cores and nine
-minutes on a GPU, and knows the shapes world alone. It is there to run, test and study the code, not to draw
+minutes on a GPU, and knows only the shapes world. It is there to run, test and study the code, not to draw
 photographs.
 
 ![one row of images for each category of prompts]({sheet})
@@ -69,7 +69,7 @@ pipe("make the red circle green", image=image).images[0].save("image.png")
 
 `docs/abilities.md` shows the rest.
 
-Its own sampling settings are {sampling}; of edits and videos {editing}.
+The checkpoint's own sampling settings are {sampling}; of edits and videos {editing}.
 """
 ORIGIN = """\
 ## Scores
@@ -77,31 +77,31 @@ ORIGIN = """\
 From `{command}` at commit {commit}, on {device}.
 """
 DRAWING_RULES = """\
-Share of the images that hold what the prompt asked for, counting exact (GenEval's rule), and under the strict rule:
-nothing else is in the image either. `held out` are prompts with a pair of shape and colour that the transformer
-never saw in training. `overall` is the mean of the categories.
+The share of the images that hold what the prompt asked for, with exact counts (GenEval's rule), and the share in which
+nothing else is in the image either (the strict rule). `held out` are prompts with a pair of shape and colour that the
+transformer never saw in training. `overall` is the mean of the categories.
 """
 UNDERSTANDING_RULES = """\
-Share of right answers. `questions` is the mean over the kinds of questions; `overall` has captions too.
+The share of right answers. `questions` is the mean over the kinds of questions; `overall` includes captions too.
 """
 TOKENIZER_RULES = """\
-What the vision tokenizer lets through, on held-out images with all pairs of shape and colour: the bound of the scores
-above. `linear_probe` reads the codes of all scales but the last, `with_last_scale` all of them.
+How well the vision tokenizer reconstructs held-out images with all pairs of shape and colour: an upper bound of the
+scores above. `linear_probe` reads the codes of all scales but the last, `with_last_scale` those of all scales.
 """
 ORACLE_RULES = """\
-Share of images with exactly the right objects, wherever they lie, if the true codes of the first scales are given.
+The share of images with exactly the right objects, at any place, if the true codes of the first scales are given.
 """
 LAYOUT_RULES = """\
 Both layouts of an image, trained from the same weights for the same 4,200 steps on the same conversations (the long
-round under `Commands`): the one which reads the last scale where something follows it, from which the training of this
-checkpoint went on, and the paper's, in which nothing does. Scored at commit {commit}; implicit prompts were of the five
-kinds then that one pass solves.
+round under `Commands`): the one that reads the last scale where something follows the image, with which the training of
+this checkpoint continued, and the paper's, in which nothing reads it. Scored at commit {commit};
+at that time implicit prompts were only of the five kinds that one pass solves.
 """
 ABILITY_RULES = """\
 The other abilities, on held-out cases, each with its exact check (see `The abilities` below): the mean over the
 categories, then each of them. `thinking_without` are the same prompts drawn without a thought, `thinking_plainly` are
-plain captions that are thought about all the same. `psnr_outside` is that of an edit outside of its mask,
-`psnr_outside_bound` that of the tokenizer's own reconstruction there.
+plain captions drawn with a thought. `psnr_outside` is the PSNR of an edit outside of its mask, `psnr_outside_bound`
+the PSNR of the tokenizer's own reconstruction there.
 """
 
 

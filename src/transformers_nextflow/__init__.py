@@ -13,7 +13,7 @@ from transformers import (
     AutoProcessor,
 )
 
-# Not from the top level: transformers 5.17 shows it there only beside torchvision.
+# Not from the top level: transformers 5.17 exports it there only if torchvision is installed.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_nextflow import NextFlowConfig, NextFlowVQConfig
@@ -75,7 +75,7 @@ __all__ = [
     "TokenFlowT2IForConditionalGeneration",
     "TokenFlowT2IProcessor",
 ]
-# What an extra brings, where it is there: `from transformers_nextflow import *` works without.
+# Names that need an extra; `from transformers_nextflow import *` works without it.
 if find_spec("diffusers"):
     __all__ += ["NextFlowDiffusionDecoder", "NextFlowPipeline", "NextFlowPipelineOutput"]
 
@@ -101,7 +101,7 @@ AutoModelForImageTextToText.register(OneCatConfig, OneCatForConditionalGeneratio
 AutoModelForMultimodalLM.register(OneCatConfig, OneCatForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(OneCatConfig, OneCatProcessor, exist_ok=True)
 
-# PIL's are those of torchvision's backend too: the codes of an image must not depend on which packages there are.
+# The processor on PIL is registered for torchvision too: codes must not depend on which packages are installed.
 for _config, _image_processor in (
     (NextFlowConfig, NextFlowImageProcessor),
     (TokenFlowT2IConfig, NextFlowImageProcessor),
@@ -112,7 +112,7 @@ for _config, _image_processor in (
 
 
 def __getattr__(name: str):
-    # The pipeline and the diffusion decoder need diffusers, an extra: they are imported when they are asked for.
+    # The pipeline and the diffusion decoder need the extra diffusers, so they are imported only on access.
     if name in ("NextFlowPipeline", "NextFlowPipelineOutput"):
         return getattr(import_module(".pipeline_nextflow", __name__), name)
     if name == "NextFlowDiffusionDecoder":

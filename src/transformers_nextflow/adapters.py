@@ -1,6 +1,6 @@
-"""LoRA and QLoRA for NextFlow: which layers are adapted, which rows of new tokens are trained, what stays as it is.
+"""LoRA and QLoRA for NextFlow: which layers are adapted, which rows of new tokens are trained, what is not quantised.
 
-Merging, saving, loading and switching of adapters are PEFT's own; see docs/training.md.
+PEFT itself merges, saves, loads and switches adapters; see docs/training.md.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-# The linear layers of the backbone; of OneCAT's those of all experts. "all-linear" would take the vision tokenizer, the
-# connector and the heads too: codes would change their meaning.
+# The linear layers of the backbone; of OneCAT's those of all experts. "all-linear" would adapt the vision tokenizer,
+# the connector and the heads too: codes would change their meaning.
 LORA_TARGETS = r"(.*\.)?language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp(_te|_ue|_ge)?\.(gate|up|down)_proj)"
-# What stays in the precision that it is loaded in, beside a backbone in four bits.
+# Modules that keep the precision in which they are loaded, beside a backbone in four bits.
 NOT_QUANTIZED = ["model.vq_model", "model.visual_embedding", "visual_head", "lm_head"]
 
 
@@ -30,7 +30,7 @@ def lora_config(
     new_token_ids: Sequence[int] = (),
     **kwargs,
 ) -> LoraConfig:
-    """What to hand to `peft.get_peft_model(model, …)`: adapters on the backbone's linear layers.
+    """The config for `peft.get_peft_model(model, …)`: adapters on the backbone's linear layers.
 
     Args:
         model: whose vocabulary was extended, if there are `new_token_ids`.
@@ -54,21 +54,21 @@ def lora_config(
             f"new_token_ids {outside} lie outside of the vocabulary of {size}; add them to the tokenizer and call "
             "model.resize_token_embeddings(len(tokenizer)) first."
         )
-    for name in ("image_token_id", "reference_token_id"):  # not every model that draws has them
+    for name in ("image_token_id", "reference_token_id"):  # some models do not have them
         if (placeholder := getattr(model.config, name, None)) in new_token_ids:
             raise ValueError(f"{placeholder} stands for slots of images, whose embeddings are not trained.")
     if new_token_ids:
-        # PEFT ties the head's rows by itself where the model ties the matrices.
+        # If the model ties the two matrices, PEFT ties the rows of the head itself.
         tables = ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
         kwargs["trainable_token_indices"] = {table: list(new_token_ids) for table in tables}
     return LoraConfig(**({"r": rank, "lora_alpha": 2 * rank, "target_modules": LORA_TARGETS} | kwargs))
 
 
 def quantization_config(**kwargs) -> BitsAndBytesConfig:
-    """What to hand to `from_pretrained(quantization_config=…)` for QLoRA: the backbone's layers in four bits (NF4).
+    """The config for `from_pretrained(quantization_config=…)` for QLoRA: the backbone's layers in four bits (NF4).
 
-    Tokenizer, visual embedding and heads are left out: codes are only as good as the distances that choose them. Needs
-    bitsandbytes to load. `kwargs` are further fields of `BitsAndBytesConfig`.
+    Tokenizer, visual embedding and heads are not quantised, since codes depend on exact distances. Loading needs
+    bitsandbytes. `kwargs` are further fields of `BitsAndBytesConfig`.
     """
     values = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": NOT_QUANTIZED}
     return BitsAndBytesConfig(**(values | kwargs))

@@ -39,15 +39,15 @@ app = typer.Typer(
     help="NextFlow: images from text, and text from images.",
     invoke_without_command=True,
     add_completion=False,
-    # A traceback of a defect is for reading as it is: no boxes, no values of variables.
+    # Tracebacks of unexpected errors are printed plainly, without boxes and values of variables.
     pretty_exceptions_enable=False,
 )
 
-# Of an image that is enlarged for viewing: a quarter of a gigabyte.
+# The limit for an image that is enlarged for viewing: a quarter of a gigabyte.
 MOST_PIXELS = 2**26
-# Paths of results that are tried before the work; a pipeline draws no more images in a call.
+# How many paths of results are checked before the work; a pipeline draws no more images in a call.
 MOST_CHECKED = 1024
-# Whether the command at hand writes into images' files what drew them.
+# Whether the current command writes into image files what drew them.
 ADDS_PROVENANCE = ContextVar("adds_provenance", default=True)
 VIDEO_EXTENSIONS = (".gif", ".mp4")
 
@@ -66,8 +66,8 @@ Each takes --model FOLDER, a folder or a repository of the Hub. {model}
 """
 
 
-Output = Annotated[Path, typer.Option(help="Where the image goes; several are numbered.")]
-GuidanceScale = Annotated[float | None, typer.Option(help="1 is none; default: the checkpoint's own.")]
+Output = Annotated[Path, typer.Option(help="File of the image; several images are numbered.")]
+GuidanceScale = Annotated[float | None, typer.Option(help="1 is no guidance; default: the checkpoint's own.")]
 NumImages = Annotated[int, typer.Option(help="Images for each prompt.")]
 NumCandidates = Annotated[int, typer.Option(help="Drawn for each image that is kept, the best one.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32, help="Of the first image; the next ones count on from it.")]
@@ -103,7 +103,7 @@ def _options(
     if debug:
         os.environ[DEBUG] = "1"
     ADDS_PROVENANCE.set(provenance)
-    # What a model or a file's name holds may be no text in the terminal's encoding.
+    # Texts of a model and names of files may not fit the terminal's encoding.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     if context.invoked_subcommand is None:
@@ -122,9 +122,9 @@ def generate(
     height: Pixels = None,
     width: Pixels = None,
     guidance_scale: GuidanceScale = None,
-    think: Annotated[bool, typer.Option(help="Write a reasoning first, and draw from it.")] = False,
+    think: Annotated[bool, typer.Option(help="Write a thought first, and draw from it.")] = False,
     thought_temperature: Annotated[
-        float, typer.Option(min=0, help="Above 0, images of one prompt are thought out differently.")
+        float, typer.Option(min=0, help="Above 0 thoughts are sampled, so they differ between images of one prompt.")
     ] = 0.0,
     num_images: NumImages = 1,
     num_candidates: NumCandidates = 1,
@@ -141,7 +141,7 @@ def generate(
         _check_image_path(output, len(prompts) * num_images, ("--previews", previews))
         if previews is not None:
             check_output_folder(previews)
-            # Of a model's last scale; the others' names are no longer.
+            # The path of the last scale, which has the longest name.
             _check_image_path(_preview(previews, output, 99), len(prompts) * num_images)
         pipeline = _load_pipeline(model, device, dtype, decoder)
         _check_enlarged(pipeline, scale, output, decoder, height, width)
@@ -178,14 +178,14 @@ def generate(
 
 @app.command()
 def edit(
-    instruction: Annotated[str, typer.Argument(help="What is to be done; with several images, with them.")],
+    instruction: Annotated[str, typer.Argument(help="What to change in the image, or what to draw from several.")],
     images: Annotated[list[Path], typer.Option("--image", help="The image; several may be given, in order.")],
     model: Model,
     output: Output = Path("edited.png"),
-    mask: Annotated[Path | None, typer.Option(help="An image that is light where is to be drawn.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="An image that is light where to draw.")] = None,
     paste_back: Annotated[bool, typer.Option(help="Put the image's own pixels back outside of the mask.")] = False,
     guidance_scale: GuidanceScale = None,
-    image_guidance_scale: Annotated[float | None, typer.Option(help="Towards the images; 1 is none.")] = None,
+    image_guidance_scale: Annotated[float | None, typer.Option(help="Guidance by the images; 1 is none.")] = None,
     height: Pixels = None,
     width: Pixels = None,
     num_images: NumImages = 1,
@@ -229,7 +229,7 @@ def vary(
     image: Annotated[Path, typer.Option(help="An image file.")],
     model: Model,
     keep_scales: Annotated[
-        int, typer.Option(min=1, help="The first so many scales are kept, the rest is drawn anew: fewer vary more.")
+        int, typer.Option(min=1, help="How many of the first scales are kept; with fewer, variations differ more.")
     ] = 1,
     output: Output = Path("varied.png"),
     guidance_scale: GuidanceScale = None,
@@ -272,7 +272,7 @@ def video(
     model: Model,
     output: Annotated[Path, typer.Option(help="A .gif, or an .mp4 with the extra `video`.")] = Path("video.gif"),
     num_frames: Annotated[int | None, typer.Option(help="Needed with a single text.")] = None,
-    first_frame: Annotated[Path | None, typer.Option(help="An image file from which the video goes on.")] = None,
+    first_frame: Annotated[Path | None, typer.Option(help="An image file with which the video begins.")] = None,
     guidance_scale: GuidanceScale = None,
     height: Pixels = None,
     width: Pixels = None,
@@ -315,8 +315,8 @@ def video(
 def describe(
     images: Annotated[list[Path], typer.Argument(help="Image files, or videos (.gif, .mp4), in order.")],
     model: Model,
-    question: Annotated[str | None, typer.Option(help="What is asked; default: a description.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 128,
+    question: Annotated[str | None, typer.Option(help="The question; default: a description.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The largest length of the answer.")] = 128,
     device: Device = None,
     dtype: Dtype = "auto",
 ):
@@ -340,7 +340,7 @@ def score(
     device: Device = None,
     dtype: Dtype = "auto",
 ):
-    """Say how well images fit a prompt, as the model sees it: log-likelihoods in nats."""
+    """Print how well images fit a prompt according to the model: log-likelihoods in nats."""
     with errors_in_one_line():
         _check_files(images)
         pipeline = _load_pipeline(model, device, dtype)
@@ -353,14 +353,14 @@ def score(
 @app.command()
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a model, or a repository of the Hub.")],
-    suite: Annotated[str, typer.Option(help=f"What is scored: {', '.join(SUITES)}.")] = "shapes",
-    limit: Annotated[int | None, typer.Option(min=1, help="Cases of each kind at most.")] = None,
+    suite: Annotated[str, typer.Option(help=f"The suite of scores: {', '.join(SUITES)}.")] = "shapes",
+    limit: Annotated[int | None, typer.Option(min=1, help="The largest number of cases of each kind.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 4,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the scores.")] = None,
     sheets: Annotated[Path | None, typer.Option(help="Folder for contact sheets.")] = None,
     device: Device = None,
 ):
-    """Score a checkpoint: suite, category, score."""
+    """Score a checkpoint; prints suite, category and score."""
     with errors_in_one_line():
         check_apart([("--json", json_file)], ("--sheets", sheets))
         if json_file is not None:
@@ -404,7 +404,7 @@ def _decoding(decoder: str, steps: int | None) -> dict[str, Any]:
 def _generators(pipeline: NextFlowPipeline, seed: int, count: int) -> list[torch.Generator]:
     import torch
 
-    pipeline.check_batch_size(count)  # before so many generators are made
+    pipeline.check_batch_size(count)  # before `count` generators are made
     return [torch.Generator().manual_seed(seed + index) for index in range(count)]
 
 
@@ -419,7 +419,7 @@ def _tell(seconds: float, paths: list[Path]):
 
 
 def _check_image_path(output: Path, count: int, *others: tuple[str, Path | None]):
-    """Whether images can be written, and not over the `others`: asked before the drawing, which would be lost."""
+    """Check before drawing that images can be written and do not replace the `others`, so no drawing is lost."""
     check_apart([("--output", path) for path in _numbered(output, min(count, MOST_CHECKED))], *others)
     check_image_format(output)
     for path in _numbered(output, min(count, MOST_CHECKED)):
@@ -427,7 +427,7 @@ def _check_image_path(output: Path, count: int, *others: tuple[str, Path | None]
 
 
 def _numbered(path: Path, count: int) -> list[Path]:
-    """The path of one image, or of several with their numbers before the extension."""
+    """The path of a single image, or the paths of several, with their numbers before the extension."""
     return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]
 
 
@@ -436,7 +436,7 @@ def _preview(folder: Path, output: Path, number: int) -> Path:
 
 
 def _save(images: list[Image.Image], output: Path, scale: int) -> list[Path]:
-    """Save every image that can be saved. Raises `OSError` that says where the others are."""
+    """Save every image that can be saved. Raises an `OSError` that says where the others were saved."""
     paths, written, refused = _numbered(output, len(images)), [], []
     with tells_what_is_kept(lambda: f"Written are {', '.join(map(str, written)) or 'none of the images'}."):
         for image, path in zip(images, paths):
@@ -458,8 +458,8 @@ def _check_enlarged(
     height: int | None = None,
     width: int | None = None,
 ):
-    """Raises `ValueError` for images that would take more memory than an image for viewing should, or than the format
-    of `output` holds.
+    """Raises `ValueError` for enlarged images that take too much memory, or have more pixels than the format of
+    `output` can hold.
     """
     if scale == 1:
         return
@@ -486,7 +486,7 @@ def _check_enlarged(
 
 
 def _enlarge(image: Image.Image, scale: int) -> Image.Image:
-    # By repeating pixels, so that none is invented.
+    # Repeats pixels, without interpolation.
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 

@@ -34,7 +34,7 @@ FROM_ONE = (
     "codebook_size", "semantic_code_dim", "pixel_code_dim", "pixel_channels", "pixel_latent_dim",
     "pixel_decoder_channels", "semantic_decoder_heads", "semantic_target_dim",
 )  # fmt: skip
-# Each layer is a module, so that more would rather fill the memory than be built.
+# Each layer is a module: a config with more layers would fill the memory before the model is built.
 MOST_LAYERS = 1000
 # More channels rather fill the memory than are meant.
 MOST_CHANNELS = 2**20
@@ -49,13 +49,13 @@ TEXT_FROM_ONE = (
 )  # fmt: skip
 # Of the group norms between convolutions; fewer channels have one group each.
 NORM_GROUPS = 32
-# What transformers takes where a config gives none.
+# The value that transformers uses if a config gives none.
 MROPE_SECTION = (16, 24, 24)
 
 
 def value_errors(config_class: type) -> type:
-    """A config class that raises `ValueError`s in one line: for values of other types than its annotations, which
-    `strict` does not read where they are postponed, and for whatever `strict` itself refuses.
+    """A config class that raises one-line `ValueError`s for values whose types differ from its annotations (`strict`
+    does not read postponed annotations), and for all that `strict` itself refuses.
     """
     init, assign, load = config_class.__init__, config_class.__setattr__, config_class.from_dict.__func__
     hints = inspect.get_annotations(config_class, eval_str=True)
@@ -84,7 +84,7 @@ def value_errors(config_class: type) -> type:
     @wraps(load)
     def checked_load(cls, config_dict: dict[str, Any], **kwargs):
         loaded = load(cls, config_dict, **kwargs)
-        with checked({}):  # what was given beside the file took its place without a look at the whole
+        with checked({}):  # arguments beside the file were set one by one; the whole is checked here
             (loaded[0] if isinstance(loaded, tuple) else loaded).validate()
         return loaded
 
@@ -94,7 +94,7 @@ def value_errors(config_class: type) -> type:
 
 
 def config_from(value: Any, name: str, config_class: type) -> Any:
-    """A config from a dict, or as it is. Raises `ValueError` naming it for anything else."""
+    """A config from a dict, or a config unchanged. Raises `ValueError` naming it for anything else."""
     if isinstance(value, dict):
         layers = value.get("num_hidden_layers")
         if isinstance(layers, int) and layers > MOST_LAYERS:  # transformers makes a list of as many entries
@@ -124,7 +124,7 @@ def _check_activation(name: str, value: str):
 
 
 def check_backbone(text: PreTrainedConfig):
-    """Raises `ValueError` for a `text_config` of which no model can be built."""
+    """Raises `ValueError` for a `text_config` from which no model can be built."""
     _check_at_least(text, 1, TEXT_FROM_ONE, "text_config.")
     _check_layers(text, ("num_hidden_layers",), "text_config.")
     _check_at_least(text, 0, ("initializer_range",), "text_config.")
@@ -150,23 +150,26 @@ def check_backbone(text: PreTrainedConfig):
 class NextFlowVQConfig(PreTrainedConfig):
     r"""Configuration of [`NextFlowVQModel`], the dual-codebook multi-scale tokenizer (paper, section 2.1).
 
-    The defaults are the large model's: SigLIP2 NaFlex as semantic encoder, a convolutional pixel branch, 32,768 codes.
+    The defaults are those of the large model: SigLIP2 NaFlex as semantic encoder, a convolutional pixel branch, 32,768
+    codes.
 
     Args:
         semantic_config: any vision tower of transformers (SigLIP2 NaFlex, SigLIP, CLIP, …) as config or dict.
-        semantic_layer: which hidden states of the tower are its features: -1 the last, through the tower's closing
-            norm, or an earlier one as it is, such as -2.
+        semantic_layer: the layer whose hidden states are the features: -1 for the last, after the tower's closing
+            norm, or an earlier one without the norm, such as -2.
         patch_size: pixels per side of a cell of the finest grid.
-        image_size: side of the only images that are read and written, square ones, where it is not that of the finest
-            grid. The semantic encoder reads them as they are, the pixel branch resized to the grid and back.
+        image_size: side in pixels of square images, the only ones that are then encoded and decoded, if it differs from
+            the side of the finest grid. The semantic encoder reads them unchanged, the pixel branch resized to the
+            grid.
         scales: sides of the square grids, coarse to fine.
         levels: `[resolution, number of scales]` pairs; default one level with all scales.
         codebook_size: number of codes; semantic and pixel codebook share the index.
         semantic_code_dim, pixel_code_dim: widths of the two codebooks.
         semantic_distance_weight, pixel_distance_weight: weights of the two squared distances that pick a code.
-        normalize_codes: bring both halves to unit length before they are compared (TokenFlow), or leave them Euclidean.
-        downsample, upsample: how the residual is brought down to a scale, and its codes up again: torch's modes, or
-            "rotary", which keeps in a coarse code what lies where (see `resample_rotary`).
+        normalize_codes: normalise both halves to unit length before they are compared (TokenFlow); else the distances
+            are Euclidean.
+        downsample, upsample: how the residual is downsampled to a scale, and its codes upsampled again: torch's modes,
+            or "rotary", with which a coarse code keeps what lies where (see `resample_rotary`).
         pixel_encoder_type: "convolutional" (VQGAN's kind) or "patch" (matrix products, fast on small machines).
         pixel_channels, pixel_channel_multipliers, pixel_num_res_blocks, pixel_latent_dim: the pixel encoder. The patch
             kind has width `pixel_channels` and `pixel_num_res_blocks` blocks.
@@ -176,7 +179,7 @@ class NextFlowVQConfig(PreTrainedConfig):
             semantic decoder, a ViT.
         semantic_decoder_positions: "sinusoidal", for any grid, or "learned", with a class token, for the square one.
         semantic_target_dim: width of the features that the semantic decoder reproduces.
-        commitment_weight: weight of the encoder's share of the codebook loss.
+        commitment_weight: weight of the commitment loss, which moves the encoder's latents towards the codes.
     """
 
     model_type = "nextflow_vq"
@@ -251,7 +254,7 @@ class NextFlowVQConfig(PreTrainedConfig):
                 f"semantic_layer counts from the last of {layers} layers, -1, to the embeddings, {-layers - 1}; "
                 f"got {self.semantic_layer}."
             )
-        self.scale_schedules  # raises for scales and levels that do not fit
+        self.scale_schedules  # raises for invalid scales and levels
         self._check_tower()
         if self.pixel_encoder_type == "convolutional":
             self._check_convolutions()
@@ -323,11 +326,11 @@ class NextFlowConfig(PreTrainedConfig):
         boi_token_id, eoi_token_id: tokens that open and close an image.
         image_token_id: what `input_ids` hold in the slots of an image.
         read_last_scale: read the codes of the last scale too, in one more grid of slots that predicts nothing.
-        accumulate_features: slots read the sum over all earlier scales (as VAR) in place of the last one alone.
+        accumulate_features: slots read the sum over all earlier scales (as in VAR) instead of only the scale before.
         rope_range: the range of the spatial coordinates of a square image, the paper's constant C (section 2.2).
-        scale_loss_alpha: a token of an h x w grid weighs (h*w)^-alpha in the loss (section 3.1).
-        trained_on: what a checkpoint says of its training, the values of a `TrainedOn`: a pipeline warns of what lies
-            outside. A training of the model takes it away.
+        scale_loss_alpha: a token of an h x w grid has the weight (h*w)^-alpha in the loss (section 3.1).
+        trained_on: what the checkpoint was trained on, as the values of a `TrainedOn`: a pipeline warns of prompts and
+            images unlike it. Training the model further removes it.
     """
 
     model_type = "nextflow"
@@ -400,7 +403,7 @@ class NextFlowConfig(PreTrainedConfig):
     def nextflow_7b(cls) -> NextFlowConfig:
         """The paper's model: the backbone of Qwen2.5-VL-7B, 32,768 codes, the 256, 512 and 1024 levels.
 
-        A start from Qwen2.5-7B or Qwen2.5-VL-7B is under Apache-2.0.
+        A model that starts from Qwen2.5-7B or Qwen2.5-VL-7B is under Apache-2.0.
         """
         return cls._after_qwen(
             hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
@@ -409,9 +412,10 @@ class NextFlowConfig(PreTrainedConfig):
 
     @classmethod
     def nextflow_3b(cls) -> NextFlowConfig:
-        """The backbone of Qwen2.5-3B and Qwen2.5-VL-3B, all else as `nextflow_7b`.
+        """The backbone of Qwen2.5-3B and Qwen2.5-VL-3B; all else is as in `nextflow_7b`.
 
-        A start from either is under the Qwen Research License, which allows no commercial use; random weights are free.
+        A model that starts from either is under the Qwen Research License, which allows no commercial use; a model that
+        starts from random weights is not.
         """
         return cls._after_qwen(
             hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
@@ -420,7 +424,9 @@ class NextFlowConfig(PreTrainedConfig):
 
     @classmethod
     def nextflow_1_5b(cls) -> NextFlowConfig:
-        """The backbone of Qwen2.5-1.5B, all else as `nextflow_7b`. A start from it is under Apache-2.0."""
+        """The backbone of Qwen2.5-1.5B; all else is as in `nextflow_7b`. A model that starts from it is under
+        Apache-2.0.
+        """
         return cls._after_qwen(
             hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
             num_key_value_heads=2, tie_word_embeddings=True,
@@ -428,7 +434,9 @@ class NextFlowConfig(PreTrainedConfig):
 
     @classmethod
     def nextflow_0_5b(cls) -> NextFlowConfig:
-        """The backbone of Qwen2.5-0.5B, all else as `nextflow_7b`. A start from it is under Apache-2.0."""
+        """The backbone of Qwen2.5-0.5B; all else is as in `nextflow_7b`. A model that starts from it is under
+        Apache-2.0.
+        """
         return cls._after_qwen(
             hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
             num_key_value_heads=2, tie_word_embeddings=True, mrope_section=(8, 12, 12),
@@ -436,7 +444,7 @@ class NextFlowConfig(PreTrainedConfig):
 
     @classmethod
     def _after_qwen(cls, tie_word_embeddings: bool = False, mrope_section=MROPE_SECTION, **sizes) -> NextFlowConfig:
-        """The paper's tokenizer and levels around a backbone of these sizes, with one vocabulary for all."""
+        """The paper's tokenizer and levels with a backbone of these sizes; the vocabulary is the same for all sizes."""
         rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(mrope_section)}
         sizes = {"vocab_size": 152066, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6} | sizes
         return cls(

@@ -32,18 +32,18 @@ from .utils.typed_values import check_types
 logger = logging.get_logger(__name__)
 
 DEFAULT_MAX_NEW_TOKENS = 256
-# What `generate_interleaved` takes of a generation config.
+# The settings of a generation config that `generate_interleaved` uses.
 TEXT_SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "stop_strings", "eos_token_id")
 TEXT_TYPES = {
     "do_sample": bool | None, "temperature": float | None, "top_k": int | None, "top_p": float | None,
     "stop_strings": str | list[str] | None, "eos_token_id": int | list[int] | None,
 }  # fmt: skip
-# What such a config may hold beside them.
+# Other settings that such a config may hold.
 OTHER_SETTINGS = {
     "max_new_tokens", "bos_token_id", "pad_token_id", "transformers_version", *SAMPLINGS,
 }  # fmt: skip
 
-# What to give where a context of guidance is missing.
+# What the user should do if a context of guidance is missing.
 REMEDIES = {
     "negative": "an empty prompt, or guidance_scale=1",
     "unconditional": "the negative prompt without images, or image_guidance_scale=1",
@@ -76,18 +76,19 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
     compiled_drawing: CompiledDrawing | None = None
 
     def compile_drawing(self, enabled: bool = True, fuse: bool | None = None):
-        """Draw by recorded scales from now on: key-value buffers of fixed size, and on CUDA one captured graph a scale.
+        """Draw with recorded scales from now on: with key-value buffers of fixed size, and on CUDA one captured graph
+        for each scale.
 
         A kind of drawing (size, number of images, guided or not, length of the prompts up to 64, 128, 256 … tokens) is
-        recorded when it first comes; its next ones are played. Codes are those of the plain way. Images of different
-        sizes in a batch, several images in a conversation, other attentions than "scale_sdpa" and offloaded models go
-        the plain way, which the log says. Adapters that are loaded later ask for this call again.
+        recorded the first time and replayed afterwards. The codes are those of uncompiled drawing. Images of different
+        sizes in a batch, several images in a conversation, other attentions than "scale_sdpa" and offloaded models are
+        drawn uncompiled, and the log says so. Call this method again after adapters were loaded.
 
-        Text is written so by transformers itself: `generate(…, cache_implementation="static")`.
+        To compile text generation, use transformers' `generate(…, cache_implementation="static")`.
 
         Args:
-            enabled: `False` takes the plain way again, and frees recordings and buffers.
-            fuse: compile the backbone by `torch.compile`, inside of the graphs; default: on CUDA.
+            enabled: `False` draws uncompiled again, and frees recordings and buffers.
+            fuse: compile the backbone with `torch.compile`, inside of the graphs; default: on CUDA.
         """
         fuse = self.device.type == "cuda" if fuse is None else fuse
         self.compiled_drawing = CompiledDrawing(self, fuse) if enabled else None
@@ -95,15 +96,16 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
     def generate(
         self, inputs=None, generation_config=None, logits_processor=None, generation_mode: str | None = None, **kwargs
     ):
-        """Continue sequences (B, L) with text; all else as in [`~transformers.GenerationMixin.generate`].
+        """Continue sequences (B, L) with text; all else is as in [`~transformers.GenerationMixin.generate`].
 
-        Images come as `pixel_values` and `image_grids` (the processor's output), or as `image_tokens` and
-        `image_grids`. Codes and the tokens around images are written with `generation_mode="image"` only.
+        Images are given as `pixel_values` and `image_grids` (the processor's output), or as `image_tokens` and
+        `image_grids`. Codes and the tokens around images are written only with `generation_mode="image"`.
 
         Args:
-            generation_mode: "text" (default) or "image": then one image is drawn behind each row, and what comes back
+            generation_mode: "text" (default) or "image". With "image" one image is drawn after each row, and the result
                 are the codes (B, N) that `decode_image_tokens` takes. Further arguments are those of `generate_images`;
-                `image_sizes` is the model's largest square by default. Without `negative_input_ids` nothing guides.
+                `image_sizes` is the model's largest square by default. Without `negative_input_ids` there is no
+                guidance.
 
         Raises:
             ValueError: if placeholders and images do not match, for prompts that with `max_new_tokens` take more
@@ -113,13 +115,13 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
             return super().generate(inputs, generation_config, logits_processor, **kwargs)
         if generation_mode != "image":
             raise ValueError(f"generation_mode is one of {self.output_modalities}, got {generation_mode!r}.")
-        # How many codes there are follows from the size; transformers' pipelines always name a number of tokens.
+        # The number of codes follows from the size; transformers' pipelines always give a number of tokens.
         for name in ("max_new_tokens", "generation_config"):
             kwargs.pop(name, None)
         input_ids = kwargs.pop("input_ids", inputs)
         mask = kwargs.pop("attention_mask", None)
         if not bool((input_ids[:, -1] == self.config.boi_token_id).all()):
-            # A chat ends with the start of the answer, which for an image is `<boi>`.
+            # A chat prompt ends with the start of the answer, to which `<boi>` is added for an image.
             boi = torch.full_like(input_ids[:, :1], self.config.boi_token_id)
             input_ids = torch.cat([input_ids, boi], dim=1)
             mask = None if mask is None else torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
@@ -161,18 +163,18 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
             negative_input_ids, negative_attention_mask: (B, L') negative prompts, which guidance needs; they end with
                 `<boi>` and hold all images of the prompts, or none.
             unconditional_input_ids, unconditional_attention_mask: (B, L'') the negative prompts without their images,
-                with which the guidance of images compares.
+                which are needed if images have a guidance scale of their own (`image_guidance_scale`).
             pixel_values, image_tokens, image_grids: images in the prompts, as in `forward`.
-            sampling: default: the checkpoint's own, from its generation config.
-            generator: one for all, or one for each image: then an image depends on its own seed alone.
+            sampling: settings of sampling; default: the checkpoint's own, from its generation config.
+            generator: one for all, or one for each image; then an image depends only on its own seed.
             callback: `callback(model, scale, state)` after each scale, counted from 0; `False` stops the drawing.
-            given_image_tokens: (B, n) codes of the first whole scales, which are kept and not drawn; padded with -1
-                where an image has fewer of them.
-            region: what is kept of other images outside of a region, see [`KeptRegion`].
+            given_image_tokens: (B, n) codes of the first scales, which are kept and not sampled; padded with -1 if an
+                image has fewer of them.
+            region: images that are kept outside of a region, see [`KeptRegion`].
 
         Raises:
             ValueError: if the prompts do not end with `<boi>`, sizes, generators or given codes do not match them,
-                guidance comes without negative prompts, or prompts and images take more positions than the model has.
+                guidance has no negative prompts, or prompts and images take more positions than the model has.
         """
         check_drawing(sampling, callback)
         sampling = sampling or self.default_image_sampling
@@ -217,31 +219,32 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
         streamer: InterleavedStreamer | None = None,
         **kwargs,
     ) -> InterleavedGenerationOutput:
-        """Go on with text, images, or both, on one cache: text until `<boi>`, an image's scales, text again.
+        """Continue sequences with text, images, or both, on one cache: text until `<boi>`, an image's scales, text
+        again.
 
-        Rows go on until their end of turn, a stop string, or a limit. Rows that are at `<boi>` wait until all others
-        are too or have ended; then all draw at once.
+        A row continues until its end of turn, a stop string, or a limit. Rows at `<boi>` wait until all other rows are
+        at `<boi>` or have ended; then they are drawn together.
 
         Args:
             input_ids, attention_mask: (B, L) prompts, left padded. A row that ends with `<boi>` draws first.
             pixel_values, image_tokens, image_grids: images in the prompts, as in `forward`.
-            max_new_tokens: tokens of text that a row writes at most, `<boi>` not counted; default: the generation
+            max_new_tokens: the largest number of text tokens of a row, `<boi>` not counted; default: the generation
                 config's, or 256.
-            min_images, max_images: how many images a row draws. Between them the model decides; a row that would end
-                before `min_images` goes on with an image. `max_images=0` is text alone; `max_new_tokens=0` images
-                alone.
+            min_images, max_images: how many images a row draws. Between the two the model decides; a row that would end
+                before `min_images` continues with an image. `max_images=0` gives only text, `max_new_tokens=0` only
+                images.
             image_sizes: (height, width) in pixels of the images of each row. Default: the size of the row's last
                 image; where it has none, the model's largest square.
             negative_input_ids, negative_attention_mask: (B, L') negative prompts of every image; they end with `<boi>`.
                 Without guidance they are not needed.
             unconditional_input_ids, unconditional_attention_mask: (B, L'') as in `generate_images`.
-            sampling: of images; default: the checkpoint's own, from its generation config.
-            generator: one for all, or one for each row: then a row depends on its own seed alone.
-            generation_config, kwargs: of text: `do_sample`, `temperature`, `top_k`, `top_p`, `stop_strings`,
+            sampling: settings of images; default: the checkpoint's own, from its generation config.
+            generator: one for all, or one for each row; then a row depends only on its own seed.
+            generation_config, kwargs: settings of text: `do_sample`, `temperature`, `top_k`, `top_p`, `stop_strings`,
                 `eos_token_id`.
             tokenizer: needed for `stop_strings`.
-            callback: as in `generate_images`, for each round of drawing; `False` ends all rows with what is there.
-            streamer: is given text and scales as they come; for one row.
+            callback: as in `generate_images`, for each round of drawing; `False` ends all rows as they are.
+            streamer: gets text and scales while they are generated; for one row.
 
         Raises:
             ValueError: for other settings of text, limits out of range, generators or sizes that do not match the rows,
@@ -287,13 +290,13 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
 
     @property
     def default_image_sampling(self) -> ImageSampling:
-        """The settings a checkpoint was tuned with: `image_sampling` of its generation config."""
+        """The checkpoint's own settings for images: `image_sampling` of its generation config."""
         return ImageSampling.from_dict(getattr(self.generation_config, "image_sampling", None) or {})
 
     @property
     def default_editing_sampling(self) -> ImageSampling:
-        """The same for images drawn after others, of which less is open: `editing_sampling` of its generation config,
-        or what holds for all images.
+        """The checkpoint's own settings for images drawn after other images: `editing_sampling` of its generation
+        config, or those for all images.
         """
         settings = getattr(self.generation_config, "editing_sampling", None)
         return self.default_image_sampling if settings is None else ImageSampling.from_dict(settings)
@@ -312,10 +315,10 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
         """Read prompts, and the negative ones that the guidance of images with these schedules and settings needs.
 
         Args:
-            prompts: with their images as codes, or with the grids of `pixel_values`.
-            negative, unconditional: as in `generate_images`; without `input_ids` where they were not given.
-            schedules: of what will be drawn, one for each row if anything is.
-            max_new_positions: how many positions will be taken behind each prompt at most.
+            prompts: prompts with the codes of their images, or with the grids of `pixel_values`.
+            negative, unconditional: as in `generate_images`; without `input_ids` if they were not given.
+            schedules: schedules of the images to draw, one for each row; empty if no images are drawn.
+            max_new_positions: the largest number of positions after each prompt.
         """
         device = prompts.input_ids.device
         prompts = replace(prompts, max_new_positions=torch.tensor(max_new_positions, device=device))
@@ -324,12 +327,12 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
             if part.attention_mask is not None and not bool(part.attention_mask[:, -1].all()):
                 raise ValueError(f"{name}input_ids are padded on the right; what goes on is padded on the left.")
         if prompts.image_tokens is None and pixel_values is not None:
-            # Looked at before the images are encoded, which is the most work.
+            # Checked before the images are encoded, which takes the most time.
             read = self.model.schedules_of(prompts.image_grids)
             layout = layout_sequence(prompts.input_ids, prompts.attention_mask, read, self.config)
             check_new_positions(layout, prompts.max_new_positions, self.config)
             prompts = replace(prompts, image_tokens=self.get_image_tokens(pixel_values, prompts.image_grids))
-        # One image at a time is compared with a context.
+        # A context is only ever followed by one image at a time.
         images = torch.tensor([s.num_positions(self.config.read_last_scale) - 1 for s in schedules], device=device)
         names = sampling.contexts(schedule.num_scales for schedule in schedules)
         contexts = [self._context(name, given[f"{name}_"], prompts, images) for name in names]
@@ -348,7 +351,7 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
         return Prompts(context.input_ids, context.attention_mask, *images, max_new_positions)
 
     def _last_schedules(self, input_ids, attention_mask, image_grids) -> list[ScaleSchedule]:
-        """Of each row that of its last image; where it has none, the model's largest square's."""
+        """For each row the schedule of its last image; without images, that of the model's largest square."""
         counts = [row.count(self.config.eoi_token_id) for row in Prompts(input_ids, attention_mask).rows()]
         schedules, square = self.model.schedules_of(image_grids), self.config.vq_config.scale_schedules.build()
         ends = accumulate(counts)

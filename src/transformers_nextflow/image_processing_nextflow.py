@@ -21,9 +21,9 @@ from .utils.typed_values import check_types
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
-# What makes [0, 1] of 8-bit values.
+# The factor that maps 8-bit values to [0, 1].
 RESCALE_FACTOR = 1 / 255
-# What means and deviations in use do to values from 0 to 1; those for values from 0 to 255 do something else.
+# The range that usual means and deviations give to values from 0 to 1; those meant for 0 to 255 give another range.
 LARGEST_NORMALIZED, SMALLEST_RANGE = 2.9, 0.1
 
 
@@ -34,8 +34,8 @@ class NextFlowImageProcessorKwargs(TypedDict, total=False):
         Default: for each image the level nearest in area.
     """
 
-    # Not the library's `ImagesKwargs`: its `size` and `crop_size` would be taken and then ignored, since the schedules
-    # alone decide the sizes.
+    # Not the library's `ImagesKwargs`: its `size` and `crop_size` would be accepted and then ignored, since only the
+    # schedules decide the sizes.
     do_convert_rgb: bool | None
     do_resize: bool | None
     level: int | None
@@ -50,29 +50,29 @@ class NextFlowImageProcessorKwargs(TypedDict, total=False):
 
 
 IMAGE_SETTINGS = get_type_hints(NextFlowImageProcessorKwargs)
-# What files of settings hold beside them.
+# Other entries of files of settings.
 SAVED = ("feature_extractor_type", "image_processor_type", "processor_class", "auto_map", "transformers_version")
 
 
 class NextFlowImageProcessor(PilBackend):
-    r"""Brings images to the sizes that the scale schedules draw, and to values in [-1, 1].
+    r"""Resizes images to the sizes of the scale schedules, and maps their values to [-1, 1].
 
-    Each image goes to the schedule whose aspect ratio is nearest: it is resized until it covers that size and the
-    rest is cut off evenly on both sides. What a file says of its orientation is obeyed, transparent pixels are put on
-    white, 16-bit values are brought to 8 bits.
+    Each image gets the schedule with the nearest aspect ratio: it is resized until it covers that size, and what is
+    left over is cropped evenly on both sides. The orientation that a file states is applied, transparent pixels are put
+    on white, and 16-bit values are reduced to 8 bits.
 
     Images are PIL images, paths, URLs, bytes, open files, base64 (see `read_image`), numpy arrays (height, width,
     channels; also channels first) or torch tensors (channels, height, width; also channels last), of uint8, of uint16,
     or of floats in [0, 1], which are rounded to 8 bits; greys may come as (height, width). A list may hold lists, and
     an array with four axes is a list of images.
 
-    Floats lie in [0, 1] with `do_rescale` and without it. Values of 8 bits need `do_rescale` to be normalised, unless
-    `image_mean` and `image_std` are in their unit.
+    Floats lie in [0, 1] with and without `do_rescale`. 8-bit values need `do_rescale` to be normalised, unless
+    `image_mean` and `image_std` are meant for values from 0 to 255.
 
     Args:
         scales, patch_size, levels: as in [`NextFlowVQConfig`].
         do_convert_rgb: turn other kinds of image into RGB; if False they are refused.
-        do_resize: resize and crop; if False an image must have exactly a size that is drawn.
+        do_resize: resize and crop; if False an image must have exactly a size of the scale schedules.
     """
 
     model_input_names = ["pixel_values", "image_grids"]
@@ -95,12 +95,12 @@ class NextFlowImageProcessor(PilBackend):
         levels: Sequence[Sequence[int]] | None = None,
         **kwargs: Unpack[NextFlowImageProcessorKwargs],
     ):
-        # Saved settings hold names of the library's too, without a value.
+        # Saved settings also hold names of the library's settings, without a value.
         _check_settings({name: value for name, value in kwargs.items() if value is not None and name not in SAVED})
         super().__init__(**kwargs)
         self.scales, self.patch_size, self.levels = scales, patch_size, levels
-        self.scale_schedules  # raises for scales and levels that do not fit
-        # As JSON gives them back.
+        self.scale_schedules  # raises for invalid scales and levels
+        # Lists, as after loading from JSON.
         self.scales = list(scales)
         self.levels = None if levels is None else [list(level) for level in levels]
 
@@ -115,7 +115,7 @@ class NextFlowImageProcessor(PilBackend):
 
     @property
     def pixel_range(self) -> tuple[float, float]:
-        """What the darkest and the brightest value of an image become by default."""
+        """The values that the darkest and the brightest pixels get by default."""
         ends = np.array([[0.0], [255.0]]) * (self.rescale_factor if self.do_rescale else 1)
         if self.do_normalize:
             ends = (ends - np.array(self.image_mean)) / np.array(self.image_std)
@@ -126,7 +126,7 @@ class NextFlowImageProcessor(PilBackend):
         return self.scale_schedules.for_size(int(height) * self.patch_size, int(width) * self.patch_size)
 
     def schedule_of(self, height: int, width: int) -> ScaleSchedule:
-        """The schedule to which an image of so many pixels is brought."""
+        """The schedule of an image of `height` x `width` pixels, to whose size it is resized."""
         return _schedule(self.scale_schedules, height, width, self.do_resize, self.level)
 
     def preprocess(self, images, **kwargs: Unpack[NextFlowImageProcessorKwargs]) -> BatchFeature:
@@ -139,18 +139,18 @@ class NextFlowImageProcessor(PilBackend):
             right and at the bottom; `image_grids` (num_images, 2) int64, the final grid (height, width) of each.
 
         Raises:
-            ValueError: for an image that cannot be read, of an aspect ratio outside 1:4 to 4:1, with values outside
-                its range, or with settings of scale that do not fit its kind of values; the message names it by its
-                place in the list.
+            ValueError: for an image that cannot be read, whose aspect ratio is outside 1:4 to 4:1, whose values are
+                outside their range, or with settings of scale that do not fit its kind of values; the message names the
+                image by its place in the list.
         """
         _check_settings(kwargs)
-        # The library takes no whole numbers there.
+        # The library does not accept whole numbers there.
         means = {name: tuple(map(float, kwargs[name])) for name in ("image_mean", "image_std") if kwargs.get(name)}
         return super().preprocess(images, **kwargs | means)
 
     def fetch_images(self, images):
-        """Read what is no array among `images`, by `read_image`. Arrays come to three axes, with which the library's
-        processors count: those with four become lists, and greys get an axis of channels.
+        """Read those of `images` that are no arrays, with `read_image`. Arrays get three axes, which the library's
+        processors expect: those with four axes become lists, and grey images get an axis of channels.
         """
         if isinstance(images, list | tuple):
             return [self.fetch_images(entry) for entry in images]
@@ -185,7 +185,7 @@ class NextFlowImageProcessor(PilBackend):
         return np.ascontiguousarray(np.moveaxis(np.asarray(_to_rgb(image)), -1, 0))
 
     def to_rgb(self, images) -> list[Image.Image]:
-        """Images of any kind, as `preprocess` takes them, as PIL images in RGB; their size is kept.
+        """Turn images of any kind that `preprocess` takes into PIL images in RGB; their size is kept.
 
         Raises:
             ValueError: for an image that cannot be read; the message names it by its place in the list.
@@ -194,7 +194,7 @@ class NextFlowImageProcessor(PilBackend):
         return [Image.fromarray(np.moveaxis(array, 0, -1)) for array in arrays]
 
     def preprocess_mask(self, mask, image: Image.Image) -> np.ndarray:
-        """The mask of a region of an image, brought to the image's size in the model.
+        """The mask of a region of an image, resized to the image's size in the model.
 
         Args:
             mask: one image of the size of `image`, light (above one half) where the region is.
@@ -245,7 +245,7 @@ class NextFlowImageProcessor(PilBackend):
         return [Image.fromarray((array * 255).round().astype(np.uint8)) for array in arrays]
 
     def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
-        # The library's prints an array that it does not take, and does not take greys without an axis of channels.
+        # The library's version prints an array that it refuses, and refuses grey images without an axis of channels.
         found = []
         for index, image in enumerate(flatten_images(images)):
             try:
@@ -265,7 +265,7 @@ class NextFlowImageProcessor(PilBackend):
         for index, image in enumerate(self._prepare_images_structure(images)):
             try:
                 arrays.append(self.process_image(image, *args, **kwargs))
-            except Exception as error:  # what a file says of its orientation is read here
+            except Exception as error:  # the orientation that a file states is read here
                 name = f"{index} ({image.filename})" if getattr(image, "filename", "") else str(index)
                 raise ValueError(f"Image {name} cannot be read: {error}") from error
         return arrays
@@ -308,12 +308,12 @@ class NextFlowImageProcessor(PilBackend):
         return image[:, top : top + height, left : left + width]
 
     def _validate_preprocess_kwargs(self, do_resize=None, **kwargs):
-        # The library asks for a `size` with `do_resize`; here the schedules hold the sizes.
+        # The library requires a `size` with `do_resize`; here the schedules decide the size.
         super()._validate_preprocess_kwargs(**kwargs)
 
 
 def _check_settings(given: Mapping):
-    """Raises `ValueError` for names that are no settings of images, with the nearest one, and for their values."""
+    """Raises `ValueError` for unknown names of settings, with the nearest known one, and for invalid values."""
     check_names(given, IMAGE_SETTINGS, "The image processor")
     check_types(given, IMAGE_SETTINGS, "The image processor")
     for name in ("image_mean", "image_std"):
@@ -343,7 +343,7 @@ def _holds_floats(image) -> bool:
 
 
 def _rescale_factor(is_float: bool, do_rescale: bool, rescale_factor: float) -> float:
-    """By what an image's 8-bit values are multiplied: those of floats come to the floats again."""
+    """The factor for an image's 8-bit values; for an image given as floats it restores the floats."""
     if not is_float:
         return rescale_factor if do_rescale else 1
     if do_rescale and not math.isclose(rescale_factor, RESCALE_FACTOR):
@@ -370,7 +370,8 @@ def _check_units(highest: float, mean: Sequence[float], std: Sequence[float]):
 def _schedule(schedules: ScaleSchedules, height: int, width: int, do_resize: bool, level: int | None) -> ScaleSchedule:
     if do_resize:
         height, width = schedules.nearest(height, width, level).image_size(schedules.patch_size)
-    # Several base ratios may end on one grid; `image_grids` names the grid alone, and `for_size` is what reads it.
+    # Several base ratios may end on one grid; `image_grids` holds only the grid, from which `for_size` finds a
+    # schedule.
     return schedules.for_size(height, width)
 
 

@@ -57,15 +57,15 @@ class NextFlowCausalLMOutputWithPast(CausalLMOutputWithPast):
     """Output of [`NextFlowForConditionalGeneration`].
 
     Args:
-        loss: scalar, with `labels`.
-        mean_loss: scalar without a gradient, over the batch's own trained positions, where `num_items_in_batch` has the
-            loss divided by those of a larger batch.
-        logits: (B, L, text vocabulary + codes), text first; `None` with `labels`, where only trained positions are
-            brought through the head.
-        text_loss, image_loss: scalars; NaN if the batch trains on nothing of the kind.
+        loss: scalar; present if `labels` are given.
+        mean_loss: scalar without a gradient, the mean over the batch's own trained positions. It differs from `loss` if
+            `num_items_in_batch` gives the number of positions of a larger batch.
+        logits: (B, L, text vocabulary + codes), text first; `None` with `labels`, since then only trained positions are
+            projected to logits.
+        text_loss, image_loss: scalars; NaN if the batch trains on no text, or no image.
         scale_losses: (K,) mean loss of each scale, unweighted.
         text_accuracy, scale_accuracies: (), (K,) shares of trained positions whose class is the most probable of all.
-        num_trained: (1 + K,) int64, how many text tokens, and codes of each scale, these means run over.
+        num_trained: (1 + K,) int64, the numbers of text tokens, and of codes of each scale, in these means.
     """
 
     mean_loss: torch.FloatTensor | None = None
@@ -78,7 +78,9 @@ class NextFlowCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 
 class NextFlowVisualEmbedding(nn.Module):
-    """What the slots of an image read: code vectors through a connector, the scale's index, the number of scales."""
+    """Input embeddings of the slots of an image: code vectors through a connector, plus embeddings of the scale's index
+    and of the number of scales.
+    """
 
     def __init__(self, config: NextFlowConfig):
         super().__init__()
@@ -88,15 +90,15 @@ class NextFlowVisualEmbedding(nn.Module):
         self.connector = nn.Sequential(
             nn.Linear(vq_config.code_dim, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
         )
-        # Row k belongs to the slots that predict grid k, the row behind all of them to those that read a last grid, of
-        # whatever level: at a higher one k = K+1 is a grid that is predicted.
+        # Row k is for the slots that predict grid k. The last row is for the slots that read a last grid, at any level:
+        # they need a separate row, since at a higher level grid k = K+1 is predicted.
         self.scale = nn.Embedding(len(vq_config.scales) + 2, hidden_size)
 
     def slot_features(self, image_tokens: torch.Tensor, schedule: ScaleSchedule, scale: int) -> torch.Tensor:
         """Features (B, h*w, C) of the slots of grid `scale` (2 … K+1), from codes (B, n) of all grids before it.
 
-        They read the codes of the grid before alone, brought up to their size; or, if so configured, the sum over all
-        grids before. The slots K+1, where there are any, read the last grid at its own size.
+        The slots read only the codes of the grid before, upsampled to their size; or, with `accumulate_features`, the
+        sum over all grids before. The slots K+1, where there are any, read the last grid at its own size.
         """
         config = self.config.vq_config
         grids = schedule.split(image_tokens[:, : schedule.offsets[scale - 1]])
@@ -120,7 +122,7 @@ class NextFlowVisualEmbedding(nn.Module):
         return embeds + self._scale_length(num_scales).to(embeds.dtype)
 
     def _scale_length(self, num_scales: torch.Tensor) -> torch.Tensor:
-        # Sinusoids of the number of scales tell which resolution is drawn (section 2.2); scaled like an embedding.
+        # Sinusoids of the number of scales encode the resolution (section 2.2); scaled like an embedding.
         half = self.config.text_config.hidden_size // 2
         frequencies = 10000 ** (-torch.arange(half, device=num_scales.device) / half)
         angles = num_scales[..., None].float() * frequencies
@@ -128,10 +130,10 @@ class NextFlowVisualEmbedding(nn.Module):
 
 
 class NextFlowPreTrainedModel(ModelCardMixin, StrictLoadingMixin, ExecutionDeviceMixin, PreTrainedModel):
-    """What the models of this family share: how they load, are placed on devices, and start."""
+    """What the models of this family share: loading, placement on devices, and initial weights."""
 
     config: NextFlowConfig
-    # Adapters that lie beside weights belong to those.
+    # Adapters in the folder belong to the weights that are replaced, so they are replaced too.
     save_pretrained = with_card(saved_whole(PreTrainedModel.save_pretrained, replaced=[ADAPTERS]))
     base_model_prefix = "model"
     input_modalities, output_modalities = ("image", "text"), ("image", "text")
@@ -145,14 +147,14 @@ class NextFlowPreTrainedModel(ModelCardMixin, StrictLoadingMixin, ExecutionDevic
     _supports_attention_backend = True
     # FlashAttention would silently drop the block mask of the scales.
     _supports_flash_attn = False
-    # What quantisation leaves out, whatever its config says: names from the start, with a head around the model or not.
+    # Modules that are never quantised, whatever the config says: names from the root, with and without a head.
     _keep_in_fp32_modules = ["vq_model", "model.vq_model"]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         path = pretrained_model_name_or_path
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        # Loading makes new parameters, which all ask for gradients.
+        # Loading makes new parameters, all of which require gradients.
         model.vq_model.requires_grad_(False)
         model.vq_model.keep_codes_in_float32()
         if path is not None:
@@ -161,7 +163,7 @@ class NextFlowPreTrainedModel(ModelCardMixin, StrictLoadingMixin, ExecutionDevic
 
     def train(self, mode: bool = True):
         super().train(mode)
-        # At rest: dropout in a vision tower would make other codes of the same image.
+        # Always in evaluation mode: dropout in a vision tower would give other codes for the same image.
         self.vq_model.eval()
         return self
 
@@ -174,7 +176,7 @@ class NextFlowPreTrainedModel(ModelCardMixin, StrictLoadingMixin, ExecutionDevic
 
 
 class NextFlowAttention(ScaleAttentionMixin, Qwen2_5_VLAttention):
-    """Qwen2.5-VL's attention, which takes `both_ways` too."""
+    """Qwen2.5-VL's attention with the argument `both_ways`."""
 
 
 class NextFlowTextModel(ScaleMaskedMixin, Qwen2_5_VLTextModel):
@@ -183,7 +185,7 @@ class NextFlowTextModel(ScaleMaskedMixin, Qwen2_5_VLTextModel):
     def __init__(self, config):
         super().__init__(config)
         for layer in self.layers:
-            # Weights and their initial values stay as they are; only the call takes one argument more.
+            # Weights and their initial values stay as they are; only the forward pass takes one more argument.
             layer.self_attn.__class__ = NextFlowAttention
 
 
@@ -204,12 +206,14 @@ class NextFlowModel(NextFlowPreTrainedModel):
         self.language_model.embed_tokens = value
 
     def schedules_of(self, image_grids: torch.Tensor | None) -> tuple[ScaleSchedule, ...]:
-        """Schedules of images whose final grids are (num_images, 2)."""
+        """Schedules of images with the final grids `image_grids` (num_images, 2)."""
         return schedules_of(image_grids, self.config)
 
     @torch.no_grad()
     def get_image_tokens(self, pixel_values: torch.Tensor, image_grids: torch.Tensor) -> torch.Tensor:
-        """Codes (num_images, N) of images (num_images, 3, H, W) that were padded right and bottom; -1 pads codes."""
+        """Codes (num_images, N), padded with -1, of images (num_images, 3, H, W), padded on the right and at the
+        bottom.
+        """
         config = self.config.vq_config
         patch_size = config.patch_size
         tokens: list[torch.Tensor | None] = [None] * len(image_grids)
@@ -229,8 +233,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
     ) -> list[torch.Tensor]:
         """Images, a list of (3, H, W) in [-1, 1], from codes (num_images, n) padded with -1.
 
-        The codes may cover only the first whole scales of every image: a preview. Without `image_grids` they are those
-        of whole squares.
+        The codes may cover only the first scales of every image; then the images are previews. Without `image_grids`
+        they must be all codes of square images.
 
         Raises:
             ValueError: without `image_grids`, for codes that no square has.
@@ -248,7 +252,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         return images
 
     def _squares(self, image_tokens: torch.Tensor) -> torch.Tensor:
-        """The final grids of squares that have as many codes as each row."""
+        """The final grids of square images with as many codes as each row."""
         schedules = self.config.vq_config.scale_schedules
         squares = {s.num_tokens: s.final_grid for s in (schedules.for_size(n, n) for n in schedules.resolutions)}
         counts = (image_tokens >= 0).sum(1).tolist()
@@ -259,7 +263,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         return torch.tensor([squares[count] for count in counts], device=image_tokens.device)
 
     def embed_images(self, image_tokens: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-        """Embeddings (S, D) of all slots of the images of a layout, which have the codes (num_images, N)."""
+        """Embeddings (S, D) of all slots of a layout; `image_tokens` (num_images, N) are the codes of its images."""
         schedules, embedding, config = layout.schedules, self.visual_embedding, self.config
         features: list[torch.Tensor | None] = [None] * len(schedules)
         for schedule in set(schedules):
@@ -267,7 +271,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             tokens = image_tokens[chosen, : num_codes_read(schedule, config)]
             scales = range(2, 2 + len(schedule.slot_grids(config.read_last_scale)))
             grids = [embedding.slot_features(tokens, schedule, scale) for scale in scales]
-            # Looked up, so that the table takes part where no slot reads it.
+            # Looked up even if no slot reads it, so that the table has a gradient.
             nothing = embedding.codes(tokens[:, :0]).float()
             for index, row in zip(chosen, torch.cat([nothing, *grids], dim=1)):
                 features[index] = row
@@ -277,12 +281,13 @@ class NextFlowModel(NextFlowPreTrainedModel):
     def embed_sequence(
         self, input_ids: torch.Tensor, image_tokens: torch.Tensor | None, layout: SequenceLayout | None
     ) -> torch.Tensor:
-        """Embeddings (B, L, D) of tokens and of the slots of images; without images no layout is needed."""
+        """Embeddings (B, L, D) of text tokens and of the slots of images; without images no layout is needed."""
         embeds = self.language_model.embed_tokens(input_ids)
         if layout is None or not layout.schedules:
             if not torch.is_grad_enabled():
                 return embeds
-            # Processes wait for each other's gradients, so every parameter takes part in every batch, if with zeros.
+            # Processes wait for each other's gradients, so every parameter needs a gradient in every batch, even of
+            # zeros.
             none = input_ids.new_zeros(0)
             slots = self.visual_embedding(self.visual_embedding.codes(none).float(), none, none)
             return embeds + slots.sum().to(embeds)
@@ -300,9 +305,9 @@ class NextFlowModel(NextFlowPreTrainedModel):
         image_grids: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
     ) -> SequenceLayout:
-        """The checked layout of what `forward` is given; arguments and errors are its.
+        """The checked layout of the inputs of `forward`; arguments and errors are those of `forward`.
 
-        Positions go on from what is in the cache, unless `position_ids` say where the sequences are.
+        Positions continue from the cache, unless `position_ids` are given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
@@ -311,7 +316,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
         mask, start, reach = _last_columns(attention_mask, input_ids), 0, 0
         if position_ids is None and not is_empty(past_key_values):
             if getattr(past_key_values, "holds_images", False):
-                # Images take fewer positions than slots, so the cache's length does not tell where to go on.
+                # Images take fewer positions than slots, so the next position does not follow from the cache's length.
                 raise ValueError(
                     "A pass on a cache that holds images needs position_ids; see layout_sequence, or call generate."
                 )
@@ -326,7 +331,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 start = attention_mask[:, :-length].sum(1, keepdim=True)
         layout = layout_batch(self.config, input_ids, mask, image_tokens, image_grids, seq_idx, start)
         if reach > self.config.text_config.max_position_embeddings:
-            # Padding takes none. Nothing is waited for as long as all columns would have one.
+            # Padding takes no positions. The exact number is read from the device only if the columns exceed the limit.
             check_num_positions(int(layout.position_ids.max()) + 1, self.config)
         return layout
 
@@ -351,13 +356,14 @@ class NextFlowModel(NextFlowPreTrainedModel):
         Args:
             input_ids: (B, L).
             attention_mask: (B, past + L), 1 for valid positions; or a dict of prepared masks.
-            position_ids: (3, B, L); default: the layout's. Where they are given without images, tokens are not looked
-                at, and no device is waited for.
-            inputs_embeds: (B, L, D) in place of `input_ids`, of text; of images too where their layout comes with them.
+            position_ids: (3, B, L); default: the layout's. If they are given without images, the values of tokens are
+                not read, so the CPU does not wait for the device.
+            inputs_embeds: (B, L, D) of text in place of `input_ids`; with a `layout` also of images.
             image_tokens: (num_images, N) codes that the slots read.
             image_grids: (num_images, 2) final grids.
             seq_idx: (B, L) which sample of its row a position belongs to, where rows are packed.
-            layout: of the batch, where the caller has it already (`layout_batch`); `image_grids` are not needed then.
+            layout: the layout of the batch, if the caller has computed it (`layout_batch`); then `image_grids` are not
+                needed.
 
         Raises:
             ValueError: if placeholders, grids and codes do not match, packed rows come with a cache, sequences take
@@ -401,10 +407,10 @@ class NextFlowModel(NextFlowPreTrainedModel):
         return outputs
 
     def _causal_mask(self, inputs_embeds, attention_mask, past_key_values, block_ids):
-        """The mask of embeddings (B, L, D) behind a cache: causal, and both ways within a block (B, L)."""
+        """The mask of embeddings (B, L, D) after a cache: causal, and bidirectional within each block (B, L)."""
         config = self.language_model.config
-        # Of what goes on no value is looked at, so that no token that is generated waits for the device. A static cache
-        # has more keys than those at hand.
+        # While text is generated no value is read, so no token waits for the device. A static cache has more keys than
+        # were written.
         begins = is_empty(past_key_values) and not getattr(past_key_values, "is_compileable", False)
         if begins and (attention_mask is None or attention_mask.shape == block_ids.shape):
             samples = torch.zeros_like(block_ids) if attention_mask is None else attention_mask.long() - 1
@@ -418,7 +424,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             attention_mask=attention_mask,
             **{CACHE: past_key_values},
             block_sequence_ids=block_ids,
-            # Whether it can be skipped depends on the values of the mask, for which a decoding step does not wait.
+            # Whether the mask can be skipped depends on its values, for which a decoding step must not wait.
             allow_is_causal_skip=attention_mask is None or is_empty(past_key_values),
         )
 
@@ -426,8 +432,8 @@ class NextFlowModel(NextFlowPreTrainedModel):
 class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerationMixin):
     """Text and images in, text and images out.
 
-    The head is one soft-max over text and codes. Its weight is kept in two matrices, `lm_head` (text, tied to the input
-    embeddings by `tie_word_embeddings`) and `visual_head` (codes), so that drawing computes only the second one.
+    The head is one softmax over text and codes. Its weight is stored as two matrices, `lm_head` (text, tied to the
+    input embeddings by `tie_word_embeddings`) and `visual_head` (codes), so drawing computes only the second one.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -441,7 +447,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         text_config = config.text_config
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.visual_head = nn.Linear(text_config.hidden_size, config.vq_config.codebook_size, bias=False)
-        # Told from settings that were lost: a new model has none of its own.
+        # A new model has no settings of its own; this tells it from a checkpoint whose settings are missing.
         self.generation_config.image_sampling = {}
         self.post_init()
 
@@ -465,16 +471,16 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         seq_idx: torch.LongTensor | None = None,
         **batch,
     ) -> torch.Tensor:
-        """Over how many positions () int64 the loss of a batch is averaged: text tokens and codes of images.
+        """The number () int64 of positions over which the loss of a batch is averaged: text tokens and codes of images.
 
-        Takes a batch as `forward` does. It costs little: no layout is made.
+        The arguments are those of `forward`. It is cheap, since no layout is computed.
         """
         predictors = predictors_of(input_ids, attention_mask, seq_idx)
         return num_trained_positions(input_ids, labels, predictors, self.model.schedules_of(image_grids), self.config)
 
     @torch.no_grad()
     def load_vision_tokenizer(self, vq_model: NextFlowVQModel):
-        """Take over a trained tokenizer; the visual embeddings start from its codebooks (paper, section 3.1)."""
+        """Use a trained tokenizer; the visual embeddings start from its codebooks (paper, section 3.1)."""
         self.model.vq_model.load_state_dict(vq_model.state_dict())
         self.model.visual_embedding.codes.weight.copy_(vq_model.quantizer.codebook)
 
@@ -515,25 +521,26 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
         Args:
             input_ids: (B, L) with `image_token_id` in the slots of images.
             attention_mask: (B, past + L).
-            pixel_values: (num_images, 3, H, W) in [-1, 1], padded right and bottom; encoded if no `image_tokens` come.
+            pixel_values: (num_images, 3, H, W) in [-1, 1], padded right and bottom; encoded if there are no
+                `image_tokens`.
             image_tokens: (num_images, N) codes to read, padded with -1, in order of appearance, row by row.
             image_grids: (num_images, 2) final grids (height, width).
-            image_labels: (num_images, N) codes to write; default `image_tokens`. They differ under self-correction.
-            labels: (B, L), -100 where nothing is to be learned; an image counts iff its `<eoi>` has a label. A text
-                token is predicted by the nearest position before it that is no padding.
-            seq_idx: (B, L) which sample of its row a position belongs to (0, 1, … from left to right), where rows are
-                packed. Samples do not see each other; nothing predicts the first token of one, whatever its label.
-                Padding is a sample of its own; `attention_mask` is not asked.
-            layout: of the batch, where it was prepared outside (`layout_batch` in `sequence/layout.py`). `image_grids`
-                are not needed then, no value is looked at, and the pass compiles in one graph (without `labels`).
-            logits_to_keep: compute the logits of only so many last positions, or of these positions; 0 of all.
-            codes_only: compute the logits of codes alone, as drawing does.
-            num_items_in_batch: over how many trained positions the loss is averaged, where the batch is a part of a
-                larger one: the sum of `num_trained_positions` over its parts. Default: those of this batch.
-            loss_weights: what weighs in the loss beside the scales of images, see [`LossWeights`].
-            inside: a function that takes the place of all else: it is called with the model, and what it returns,
-                tensors, is returned. Whatever wraps the model (DDP, FSDP2, an adapter) so sees one call, however often
-                and in which parts the function reads the model; it calls `model.forward`, not the model.
+            image_labels: (num_images, N) codes to predict; default `image_tokens`. They differ under self-correction.
+            labels: (B, L), -100 where nothing is to be learned; an image is trained on if and only if its `<eoi>` has a
+                label. The nearest position before a text token that is not padding predicts it.
+            seq_idx: (B, L) the sample of its row to which a position belongs (0, 1, … from left to right), for packed
+                rows. Samples do not attend to each other; nothing predicts the first token of one, whatever its label.
+                Padding is a sample of its own; `attention_mask` is ignored.
+            layout: the layout of the batch, if it was computed before (`layout_batch` in `sequence/layout.py`). Then
+                `image_grids` are not needed, no value is read, and the pass compiles in one graph (without `labels`).
+            logits_to_keep: compute the logits of only this many last positions, or of these positions; 0: of all.
+            codes_only: compute only the logits of codes, as drawing does.
+            num_items_in_batch: the number of trained positions over which the loss is averaged, if the batch is a part
+                of a larger one: the sum of `num_trained_positions` over its parts. Default: those of this batch.
+            loss_weights: weights in the loss in addition to those of the scales, see [`LossWeights`].
+            inside: a function to run instead of the forward pass: it is called with the model, and the tensors that it
+                returns are returned. A wrapper of the model (DDP, FSDP2, an adapter) then sees a single call, even if
+                the function runs the model several times or in parts; it must call `model.forward`, not the model.
 
         Raises:
             ValueError: if placeholders, grids and codes do not match, or `num_items_in_batch` comes without labels.
@@ -544,7 +551,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             if image_grids is None:
                 raise ValueError("pixel_values need image_grids, the final grid of each image; see NextFlowProcessor.")
             if input_ids is not None:
-                # Looked at before the images are encoded, which is the most work.
+                # Checked before the images are encoded, which takes the most time.
                 mask, schedules = _last_columns(attention_mask, input_ids), self.model.schedules_of(image_grids)
                 layout_sequence(input_ids, mask, schedules, self.config, seq_idx)
             image_tokens = self.get_image_tokens(pixel_values, image_grids)
@@ -556,9 +563,9 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
                     input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, image_tokens, image_grids,
                     seq_idx,
                 )  # fmt: skip
-            use_cache = bool(use_cache)  # a loss needs no cache unless it is asked for
+            use_cache = bool(use_cache)  # no cache by default, since a loss needs none
         elif num_items_in_batch is not None:
-            # `Trainer` takes the labels away where another function than the model is to compute the loss.
+            # `Trainer` removes the labels if a function outside of the model computes the loss.
             raise ValueError(
                 "num_items_in_batch came without labels; the model computes its loss by itself, without "
                 "label_smoothing_factor or compute_loss_func."
@@ -604,8 +611,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
     def _cross_entropy(
         self, hidden_states: torch.Tensor, targets: LossTargets, z_weight: float = 0.0
     ) -> tuple[torch.Tensor, ...]:
-        """Of trained positions (n, D): the weighted sum () of the losses, each cross-entropy (n,), and which classes
-        are the most probable ones (n,); without all of their logits at once.
+        """For trained positions (n, D) the weighted sum () of the losses, the cross-entropies (n,), and the most
+        probable classes (n,), without computing all logits at once.
         """
         matrices = [_own_matrix(head) for head in (self.lm_head, self.visual_head)]
         if all(matrix is not None for matrix in matrices):
@@ -615,28 +622,28 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
 
 
 def _own_matrix(head: nn.Module) -> torch.Tensor | None:
-    """The matrix (V, D) that a head multiplies by, or `None` where only calling it does it right."""
+    """The matrix (V, D) of a head that is a plain matrix product; `None` for a head that must be called."""
     if type(head).forward is not nn.Linear.forward:  # an adapter wraps it, or it is quantized
         return None
     if hasattr(head, "unshard"):
-        # FSDP2, which gathers the weight when the head is called; what follows is not a call.
+        # FSDP2 gathers the weight only when the head is called.
         head.unshard()
         return head.weight
-    # Offloading and tensor parallelism change the call; the latter's weights are no plain tensors.
+    # Offloading and tensor parallelism change the call; weights of the latter are not plain tensors.
     changed = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook")
     return None if changed or type(head.weight.data) is not torch.Tensor else head.weight
 
 
 def _last_columns(attention_mask: torch.Tensor | dict | None, input_ids: torch.Tensor) -> torch.Tensor | None:
-    """The part (B, L) of a mask (B, past + L) that belongs to the tokens at hand; `None` for finished masks."""
+    """The part (B, L) of a mask (B, past + L) for the tokens of this pass; `None` for prepared masks."""
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
         return None
     return attention_mask[:, -input_ids.shape[1] :]
 
 
 def _check_prepared(layout: SequenceLayout, input_ids: torch.Tensor | None, image_tokens: torch.Tensor | None):
-    """Raises `ValueError` for a layout of another batch; values are not looked at."""
-    if input_ids is None:  # embeddings, whose images are embedded too
+    """Raises `ValueError` for a layout of another batch; only shapes are compared."""
+    if input_ids is None:  # embeddings, in which images are embedded too
         return
     if layout.slot_mask.shape != input_ids.shape:
         raise ValueError(

@@ -32,10 +32,10 @@ class NextFlowVQEncoderOutput(ModelOutput):
     """Codes of a batch of images of one size.
 
     Args:
-        image_tokens: (B, N) int64 codes, coarse to fine, each grid row-major: what a model reads.
-        image_labels: (B, N) int64 nearest codes: what it learns to write.
-        image_clean_tokens: (B, N) int64 codes of the images themselves: what a model reads of images that it does
-            not learn to write. All three are equal unless codes were sampled for self-correction.
+        image_tokens: (B, N) int64 codes, coarse to fine, each grid row-major: the codes that the transformer reads.
+        image_labels: (B, N) int64 nearest codes, which it learns to predict.
+        image_clean_tokens: (B, N) int64 codes of the images themselves, which it reads of images that are not trained
+            on. All three are equal unless codes were sampled for self-correction.
     """
 
     image_tokens: torch.LongTensor | None = None
@@ -45,11 +45,11 @@ class NextFlowVQEncoderOutput(ModelOutput):
 
 @dataclass
 class NextFlowVQOutput(ModelOutput):
-    """What a training step of the tokenizer needs.
+    """Outputs of the tokenizer that a training step needs.
 
     Args:
         reconstruction: (B, 3, H, W) in about [-1, 1].
-        semantic_features: (B, h, w, D) reproduction of the teacher's features.
+        semantic_features: (B, h, w, D) prediction of the teacher's features.
         latents: (B, C, h, w) before quantisation, the semantic channels first.
         image_tokens: (B, N) int64 codes; `None` without quantisation.
         codebook_loss, commitment_loss: scalars, averaged over scales; zero without quantisation.
@@ -63,13 +63,13 @@ class NextFlowVQOutput(ModelOutput):
     commitment_loss: torch.FloatTensor | None = None
 
 
-# What several images at once take beside the weights, and how many of the largest tensors live at once.
+# Memory that several images at once may take beside the weights, and how many of the largest tensors exist at once.
 BYTES_AT_ONCE = 3 * 2**29
 TENSORS_AT_ONCE = 5
 
 
 class NextFlowVQPreTrainedModel(ModelCardMixin, StrictLoadingMixin, ExecutionDeviceMixin, PreTrainedModel):
-    """What vision tokenizers share: how they load, are placed on devices, and start."""
+    """What vision tokenizers share: loading, placement on devices, and initial weights."""
 
     config: NextFlowVQConfig
     save_pretrained = with_card(saved_whole(PreTrainedModel.save_pretrained))
@@ -89,12 +89,12 @@ class NextFlowVQPreTrainedModel(ModelCardMixin, StrictLoadingMixin, ExecutionDev
         "ResidualMLP",
     ]
     _keep_in_fp32_modules_strict = list(CODE_PARTS)
-    # What quantisation leaves out, whatever its config says.
+    # Modules that are never quantised, whatever the config says.
     _keep_in_fp32_modules = list(CODE_PARTS)
     code_parts = CODE_PARTS
 
     def keep_codes_in_float32(self):
-        """Bring what decides about codes to float32, where it was made or loaded in another type."""
+        """Cast the modules that decide about codes to float32, if they were made or loaded in another dtype."""
         for part in self.code_parts:
             getattr(self, part).float()
 
@@ -103,17 +103,17 @@ class NextFlowVQPreTrainedModel(ModelCardMixin, StrictLoadingMixin, ExecutionDev
     ) -> torch.Tensor:
         """Images (B, 3, H, W) in [-1, 1] from sums of code vectors (B, C, h, w), as many at once as fit into memory.
 
-        On a CPU one by one: there a product's order of sums depends on its number of rows, and an image must not depend
-        on its neighbours in a batch by as much as a bit.
+        On a CPU images are decoded one by one: there the order of additions in a matrix product depends on its number
+        of rows, and an image must not depend on the other images of the batch, not even by a bit.
 
         Args:
-            channels, size: of the pixel decoder, and bytes of its weights, as in `images_at_once`.
+            channels, size: channels of the pixel decoder and bytes of each of its weights, as in `images_at_once`.
         """
         at_once = 1 if features.device.type == "cpu" else images_at_once(self.config, channels, schedule, size)
         return torch.cat([self.decode_features(part).clamp(-1, 1) for part in features.split(at_once)])
 
     def _apply(self, fn, recurse=True):
-        # A cast of the whole model, as diffusers' `pipe.to("cuda", torch.bfloat16)` makes, moves these parts only.
+        # A cast of the whole model, such as diffusers' `pipe.to("cuda", torch.bfloat16)`, moves these modules only.
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             result = fn(tensor)
             return tensor.to(result.device) if tensor.dtype == torch.float32 != result.dtype else result
@@ -124,7 +124,7 @@ class NextFlowVQPreTrainedModel(ModelCardMixin, StrictLoadingMixin, ExecutionDev
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        # transformers takes a class of this file called attention (VQGAN's, which has only one kind) for a model's own.
+        # transformers would take any class of this file with "attention" in its name (VQGAN's) for one with backends.
         return True
 
     @torch.no_grad()
@@ -178,7 +178,8 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
             ValueError: naming tensors that a checkpoint lacks, or for the folder of a whole model.
         """
         if kwargs.get("config") is None:
-            # The config of a whole model holds one of ours, so transformers would take it and look for the weights.
+            # The config of a whole model contains a tokenizer's, so transformers would take that and look for the
+            # weights.
             model_type = cls.config_class.get_config_dict(pretrained_model_name_or_path, **kwargs)[0].get("model_type")
             if model_type not in (None, cls.config_class.model_type):
                 raise ValueError(
@@ -207,8 +208,8 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
     def encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Continuous latents (B, C, h, w), the semantic channels first, computed in float32 also under autocast.
 
-        Pixels in half precision, which FSDP or `BatchFeature.to(dtype)` make of them, are taken for the 8-bit values
-        that they were rounded from.
+        Pixels in half precision, to which FSDP or `BatchFeature.to(dtype)` cast them, are rounded to the 8-bit values
+        that they came from.
 
         Raises:
             ValueError: for another shape or size, values that are not finite, or weights that are not float32.
@@ -218,7 +219,7 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         return self._latents(pixel_values)
 
     def _latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What `encode_latents` gives, in the precision of an autocast around it."""
+        """The latents of `encode_latents`, in the precision of the surrounding autocast."""
         _check_pixels(pixel_values)
         schedule = self.schedule_of(pixel_values)
         if pixel_values.dtype in (torch.bfloat16, torch.float16):
@@ -229,12 +230,12 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         pixel_values = resample(pixel_values, schedule.image_size(self.config.patch_size), "bicubic")
         halves = [semantic.float(), self.pixel_encoder(pixel_values).float()]
         if not self.config.normalize_codes:
-            # Euclidean codes need latents of a fixed size, or the encoder escapes the codebook by growing.
+            # Euclidean distances need latents of a fixed norm, or the latents grow beyond the reach of the codebook.
             halves = [F.rms_norm(half.permute(0, 2, 3, 1), half.shape[1:2]).permute(0, 3, 1, 2) for half in halves]
         return torch.cat(halves, dim=1)
 
     def encode_semantics(self, pixel_values: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Features (B, h, w, D) of the semantic encoder on the grid, whatever that encoder's own patch size."""
+        """Features (B, h, w, D) of the semantic encoder on the grid, for any patch size of that encoder."""
         return read_semantics(self.semantic_encoder, self.config, pixel_values, grid)
 
     def encode(
@@ -246,10 +247,10 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         """Codes of images of one size.
 
         Args:
-            pixel_values: (B, 3, H, W) in [-1, 1]; H and W must be drawn by a schedule.
-            self_correction: draw part of the codes among the nearest ones; `image_labels` are the nearest to what is
-                then left over. The images' own codes come as `image_clean_tokens`.
-            generator: source of the draws.
+            pixel_values: (B, 3, H, W) in [-1, 1]; H and W must be a size of the scale schedules.
+            self_correction: sample a part of the codes among the nearest ones; `image_labels` are then the codes
+                nearest to the residuals that these leave. The images' own codes are `image_clean_tokens`.
+            generator: source of the random numbers.
 
         Raises:
             ValueError: for another shape or size, or values that are not finite.
@@ -267,7 +268,7 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         return self.decode_in_parts(features, self.config.pixel_decoder_channels, schedule, size)
 
     def reconstruct(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) in [-1, 1], through codes and back; their size must be one that is drawn."""
+        """Images (B, 3, H, W) in [-1, 1], encoded and decoded; their size must be one of the scale schedules."""
         return self.decode(self.encode(pixel_values).image_tokens, self.schedule_of(pixel_values))
 
     def decode_features(self, features: torch.Tensor) -> torch.Tensor:
@@ -291,12 +292,12 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
     ) -> NextFlowVQOutput:
         """Encode and decode images (B, 3, H, W) in [-1, 1] with gradients.
 
-        Under autocast encoders that are being trained run in its precision; those at rest give their codes in float32.
+        Under autocast encoders that are trained run in its precision; frozen encoders compute their codes in float32.
 
         Args:
-            num_scales: (B,) decode from only the first so many scales of each image (scale dropout).
+            num_scales: (B,) how many of its first scales each image is decoded from (scale dropout).
             quantize: `False` trains the branches as plain autoencoders, before there is a codebook.
-            latent_noise: standard deviation of what is added to the latents where they are not quantised.
+            latent_noise: standard deviation of the noise that is added to latents that are not quantised.
         """
         schedule = self.schedule_of(pixel_values)
         latents = (self._latents if self._trains_encoders else self.encode_latents)(pixel_values)
@@ -321,20 +322,20 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
 
 
 def images_at_once(config: NextFlowVQConfig, channels: int, schedule: ScaleSchedule, size: int) -> int:
-    """How many images a pixel branch of so many channels, of `size` bytes each, works on at once: as many as take
-    `BYTES_AT_ONCE`, or one.
+    """How many images a pixel branch with these channels, of `size` bytes each, processes at once: as many as fit into
+    `BYTES_AT_ONCE`, at least one.
     """
     height, width = schedule.image_size(config.patch_size)
     elements = channels * height * width
-    if config.pixel_encoder_type == "patch":  # wide in cells alone
+    if config.pixel_encoder_type == "patch":  # channels only at the resolution of the cells
         elements = 2 * channels * schedule.final_grid[0] * schedule.final_grid[1] + 3 * height * width
     return max(1, BYTES_AT_ONCE // (TENSORS_AT_ONCE * elements * size))
 
 
 def frozen_vision_tokenizer(config: NextFlowVQConfig) -> NextFlowVQModel:
-    """The tokenizer inside of a model, which the paper never trains with it: codes must keep their meaning.
+    """The frozen tokenizer of a model; as in the paper it is not trained with it, since codes must keep their meaning.
 
-    It is left out of sharding: FSDP's policy would round its weights, and they would be there only while the model
+    FSDP does not shard it: FSDP's policy would round its weights, and they would only be gathered while the model
     itself is called.
     """
     vq_model = NextFlowVQModel._from_config(config).requires_grad_(False)
@@ -343,9 +344,9 @@ def frozen_vision_tokenizer(config: NextFlowVQConfig) -> NextFlowVQModel:
 
 
 def leave_out_of_sharding(module: nn.Module, left_out: bool):
-    """Whether FSDP passes a module by, so that every process has all of it, where it shards what holds the module."""
+    """Set whether FSDP skips a module when it shards the module around it, so that every process has all of it."""
     try:
-        # How torch marks what another kind of data parallelism replicates; there is no public way to say so.
+        # The mark that torch sets on replicated modules; there is no public function for it.
         from torch.distributed._composable.contract import REGISTRY_KEY
     except ImportError:  # a torch without it, whose sharded weights `check_float32` refuses
         return
@@ -353,9 +354,9 @@ def leave_out_of_sharding(module: nn.Module, left_out: bool):
 
 
 def codebook_statistics(image_tokens: torch.Tensor, schedule: ScaleSchedule, codebook_size: int) -> dict[str, float]:
-    """Share of the codebook in use and perplexity of the codes (B, N), over all scales and for each.
+    """The share of the codebook in use and the perplexity of the codes (B, N), over all scales and for each.
 
-    A scale that shows fewer codes than the codebook holds cannot use all of it: its usage is of the codebook too.
+    The usage of a scale is a share of the whole codebook too, though a scale with few codes cannot use all of it.
     """
 
     def statistics(codes: torch.Tensor) -> tuple[float, float]:

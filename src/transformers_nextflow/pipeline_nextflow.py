@@ -1,4 +1,4 @@
-"""Images, videos and conversations with diffusers' habits."""
+"""The pipeline for images, videos and conversations, with the conventions of diffusers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ except ImportError as error:
 
 
 CandidateScorer = Callable[["NextFlowPipeline", torch.Tensor, torch.Tensor, list[str]], Sequence[float] | torch.Tensor]
-# What `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` runs of a saved folder.
+# The code in a saved folder that `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` runs.
 PIPELINE_FILE = """\
 # The package must be installed: pip install transformers-nextflow[pipelines]
 from transformers_nextflow.pipeline_nextflow import NextFlowPipeline  # noqa: F401
@@ -86,12 +86,12 @@ class NextFlowPipeline(
     >>> circle = pipe("a red circle", generator=torch.Generator().manual_seed(0)).images[0]
     >>> pipe("make the red circle blue", image=circle).images[0].save("blue.png")
 
-    `video` draws videos, `chat` goes on with a conversation, `score` says how well images and prompts fit.
+    `video` draws videos, `chat` continues a conversation, `score` says how well images and prompts fit.
 
     Args:
         model: transformer and vision tokenizer in one.
-        processor: makes token ids of prompts, and images of pixels.
-        diffusion_decoder: decodes where `decoder="diffusion"` asks for it; off by default, as in the paper.
+        processor: turns prompts into token ids, and pixel values into images.
+        diffusion_decoder: decodes images if a call has `decoder="diffusion"`; not used by default, as in the paper.
 
     Raises:
         ValueError: for a processor that does not fit the model, or the diffusion decoder of another tokenizer; the
@@ -100,7 +100,7 @@ class NextFlowPipeline(
 
     model_cpu_offload_seq = "model->diffusion_decoder"
     _optional_components = ["diffusion_decoder"]
-    # Images that one call draws, all in one batch; more would rather fill the memory than end.
+    # The largest number of images of one call, all in one batch; more would fill the memory.
     max_batch_size = 1024
     _callback_tensor_inputs = list(CALLBACK_KWARGS)
 
@@ -111,7 +111,7 @@ class NextFlowPipeline(
         diffusion_decoder: NextFlowDiffusionDecoder | None = None,
     ):
         super().__init__()
-        own = unwrapped(model)  # raises for adapters that cannot draw
+        own = unwrapped(model)  # raises for kinds of adapters that do not support drawing
         for name, part, method in (("model", own, "generate_images"), ("processor", processor, "drawing_inputs")):
             if not hasattr(part, method):
                 raise ValueError(
@@ -124,23 +124,23 @@ class NextFlowPipeline(
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Self:
-        """Load what `save_pretrained` of this pipeline wrote, or a model folder (model and processor together), or the
-        folder of an adapter, whose base model is loaded with it.
+        """Load a folder written by `save_pretrained` of this pipeline, or a model folder (model and processor
+        together), or the folder of an adapter, whose base model is loaded with it.
 
-        No code of the folder is run, so there is nothing to trust; `DiffusionPipeline.from_pretrained` is the way that
-        runs a folder's `pipeline.py`.
+        No code in the folder is run; only `DiffusionPipeline.from_pretrained` runs a folder's `pipeline.py`.
 
         Args:
             pretrained_model_name_or_path: a folder or a repository of the Hub.
             model, processor: components to use in place of the folder's.
-            diffusion_decoder: one, or its folder or repository; default: the pipeline folder's own if it has one.
+            diffusion_decoder: a diffusion decoder, or its folder or repository; default: that of the pipeline folder,
+                if it has one.
             kwargs: options of transformers' `from_pretrained`: `dtype`, `device_map`, `revision`, `token`, … As in
-                diffusers `dtype` may be a dict with a type for "model" or "default", and `quantization_config` a
-                `PipelineQuantizationConfig` that names "model".
+                diffusers, `dtype` may be a dict with a dtype for "model" or "default", and `quantization_config` a
+                `PipelineQuantizationConfig` for "model".
 
         Raises:
             OSError: if there is no such folder, or files are missing in it.
-            ValueError: for a `subfolder`, or a `dtype` of a component that is not there.
+            ValueError: for a `subfolder`, or a `dtype` of a component that does not exist.
         """
         if not isinstance(pretrained_model_name_or_path, str | os.PathLike):
             raise ValueError(
@@ -170,7 +170,7 @@ class NextFlowPipeline(
                 subfolder = "model" if is_pipeline else ""
                 model = AutoModelForMultimodalLM.from_pretrained(path, subfolder=subfolder, **kwargs)
             if processor is None:
-                # An adapter's folder need not hold one.
+                # The folder of an adapter may have no processor.
                 source = path if is_pipeline or holds("processor_config.json") else model.name_or_path
                 subfolder = "processor" if is_pipeline else ""
                 processor = AutoProcessor.from_pretrained(source, subfolder=subfolder, **hub_options)
@@ -185,10 +185,10 @@ class NextFlowPipeline(
         return pipeline
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Write model and processor, and the `pipeline.py` by which `DiffusionPipeline` finds this class.
+        """Write model and processor, and the `pipeline.py` through which `DiffusionPipeline` finds this class.
 
-        Adapters of PEFT, of the model itself or of a `PeftModel` around it, lie beside the model's whole weights; what
-        loads the folder has them in the model, as many and as active as they were.
+        Adapters of PEFT, in the model itself or in a `PeftModel` around it, are saved beside the model's full weights.
+        Loading the folder restores them, with the same adapters active.
 
         Args:
             save_directory: a folder.
@@ -213,7 +213,7 @@ class NextFlowPipeline(
             DiffusionPipeline.save_pretrained(pipeline, str(folder), **kwargs)
 
     def to(self, *args, **kwargs) -> Self:
-        """As in diffusers. Raises `ValueError` for a device that cannot be used, and for a type that is no float."""
+        """As in diffusers. Raises `ValueError` for a device that cannot be used, and for a dtype that is no float."""
         for dtype in (one for one in (*args, *kwargs.values()) if isinstance(one, torch.dtype)):
             if not dtype.is_floating_point:
                 raise ValueError(f"The weights cannot be {dtype}; take torch.float32, torch.bfloat16 or torch.float16.")
@@ -222,7 +222,7 @@ class NextFlowPipeline(
             return super().to(*args, **kwargs)
 
     def write_model_card(self, folder):
-        """Write the card of the pipeline to a folder, as `model.write_model_card` does for the model by itself."""
+        """Write the model card of the pipeline to a folder, as `model.write_model_card` does for the model."""
         self.unwrapped_model.write_model_card(folder, library_name="diffusers", pipeline_tag="text-to-image")
 
     def to_json_string(self) -> str:
@@ -232,7 +232,7 @@ class NextFlowPipeline(
 
     @property
     def unwrapped_model(self) -> NextFlowForConditionalGeneration:
-        """The model, out of the wrapper of PEFT if it has one; its adapters act inside of it."""
+        """The model without a wrapper of PEFT around it; its adapters are inside of it and still act."""
         return unwrapped(self.model)
 
     def check_inputs(
@@ -245,7 +245,7 @@ class NextFlowPipeline(
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
     ):
-        """Raises `ValueError` for inputs that do not fit together; the processor looks at the prompts themselves."""
+        """Raises `ValueError` for inputs that do not fit together; the processor checks the prompts themselves."""
         counts = [schedule.num_scales for schedule in request.schedules]
         contexts = sampling.contexts(counts)
         if any(request.negative_prompts) and not contexts:
@@ -285,10 +285,10 @@ class NextFlowPipeline(
             )
 
     def enable_vae_slicing(self):
-        """Nothing to switch on: batches are decoded in parts, as large as memory allows, by themselves."""
+        """Does nothing: batches are always decoded in parts, as large as memory allows."""
 
     def enable_vae_tiling(self):
-        """Nothing to switch on: large images are decoded by stripes, with the pixels of the whole, by themselves."""
+        """Does nothing: large images are always decoded in stripes, with the same pixels as whole."""
 
     def disable_vae_slicing(self):
         """Nothing to switch off, see `enable_vae_slicing`: the pixels are the same in parts."""
@@ -297,7 +297,7 @@ class NextFlowPipeline(
         """Nothing to switch off, see `enable_vae_tiling`: the pixels are the same by stripes."""
 
     def check_batch_size(self, count: int):
-        """Raises `ValueError` for more images in one batch than `max_batch_size`, which may be set."""
+        """Raises `ValueError` for more images in one batch than the attribute `max_batch_size`."""
         if count > self.max_batch_size:
             raise ValueError(
                 f"{count} images would be drawn in one batch, which takes memory for all at once; draw at most "
@@ -305,12 +305,12 @@ class NextFlowPipeline(
             )
 
     def _check_reads(self, purpose: str):
-        """Raises `ValueError` if the model draws alone, as TokenFlow-t2i does."""
+        """Raises `ValueError` if the model can only draw, as TokenFlow-t2i."""
         if not hasattr(self.processor, "caption_request"):
             raise ValueError(f"{purpose} takes a model that reads images; {type(self.model).__name__} draws alone.")
 
     def _check_interleaves(self, purpose: str):
-        """Raises `ValueError` if the model does not read what it has drawn, on one cache with text."""
+        """Raises `ValueError` if the model cannot continue a sequence after an image that it has drawn."""
         self._check_reads(purpose)
         if not hasattr(self.unwrapped_model, "generate_interleaved"):
             raise ValueError(
@@ -357,10 +357,10 @@ class NextFlowPipeline(
 
         Args:
             prompt: one prompt or a list; with `image` the instruction.
-            image: images that the prompt speaks of. With one prompt one image or a list; with a list of prompts a
+            image: images that the prompt refers to. With one prompt one image or a list; with a list of prompts a
                 list that holds for each prompt one image or a list.
-            mask_image: for each prompt, whose only image is `image`, where to draw: light there, of its size.
-                Outside of it each scale takes the codes nearest to what the earlier ones leave of the image.
+            mask_image: for each prompt a mask of the size of its image, light where to draw; the prompt must have
+                exactly one image. Outside of the mask each scale takes the codes nearest to the residual of the image.
             negative_prompt: what guidance steers away from, one for all or one for each prompt; default: the empty
                 prompt.
             height, width: pixels; default: the size of the prompt's last image, or the square of the model's largest
@@ -369,35 +369,36 @@ class NextFlowPipeline(
                 [`ImageSampling`]; default: the checkpoint's own, which differ where there is an `image`. A `top_k` of
                 the codebook's size switches the checkpoint's off.
             num_kept_scales: draw a variation of `image`: its first n scales are kept and the others are sampled again.
-                The image is not read as a part of the prompt then. Fewer scales leave more to chance; several
-                variations that cannot differ are refused, and variations that turn out the same raise a warning.
+                The image is then not a part of the prompt. With fewer scales the variations differ more; several
+                variations that cannot differ are an error, and variations that turn out the same raise a warning.
             paste_back: with `mask_image`, put the image's own pixels back outside of the mask.
-            decoder: "pixel", the tokenizer's own, or "diffusion", the pipeline's `diffusion_decoder`: sharper, and not
-                strictly the same image. The images are `upsampling` times as large then; previews are not.
-            decoder_steps, decoder_guidance_scale: of the diffusion decoder; default: its own.
-            think: write a reasoning first, and draw from it.
-            max_thought_tokens: length of the reasoning at most.
-            thought_temperature: above 0, several images of one prompt are thought out differently.
+            decoder: "pixel", the tokenizer's own, or "diffusion", the pipeline's `diffusion_decoder`, which is sharper
+                but may change the image. Its images are `upsampling` times as large; previews are not.
+            decoder_steps, decoder_guidance_scale: settings of the diffusion decoder; default: its own.
+            think: write a thought (reasoning in text) first, and draw from it.
+            max_thought_tokens: the largest length of the thought.
+            thought_temperature: above 0 thoughts are sampled, so several images of one prompt have different thoughts.
             num_images_per_prompt: images for each prompt, one after the other in the output.
-            num_candidates: how many are drawn for each of them; the best one is kept; if the call is interrupted,
-                the first.
-            candidate_scorer: says what is best: `scorer(pipe, image_tokens, image_grids, prompts)` gives a score for
-                each image. Default: how likely the model finds the prompt as a description of the image.
-            generator: one for all images, or one for each, candidates included: then an image depends on its own
-                seed alone.
+            num_candidates: how many candidates are drawn for each image, of which the best is kept; if the call is
+                interrupted, the first.
+            candidate_scorer: `scorer(pipe, image_tokens, image_grids, prompts)` gives a score for each image; the
+                highest is the best. Default: the likelihood of the prompt as a description of the image.
+            generator: one for all images, or one for each, candidates included; then an image depends only on its own
+                seed.
             output_type: "pil", "np", "pt"; or "latent": the codes, which `model.decode_image_tokens` turns into pixels.
-            return_dict: whether to return a [`NextFlowPipelineOutput`] or a tuple of the same.
+            return_dict: whether to return a [`NextFlowPipelineOutput`] or a tuple of its entries.
             preview: keep the image after each scale (`previews` of the output), and show it growing in a notebook.
             callback_on_step_end: called as `callback(pipe, step, scale, callback_kwargs)` after each scale; step and
-                scale are one number here, from 0. A dict that it returns may hold other "image_tokens", which the next
-                scale reads. `pipe._interrupt = True` ends the drawing with what is there.
-            callback_on_step_end_tensor_inputs: names of what `callback_kwargs` holds: "image_tokens", the codes (B, n)
-                so far; "preview", the images that they decode to, in the form of the output. A preview costs a
-                decoding and is made only where it is asked for.
+                scale are the same number, counted from 0. A dict that it returns may hold other "image_tokens", which
+                the next scale reads. `pipe._interrupt = True` ends the drawing with the scales so far.
+            callback_on_step_end_tensor_inputs: names of the entries of `callback_kwargs`: "image_tokens", the codes (B,
+                n) so far; "preview", the images decoded from them, in the form of the output. A preview takes the time
+                of a decoding and is made only if it is named here.
 
         Raises:
-            ValueError: for an empty prompt, a size that no schedule draws (it names the nearest), sampling values out
-                of range, `think` with a model that was not trained to, and inputs that do not fit together.
+            ValueError: for an empty prompt, a size that no schedule has (the message names the nearest), sampling
+                values out of range, `think` with a model that was not trained to think, and inputs that do not fit
+                together.
         """
         # 1. Settings and checks
         request = ImageRequest.build(
@@ -463,13 +464,13 @@ class NextFlowPipeline(
                 images = self._with_provenance(images, rows, generator, sampling, **told)
             previews = growth.rows if growth is not None else None
             output = NextFlowPipelineOutput(images, image_tokens, thoughts, scores, flags, previews)
-        # Typed as what nearly every call asks for, so that editors and checkers know its fields.
+        # Annotated without the tuple, which few calls want, so that editors and type checkers know the fields.
         return output if return_dict else cast(NextFlowPipelineOutput, output.to_tuple())
 
     def _after_scale(
         self, progress_bar, growth: Growth | None, callback: Callable | None, wanted: Sequence[str], output_type: str
     ) -> Callable[[torch.nn.Module, int, ScaleState], bool]:
-        """What the scale loop calls after each scale; it goes on where that returns `True`."""
+        """The function that the scale loop calls after each scale; the loop stops if it returns `False`."""
 
         def after_scale(model, scale: int, state: ScaleState) -> bool:
             progress_bar.update()
@@ -485,7 +486,7 @@ class NextFlowPipeline(
     def _best_candidates(
         self, drawn: ImageGenerationOutput, request: ImageRequest, count: int, scorer: CandidateScorer | None
     ) -> tuple[list[int], torch.Tensor | None]:
-        """The row of the best one of `count` images in turn, and the scores (B, count) if they were asked for."""
+        """For each group of `count` images the row of the best, and the scores (B, count) if they were asked for."""
         first = list(range(0, len(drawn.image_tokens), count))
         if count == 1 or self.interrupt:
             return first, None
@@ -539,7 +540,7 @@ class NextFlowPipeline(
     def _think(
         self, request: ImageRequest, inputs: dict, max_thought_tokens: int, temperature: float, options: dict
     ) -> tuple[ImageGenerationOutput, list[str]]:
-        """Reasoning, then an image, on one cache; the images and the reasonings."""
+        """Write a thought, then draw an image, on one cache; returns the images and the thoughts."""
         output = self.model.generate_interleaved(
             **inputs, **options, min_images=1, max_images=1, max_new_tokens=max_thought_tokens, do_sample=True,
             temperature=temperature,

@@ -39,16 +39,16 @@ PROCESSOR_TYPES = {
     "think_prefix": str | None,
     "caption_request": str,
 }
-# Of a call, as one keyword each or grouped.
+# Keyword arguments of a call, given one by one or grouped.
 TEXT_NAMES = [*get_type_hints(TextKwargs), "return_tensors"]
 GROUPS = {"text_kwargs": TEXT_NAMES, "images_kwargs": IMAGE_SETTINGS, "common_kwargs": ["return_tensors"]}
-# The library calls with videos and audio too, without a value.
+# The library passes `videos` and `audio` too, without a value.
 CALL_NAMES = ["text", "images", "videos", "audio", *TEXT_NAMES, *IMAGE_SETTINGS, *GROUPS]
 CALL_NAMES += get_type_hints(ProcessingKwargs)
 
 
 class DrawingInputsMixin:
-    """What a pipeline's call is for `generate_images`: prompts, and what guidance compares them with."""
+    """Turns the arguments of a pipeline's call into those of `generate_images`."""
 
     def drawing_inputs(
         self,
@@ -63,11 +63,11 @@ class DrawingInputsMixin:
 
         Args:
             prompts, negative_prompts: (B) texts; a negative prompt may be empty.
-            images: of each prompt the images that it speaks of; `None` for none.
-            contexts: what guidance compares with, as `ImageSampling.contexts` has it. Here "negative" is the negative
-                prompt with the prompt's images, "unconditional" the same without images.
-            schedules: of the images to draw.
-            options: of `apply_image_prompt`, for the prompts.
+            images: for each prompt the images that it refers to; `None` for none.
+            contexts: the names of the contexts that guidance compares with, from `ImageSampling.contexts`: "negative"
+                is the negative prompt with the prompt's images, "unconditional" the same without images.
+            schedules: schedules of the images to draw.
+            options: options of `apply_image_prompt` for the prompts.
         """
         inputs = dict(self.apply_image_prompt(prompts, images, **options))
         for name in contexts:
@@ -81,15 +81,15 @@ class NextFlowProcessor(DrawingInputsMixin, ProcessorMixin):
     r"""Tokenizer, image processor and chat template in one.
 
     Args:
-        image_processor ([`NextFlowImageProcessor`]): brings images to the sizes of the scale schedules.
-        tokenizer: any tokenizer with `<|im_start|>` and `<|im_end|>`; one without `<boi>`, `<eoi>` or `<|image_pad|>`
-            (Qwen2.5-VL's) is given them.
+        image_processor ([`NextFlowImageProcessor`]): resizes images to sizes of the scale schedules.
+        tokenizer: any tokenizer with `<|im_start|>` and `<|im_end|>`; `<boi>`, `<eoi>` and `<|image_pad|>` are added if
+            it does not have them (as Qwen2.5-VL's).
         chat_template: Jinja; default: Qwen's format without a system message.
         read_last_scale: whether the model reads the last scale too (`NextFlowConfig.read_last_scale`); if so an image
             has one more grid of slots.
-        think_prefix: the text with which an answer begins that reasons before it draws; `None` for a model that was not
-            trained to (paper, section 6.4).
-        caption_request: what a user asks to have an image described, as the model was trained on it.
+        think_prefix: the text with which an answer begins if the model is to reason before it draws; `None` for a model
+            that was not trained to (paper, section 6.4).
+        caption_request: the request to describe an image with which the model was trained.
     """
 
     save_pretrained = saved_whole(ProcessorMixin.save_pretrained)
@@ -155,8 +155,8 @@ class NextFlowProcessor(DrawingInputsMixin, ProcessorMixin):
 
         A part `{"type": "video", "video": video}` stands for the frames of a video, see `read_frames`; a file that has
         more than the image processor's `max_frames` is sampled. With `tokenize=True` special tokens that messages spell
-        out are read as plain text. The text that `tokenize=False` gives, like every text that the processor is called
-        on, is read with all special tokens in it.
+        out are read as plain text. With `tokenize=False` the result is text; if the processor is called on it, as on
+        any text, special tokens that messages spell out are read as special tokens.
         """
         check_texts(conversation)
         conversation = expand_videos(conversation, self.image_processor.max_frames)
@@ -184,7 +184,7 @@ class NextFlowProcessor(DrawingInputsMixin, ProcessorMixin):
         return output
 
     def _answer_masks(self, chats: list, output: BatchFeature, chat_template: str) -> list[list[int]]:
-        """1 at the tokens of encoded conversations that the assistant wrote, its images included, 0 elsewhere."""
+        """For encoded conversations 1 at the tokens that the assistant wrote, its images included, and 0 elsewhere."""
         grids, masks = iter(output.get("image_grids", ())), []
         encoded = encode_chats(self.tokenizer, chats, chat_template, with_answers=True)
         for chat, occupied in zip(encoded, output["attention_mask"], strict=True):
@@ -209,7 +209,7 @@ class NextFlowProcessor(DrawingInputsMixin, ProcessorMixin):
             rows = images if isinstance(images, list | tuple) else [] if images is None else [images]
             nested = bool(rows) and all(isinstance(row, list | tuple) for row in rows)
             counts = [len(flatten_images(row)) for row in rows] if nested else len(flatten_images(rows))
-            # Not left to transformers: 5.17 cuts the surplus silently.
+            # Checked here, since transformers 5.17 silently drops surplus images.
             if placeholders != counts if nested else sum(placeholders) != counts:
                 raise ValueError(
                     f"The texts hold {placeholders} {self.image_token} each, but were given {counts} images; "
@@ -218,8 +218,8 @@ class NextFlowProcessor(DrawingInputsMixin, ProcessorMixin):
         super().validate_inputs(images=images, text=text, **kwargs)
 
     def check_fits(self, config: NextFlowConfig):
-        """Raises `ValueError` naming what a model of this config does not share with the processor, which would make
-        prompts or images that the model reads wrongly.
+        """Raises `ValueError` if the processor does not fit a model of this config, which would then read its prompts
+        or images wrongly; the message names what differs.
         """
         images, vq_config = self.image_processor, config.vq_config
         pairs = {
@@ -244,7 +244,7 @@ class NextFlowProcessor(DrawingInputsMixin, ProcessorMixin):
         )
 
     def image_placeholder_ids(self, height: int, width: int) -> list[int]:
-        """What an image whose final grid is (height, width) takes in a sequence: `<boi>`, its slots, `<eoi>`."""
+        """The token ids of an image with the final grid (height, width) in a sequence: `<boi>`, its slots, `<eoi>`."""
         slots = self.image_processor.schedule_for_grid(height, width).num_slots(self.read_last_scale)
         return [self.boi_token_id] + [self.image_token_id] * slots + [self.eoi_token_id]
 
@@ -263,7 +263,7 @@ class NextFlowProcessor(DrawingInputsMixin, ProcessorMixin):
         Args:
             prompts: one prompt or several.
             images: a list of images for each prompt; they stand before its text.
-            allow_empty: let a prompt be empty, as the unconditional half of guidance is.
+            allow_empty: allow empty prompts, such as the unconditional prompt of guidance.
             answer: a text with which the answer starts in place of `<boi>`.
 
         Returns:
@@ -271,8 +271,8 @@ class NextFlowProcessor(DrawingInputsMixin, ProcessorMixin):
             `pixel_values` and `image_grids` too.
 
         Raises:
-            ValueError: for no prompts, a prompt that is no string, an empty one (white space alone included), and lists
-                of images that are not as many as the prompts.
+            ValueError: for no prompts, a prompt that is no string, an empty prompt (also one of only white space), and
+                another number of lists of images than of prompts.
         """
         pixels: dict = {}
         grids = None
@@ -293,8 +293,8 @@ class NextFlowProcessor(DrawingInputsMixin, ProcessorMixin):
     ) -> list[list[int]]:
         """Token ids of a chat with one user turn for each prompt, up to the start of the answer.
 
-        `image_grids` are the final grids (height, width) of the images before each prompt's text; else as in
-        `apply_image_prompt`.
+        `image_grids` are the final grids (height, width) of the images before each prompt's text; the other arguments
+        are those of `apply_image_prompt`.
         """
         prompts = check_prompts(prompts, allow_empty)
         image_grids = [[]] * len(prompts) if image_grids is None else image_grids
@@ -322,7 +322,9 @@ class NextFlowProcessor(DrawingInputsMixin, ProcessorMixin):
     def post_process_multimodal_output(
         self, generated_outputs, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs
     ) -> list:
-        """Texts of token ids, or with `generation_mode="image"` PIL images of what `decode_image_tokens` gives."""
+        """Texts from token ids, or with `generation_mode="image"` PIL images from the output of
+        `decode_image_tokens`.
+        """
         if generation_mode == "image":
             return self.post_process_images(generated_outputs)
         return super().post_process_multimodal_output(

@@ -1,7 +1,7 @@
 """Scale schedules: which grids of codes an image is drawn on, and where each grid lies in the sequence.
 
-Everything that touches an image in the sequence (processor, teacher forcing, sampling, losses) asks this file.
-It imports nothing else of the package.
+All code that handles an image in the sequence (processor, teacher forcing, sampling, losses) uses this file. It imports
+nothing else of the package.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ BASE_GRIDS: tuple[Grid, ...] = (
 MAX_ASPECT_RATIO = 4.0
 MOST_KEPT = 64
 _KEPT: dict[str, ScaleSchedules] = {}
-# Frames of a video at most, from a level on (paper, section 5.4). Images below the 512 level have a quarter of its
-# codes, so four times as many frames take as long.
+# From each level on, the largest number of frames of a video (paper, section 5.4). Images below the 512 level have a
+# quarter of its codes, so four times as many frames cost as much.
 MOST_FRAMES_AT = ((1024, 3), (512, 5), (0, 20))
 
 
@@ -40,7 +40,7 @@ class ScaleSchedule:
 
     `image_tokens` of an image are (N,) with N = `num_tokens`: the grids' codes one after the other, each row-major.
 
-    In the sequence an image takes `<boi>`, `num_slots` slots and `<eoi>` (paper, figure 5). `<boi>` predicts the one
+    In the sequence an image is `<boi>`, `num_slots` slots and `<eoi>` (paper, figure 5). `<boi>` predicts the one
     code of the first grid; the slots of grid k read the codes of grid k-1 and predict those of grid k. With
     `read_last_scale` one more grid of slots reads the codes of the last grid and predicts nothing.
 
@@ -85,7 +85,9 @@ class ScaleSchedule:
         return sum(height * width for height, width in self.slot_grids(read_last_scale))
 
     def num_positions(self, read_last_scale: bool = False) -> int:
-        """How many positions an image takes in a sequence, those of `<boi>` and `<eoi>` included: one a scale."""
+        """How many positions an image takes in a sequence, `<boi>` and `<eoi>` included; all slots of a scale share
+        one.
+        """
         return self.num_scales + read_last_scale + 1
 
     def sequence_length(self, read_last_scale: bool = False) -> int:
@@ -93,12 +95,14 @@ class ScaleSchedule:
         return self.num_slots(read_last_scale) + 2
 
     def image_size(self, patch_size: int) -> tuple[int, int]:
-        """Height and width in pixels: the grid rules, not the table's printed sizes."""
+        """Height and width in pixels, computed from the final grid and not taken from the paper's printed table."""
         height, width = self.final_grid
         return height * patch_size, width * patch_size
 
     def split(self, image_tokens):
-        """Split (..., N) codes into one (..., h_k, w_k) tensor per scale; fewer whole scales than all are allowed."""
+        """Split (..., N) codes into one (..., h_k, w_k) tensor per scale; the codes of only the first scales work
+        too.
+        """
         length = image_tokens.shape[-1]
         if length not in self.offsets[1:]:
             raise ValueError(f"{length} codes do not fill whole scales of {self.grids}; allowed: {self.offsets[1:]}.")
@@ -165,7 +169,7 @@ class ScaleSchedules:
         """The schedule that draws exactly `height` x `width` pixels.
 
         Raises:
-            ValueError: if no schedule does; the message names the nearest size that is drawn.
+            ValueError: if no schedule does; the message names the nearest size of a schedule.
         """
         self._check_aspect_ratio(height, width)
         schedule = self._by_size.get((height, width))
@@ -195,7 +199,8 @@ class ScaleSchedules:
 
     @cached_property
     def _by_size(self) -> dict[tuple[int, int], ScaleSchedule]:
-        # Ratios that end on the same grid at a coarse level differ in earlier scales; the squarest listed one wins.
+        # Base ratios that end on the same grid at a coarse level differ in earlier scales; the squarest of them is
+        # used.
         order = sorted(BASE_GRIDS, key=lambda grid: abs(math.log(grid[0] / grid[1])), reverse=True)
         schedules = (self.build(grid, level) for level in self.resolutions for grid in order)
         return {schedule.image_size(self.patch_size): schedule for schedule in schedules}
@@ -223,11 +228,11 @@ def schedules_of(settings) -> ScaleSchedules:
     """The schedules of a config or an image processor, by its `scales`, `patch_size` and `levels`.
 
     Raises:
-        ValueError: for values that are no whole numbers, or do not fit.
+        ValueError: for values that are no whole numbers, or do not fit together.
     """
     scales, levels = settings.scales, settings.levels
     key = repr((scales, settings.patch_size, levels))
-    # Kept, since every image asks for its schedule, and a config may change.
+    # Cached by value, since every image needs its schedule, and a config may change.
     if key not in _KEPT:
         if len(_KEPT) >= MOST_KEPT:
             _KEPT.clear()
@@ -245,7 +250,7 @@ def _whole_numbers(name: str, values: Sequence[int]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1024)
 def _schedule(sides: Sequence[int], base_grid: Grid) -> ScaleSchedule:
-    # The one formula of all schedules; Python's own rounding (half to even) is what the printed table follows.
+    # The formula of all schedules; the printed table follows Python's rounding (half to even).
     def grid(side: int) -> Grid:
         return tuple(max(1, round(side / BASE_SIDE * length)) for length in base_grid)
 

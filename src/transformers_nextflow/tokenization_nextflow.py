@@ -12,15 +12,15 @@ from .utils.short_repr import short_repr
 
 PAD_TOKEN = "<|endoftext|>"
 EOS_TOKEN = "<|im_end|>"
-# Under these names the tokenizer holds them: `tokenizer.boi_token`, `tokenizer.boi_token_id`, …
+# The tokenizer's attributes have these names: `tokenizer.boi_token`, `tokenizer.boi_token_id`, …
 IMAGE_TOKENS = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<|image_pad|>"}
-# What an answer begins with that thinks in text before it draws (paper, section 6.4).
+# The beginning of an answer that reasons in text before it draws (paper, section 6.4).
 THINK_PREFIX = "think:"
-# They mark parts of texts. Noncharacters of Unicode, which no text for interchange holds.
+# Marks around parts of texts: noncharacters of Unicode, which texts for interchange do not contain.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 
-# Qwen's chat format without its default system message, and with `<|image_pad|>` alone for an image, since the
-# processor writes `<boi>` and `<eoi>` around it. `generation` marks what a model is trained to answer.
+# Qwen's chat format without its default system message, and with only `<|image_pad|>` for an image, since the
+# processor writes `<boi>` and `<eoi>` around it. `generation` marks the answers, on which a model is trained.
 CHAT_TEMPLATE = """
 {%- macro render(content) -%}
     {%- if content is string -%}
@@ -55,7 +55,7 @@ CHAT_TEMPLATE = """
 
 
 def text_fault(text: str) -> str | None:
-    """Why no tokenizer reads a text, as "holds …"; `None` if it does."""
+    """The reason why no tokenizer can read a text, such as "holds …"; `None` if it can be read."""
     if OPEN in text or CLOSE in text:
         return f"holds U+FDD0 or U+FDD1, which are no characters: {short_repr(text)}"
     try:
@@ -67,7 +67,7 @@ def text_fault(text: str) -> str | None:
 
 
 def check_text(text: str, name: str = "The text"):
-    """Raises `ValueError` for a text that no tokenizer reads."""
+    """Raises `ValueError` for a text that no tokenizer can read."""
     if fault := text_fault(text):
         raise ValueError(f"{name} {fault}.")
 
@@ -78,8 +78,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool = Fal
     A word at the start of a text and the same word after a space are two tokens, as in GPT-2 and Qwen.
 
     Args:
-        texts: what the tokens are learnt from.
-        vocab_size: an upper bound of the number of tokens, special ones included; at least 262. With room enough
+        texts: texts from which the tokens are learnt.
+        vocab_size: an upper bound of the number of tokens, special ones included; at least 262. If it is large enough,
             every word of `texts` becomes one token.
         lowercase: read capitals as small letters.
 
@@ -115,19 +115,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool = Fal
 
 
 def add_image_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Give a tokenizer, for instance Qwen2.5-VL's, the tokens of an image under their names.
+    """Add the special tokens of images to a tokenizer, such as Qwen2.5-VL's, and set the attributes for them.
 
     Returns:
         How many of them are new in its vocabulary.
     """
     missing = {name: token for name, token in IMAGE_TOKENS.items() if getattr(tokenizer, name, None) is None}
-    # A tokenizer takes only named tokens that it lists; on reload it lists those of its own file.
+    # A tokenizer accepts only named tokens that it lists; after loading it lists those of its own file.
     tokenizer.SPECIAL_TOKENS_ATTRIBUTES = [*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, *missing]
     return tokenizer.add_special_tokens(missing)
 
 
 def _with_roles(texts: Iterable[str]) -> Iterable[str]:
-    # The words of the chat format itself are as frequent as the texts.
+    # The words of the chat format occur as often as the texts.
     for text in texts:
         yield text
         yield "user\n"

@@ -19,19 +19,19 @@ from .utils.short_repr import short_path, short_repr
 
 
 Video = Sequence[Image.Image] | str | os.PathLike
-# Of all frames of a file: 3 GiB, since they are held at once.
+# The limit for all frames of a file together: 3 GiB, since they are in memory at once.
 MOST_PIXELS = 2**30
 # Files that ffmpeg reads; others are images of several frames.
 FFMPEG_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
-# Between the frames that are taken of longer files (paper, section 5.4).
+# The time between the frames that are read from longer files (paper, section 5.4).
 SECONDS_APART = 2.0
-# As the frames of a GIF count that do not say how long they are shown.
+# The duration of a GIF's frame that states none.
 GIF_SECONDS = 0.1
 
 
 def frame_times(duration: float, most: int) -> list[float]:
-    """When the frames of a video of so many seconds are taken: every two seconds, and if these are more than `most`,
-    evenly over the whole.
+    """The times in seconds of the frames that are read from a video of `duration` seconds: every two seconds, or if
+    these are more than `most` frames, evenly over the whole video.
     """
     apart = max(SECONDS_APART, duration / most)
     return [number * apart for number in range(min(most, max(1, math.ceil(duration / apart - 1e-9))))]
@@ -42,8 +42,8 @@ def read_frames(video: Video, max_frames: int | None = None) -> list[Image.Image
 
     Args:
         video: images; or the path of a GIF, or of an MP4, MOV, MKV, WebM or AVI, which need the extra `video`.
-        max_frames: a file that has more frames is sampled at the times of `frame_times`, without holding the others.
-            Default: all frames. Images are taken as they are.
+        max_frames: a file that has more frames is sampled at the times of `frame_times`, without keeping the others in
+            memory. Default: all frames. All given images are kept.
 
     Raises:
         ValueError: for a file that cannot be read, a video without frames, and frames of different sizes.
@@ -72,10 +72,10 @@ def write_frames(frames: Sequence[Image.Image], path: str | os.PathLike, frames_
 
     Args:
         frames: images of one size.
-        frames_per_second: a GIF counts in hundredths of a second, to which a frame's time is rounded.
+        frames_per_second: in a GIF the duration of a frame is rounded to hundredths of a second.
 
     Raises:
-        ValueError: for another extension, no frames, and a rate that the format does not know.
+        ValueError: for another extension, no frames, and a rate that the format does not support.
         ImportError: for an MP4 without the extra.
     """
     path, frames = Path(path), read_frames(frames)
@@ -88,16 +88,16 @@ def write_frames(frames: Sequence[Image.Image], path: str | os.PathLike, frames_
         options = {"save_all": True, "append_images": others, "duration": duration, "loop": 0}
         write_anyway(path, lambda partial: first.save(partial, **options))
     else:
-        # Blocks of 16 pixels would have the encoder resize small images.
+        # With the default blocks of 16 pixels the encoder would resize small images.
         arrays = [np.asarray(frame.convert("RGB")) for frame in frames]
         options = {"fps": frames_per_second, "macro_block_size": 1}
         write_anyway(path, lambda partial: _imageio().mimwrite(partial, arrays, **options))
 
 
 def _without_repetitions(frames: Sequence[Image.Image]) -> list[Image.Image]:
-    """Frames that look the same as a GIF, none of them equal to the one before: Pillow would leave that one out.
+    """Frames that show the same GIF, none of them equal to the frame before: Pillow would leave out such a frame.
 
-    A frame that is repeated becomes one that is transparent all over, under which the one before stays.
+    A repeated frame becomes a fully transparent one, through which the frame before is visible.
     """
     clear, written = Image.new("RGBA", frames[0].size), []
     shown = [frame.convert("P", palette=Image.Palette.ADAPTIVE).convert("RGBA").tobytes() for frame in frames]
@@ -108,7 +108,7 @@ def _without_repetitions(frames: Sequence[Image.Image]) -> list[Image.Image]:
 
 
 def check_video_path(path: str | os.PathLike):
-    """Raises what `write_frames` raises for a path, before there are frames."""
+    """Raises the errors of `write_frames` for a path, before there are frames."""
     suffix = Path(path).suffix.lower()
     if suffix not in (".gif", ".mp4"):
         raise ValueError(f"Videos are written as .gif or .mp4, got {short_path(Path(path).name)}.")
@@ -118,8 +118,8 @@ def check_video_path(path: str | os.PathLike):
 
 
 def expand_videos(conversation: Sequence, max_frames: int | None = None) -> list:
-    """Messages, or a batch of them, with every video replaced by its frames, of a file `max_frames` at most; other
-    parts are left alone.
+    """Messages, or a batch of them, with every video replaced by its frames, at most `max_frames` of a file; other
+    parts are unchanged.
     """
     if not isinstance(conversation, list | tuple) or not conversation:
         raise ValueError(f"A conversation is a list of messages with role and content, got {short_repr(conversation)}.")
@@ -173,7 +173,7 @@ def _frames_of(path: Path, max_frames: int | None) -> Iterator[Image.Image]:
         chosen = range(count) if max_frames is None or count <= max_frames else _numbers_in(video, max_frames)
         for number in chosen:
             video.seek(number)
-            # What transparency stands for is the image processor's to say.
+            # The image processor decides what becomes of transparency.
             yield _of_full_colour(video)
 
 
@@ -184,7 +184,7 @@ def _frames_by_ffmpeg(path: Path, max_frames: int | None) -> Iterator[np.ndarray
             return
         facts = video.get_meta_data()
     for time in frame_times(facts["duration"], max_frames):
-        # ffmpeg goes there without reading what lies before, and gives the first frame that begins after it.
+        # ffmpeg seeks to that time without decoding what comes before, and gives the first frame that begins after it.
         before = max(0.0, (math.floor(time * facts["fps"] + 1e-6) - 0.5) / facts["fps"])
         with _imageio().get_reader(path, input_params=["-ss", f"{before:.3f}"]) as video:
             yield next(video.iter_data())

@@ -1,1 +1,1 @@
-"""Commands of `transformers-nextflow` in files by their topics."""
+"""Commands of `transformers-nextflow`, a file for each topic."""

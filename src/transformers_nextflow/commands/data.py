@@ -1,4 +1,4 @@
-"""Commands on data and weights: what is in them, whether they fit, codes ahead of time."""
+"""Commands on data and weights: inspection, validation, and extraction of codes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .options import CaptionColumn, EditedImageColumn, ImageColumn, OnBadImage, 
 def inspect(
     file: Annotated[Path, typer.Argument(help="A file of weights (safetensors, or a pickle of tensors), or a folder.")],
     data: Annotated[
-        str | None, typer.Option(help="Images that its vision tokenizer shall hold: reconstruct some.")
+        str | None, typer.Option(help="Images on which to test its vision tokenizer: some are reconstructed.")
     ] = None,
-    sheet: Annotated[Path | None, typer.Option(help="With --data: image file for the originals above them.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="With --data: images at most.")] = 16,
+    sheet: Annotated[Path | None, typer.Option(help="With --data: file for originals and reconstructions.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="With --data: the largest number of images.")] = 16,
     image_column: ImageColumn = None,
     edited_image_column: EditedImageColumn = None,
 ):
-    """List the tensors of a file, and how far they are those of a NextFlow; or say whether a checkpoint fits images."""
+    """List the tensors of a file and whether a NextFlow has them; or test whether a checkpoint fits images."""
     with errors_in_one_line():
         if data is None:
             if sheet is not None:
@@ -68,7 +68,7 @@ def inspect(
 def validate_data(
     source: Source,
     model: Annotated[
-        str | None, typer.Option(help="Folder of the model or vision tokenizer that codes are for.")
+        str | None, typer.Option(help="Folder of the model or vision tokenizer to which codes must belong.")
     ] = None,
     on_bad_image: OnBadImage = "stop",
     image_column: ImageColumn = None,
@@ -94,15 +94,15 @@ def validate_data(
 def extract_codes(
     source: Source,
     tokenizer: Annotated[str, typer.Option(help="Folder of a model or a vision tokenizer.")],
-    output: Annotated[str, typer.Option(help="Folder of the shards, or its address; an interrupted one is finished.")],
+    output: Annotated[str, typer.Option(help="Folder of the shards, or its address; one that exists is completed.")],
     processes: Annotated[int, typer.Option(min=1, help="How many shards are made at once.")] = 1,
     shard_size: Annotated[int, typer.Option(min=1, help="Rows in a shard.")] = 1000,
     level: Annotated[int | None, typer.Option(help="Resolution of all images; default: each one's nearest.")] = None,
-    top_k: Annotated[int, typer.Option(help="Nearest codes among which self-correction draws.")] = 10,
-    token_share: Annotated[float, typer.Option(help="Share of each scale's tokens that are drawn; 0 for none.")] = 0.6,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    top_k: Annotated[int, typer.Option(help="Nearest codes among which self-correction samples.")] = 10,
+    token_share: Annotated[float, typer.Option(help="Share of each scale's tokens to sample; 0 for none.")] = 0.6,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     on_bad_image: OnBadImage = "stop",
-    device: Annotated[str, typer.Option(help="Of the tokenizer, as cpu or cuda:0.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device of the tokenizer, such as cpu or cuda:0.")] = "cpu",
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one size that are encoded at once.")] = 16,
     engine: Annotated[
         str, typer.Option(help="local: processes of this machine; ray: actors of a Ray cluster.")
@@ -111,7 +111,7 @@ def extract_codes(
     caption_column: CaptionColumn = None,
     edited_image_column: EditedImageColumn = None,
 ):
-    """Encode the images of training data ahead of time: codes to read, and codes to write."""
+    """Encode the images of training data before training: codes to read, and codes to predict."""
     with errors_in_one_line():
         from ..data.code_extraction import extract_codes
         from ..data.stores import is_address, without_file_scheme

@@ -10,18 +10,18 @@ import typer
 
 
 MODEL = "TRANSFORMERS_NEXTFLOW_MODEL"
-# Where a clone has the bundled checkpoint.
+# The folder of the bundled checkpoint in a clone.
 BUNDLED = Path("checkpoints", "nextflow-shapes")
 MODEL_HELP = f"Folder of a model or a pipeline, or a repository of the Hub; default: {MODEL}, or {BUNDLED}."
 
 
 def default_model() -> str | None:
-    """The model of commands that name none: that of the environment, or the bundled one in a clone."""
+    """The default model of commands: that of the environment variable, or the bundled one in a clone."""
     return os.environ.get(MODEL) or (str(BUNDLED) if (BUNDLED / "config.json").is_file() else None)
 
 
 def named_model(model: str | None) -> str:
-    """Raises `typer.BadParameter` where there is none."""
+    """Raises `typer.BadParameter` if there is no default model."""
     if model is None:
         raise typer.BadParameter(
             f"name a model: a folder, or a repository of the Hub. Without one it is the one that {MODEL} names, or "

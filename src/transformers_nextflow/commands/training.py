@@ -1,4 +1,4 @@
-"""Commands that begin a model and train it."""
+"""Commands that create a model and train it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .options import CaptionColumn, Data, Device, EditedImageColumn, ImageColumn
 
 def init(
     data: Data,
-    output: Annotated[Path, typer.Option(help="A new folder: config, processor, weights at random, recipes.")],
+    output: Annotated[Path, typer.Option(help="A new folder: config, processor, random weights, recipes.")],
     preset: Annotated[
-        str, typer.Option(help="How large at most: tiny (to try), small (two cores), base (a GPU).")
+        str, typer.Option(help="The largest size: tiny (to try), small (two cores), base (a GPU).")
     ] = "small",
-    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
     edited_image_column: EditedImageColumn = None,
 ):
-    """Begin a model of your own: schedule, tokenizer, sizes and recipes that fit your data and this machine."""
+    """Create a model of your own: schedule, tokenizer, sizes and recipes that fit your data and this machine."""
     with errors_in_one_line():
         from ..data.columns import Columns
         from ..trainers.beginnings import begin
@@ -48,29 +48,25 @@ def init(
 def train(
     model: Annotated[str, typer.Option(help="Folder that the training starts from: `final` of the one before.")],
     data: Data,
-    output: Annotated[Path, typer.Option(help="Folder for checkpoints; `final` in it is the outcome.")],
+    output: Annotated[Path, typer.Option(help="Folder for checkpoints; `final` in it is the result.")],
     recipe: Annotated[
         str | None,
         typer.Argument(help="A recipe of the model or of the package by its name, or a file; see `recipes`."),
     ] = None,
-    lora: Annotated[
-        bool, typer.Option("--lora", help="Train adapters; without a recipe by the one called lora.")
-    ] = False,
-    rl: Annotated[
-        bool, typer.Option("--rl", help="Train on rewards of what is drawn, by the recipe called rl.")
-    ] = False,
+    lora: Annotated[bool, typer.Option("--lora", help="Train adapters; the default recipe is then lora.")] = False,
+    rl: Annotated[bool, typer.Option("--rl", help="Train on rewards of drawn images, with the recipe rl.")] = False,
     reward: Annotated[str | None, typer.Option(help="With --rl: reading, shapes, or file.py:function.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint of the same training.")] = False,
+    resume: Annotated[bool, typer.Option(help="Continue from the newest checkpoint of the same training.")] = False,
     changes: Annotated[
         list[str], typer.Option("--set", help="name=value of the recipe or of its arguments; may be repeated.")
     ] = [],  # noqa: B006  (typer copies it)
-    streaming: Annotated[bool, typer.Option("--streaming", help="Read tables as they are asked for.")] = False,
+    streaming: Annotated[bool, typer.Option("--streaming", help="Read tables while training.")] = False,
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
     edited_image_column: EditedImageColumn = None,
-    profile: Annotated[bool, typer.Option(help="Measure some steps by torch.profiler; see docs/training.md.")] = False,
+    profile: Annotated[bool, typer.Option(help="Profile some steps with torch; see docs/training.md.")] = False,
 ):
-    """Train by a recipe; in several processes by `accelerate launch -m transformers_nextflow.cli train …`."""
+    """Train with a recipe; in several processes with `accelerate launch -m transformers_nextflow.cli train …`."""
     with errors_in_one_line():
         from ..trainers.recipes import load_recipe, run_recipe
 
@@ -93,15 +89,15 @@ def train(
 
 def evaluate_run(
     run: Annotated[Path, typer.Argument(help="Folder of a training, which holds its checkpoints.")],
-    suite: Annotated[str, typer.Option(help=f"What is scored: {', '.join(SUITES)}.")] = "shapes",
+    suite: Annotated[str, typer.Option(help=f"The suite of scores: {', '.join(SUITES)}.")] = "shapes",
     output: Annotated[Path | None, typer.Option(help="Folder for scores; default: evaluation/SUITE in RUN.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Cases of each kind at most.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The largest number of cases of each kind.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 4,
     every: Annotated[float, typer.Option(min=1, max=86400, help="Seconds until the folder is looked at again.")] = 60,
     once: Annotated[bool, typer.Option("--once", help="Score what is there, and do not wait for more.")] = False,
     device: Device = None,
 ):
-    """Score the checkpoints of a training as they appear, until it is finished: scores, sheets, a curve."""
+    """Score the checkpoints of a training while it runs, until it is finished: scores, sheets, a curve."""
     with errors_in_one_line():
         from ..trainers.runs.scored_checkpoints import CheckpointScores
 
@@ -114,7 +110,7 @@ def evaluate_run(
 
 
 def recipes(copy: Annotated[Path | None, typer.Option(help="Folder to which they are copied, to be changed.")] = None):
-    """Name the recipes that the package brings, or copy them, with settings of accelerate for many devices."""
+    """List the package's recipes, or copy them with settings of accelerate for many devices."""
     with errors_in_one_line():
         from ..trainers.recipes import RECIPES, recipe_names
 

@@ -1,1 +1,1 @@
-"""Checkpoints of other models to ours, and back."""
+"""Converters of checkpoints from other models to ours, and back."""

@@ -1,6 +1,6 @@
-"""What all converters share: key tables, strict checks, sharded safetensors in and out, model cards.
+"""What all converters share: key tables, strict checks, reading and writing of sharded safetensors, model cards.
 
-A state dict of meta tensors tells names, shapes and dtypes without data: what a file holds, and what is to be written.
+A state dict of meta tensors has names, shapes and dtypes without data; it describes what a file holds, or is to hold.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PLAN = "conversion.json"
 
 
 class KeyMap:
-    """A table of key patterns that is read in both directions.
+    """A table of key patterns, which is used in both directions.
 
     >>> keys = KeyMap({"model.layers.*": "model.language_model.layers.*"}, dropped=["visual.*"])
     >>> keys.forward_key("model.layers.0.mlp.up_proj.weight")
@@ -46,11 +46,11 @@ class KeyMap:
 
     Args:
         table: source pattern → target pattern. Each `*` stands for any text, the same on both sides, in order; the
-            shortest that fits. The first row that fits a whole key counts.
-        dropped: patterns of source keys that have no place in the target.
+            shortest text that matches. The first row that matches a whole key is used.
+        dropped: patterns of source keys without a key in the target.
 
     Raises:
-        ValueError: for a row whose sides hold different numbers of `*`.
+        ValueError: for a row whose sides have different numbers of `*`.
     """
 
     def __init__(self, table: Mapping[str, str], dropped: Iterable[str] = ()):
@@ -139,8 +139,8 @@ def check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.
 
 
 def check_finite(name: str, tensor: torch.Tensor):
-    """Raises `ValueError` if a tensor holds NaN or infinity, or is of a type that is not converted; meta tensors hold
-    nothing.
+    """Raises `ValueError` if a tensor holds NaN or infinity, or has an unsupported dtype; values of meta tensors are
+    not checked.
     """
     if tensor.is_floating_point() and tensor.dtype not in FLOATS:
         raise ValueError(f"Tensor {name!r} is of {tensor.dtype}; save it as one of {', '.join(map(str, FLOATS))}.")
@@ -149,7 +149,7 @@ def check_finite(name: str, tensor: torch.Tensor):
 
 
 def widest_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
-    """The type in which none of the tensors is rounded: that of a model whose tensors have several."""
+    """The dtype in which none of the tensors is rounded, for a model whose tensors have several dtypes."""
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
@@ -161,7 +161,7 @@ def _some(names: list[str], most: int = 8) -> str:
 
 
 def read_config(folder: Path | str, *model_types: str) -> dict:
-    """A folder's `config.json`. Raises `ValueError` if there is none, or it is not of one of the model types."""
+    """The `config.json` of a folder. Raises `ValueError` if there is none, or it has none of the model types."""
     config = read_json(Path(folder) / "config.json")
     if config.get("model_type") not in model_types:
         raise ValueError(
@@ -179,7 +179,7 @@ def read_vq_config(folder: Path | str) -> NextFlowVQConfig:
 
 @contextmanager
 def config_errors(folder: Path | str) -> Iterator[None]:
-    """Whatever transformers says to the values in a folder's `config.json` becomes a `ValueError` that names it."""
+    """Turns errors of transformers about the values in a folder's `config.json` into a `ValueError` that names it."""
     try:
         yield
     except (StrictDataclassError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
@@ -188,7 +188,7 @@ def config_errors(folder: Path | str) -> Iterator[None]:
 
 
 class ShardedCheckpoint(Mapping):
-    """The tensors of a folder with `model.safetensors`, or with shards and their index; one is read when asked for.
+    """The tensors of a folder with `model.safetensors`, or with shards and their index; each is read on access.
 
     Raises:
         ValueError: if files are missing or truncated, or the index and the files disagree.
@@ -246,7 +246,7 @@ class ShardedCheckpoint(Mapping):
 
 
 class PickledCheckpoint(ShardedCheckpoint):
-    """The same of a folder with `pytorch_model.bin`, or with such shards and their index; one file is in memory."""
+    """The same for a folder with `pytorch_model.bin`, or with such shards and their index; one file is in memory."""
 
     single, index = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -289,13 +289,13 @@ def read_layout(path: Path | str, allowed: Iterable[type] = ()) -> State:
         return {key: tensor.to("meta") for key, tensor in _tensors(read_state_dict(path, allowed))}
     with safetensors_errors(path), safe_open(path, framework="pt") as file:
         slices = {key: file.get_slice(key) for key in file.keys()}
-        # An empty slice tells the type and reads nothing; a scalar has none.
+        # An empty slice gives the dtype without reading data; scalars have no slices.
         samples = {key: part[:0] if part.get_shape() else part[...] for key, part in slices.items()}
         return {key: samples[key].new_empty(part.get_shape(), device="meta") for key, part in slices.items()}
 
 
 def _tensors(value: object, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    # A training checkpoint holds its models as dicts inside of a dict, beside steps and settings.
+    # Training checkpoints hold models as dicts inside of a dict, beside steps and settings.
     if isinstance(value, torch.Tensor):
         yield prefix, value
     elif isinstance(value, dict):
@@ -308,17 +308,17 @@ def _tensors(value: object, prefix: str = "") -> Iterator[tuple[str, torch.Tenso
 
 @contextmanager
 def new_folder(target: Path | str, plan: dict | None = None) -> Iterator[Path]:
-    """A folder to write into, `TARGET.partial`, that becomes `target` when the block ends without an error.
+    """A folder to write into, `TARGET.partial`, which is renamed to `target` when the block ends without an error.
 
-    A `ValueError` in the block removes it. A killed run, or a full disk, leaves it; a later run with the same `plan`
-    goes on in it, one without a plan begins anew.
+    A `ValueError` in the block removes it. It stays after a kill or on a full disk; a later run with the same `plan`
+    continues in it, and a run without a plan begins anew.
 
     Args:
-        target: where the files are once all are written.
-        plan: what they depend on, as JSON: sources, settings, layout.
+        target: the final folder.
+        plan: what the files depend on, as JSON: sources, settings, layout.
 
     Raises:
-        ValueError: if `target` is there already, or its partial folder was begun with another plan or holds files of
+        ValueError: if `target` exists already, or its partial folder was begun with another plan or holds files of
             another origin.
     """
     target = Path(target)
@@ -334,7 +334,7 @@ def new_folder(target: Path | str, plan: dict | None = None) -> Iterator[Path]:
     elif partial.exists() and any(path != unfinished for path in partial.iterdir()):
         raise ValueError(f"{partial} is there, but not from a conversion; move it away, files go there first.")
     partial.mkdir(parents=True, exist_ok=True)
-    for left in partial.glob(".tmp*"):  # into which safetensors was writing when a run was killed
+    for left in partial.glob(".tmp*"):  # files that safetensors was writing when a run was killed
         left.unlink()
     unfinished.write_text(described)
     unfinished.replace(partial / PLAN)
@@ -356,16 +356,16 @@ def write_shards(
     make: Callable[[str], torch.Tensor],
     max_shard_size: str = "2GB",
 ):
-    """Write tensors as safetensors, one shard in memory at a time; shards that are there already are kept.
+    """Write tensors as safetensors, one shard in memory at a time; shards that exist already are kept.
 
     Args:
-        folder: of `new_folder`, where the shards go, and their index if there are several.
-        layout: meta tensors of all that is written.
+        folder: the folder from `new_folder` for the shards, and for their index if there are several.
+        layout: meta tensors of all tensors to write.
         make: name → tensor; called once for each name, shard by shard.
-        max_shard_size: bytes of a shard, as "2GB"; a tensor that is larger has a shard of its own.
+        max_shard_size: bytes of a shard, such as "2GB"; a larger tensor has a shard of its own.
 
     Raises:
-        ValueError: if a tensor differs from its layout, or holds NaN or infinity; for a size that is none.
+        ValueError: if a tensor differs from its layout, or holds NaN or infinity; for an invalid size.
         OSError: if a file cannot be written.
     """
     if not re.fullmatch("[1-9][0-9]*[KMGT]B", str(max_shard_size)):
@@ -381,7 +381,7 @@ def write_shards(
                 state[key] = make(key).contiguous()
                 progress.update()
             check_state(state, {key: layout[key] for key in keys})
-            # Under another name until it is whole.
+            # Under a temporary name until it is complete.
             try:
                 save_file(state, folder / f"{name}.unfinished", metadata={"format": "pt"})
             except SafetensorError as error:
@@ -396,7 +396,7 @@ def write_shards(
 
 
 def check_written(folder: Path, layout: Mapping[str, torch.Tensor], make: Callable[[str], torch.Tensor]):
-    """Read all back, one tensor at a time. Raises `ValueError` for one that is not what `write_shards` was given."""
+    """Read all back, one tensor at a time. Raises `ValueError` for a tensor that differs from that of `make`."""
     written = ShardedCheckpoint(folder)
     check_state(written.layout, layout)
     for key in tqdm(layout, desc=f"checking {folder.stem}", unit="tensor"):
@@ -431,11 +431,11 @@ def write_model_card(
     tags: Iterable[str] = (),
     prompts: Iterable[str] = (),
 ):
-    """Write `README.md`: what a model was converted from, its licence, and prompts for the Hub's widget.
+    """Write `README.md`: the source of a converted model, its licence, and prompts for the Hub's widget.
 
     Args:
-        folder: where the card goes.
-        source: folder, or file in a folder, whose `README.md` tells the licence; without one it is "unknown".
+        folder: the folder of the card.
+        source: folder, or file in a folder, whose `README.md` states the licence; without one it is "unknown".
         title, text: heading and body, Markdown.
         base_model: repository of the source on the Hub; default: that of a folder of the Hub's cache, if it is one.
         tags: beyond `nextflow`.

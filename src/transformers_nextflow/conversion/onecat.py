@@ -1,4 +1,4 @@
-"""OneCAT as it was released, with Infinity's tokenizer ↔ `OneCatForConditionalGeneration`: names and checks."""
+"""Converts OneCAT and Infinity's tokenizer from their released layout to `OneCatForConditionalGeneration` and back."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ KEYS = KeyMap(
         "sos_embedding.weight": "first_feature.weight",
         "lvl_embed.weight": "scale_embedding.weight",
     },
-    # The tokenizer has a file of its own, and frequencies follow from the config.
+    # The tokenizer has a separate file, and frequencies follow from the config.
     dropped=["vae_local.*", "*.rotary_emb.inv_freq"],
 )
 # Each layer is wrapped in the released file; files of other tools may have it without.
@@ -68,14 +68,14 @@ WRAPPED = {
 }
 VQ_KEYS = KeyMap(
     WRAPPED | {f"*.{name}.conv.*": f"*.{name}.*" for name in ("downsample", "upsample")} | {"*": "*"},
-    # A buffer of constants, under its name and an alias.
+    # A buffer of constants, under its name and under an alias.
     dropped=["quantizer.lfq.mask", "quantize.lfq.mask"],
 )
 TEXT_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps",
 )  # fmt: skip
-# What the released config says of the architecture; with other values this would be another model.
+# Values of the released config that decide about the architecture; with others it would be another model.
 FIXED_FIELDS = {"model_type": "onecat", "downsample_ratio": 0.5, "template": "onecat"}
 FIXED_TEXT_FIELDS = {
     "architectures": ["Qwen2ForCausalLM"], "rope_scaling": None, "use_sliding_window": False, "hidden_act": "silu",
@@ -127,7 +127,7 @@ def onecat_config(released: dict, vq_config: BitwiseVQConfig, **token_ids: int) 
             reader_hidden_size=reader.get("hidden_size", 3200),
             reader_image_size=reader.get("image_size", 224),
             reader_patch_size=reader.get("patch_size", 14),
-            # The released scripts cast the frequencies with the model.
+            # The released scripts cast the frequencies to bfloat16 with the model.
             drawing_frequencies="bfloat16",
             released_config=released,
             **token_ids,
@@ -137,7 +137,9 @@ def onecat_config(released: dict, vq_config: BitwiseVQConfig, **token_ids: int) 
 
 
 def released_config(config: OneCatConfig) -> dict:
-    """The inverse of `onecat_config`: the config a model was converted from, or what can be told of another one."""
+    """The inverse of `onecat_config`: the config from which a model was converted, or for other models the known
+    values.
+    """
     text = {name: getattr(config.text_config, name) for name in TEXT_FIELDS}
     text |= FIXED_TEXT_FIELDS | {"rope_theta": config.text_config.rope_parameters["rope_theta"]}
     reader = {name: getattr(config, f"reader_{name}") for name in ("hidden_size", "image_size", "patch_size")}
@@ -165,7 +167,7 @@ def read_vision_tokenizer(file: Path) -> tuple[BitwiseVQConfig, State]:
 
 
 def bitwise_vq_config(state: State, source: Path | str = "the file") -> BitwiseVQConfig:
-    """The config of a tokenizer, told by the shapes of its weights."""
+    """The config of a tokenizer, from the shapes of its weights."""
     try:
         levels = 1 + max(int(match[1]) for name in state if (match := re.match(r"encoder\.down\.(\d+)\.", name)))
         blocks = 1 + max(int(m[1]) for name in state if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.", name)))
@@ -197,7 +199,7 @@ def convert_onecat(
 
     Raises:
         ValueError: if source, vision tokenizer, text tokenizer and config do not fit together, tensors are missing,
-            surplus, misshapen or not finite, or files are damaged. Nothing is left then.
+            surplus, misshapen or not finite, or files are damaged. Then nothing is left behind.
     """
     check_repository(base_model)
     told, released = read_config(source, FIXED_FIELDS["model_type"]), open_checkpoint(source)
@@ -207,7 +209,7 @@ def convert_onecat(
         told, vq_config, image_token_id=processor.image_token_id, reference_token_id=processor.reference_token_id
     )
     processor.check_fits(config)
-    # Also looks for two names that stand for one tensor.
+    # Also checks for two names of one tensor.
     renamed = KEYS.forward(released.layout)
     names = {ours: key for key in released if (ours := KEYS.forward_key(key)) is not None}
     layout = renamed | {f"vq_model.{name}": tensor.to("meta") for name, tensor in vq_state.items()}

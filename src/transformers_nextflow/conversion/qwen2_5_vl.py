@@ -1,4 +1,4 @@
-"""Qwen2.5-VL → the start of a NextFlow, and the text backbone back again (paper, section 3.1)."""
+"""Converts a Qwen2.5-VL to the start of a NextFlow, and the text backbone back (paper, section 3.1)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from .text_tokenizers import read_tokenizer
 
 EMBEDDING, HEAD, CODE_HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight", "visual_head.weight"
 BACKBONE = ("model.language_model.", HEAD)
-# The first three rows are the published layout, the last one what transformers 5 calls the same tensors.
+# The first three rows are the published layout, the last one has transformers 5's names of the same tensors.
 QWEN_KEYS = KeyMap(
     {
         "model.embed_tokens.*": "model.language_model.embed_tokens.*",
@@ -80,17 +80,17 @@ def convert_qwen2_5_vl(
 ) -> Path:
     """Write a NextFlow whose backbone, text head, tokenizer and chat template are those of a Qwen2.5-VL.
 
-    Numbers of the source are not changed; its vision tower is left out. One shard is in memory at a time. A run that
-    was killed goes on where it was when it is started again.
+    Values of the source are not changed; its vision tower is left out. One shard is in memory at a time. A run that
+    was killed continues where it was when it is started again.
 
     Args:
         source: folder of a Qwen2.5-VL with its tokenizer, as on the Hub.
-        output: folder that is made.
+        output: folder to make.
         vision_tokenizer: folder of a trained [`NextFlowVQModel`].
-        vq_config: of a fresh vision tokenizer, if there is no trained one; default: the 7B preset's.
+        vq_config: config of a new vision tokenizer, if there is no trained one; default: that of the 7B preset.
         base_model: repository of the source on the Hub, for the model card.
-        max_shard_size: bytes of a shard, as "2GB".
-        seed: of what is new.
+        max_shard_size: bytes of a shard, such as "2GB".
+        seed: seed of the new weights.
 
     Raises:
         ValueError: if the source is no Qwen2.5-VL, or its files are damaged, incomplete or of another layout; then
@@ -122,7 +122,7 @@ def convert_qwen2_5_vl(
         generation_config = GenerationConfig.from_pretrained(source)
     else:
         generation_config = GenerationConfig.from_model_config(config)
-    generation_config.image_sampling = {}  # nobody has chosen any
+    generation_config.image_sampling = {}  # the new model has no tuned settings
 
     plan = {
         "source": [str(source.resolve()), fingerprint(source)],
@@ -156,7 +156,7 @@ def read_qwen_config(folder: Path | str) -> Qwen2_5_VLConfig:
 
 
 def _read_chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The template that the source's processor would take, in NextFlow's form."""
+    """The template that the source's processor would use, in NextFlow's form."""
     own = folder / "chat_template.json"
     if own.is_file() and not (folder / "chat_template.jinja").is_file():
         return nextflow_chat_template(read_json(own).get("chat_template"))
@@ -164,7 +164,7 @@ def _read_chat_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str
 
 
 def _check_chat_template(processor: NextFlowProcessor, folder: Path):
-    """Raises `ValueError` if the template cannot be rendered, and warns if it does not tell what is an answer."""
+    """Raises `ValueError` if the template cannot be rendered, and warns if it does not mark answers."""
     parts = [{"type": "text", "text": "a"}]
     turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]
     try:
@@ -181,10 +181,10 @@ def _check_chat_template(processor: NextFlowProcessor, folder: Path):
 def nextflow_config(
     qwen_config: Qwen2_5_VLConfig, tokenizer: PreTrainedTokenizerBase, vq_config: NextFlowVQConfig
 ) -> NextFlowConfig:
-    """The config around Qwen2.5-VL's own text config.
+    """The config of a NextFlow with Qwen2.5-VL's own text config.
 
-    `tokenizer` has the tokens of an image. Qwen2.5-VL has more rows than tokens, and the new tokens take spare rows;
-    the vocabulary grows where there are none.
+    `tokenizer` must have the tokens of an image. Qwen2.5-VL has more rows than tokens, and the new tokens use spare
+    rows; if there are none the vocabulary grows.
     """
     text_config = qwen_config.text_config.to_dict()
     text_config["vocab_size"] = max(text_config["vocab_size"], len(tokenizer))
@@ -202,8 +202,8 @@ def nextflow_config(
 def nextflow_chat_template(template: str | None) -> str | None:
     """Qwen2.5-VL's chat template with images as NextFlow lays them out, and the answers marked for training.
 
-    `<boi>` and `<eoi>`, which the processor writes, stand in the place of Qwen's marks around an image. Text is
-    rendered as before. A template of another form is left as it is, and marks no answers.
+    `<boi>` and `<eoi>`, which the processor writes, replace Qwen's marks around an image. Text is rendered as before. A
+    template of another form is returned unchanged, and marks no answers.
     """
     if template is None:
         return None
@@ -212,21 +212,21 @@ def nextflow_chat_template(template: str | None) -> str | None:
     if template.count(opening) != 1 or template.count(closing) != 1:
         return template
     template = template.replace(opening, opening + "{% set turn %}")
-    # The line break after a turn is no part of the answer.
+    # The line break after a turn is not a part of the answer.
     answer = "{% generation %}{{ turn[:-1] }}{% endgeneration %}{{ '\\n' }}"
     choice = "{% if message['role'] == 'assistant' %}" + answer + "{% else %}{{ turn }}{% endif %}"
     return template.replace(closing, "{% endset %}" + choice + closing)
 
 
 class NextFlowStart(Mapping):
-    """The tensors of a NextFlow that starts from a Qwen2.5-VL; each is made when it is asked for.
+    """The tensors of a NextFlow that starts from a Qwen2.5-VL; each is made on access.
 
     Args:
         source: the Qwen2.5-VL.
-        config: of the NextFlow.
-        rows: of the source's vocabulary by its config.
-        vq_model: a trained vision tokenizer; default: a fresh one.
-        seed: of what is new.
+        config: the config of the NextFlow.
+        rows: number of rows of the source's vocabulary by its config.
+        vq_model: a trained vision tokenizer; default: a new one.
+        seed: seed of the new weights.
 
     Raises:
         ValueError: if the source's tensors do not fit its config.
@@ -255,13 +255,13 @@ class NextFlowStart(Mapping):
         check_state(given, {key: _first_rows(key, value, rows) for key, value in backbone.items()})
         dtype = given[EMBEDDING].dtype
         self.layout: State = {
-            # The tokenizer keeps float32: its codes must not change.
+            # The tokenizer stays in float32, since its codes must not change.
             key: value if key.startswith("model.vq_model.") else value.to(given[key].dtype if key in given else dtype)
             for key, value in expected.items()
         }
 
     def _leave_out_tied_head(self, given: State):
-        # Some trainers save the head beside the embeddings that it is.
+        # Some trainers save the head although it is tied to the embeddings.
         if HEAD in given and EMBEDDING in given:
             if not torch.equal(self.source[self.source_keys[HEAD]], self.source[self.source_keys[EMBEDDING]]):
                 raise ValueError(
@@ -282,13 +282,13 @@ class NextFlowStart(Mapping):
 
     @cached_property
     def _mean_of_head(self) -> torch.Tensor:
-        # With equal rows all codes start as likely as each other, and by Jensen's inequality each of them no likelier
-        # than the average text token: text is left as it was.
+        # With equal rows all codes are equally likely at first, and by Jensen's inequality no likelier than the average
+        # text token, so text changes little.
         return _mean_row(self.source[self.source_keys.get(HEAD, self.source_keys[EMBEDDING])])
 
     @cached_property
     def _new_parts(self) -> State:
-        # A model without backbone initialises them by its own rules.
+        # A model with an empty backbone initialises them by its own rules.
         config = copy.deepcopy(self.config)
         config.text_config.num_hidden_layers, config.text_config.layer_types, config.text_config.vocab_size = 0, [], 3
         config.boi_token_id, config.eoi_token_id, config.image_token_id = range(3)
@@ -332,17 +332,17 @@ def export_qwen2_5_vl(
     """Write a Qwen2.5-VL with the backbone and text head of a NextFlow, for engines that serve Qwen2.5-VL.
 
     Vision tower, config, tokenizer and chat template are those of `original`, from which the NextFlow started. Rows
-    by which the vocabulary has grown are left out.
+    that were added to the vocabulary are left out.
 
     Args:
         source: folder of the NextFlow.
         original: folder of the Qwen2.5-VL.
-        output: folder that is made.
+        output: folder to make.
         base_model: repository of the NextFlow on the Hub, for the model card.
-        max_shard_size: bytes of a shard, as "2GB".
+        max_shard_size: bytes of a shard, such as "2GB".
 
     Raises:
-        ValueError: if a folder is damaged, or the two are of different size; then there is no `output`.
+        ValueError: if a folder is damaged, or the two models differ in size; then there is no `output`.
     """
     check_repository(base_model)
     source, original, output = Path(source), Path(original), Path(output)

@@ -1,4 +1,4 @@
-"""What a file of weights holds, and how far that is what NextFlow expects."""
+"""Lists the tensors of a file of weights and compares them with those of a NextFlow."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..modeling_nextflow_vq import NextFlowVQModel
 from .checkpoints import State, config_errors, open_checkpoint, read_json, read_layout
 
 
-# Training checkpoints hold their settings beside the tensors; a namespace runs nothing.
+# Training checkpoints hold their settings beside the tensors; a namespace runs no code.
 SETTINGS = (argparse.Namespace,)
-# By the model type of a folder.
+# The script for each model type of a source folder.
 CONVERTERS = {
     "qwen2_5_vl": "convert_qwen2_5_vl.py",
     "siglip": "convert_siglip2.py",
@@ -32,8 +32,8 @@ def report(path: Path | str, config: NextFlowConfig | NextFlowVQConfig | None = 
 
     Args:
         path: a file of weights, or the folder of a model.
-        config: of the NextFlow to compare with; default: the config beside the file if it is one of ours, else the 7B
-            preset's.
+        config: config of the NextFlow to compare with; default: the config beside the file if it is one of ours, else
+            that of the 7B preset.
 
     Raises:
         ValueError: if the file is damaged, holds no tensors, or is a pickle with code in it.
@@ -57,7 +57,7 @@ def report(path: Path | str, config: NextFlowConfig | NextFlowVQConfig | None = 
 
 
 def layout_of(path: Path | str) -> State:
-    """Meta tensors of all that a file of weights, or the folder of a model, holds.
+    """Meta tensors of all tensors in a file of weights or the folder of a model.
 
     Raises:
         ValueError: if it is damaged, holds no tensors, or is a pickle with code in it.
@@ -70,7 +70,7 @@ def layout_of(path: Path | str) -> State:
 
 
 def expected_layout(config: NextFlowConfig | NextFlowVQConfig) -> tuple[State, set[str]]:
-    """Meta tensors of a NextFlow, or of its tokenizer, and the names that may be left out since they are tied."""
+    """Meta tensors of a NextFlow, or of its tokenizer, and the names that may be missing since they are tied."""
     model_class = NextFlowVQModel if isinstance(config, NextFlowVQConfig) else NextFlowForConditionalGeneration
     with torch.device("meta"):
         model = model_class(config)

@@ -1,4 +1,4 @@
-"""SigLIP2 NaFlex or SigLIP → the semantic encoder of a fresh vision tokenizer (paper, section 2.1)."""
+"""Converts a SigLIP2 NaFlex or SigLIP to the semantic encoder of a new vision tokenizer (paper, section 2.1)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .checkpoints import (
 
 TOWER_TYPES = ("siglip2", "siglip")
 VISION_TYPES = ("siglip2_vision_model", "siglip_vision_model")
-# Cells of the image on which the written encoder is compared with its source.
+# The grid of the image with which the written encoder is compared with its source.
 CHECKED_GRID = (4, 6)
-# The pooling head is not read. The first row is both towers' layout, the others that of a vision tower alone.
+# The pooling head is not read. The first row is the layout with both towers, the others that of only the vision tower.
 SIGLIP_KEYS = KeyMap(
     {
         "vision_model.*": "semantic_encoder.*",
@@ -55,15 +55,15 @@ def convert_siglip2(
     base_model: str | None = None,
     seed: int = 0,
 ) -> Path:
-    """Write a fresh vision tokenizer whose semantic encoder is a SigLIP2's or a SigLIP's vision tower, in float32.
+    """Write a new vision tokenizer whose semantic encoder is a SigLIP2's or a SigLIP's vision tower, in float32.
 
     Args:
-        source: folder of the model, both towers or the vision tower alone.
-        output: folder that is made.
-        vq_config: of the tokenizer; its `semantic_config` and `semantic_target_dim` become the source's. Default:
-            those of the large tokenizer.
+        source: folder of the model, with both towers or only the vision tower.
+        output: folder to make.
+        vq_config: config of the tokenizer; its `semantic_config` and `semantic_target_dim` are replaced by the
+            source's. Default: that of the large tokenizer.
         base_model: repository of the source on the Hub, for the model card.
-        seed: of the parts that are new.
+        seed: seed of the new weights.
 
     Raises:
         ValueError: if the source is another model, its files are damaged or incomplete, or the written encoder's
@@ -93,7 +93,7 @@ def read_vision_config(folder: Path) -> dict:
     """The vision tower's config, without its pooling head. Raises `ValueError` for another model."""
     config = read_config(folder, *TOWER_TYPES, *VISION_TYPES)
     if config["model_type"] in TOWER_TYPES:
-        # What a config leaves out are the defaults of its own class.
+        # Missing values of a config are the defaults of its own class.
         with config_errors(folder):
             config = AutoConfig.from_pretrained(folder).vision_config.to_dict()
     return config | {"vision_use_head": False}

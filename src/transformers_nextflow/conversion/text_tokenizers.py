@@ -1,4 +1,4 @@
-"""The text tokenizer of a released folder."""
+"""Reading of the text tokenizer of a released folder."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 
-# What holds a vocabulary; without it transformers makes some classes empty, and says nothing.
+# Files that hold a vocabulary; without them transformers silently makes empty tokenizers of some classes.
 VOCABULARIES = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"tokenizer.model"})
 
 
 def read_tokenizer(folder: Path, config: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, as its files name it.
+    """The tokenizer of a folder, of the class that its files name.
 
     Args:
-        config: of a text model whose tokenizer it is; default: by the folder's own config.
+        config: config of the text model to which it belongs; default: the folder's own config.
 
     Raises:
-        ValueError: if there is none, or its files are damaged.
+        ValueError: if there is no tokenizer, or its files are damaged.
     """
     files = {path.name for path in folder.iterdir()}
     if not any(names <= files for names in VOCABULARIES):
         raise ValueError(f"{folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt); add it.")
     try:
         return AutoTokenizer.from_pretrained(folder, config=config)
-    except Exception as error:  # of Rust's tokenizers too, each its own
+    except Exception as error:  # tokenizers in Rust have their own kinds of errors
         raise ValueError(f"The tokenizer in {folder} cannot be read; is it whole? {error}") from error

@@ -1,6 +1,6 @@
-"""TokenFlow's tokenizers (arXiv 2412.03069) to `NextFlowVQModel` and back: configs, key table, checks.
+"""Converts TokenFlow's tokenizers (arXiv 2412.03069) to `NextFlowVQModel` and back: configs, key table, checks.
 
-A state is a dict name → tensor; "released" is the layout of TokenFlow's files, `docs/conversion_tokenflow.md` has both.
+A state is a dict name → tensor; "released" means the layout of TokenFlow's files; see `docs/conversion_tokenflow.md`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .checkpoints import (
 
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
 
-# What the tensors do not tell, and the widths of the released files.
+# Settings that do not follow from the tensors, and the widths of the released files.
 TOKENIZERS = {
     "clipb_224": {
         "semantic_config": {
@@ -76,12 +76,13 @@ COMMON = {
     "semantic_decoder_hidden_act": "gelu",
     "semantic_decoder_positions": "learned",
 }
-# CLIP's tokenizer at 256 pixels has one scale more, and its positions interpolated.
+# The CLIP tokenizer at 256 pixels has one more scale, and interpolated positions.
 INTERPOLATED_SIDE = 16
 
 _CLIP_LAYERS, _TOWER_LAYERS = "encoder_vqkd.transformer.resblocks.*", "semantic_encoder.encoder.layers.*"
 
-# Released → NextFlow, for what both kinds share; `key_map` adds the rest. The first row that fits counts.
+# Released → NextFlow, for the keys that both kinds share; `key_map` adds the others. The first row that matches is
+# used.
 KEYS = {
     "quant_conv.*": "pixel_encoder.output_projection.*",
     "post_quant_conv.*": "pixel_decoder.input_projection.*",
@@ -128,7 +129,7 @@ def tokenflow_config(name: str, **values) -> NextFlowVQConfig:
     """The config of a released tokenizer, "clipb_224" (the enhanced one), "clipb_256" or "siglip_384".
 
     Args:
-        values: fields that differ; `semantic_config` holds those of the tower that differ.
+        values: fields with other values; `semantic_config` holds those of the tower.
 
     Raises:
         ValueError: for another name.
@@ -147,13 +148,14 @@ def tokenflow_config(name: str, **values) -> NextFlowVQConfig:
 def config_of(
     released: Mapping[str, torch.Tensor], semantic_heads: int | None = None, semantic_decoder_heads: int | None = None
 ) -> NextFlowVQConfig:
-    """The config of a released state: its kind and widths are read off the shapes.
+    """The config of a released state: its kind and widths are read from the shapes.
 
     Args:
-        semantic_heads, semantic_decoder_heads: attention heads, which no shape tells; default those of the releases.
+        semantic_heads, semantic_decoder_heads: numbers of attention heads, which do not follow from shapes; default:
+            those of the releases.
 
     Raises:
-        ValueError: if a tensor that tells a width is missing or has another number of dimensions.
+        ValueError: if a tensor that gives a width is missing or has another number of dimensions.
     """
 
     def shape(key: str, dimensions: int) -> torch.Size:
@@ -223,7 +225,7 @@ def key_map(config: NextFlowVQConfig) -> KeyMap:
     """The table released → NextFlow, after `split_attention` and before `join_attention`.
 
     Raises:
-        ValueError: if the model has parts that TokenFlow has not.
+        ValueError: if the model has parts that TokenFlow does not have.
     """
     check_is_tokenflow(config)
     table = KEYS | TOWER_KEYS[config.semantic_config.model_type]
@@ -241,7 +243,7 @@ def key_map(config: NextFlowVQConfig) -> KeyMap:
 
 
 def check_is_tokenflow(config: NextFlowVQConfig):
-    """Raises `ValueError`, naming what differs, for a tokenizer that has parts which TokenFlow has not."""
+    """Raises `ValueError`, naming the differences, for a tokenizer with parts that TokenFlow does not have."""
     wanted = COMMON | {"pixel_encoder_type": "convolutional"}
     wrong = {name: getattr(config, name) for name, value in wanted.items() if getattr(config, name) != value}
     if config.semantic_config.model_type not in TOWER_KEYS:
@@ -277,7 +279,7 @@ SCALING = {"scaling_layer.shift", "scaling_layer.scale"}
 
 
 def _restored(config: NextFlowVQConfig) -> State:
-    """Released tensors that a tokenizer does without: a statistic of its training, and constants."""
+    """Released tensors that our tokenizer does not have: a statistic of the training, and constants."""
     restored = {"quantize.codebook_used": torch.zeros(131072)}
     if config.semantic_config.model_type == SIGLIP:
         restored |= {name: torch.full((1, 3, 1, 1), 0.5) for name in sorted(SCALING)}
@@ -293,7 +295,7 @@ _CELL_PROJECTION = "decoder_vqkd.patch_embed.proj.weight"
 
 
 def from_tokenflow(released: Mapping[str, torch.Tensor], config: NextFlowVQConfig) -> State:
-    """A released state as `NextFlowVQModel`'s, in float32.
+    """The state of a `NextFlowVQModel`, in float32, from a released state.
 
     Raises:
         ValueError: naming the tensors that are missing, not expected, misshapen or not finite.
@@ -309,7 +311,8 @@ def from_tokenflow(released: Mapping[str, torch.Tensor], config: NextFlowVQConfi
 
 
 def to_tokenflow(state: Mapping[str, torch.Tensor], config: NextFlowVQConfig) -> State:
-    """`NextFlowVQModel`'s state in the released layout, with what `from_tokenflow` leaves out; meta tensors will do.
+    """A `NextFlowVQModel`'s state in the released layout, with the tensors that `from_tokenflow` leaves out; also for
+    meta tensors.
 
     Raises:
         ValueError: if the model has parts that TokenFlow has not.
@@ -318,7 +321,7 @@ def to_tokenflow(state: Mapping[str, torch.Tensor], config: NextFlowVQConfig) ->
 
 
 def split_attention(released: Mapping[str, torch.Tensor]) -> State:
-    """Queries, keys and values apart, each with weight and bias, as transformers has them."""
+    """Splits queries, keys and values, each with weight and bias, as in transformers."""
     state: State = {}
     for name, tensor in released.items():
         if match := _FUSED.fullmatch(name):
@@ -328,13 +331,15 @@ def split_attention(released: Mapping[str, torch.Tensor]) -> State:
             # TokenFlow's keys have no bias.
             state.setdefault(f"{match[1]}k.bias", torch.zeros_like(tensor))
         else:
-            # A 1x1 convolution there, a linear layer here.
+            # TokenFlow has a 1x1 convolution in place of our linear layer.
             state[name] = tensor.flatten(1) if name == _CELL_PROJECTION else tensor
     return state
 
 
 def join_attention(state: Mapping[str, torch.Tensor]) -> State:
-    """The inverse of `split_attention`. The bias of the decoder's keys goes; it moves all scores of a query alike."""
+    """The inverse of `split_attention`. The bias of the decoder's keys is dropped, since it shifts all scores of a
+    query equally.
+    """
     released: State = {}
     for name, tensor in state.items():
         match = _SPLIT.fullmatch(name)
@@ -363,13 +368,13 @@ def interpolate_positions(released: Mapping[str, torch.Tensor], side: int = INTE
         raise ValueError("Only positions of the clipb tokenizer are interpolated; this file is none.")
     state = dict(released)
     for name in tables:
-        # (1 + n*n, D), the class token's first; the decoder has a dimension of one before.
+        # (1 + n*n, D), the class token's first; in the decoder with one more dimension of size one.
         table = state[name].reshape(-1, state[name].shape[-1])
         old = math.isqrt(len(table) - 1)
         if old == side:
             raise ValueError(f"The positions are those of {side} x {side} cells already; leave the interpolation out.")
         grid = table[1:].T.reshape(1, -1, old, old)
-        # By a factor a little larger, and not to a size: the places differ by it.
+        # By a slightly larger factor, and not to a size, which gives other positions.
         grid = F.interpolate(grid, scale_factor=(side + 0.1) / old, mode="bicubic", align_corners=False)
         table = torch.cat([table[:1], grid.flatten(2)[0].T])
         state[name] = table.reshape(*state[name].shape[:-2], *table.shape)
@@ -402,14 +407,15 @@ def load_tokenflow(
 
     Args:
         path: `tokenflow_siglip_32k.pt`, `tokenflow_clipb_32k_enhanced.pt`, or one of their layout.
-        interpolate: clipb alone; images of 256 pixels in place of 224, with interpolated positions.
-        semantic_heads, semantic_decoder_heads: attention heads, which no shape tells; default those of the releases.
+        interpolate: only for clipb: images of 256 pixels in place of 224, with interpolated positions.
+        semantic_heads, semantic_decoder_heads: numbers of attention heads, which do not follow from shapes; default:
+            those of the releases.
 
     Raises:
         ValueError: for a file that is damaged, holds code, or whose tensors do not fit.
     """
     released = read_tokenflow(path)
-    # Checked as it is in the file, since interpolation needs whole tables.
+    # Checked before the interpolation, which needs complete tables.
     config = config_of(released, semantic_heads, semantic_decoder_heads)
     state = from_tokenflow(released, config)
     if interpolate:
@@ -423,12 +429,12 @@ def convert_tokenflow(source: Path | str, target: Path | str, base_model: str | 
     """Write a released file as a folder of `NextFlowVQModel`, and read it back.
 
     Args:
-        options: of `load_tokenflow`.
+        options: arguments of `load_tokenflow`.
         base_model: repository of the source, for the card.
 
     Raises:
-        ValueError: for a file that is damaged, holds code, or whose tensors do not fit, or a target that is there
-            already; nothing is written then.
+        ValueError: for a file that is damaged, holds code, or whose tensors do not fit, or a target that exists
+            already; then nothing is written.
     """
     check_repository(base_model)
     model = load_tokenflow(source, **options)
@@ -463,8 +469,8 @@ def export_tokenflow(source: Path | str, target: Path | str):
     """Write a folder of `NextFlowVQModel` as a file of the released layout, and read it back.
 
     Raises:
-        ValueError: if the source is no folder of a tokenizer, the model differs from TokenFlow's kind, or the target is
-            there already.
+        ValueError: if the source is no folder of a tokenizer, the model has parts that TokenFlow does not have, or the
+            target exists already.
     """
     target = Path(target)
     if target.exists():
@@ -479,7 +485,7 @@ def export_tokenflow(source: Path | str, target: Path | str):
 
 
 def _check_layout_tells(config: NextFlowVQConfig, released: State):
-    """Raises `ValueError` naming settings of a tokenizer with which its released state would not be read back."""
+    """Raises `ValueError` naming settings of a tokenizer that would be lost in the released layout."""
     own = _settings(config)
     read = _settings(config_of(released, config.semantic_config.num_attention_heads, config.semantic_decoder_heads))
     lost = {name: value for name, value in own.items() if read[name] != value}
@@ -488,7 +494,7 @@ def _check_layout_tells(config: NextFlowVQConfig, released: State):
 
 
 def _settings(config: NextFlowVQConfig) -> dict:
-    """What a tokenizer computes follows from these and its weights."""
+    """The settings on which, besides its weights, a tokenizer's results depend."""
     own = NextFlowVQConfig.__annotations__.keys() - {"semantic_config", "commitment_weight", "initializer_range"}
     tower = TOKENIZERS["clipb_224"]["semantic_config"]
     values = {name: getattr(config, name) for name in sorted(own)}

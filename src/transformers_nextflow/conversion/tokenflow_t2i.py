@@ -1,4 +1,6 @@
-"""TokenFlow-t2i as it was released ↔ `TokenFlowT2IForConditionalGeneration`: names and checks; weights stay."""
+"""Converts TokenFlow-t2i from its released layout to `TokenFlowT2IForConditionalGeneration` and back; only names
+change.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ TEXT_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "bos_token_id", "eos_token_id",
 )  # fmt: skip
-# What the released config says of the architecture; with other values this would be another model.
+# Values of the released config that decide about the architecture; with others it would be another model.
 FIXED_FIELDS = {
     "model_type": "llava_llama",
     "mm_projector_type": "mlp2x_gelu",
@@ -63,7 +65,7 @@ FIXED_FIELDS = {
 }
 VISION_TOKENIZER = "tokenflow_clipb_32k_enhanced.pt"
 POSITIONS = "model.pos_1LC"
-# The released tokenizer may hold the codes as tokens behind its own.
+# The released tokenizer may hold the codes as tokens after its own.
 CODE_TOKEN = re.compile(r"<vq_token_\d+>")
 CARD = """
 Text to image, scale by scale: TokenFlow-t2i (arXiv 2412.03069) in the form of transformers-nextflow.
@@ -110,7 +112,9 @@ def t2i_config(released: dict, vq_config: NextFlowVQConfig) -> TokenFlowT2IConfi
 
 
 def released_config(config: TokenFlowT2IConfig) -> dict:
-    """The inverse of `t2i_config`: the config a model was converted from, or what can be told of another one."""
+    """The inverse of `t2i_config`: the config from which a model was converted, or for other models the known
+    values.
+    """
     text = {name: getattr(config.text_config, name) for name in TEXT_FIELDS}
     theta = config.text_config.rope_parameters["rope_theta"]
     told = FIXED_FIELDS | text | {"rope_theta": theta, "vq_codebook_size": config.vq_config.codebook_size}
@@ -118,7 +122,9 @@ def released_config(config: TokenFlowT2IConfig) -> dict:
 
 
 def vision_tokenizer_config(folder: Path) -> NextFlowVQConfig:
-    """The config of a vision tokenizer's folder. Raises `ValueError` that tells how to make one if it is none."""
+    """The config of a vision tokenizer's folder. Otherwise raises a `ValueError` that says how to make such a
+    folder.
+    """
     how = f"conversion/convert_tokenflow.py {VISION_TOKENIZER} FOLDER --interpolate makes one"
     if folder.is_file():
         raise ValueError(f"--vision-tokenizer {folder} is a file, but has to be a folder; {how}.")
@@ -129,7 +135,7 @@ def vision_tokenizer_config(folder: Path) -> NextFlowVQConfig:
 
 
 def check_codes(released: ShardedCheckpoint, config: TokenFlowT2IConfig):
-    """Raises `ValueError` if an image of the model has other codes than one of the vision tokenizer."""
+    """Raises `ValueError` if the model's codes of an image differ in number from those of the vision tokenizer."""
     if POSITIONS in released and len(released.layout[POSITIONS]) != config.schedule.num_tokens:
         height, width = config.image_size
         raise ValueError(
@@ -158,7 +164,7 @@ def convert_tokenflow_t2i(
 
     Raises:
         ValueError: if source, vision tokenizer and config do not fit together, tensors are missing, surplus, misshapen
-            or not finite, or files are damaged. Nothing is left then.
+            or not finite, or files are damaged. Then nothing is left behind.
     """
     check_repository(base_model)
     vq_config = vision_tokenizer_config(vq_folder)
@@ -222,7 +228,7 @@ def make_processor(source: Path, config: TokenFlowT2IConfig) -> TokenFlowT2IProc
     """The processor of the released text tokenizer, whose padding token is added when it is loaded.
 
     Raises:
-        ValueError: if a token that is no code has the number of one.
+        ValueError: if a text token has the id of a code.
     """
     tokenizer = read_tokenizer(source)
     if tokenizer.pad_token is None:

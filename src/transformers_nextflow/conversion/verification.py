@@ -1,4 +1,4 @@
-"""A short report of what a converted folder does on a fixed set, to post beside the weights that were released."""
+"""A short report of what a converted model does with a fixed set of inputs, to be posted for released weights."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def fixed_image(side: int) -> Image.Image:
 
 
 def verify(folder: Path, device: str | None = None, dtype: torch.dtype | None = None, steps: int = 32) -> str:
-    """Load a converted folder, draw and read a fixed set, and tell what came of it.
+    """Load a converted folder, draw and read a fixed set of inputs, and report the results.
 
-    Keys, shapes and values have been checked by the conversion, and names that are missing are refused by loading.
-    Images go to `FOLDER-verified`, where the report is `report.txt`.
+    The conversion has checked keys, shapes and values, and loading refuses missing names. Images go to
+    `FOLDER-verified`, where the report is `report.txt`.
 
     Args:
-        folder: what a converter has written.
+        folder: the folder that a converter has written.
         device: default: the GPU if there is one.
         dtype: default: bfloat16 on a GPU, else the folder's own.
-        steps: tokens that are written at most.
+        steps: the largest number of tokens to write.
 
     Raises:
-        ValueError: for a folder of no model of this package, and values that are not finite.
+        ValueError: for a folder without a model of this package, and values that are not finite.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device == "cuda" else "auto")

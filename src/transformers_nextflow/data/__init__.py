@@ -1,4 +1,4 @@
-"""Training data: rows of messages, texts, images and videos, checked and encoded ahead of time (docs/data.md)."""
+"""Training data: rows of messages, texts, images and videos, their checks, and extraction of codes (docs/data.md)."""
 
 from ..vision_tokenizer.fingerprint import tokenizer_fingerprint
 from .code_extraction import check_codes, extract_codes

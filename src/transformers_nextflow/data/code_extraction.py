@@ -1,8 +1,8 @@
-"""Codes of all images of a data set, ahead of training (paper, section 3.3: index sequences are extracted offline).
+"""Extraction of the codes of all images before training (paper, section 3.3: index sequences are extracted offline).
 
 The output is a folder of Parquet shards, which `datasets` reads and streams, each with a note of its rows and its hash
-beside it. A shard is written whole or not at all, and what is written stays: after a kill or on a full disk the same
-command goes on with the shards that lack.
+beside it. Shards are written atomically, and finished shards stay: after a kill or on a full disk the same command
+makes only the missing shards.
 """
 
 from __future__ import annotations
@@ -49,26 +49,26 @@ SETTINGS = "extraction.json"
 ROW_FORMAT = 3
 # Batches of images that are held at once; their sizes are many.
 MOST_WAITING = 8
-# Seeds of shards, which follow from it, are numbers of 64 bits.
+# The largest seed, since seeds of shards, which are computed from it, have 64 bits.
 MOST_SEED = 2**32
-# Tasks that Ray keeps account of.
+# The largest number of tasks that Ray manages at once.
 MOST_BLOCKS = 10_000
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """What an output folder was made from and how; the same for all of its shards.
+    """The source and the settings of an output folder; the same for all of its shards.
 
     Args:
-        source, source_rows: as in `open_rows`, and its number of rows.
+        source, source_rows: the source as in `open_rows`, and its number of rows.
         tokenizer: folder of a `NextFlowVQModel`, or of a model that holds one.
-        fingerprint: of that tokenizer.
+        fingerprint: fingerprint of that tokenizer.
         shard_size: rows of the source in a shard.
-        batch_size: images of one size that are encoded at once; draws depend on it.
+        batch_size: images of one size that are encoded at once; sampled codes depend on it.
         level: resolution at which images are read; `None`: for each the nearest in area.
-        top_k, token_share: self-correction of the images that are trained on: all of them have it, for `token_share`
+        top_k, token_share: self-correction, which applies to all images that are trained on, for a share `token_share`
             of the tokens of each scale.
-        seed: of the draws.
+        seed: seed of the sampling.
         on_bad_image: "stop" or "skip".
         image_column, caption_column, edited_image_column: of the source, see [`Columns`].
         row_format: of the shards; those of another one are not continued.
@@ -93,7 +93,7 @@ class Extraction:
     processor: str | None = None
 
     def __post_init__(self):
-        self.self_correction  # raises for values that make no sense
+        self.self_correction  # raises for invalid values
         check_on_bad_image(self.on_bad_image)
         if min(self.shard_size, self.batch_size) < 1:
             raise ValueError(f"shard_size and batch_size start at 1, got {self.shard_size} and {self.batch_size}.")
@@ -138,20 +138,20 @@ def extract_codes(
     self-correction there, which are read, the nearest codes as `image_labels`, which are written, and its own codes as
     `image_clean_tokens`, which are read where the image is not trained on after all.
 
-    Goes on where an earlier call with the same settings was cut off; the result is the same as uncut.
+    Continues where an earlier call with the same settings was interrupted; the result is that of an uninterrupted call.
 
     Args:
         source: see `open_rows`.
         tokenizer: folder of a `NextFlowVQModel`, or of a model that holds one.
         output: folder of the shards, or its address in a store that fsspec knows.
-        processes: each takes a shard at a time.
-        device: of the tokenizer.
-        engine: one of `ENGINES`: processes of this machine ("local"), or actors of Ray, of a cluster or of this
-            machine ("ray"). The shards are the same.
+        processes: number of processes, each of which makes one shard at a time.
+        device: device of the tokenizer.
+        engine: one of `ENGINES`: processes of this machine ("local"), or actors of Ray on a cluster or on this machine
+            ("ray"). The shards are the same.
         settings: the other fields of [`Extraction`].
 
     Returns:
-        `rows` written, `skipped`, `shards`, and `found`, shards that were there already.
+        The numbers of `rows` written, rows `skipped`, `shards`, and shards `found`, which existed already.
 
     Raises:
         ValueError: for a row that cannot be used, an output folder of other settings, or an unknown engine.
@@ -165,7 +165,7 @@ def extract_codes(
         if str(place).startswith("memory://") and (engine != "local" or processes > 1):
             raise ValueError(f"{name} {place} is the memory of this process, which the others do not see.")
     model, folder = load_vision_tokenizer(tokenizer), folder_at(output)
-    # Other processes and machines do not share this one's working folder.
+    # Other processes and machines may have another working folder.
     source, tokenizer = (_absolute(without_file_scheme(place)) for place in (source, tokenizer))
     processor = load_processor(tokenizer)
     fingerprint = None if processor is None else processor_fingerprint(processor)
@@ -173,7 +173,7 @@ def extract_codes(
     extraction = replace(extraction, source_rows=len(open_rows(source, extraction.columns)[0]))
     if extraction.level is not None:
         model.config.scale_schedules.build(level=extraction.level)  # raises if there is no such level
-    if engine == "local" or not device.startswith("cuda"):  # a cluster may have what this machine lacks
+    if engine == "local" or not device.startswith("cuda"):  # a cluster may have GPUs that this machine lacks
         on_device(torch.empty(0), device)  # raises if there is no such device
     _begin(extraction, folder)
     missing = [shard for shard in extraction.shards if not _is_whole(folder, shard)]
@@ -185,10 +185,10 @@ def extract_codes(
 
 
 def check_codes(output: str | os.PathLike) -> dict[str, int]:
-    """Whether every shard of a folder is there and as it was written; returns `rows`, `skipped` and `shards`.
+    """Check that every shard of a folder exists and is as it was written; returns `rows`, `skipped` and `shards`.
 
     Raises:
-        ValueError: naming the shards that lack or are damaged.
+        ValueError: naming the shards that are missing or damaged.
     """
     folder = folder_at(output)
     if SETTINGS not in folder.names():
@@ -205,18 +205,18 @@ def check_codes(output: str | os.PathLike) -> dict[str, int]:
 
 
 def _begin(extraction: Extraction, folder: Folder):
-    """Write down the settings, or see that they are those that the folder was begun with."""
+    """Write the settings, or check that they are those with which the folder was begun."""
     names = folder.names()
     if isinstance(folder, LocalFolder):
         for partial in folder.path.glob(".codes-*"):
-            shutil.rmtree(partial)  # of a call that was killed
+            shutil.rmtree(partial)  # left by a call that was killed
     if SETTINGS not in names:
         if any(name.startswith("codes-") for name in names):
             raise ValueError(f"{folder} holds codes without {SETTINGS}; take an empty folder.")
         folder.write(SETTINGS, lambda path: path.write_text(json.dumps(asdict(extraction), indent=2) + "\n"))
     begun = _read_json(folder, SETTINGS)
     for name, value in asdict(extraction).items():
-        # The tokenizer may have moved: its fingerprint says whether it is the same.
+        # The tokenizer may be in another folder now: its fingerprint says whether it is the same.
         if begun.get(name) != value and name != "tokenizer":
             raise ValueError(
                 f"{folder} was begun with {name} {begun.get(name)!r}, now it is {value!r}; take the same, or an empty "
@@ -227,13 +227,13 @@ def _begin(extraction: Extraction, folder: Folder):
 def _write_locally(
     shards: list[int], extraction: Extraction, folder: Folder, device: str, processes: int
 ) -> Iterator[int]:
-    """Write the shards, and say of each when it is done; what is done stays if another one fails."""
+    """Write the shards, and yield each when it is done; finished shards stay if another one fails."""
     if processes == 1:
         encoder = _Encoder(extraction, device)
         for shard in shards:
             yield encoder.write(shard, folder)
         return
-    # Not forked: threads of torch and CUDA do not survive it.
+    # Not forked: threads of torch and CUDA do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _start_worker, (extraction, device)) as pool:
         futures = [pool.submit(_write_in_worker, shard, folder) for shard in shards]
@@ -247,7 +247,7 @@ def _write_locally(
 def _write_by_ray(
     shards: list[int], extraction: Extraction, folder: Folder, device: str, processes: int
 ) -> Iterator[int]:
-    """The same by actors of Ray Data: of a shard whose actor is killed, another one makes the whole."""
+    """The same with actors of Ray Data: if an actor is killed, another one makes its whole shard."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray, data = import_extra("ray", "ray"), import_extra("ray.data", "ray")
     logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -256,8 +256,8 @@ def _write_by_ray(
     if device.startswith("cuda") and not ray.cluster_resources().get("GPU"):
         raise ValueError(
             f"device {device} needs a GPU, and the Ray cluster has none; take cpu."
-        )  # else it waits for one
-    data.DataContext.get_current().enable_progress_bars = False  # there is one bar, of shards
+        )  # without this check Ray would wait for a GPU
+    data.DataContext.get_current().enable_progress_bars = False  # there is a bar for shards already
     numbers = data.from_items([{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), MOST_BLOCKS))
     written = numbers.map_batches(
         _ShardWriter,
@@ -274,7 +274,9 @@ def _write_by_ray(
 
 
 class _ShardWriter:
-    """What an actor of Ray does. What a user can mend goes back as a value, since Ray wraps what is raised."""
+    """The work of an actor of Ray. Errors that a user can correct are returned as values, since Ray wraps
+    exceptions.
+    """
 
     def __init__(self, extraction: Extraction, device: str, folder: Folder):
         torch.set_num_threads(1)
@@ -284,7 +286,7 @@ class _ShardWriter:
         (shard,) = map(int, batch["shard"])
         error = b""
         try:
-            if not _is_whole(self.folder, shard):  # it may have been written by an actor that was killed after it
+            if not _is_whole(self.folder, shard):  # an actor that was killed afterwards may have written it
                 self.encoder.write(shard, self.folder)
         except (OSError, ValueError) as raised:
             error = pickle.dumps(raised)
@@ -294,13 +296,13 @@ class _ShardWriter:
 ENGINES = {"local": _write_locally, "ray": _write_by_ray}
 
 
-# Of a process of the pool.
+# The encoder of a process of the pool.
 _worker: _Encoder
 
 
 def _start_worker(extraction: Extraction, device: str):
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one ends the others
     torch.set_num_threads(1)
     _worker = _Encoder(extraction, device)
 
@@ -323,7 +325,7 @@ class _Encoder:
         self.processor = load_processor(extraction.tokenizer)
 
     def write(self, shard: int, folder: Folder) -> int:
-        """Write a shard and then its note, without which it does not count."""
+        """Write a shard and then its note; a shard without a note does not count."""
         skipped: list[str] = []
         rows = self.encode(shard, skipped)
         written = []
@@ -338,14 +340,14 @@ class _Encoder:
         return shard
 
     def encode(self, shard: int, skipped: list[str]) -> list[dict]:
-        """The rows of a shard with their codes; the draws depend on the settings and the shard alone."""
+        """The rows of a shard with their codes; the random numbers depend only on the settings and the shard."""
         extraction = self.extraction
         numbers = extraction.rows_of(shard)
         generator = extraction.generator(shard, self.model.device)
         rows = _Slice(self.rows, numbers)
         usable = usable_rows(rows, self._prepare, extraction.on_bad_image, skipped, first=numbers.start)
         result: list[tuple[dict, list[bool], list]] = []
-        # Images wait until there are enough of their size that are trained on or not, and not too many of all kinds.
+        # Images wait until there are enough of their size and kind (trained on or not), or too many of all kinds.
         waiting: dict[tuple, list[tuple]] = {}
         for number, (sample, pixels) in usable:
             images: list = [None] * len(pixels)
@@ -379,7 +381,9 @@ class _Encoder:
 
     @torch.no_grad()
     def _encode_group(self, trained: bool, group: list[tuple], generator: torch.Generator):
-        """Put codes and final grids of images of one size, (images of a row, place among them, pixel values), there."""
+        """Fill in codes and final grids of images of one size, given as (images of a row, index in it, pixel
+        values).
+        """
         pixels = torch.from_numpy(np.stack([image for _, _, image in group])).to(self.model.device)
         codes = self.model.encode(pixels, self.extraction.self_correction if trained else None, generator)
         grid = self.model.schedule_of(pixels).final_grid
@@ -388,7 +392,7 @@ class _Encoder:
 
 
 class _Slice:
-    """Some rows of a sequence of rows."""
+    """A range of a sequence of rows."""
 
     def __init__(self, rows: Sequence[dict], numbers: range):
         self.rows, self.numbers = rows, numbers
@@ -401,7 +405,7 @@ class _Slice:
 
 
 def _arrow_message(message: dict) -> dict:
-    """A message whose parts all have the same fields, as Arrow wants them."""
+    """A message whose parts all have the same fields, as Arrow needs."""
     parts = [
         {"type": part["type"], "text": part.get("text"), "train": part.get("train")} for part in message["content"]
     ]
@@ -439,7 +443,7 @@ def _note(shard: int) -> str:
 def _is_whole(folder: Folder, shard: int) -> bool:
     try:
         return _read_json(folder, _note(shard)).get("sha256") == _hash(folder.read(_shard(shard)))
-    except (FileNotFoundError, ValueError):  # the latter: a note that is no JSON
+    except (FileNotFoundError, ValueError):  # `ValueError` for a note that is no JSON
         return False
 
 

@@ -1,4 +1,4 @@
-"""Rows of an image and its caption, or of an image, an instruction and the edited image, as conversations."""
+"""Turns rows of an image and a caption, or of an image, an instruction and an edited image, into conversations."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from .row_errors import BadImageError, BadRowError
 from .rows import check_is_row
 
 
-# How columns are called that nobody names, the likeliest first. A WebDataset's are the files' extensions.
+# The usual names of columns, the likeliest first. Those of WebDataset are extensions of files.
 IMAGES = ("input_image", "original_image", "source_image", "image", "img", "file_name", "jpg", "jpeg", "png", "webp")
 EDITED_IMAGES = ("edited_image", "output_image", "target_image", "edited")
 CAPTIONS = ("text", "caption", "prompt", "instruction", "edit_prompt", "edit", "txt", "description")
-# Of `datasets` for folders without metadata: the folder's name.
+# The column in which `datasets` puts the name of the subfolder, for folders without metadata.
 CLASS = "label"
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a data set hold what; `None` leaves it to be found. `json.caption` is a field inside of one.
+    """Names of the columns of a data set; `None` means that the column is found by its name. `json.caption` is a field
+    inside of a column.
 
     Args:
-        image: an image.
-        caption: what it shows; or, with an edited image, what is done to it.
-        edited_image: what comes of it.
+        image: the column of images.
+        caption: the column of captions; with edited images, of instructions.
+        edited_image: the column of edited images.
     """
 
     image: str | None = None
@@ -38,14 +39,14 @@ class Columns:
         return any((self.image, self.caption, self.edited_image))
 
     def found_among(self, names: Collection[str], images: Collection[str] = ()) -> Columns:
-        """The columns with what was left open.
+        """The columns, with the missing names found.
 
         Args:
-            names: of all columns there are.
-            images: of those that are known to hold images.
+            names: names of all columns.
+            images: names of columns that are known to hold images.
 
         Raises:
-            ValueError: for one that is not there, or where no column is one of images.
+            ValueError: for a column that does not exist, or if no column of images is found.
         """
         for option, name in (("image", self.image), ("caption", self.caption), ("edited-image", self.edited_image)):
             if name is not None and name.partition(".")[0] not in names:
@@ -67,10 +68,10 @@ class Columns:
         """The row as messages; without a caption column the prompt is empty.
 
         Args:
-            classes: names of the classes whose numbers the caption column holds.
+            classes: names of classes, if the caption column holds their numbers.
 
         Raises:
-            BadRowError: naming the column, for what is no text or lacks an image.
+            BadRowError: naming the column, for a caption that is no text or a missing image.
         """
         check_is_row(row)
         text = "" if self.caption is None else _value(row, self.caption)
@@ -91,7 +92,7 @@ class Columns:
 
 
 class ConversationRows:
-    """Rows of columns, by number, as conversations."""
+    """Rows of columns as conversations, read by number."""
 
     def __init__(self, rows: Sequence[dict], columns: Columns, classes: Sequence[str] | None = None):
         self.rows, self.columns, self.classes = rows, columns, classes

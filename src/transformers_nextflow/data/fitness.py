@@ -1,4 +1,4 @@
-"""Whether a vision tokenizer holds images: what it makes of some of them, in dB against its own."""
+"""Whether a vision tokenizer can reconstruct images: the PSNR of some, compared with that of its own images."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ LEAST_PSNR = 18.0
 
 @dataclass
 class Fit:
-    """What a tokenizer makes of images.
+    """A tokenizer's reconstructions of images.
 
     Args:
-        psnr: of each reconstruction, in dB; more is better.
-        own: the lowest of its own images, where the checkpoint states it (`trained_on`).
-        pairs: (original, reconstruction) of each.
+        psnr: the PSNR of each reconstruction in dB; more is better.
+        own: the lowest PSNR of its training images, if the checkpoint states it (`trained_on`).
+        pairs: (original, reconstruction) of each image.
     """
 
     psnr: list[float] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Fit:
 
 @torch.no_grad()
 def fit_of(vq_model: NextFlowVQModel, images: Iterable[torch.Tensor], own: float | None = None) -> Fit:
-    """Reconstruct images (3, H, W) in [-1, 1], of any sizes that are drawn.
+    """Reconstruct images (3, H, W) in [-1, 1] of any sizes of the scale schedules.
 
     Raises:
         ValueError: for no images.
@@ -78,10 +78,10 @@ def fit_of(vq_model: NextFlowVQModel, images: Iterable[torch.Tensor], own: float
 def pixels_of(
     rows: Iterable[dict], root: str | os.PathLike, processor: NextFlowImageProcessor, limit: int
 ) -> Iterator[torch.Tensor]:
-    """The first images of rows as a model reads them, (3, H, W); of each row all. Rows that hold codes only give none.
+    """The first images of rows, as the model reads them, (3, H, W); rows with only codes have none.
 
     Raises:
-        ValueError: naming row and field, for what cannot be used.
+        ValueError: naming row and field, for rows that cannot be used.
     """
     count = 0
     for number, row in enumerate(rows):

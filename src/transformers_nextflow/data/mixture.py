@@ -1,4 +1,4 @@
-"""Endless streams of rows from several sources by their weights, of which each process reads its own share only."""
+"""Mixtures: endless streams of rows from several weighted sources, of which each process reads only its own share."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .sources import open_rows
 if TYPE_CHECKING:
     import datasets
 
-# Rows that lie together and are read together.
+# The number of consecutive rows that are read together.
 BLOCK = 1000
-# Blocks whose rows are shuffled together, and are held at once for each source.
+# The number of blocks of a source that are in memory at once, and whose rows are shuffled together.
 POOL = 4
 
 
@@ -37,12 +37,12 @@ class Block(NamedTuple):
 
 
 class Source:
-    """Rows by number, and what they come from.
+    """A source of rows that are read by number.
 
     Args:
-        name: of the mixture.
-        rows: by number.
-        root: what paths of their images are relative to.
+        name: name of the source in the mixture.
+        rows: the rows.
+        root: the folder to which paths of their images are relative.
     """
 
     def __init__(self, name: str, rows: Sequence[dict], root: Path):
@@ -92,7 +92,7 @@ class Source:
         return rows if isinstance(rows, ParquetRows) else None
 
     def stream(self, share: int, shares: int, seed: int) -> Iterator[tuple[str, dict]]:
-        """The rows of a share, again and again, each time in another order, with a name for each reading of a row."""
+        """The rows of a share, repeated endlessly in ever new orders, with a name for each reading of a row."""
         own = self.blocks(shares)[share::shares]
         for passed in itertools.count():
             chance = random.Random(f"{seed} {self.name} {share} {shares} {passed}")
@@ -108,7 +108,9 @@ class Source:
 
 
 class StreamedSource:
-    """A stream of `datasets`, whose files are shared out, such as WebDataset tars; arguments as `Source`."""
+    """A stream of `datasets`, such as WebDataset tars, whose files are divided among readers; arguments as in
+    `Source`.
+    """
 
     def __init__(self, name: str, rows: datasets.IterableDataset, root: Path):
         self.name, self.rows, self.root = name, rows, root
@@ -127,7 +129,7 @@ class StreamedSource:
             )
 
     def stream(self, share: int, shares: int, seed: int) -> Iterator[tuple[str, dict]]:
-        """As of `Source`; shuffled within `BLOCK` rows."""
+        """As in `Source`; shuffled within `BLOCK` rows."""
         rows = self.rows.shard(shares, share, contiguous=False).shuffle(seed=seed, buffer_size=BLOCK)
         for passed in itertools.count():
             rows.set_epoch(passed)
@@ -137,7 +139,7 @@ class StreamedSource:
 
 
 class _Part(Sequence):
-    """Rows from a number on."""
+    """The rows from a number on."""
 
     def __init__(self, rows: Sequence[dict], first: int):
         self.rows, self.first = rows, first
@@ -150,15 +152,15 @@ class _Part(Sequence):
 
 
 class Mixture(IterableDataset):
-    """Rows that are drawn from sources by their weights, without end.
+    """Rows that are sampled from sources by their weights, without end.
 
-    Which rows come, and in which order, follows from `seed`, the share and the number of readers. Each process, and
-    each worker of its data loader, is a reader with a share of the blocks of each source, and reads no others.
+    The rows and their order follow from `seed`, the share and the number of readers. Each process, and each worker of
+    its data loader, is a reader with a share of the blocks of each source, and reads no others.
 
     Args:
-        sources: with their weights, which are brought to a sum of one.
-        seed: of the order.
-        prepare: makes of a row, and of a name for its reading, what is trained on.
+        sources: the sources with their weights, which are scaled to a sum of one.
+        seed: seed of the order.
+        prepare: a function that makes a training row from a row and a name for its reading.
 
     Raises:
         ValueError: for weights that are not positive and finite.
@@ -177,12 +179,12 @@ class Mixture(IterableDataset):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides about the rows."""
+        """The settings on which the rows depend."""
         sources = {source.name: [source.size, weight] for source, weight in zip(self.sources, self.weights)}
         return {"mixture": sources, "seed": self.seed, "shares": self.shares, "workers": self.workers}
 
     def take_share(self, share: int, shares: int, workers: int):
-        """Read the given one of so many shares only, divided among so many workers.
+        """Read only share number `share` of `shares`, divided among `workers` workers.
 
         Raises:
             ValueError: if a source has too few rows for all of them.
@@ -212,10 +214,10 @@ def check_weights(weights: Mapping[str, float]):
 def open_source(name: str, folder: Path, columns: Columns, streaming: bool = False) -> Source | StreamedSource:
     """A source of a mixture: as in `open_rows`, relative to `folder`, or an address of Parquet files that fsspec knows.
 
-    Parquet files are read where they lie, and with `streaming` other tables too.
+    Parquet files are read without a copy, and with `streaming` other tables too.
 
     Raises:
-        ValueError: for what is none.
+        ValueError: for an invalid source.
     """
     place = name if "://" in name else str(folder / name) if (folder / name).exists() else name
     files = parquet_files(place)

@@ -1,4 +1,4 @@
-"""Rows of Parquet files, read row group by row group where they lie: on a disk, or in a store that fsspec knows."""
+"""Rows of Parquet files, read row group by row group without a copy, from a disk or a store that fsspec knows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .stores import is_address, opened
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# Files whose ends are read at once.
+# How many footers of files are read at once.
 READERS = 16
 
 
@@ -38,7 +38,7 @@ def parquet_files(source: str) -> list[str]:
 
 
 class ParquetRows(Sequence):
-    """Rows by number. Only the ends of the files are read before one is asked for.
+    """Rows of Parquet files, read by number. At first only the footers of the files are read.
 
     Args:
         files: paths or addresses, in order.
@@ -49,7 +49,7 @@ class ParquetRows(Sequence):
 
     def __init__(self, files: Sequence[str]):
         self.files = list(files)
-        # File, row group in it, and its number of rows.
+        # For each row group the file, its number in the file, and its number of rows.
         self.groups: list[tuple[str, int, int]] = []
         with ThreadPoolExecutor(READERS) as pool:
             footers = list(pool.map(_footer, self.files))
@@ -73,7 +73,7 @@ class ParquetRows(Sequence):
         return (self[index] for index in range(len(self)))
 
     def read_group(self, group: int) -> TableRows:
-        """The rows of a row group, held as they are stored."""
+        """The rows of a row group, in memory as they are stored."""
         return _read_group(*self.groups[group][:2])
 
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:

@@ -1,4 +1,4 @@
-"""The codes of a row's images: lists or arrays as they are given, their checks, and which of them are read."""
+"""The codes of a row's images: their lists or arrays, their checks, and which of them are read."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class RowCodes:
 
     Args:
         tokens, labels, clean: int64 (N,) for each image, the row's `image_tokens`, `image_labels` and
-            `image_clean_tokens`; of the last two `None` for an image for which the row gives none.
+            `image_clean_tokens`; the last two may be `None` for an image without them.
         grids: for each image its final grid (height, width) in cells.
         trained: for each image whether it is trained on.
-        fingerprint: of the tokenizer of the codes; `None` where the row does not say.
+        fingerprint: fingerprint of the tokenizer of the codes; `None` if the row does not name it.
     """
 
     tokens: list[np.ndarray]
@@ -40,20 +40,21 @@ class RowCodes:
 
     @property
     def read(self) -> list[np.ndarray]:
-        """What the slots read: codes sampled for self-correction only where an image is trained on."""
+        """The codes that slots read: those sampled for self-correction only if an image is trained on."""
         images = zip(self.tokens, self.clean, self.trained)
         return [tokens if trained or clean is None else clean for tokens, clean, trained in images]
 
     @property
     def written(self) -> list[np.ndarray]:
-        """What is predicted where an image is trained on."""
+        """The codes to predict if an image is trained on."""
         return [tokens if labels is None else labels for tokens, labels in zip(self.tokens, self.labels)]
 
     def check(self, schedules: ScaleSchedules | None, codebook_size: int | None, fingerprint: str | None):
-        """Check the codes against a tokenizer; what is `None` is not checked.
+        """Check the codes against a tokenizer; for arguments that are `None` there is no check.
 
         Raises:
-            BadRowError: for codes of another tokenizer, that do not fill their grids, or lie outside the codebook.
+            BadRowError: for codes of another tokenizer, codes that do not fill their grids, or lie outside the
+                codebook.
         """
         if None not in (fingerprint, self.fingerprint) and fingerprint != self.fingerprint:
             those = f"the codes come from the tokenizer {self.fingerprint}, the model's is {fingerprint}"
@@ -67,7 +68,7 @@ class RowCodes:
 
 
 class EncodedImage(NamedTuple):
-    """An image's codes as `NextFlowVQModel.encode` gives them: to read and to write in training, and its own."""
+    """An image's codes from `NextFlowVQModel.encode`: codes to read and to predict in training, and its clean codes."""
 
     tokens: list[int]
     labels: list[int]
@@ -81,9 +82,9 @@ def encoded_images(output: NextFlowVQEncoderOutput) -> Iterator[EncodedImage]:
 
 
 def code_fields(images: Sequence[EncodedImage], trained: Sequence[bool]) -> dict[str, list | None]:
-    """A row's fields of codes from its images and whether each is trained on.
+    """The fields of codes of a row, from its images and whether each is trained on.
 
-    Images that are not trained on have clean codes only, and clean codes stand by themselves only where they differ.
+    Images that are not trained on have only clean codes, and `image_clean_tokens` are given only if they differ.
     """
     images = [image if on else EncodedImage(*3 * [image.clean]) for image, on in zip(images, trained)]
     clean = [None if image.tokens == image.labels == image.clean else image.clean for image in images]
@@ -95,8 +96,8 @@ def read_codes(row: dict, trained: list[bool]) -> RowCodes | None:
     """The codes of a row, with an entry of `trained` for each of its images; `None` if it gives none.
 
     Raises:
-        BadRowError: naming the field, for what is no list of whole numbers for each image, lists of one image that
-            differ in length, and codes sampled for self-correction where clean ones are to be read or labels lack.
+        BadRowError: naming the field, for anything but a list of whole numbers for each image, lists of one image that
+            differ in length, and codes sampled for self-correction without clean codes that must be read or labels.
     """
     if all(row.get(name) is None for name in (TOKENS, LABELS, CLEAN_TOKENS, GRIDS)):
         return None
@@ -117,7 +118,7 @@ def read_grids(row: dict, count: int | None = None) -> list[Grid]:
     """The final grids (height, width) of a row's images; `count` of them, if it is given.
 
     Raises:
-        BadRowError: naming the field, for what is none.
+        BadRowError: naming the field, for invalid grids.
     """
     grids = _arrays(row, GRIDS, count)
     for index, grid in enumerate(grids):
@@ -135,7 +136,7 @@ def schedule_of(schedules: ScaleSchedules, grid: Grid, place: str) -> ScaleSched
 
 
 def _arrays(row: dict, name: str, count: int | None, optional: bool = False) -> list[np.ndarray | None]:
-    """The arrays (N,) of a field, one for each image; `optional`: `None` for an image that has a null."""
+    """The arrays (N,) of a field, one for each image; with `optional` `None` for an image that has a null."""
     value = row.get(name)
     if value is None:
         if count:
@@ -153,7 +154,7 @@ def _arrays(row: dict, name: str, count: int | None, optional: bool = False) -> 
 
 
 def _whole_numbers(value: Any, place: str) -> np.ndarray:
-    """A list or array of whole numbers as int64 (N,). Nothing is rounded, and a truth value is no number."""
+    """A list or array of whole numbers as int64 (N,). Fractions and truth values are errors."""
     value = plain(value)
     if isinstance(value, np.ndarray) and value.dtype == object:
         value = value.tolist()
@@ -177,7 +178,7 @@ def _whole_numbers(value: Any, place: str) -> np.ndarray:
 
 
 def _check_fellows(index: int, tokens: np.ndarray, labels: np.ndarray | None, clean: np.ndarray | None, trained: bool):
-    """Whether the lists of one image go together."""
+    """Check that the lists of one image fit together."""
     for name, codes in ((LABELS, labels), (CLEAN_TOKENS, clean)):
         if codes is not None and len(codes) != len(tokens):
             raise BadRowError(f"{name}[{index}]", f"holds {len(codes)} codes, but {TOKENS}[{index}] {len(tokens)}")

@@ -1,6 +1,7 @@
-"""Rows as training takes them: token ids, labels, and their images as codes or pixels. What it refuses is refused here.
+"""Encodes rows for training: token ids, labels, and images as codes or pixels. All rows that training refuses are
+refused here.
 
-The collator and the validation both read rows by these functions.
+The collator and the validation both read rows with these functions.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .segments import encode_messages
 
 @dataclass
 class EncodedRow:
-    """A row as a model reads it.
+    """A row in the form that the model reads.
 
     Args:
         ids, labels: (L,) token ids, every image as `<boi>`, its slots, `<eoi>`, and the ids again or -100.
@@ -52,10 +53,10 @@ def encode_sample(
     fingerprint: str | None = None,
     max_positions: int | None = None,
 ) -> EncodedRow:
-    """What a model with this processor reads of a row, and what it learns.
+    """A row, encoded for a model with this processor.
 
     Args:
-        codebook_size, fingerprint: of the tokenizer that codes must come from; `None`: not checked.
+        codebook_size, fingerprint: those of the tokenizer from which codes must come; `None`: not checked.
         max_positions: how many positions the model has; `None`: not checked.
 
     Raises:
@@ -97,7 +98,7 @@ def read_images(
     codebook_size: int | None,
     fingerprint: str | None,
 ) -> tuple[list[Grid], list[np.ndarray]]:
-    """Final grids of a row's images; and their pixel values, where it has no codes. Codes are checked."""
+    """Final grids of a row's images, and if it has no codes their pixel values. Codes are checked."""
     if sample.codes is None:
         return read_pixels(sample, image_processor)
     sample.codes.check(schedules, codebook_size, fingerprint)
@@ -108,8 +109,8 @@ def read_pixels(sample: Sample, image_processor: NextFlowImageProcessor) -> tupl
     """The final grids (height, width) of a row's images, and their pixel values (3, H, W) in [-1, 1].
 
     Raises:
-        BadImageError: naming the field, for an image that is missing, cannot be read, or has a ratio that is not
-            drawn.
+        BadImageError: naming the field, for an image that is missing, cannot be read, or whose aspect ratio no schedule
+            has.
     """
     grids, pixels = [], []
     for place, source in zip(sample.fields, sample.images):
@@ -125,7 +126,7 @@ def read_pixels(sample: Sample, image_processor: NextFlowImageProcessor) -> tupl
 
 
 def check_ratio(height: int, width: int, place: str, schedules: ScaleSchedules):
-    """Raises `BadImageError` for an image whose ratio no schedule draws."""
+    """Raises `BadImageError` for an image whose aspect ratio no schedule has."""
     try:
         schedules.nearest(height, width)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Errors that name where in a row something is wrong."""
+"""Errors that name the field of a row in which something is wrong."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from ..utils.field_errors import FieldError
 
 
 class BadRowError(FieldError):
-    """A row that cannot be used; `field` says where in it, as `messages[0].content[1].image`."""
+    """A row that cannot be used; `field` is the invalid field, such as `messages[0].content[1].image`."""
 
     def of_row(self, number: int | str) -> BadRowError:
-        """The same error, named with the row's number, or how else it is told."""
+        """The same error with the row's number or name."""
         return type(self)(f"row {number}, {self.field}", self.problem)
 
 
 class BadImageError(BadRowError):
-    """An image that is missing, does not decode, or has a ratio that is not drawn."""
+    """An image that is missing, cannot be decoded, or has an aspect ratio that no schedule has."""

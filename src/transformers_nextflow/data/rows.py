@@ -1,4 +1,4 @@
-"""One row of training data: what may stand in it, read and checked in one place (docs/data.md)."""
+"""Rows of training data: their schema, in which they are read and checked (docs/data.md)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .row_errors import BadImageError, BadRowError
 from .stored_sizes import rows_of_sizes
 
 
-# What readers put into rows: their number, or how else they are told, and what paths of their images are relative to.
+# Fields that readers add to rows: their number or name, and the folder to which paths of their images are relative.
 ROW_NUMBER, ROW_ROOT = "row_number", "row_root"
 
 VIDEO_KINDS = "GIF, WebP, PNG, MP4, MOV, MKV, WebM and AVI"
@@ -33,10 +33,10 @@ class Sample:
 
     Args:
         messages: every content is a list of `{"type": "text", "text": …}` and `{"type": "image"}` parts, with "train"
-            where the row has it; a video is one image part for each frame.
-        images: what the row gives of each image, in the order of the image parts; empty if it has codes alone.
-        fields: where each image stands in the row, for messages of errors.
-        codes: of its images; `None` without codes.
+            if the row has it; a video is one image part for each frame.
+        images: the images as the row gives them, in the order of the image parts; empty if it has only codes.
+        fields: the field of each image in the row, for messages of errors.
+        codes: the codes of its images; `None` without codes.
     """
 
     messages: list[dict]
@@ -54,7 +54,7 @@ class Sample:
         return len(self.trained_images)
 
     def check_learned(self):
-        """Raises `BadRowError` if nothing is learned from it: no part, and no end of an answer."""
+        """Raises `BadRowError` if nothing in it is trained on: no part, and no end of an answer."""
         ends = (message.get("train", True) for message in self.messages if message["role"] == "assistant")
         if not any(ends) and not any(on and part.get("text") != "" for part, on in self._parts()):
             raise nothing_learned()
@@ -64,24 +64,24 @@ class Sample:
 
 
 def nothing_learned() -> BadRowError:
-    """The error of a row in which nothing is to be learned."""
+    """The error for a row in which nothing is trained on."""
     return BadRowError("messages", 'nothing is learned from them; give an answer or "train": true')
 
 
 def is_trained(message: dict, part: dict) -> bool:
-    """Whether a part of a [`Sample`]'s message is trained on: its own flag, the message's, or that it is an answer."""
+    """Whether a part of a [`Sample`]'s message is trained on, by its flag, the message's flag, or the role."""
     return part.get("train", message.get("train", message["role"] == "assistant"))
 
 
 def read_row(
     row: dict, root: str | os.PathLike = ".", with_codes: bool = True, max_frames: int = most_frames(0)
 ) -> Sample:
-    """Read a row; paths of images are relative to `root`, unless the row names its own. Images are looked for, not
-    decoded.
+    """Read a row; paths of images are relative to `root`, unless the row names its own. Image files must exist, but are
+    not decoded.
 
     Args:
-        with_codes: `False` leaves codes unread, so that every image must be given.
-        max_frames: a video file that has more frames is sampled, see `read_frames`.
+        with_codes: `False` ignores codes, so that every image must be given.
+        max_frames: a video file with more frames is sampled, see `read_frames`.
 
     Raises:
         BadRowError: naming the field, if the row does not follow the schema.
@@ -108,10 +108,10 @@ def read_row(
 
 
 def read_messages(row: dict) -> list[dict]:
-    """The messages of a row, every content a list of parts. Images are not looked for.
+    """The messages of a row, every content a list of parts. Images are not checked.
 
     Raises:
-        BadRowError: naming the field, for what is no message or part.
+        BadRowError: naming the field, for invalid messages or parts.
     """
     check_is_row(row)
     messages = as_list(row.get("messages"))
@@ -124,7 +124,7 @@ def read_messages(row: dict) -> list[dict]:
 
 
 def check_is_row(row: Any):
-    """Raises `BadRowError` for what is no row at all."""
+    """Raises `BadRowError` for anything but a row."""
     if not isinstance(row, dict):
         raise BadRowError("row", f"must be an object with messages, got {type(row).__name__}")
 
@@ -142,7 +142,7 @@ def load_image(image: Any, field: str = "image") -> Image.Image:
 
 
 class NumberedRows:
-    """Rows by number that hold their number as `ROW_NUMBER`, so that an error in one can name it."""
+    """Rows that hold their number as `ROW_NUMBER`, so that an error in a row can name it."""
 
     def __init__(self, rows: Sequence[dict]):
         self.rows = rows
@@ -157,7 +157,7 @@ class NumberedRows:
     def __getitem__(self, index: int) -> dict:
         try:
             row = self.rows[index]
-            check_is_row(row)  # a list would be taken for a pack
+            check_is_row(row)  # otherwise a list would count as a pack
         except BadRowError as error:
             raise error.of_row(index) from error
         return row | {ROW_NUMBER: index}
@@ -172,7 +172,7 @@ class NumberedRows:
 
 
 def _take_part(sample: Sample, part: dict, place: str, root: Path, max_frames: int) -> list[dict]:
-    """The part as the sample holds it, with its images put there."""
+    """The parts of the sample for a part of a row; adds its images to the sample."""
     kind = part["type"]
     if kind == "text":
         return [part]
@@ -187,7 +187,7 @@ def _take_part(sample: Sample, part: dict, place: str, root: Path, max_frames: i
 
 
 def _frames(video: Any, place: str, root: Path, max_frames: int) -> tuple[list, list[str]]:
-    """The images of a video: a list of them, or a file as `read_frames` takes it."""
+    """The images of a video, given as a list of images or as a file for `read_frames`."""
     if frames := as_list(video):
         places = [f"{place}[{number}]" for number in range(len(frames))]
         frames = [_locate(frame, where, root) for frame, where in zip(frames, places)]
@@ -209,7 +209,7 @@ def _frames(video: Any, place: str, root: Path, max_frames: int) -> tuple[list, 
 
 def _locate(image: Any, place: str, root: Path):
     """A path that exists, bytes or a PIL image; `None` for none."""
-    if isinstance(image, dict):  # as `datasets` keeps images that it has not decoded
+    if isinstance(image, dict):  # the form of images that `datasets` has not decoded
         image = image.get("bytes") or image.get("path")
     if image is None or isinstance(image, bytes | Image.Image):
         return image
@@ -222,7 +222,7 @@ def _locate(image: Any, place: str, root: Path):
 
 
 def _take_images(sample: Sample, given: Any, root: Path):
-    """TRL's way: images in a list beside the messages."""
+    """Read images in a list beside the messages, as in TRL."""
     images = [] if given is None else as_list(given)
     if images is None:
         raise BadRowError("images", f"must be a list of images, got {shown(given)}")

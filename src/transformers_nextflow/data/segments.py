@@ -1,4 +1,4 @@
-"""Conversations to tokens, and which of them are trained on."""
+"""Encodes conversations to tokens, and finds those that are trained on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .rows import is_trained
 def encode_messages(processor: NextFlowProcessor, messages: list[dict]) -> tuple[list[int], list[bool]]:
     """Token ids of a [`Sample`]'s messages, one placeholder for each image, and whether each is trained on.
 
-    Trained on are the turns of the assistant, their end token included; "train" of a message decides otherwise for the
-    whole message, and "train" of a part for the part.
+    The turns of the assistant are trained on, their end token included; "train" of a message changes that for the whole
+    message, and "train" of a part for the part.
 
     Raises:
         ValueError: for text that holds the two noncharacters that mark parts here.
@@ -29,7 +29,7 @@ def encode_messages(processor: NextFlowProcessor, messages: list[dict]) -> tuple
 
 def _with_flags(processor: NextFlowProcessor, messages: list[dict], encoded: EncodedChat) -> list[bool]:
     trained = list(encoded.is_answer)
-    # Turns of the assistant do not touch, so the runs of trained tokens are these turns.
+    # Turns of the assistant are never adjacent, so each run of trained tokens is one turn.
     turns = [(match.start(), match.end()) for match in re.finditer("1+", "".join("01"[answer] for answer in trained))]
     answers = [message for message in messages if message["role"] == "assistant"]
     for (start, stop), message in zip(turns, answers):

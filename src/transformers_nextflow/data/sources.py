@@ -1,4 +1,4 @@
-"""What people have, opened as rows: files of rows, folders of captioned images, tables, tars, data sets of the Hub."""
+"""Opens sources of rows: files of rows, folders of captioned images, tables, tars, data sets of the Hub."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ def open_rows(
     streaming: bool = False,
     needs_texts: bool = True,
 ) -> tuple[Sequence[dict] | IterableDataset, Path]:
-    """The rows of a source (docs/data.md), and the folder that their images' paths are relative to.
+    """The rows of a source (docs/data.md), and the folder to which paths of their images are relative.
 
-    Rows of `messages` are given as they are. Rows of an image and a caption, and those of an image, an instruction and
-    an edited image, become such.
+    Rows of `messages` are returned unchanged. Rows of an image and a caption, and those of an image, an instruction and
+    an edited image, become rows of messages.
 
     Args:
         source: a `.jsonl` file with images beside it; `.parquet` files; a folder of images with `metadata.jsonl`,
             `.csv` or `.parquet`; WebDataset `.tar` files; a folder that `Dataset.save_to_disk` wrote; or the name of a
-            data set of the Hub, of which the split "train" is taken. Or an address in a store that fsspec knows, of
+            data set of the Hub, of which the split "train" is read. Or an address in a store that fsspec knows, of
             `.parquet` or `.tar` files, or of a folder of images with `metadata.jsonl`.
-        columns: which hold what; those that are not named are found by their names.
-        streaming: give tables as a stream of `datasets`, which reads them as they are asked for. Files of rows, and
-            what `save_to_disk` wrote, are read so anyway, by number.
+        columns: the names of columns; missing names are found.
+        streaming: return tables as a stream of `datasets`, which is read during iteration. Files of rows, and what
+            `save_to_disk` wrote, are always read on access, by number.
         needs_texts: whether images without captions are refused; else their prompts are empty.
 
     Raises:
-        ValueError: for anything else, and for columns that are not there.
+        ValueError: for any other source, and for columns that do not exist.
     """
     columns, source = columns or Columns(), without_file_scheme(source)
     if is_address(source):
@@ -72,7 +72,7 @@ def open_rows(
 
 
 def _stored_rows(source: str, columns: Columns, streaming: bool, needs_texts: bool):
-    """Parquet is read row group by row group, and images one by one, where they lie; tars are fetched by `datasets`."""
+    """Rows in a store: Parquet files are read row group by row group, images one by one; `datasets` downloads tars."""
     kind, files = files_of(source)
     if kind != "webdataset":
         rows = ParquetRows(files) if kind == "parquet" else StoredImages(source)
@@ -95,13 +95,13 @@ def _file_of_rows(rows: Sequence[dict], columns: Columns, needs_texts: bool) -> 
     except ValueError:
         if columns.are_named:
             raise
-        return rows  # refused row by row, for want of messages
+        return rows  # each row is refused later, since it has no messages
     _check_texts(found, needs_texts, names)
     return ConversationRows(rows, found)
 
 
 def _kind_of(source: str | os.PathLike, path: Path) -> tuple[str, Any]:
-    """Which reader of `datasets` a source is for, and what that is given. Raises `ValueError` if it is none."""
+    """The reader of `datasets` for a source, and its argument. Raises `ValueError` if there is none."""
     if not os.path.exists(path):
         if not HUB_NAME.fullmatch(str(source)):
             raise ValueError(f"There is no file or folder {short_path(path)}, and it names no data set of the Hub.")
@@ -171,7 +171,7 @@ def _table_of_rows(table: Dataset | IterableDataset, columns: Columns, needs_tex
     names = list(features or table.column_names or next(iter(table), {}))
     images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
     if isinstance(getattr(features.get("images"), "feature", None), datasets.Image):
-        # Decoded by us, so that a broken image is told by its row and field.
+        # Not decoded by `datasets`, so that errors for broken images name row and field.
         table = table.cast_column("images", datasets.List(datasets.Image(decode=False)))
     for column in images:
         table = table.cast_column(column, datasets.Image(decode=False))
@@ -207,7 +207,7 @@ def _check_texts(columns: Columns, needed: bool, names: Sequence[str]):
 
 
 class JsonLines:
-    """Rows of a JSON Lines file, by number; empty lines are none."""
+    """Rows of a JSON Lines file, read by number; empty lines do not count."""
 
     def __init__(self, path: Path):
         self.path, self.offsets = path, []

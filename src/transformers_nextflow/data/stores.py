@@ -1,4 +1,6 @@
-"""Stores that fsspec knows, by address: sources such as s3://bucket/images, and folders that shards are written to."""
+"""Stores that fsspec knows: sources with addresses such as s3://bucket/images, and folders to which shards are
+written.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from ..utils.unique_names import load_json
 from .row_errors import BadImageError, BadRowError
 
 
-# Beside a folder's images, by the convention of `datasets`.
+# The file with texts beside a folder's images, by the convention of `datasets`.
 METADATA = "metadata.jsonl"
 STORED_KINDS = f"a .parquet or .tar file, a folder of those, or a folder of images with {METADATA}"
 
@@ -27,7 +29,7 @@ def is_address(place: object) -> bool:
 
 
 def without_file_scheme(place: Any) -> Any:
-    """A place, and of file:// the path."""
+    """A place; for a file:// address its path."""
     return opened(place)[1] if str(place).startswith("file://") else place
 
 
@@ -45,7 +47,7 @@ def opened(address: object) -> tuple[Any, str]:
 
 
 def files_of(source: str) -> tuple[str, list[str]]:
-    """What an address holds ("parquet", "webdataset" or "images"), and the addresses of its files.
+    """The kind of an address ("parquet", "webdataset" or "images"), and the addresses of its files.
 
     Raises:
         ValueError: for anything else, and for a store that cannot be reached.
@@ -67,7 +69,7 @@ def files_of(source: str) -> tuple[str, list[str]]:
 
 @contextmanager
 def told(address: str, kind: type[Exception]) -> Iterator[None]:
-    """What a store raises, each its own, as one kind of error that names the address."""
+    """Turns the errors of stores, which are of many kinds, into one kind that names the address."""
     try:
         yield
     except FileNotFoundError as error:
@@ -81,7 +83,7 @@ def told(address: str, kind: type[Exception]) -> Iterator[None]:
 
 
 class StoredImages(Sequence):
-    """The rows of a folder of images in a store; an image is fetched when its row is asked for."""
+    """The rows of a folder of images in a store; an image is downloaded when its row is read."""
 
     def __init__(self, address: str):
         self.address = address.rstrip("/")
@@ -109,31 +111,31 @@ class StoredImages(Sequence):
 
 
 class LocalFolder:
-    """A folder of this machine that shards are written to."""
+    """A folder of this machine to which shards are written."""
 
     def __init__(self, path: str | Path):
-        # Other processes do not share this one's working folder.
+        # Other processes may have another working folder.
         self.path = Path(path).absolute()
 
     def __str__(self) -> str:
         return str(self.path)
 
     def names(self) -> list[str]:
-        """Of its files; none of a folder that is not there."""
+        """The names of its files; empty for a folder that does not exist."""
         return sorted(path.name for path in self.path.iterdir()) if self.path.is_dir() else []
 
     def read(self, name: str) -> bytes:
-        """A file. Raises `FileNotFoundError` if it is not there."""
+        """The content of a file. Raises `FileNotFoundError` if it does not exist."""
         return (self.path / name).read_bytes()
 
     def write(self, name: str, write: Callable[[Path], object]):
-        """A file, whole or not at all: `write` writes it to the path that it is given."""
+        """Write a file atomically: `write` writes it to the path that it is given."""
         with write_whole(self.path / name) as partial:
             write(partial)
 
 
 class StoredFolder:
-    """The same in a store. Files are made here, and then brought there."""
+    """The same in a store. Files are made on this machine and then uploaded."""
 
     def __init__(self, address: str):
         self.address = address.rstrip("/")

@@ -1,4 +1,4 @@
-"""Checks of whole data sets, which name the row and the field of what is wrong."""
+"""Checks of whole data sets, which name the row and the field of each problem."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from .vision_tokenizer import load_processor, load_vision_tokenizer
 
 
 ON_BAD_IMAGE = ("stop", "skip")
-# Problems that a report names one by one; it counts them all.
+# The largest number of problems that a report names; it counts all of them.
 MOST_NAMED = 20
 
 
 @dataclass
 class ValidationReport:
-    """What a check of rows found.
+    """The result of a check of rows.
 
     Args:
-        rows, images: how many were looked at.
-        skipped: rows that training would leave out because of an image.
-        problems: "row 3, messages[0].role: …" of rows that cannot be used, the first `MOST_NAMED`; likewise
-            `skipped_because`.
-        num_problems: of all.
+        rows, images: how many were checked.
+        skipped: number of rows that training would skip because of an image.
+        problems: the first `MOST_NAMED` problems of rows that cannot be used, such as "row 3, messages[0].role: …";
+            `skipped_because` has the same for skipped rows.
+        num_problems: the number of all problems.
     """
 
     rows: int = 0
@@ -57,12 +57,12 @@ def check_on_bad_image(value: str):
 def usable_rows(
     rows: Iterable[dict], prepare: Callable[[dict], Any], on_bad_image: str, skipped: list[str], first: int = 0
 ) -> Iterator[tuple[int, Any]]:
-    """Number of each usable row, counted from `first`, and what `prepare` makes of it.
+    """The number of each usable row, counted from `first`, and the result of `prepare` for it.
 
-    Rows with an image that is missing or does not decode are added to `skipped` with `on_bad_image="skip"`.
+    With `on_bad_image="skip"` rows with an image that is missing or cannot be decoded are added to `skipped`.
 
     Raises:
-        ValueError: naming the row and the field of whatever else is wrong, and of a bad image with "stop".
+        ValueError: naming the row and the field of any other problem, and with "stop" of a bad image.
     """
     for number, row in enumerate(_rows_or_errors(rows), start=first):
         try:
@@ -88,15 +88,15 @@ def validate_rows(
     processor: NextFlowProcessor | None = None,
     max_positions: int | None = None,
 ) -> ValidationReport:
-    """Read every row as training does, and decode every image that training would; nothing is raised for what rows
-    hold.
+    """Read every row as training does, and decode every image that training would. Problems in rows are reported and
+    not raised.
 
     Args:
-        root: what paths of images are relative to.
-        schedules, codebook_size, fingerprint: of the tokenizer that codes must come from; `None`: not checked.
-        on_bad_image: whether rows with an image that does not decode are problems ("stop") or left out ("skip").
-        processor: of the model that is to be trained; without one, texts are not written with its chat template.
-            `schedules` are its image processor's then.
+        root: the folder to which paths of images are relative.
+        schedules, codebook_size, fingerprint: those of the tokenizer from which codes must come; `None`: not checked.
+        on_bad_image: whether rows with an image that cannot be decoded are problems ("stop") or skipped ("skip").
+        processor: the processor of the model to train; its image processor's schedules are used. Without one, the chat
+            template is not applied to texts.
         max_positions: how many positions that model has; `None`, or without a processor: not checked.
     """
     check_on_bad_image(on_bad_image)
@@ -152,13 +152,13 @@ def validate_source(
 
 
 class _OneKind:
-    """A batch takes the codes of all its images, or of none."""
+    """Checks that all rows with images have codes or none has, since a batch must be of one kind."""
 
     def __init__(self):
         self.first: tuple[int, bool] | None = None
 
     def check(self, number: int, sample: Sample):
-        """Raises `BadRowError` for a row with codes where the first row with images had none, and the other way."""
+        """Raises `BadRowError` for a row with codes if the first row with images had none, and the other way round."""
         if not sample.num_images:
             return
         has_codes = sample.codes is not None
@@ -169,7 +169,7 @@ class _OneKind:
 
 
 def _rows_or_errors(rows: Iterable[dict]) -> Iterator[dict | BadRowError]:
-    """The rows; in place of one that is no row at all, the error."""
+    """The rows; an entry that is no row is replaced by the error."""
     if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
         yield from rows
         return

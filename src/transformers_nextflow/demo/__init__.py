@@ -1,1 +1,1 @@
-"""The demo in the browser: what it does (`actions.py`), and its page (`page.py`)."""
+"""The demo in the browser: its actions (`actions.py`) and its page (`page.py`)."""

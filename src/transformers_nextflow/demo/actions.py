@@ -1,4 +1,4 @@
-"""What the demo does, as functions of a pipeline; they know of no browser."""
+"""The actions of the demo, as functions of a pipeline that do not depend on a browser."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Images smaller than this are painted on enlarged, pixel by pixel: a brush on 64 pixels is no brush.
+# Images smaller than this are enlarged for painting, pixel by pixel, since a brush is too coarse for 64 pixels.
 PAINTED_SIDE = 512
 DEFAULT_SIZE = "default"
 
 
 @dataclass
 class Shown:
-    """What is to be seen of a drawing.
+    """What the page shows of a drawing.
 
     Args:
-        images: as far as they are drawn, each with its caption.
-        growth: of the first image what it was after each scale, with its number.
-        is_finished: whether these are the images themselves.
-        warnings: what the pipeline warned of.
+        images: the images so far, each with its caption.
+        growth: the first image after each scale, with the number of the scale.
+        is_finished: whether the images are finished.
+        warnings: warnings of the pipeline.
     """
 
     images: list[tuple[Image.Image, str]]
@@ -52,16 +52,16 @@ def sizes(pipe: NextFlowPipeline) -> list[str]:
 
 
 def draw(pipe: NextFlowPipeline, prompt: str, size: str, count, seed, guidance) -> Iterator[Shown]:
-    """Draw candidates for a prompt as they grow; finished, the one that fits best by the model's own score is first.
+    """Draw candidates for a prompt and give them after each scale; finally, the one with the best score comes first.
 
     Args:
-        prompt: of all of them.
+        prompt: the prompt of all candidates.
         size: one of `sizes`.
-        count: of candidates; number i has the seed `seed` + i.
-        guidance: `None` for the checkpoint's own.
+        count: number of candidates; candidate i has the seed `seed` + i.
+        guidance: guidance scale; `None` for the checkpoint's own.
 
     Raises:
-        ValueError: for what the pipeline refuses.
+        ValueError: for inputs that the pipeline refuses.
     """
     if size not in sizes(pipe):
         raise ValueError(f"No image is drawn in the size {size!r}; choose one of the list.")
@@ -76,10 +76,10 @@ def draw(pipe: NextFlowPipeline, prompt: str, size: str, count, seed, guidance) 
 
 
 def edit(pipe: NextFlowPipeline, prompt: str, painted: dict | None, count, seed, guidance) -> Iterator[Shown]:
-    """Edit an image as a prompt says, inside of what was painted, or everywhere where nothing was.
+    """Edit an image as a prompt says, inside of the painted area, or everywhere if nothing was painted.
 
     Args:
-        painted: "background", the image, and "layers", images with an alpha channel of what was painted on it.
+        painted: "background", the image, and "layers", images with an alpha channel in which the user painted.
 
     Raises:
         ValueError: without an image, and for what the pipeline refuses.
@@ -93,7 +93,7 @@ def edit(pipe: NextFlowPipeline, prompt: str, painted: dict | None, count, seed,
 
 
 def vary(pipe: NextFlowPipeline, prompt: str, image: Image.Image | None, kept, count, seed) -> Iterator[Shown]:
-    """Draw variations of an image, whose first `kept` scales stay.
+    """Draw variations of an image, with its first `kept` scales.
 
     Raises:
         ValueError: without an image, and for what the pipeline refuses.
@@ -107,7 +107,7 @@ def chat(pipe: NextFlowPipeline, conversation: list[dict], text: str, images: li
     """A conversation with one more question, of text and images, and its answer.
 
     Raises:
-        ValueError: for a question without words, and for what the pipeline refuses.
+        ValueError: for a question without words, and for inputs that the pipeline refuses.
     """
     if not text.strip():
         raise ValueError("A message needs words; write some.")
@@ -120,20 +120,20 @@ def chat(pipe: NextFlowPipeline, conversation: list[dict], text: str, images: li
 
 
 def explained(error: Exception) -> str:
-    """What a person is told of an error; a defect is logged with its traceback besides."""
+    """The message for an error; an unexpected error is also logged with its traceback."""
     if not isinstance(error, (*MENDABLE, MemoryError, torch.OutOfMemoryError)):
         logger.error("The demo failed.", exc_info=error)
     return one_line(error).removeprefix("Error: ")
 
 
 def enlarged(image: Image.Image) -> Image.Image:
-    """An image as it is painted on: small ones with each pixel repeated."""
+    """An image for painting: small images are enlarged by repeating pixels."""
     factor = max(1, PAINTED_SIDE // max(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def shrunk(pipe: NextFlowPipeline, image: Image.Image) -> Image.Image:
-    """What `enlarged` has made of an image of the model's; any other image as it is, RGB."""
+    """The inverse of `enlarged` for images of the model's sizes; any other image is only converted to RGB."""
     image = image.convert("RGB")
     for height, width in pipe.processor.image_processor.scale_schedules.all_sizes():
         small = image.resize((width, height), Image.Resampling.NEAREST)
@@ -144,21 +144,21 @@ def shrunk(pipe: NextFlowPipeline, image: Image.Image) -> Image.Image:
 
 
 def mask_of(layers: list[Image.Image], size: tuple[int, int]) -> Image.Image | None:
-    """Where layers were painted, of an image's size (width, height); `None` where nothing was."""
+    """The mask of the painted area, of an image's size (width, height); `None` if nothing was painted."""
     marked = [np.asarray(layer.convert("RGBA").getchannel("A")) > 0 for layer in layers]
     if not any(layer.any() for layer in marked):
         return None
     mask = Image.fromarray(255 * np.logical_or.reduce(marked).astype(np.uint8))
-    # Enlarged images come back to their size: a pixel is marked where most of what shows it is.
+    # Masks of enlarged images are reduced: a pixel is marked if most of its enlarged square is.
     return mask.resize(size, Image.Resampling.BOX)
 
 
 def _growing(pipe: NextFlowPipeline, prompt: str, count, seed, **settings) -> Iterator[Shown]:
-    """Call the pipeline in a thread, and show after each scale what is there; whoever stops reading stops it."""
+    """Call the pipeline in a thread, and yield the images after each scale; closing the iterator stops the drawing."""
     if not (prompt or "").strip():
         raise ValueError("There is no prompt; say what is to be drawn.")
     count, seed = _whole(count, "number of images"), _whole(seed, "seed")
-    pipe.check_batch_size(count)  # before so many generators are made
+    pipe.check_batch_size(count)  # before `count` generators are made
     generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
     captions = [f"seed {seed + index}" for index in range(count)]
     told, growth, is_left = SimpleQueue(), [], threading.Event()
@@ -195,7 +195,7 @@ def _growing(pipe: NextFlowPipeline, prompt: str, count, seed, **settings) -> It
 
 
 def _whole(value, name: str) -> int:
-    """Raises `ValueError` for what a field for whole numbers should not hold."""
+    """Raises `ValueError` for values that are no whole numbers."""
     if value is None or not float(value).is_integer() or not 0 <= value <= 2**32:
         raise ValueError(f"The {name} must be a whole number from 0 to {2**32}, got {value}.")
     return int(value)

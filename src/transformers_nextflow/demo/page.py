@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from ..pipeline_nextflow import NextFlowPipeline
 
 TITLE = "NextFlow"
-# Below this side an image is shown with its pixels, not blurred.
+# Images with shorter sides are shown with sharp pixels, not blurred.
 SMALL_SIDE = 256
 PIXELATED = ".gallery img, .image img {image-rendering: pixelated}"
-# Gradio's columns are at least 100 pixels wide each, and run out of a phone.
+# Gradio's columns are at least 100 pixels wide each, which is too wide for a phone.
 COLUMNS = ".gallery .grid-container {grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important}"
-# One drawing at a time: all share the model.
+# One drawing at a time, since all requests share the model.
 QUEUE = {"concurrency_limit": 1, "concurrency_id": "model"}
 
 
@@ -62,7 +62,7 @@ def launch(pipe: NextFlowPipeline, **options):
     """Serve the page until the process ends.
 
     Args:
-        options: of Gradio's `launch`, such as `server_name`, `server_port` and `share`.
+        options: options of Gradio's `launch`, such as `server_name`, `server_port` and `share`.
     """
     side = max(pipe.processor.image_processor.scale_schedules.resolutions)
     css = COLUMNS + (PIXELATED if side < SMALL_SIDE else "")
@@ -70,7 +70,7 @@ def launch(pipe: NextFlowPipeline, **options):
 
 
 def for_people(function: Callable) -> Callable:
-    """An event of which errors become messages on the page."""
+    """An event handler whose errors become messages on the page."""
 
     @functools.wraps(function)
     def event(*values) -> Iterator:
@@ -180,7 +180,7 @@ def _shown(label: str):
 
 
 def _on_enter(function: Callable, prompt, button, inputs: list, outputs: list):
-    """An event of the button, and of Enter in the prompt."""
+    """Register an event handler for the button, and for Enter in the prompt."""
     gr.on([prompt.submit, button.click], function, inputs, outputs, show_progress="minimal", **QUEUE)
 
 
@@ -191,9 +191,9 @@ def _outputs(shown: Shown):
 
 
 def _files(images: list[tuple[Image.Image, str]]) -> list[tuple[str, str]]:
-    """Images as files, each written once: Gradio by itself would write one again while a browser still reads it.
+    """Images as files, each written once: Gradio itself would write a file again while a browser still reads it.
 
-    What drew an image is in its file, as in every image that the pipeline saves.
+    The files record what drew the images, as all images of the pipeline do.
     """
     found = []
     for image, caption in images:
@@ -206,7 +206,7 @@ def _files(images: list[tuple[Image.Image, str]]) -> list[tuple[str, str]]:
 
 @functools.cache
 def _folder() -> tempfile.TemporaryDirectory:
-    """Of what was drawn, until the process ends."""
+    """The folder for drawn images, which is removed when the process ends."""
     return tempfile.TemporaryDirectory(prefix="nextflow-demo-")
 
 
@@ -215,7 +215,7 @@ def _index(event: gr.SelectData) -> int:
 
 
 def _taken(tab: str, brought: Callable) -> Callable:
-    """An event that brings the chosen one of the images that were drawn to another tab, and goes there."""
+    """An event handler that puts the chosen image into another tab and opens that tab."""
 
     @for_people
     def take(images, index):
@@ -231,7 +231,7 @@ def _as_painted(image: Image.Image) -> dict:
 
 
 def _bubbles(conversation: list[dict]) -> list[dict]:
-    """A conversation as Gradio shows it: each part of a message by itself."""
+    """A conversation in Gradio's format: each part of a message is a separate entry."""
     return [
         {"role": message["role"], "content": part["text"] if part["type"] == "text" else gr.Image(part["image"])}
         for message in conversation

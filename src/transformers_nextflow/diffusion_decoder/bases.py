@@ -1,4 +1,4 @@
-"""Which denoisers of diffusers can be a base, and how each is called: a new one is a line of `BASES`."""
+"""The denoisers of diffusers that can be a base, and how each is called: a new one is an entry of `BASES`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PromptEmbeddings:
 
     Args:
         tokens: (B, L, D).
-        pooled: (B, P); `None` for a base that takes none.
+        pooled: (B, P); `None` for a base without pooled embeddings.
     """
 
     tokens: torch.Tensor
@@ -25,7 +25,7 @@ class PromptEmbeddings:
 
     @classmethod
     def nothing(cls, base: nn.Module, like: torch.Tensor) -> PromptEmbeddings:
-        """One token of zeros for each row of `like`: the prompt that says nothing."""
+        """One token of zeros for each row of `like`, in place of a prompt."""
         config = base.config
         width = config.get("joint_attention_dim") or config.get("cross_attention_dim")
         pooled = config.get("pooled_projection_dim")
@@ -38,7 +38,8 @@ class PromptEmbeddings:
 class WidenedInput(nn.Module):
     """The first layer of a base's visual branch with more input channels: those of the condition come last.
 
-    The layer's own weights stay a module of their own, so that they can rest while those of the condition are trained.
+    The layer's own weights stay in a separate module, so that they can be frozen while those of the condition are
+    trained.
     """
 
     def __init__(self, own: nn.Conv2d | nn.Linear, added_channels: int):
@@ -65,7 +66,7 @@ class Base:
         input_layer: the name of the first layer of its visual branch.
         call: `call(base, inputs, time, prompt)` → prediction; `inputs` (B, C, H, W) with the condition's channels last,
             `time` (B,) in [0, 1].
-        packing: side of the squares of latents whose channels become one token's.
+        packing: side of the squares of latents that become one token.
         reads_text: whether it has a text branch.
         takes_lora: whether adapters can be put into it.
     """
@@ -81,13 +82,13 @@ class Base:
         return base.config.in_channels // self.packing**2
 
     def multiple(self, base: nn.Module) -> int:
-        """What the sides of the images or latents must be divisible by."""
+        """The number by which the sides of the images or latents must be divisible."""
         if "block_out_channels" in base.config:
             return 2 ** (len(base.config.block_out_channels) - 1)
         return max(self.packing, base.config.patch_size)
 
     def widen(self, base: nn.Module, channels: int):
-        """Give its visual branch the condition's `channels` beside its own."""
+        """Add the condition's `channels` to the input of its visual branch."""
         owner_name, _, name = self.input_layer.rpartition(".")
         owner = base.get_submodule(owner_name)
         setattr(owner, name, WidenedInput(getattr(owner, name), channels * self.packing**2))
@@ -120,7 +121,7 @@ def _call_flux(base, inputs, time, prompt):
     return F.pixel_shuffle(predicted.transpose(1, 2).unflatten(2, (height, width)), 2)
 
 
-# Steps of the noise schedules by which bases count time.
+# The number of steps in which bases count time.
 TIMESTEPS = 1000
 BASES = {
     "UNet2DModel": Base("conv_in", _call_unet, reads_text=False, takes_lora=False),
@@ -133,7 +134,7 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 def base_of(config: dict) -> Base:
-    """The kind of a denoiser by its config. Raises `ValueError` for one whose visual branch is not known."""
+    """The kind of a denoiser with this config. Raises `ValueError` for a kind that is not in `BASES`."""
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in BASES:
         raise ValueError(
@@ -146,13 +147,13 @@ def base_of(config: dict) -> Base:
 
 
 def make_base(config: dict) -> nn.Module:
-    """A denoiser of its config, with random weights."""
+    """A denoiser with this config and random weights."""
     base_of(config)
     return getattr(diffusers, config["_class_name"]).from_config(dict(config))
 
 
 def add_lora(base: nn.Module, rank: int):
-    """Put adapters into its attention; nothing else of it is trained then but the condition's input."""
+    """Add adapters to its attention; besides them only the input weights of the condition are trained then."""
     try:
         from peft import LoraConfig
     except ImportError as error:

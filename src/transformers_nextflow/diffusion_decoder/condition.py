@@ -1,4 +1,4 @@
-"""What a diffusion decoder knows of an image: its codes, as one vector for each cell (paper, section 2.4)."""
+"""The condition of a diffusion decoder: an image's codes, as one vector for each cell (paper, section 2.4)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def code_condition(vq_model: NextFlowVQModel, image_tokens: torch.Tensor, schedu
 def condition_fingerprint(vq_model: NextFlowVQModel) -> str:
     """16 hexadecimal digits that tell tokenizers with different codes or semantic features apart.
 
-    The semantic decoder's weights count as bfloat16 keeps them, so that a model in half precision has the same.
+    The semantic decoder's weights are rounded to bfloat16 first, so a model in half precision has the same fingerprint.
     """
     digest = hashlib.sha256(tokenizer_fingerprint(vq_model).encode())
     with onloaded(vq_model.modules()):

@@ -1,4 +1,4 @@
-"""Codes to pixels by a diffusion decoder, for images of any sizes together."""
+"""Decodes codes to pixels with a diffusion decoder, for batches of images of any sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .modeling_diffusion_decoder import NextFlowDiffusionDecoder
 from .settings import DiffusionSettings
 
 
-# Pixels of the images that are denoised in one batch: four of 1024 x 1024.
+# The largest number of pixels that are denoised in one batch: four images of 1024 x 1024.
 MOST_PIXELS = 2**22
 
 
@@ -33,9 +33,10 @@ def decode_codes(
 
     Args:
         image_tokens: (B, n) codes of all scales of each image, or of its first ones, padded with -1.
-        schedules: of each image.
-        generator: source of the noise: one for all images, or one for each. An image with its own depends on no other.
-        prompts: of each image, for a decoder with a `text_encoder`.
+        schedules: the schedule of each image.
+        generator: source of the noise: one for all images, or one for each; then an image does not depend on the
+            others.
+        prompts: the prompt of each image, for a decoder with a `text_encoder`.
 
     Raises:
         ValueError: for a size that the decoder does not draw, and where an image comes out as NaN or infinity.
@@ -53,7 +54,7 @@ def decode_codes(
         for chosen in (same[start : start + at_once] for start in range(0, len(same), at_once)):
             batches.append((chosen, code_condition(vq_model, image_tokens[chosen, :count], schedule)))
     images: list[torch.Tensor | None] = [None] * len(kinds)
-    # Of all first: where models are offloaded, the decoder takes the place of the tokenizer.
+    # The conditions of all images come first: with offloading, the decoder replaces the tokenizer on the device.
     for chosen, condition in batches:
         pixels = denoise(
             decoder, torch.stack([noise[index] for index in chosen]), condition, settings.num_inference_steps,
@@ -65,7 +66,7 @@ def decode_codes(
 
 
 def _draw_noise(shapes, generator) -> list[torch.Tensor]:
-    """Noise (C, H, W) for each image: of its own generator, or one after the other of a common one."""
+    """Noise (C, H, W) for each image: from its own generator, or for one image after the other from a common one."""
     generators = generator if isinstance(generator, list | tuple) else [generator] * len(shapes)
     return [
         torch.randn(shape, generator=own, device="cpu" if own is None else own.device)

@@ -1,4 +1,4 @@
-"""Noise to images and back: what is learned at a time between them, and the steps of decoding."""
+"""Diffusion between noise and images: the training loss, and the steps of decoding."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .modeling_diffusion_decoder import NextFlowDiffusionDecoder
 from .schedulers import make_scheduler, set_steps
 
 
-# An error of the image weighs 1 / time² (it is one of the velocity), and at times below this one no more: there the
-# noisy image says most, and what is to be learned is what the codes say.
+# An error of the image has the weight 1 / time² (then it is an error of the velocity), but at times below this one the
+# weight does not grow any more: there the noisy image determines most, and the decoder is to learn from the codes.
 LEAST_TIME = 0.5
 
 
@@ -24,12 +24,12 @@ def diffusion_loss(
     prompt: PromptEmbeddings | None = None,
     call: Callable | None = None,
 ) -> torch.Tensor:
-    """The loss of a batch, at times and with noise from torch's own generator.
+    """The loss of a batch, with times and noise from torch's global generator.
 
     Args:
         clean: (B, C, H, W), see `encode_pixels`.
         condition: (B, D, h, w); rows of zeros are trained without a condition.
-        call: the decoder as a trainer has wrapped it.
+        call: the decoder, possibly wrapped by a trainer.
     """
     call, scheduler = call or decoder, make_scheduler(decoder.config.scheduler)
     noise, drawn = torch.randn_like(clean), torch.rand(len(clean), device=clean.device)
@@ -37,7 +37,7 @@ def diffusion_loss(
         steps = (drawn * scheduler.config.num_train_timesteps).long()
         noisy = scheduler.add_noise(clean, noise, steps)
         return F.mse_loss(call(noisy, steps / TIMESTEPS, condition, prompt).float(), noise)
-    # In (0, 1], and as a scheduler with a shift has it.
+    # Times in (0, 1], shifted if the scheduler has a shift.
     shift = scheduler.shift
     time = 1 - drawn
     time = shift * time / (1 + (shift - 1) * time)

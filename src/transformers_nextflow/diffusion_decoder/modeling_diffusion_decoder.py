@@ -33,29 +33,29 @@ UPSAMPLING = (1, 2)
 class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
     """A denoiser of images that is conditioned on the codes of a vision tokenizer.
 
-    The condition reaches the denoiser through its visual branch: one projection brings the vector of each cell to the
-    cells of the denoiser that it covers, as channels beside those of the noisy image. A prompt goes through the text
-    branch of a base that has one.
+    The condition enters the denoiser through its visual branch: a projection maps the vector of each cell to the cells
+    of the denoiser that it covers, as channels beside those of the noisy image. If the base has a text branch, it reads
+    the prompt.
 
     Args:
         base: config of a denoiser of diffusers, one of `BASES`.
-        condition_channels: of the tokenizer, see `condition_channels`.
-        patch_size: pixels that a code covers, a side.
+        condition_channels: number of channels of the tokenizer's condition, see the function `condition_channels`.
+        patch_size: side in pixels of the square that a code covers.
         upsampling: 1 or 2, how many times as large as the tokenizer's the images are.
         projected_channels: channels of the condition at a cell of the denoiser.
-        projection_hidden_size: hidden size of an MLP that projects the condition; default: one linear map.
+        projection_hidden_size: hidden size of an MLP that projects the condition; default: a linear map.
         vae: config of an `AutoencoderKL` in whose latents the base denoises; default: it denoises pixels.
         pixel_cell: without a VAE, side of the squares of pixels that are one cell of the denoiser.
         scheduler: config of a scheduler of diffusers, flow matching or one with alphas; default: flow matching.
-        predicts: what the base gives: "velocity" or "image" with flow matching, "noise" with others.
-        lora_rank: rank of the adapters that are trained in place of the base; default: all of it is trained.
+        predicts: what the base predicts: "velocity" or "image" with flow matching, "noise" with other schedulers.
+        lora_rank: rank of the adapters that are trained in place of the base; default: the whole base is trained.
         fingerprint: `condition_fingerprint` of the tokenizer that it was trained on; default: any.
         trained_sizes: (height, width) of the tokenizer's images that it was trained on; default: any.
         num_inference_steps, guidance_scale: defaults of decoding.
-        base_model, vae_model: modules with weights in place of random ones.
+        base_model, vae_model: modules to use in place of new ones with random weights.
 
     Raises:
-        ValueError: for a base whose visual branch is not known, and settings that do not fit together.
+        ValueError: for a base that is not in `BASES`, and settings that do not fit together.
     """
 
     _supports_gradient_checkpointing = True
@@ -104,13 +104,13 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
             layers.insert(1, nn.SiLU())
         self.projection = nn.Sequential(*layers)
         if lora_rank is not None:
-            # Before the input is widened, whose new weights are trained as they are.
+            # Before the input is widened, since its new weights are trained without adapters.
             add_lora(self.denoiser, lora_rank)
         self.kind.widen(self.denoiser, projected_channels)
         if base_model is not None:
-            # A trained base begins as the one that it is.
+            # The new weights of a trained base start from zeros, so that it first behaves as before.
             nn.init.zeros_(self.denoiser.get_submodule(self.kind.input_layer).condition.weight)
-        # Gives prompts as the base's text branch reads them, where it has one; a function, which is not saved.
+        # A function that encodes prompts for the text branch of the base, if it has one; it is not saved.
         self.text_encoder: Callable[[list[str]], PromptEmbeddings] | None = None
 
     def _check_settings(self):
@@ -141,14 +141,14 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
 
     @property
     def pixels_per_cell(self) -> int:
-        """Pixels a side of what the base denoises as one cell."""
+        """The side in pixels of one cell of the denoiser."""
         if self.autoencoder is None:
             return self.config.pixel_cell
         return 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
 
     @property
     def cells_per_code(self) -> int:
-        """Cells of the denoiser a side that a code covers."""
+        """The side, in cells of the denoiser, of the square that a code covers."""
         return self.config.patch_size * self.config.upsampling // self.pixels_per_cell
 
     @property
@@ -156,10 +156,10 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
         return 3 * self.config.pixel_cell**2 if self.autoencoder is None else self.autoencoder.config.latent_channels
 
     def sample_shape(self, grid: tuple[int, int]) -> tuple[int, int, int]:
-        """(C, H, W) of what is denoised for an image of a final grid (h, w) of codes.
+        """The shape (C, H, W) of the noise for an image with the final grid (h, w) of codes.
 
         Raises:
-            ValueError: for a size that it was not trained for, or that the base does not divide.
+            ValueError: for a size that it was not trained for, or whose sides the base cannot divide.
         """
         size = tuple(side * self.config.patch_size for side in grid)
         trained = self.config.trained_sizes
@@ -211,7 +211,7 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What is denoised (B, C, H, W) of pixels (B, 3, …) in [-1, 1]."""
+        """The images or latents (B, C, H, W) that the base denoises, from pixels (B, 3, …) in [-1, 1]."""
         if self.autoencoder is None:
             return F.pixel_unshuffle(pixels, self.config.pixel_cell)
         latents = self.autoencoder.encode(pixels.to(self.autoencoder.dtype)).latent_dist.mode().float()
@@ -219,7 +219,7 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def decode_pixels(self, sample: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, …) in [-1, 1] of what was denoised (B, C, H, W)."""
+        """Pixels (B, 3, …) in [-1, 1] from denoised images or latents (B, C, H, W)."""
         if self.autoencoder is None:
             return F.pixel_shuffle(sample, self.config.pixel_cell).clamp(-1, 1)
         latents = sample / self.autoencoder.config.scaling_factor + (self.autoencoder.config.shift_factor or 0.0)
@@ -232,13 +232,13 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
         condition: torch.Tensor | None = None,
         prompt: PromptEmbeddings | None = None,
     ) -> torch.Tensor:
-        """What the base predicts, (B, C, H, W).
+        """The prediction (B, C, H, W) of the base.
 
         Args:
             sample: (B, C, H, W) noisy images or latents.
             time: (B,) in [0, 1], 1 for noise only.
             condition: (B, D, h, w), see `code_condition`; zeros and `None` are the unconditional case.
-            prompt: for a base with a text branch; default: one that says nothing.
+            prompt: the prompt for a base with a text branch; default: one token of zeros.
         """
         weight = self.projection[0].weight
         sample, time = sample.to(weight.dtype), time.to(sample)
@@ -275,8 +275,8 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def upsampled(self) -> NextFlowDiffusionDecoder:
-        """One for images twice as large, to be trained further (second stage): each cell of the denoiser begins with
-        the condition of the cell that covered it.
+        """A decoder for images twice as large, to be trained further (second stage): each cell of the denoiser starts
+        with the condition of the cell that covered it.
         """
         if self.config.upsampling != 1:
             raise ValueError("This diffusion decoder gives images twice as large already.")

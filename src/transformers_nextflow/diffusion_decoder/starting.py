@@ -1,4 +1,4 @@
-"""Diffusion decoders to begin a training from: a small one of our own, or on a base of diffusers with its weights."""
+"""Diffusion decoders from which a training starts: a small one of our own, or one on a trained base of diffusers."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .modeling_diffusion_decoder import NextFlowDiffusionDecoder
 from .schedulers import scheduler_class
 
 
-# Where pipelines of diffusers keep their denoiser.
+# Names of the denoiser in pipelines of diffusers.
 DENOISERS = ("transformer", "unet")
 NORM_GROUPS = 8
 
 
 def of_tokenizer(vq_model: NextFlowVQModel) -> dict[str, Any]:
-    """The arguments of a decoder that its tokenizer decides."""
+    """The arguments of a decoder that follow from its tokenizer."""
     return {
         "condition_channels": condition_channels(vq_model.config),
         "patch_size": vq_model.config.patch_size,
@@ -46,9 +46,9 @@ def small_decoder(
     """A small UNet with random weights that predicts images.
 
     Args:
-        channels: of its levels, the finest first; each level halves the sides.
-        layers: residual blocks of a level.
-        pixel_cell: side of the squares of pixels that are one cell of it.
+        channels: channels of its levels, the finest first; each level halves the sides.
+        layers: number of residual blocks of a level.
+        pixel_cell: side of the squares of pixels that are one cell of the UNet.
         settings: other arguments of [`NextFlowDiffusionDecoder`].
 
     Raises:
@@ -116,6 +116,6 @@ def decoder_on_base(vq_model: NextFlowVQModel, base: str | os.PathLike, **settin
 
 
 def config_of(part) -> dict[str, Any]:
-    """What makes the like of a part of diffusers, with its class."""
+    """The config from which a part of diffusers can be made again, with its class."""
     kept = {name: value for name, value in part.config.items() if not name.startswith("_")}
     return {"_class_name": type(part).__name__} | kept

@@ -1,1 +1,1 @@
-"""Measuring what a checkpoint can do."""
+"""Metrics, results and suites for checkpoints."""

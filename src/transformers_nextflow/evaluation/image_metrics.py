@@ -1,4 +1,4 @@
-"""PSNR and SSIM, and the sheets on which people look at images."""
+"""PSNR and SSIM, and contact sheets of images."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def psnr(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
 
 
 def decibels(squared_error: torch.Tensor | float) -> torch.Tensor:
-    """The PSNR in dB of a mean squared error of values in [0, 1]; an error of none gives 100 dB."""
+    """The PSNR in dB of a mean squared error of values in [0, 1]; an error of zero gives 100 dB."""
     return -10 * torch.as_tensor(squared_error).clamp_min(1e-10).log10()
 
 
 def generator_of(seed: int, index: int) -> torch.Generator:
-    """What draws image `index` of a seed in the suites: it depends on these two only, whatever is drawn beside it."""
+    """The generator for image `index` of a seed in the suites, which does not depend on other images of the batch."""
     return torch.Generator().manual_seed(100_000 * seed + index)
 
 
@@ -65,7 +65,7 @@ def contact_sheet(rows: Sequence[Sequence[Image.Image]], margin: int = 4) -> Ima
 
 
 def save_sheet(rows: Sequence[Sequence[Image.Image]], path: Path):
-    """Write a contact sheet. Where that fails a warning says why, since the scores beside it are worth more."""
+    """Write a contact sheet. If that fails there is only a warning, so that the scores are not lost."""
     try:
         write_anyway(path, contact_sheet(rows).save)
     except OSError as error:

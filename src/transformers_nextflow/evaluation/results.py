@@ -1,4 +1,4 @@
-"""Measured figures as files that say where they come from."""
+"""Files of measured figures, with command, commit and machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write_result(path: Path | str, values: dict, device: str = "cpu") -> Path:
     """Write `values` and their origin (command, commit, machine) as JSON; returns the path.
 
     Raises:
-        OSError: if it cannot be written there; the message says where the result is then.
+        OSError: if it cannot be written there; the message says where it was written instead.
     """
     path = Path(path)
     script = ["python", sys.argv[0]] if sys.argv[0].endswith(".py") else [Path(sys.argv[0]).name]
@@ -30,9 +30,9 @@ def write_result(path: Path | str, values: dict, device: str = "cpu") -> Path:
 
 
 def commit() -> str | None:
-    """The commit of the checkout at hand, with `-dirty` where files differ from it; `None` outside of a repository."""
+    """The commit of this checkout, with `-dirty` if files differ from it; `None` outside of a repository."""
     revision = _git("rev-parse", "--verify", "HEAD")
-    # One benchmark's result, its image, or the sheets of what is scored, must not make the code look changed.
+    # Results of benchmarks, their images and sheets of scored images do not count as changes of the code.
     results = [
         f":(exclude,top,glob){files}" for files in ("benchmarks/results/**", "checkpoints/**/*.png", "docs/**/*.png")
     ]
@@ -41,7 +41,7 @@ def commit() -> str | None:
 
 
 def machine(device: str = "cpu") -> dict:
-    """What the figures depend on besides the code."""
+    """The machine and the versions of libraries, on which figures depend besides the code."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),

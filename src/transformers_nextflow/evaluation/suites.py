@@ -1,11 +1,11 @@
-"""What `transformers-nextflow evaluate --suite NAME` scores."""
+"""The evaluation suites that `transformers-nextflow evaluate --suite NAME` runs."""
 
 from ..utils.registry import Registry
 
 
-# Each is `evaluate(checkpoint, limit=None, seeds=4, sheets=None, device=None)`, which scores the checkpoint of a folder
-# and gives suite → category → score. `limit` is how many cases of each kind are asked at most (`None`: the suite's own
-# number), `seeds` how many images are drawn for each prompt, and `sheets` a folder for contact sheets, if any.
+# A suite is a function `evaluate(checkpoint, limit=None, seeds=4, sheets=None, device=None)` that scores the checkpoint
+# in a folder and returns suite → category → score. `limit` is the largest number of cases of each kind (`None`: the
+# suite's own), `seeds` how many images are drawn for each prompt, and `sheets` a folder for contact sheets or `None`.
 SUITES = Registry(
     "suite",
     {

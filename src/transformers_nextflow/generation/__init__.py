@@ -1,1 +1,1 @@
-"""Generation: settings of sampling, sequences on one cache, images scale by scale, likelihoods."""
+"""Generation: sampling settings, sequences on one cache, images scale by scale, likelihoods."""

@@ -15,9 +15,10 @@ from ..utils.older_transformers import CACHE
 
 
 def is_empty(cache: Cache | None) -> bool:
-    """Whether nothing can be in a cache; of one that counts on the device nothing is read, so it may hold something.
+    """Whether a cache is certainly empty. A cache whose length is on the device counts as not empty, since reading the
+    length would wait for the device.
 
-    The paged cache of continuous batching is none of ours: it comes with positions and masks that fit it.
+    The paged cache of continuous batching is not handled here: it comes with its own positions and masks.
     """
     length = cache.get_seq_length() if isinstance(cache, Cache) else 0
     return not torch.is_tensor(length) and length == 0
@@ -26,23 +27,23 @@ def is_empty(cache: Cache | None) -> bool:
 def check_cache(cache: Cache | None, config: PreTrainedConfig):
     """Raises `ValueError` for a cache that the attention of `config` (the backbone's) cannot read."""
     if isinstance(cache, Cache) and cache.is_compileable and config._attn_implementation == "flex_attention":
-        # Its mask is evaluated by each layer, after the first one has moved on the place from which queries count.
+        # Each layer computes the mask anew, after the first layer has already advanced the position of the queries.
         raise ValueError("flex_attention cannot read a static cache; take another, or attn_implementation='sdpa'.")
 
 
 class CachedSequences:
-    """What rows (R) have read so far, and where each goes on.
+    """The key-value cache of a batch of rows (R), and the position at which each row continues.
 
-    Rows may be masked out of a forward pass. The cache grows by its columns all the same; they do not count for those
-    rows.
+    Rows may be masked out of a forward pass. The cache still grows by the columns of the pass; they are masked for
+    those rows.
 
     Args:
         model: the [`NextFlowModel`] that reads.
 
     Attributes:
-        position: (R, 1) float32, of the token that each row read last; slots do not change it.
-        valid: (R, past) int64, the columns that count; `None` while all do.
-        padding: of each row how many columns on its left do not count; `None` where others do not either.
+        position: (R, 1) float32, the position of the token that each row read last; slots do not change it.
+        valid: (R, past) int64, 1 for the columns that are not masked; `None` while none is masked.
+        padding: for each row how many columns on its left are masked; `None` if other columns are masked too.
     """
 
     def __init__(self, model: nn.Module):
@@ -63,7 +64,8 @@ class CachedSequences:
         """Read prompts (R, L), padded on the left, with whole images; returns hidden states (R, L, D).
 
         Raises:
-            ValueError: if what follows, at most `max_new_positions` (R,) in each row, goes beyond those of the model.
+            ValueError: if the prompts and the `max_new_positions` (R,) after them take more positions than the model
+                has.
         """
         layout = self.model.layout_batch(input_ids, attention_mask, image_tokens=image_tokens, image_grids=image_grids)
         self.position = layout.position_ids[0, :, -1:]
@@ -82,29 +84,29 @@ class CachedSequences:
         return outputs.last_hidden_state
 
     def _begin(self, rows: int, attention_mask: torch.Tensor | None):
-        """Take in which columns of the prompts, padded on the left, count."""
+        """Start with the mask of prompts that are padded on the left."""
         self.padding, self.valid = [0] * rows, None
-        # A mask of ones would only keep the kernels from their fast path.
+        # A mask of only ones would prevent the fast path of the kernels.
         if attention_mask is not None and not bool(attention_mask.all()):
             empty = attention_mask == 0
             is_left = not bool((empty[:, 1:] & ~empty[:, :-1]).any())
             self.padding, self.valid = empty.sum(1).tolist() if is_left else None, attention_mask
 
     def slot_origins(self, rows: torch.Tensor) -> torch.Tensor:
-        """Where the slots of images (B) count from in `rows` (C, B) that read them: (3, C, B, 1)."""
-        # Where slots lie in their grid does not depend on what was read before the image.
+        """The origins (3, C, B, 1) of the slots' coordinates of images (B), in the `rows` (C, B) that read them."""
+        # The row and column of a slot do not depend on what was read before the image.
         return nn.functional.pad(self.position[rows][None], (0, 0, 0, 0, 0, 0, 0, 2))
 
     def read_slots(
         self, embeds: torch.Tensor, position_ids: torch.Tensor, occupied: torch.Tensor | None, rows: torch.Tensor
     ) -> torch.Tensor:
-        """Read a scale of each image (B), whose slots see each other and all before them.
+        """Read a scale of each image (B); its slots attend to each other and to all before them.
 
         Args:
             embeds: (B, n, D).
-            position_ids: (3, C, B, n), scale, row, column: the slots' coordinates behind `<boi>`, from `slot_origins`.
-            occupied: (B, n) int64, which slots are an image's own; `None` for all.
-            rows: (C, B) int64, ascending: the rows that read each image, as many as guidance compares. The others
+            position_ids: (3, C, B, n), scale, row, column: the slots' coordinates, which start from `slot_origins`.
+            occupied: (B, n) int64, 1 for the slots of an image, 0 for padding; `None` for no padding.
+            rows: (C, B) int64, ascending: the rows that read each image, one for each context of guidance. The others
                 are masked out.
 
         Returns:
@@ -130,13 +132,13 @@ class CachedSequences:
     def read_tokens(
         self, input_ids: torch.Tensor, occupied: torch.Tensor | None = None, steps: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Read tokens (R, n) one after the other, as text goes on.
+        """Read tokens (R, n) causally, as text.
 
         Args:
             input_ids: (R, n).
-            occupied: (R, n) int64, 1 for the tokens that count, which stand last in their row; `None` for all.
-            steps: (R, n) int64, how far each token lies behind the one before; default 1. `<eoi>` lies as far behind
-                `<boi>` as its image has scales.
+            occupied: (R, n) int64, 1 for tokens, 0 for padding, which is on the left; `None` for no padding.
+            steps: (R, n) int64, how many positions each token is after the one before; default 1. `<eoi>` is as many
+                positions after `<boi>` as its image has scales.
 
         Returns:
             Hidden states (R, n, D).
@@ -150,7 +152,7 @@ class CachedSequences:
         return self._read(embeds, positions.expand(3, -1, -1), occupied, is_causal=True)
 
     def forget(self, row_mask: torch.Tensor, start: int, position: torch.Tensor):
-        """Take rows (R,) bool back to where they had read `start` columns and stood at `position` (R, 1)."""
+        """Return rows (R,) bool to the state in which they had read `start` columns and were at `position` (R, 1)."""
         if self.valid is None:
             self.valid = row_mask.new_ones(len(row_mask), self.cache.get_seq_length(), dtype=torch.long)
         self.valid[row_mask, start:] = 0
@@ -158,7 +160,7 @@ class CachedSequences:
         self.position = torch.where(row_mask[:, None], position, self.position)
 
     def keep(self, rows: Sequence[int]):
-        """Go on with these rows, in this order; a row that is named more often goes on as often."""
+        """Continue with these rows, in this order; a row that is named several times is repeated."""
         rows = torch.as_tensor(rows, device=self.position.device)
         self.cache.batch_select_indices(rows)
         self.position = self.position[rows]
@@ -168,7 +170,7 @@ class CachedSequences:
             self.padding = [self.padding[row] for row in rows.tolist()]
 
     def _among_all(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Values (r, …) of some rows as (R, …), zero for the others."""
+        """Values (r, …) of some rows as (R, …), with zeros for the other rows."""
         return values.new_zeros(len(self.position), *values.shape[1:]).index_copy(0, rows, values)
 
     def _read(
@@ -193,13 +195,13 @@ class CachedSequences:
             position_ids=position_ids,
             **{CACHE: self.cache},
             use_cache=True,
-            both_ways=True,  # what is causal has a mask that says so
+            both_ways=True,  # causal passes have a mask
             **options,
         )
         return outputs.last_hidden_state
 
     def _mask(self, embeds: torch.Tensor, is_causal: bool) -> torch.Tensor | None:
-        """What is read at once sees every valid column before it, and itself: as a whole, or up to each token."""
+        """The mask of one pass: its tokens attend to all valid columns before, and to each other, causally or not."""
         config, count = self.model.language_model.config, embeds.shape[1]
         form = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation]
         is_causal = is_causal and count > 1

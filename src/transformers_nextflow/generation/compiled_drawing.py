@@ -1,8 +1,9 @@
-"""Drawing whose scales are recorded once and played again: key-value buffers of fixed size, a captured graph a scale.
+"""Compiled drawing: scales are recorded once and replayed, with key-value buffers of fixed size and one captured graph
+for each scale.
 
-Small scales are bound by starting kernels. A CUDA graph starts all of a scale's at once; what stays outside is the pass
-over the prompt, the head, the guidance and the sample. Prompts stand at the right end of a part of the buffers whose
-size is one of few, so that a recording serves all prompts that fit there, of equal or unequal length.
+The time of small scales is mostly that of launching kernels. A CUDA graph launches all kernels of a scale at once; the
+pass over the prompt, the head, guidance and sampling stay outside. The buffers have a part for prompts, which has one
+of a few sizes, and prompts are at its right end; so one recording serves all prompts that fit, also of unequal length.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from .sampling import ImageSampling
 
 
 logger = logging.get_logger(__name__)
-# Prompts of up to so many columns share recordings; longer ones take the next multiple of the last.
+# Prompts share recordings up to each of these lengths; longer prompts take the next multiple of the last one.
 PROMPT_COLUMNS = (64, 128, 256, 512, 1024)
-# Kinds of drawings whose recordings and buffers are kept; the one that was used longest ago goes first.
+# How many kinds of drawings are kept with their recordings and buffers; the least recently used one is dropped first.
 KEPT_KINDS = 4
 WARM_UPS = 2
 
@@ -41,9 +42,9 @@ def prompt_columns(length: int) -> int:
 
 
 class Recording:
-    """A function of tensors that stay where they are, which is played again and again.
+    """A function that reads tensors at fixed addresses and is replayed many times.
 
-    On CUDA it is captured as a graph; elsewhere each play calls it again.
+    On CUDA it is captured as a graph; on other devices each replay calls it.
     """
 
     def __init__(self, run: Callable[[], torch.Tensor], device: torch.device, pool=None):
@@ -52,7 +53,7 @@ class Recording:
             stream = torch.cuda.Stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
-                for _ in range(WARM_UPS):  # compiles kernels and takes what they keep
+                for _ in range(WARM_UPS):  # compiles kernels and allocates their workspaces
                     run()
             torch.cuda.current_stream(device).wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
@@ -67,7 +68,7 @@ class Recording:
 
 
 class Buffers:
-    """Keys and values of all layers, (R, columns, heads, D) each: prompts on the left, slots behind `left` columns."""
+    """Keys and values of all layers, (R, columns, heads, D) each: prompts in the first `left` columns, then slots."""
 
     def __init__(self, cache, left: int, slots: int):
         self.left = left
@@ -79,14 +80,14 @@ class Buffers:
         self.layers = [(like(layer.keys), like(layer.values)) for layer in cache.layers]
 
     def take(self, cache):
-        """Copy what prompts left in a cache to the right end of the part for prompts."""
+        """Copy the cache of prompts to the right end of the part for prompts."""
         for buffers, layer in zip(self.layers, cache.layers):
             for buffer, states in zip(buffers, (layer.keys, layer.values)):
                 buffer[:, :, self.left - states.shape[2] : self.left].copy_(states)
 
 
 class BuffersOfScale:
-    """The buffers as the cache of one pass over the first `rows`, which writes columns from `start` on."""
+    """The buffers as the cache of one pass over the first `rows` rows, which writes columns from `start` on."""
 
     def __init__(self, buffers: Buffers, rows: int, start: int):
         self.buffers, self.rows, self.start = buffers, rows, start
@@ -103,7 +104,7 @@ class BuffersOfScale:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a recording depends on."""
+    """The properties of a drawing on which its recording depends."""
 
     schedules: tuple[ScaleSchedule, ...]
     contexts: int
@@ -127,7 +128,7 @@ class RecordedScales:
         self.pool = torch.cuda.graph_pool_handle() if kind.device.type == "cuda" else None
 
     def begin(self, drawing: ImageCodes, sequences: CachedSequences, rows: torch.Tensor):
-        """Take in the prompts of a drawing."""
+        """Start a drawing after its prompts."""
         self.drawing, self.contexts = drawing, self.kind.contexts
         self.buffers.take(sequences.cache)
         unused = self.kind.left - sequences.cache.get_seq_length()
@@ -135,7 +136,7 @@ class RecordedScales:
         self.origins.copy_(sequences.slot_origins(rows))
 
     def read(self, scale: int, round_: int = 0) -> torch.Tensor:
-        """Hidden states (C, B, n, D) of the slots of a scale, counted from 0; valid until it is read again."""
+        """Hidden states (C, B, n, D) of the slots of a scale, counted from 0; the next replay overwrites them."""
         self.codes.image_tokens.copy_(self.drawing.image_tokens)
         key = (scale, self.contexts)
         if key not in self.recordings:
@@ -143,14 +144,14 @@ class RecordedScales:
         return self.recordings[key].play()
 
     def leave_contexts(self):
-        """Go on without the rows that only guidance needs."""
+        """Continue without the rows that only guidance needs."""
         self.contexts = 1
 
     def _pass(self, scale: int, contexts: int) -> torch.Tensor:
         embeds, coordinates, _ = self.codes.slots(scale)
         (schedule,) = self.codes.groups
         rows, start, count = contexts * len(embeds), self.kind.left + schedule.offsets[scale], embeds.shape[1]
-        # Scale 0 has no slots, so that those of scale 1 come first.
+        # Scale 0 has no slots, so the first slots are those of scale 1.
         start -= schedule.offsets[1]
         ragged = RaggedKeys(self.starts[:rows], start + count)
         outputs = self.backbone(
@@ -165,7 +166,7 @@ class RecordedScales:
 
 
 class CompiledDrawing:
-    """The recordings of a model, made as drawings come; see `NextFlowForConditionalGeneration.compile_drawing`.
+    """The recordings of a model, made when needed; see `NextFlowForConditionalGeneration.compile_drawing`.
 
     Args:
         model: the [`NextFlowForConditionalGeneration`] that draws.
@@ -183,7 +184,7 @@ class CompiledDrawing:
     def scales(
         self, drawing: ImageCodes, sequences: CachedSequences, rows: torch.Tensor
     ) -> Iterator[RecordedScales | None]:
-        """The recorded scales of a drawing; `None`, with a word in the log, where there can be none."""
+        """The recorded scales of a drawing; `None`, with a message in the log, if it cannot be recorded."""
         reason = self._reason_against(drawing, sequences, rows)
         if reason is None and not self._lock.acquire(blocking=False):
             reason = "another thread draws on them"
@@ -215,7 +216,7 @@ class CompiledDrawing:
     def _recorded(self, drawing: ImageCodes, sequences: CachedSequences, contexts: int) -> RecordedScales:
         weight = next(self.model.model.language_model.parameters())
         left = prompt_columns(sequences.cache.get_seq_length())
-        # A weight that lies elsewhere, after a move or a cast, is another model to a graph.
+        # A graph reads weights at fixed addresses, which change when the model is moved or cast.
         kind = Kind(drawing.schedules, contexts, left, weight.device, weight.dtype, weight.data_ptr())
         if kind not in self.kinds:
             while len(self.kinds) >= KEPT_KINDS:

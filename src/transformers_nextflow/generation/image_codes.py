@@ -19,7 +19,7 @@ from .sampling import Generators, ImageSampling, check_generators, sample_codes
 
 @dataclass
 class ScaleState:
-    """What a callback sees after each scale.
+    """The state after a scale, which callbacks get.
 
     `image_tokens` holds, for each image, the codes (n,) so far; `preview()` decodes them.
     """
@@ -31,7 +31,7 @@ class ScaleState:
 
     @property
     def is_finished(self) -> bool:
-        """Whether these are all scales of every image."""
+        """Whether all scales of every image are drawn."""
         return all(len(tokens) == s.num_tokens for tokens, s in zip(self.image_tokens, self.schedules))
 
     def preview(self) -> list[torch.Tensor]:
@@ -45,7 +45,7 @@ class ImageGenerationOutput(ModelOutput):
     """Images as codes.
 
     Args:
-        image_tokens: (B, N) codes, padded with -1 where images differ or were stopped early.
+        image_tokens: (B, N) codes, padded with -1 if images differ in size or were stopped early.
         image_grids: (B, 2) final grids.
     """
 
@@ -59,23 +59,23 @@ class ImageCodes:
     Args:
         model: the [`NextFlowForConditionalGeneration`] that draws.
         schedules: one for each image (B).
-        sampling: its settings follow each image's own number of scales, so that an image does not depend on the
-            sizes beside it.
+        sampling: settings of sampling, which follow each image's own number of scales, so an image does not depend on
+            the sizes beside it.
         generator: one for all, or one for each image.
-        given_image_tokens: (B, n) codes of the first whole scales, which are kept and not drawn; padded with -1 where
-            an image has fewer of them.
-        region: what is kept of other images outside of a region.
+        given_image_tokens: (B, n) codes of the first scales, which are kept and not sampled; padded with -1 if an image
+            has fewer of them.
+        region: images that are kept outside of a region.
 
     Attributes:
         image_tokens: (B, N) codes, -1 where none is drawn yet.
-        guidance: of each scale, two parts in the order of the contexts (text, image); each a number, or (B, 1, 1) where
-            the images differ.
+        guidance: for each scale two strengths in the order of the contexts (text, image); each a number, or (B, 1, 1)
+            if the images differ.
         last_guided_scale: counted from 0; -1 without guidance.
-        rounds: the settings of each time that a scale is drawn: NextFlow draws once.
+        rounds: the settings for each round in which a scale is sampled; NextFlow has one round.
 
     Raises:
-        ValueError: for generators that are none, or not as many as the images; for given codes that are none, or do
-            not fill whole scales.
+        ValueError: for generators that are none, or whose number differs from that of the images; for given codes that
+            are invalid or do not fill whole scales.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class ImageCodes:
         self.model, self.schedules, self.sampling, self.generator = model, tuple(schedules), sampling, generator
         self.rounds = [sampling]
         self.region, device = region, model.device
-        # Images of one size are handled at once; an index of all rows is a slice, which copies nothing.
+        # Images of one size are handled together; if these are all rows, their index is a slice, which copies nothing.
         distinct, rows = set(schedules), range(len(schedules))
         self.groups: dict[ScaleSchedule, slice | list[int]] = {
             schedule: slice(None) if len(distinct) == 1 else [row for row in rows if schedules[row] == schedule]
@@ -116,7 +116,7 @@ class ImageCodes:
         return [tuple(None if part is None else part.to(device) for part in scale) for scale in slots]
 
     def _take_given(self, given: torch.Tensor | None) -> list[int]:
-        """Enter given codes; how many each image has."""
+        """Store given codes; returns how many each image has."""
         if given is None:
             return [0] * len(self.schedules)
         if len(given) != len(self.schedules):
@@ -150,12 +150,12 @@ class ImageCodes:
         return torch.tensor(values, device=self.model.device)[:, None, None]
 
     def num_rounds(self, scale: int) -> int:
-        """How often a scale is drawn. The first one has no slots that could read its codes."""
+        """How often a scale is sampled; the first scale only once, since it has no slots that could read its codes."""
         return len(self.rounds) if scale > 0 else 1
 
     def slots(self, scale: int, round_: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The slots of a scale, counted from 0, as [`CachedSequences.read_slots`] takes them: embeddings, coordinates,
-        which are occupied. Images with smaller grids, or done, have empty slots.
+        and which are occupied. Images with smaller grids, and finished images, have empty slots.
         """
         drawing = {schedule: rows for schedule, rows in self.groups.items() if scale < schedule.num_scales}
         return self._embed(drawing, dict.fromkeys(drawing, scale + 1), self._slots[scale])
@@ -183,7 +183,7 @@ class ImageCodes:
         return embedding(joined, scale_ids, self._scale_counts), coordinates, occupied
 
     def draw(self, scale: int, logits: torch.Tensor, round_: int = 0):
-        """Draw the codes of a scale from logits (B, n, V) for the images whose given ones do not reach so far."""
+        """Sample the codes of a scale from logits (B, n, V), for the images whose codes of this scale are not given."""
         for schedule, rows in self.groups.items():
             if scale < schedule.num_scales:
                 start, stop = schedule.offsets[scale : scale + 2]
@@ -193,7 +193,7 @@ class ImageCodes:
                     self.image_tokens[rows, start:stop] = self._draw(scale, own, rows, schedule, self.rounds[round_])
 
     def _without_given(self, rows: slice | list[int], stop: int) -> slice | list[int]:
-        """Those of a group's rows whose codes up to `stop` are not all given."""
+        """The rows of a group whose codes up to `stop` are not all given."""
         if not any(self._num_given):
             return rows
         members = range(len(self.schedules)) if isinstance(rows, slice) else rows
@@ -213,19 +213,19 @@ class ImageCodes:
         return drawn
 
     def _sampled(self, logits: torch.Tensor, **options) -> torch.Tensor:
-        """Codes (B, n) from logits, as `sample_codes` takes them."""
+        """Codes (B, n), sampled from logits by `sample_codes`."""
         return sample_codes(logits, **options)
 
     def counts(self, scale: int) -> list[int]:
-        """How many codes of each image are drawn once `scale` is."""
+        """How many codes each image has after `scale`."""
         return [schedule.offsets[min(scale + 1, schedule.num_scales)] for schedule in self.schedules]
 
     def generated(self, num_scales: int) -> ImageGenerationOutput:
-        """What is there after so many scales."""
+        """The images after `num_scales` scales."""
         grids = torch.tensor([schedule.final_grid for schedule in self.schedules], device=self.image_tokens.device)
         return ImageGenerationOutput(self.image_tokens[:, : max(self.counts(num_scales - 1))], grids)
 
     def state(self, scale: int, logits: torch.Tensor) -> ScaleState:
-        """What a callback sees after a scale."""
+        """The state for callbacks after a scale."""
         tokens = [row[:count] for row, count in zip(self.image_tokens, self.counts(scale))]
         return ScaleState(self.model, list(self.schedules), tokens, logits)

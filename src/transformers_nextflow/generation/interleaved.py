@@ -21,9 +21,10 @@ from .sequence_writer import SequenceWriter
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece that was generated: columns `start` to `stop` of its row in `InterleavedGenerationOutput.input_ids`.
+    """A generated piece of text or an image: columns `start` to `stop` of its row in
+    `InterleavedGenerationOutput.input_ids`.
 
-    `image` counts the images of `image_tokens` where the piece is one, `<boi>` to `<eoi>`; it is `None` for text.
+    `image` is the index in `image_tokens` of an image, whose piece is `<boi>` to `<eoi>`; it is `None` for text.
     """
 
     start: int
@@ -39,7 +40,7 @@ class InterleavedGenerationOutput(ModelOutput):
         input_ids, attention_mask: (B, L), padded on the left.
         image_tokens: (num_images, N) codes of all images, row by row, padded with -1; `None` without images.
         image_grids: (num_images, 2) final grids.
-        segments: of each row what was generated, in order.
+        segments: for each row the generated pieces, in order.
     """
 
     input_ids: torch.LongTensor | None = None
@@ -50,27 +51,27 @@ class InterleavedGenerationOutput(ModelOutput):
 
 
 class InterleavedStreamer(TextIteratorStreamer):
-    """What a row generates, as it comes: pieces of text (`str`), and after each scale a [`ScaleState`], whose
-    `preview()` is the image so far.
+    """Gives what a row generates while it is generated: pieces of text (`str`), and after each scale a [`ScaleState`],
+    whose `preview()` is the image so far.
 
     >>> streamer = InterleavedStreamer(processor.tokenizer)
     >>> Thread(target=model.generate_interleaved, kwargs={**inputs, "streamer": streamer}).start()
     >>> for piece in streamer: ...
 
     Args:
-        tokenizer: turns tokens to text.
+        tokenizer: turns tokens into text.
         timeout: seconds to wait for the next piece; `None` waits for ever.
-        decode_kwargs: of `tokenizer.decode`.
+        decode_kwargs: arguments of `tokenizer.decode`.
     """
 
     text_queue: Queue
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, timeout: float | None = None, **decode_kwargs):
-        # The loop never puts the prompt, so there is none to skip.
+        # The loop never passes the prompt to the streamer, so there is none to skip.
         super().__init__(tokenizer, skip_prompt=False, timeout=timeout, **decode_kwargs)
 
     def put_scale(self, state: ScaleState):
-        """A scale was drawn; text before it is given out first."""
+        """Called after each scale; text before it is given out first."""
         self._flush()
         self.text_queue.put(state, timeout=self.timeout)
 
@@ -82,15 +83,15 @@ class InterleavedStreamer(TextIteratorStreamer):
 
 
 class InterleavedLoop:
-    """The rows (B) of a batch on their way to their ends.
+    """Generates the rows (B) of a batch until all have ended.
 
     Args:
-        writer: has read the prompts.
-        schedules: of the images that each row draws.
+        writer: the writer, which has read the prompts.
+        schedules: the schedule of the images of each row.
         text: settings of text. The other arguments are those of `generate_interleaved`.
 
     Raises:
-        ValueError: for arguments out of range or that do not match the rows.
+        ValueError: for arguments that are out of range or do not match the rows.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class InterleavedLoop:
         self.schedules, self.sampling, self.generator = schedules, sampling, generator
         self.callback, self.streamer = callback, streamer
         self.temperature = (1.0 if text.temperature is None else text.temperature) if text.do_sample else 0
-        # In a generation config 0 is no top-k.
+        # In a generation config 0 means no top-k.
         self.truncation = {"top_k": text.top_k or None, "top_p": 1.0 if text.top_p is None else text.top_p}
         ImageSampling(**self.truncation)  # raises for values out of range
         ends = text.eos_token_id if text.eos_token_id is not None else self.config.text_config.eos_token_id
@@ -136,7 +137,7 @@ class InterleavedLoop:
         self.drawn = [0] * self.batch
         self.ended = [False] * self.batch
         self.is_interrupted = False
-        # Rows that may write no more, but have images to draw before they end.
+        # Rows that may not write any more, but have images to draw before they end.
         self.is_due = [False] * self.batch
         self.starts = [len(ids) for ids in self.writer.tokens]
         self.pieces: list[list[Segment]] = [[] for _ in range(self.batch)]
@@ -163,14 +164,14 @@ class InterleavedLoop:
         return self._output()
 
     def _look_at_limits(self, row: int, is_stopped: bool = False):
-        """A row that may write no more ends once it has drawn enough."""
+        """End a row that may not write any more, once it has drawn enough images."""
         at_boi = self.writer.tokens[row][-1] == self.config.boi_token_id
         if not at_boi and (is_stopped or self.is_due[row] or len(self.written[row]) >= self.max_new_tokens):
             self.is_due[row] = self.drawn[row] < self.min_images
             self.ended[row] = not self.is_due[row]
 
     def _write(self, rows: list[int]):
-        """One token of text in each of the rows."""
+        """Write one token of text in each of the rows."""
         appended: list[list[int]] = [[] for _ in range(self.batch)]
         for row, token in zip(rows, self._next_tokens(rows)):
             appended[row] = [token]
@@ -186,7 +187,7 @@ class InterleavedLoop:
             if appended[row] != [self.config.boi_token_id]:
                 self._look_at_limits(row, row in stopped or row in ending)
         if all(self.ended):
-            # Nothing follows that would need them in the cache.
+            # They are not read into the cache, since nothing follows.
             for row, ids in enumerate(appended):
                 self.writer.tokens[row] += ids
         else:
@@ -194,7 +195,7 @@ class InterleavedLoop:
 
     def _next_tokens(self, rows: list[int]) -> list[int]:
         boi = self.config.boi_token_id
-        # Rows that are due draw no random number, as they would not alone.
+        # Rows that must draw an image next use no random number, as in a batch of one.
         free = [row for row in rows if not self.is_due[row]]
         if not free:
             return [boi] * len(rows)
@@ -224,7 +225,7 @@ class InterleavedLoop:
         self.writer.draw(drawing, rows, self._after_scale)
         for row in rows:
             self.drawn[row] += 1
-            # Counted from the row's first image; `_output` knows how many lie in the rows above.
+            # Counted from the row's first image; `_output` adds the number of images in the rows before.
             self._cut(row, image=len(self.writer.image_tokens[row]) - 1)
             self._look_at_limits(row)
         if self.is_interrupted:
@@ -238,7 +239,7 @@ class InterleavedLoop:
         return not self.is_interrupted
 
     def _cut(self, row: int, image: int | None = None):
-        """Close the piece that the row is at; `<boi>` belongs to the image."""
+        """End the current piece of a row; `<boi>` belongs to the image."""
         stop = len(self.writer.tokens[row])
         if stop > self.starts[row]:
             self.pieces[row].append(Segment(self.starts[row], stop, image))

@@ -1,4 +1,4 @@
-"""How likely sequences are under a model: log-probabilities of their text and of their images' codes."""
+"""Log-likelihoods of sequences under a model: of their text and of their images' codes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .cached_sequences import CachedSequences
 
 @dataclass(frozen=True)
 class LogLikelihoods:
-    """Sums over what counts in each row of a batch, (B,) float32 each, and over how many tokens they run."""
+    """Sums over the labelled tokens of each row of a batch, (B,) float32 each, and the numbers of these tokens."""
 
     text: torch.Tensor
     image: torch.Tensor
@@ -37,12 +37,12 @@ def log_likelihoods(
     image_tokens: torch.Tensor | None = None,
     image_grids: torch.Tensor | None = None,
 ) -> LogLikelihoods:
-    """Log-likelihoods of what `labels` mark, as the loss counts it, but with every code at weight one.
+    """Log-likelihoods of the tokens that `labels` mark, as in the loss, but with the weight one for every code.
 
     Args:
         model: a [`NextFlowForConditionalGeneration`].
         input_ids, attention_mask: (B, L).
-        labels: (B, L), -100 where nothing counts; an image counts iff its `<eoi>` has a label.
+        labels: (B, L), -100 for tokens that do not count; an image counts if and only if its `<eoi>` has a label.
         image_tokens, image_grids: the images, as in `forward`.
 
     Raises:
@@ -119,8 +119,8 @@ def _read_images(
     image_grids: torch.Tensor,
     num_answer_tokens: Sequence[int],
 ) -> tuple[CachedSequences, list[list[int]]]:
-    """Rows that have read `starts`, prompts that open with an image, up to its end; and what is left of each, behind
-    which answers follow.
+    """Rows that have read the prompts `starts`, which begin with an image, up to the image's end; and the rest of each
+    prompt, after which the answers follow.
     """
     images = torch.cat([image_grids.to(image_tokens), image_tokens], dim=1)
     distinct, places = images.unique(dim=0, return_inverse=True)
@@ -153,7 +153,7 @@ def score_images(
 
 
 def _score(model, processor, starts, ends, image_tokens, image_grids) -> LogLikelihoods:
-    """What `ends` add to `starts`, rows of token ids."""
+    """The log-likelihoods of `ends` after `starts`, both rows of token ids."""
     rows = [start + end for start, end in zip(starts, ends)]
     input_ids, attention_mask = padded_rows(rows, processor.tokenizer.pad_token_id, image_tokens.device)
     labels = torch.full_like(input_ids, IGNORE_INDEX)

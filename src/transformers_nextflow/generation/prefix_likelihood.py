@@ -1,7 +1,7 @@
-"""How likely the codes of images' first scales are, read from the prompts and those scales alone.
+"""Log-probabilities of the codes of images' first scales, computed only from the prompts and those scales.
 
-A scale sees what lies before it and nothing behind, so that m scales need no more than their own slots: 204 of 10,084
-at the 1024 level for m = 8. What draws and what scores share slots, guidance and truncation, hence the distribution.
+A scale does not depend on later scales, so m scales need only their own slots: 204 of 10,084 at the 1024 level for m =
+8. Drawing and scoring share slots, guidance and truncation, and therefore have the same distribution.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class PrefixColumns:
     Args:
         scales: (n,) int64, 1 … m.
         occupied: (B, n) bool.
-        num_scales: m, which may be more than any of these images has.
+        num_scales: m, which may be more than the scales of these images.
     """
 
     scales: torch.Tensor
@@ -51,7 +51,7 @@ class PrefixColumns:
         return cls(scales + 1, cells < counts[:, scales], num_scales)
 
     def place(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        """What belongs to the codes of each image, (N,) or at least as much as the prefix, as (B, n); else zero."""
+        """Values of the codes of each image, (N,) or at least the prefix, as (B, n), with zeros in empty columns."""
         values = torch.zeros(self.occupied.shape, dtype=rows[0].dtype, device=self.occupied.device)
         parts = [row[:count] for row, count in zip(rows, self.occupied.sum(1).tolist())]
         values[self.occupied] = torch.cat(parts).to(values.device)
@@ -69,8 +69,8 @@ class PrefixColumns:
 
 @dataclass(frozen=True)
 class PrefixLogProbabilities:
-    """Log-probabilities (B, n) float32 of codes, zero in empty columns, and the entropies (B, n) of what they were
-    drawn from, which carry no gradient.
+    """Log-probabilities (B, n) float32 of codes, zero in empty columns, and the entropies (B, n), without a gradient,
+    of the distributions from which they were sampled.
     """
 
     values: torch.Tensor
@@ -90,15 +90,16 @@ def prefix_log_probabilities(
     """Log-probabilities of the codes of the first `num_scales` scales of drawn images.
 
     With the contexts and the settings with which the images were drawn it is the sampler's own distribution; without
-    contexts guidance is left out.
+    contexts there is no guidance.
 
     Args:
-        model: the [`NextFlowForConditionalGeneration`] whose policy it is.
+        model: the [`NextFlowForConditionalGeneration`] that is the policy.
         prompts: (B, L), left padded, that end with `<boi>`.
-        contexts: the prompts that guidance compares with, as [`SequenceWriter`] takes it.
-        drawing: of all scales looked at; its temperature, and where `truncate` says so its top-k and top-p are taken.
-        forward: called in place of the model, where a wrapper around it (DDP, FSDP2, an adapter) has to see the pass:
-            once, and all that is read is read within this call.
+        contexts: the prompts that guidance compares with, as in [`SequenceWriter`].
+        drawing: the drawn images, with at least these scales; its temperature is used, and with `truncate` its top-k
+            and top-p.
+        forward: a function to call in place of the model, for a wrapper around it (DDP, FSDP2, an adapter) that must
+            see the pass; it is called once, and all passes run within this call.
     """
     columns = PrefixColumns.of(drawing.schedules, num_scales, model.device)
 
@@ -112,7 +113,7 @@ def prefix_log_probabilities(
 def _of_drawn_codes(
     logits: torch.Tensor, columns: PrefixColumns, drawing: ImageCodes, truncate: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities and entropies (B, n) of the drawn codes, from logits (C, B, n', codes) before guidance."""
+    """Log-probabilities and entropies (B, n) of the sampled codes, from logits (C, B, n', codes) before guidance."""
     codes = columns.place(list(drawing.image_tokens))
     values = torch.zeros(codes.shape, device=codes.device)
     entropies, stop = torch.zeros_like(values), 0
@@ -134,12 +135,12 @@ def _of_drawn_codes(
 def code_log_probabilities(
     logits: torch.Tensor, codes: torch.Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities (…) of codes (…) that `sample_codes` drew from logits (…, V), and the entropies (…).
+    """Log-probabilities (…) of codes (…) that `sample_codes` sampled from logits (…, V), and the entropies (…).
 
-    A drawn code always counts as one that truncation allows: else rounding would decide about those at its edge, and a
-    policy that has moved on would find a code impossible that it drew.
+    Truncation always counts a sampled code as allowed: otherwise rounding would decide about codes at the edge, and an
+    updated policy could find a code impossible that was sampled before.
     """
-    # A scale that takes the likeliest code has no distribution of its own; it is looked at as the model sees it.
+    # A scale with temperature 0 has no distribution of its own; the model's, at temperature 1, is used.
     logits = logits.float() / (temperature or 1.0)
     excluded = truncate_logits(logits.detach(), top_k, top_p).isinf()
     excluded = excluded.scatter(-1, codes[..., None], False)
@@ -150,7 +151,7 @@ def code_log_probabilities(
 
 def _prefix_logits(model, prompts, contexts, drawing, num_scales) -> torch.Tensor:
     """Logits (C, B, n, codes) before guidance: one pass over the distinct prompts, which groups of images share, and
-    one behind them over the slots of scales 2 … `num_scales`.
+    one after them over the slots of scales 2 … `num_scales`.
     """
     num_contexts = 1 + len(contexts)
     joined, places = join_prompts((prompts, *contexts)).distinct()
@@ -163,14 +164,14 @@ def _prefix_logits(model, prompts, contexts, drawing, num_scales) -> torch.Tenso
     positions, logits, cache = [layout.position_ids], [], None
     layer = model.model.language_model.layers[0]
     if layer.training and layer.gradient_checkpointing:
-        # Such layers drop the cache: all is read in one pass, prompts with their repetitions.
+        # Layers with gradient checkpointing drop the cache, so one pass reads all, prompts with their repetitions.
         embeds, positions = [embeds[0][places]], [layout.position_ids[:, places]]
     else:
         cache = DynamicCache(config=model.model.language_model.config)
         logits = [_read(model, embeds, positions, [layout.block_ids], [mask], 1, cache)[places]]
         cache.batch_select_indices(places)
         embeds, positions = [], []
-    # Slots lie behind `<boi>`, whose position counts on the scale axis alone.
+    # Slots follow `<boi>`, whose position offsets only their scale axis.
     origin = nn.functional.pad(layout.position_ids[0, places, -1:][None], (0, 0, 0, 0, 0, 2))
     blocks, masks, first_block = [layout.block_ids[places]], [mask[places]], layout.block_ids.max() + 1
     for scale in range(1, num_scales):
@@ -187,7 +188,7 @@ def _prefix_logits(model, prompts, contexts, drawing, num_scales) -> torch.Tenso
 
 
 def _read(model, embeds, positions, blocks, masks, count, cache) -> torch.Tensor:
-    """Logits of the last `count` columns; `blocks` and `masks` are of the cached columns too."""
+    """Logits of the last `count` columns; `blocks` and `masks` include the cached columns."""
     embeds, mask, block_ids = (torch.cat(parts, 1) for parts in (embeds, masks, blocks))
     config = model.model.language_model.config
     attention_mask = plan_attention(config, mask - 1, block_ids, embeds.shape[1])
@@ -195,7 +196,7 @@ def _read(model, embeds, positions, blocks, masks, count, cache) -> torch.Tensor
         attention_mask = create_causal_mask(
             config=config, inputs_embeds=embeds, attention_mask=mask, **{CACHE: cache}, block_sequence_ids=block_ids
         )
-    return model.forward(  # within a call of the model, which its wrappers have seen
+    return model.forward(  # not `model(…)`: this already runs within a call that wrappers see
         inputs_embeds=embeds,
         attention_mask={"full_attention": attention_mask},
         position_ids=torch.cat(positions, 2),

@@ -17,10 +17,10 @@ class Prompts:
 
     Args:
         input_ids: (B, L).
-        attention_mask: (B, L); `None` for all.
+        attention_mask: (B, L); `None` for no padding.
         image_tokens: (num_images, N) codes.
         image_grids: (num_images, 2) final grids.
-        max_new_positions: (B,) int64, how many positions may follow each row; `None` for none.
+        max_new_positions: (B,) int64, the largest number of positions after each row; `None` for none.
     """
 
     input_ids: torch.Tensor
@@ -37,7 +37,7 @@ class Prompts:
 
     @property
     def mask(self) -> torch.Tensor:
-        """(B, L) int64, 1 for what is no padding."""
+        """(B, L) int64, 1 for tokens, 0 for padding."""
         return torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
 
     def rows(self) -> list[list[int]]:
@@ -47,9 +47,9 @@ class Prompts:
         return [ids[keep].tolist() for ids, keep in zip(self.input_ids, self.attention_mask.bool())]
 
     def distinct(self) -> tuple[Prompts, torch.Tensor | None]:
-        """The prompts without their repetitions, and where each row is among them (B,); `None` where all rows stay.
+        """The prompts without repetitions, and the index (B,) of each row among them; `None` if no row is removed.
 
-        Images drawn from one prompt share it, and a negative prompt is mostly one for all. Rows that hold images are
+        Images drawn from one prompt share it, and the negative prompt is mostly the same for all. Rows with images are
         not compared.
         """
         if self.image_grids is not None:
@@ -64,7 +64,7 @@ class Prompts:
 
 
 def join_prompts(parts: Sequence[Prompts]) -> Prompts:
-    """Batches of different lengths as one."""
+    """Several batches of prompts, also of different lengths, as one."""
     if len(parts) == 1:
         return parts[0]
     length = max(part.input_ids.shape[1] for part in parts)

@@ -1,4 +1,4 @@
-"""Drawing inside a region while the rest of an image stays, on every scale. Ours; the paper has no such thing."""
+"""Drawing inside a region of an image while the rest is kept on every scale. The method is ours, not the paper's."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from ..vision_tokenizer.multiscale_quantizer import outside_of_autocast
 from ..vision_tokenizer.resampling import resample
 
 
-# The share of what is left over that counts as noise: with more of it more edits succeed, with less the pixels outside
-# come out better. Chosen on the scored edits of the shapes world: at 0.5, 0.4, 0.3 were right 0.82, 0.78, 0.67 of them,
-# and the pixels outside lay 1.3, 1.0, 0.9 dB below the tokenizer's own (the value at hand is in shapes.json).
+# The share of the residual that counts as noise: with a higher share more edits succeed, with a lower one the pixels
+# outside are better. Chosen on the scored edits of the shapes world: at 0.5, 0.4, 0.3 the share of right edits was
+# 0.82, 0.78, 0.67, and the pixels outside were 1.3, 1.0, 0.9 dB below the tokenizer's reconstruction (shapes.json has
+# the scores of the value used).
 NOISE_SHARE = 0.4
 
 
 class KeptRegion:
-    """What stays of images (B) while a region of each is drawn anew.
+    """Images (B) that are kept outside of a region, which is drawn anew.
 
-    A cell that lies outside of the region gets, on every scale, the code nearest to what the scales so far leave over
-    of the image. A coarse cell that reaches over the region's edge speaks for both sides: its code is drawn from the
-    model's distribution times the likelihood of what the image shows outside, as if the scales to come were noise:
+    A cell outside of the region gets, on every scale, the code nearest to the residual of the image after the scales so
+    far. A coarse cell across the region's edge covers both sides: its code is sampled from the model's distribution
+    times the likelihood of what the image shows outside, as if later scales were noise:
 
-        log p(code) + constant - |outside| · |rest outside - code|² / (2 σ²)
+        log p(code) + constant - |outside| · |residual outside - code|² / (2 σ²)
 
-    with σ² from what the tokenizer's own codes leave over at that scale (`NOISE_SHARE`). What a drawn code spills over
-    the edge all the same, the finer cells outside mend.
+    σ² is a share (`NOISE_SHARE`) of the residual that the tokenizer's own codes leave at that scale. If a sampled code
+    still changes pixels beyond the edge, the finer cells outside correct it.
 
     Args:
         vq_model: the vision tokenizer.
-        pixel_values: B images, each (3, H, W) in [-1, 1], of the sizes that are drawn.
-        regions: B masks (H, W) bool, True where is drawn.
+        pixel_values: B images, each (3, H, W) in [-1, 1], of sizes of the scale schedules.
+        regions: B masks (H, W) bool, True where the image is drawn anew.
 
     Raises:
         ValueError: for a region of another size than its image, or one that covers nothing.
@@ -65,7 +66,7 @@ class KeptRegion:
     def condition(
         self, logits: torch.Tensor, codes_before: torch.Tensor, rows: slice | Sequence[int], schedule: ScaleSchedule
     ) -> torch.Tensor:
-        """Logits (b, n, V) of a scale for the images `rows`, with what the images show outside taken into account.
+        """Logits (b, n, V) of a scale for the images `rows`, conditioned on what the images show outside.
 
         `codes_before` (b, m) are the codes of all scales before.
         """
@@ -75,7 +76,7 @@ class KeptRegion:
         fine_cells = schedule.final_grid[0] * schedule.final_grid[1] / (grid[0] * grid[1])
         outside = (F.adaptive_max_pool2d(self._regions(rows), schedule.final_grid) == 0).float()
         share = resample(outside, grid, "area").flatten(1)[..., None]
-        # The mean over the cells outside alone; where there are none their share, 0, takes the term away.
+        # The mean over only the cells outside; if there are none, their share is 0 and so is the term.
         mean = resample(rest * outside, grid, quantizer.config.downsample).flatten(2).transpose(1, 2)
         distances = quantizer.distances((mean / share.clamp_min(1e-6)).flatten(0, 1), quantizer.codebook)
         noise = self._noise(rows, schedule, scale)[:, None, None]
@@ -84,12 +85,13 @@ class KeptRegion:
     def keep_outside(
         self, drawn: torch.Tensor, codes_before: torch.Tensor, rows: slice | Sequence[int], schedule: ScaleSchedule
     ) -> torch.Tensor:
-        """Codes of a scale (b, n) drawn for the images `rows`, with those of cells outside of the regions replaced.
+        """Sampled codes of a scale (b, n) for the images `rows`, with the codes of cells outside of the regions
+        replaced.
 
         `codes_before` (b, m) are the codes of all scales before.
         """
         grid = schedule.grids[schedule.offsets.index(codes_before.shape[1])]
-        # A cell belongs to the region as soon as a pixel of it does.
+        # A cell belongs to the region if any pixel of it does.
         inside = F.adaptive_max_pool2d(self._regions(rows), grid).flatten(1) > 0
         return torch.where(inside, drawn, self.quantizer.nearest(self._rest(codes_before, rows, schedule), grid))
 
@@ -100,12 +102,12 @@ class KeptRegion:
         return range(len(self.latents))[rows] if isinstance(rows, slice) else rows
 
     def _rest(self, codes_before: torch.Tensor, rows: slice | Sequence[int], schedule: ScaleSchedule) -> torch.Tensor:
-        """What the codes before leave over of the images, (b, C, h, w)."""
+        """The residual (b, C, h, w) of the images after the codes before."""
         latents = torch.stack([self.latents[row] for row in self._numbers(rows)]).float()
         return latents - self.quantizer.decode(codes_before, schedule) if codes_before.shape[1] else latents
 
     def _noise(self, rows: slice | Sequence[int], schedule: ScaleSchedule, scale: int) -> torch.Tensor:
-        """σ² (b,): of what the tokenizer's own codes leave over after a scale, per channel and cell."""
+        """σ² (b,) of the residual that the tokenizer's own codes leave after a scale, per channel and cell."""
         own = torch.stack([self.own_codes[row][: schedule.offsets[scale + 1]] for row in self._numbers(rows)])
         squares = self._rest(own, rows, schedule).square().movedim(1, -1)
         weights = self.quantizer.distance_weights.to(squares.device)

@@ -27,7 +27,7 @@ def check_drawing(sampling: ImageSampling | None, callback: ScaleCallback | None
 
 
 class PlainScales:
-    """The scales of images (B) as they are read behind what `sequences` have read; `rows` (C, B) are theirs."""
+    """The scales of images (B), read uncompiled by the rows `rows` (C, B) of `sequences`."""
 
     def __init__(self, drawing: ImageCodes, sequences: CachedSequences, rows: torch.Tensor):
         self.drawing, self.sequences, self.rows = drawing, sequences, rows
@@ -40,7 +40,7 @@ class PlainScales:
         return read(embeds, self.origins + coordinates, occupied, self.rows)
 
     def leave_contexts(self):
-        """Go on without the rows that only guidance needs."""
+        """Continue without the rows that only guidance needs."""
         self.sequences.keep(self.rows[0])
         self.rows = torch.arange(self.rows.shape[1], device=self.rows.device)[None]
         self.origins = self.origins[:, :1]
@@ -55,17 +55,17 @@ def draw_scales(
     callback: ScaleCallback | None = None,
     go_on: bool = True,
 ) -> int:
-    """Draw images (B) behind what `sequences` have read.
+    """Draw images (B) after the tokens that `sequences` have read.
 
     Args:
         hidden_states: (C, B, 1, D) of the tokens that open the images, under each context that guidance compares.
-        rows: (C, B) int64, the rows of `sequences` that they are of.
+        rows: (C, B) int64, the rows of `sequences` to which they belong.
         callback: `callback(model, scale, state)` after each scale, counted from 0; `False` stops the drawing.
-        go_on: whether anything is read afterwards. If not, rows that only guidance needs leave the cache after its
-            last scale, and the scales may be compiled ones.
+        go_on: whether anything is read afterwards. If not, rows that only guidance needs leave the cache after the last
+            guided scale, and the scales may be compiled ones.
 
     Returns:
-        The number of scales drawn; fewer than all where the callback stopped.
+        The number of scales drawn; fewer than all if the callback stopped the drawing.
     """
     compiled = None if go_on else getattr(model, "compiled_drawing", None)
     with nullcontext() if compiled is None else compiled.scales(drawing, sequences, rows) as recorded:

@@ -15,20 +15,20 @@ from .scale_loop import ScaleCallback, draw_scales
 
 
 class SequenceWriter:
-    """Writes on rows (B) of sequences; what a row has read or written is in the cache and never read again.
+    """Continues rows (B) of sequences with text and images; all that a row has read or written stays in the cache.
 
     Args:
         model: the [`NextFlowForConditionalGeneration`] that writes.
-        prompts: where the rows begin. Those that draw first end with `<boi>`.
-        contexts: the prompts that guidance compares with, the most conditioned first, each of as many rows that end
+        prompts: the beginnings of the rows. Rows that draw first end with `<boi>`.
+        contexts: the prompts that guidance compares with, the most conditioned first, each with B rows that end
             with `<boi>`. Every image of a row is compared with the same ones.
 
     Raises:
-        ValueError: where prompts and what may follow them take more positions than the model has.
+        ValueError: if prompts and what may follow them take more positions than the model has.
 
     Attributes:
-        tokens: of each row all ids so far, prompts and the slots of images included.
-        image_tokens, image_grids: of each row the codes (N,) and the final grids of all its images so far.
+        tokens: for each row all ids so far, prompts and the slots of images included.
+        image_tokens, image_grids: for each row the codes (N,) and the final grids of all its images so far.
     """
 
     def __init__(self, model: nn.Module, prompts: Prompts, contexts: Sequence[Prompts] = ()):
@@ -40,7 +40,7 @@ class SequenceWriter:
         self._take_images(prompts)
 
         joined, places = join_prompts((prompts, *contexts)), None
-        if batch > 1:  # a single prompt differs from what it is compared with
+        if batch > 1:  # a single prompt differs from its contexts
             joined, places = joined.distinct()
         self.sequences = CachedSequences(model.model)
         self._last = self.sequences.read(
@@ -49,7 +49,7 @@ class SequenceWriter:
         if places is not None:
             self.sequences.keep(places)
             self._last = self._last[places]
-        # Rows of one image stand a batch apart, the fullest context first.
+        # The rows of one image are B apart, the most conditioned context first.
         self._rows = torch.arange(len(self._last), device=model.device).view(-1, batch)
         self._start = joined.input_ids.shape[1], self.sequences.position, self._last
 
@@ -64,7 +64,7 @@ class SequenceWriter:
 
     @property
     def text_logits(self) -> torch.Tensor:
-        """(B, V) of the next token of each row, over the text vocabulary."""
+        """Logits (B, V) of the next token of each row, over the text vocabulary."""
         return self.model.lm_head(self._last[self._rows[0], 0])
 
     def rows_at_boi(self) -> list[int]:
@@ -72,7 +72,9 @@ class SequenceWriter:
         return [row for row, ids in enumerate(self.tokens) if ids[-1] == self.config.boi_token_id]
 
     def append(self, tokens: Sequence[Sequence[int]]):
-        """Go on with given tokens, which may be none for a row, and may end with `<boi>` but hold no image."""
+        """Append given tokens to the rows; a row may get none, and its tokens may end with `<boi>` but hold no
+        image.
+        """
         if not any(tokens):
             return
         for row, ids in enumerate(tokens):
@@ -82,24 +84,26 @@ class SequenceWriter:
         self._read(input_ids, occupied if len(set(map(len, rows))) > 1 else None)
 
     def _read(self, input_ids: torch.Tensor, occupied: torch.Tensor | None, steps: torch.Tensor | None = None):
-        """Read tokens (R, n), of which those that count (R, n) stand last in their row; `None` for all."""
+        """Read tokens (R, n); `occupied` (R, n) is 1 for tokens and 0 for padding on the left, `None` for no
+        padding.
+        """
         last = self.sequences.read_tokens(input_ids, occupied, steps)[:, -1:]
         self._last = last if occupied is None else torch.where(occupied[:, -1:, None] > 0, last, self._last)
 
     def draw(
         self, drawing: ImageCodes, rows: Sequence[int], callback: ScaleCallback | None = None, go_on: bool = True
     ) -> int:
-        """Draw one image in each of `rows`, which must be at `<boi>`, and close them.
+        """Draw one image in each of `rows`, which must be at `<boi>`, and close it with `<eoi>`.
 
         Args:
-            drawing: of as many images as `rows`.
+            drawing: the images to draw, one for each of `rows`.
             callback: `callback(model, scale, state)` after each scale, counted from 0; `False` stops the drawing.
-            go_on: whether anything follows. If not, the images are not closed, and rows that only guidance needs
-                leave the cache after its last scale; nothing can be written any more.
+            go_on: whether anything follows. If not, the images are not closed, rows that only guidance needs leave the
+                cache after the last guided scale, and nothing can be written afterwards.
 
         Returns:
-            The number of scales drawn; fewer than all where the callback stopped: the images are kept as they are,
-            and nothing can be written any more.
+            The number of scales drawn; fewer than all if the callback stopped the drawing: then the images are kept as
+            they are, and nothing can be written afterwards.
         """
         images = torch.tensor(rows, device=self._rows.device)
         readers = self._rows[:, images]
@@ -112,7 +116,7 @@ class SequenceWriter:
         return scales
 
     def _take(self, drawing: ImageCodes, rows: Sequence[int]):
-        """Enter the images into the rows' tokens, closed."""
+        """Add the images, closed with `<eoi>`, to the tokens of the rows."""
         for row, schedule, codes in zip(rows, drawing.schedules, drawing.image_tokens):
             self.tokens[row] += [self.config.image_token_id] * schedule.num_slots(self.config.read_last_scale)
             self.tokens[row] += [self.config.eoi_token_id]
@@ -120,7 +124,7 @@ class SequenceWriter:
             self.image_grids[row].append(schedule.final_grid)
 
     def _refresh_contexts(self, images: torch.Tensor):
-        """Take the rows that guidance compares back to their prompts: they know nothing of earlier images."""
+        """Return the rows of contexts to their prompts, since guidance compares without earlier images."""
         columns, position, last = self._start
         if self.sequences.cache.get_seq_length() == columns:
             return
@@ -130,7 +134,7 @@ class SequenceWriter:
         self._last = torch.where(stale[:, None, None], last, self._last)
 
     def _close(self, drawing: ImageCodes, rows: Sequence[int]):
-        """Read `<eoi>`, and before it the last scale where the model reads it."""
+        """Read `<eoi>`, and before it the last scale if the model reads it."""
         read_last = self.config.read_last_scale
         places = torch.tensor(rows, device=self._rows.device)
         if read_last:
@@ -145,7 +149,7 @@ class SequenceWriter:
         self._read(input_ids, None if len(rows) == self._rows.numel() else occupied, steps)
 
     def finished(self) -> Prompts:
-        """All that was read and written, as `forward` takes it: (B, L), padded on the left."""
+        """The whole sequences as inputs of `forward`: (B, L), padded on the left."""
         pad, device = self.config.text_config.pad_token_id or 0, self._rows.device
         codes = [codes for row in self.image_tokens for codes in row]
         grids = [grid for row in self.image_grids for grid in row]

@@ -1,4 +1,4 @@
-"""The settings of sampling that a checkpoint was tuned with, as its generation config stores them."""
+"""A checkpoint's own sampling settings, which its generation config stores."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from ..utils.user_warnings import warn_user
 from .sampling import ImageSampling
 
 
-# What a generation config says of images, those from texts and those after others.
+# Entries of a generation config: settings for images drawn from text, and for images drawn after other images.
 SAMPLINGS = ("image_sampling", "editing_sampling")
 
 
 class StoredSamplingMixin:
-    """Reads the settings when a model is loaded; before transformers' `GenerationMixin`."""
+    """Reads the settings when a model is loaded; must come before transformers' `GenerationMixin` in the bases."""
 
     def adjust_generation_fn(self, generation_config, from_auto_class, from_pipeline, source, **kwargs):
-        # transformers takes its own defaults without a word where the file is broken, and reads no settings of others
-        # from a config that was made from the model's.
+        # If the file is broken, transformers silently uses its own defaults; and a config that it makes from the
+        # model's config lacks our settings.
         is_stored = generation_config is None and source is not None
         stored = _stored_generation_config(source, kwargs) if is_stored else {}
         super().adjust_generation_fn(generation_config, from_auto_class, from_pipeline, source, **kwargs)
@@ -34,7 +34,7 @@ class StoredSamplingMixin:
             )
 
     def _check_samplings(self, file: str):
-        """Raises `ValueError` for settings of sampling that cannot be used, and warns where there are none."""
+        """Raises `ValueError` for invalid sampling settings, and warns if there are none."""
         counts = [count for _, count in self.config.vq_config.scale_schedules.levels]
         settings = {name: getattr(self.generation_config, name, None) for name in SAMPLINGS}
         for name, values in settings.items():
@@ -50,10 +50,10 @@ class StoredSamplingMixin:
 
 
 def _stored_generation_config(source, options: dict) -> dict:
-    """What the generation config in a folder or a repository holds; nothing where there is none.
+    """The entries of the generation config in a folder or a repository; empty if there is no such file.
 
     Raises:
-        ValueError: for a file that holds no JSON object.
+        ValueError: for a file that is no JSON object.
     """
     names = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
     options = {name: options[name] for name in names if options.get(name) is not None}

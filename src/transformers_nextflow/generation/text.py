@@ -1,4 +1,4 @@
-"""`generate` of transformers over sequences with images: what it reads, what it may write, and what it refuses."""
+"""`generate` of transformers for sequences with images: it reads images, writes only text, and checks its arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .cached_sequences import check_cache, is_empty
 
 
 IMAGE_INPUTS = ("pixel_values", "image_tokens", "image_grids")
-# Inputs of `forward` that belong to one pass, so that the passes of `generate` cannot share them.
+# Inputs of `forward` for a single pass, which the passes of `generate` cannot share.
 INPUTS_OF_ONE_PASS = ("layout", "seq_idx", "labels", "image_labels", "codes_only", "num_items_in_batch")
 REFUSED_SETTINGS = {
     "assistant_early_exit": "no layer but the last is trained to predict tokens",
@@ -27,7 +27,7 @@ REFUSED_SETTINGS = {
 
 
 class WrittenText(LogitsProcessor):
-    """Leaves in scores (B, V) text alone: no codes, and none of the tokens around images, which nothing would fill."""
+    """Excludes codes and the tokens around images from scores (B, V), so that only text is written."""
 
     supports_continuous_batching = True
 
@@ -44,10 +44,10 @@ class WrittenText(LogitsProcessor):
 
 
 class TextGenerationMixin(GenerationMixin):
-    """`generate`, `generate_batch` and what transformers calls on the way.
+    """`generate`, `generate_batch` and the methods that transformers calls in them.
 
-    Images are read once, in the pass in which nothing of them is in the cache. That pass makes its own mask: the one
-    that transformers prepares for caches of a fixed size knows no blocks of scales.
+    Images are read once, in the first pass in which the cache does not hold them. That pass makes its own mask, since
+    the mask that transformers prepares for static caches has no blocks of scales.
     """
 
     _supported_generation_modes = [
@@ -61,9 +61,9 @@ class TextGenerationMixin(GenerationMixin):
     @in_evaluation_mode
     @torch.no_grad()
     def generate(self, inputs=None, generation_config=None, logits_processor=None, **kwargs):
-        """Continue sequences (B, L) with text; all else as in [`~transformers.GenerationMixin.generate`].
+        """Continue sequences (B, L) with text; all else is as in [`~transformers.GenerationMixin.generate`].
 
-        Images come as `pixel_values` and `image_grids` (the processor's output), or as `image_tokens` and
+        Images are given as `pixel_values` and `image_grids` (the processor's output), or as `image_tokens` and
         `image_grids`. Codes and the tokens around images are never written: see `generate_images`.
 
         Raises:
@@ -72,7 +72,7 @@ class TextGenerationMixin(GenerationMixin):
         """
         given = {name for name, value in kwargs.items() if value is not None}
         if "position_ids" in given and not given & {"inputs_embeds", "cache", "past_key_values"}:
-            # Where they are given, nothing else looks at the placeholders.
+            # If embeddings are given, nothing else checks the placeholders.
             schedules = self.model.schedules_of(kwargs.get("image_grids"))
             layout_sequence(kwargs.get("input_ids", inputs), kwargs.get("attention_mask"), schedules, self.config)
         return super().generate(inputs, generation_config, logits_processor, **kwargs)
@@ -92,7 +92,9 @@ class TextGenerationMixin(GenerationMixin):
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def _check_assistant(self, assistant: PreTrainedModel, do_sample: bool):
-        """It is given the same inputs, and with sampling its probabilities are compared with ours, class by class."""
+        """Raises `ValueError` for an assistant that does not fit: it gets the same inputs, and with sampling its
+        probabilities are compared with ours class by class.
+        """
         config, size = self.config, self.config.text_config.vocab_size
         if not isinstance(assistant, TextGenerationMixin) or assistant.config.text_config.vocab_size != size:
             raise ValueError(
@@ -119,7 +121,7 @@ class TextGenerationMixin(GenerationMixin):
             input_ids = model_kwargs.get("input_ids", inputs_tensor)
         cache = model_kwargs.get(CACHE)
         if cache is not None and input_ids.shape[1] <= cache.get_seq_length():
-            # Images take fewer positions than slots, and the cache does not tell how many it holds.
+            # Images take fewer positions than slots, and the number of images in the cache is not known.
             raise ValueError(
                 f"{input_ids.shape[1]} tokens came with a cache of {int(cache.get_seq_length())}; give generate the "
                 "whole sequence, what is in the cache included."
@@ -164,8 +166,8 @@ class TextGenerationMixin(GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        # An earlier answer's cache may hold some of the images. Later passes of a loop read none, unless the loop has
-        # no cache; an assistant's first pass is not called so.
+        # The cache of an earlier answer may hold some of the images. Later passes read no images, unless there is no
+        # cache. The first pass of an assistant does not have the flag for it.
         if images["image_grids"] is not None and (is_first_iteration or is_empty(cache)):
             cached = 0 if cache is None else cache.get_seq_length()
             fresh = (input_ids == self.config.eoi_token_id).nonzero()[:, 1] >= cached
@@ -175,14 +177,14 @@ class TextGenerationMixin(GenerationMixin):
         return inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
-        # Images are listed row by row of the batch: their rows repeat with the rows that hold them.
+        # Images are listed row by row of the batch, so they are repeated with their rows.
         images = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
         if expand_size > 1 and input_ids is not None and images["image_grids"] is not None:
             counts = (input_ids == self.config.eoi_token_id).sum(1).tolist()
             groups = torch.arange(sum(counts)).split(counts)
             order = torch.cat([group for group in groups for _ in range(expand_size)])
             images = {name: value if value is None else value[order] for name, value in images.items()}
-        # Not left to transformers: 5.17 repeats the coordinates in place of the rows.
+        # Done here, since transformers 5.17 repeats along the axis of coordinates and not along that of rows.
         position_ids = kwargs.pop("position_ids", None)
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
         if position_ids is not None:
@@ -190,7 +192,7 @@ class TextGenerationMixin(GenerationMixin):
         return input_ids, kwargs | {name: value for name, value in images.items() if value is not None}
 
     def generate_batch(self, inputs: list[list[int]], *args, **kwargs):
-        """Text for prompts of text by continuous batching, as [`~transformers.GenerationMixin.generate_batch`].
+        """Continue prompts of text with continuous batching, as [`~transformers.GenerationMixin.generate_batch`].
 
         Raises:
             ValueError: for prompts that hold images, are padded, or take more positions than the model has.

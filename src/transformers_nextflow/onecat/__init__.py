@@ -1,1 +1,1 @@
-"""OneCAT, whose weights are public: it draws at 512 and 1024 pixels by bits, edits, reads images and answers."""
+"""OneCAT, whose weights are public: it draws bit by bit at 512 and 1024 pixels, edits, and answers about images."""

@@ -1,4 +1,4 @@
-"""OneCAT's backbone: Qwen2 with shared attention, and an MLP each for text, for images read and for codes drawn."""
+"""OneCAT's backbone: Qwen2 with shared attention, and three MLPs (experts) for text, input images and slots."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from ..utils.older_transformers import takes_the_cache
 from .schedules import MOST_SCALES
 
 
-# Kinds of tokens that have an expert of their own; slots that are drawn have the number of their scale, from 0.
+# Kinds of tokens with an expert of their own; slots have the number of their scale, counted from 0.
 TEXT, READ = -1, -2
-# The released alpha of 128 over the rank of all adapters, times their number.
+# The released alpha of 128, divided by the rank of all adapters together and multiplied by their number.
 ADAPTER_STRENGTH = 2.0
 
 
 @dataclass(frozen=True)
 class TokenKinds:
-    """Which tokens of a batch (B, L) are of which kind.
+    """The kind of each token of a batch (B, L).
 
     Args:
-        places: kind → where its tokens stand in the flattened batch, (n,) int64; `None` for all tokens.
+        places: kind → the indices (n,) int64 of its tokens in the flattened batch; `None` for all tokens.
     """
 
     places: dict[int, torch.Tensor | None]
@@ -80,7 +80,7 @@ class DrawingMLP(nn.Module):
 
 
 class OneCatAttention(ScaleAttentionMixin, Qwen2Attention):
-    """Qwen2's attention, which takes `both_ways` too."""
+    """Qwen2's attention with the argument `both_ways`."""
 
 
 class OneCatDecoderLayer(GradientCheckpointingLayer):
@@ -118,7 +118,7 @@ class OneCatDecoderLayer(GradientCheckpointingLayer):
 
 def rotary_frequencies(config: Qwen2Config, device: torch.device) -> torch.Tensor:
     """(head_dim / 2,) float32: from fast to slow."""
-    # Made anew each time, since buffers of a model that is loaded or cast would have to be as well.
+    # Computed anew each time, since buffers would change when a model is loaded or cast.
     steps = torch.arange(0, _head_dim(config), 2, dtype=torch.int64, device=device).float()
     return 1.0 / config.rope_parameters["rope_theta"] ** (steps / _head_dim(config))
 
@@ -147,8 +147,8 @@ class OneCatTextModel(ScaleMaskedMixin, Qwen2PreTrainedModel):
     """The backbone; takes embeddings, positions, kinds of tokens and prepared masks.
 
     Args:
-        config: the backbone's.
-        drawing_frequencies: the type in which the rotary frequencies of drawings are rounded.
+        config: the config of the backbone.
+        drawing_frequencies: the dtype to which the rotary frequencies of drawings are rounded.
     """
 
     _no_split_modules = ["OneCatDecoderLayer"]
@@ -165,7 +165,7 @@ class OneCatTextModel(ScaleMaskedMixin, Qwen2PreTrainedModel):
         )
         self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_init()
-        # Qwen2's, by the names of the experts. That of slots is left whole, as its adapters are.
+        # Qwen2's plan with the names of the experts. The expert of slots and its adapters are not sharded.
         experts = ("mlp_te",) if drawing_only else ("mlp_te", "mlp_ue")
         self.tp_plan = {
             name.replace(".mlp.", f".{expert}."): style for expert in experts for name, style in self.tp_plan.items()

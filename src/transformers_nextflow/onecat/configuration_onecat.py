@@ -30,8 +30,8 @@ class BitwiseVQConfig(PreTrainedConfig):
     r"""Configuration of [`BitwiseVQModel`]. The defaults are those of Infinity's tokenizer of 32 bits.
 
     Args:
-        code_bits: bits of a code, from 1 to 62: channels of the latents, whose signs they are.
-        levels: `[resolution, number of scales]` pairs, rows of OneCAT's tables.
+        code_bits: bits of a code, from 1 to 62: the signs of as many channels of the latents.
+        levels: `[resolution, number of scales]` pairs, from OneCAT's tables.
         channels, channel_multipliers: widths of the levels of encoder and decoder, the full resolution first.
         num_res_blocks: residual blocks of a level of the encoder; the decoder has one more.
     """
@@ -39,7 +39,7 @@ class BitwiseVQConfig(PreTrainedConfig):
     model_type = "bitwise_vq"
     base_config_key = "vq_config"
     save_pretrained = saved_whole(PreTrainedConfig.save_pretrained)
-    # What counts the images that are decoded at once asks for it.
+    # Read by the function that computes how many images are decoded at once.
     pixel_encoder_type = "convolutional"
 
     code_bits: int = 32
@@ -52,7 +52,7 @@ class BitwiseVQConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Raises `ValueError` for values that do not fit together, and for numbers that are not finite."""
         check_finite(vars(self))
-        # One sign bit and the -1 of padding stay free.
+        # The sign bit and the value -1, which is padding, must stay free.
         if not 1 <= self.code_bits <= 62:
             raise ValueError(f"code_bits must be from 1 to 62, got {self.code_bits}.")
         if not 1 <= self.num_res_blocks <= MOST_LAYERS:
@@ -84,22 +84,22 @@ class BitwiseVQConfig(PreTrainedConfig):
 @value_errors
 @strict
 class OneCatConfig(PreTrainedConfig):
-    r"""Configuration of [`OneCatForConditionalGeneration`]. The defaults are those that the 3B model is taken to have.
+    r"""Configuration of [`OneCatForConditionalGeneration`]. The defaults are those that we assume for the 3B model.
 
     Args:
         text_config: a `Qwen2Config` or dict; the backbone.
         vq_config: a [`BitwiseVQConfig`] or dict; the vision tokenizer.
-        adapter_rank: of the part of the drawing expert that belongs to one scale; there are 13 of them.
+        adapter_rank: rank of the drawing expert's adapter for one scale; there are 13 adapters.
         num_scale_embeddings: rows of the embedding of scales.
-        reader_hidden_size, reader_image_size, reader_patch_size: of what reads images: width, side in pixels of the
-            square that its table of positions covers, pixels per side of a patch.
-        image_token_id, reference_token_id: placeholders of what is read, in a chat and in an edit.
-        drawing_frequencies: in which type the rotary frequencies of drawings are rounded. The released scripts cast
-            them to "bfloat16" with the model; "float32" leaves them exact. Chats always have exact ones.
-        drawing_only: leave out what only reads images and writes text, at a third less memory.
-        image_sampling, editing_sampling: settings of the scale loop, as [`BitwiseImageSampling`] and
-            [`BitwiseEditingSampling`] take them.
-        released_config: what the model was converted from says of itself, for the way back.
+        reader_hidden_size, reader_image_size, reader_patch_size: the image encoder (`PatchReader`): its width, the side
+            in pixels of the square that its table of positions covers, and pixels per side of a patch.
+        image_token_id, reference_token_id: placeholders of input images in a chat and in an edit.
+        drawing_frequencies: the dtype to which the rotary frequencies of drawings are rounded. The released scripts
+            cast them to "bfloat16" with the model; "float32" leaves them exact. Chats always have exact ones.
+        drawing_only: leave out the modules that only read images and write text, which takes a third less memory.
+        image_sampling, editing_sampling: settings of the scale loop, as arguments of [`BitwiseImageSampling`] and
+            [`BitwiseEditingSampling`].
+        released_config: the config from which the model was converted, needed to convert it back.
     """
 
     model_type = "onecat"
@@ -137,7 +137,7 @@ class OneCatConfig(PreTrainedConfig):
             value = default if getattr(self, name) is None else getattr(self, name)
             setattr(self, name, config_from(value, name, self.sub_configs[name]))
         if self.image_sampling is None:
-            # What the released scripts draw with.
+            # The settings of the released scripts.
             self.image_sampling = {"guidance_scale": 20.0, "temperature": 0.5, "top_p": 0.97}
         if self.editing_sampling is None:
             # Their cfg of 3 for text, and of 1 for images, which is a strength of 3 / (1 + 1).

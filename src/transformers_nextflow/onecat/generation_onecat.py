@@ -1,4 +1,4 @@
-"""OneCAT's drawing: NextFlow's scale loop, with slots of its own and bits in place of codes of a codebook."""
+"""OneCAT's drawing: NextFlow's scale loop, with its own slots, and with bits in place of codes of a codebook."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from .schedules import cell_positions
 
 @dataclass(frozen=True)
 class BitwiseImageSampling(ImageSampling):
-    """[`ImageSampling`] of bits: each bit of a code is sampled from its two classes, by top-k and top-p of two."""
+    """[`ImageSampling`] of bits: each bit of a code is sampled from two classes, to which top-k and top-p apply."""
 
 
 @dataclass(frozen=True)
 class BitwiseEditingSampling(BitwiseImageSampling):
-    """The same for edits, whose guidance first takes the image away, and then the instruction.
+    """The same for edits, whose contexts first leave out the image, and then the instruction too.
 
-    Logits are `nothing + guidance_scale * (instruction - nothing) + image_guidance_scale * (all - instruction)`. The
-    original's `cfg_text` and `cfg_image` are `guidance_scale = cfg_text`,
+    Logits are `neither + guidance_scale * (instruction - neither) + image_guidance_scale * (all - instruction)`. With
+    the original's `cfg_text` and `cfg_image`, `guidance_scale = cfg_text` and
     `image_guidance_scale = cfg_text / (1 + cfg_image)`.
     """
 
@@ -52,9 +52,9 @@ def sample_bits(
     top_p: float = 1.0,
     generator: Generators = None,
 ) -> torch.Tensor:
-    """Bits (…) drawn independently from logits (…, 2), in float32.
+    """Bits (…) sampled independently from logits (…, 2), in float32.
 
-    The numbers of a generator are those that `torch.multinomial` takes, so that a seed draws what it draws in the
+    The random numbers are those that `torch.multinomial` would use, so that a seed gives the same bits as in the
     original. `generator` is as in `sample_codes`.
     """
     if temperature == 0:
@@ -64,7 +64,7 @@ def sample_bits(
 
 
 def _waiting_times(shape: Sequence[int], generator: Generators, device: torch.device) -> torch.Tensor:
-    """Exponentially distributed numbers: of two classes the one wins whose number over its probability is smaller."""
+    """Exponentially distributed numbers: the class is sampled whose number, divided by its probability, is smaller."""
     if isinstance(generator, Sequence):
         return torch.stack([_waiting_times(shape[1:], source, device) for source in generator])
     source_device = device if generator is None else generator.device
@@ -79,7 +79,7 @@ class OneCatSequences(CachedSequences):
         self.drawing = drawing
 
     def read_prompts(self, prompts: Prompts, pixel_values=None, pixel_sizes=None):
-        """Read prompts (R, L), padded on the left, with images; `position` is then that of each last token."""
+        """Read prompts (R, L), padded on the left, with images; afterwards `position` is that of each last token."""
         mask = prompts.mask
         self.position = mask.sum(-1, keepdim=True) - 1
         self._begin(len(mask), mask)
@@ -94,7 +94,7 @@ class OneCatSequences(CachedSequences):
         )
 
     def slot_origins(self, rows: torch.Tensor) -> torch.Tensor:
-        """Behind the last token of each prompt, (2, C, B, 1)."""
+        """The position (2, C, B, 1) after the last token of each prompt."""
         return (self.position[rows][None] + 1).expand(2, -1, -1, -1)
 
     def _read(self, *args, **kwargs) -> torch.Tensor:
@@ -102,7 +102,7 @@ class OneCatSequences(CachedSequences):
 
 
 class BitwiseImageCodes(ImageCodes):
-    """Images that are drawn by bits. `scale` is the one whose slots were made last."""
+    """Images whose codes are drawn bit by bit. `scale` is the scale whose slots were made last."""
 
     scale = 0
 
@@ -162,16 +162,16 @@ class OneCatDrawingMixin:
             attention_mask: (B, L).
             image_sizes: (height, width) in pixels of each image; they may differ.
             pixel_values, pixel_sizes: images that the prompts refer to, as in `embed_prompts`, for edits.
-            negative_input_ids, negative_attention_mask: (B, L') what guidance compares with: the negative prompts; in
-                edits the instructions without images.
+            negative_input_ids, negative_attention_mask: (B, L') prompts that guidance compares with: the negative
+                prompts; in edits the instructions without images.
             unconditional_input_ids, unconditional_attention_mask: (B, L'') in edits the negative prompts.
-            sampling: default: `config.image_sampling`, or `config.editing_sampling` where there are images.
-            generator: one for all, or one for each image: then an image depends on its own seed alone.
+            sampling: default: `config.image_sampling`, or `config.editing_sampling` if there are images.
+            generator: one for all, or one for each image; then an image depends only on its own seed.
             callback: `callback(model, scale, state)` after each scale, counted from 0; `False` stops the drawing.
-            given_image_tokens: (B, n) codes of the first whole scales, which are kept and not drawn.
+            given_image_tokens: (B, n) codes of the first scales, which are kept and not sampled.
 
         Raises:
-            ValueError: for inputs that do not fit together, sizes that are not drawn, and what the model does not take.
+            ValueError: for inputs that do not fit together, sizes without a schedule, and unsupported arguments.
         """
         if given := sorted(name for name, value in unknown.items() if value is not None):
             raise ValueError(f"OneCAT does not take {', '.join(given)} where it draws.")

@@ -1,4 +1,4 @@
-"""Images for OneCAT: to patches that it reads, to the sizes that it draws, and back from its decoder."""
+"""Images for OneCAT: input images to patches, images to the sizes that it draws, and decoded pixels to images."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from .schedules import TABLES, OneCatSchedules, checked_levels, schedules_of_lev
 
 
 SIDES = tuple(grid[0] for grid in TABLES[1.0])
-# Pixels of a token that is read, per side: two patches of 14.
+# Pixels per side of a token of an input image: two patches of 14.
 UNIT = 28
-# A read image has from 576 to 4,000 tokens, as far as whole ones allow.
+# An input image has from 576 to 4,000 tokens, as far as whole tokens allow.
 FEWEST_PIXELS, MOST_PIXELS = 576 * UNIT**2, 4000 * UNIT**2
 MOST_ELONGATED = 200
-# Of ImageNet.
+# Means and deviations of ImageNet.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# The second view of an image in a chat.
+# The size of the second view of an image in a chat.
 THUMBNAIL = (448, 448)
-# The shorter side of an image that an edit refers to, by the largest level that draws beside it.
+# The shorter side of the input image of an edit, by the level at which the edited image is drawn.
 REFERENCE_SIDES = {512: 672, 1024: 1008}
 
 
 class OneCatImageProcessor(NextFlowImageProcessor):
-    r"""[`NextFlowImageProcessor`] with OneCAT's schedules, and `read`, which prepares images that the model reads.
+    r"""[`NextFlowImageProcessor`] with OneCAT's schedules, and `read`, which prepares input images.
 
     Args:
-        scales: sides of the square grids; OneCAT's.
+        scales: sides of OneCAT's square grids.
         patch_size, levels: as in [`BitwiseVQConfig`].
     """
 
@@ -73,7 +73,7 @@ class OneCatImageProcessor(NextFlowImageProcessor):
 
 
 def size_of_chat(height: int, width: int) -> tuple[int, int]:
-    """To which an image of a chat is resized: multiples of 28 near its own, with 576 to 4,000 tokens.
+    """The size to which an image of a chat is resized: multiples of 28 near its own size, with 576 to 4,000 tokens.
 
     Raises:
         ValueError: for an image more elongated than 1:200.
@@ -90,7 +90,8 @@ def size_of_chat(height: int, width: int) -> tuple[int, int]:
 
 
 def size_of_reference(height: int, width: int, level: int) -> tuple[int, int]:
-    """To which an image that an edit refers to is resized, where the edited one is drawn at a level (a resolution).
+    """The size to which the input image of an edit is resized if the edited image is drawn at this level (a
+    resolution).
 
     Raises:
         ValueError: for an image more elongated than 1:200.
@@ -104,7 +105,7 @@ def size_of_reference(height: int, width: int, level: int) -> tuple[int, int]:
 
 
 def num_tokens(size: tuple[int, int]) -> int:
-    """How many tokens a read image of (height, width) pixels has."""
+    """How many tokens an input image of (height, width) pixels has."""
     return (size[0] // UNIT) * (size[1] // UNIT)
 
 

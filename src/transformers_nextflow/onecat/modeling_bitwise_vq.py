@@ -1,4 +1,4 @@
-"""Infinity's bitwise vision tokenizer: pixels to the signs of residuals, scale by scale, and back."""
+"""Infinity's bitwise vision tokenizer: codes are the signs of residuals, scale by scale."""
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,10 @@ from .configuration_onecat import BitwiseVQConfig
 
 
 class BitwiseQuantizer(nn.Module):
-    """Latents (B, bits, h, w) to codes and back, in float32. A code is a whole number; bit 0 counts most.
+    """Turns latents (B, bits, h, w) into codes and back, in float32. A code is a whole number; bit 0 is the most
+    significant one.
 
-    Each scale takes the signs of what the scales before have left over; no weight is learned.
+    Each scale takes the signs of the residual of the scales before; there are no learned weights.
     """
 
     def __init__(self, config: BitwiseVQConfig):
@@ -71,7 +72,7 @@ class BitwiseQuantizer(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, beside the input itself."""
+    """Norm, SiLU and convolution, twice, added to the input."""
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
@@ -121,7 +122,7 @@ class BitwiseDecoder(nn.Module):
         widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
         self.conv_in = _conv(config.code_bits, widths[-1])
         self.mid = nn.ModuleDict({name: ResidualBlock(widths[-1], widths[-1]) for name in ("block_1", "block_2")})
-        self.up = nn.ModuleList()  # the full resolution first, which comes last
+        self.up = nn.ModuleList()  # in the order of the released names: the full resolution, which runs last, is first
         for index, (width, before) in enumerate(zip(widths, [*widths[1:], widths[-1]])):
             level = nn.Module()
             level.block = _blocks(before, width, config.num_res_blocks + 1)
@@ -205,12 +206,12 @@ class BitwiseVQModel(NextFlowVQPreTrainedModel):
         return self.decoder(features.to(self.decoder.conv_in.weight.dtype)).float()
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) in [-1, 1] as the codes keep them."""
+        """Images (B, 3, H, W) in [-1, 1], encoded and decoded."""
         return self.decode(self.encode(pixel_values).image_tokens, self.schedule_of(pixel_values))
 
 
 def frozen_bitwise_tokenizer(config: BitwiseVQConfig) -> BitwiseVQModel:
-    """The tokenizer inside of a model, which is never trained with it, and left out of sharding."""
+    """The frozen tokenizer of a model; FSDP does not shard it."""
     vq_model = BitwiseVQModel._from_config(config).requires_grad_(False)
     leave_out_of_sharding(vq_model, True)
     return vq_model

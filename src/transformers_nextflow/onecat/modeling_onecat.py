@@ -36,15 +36,15 @@ class OneCatCausalLMOutputWithPast(CausalLMOutputWithPast):
     """Output of [`OneCatForConditionalGeneration`].
 
     Args:
-        logits: (B, L, V) of text; `None` where images were given to draw.
-        bit_logits: (B, N, bits, 2) of the codes of drawn images, class 0 and class 1 of each bit.
+        logits: (B, L, V) logits of text; `None` if drawn images were given.
+        bit_logits: (B, N, bits, 2) logits of class 0 and class 1 of each bit of the codes of drawn images.
     """
 
     bit_logits: torch.FloatTensor | None = None
 
 
 class PatchReader(nn.Module):
-    """Images that are read: patches, positions, 2 x 2 patches joined, an MLP. There is no transformer in it."""
+    """The encoder of input images: patches plus positions, 2 x 2 patches joined, and an MLP; it has no transformer."""
 
     def __init__(self, config: OneCatConfig):
         super().__init__()
@@ -55,7 +55,7 @@ class PatchReader(nn.Module):
         )
         self.side = config.reader_image_size // patch_size
         self.patch_embedding = nn.Conv2d(3, width, patch_size, stride=patch_size)
-        # Row 0 would be a class token's; nothing reads it.
+        # Row 0 is for a class token, which is not used.
         self.position_embedding = nn.Parameter(torch.empty(1, 1 + self.side**2, width))
         self.projector = nn.Sequential(
             nn.LayerNorm(4 * width), nn.Linear(4 * width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
@@ -71,17 +71,16 @@ class PatchReader(nn.Module):
 
 
 class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin, GenerationMixin):
-    """A prompt with images in; an image out (`generate_images`), or text (`generate`).
+    """Reads a prompt with images, and draws an image (`generate_images`) or writes text (`generate`).
 
-    All tokens share attention, norms and embeddings; text, images that are read, and slots of an image that is drawn
-    have an MLP each. Slots of scale k read the sum of the codes of all scales before, and predict the bits of their own
-    cells.
+    All tokens share attention, norms and embeddings; text, input images, and slots of drawn images each have their own
+    MLP. Slots of scale k read the sum of the codes of all scales before, and predict the bits of their own cells.
     """
 
     config: OneCatConfig
     _no_split_modules = ["OneCatDecoderLayer", "BitwiseVQModel", "PatchReader"]
     card_title, card_origin = "OneCAT", "not yet verified on the released weights"
-    # It draws whole images: codes are signs of residuals, with no nearest ones among which a region could be kept.
+    # Regions are not supported: codes are signs of residuals, so there are no nearest codes to keep a region with.
     draws_in_regions = False
 
     def __init__(self, config: OneCatConfig):
@@ -99,7 +98,7 @@ class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin
         self.scale_embedding = nn.Embedding(config.num_scale_embeddings, size)
         self.visual_head = nn.Sequential(nn.Linear(size, size), nn.GELU(), nn.Linear(size, 2 * bits))
         if config.drawing_only:
-            # What such a model leaves in a file.
+            # Weights of a file that such a model does not load.
             self._keys_to_ignore_on_load_unexpected = [r"\.mlp_ue\.", r"^reader\.", r"^lm_head\."]
         else:
             self.reader = PatchReader(config)
@@ -109,7 +108,7 @@ class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in transformers; `drawing_only=True` leaves out what only reads images and writes text.
+        """As in transformers; `drawing_only=True` leaves out the modules that only read images and write text.
 
         Raises:
             ValueError: naming tensors that are missing or no finite floats, and for quantisation.
@@ -123,13 +122,15 @@ class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin
 
     @staticmethod
     def drawing_device_map(config: OneCatConfig, device: int | str = 0, away: str = "cpu") -> dict[str, int | str]:
-        """A `device_map` for `drawing_only=True`: what draws on a device, what only reads prompts away from it.
+        """A `device_map` for `drawing_only=True`: modules that draw on a device, modules that only read prompts
+        elsewhere.
 
-        The experts of text and the embeddings, two fifths of the weights, are brought once for each drawing.
+        The experts of text and the embeddings, two fifths of the weights, are moved to the device once for each
+        drawing.
 
         Args:
-            config: as it is loaded.
-            device: where is computed.
+            config: the config of the model.
+            device: the device that computes.
             away: "cpu" or "disk".
         """
         parts = {"self_attn": device, "mlp_te": away, "mlp_ge": device}
@@ -159,7 +160,9 @@ class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin
         self.lm_head = new_embeddings
 
     def schedules_of(self, image_grids: torch.Tensor) -> tuple[ScaleSchedule, ...]:
-        """Schedules of images whose final grids are (num_images, 2). Raises `ValueError` for one that is none."""
+        """Schedules of images with the final grids `image_grids` (num_images, 2). Raises `ValueError` for other
+        grids.
+        """
         size = self.config.vq_config.patch_size
         schedules = self.config.vq_config.scale_schedules
         return tuple(schedules.for_size(height * size, width * size) for height, width in image_grids.tolist())
@@ -173,7 +176,7 @@ class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin
         pixel_values: torch.Tensor | None = None,
         pixel_sizes: torch.LongTensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings (B, L, D) of prompts with images, and which tokens are of images, (B, L) bool.
+        """Embeddings (B, L, D) of prompts with images, and a mask (B, L) bool of the tokens of images.
 
         Args:
             pixel_values: (num_images, 3, H, W), padded right and bottom.
@@ -201,7 +204,7 @@ class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin
         return embeds.flatten(0, 1).index_copy(0, places, features.to(embeds)).view_as(embeds), is_read
 
     def slot_features(self, image_tokens: torch.Tensor, schedule: ScaleSchedule, scale: int) -> torch.Tensor:
-        """What the slots (B, h*w, bits) of a scale, counted from 0, read of codes (B, n) of the scales before."""
+        """Features (B, h*w, bits) of the slots of a scale, counted from 0, from codes (B, n) of the scales before."""
         if scale == 0:
             with onloaded([self.first_feature]):
                 return self.first_feature.weight.expand(len(image_tokens), -1, -1)
@@ -233,17 +236,17 @@ class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin
         """One pass over prompts: of a chat, or of drawings with their whole images.
 
         Args:
-            input_ids: (B, L) prompts, left padded, with placeholders for what is read of images.
+            input_ids: (B, L) prompts, left padded, with placeholders for input images.
             attention_mask: (B, past + L).
-            position_ids: (B, L), of chats; default: counted from the first token.
-            pixel_values, pixel_sizes: images that are read, as in `embed_prompts`, in order of appearance.
-            image_tokens: (B, N) codes of one image drawn behind each prompt, padded with -1.
+            position_ids: (B, L) for chats; default: counted from the first token.
+            pixel_values, pixel_sizes: input images as in `embed_prompts`, in order of appearance.
+            image_tokens: (B, N) codes of one image drawn after each prompt, padded with -1.
             image_grids: (B, 2) their final grids.
-            logits_to_keep: text logits of only so many last positions, or of these; 0 of all.
+            logits_to_keep: compute text logits of only this many last positions, or of these positions; 0: of all.
 
         Raises:
-            ValueError: for what does not fit together, prompts that are not padded on the left, and more positions than
-                the model has.
+            ValueError: for inputs that do not fit together, prompts that are not padded on the left, and more positions
+                than the model has.
         """
         if image_tokens is not None:
             hidden_states = self._read_drawings(
@@ -282,11 +285,11 @@ class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Hidden states (B, L, D) of prompts at positions (B, L), or (2, B, L) where something is drawn behind them."""
+        """Hidden states (B, L, D) of prompts at positions (B, L) in chats, or (2, B, L) before a drawing."""
         embeds, is_read = self.embed_prompts(input_ids, pixel_values, pixel_sizes)
         block_ids, kinds = None, TokenKinds.all_of(TEXT)
         if pixel_values is not None:
-            # What is read of images sees each other, whichever image of the sample it belongs to.
+            # All tokens of input images of a sample attend to each other, also those of different images.
             block_ids = is_read.long() - 1
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             block_ids = F.pad(block_ids, (int(past), 0), value=-1)
@@ -316,7 +319,7 @@ class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin
     def _read_drawings(
         self, input_ids, attention_mask, pixel_values, pixel_sizes, image_tokens, image_grids
     ) -> torch.Tensor:
-        """Hidden states (B, N, D) of all slots of images behind prompts, in one pass with the mask of the scales."""
+        """Hidden states (B, N, D) of all slots of images after prompts, in one pass with the mask of the scales."""
         if image_grids is None or len(image_tokens) != len(input_ids) or len(image_grids) != len(input_ids):
             raise ValueError(f"{len(input_ids)} prompts take as many rows of image_tokens and of image_grids.")
         schedules, length = self.schedules_of(image_grids), input_ids.shape[1]
@@ -355,7 +358,7 @@ class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin
     @in_evaluation_mode
     @torch.no_grad()
     def generate(self, inputs=None, generation_config=None, **kwargs):
-        """Answer prompts (B, L) of a chat with text; all else as in [`~transformers.GenerationMixin.generate`].
+        """Answer prompts (B, L) of a chat with text; all else is as in [`~transformers.GenerationMixin.generate`].
 
         Raises:
             ValueError: for prompts that with `max_new_tokens` take more positions than the model has, several answers
@@ -372,10 +375,10 @@ class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin
             input_ids, *args, attention_mask=attention_mask, is_first_iteration=is_first_iteration, **kwargs
         )
         if is_first_iteration and kwargs.get("pixel_values") is not None:
-            # What transformers prepares for caches of a fixed size does not know what sees both ways.
+            # The mask that transformers prepares for static caches does not know which tokens attend bidirectionally.
             inputs["attention_mask"] = attention_mask
         if not is_first_iteration and inputs.get("use_cache", True):
-            # They are in the cache.
+            # The images are in the cache already.
             inputs |= {"pixel_values": None, "pixel_sizes": None}
         return inputs
 
@@ -397,5 +400,7 @@ class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin
 
 
 def prompt_positions(mask: torch.Tensor) -> torch.Tensor:
-    """Row and column (2, B, L) of the tokens of prompts (B, L) of drawings, padded on the left: both count tokens."""
+    """Row and column (2, B, L) of the tokens of drawing prompts (B, L), padded on the left: both are the token's
+    number.
+    """
     return (mask.cumsum(-1) - 1).clamp_min(0).expand(2, -1, -1)

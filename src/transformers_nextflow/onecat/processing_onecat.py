@@ -21,14 +21,14 @@ from .configuration_onecat import OneCatConfig
 from .image_processing_onecat import THUMBNAIL, num_tokens, size_of_chat, size_of_reference
 
 
-# What the model was trained with: that it reads, draws and edits images.
+# The system prompt of the training; it says that the model reads, draws and edits images.
 SYSTEM = "<|im_start|>system\\n你是一个同时能够支持图像理解、图像生成、图像编辑的多模态大语言模型。<|im_end|>"
-IMAGE, REFERENCE = "<IMG_CONTEXT>", "<REEF_GEN_CONTEXT>"  # spelled so
-# Tokens that must be one each.
+IMAGE, REFERENCE = "<IMG_CONTEXT>", "<REEF_GEN_CONTEXT>"  # with the spelling of the release
+# Texts that must each be a single token.
 MARKERS = (
     "<|im_start|>", "<|im_end|>", "<img>", "</img>", IMAGE, "<img_gen>", "<ref_gen>", "</ref_gen>", REFERENCE,
 )  # fmt: skip
-# What stands around a drawn image, which no prompt holds, where the tokenizer has it.
+# Tokens around a drawn image, if the tokenizer has them; no prompt may hold them.
 DRAWN_MARKERS = ("</img_gen>", "<IMG_GEN_CONTEXT>")
 PARTS = """
 {%- macro render(content, image) -%}
@@ -39,7 +39,7 @@ PARTS = """
     {%- endfor -%}
 {%- endmacro -%}
 """
-# There is no line break behind <|im_end|> where something is drawn, and one in chats.
+# There is no line break after <|im_end|> in prompts for images, and one in chats.
 DRAWING_TEMPLATE = (
     (
         PARTS
@@ -52,7 +52,7 @@ DRAWING_TEMPLATE = (
     .replace("SYSTEM", SYSTEM)
     .replace("REFERENCE", REFERENCE)
 )
-# Of edits what guidance compares with in the end; unlike elsewhere there is no line break behind the role.
+# The unconditional prompt of edits; only here there is no line break after the role.
 EMPTY_TEMPLATE = '{{- "SYSTEM<|im_start|>user<|im_end|><|im_start|>assistant\\n<img_gen>" -}}'.replace("SYSTEM", SYSTEM)
 CHAT_TEMPLATE = (
     (
@@ -75,7 +75,7 @@ class OneCatProcessor(DrawingInputsMixin, ProcessorMixin):
     r"""Tokenizer, image processor and the model's formats of prompts.
 
     Args:
-        image_processor ([`OneCatImageProcessor`]): makes pixels of images, and images of pixels.
+        image_processor ([`OneCatImageProcessor`]): turns images into pixel values, and pixel values into images.
         tokenizer: the released one, which has the tokens of `MARKERS`.
         chat_template: Jinja; default: the released format.
 
@@ -84,7 +84,7 @@ class OneCatProcessor(DrawingInputsMixin, ProcessorMixin):
     """
 
     save_pretrained = saved_whole(ProcessorMixin.save_pretrained)
-    # The model was not trained to reason before it draws.
+    # `None`, since the model was not trained to reason before it draws.
     think_prefix = None
     caption_request = "Describe the image."
 
@@ -92,7 +92,7 @@ class OneCatProcessor(DrawingInputsMixin, ProcessorMixin):
         known = tokenizer.get_vocab()
         if missing := [token for token in MARKERS if token not in known]:
             raise ValueError(f"The tokenizer lacks {', '.join(missing)}; take the one that was released with OneCAT.")
-        # Read as special wherever the released file does not say so, so that no prompt can spell them out.
+        # Made special tokens if the released file does not, so that no prompt can spell them out.
         own = [AddedToken(t, special=True, normalized=False) for t in (*MARKERS, *DRAWN_MARKERS) if t in known]
         tokenizer.add_tokens(own, special_tokens=True)
         self.image_token_id, self.reference_token_id = known[IMAGE], known[REFERENCE]
@@ -100,7 +100,7 @@ class OneCatProcessor(DrawingInputsMixin, ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
     def check_fits(self, config: OneCatConfig):
-        """Raises `ValueError` naming what a model of this config does not share with the processor."""
+        """Raises `ValueError` naming the settings in which the processor differs from a model of this config."""
         images, vq_config = self.image_processor, config.vq_config
         pairs = {
             "patch_size": (images.patch_size, vq_config.patch_size),
@@ -117,7 +117,7 @@ class OneCatProcessor(DrawingInputsMixin, ProcessorMixin):
             )
 
     def __call__(self, text=None, images=None, *, return_tensors: str | None = None, padding: bool = True, **other):
-        """Texts that `apply_chat_template` rendered, with `tokenize=False`; all special tokens in them are read.
+        """Encode texts from `apply_chat_template` with `tokenize=False`; all special tokens in them are read as such.
 
         Args:
             text: one text or a list. Each `<IMG_CONTEXT>` in it stands for one image.
@@ -128,7 +128,7 @@ class OneCatProcessor(DrawingInputsMixin, ProcessorMixin):
 
         Raises:
             ValueError: if placeholders and images differ in number, for an image that cannot be read, and for videos,
-                sound and settings of tokenizers, which are not taken.
+                audio and settings of tokenizers, which are not supported.
         """
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, list | tuple) or not all(isinstance(one, str) for one in texts) or not texts:
@@ -148,14 +148,14 @@ class OneCatProcessor(DrawingInputsMixin, ProcessorMixin):
         levels: Sequence[int] | None = None,
         return_tensors: str | None = "pt",
     ) -> BatchFeature:
-        """Prompts for drawing, or for edits where there are images.
+        """Prompts for drawing, or with images for edits.
 
         Special tokens that a prompt spells out are read as plain text.
 
         Args:
             prompts: one prompt or several.
             images: for each prompt a list of one image, which it edits.
-            allow_empty: let a prompt be empty, as the unconditional half of guidance is.
+            allow_empty: allow empty prompts, such as the unconditional prompt of guidance.
             levels: the resolution at which each image is drawn; default: the largest.
 
         Returns:
@@ -185,7 +185,9 @@ class OneCatProcessor(DrawingInputsMixin, ProcessorMixin):
         return self._features(rows, read, return_tensors)
 
     def drawing_inputs(self, prompts, negative_prompts, images, contexts, schedules, **options) -> dict:
-        """As in [`DrawingInputsMixin`]: edits compare with the instruction without its image, then with nothing."""
+        """As in [`DrawingInputsMixin`]: edits compare with the instruction without its image, then with an empty
+        prompt.
+        """
         levels = [self.image_processor.scale_schedules.level_of(schedule) for schedule in schedules]
         inputs = dict(self.apply_image_prompt(prompts, images, levels=levels, **options))
         if images is None:
@@ -197,7 +199,7 @@ class OneCatProcessor(DrawingInputsMixin, ProcessorMixin):
         }
 
     def _nothing(self, negative_prompts: Sequence[str]) -> BatchFeature:
-        """What edits are guided away from: negative prompts, or an empty turn in the form that the model knows."""
+        """The unconditional prompts of edits: negative prompts, or an empty turn in the format of the training."""
         empty, *_ = encode_chats(self.tokenizer, [_user_turn("", 0)], EMPTY_TEMPLATE)
         said = [prompt for prompt in negative_prompts if prompt.strip()]
         encoded = iter(encode_chats(self.tokenizer, [_user_turn(p, 0) for p in said], DRAWING_TEMPLATE) if said else [])
@@ -215,16 +217,15 @@ class OneCatProcessor(DrawingInputsMixin, ProcessorMixin):
         return_tensors: str | None = None,
         processor_kwargs: dict | None = None,
     ):
-        """One conversation or several to `input_ids`, `attention_mask`, `pixel_values` and `pixel_sizes`, padded on the
-        left (with `tokenize` and `return_dict`), to ids, or to text.
+        """Turn one conversation or several into `input_ids`, `attention_mask`, `pixel_values` and `pixel_sizes`, padded
+        on the left (with `tokenize` and `return_dict`), into ids, or into text.
 
-        An image in them is read at about its own size, and once more as a view of 448 x 448 pixels behind it. Special
-        tokens that messages spell out are read as plain text; in the text that `tokenize=False` gives they are not
-        marked.
+        The model reads each image at about its own size, and then a view of it of 448 x 448 pixels. Special tokens that
+        messages spell out are read as plain text; in the text that `tokenize=False` gives they are not marked.
 
         Raises:
-            ValueError: for what is no conversation, what the template refuses, images that cannot be read or are more
-                elongated than 1:200, and settings of tokenizers.
+            ValueError: for an invalid conversation, one that the template refuses, images that cannot be read or are
+                more elongated than 1:200, and settings of tokenizers.
         """
         if not isinstance(conversation, list | tuple) or not conversation:
             raise ValueError(
@@ -252,7 +253,7 @@ class OneCatProcessor(DrawingInputsMixin, ProcessorMixin):
         return self._features(rows, read, return_tensors)
 
     def _with_images(self, rows: list[list[int]], images: list) -> tuple[list[list[int]], list]:
-        """Rows with as many placeholders as each image has tokens, and what is read: views with their sizes."""
+        """Rows with as many placeholders as each image has tokens, and the views of images with their sizes."""
         if (count := sum(row.count(self.image_token_id) for row in rows)) != len(images):
             raise ValueError(f"The texts hold {count} {IMAGE}, but were given {len(images)} images; give each its own.")
         images = self.image_processor.to_rgb(images)
@@ -290,7 +291,7 @@ def _images_of(chat: list[dict]) -> list:
 
 
 def _check_settings(settings: dict):
-    """Raises `ValueError` for a setting that would be passed over: rows are padded on the left, and that is all."""
+    """Raises `ValueError` for a setting that would be ignored: rows are always padded on the left."""
     for name, value in settings.items():
         if value is not None and not (name == "padding" and value in (True, "longest")):
             raise ValueError(f"OneCAT's processor does not take {name}={short_repr(value)}; leave it out.")

@@ -1,4 +1,4 @@
-"""OneCAT's scale schedules: a table of its own for each aspect ratio, which no formula makes."""
+"""OneCAT's scale schedules: a table for each aspect ratio, since no formula gives them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..utils.short_repr import short_repr
 from ..utils.typed_values import is_of_type
 
 
-# Grids of the ratios height / width of 1 and more, each of 13 scales; a ratio below 1 has its inverse's, swapped.
+# Grids of the ratios height / width from 1 on, each with 13 scales; a ratio below 1 has those of its inverse, swapped.
 TABLES: dict[float, tuple[Grid, ...]] = {
     float(ratio): tuple(tuple(map(int, grid.split(","))) for grid in grids.split())
     for ratio, grids in (
@@ -31,18 +31,18 @@ TABLES: dict[float, tuple[Grid, ...]] = {
         """.strip().splitlines()
     )
 }
-# In the order in which the first one wins a tie: each ratio with its inverse behind it.
+# Ratios with their inverses after them; in a tie the first one wins.
 INVERSES = {1.25: 0.8, 1.333: 0.75, 1.5: 0.666, 1.75: 0.571, 2.0: 0.5, 2.5: 0.4, 3.0: 0.333}
 RATIOS = (1.0, *(ratio for pair in INVERSES.items() for ratio in pair))
 MOST_SCALES = 13
-# Sides of the square images of all levels, and with how many scales they are drawn; the released scripts offer the
-# second and the last.
+# Sides of the square images of all levels, and their numbers of scales; the released scripts offer the second and the
+# last level.
 LEVELS = {256: 7, 512: 10, 768: 12, 1024: 13}
 
 
 @dataclass(frozen=True)
 class OneCatSchedules:
-    """All schedules of a model, as [`ScaleSchedules`] has them for NextFlow.
+    """All schedules of a model, with the interface of NextFlow's [`ScaleSchedules`].
 
     Args:
         patch_size: pixels per side of a cell of the last grid.
@@ -85,7 +85,7 @@ class OneCatSchedules:
         """The schedule that draws exactly `height` x `width` pixels.
 
         Raises:
-            ValueError: if none does; the message names the nearest size that is drawn.
+            ValueError: if no schedule does; the message names the nearest size of a schedule.
         """
         schedule = self._by_size.get((height, width))
         if schedule is None:
@@ -100,7 +100,7 @@ class OneCatSchedules:
         """The schedule whose ratio height / width is nearest, as a difference, at a level (default: nearest in area).
 
         Raises:
-            ValueError: for sides below 1, and for a level that is none.
+            ValueError: for sides below 1, and for an unknown level.
         """
         if height < 1 or width < 1:
             raise ValueError(f"Height and width must be at least 1 pixel, got {height}x{width}.")
@@ -118,14 +118,14 @@ class OneCatSchedules:
 
     @cached_property
     def _by_size(self) -> dict[tuple[int, int], ScaleSchedule]:
-        # At coarse levels two ratios may end on one grid; the first one wins.
+        # At coarse levels two ratios may end on the same grid; the first one is used.
         schedules = [self.build(ratio, level) for level in self.resolutions for ratio in RATIOS]
         return {schedule.image_size(self.patch_size): schedule for schedule in reversed(schedules)}
 
 
 @lru_cache
 def schedules_of_levels(patch_size: int, levels: Sequence[tuple[int, int]]) -> OneCatSchedules:
-    """[`OneCatSchedules`], kept: every image asks for its schedule."""
+    """[`OneCatSchedules`], cached, since every image needs its schedule."""
     return OneCatSchedules(patch_size, levels)
 
 
@@ -147,7 +147,7 @@ def _schedule(ratio: float, count: int) -> ScaleSchedule:
 def cell_positions(schedule: ScaleSchedule, scale: int) -> torch.Tensor:
     """Row and column (2, h*w) int64 of the cells of a scale, counted from 0, in the coordinates of the last grid."""
 
-    # Rounded to even from a product in float32, as the model was trained; two places of the tables depend on it.
+    # A product in float32, rounded half to even, as in the training; two entries of the tables depend on it.
     def side(count: int, final: int) -> torch.Tensor:
         return (torch.arange(count, dtype=torch.float32) * torch.tensor(final / count, dtype=torch.float32)).round()
 

@@ -1,1 +1,1 @@
-"""The rooms of the pipeline: requests, calls, conversations and videos."""
+"""Parts of the pipeline: requests, calls, conversations and videos."""

@@ -1,4 +1,4 @@
-"""diffusers' `AutoPipelineForText2Image`, `…Image2Image` and `…Inpainting`, which are to find our pipeline."""
+"""Makes `from_pipe` of diffusers' `AutoPipelineForText2Image`, `…Image2Image` and `…Inpainting` accept our pipeline."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ TABLES = ("AUTO_TEXT2IMAGE_PIPELINES_MAPPING", "AUTO_IMAGE2IMAGE_PIPELINES_MAPPI
 
 
 class AutoPipelinesMixin:
-    """A pipeline that does the tasks of all three; `from_pipe` of them takes it over.
+    """A pipeline for the tasks of all three auto pipelines; their `from_pipe` accepts it.
 
-    By `from_pretrained` they find only classes of diffusers itself.
+    Their `from_pretrained` finds only classes of diffusers itself.
     """
 
     @property
     def config(self) -> dict:
-        # `from_pipe` reads it first. The module with the tables imports every pipeline of diffusers, which takes a
-        # second and warns of what they lack: it is there by then, and nobody else needs it.
+        # `from_pipe` reads this property first. Importing the module with the tables imports every pipeline of
+        # diffusers, which takes a second and gives warnings; when `from_pipe` runs it was imported already.
         if module := sys.modules.get("diffusers.pipelines.auto_pipeline"):
             for table in TABLES:
                 getattr(module, table)["nextflow"] = type(self)

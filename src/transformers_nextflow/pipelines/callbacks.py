@@ -1,4 +1,4 @@
-"""What `callback_on_step_end` of a [`NextFlowPipeline`] gives back."""
+"""Handling of what `callback_on_step_end` of a [`NextFlowPipeline`] returns."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ WHOLE_NUMBERS = (torch.int16, torch.int32, torch.int64)
 
 
 def take_changes(state: ScaleState, returned: dict | None, codebook_size: int):
-    """Enter the codes that a callback returns, which the next scale reads.
+    """Replace the codes so far by those that a callback returns; the next scale reads them.
 
     Args:
-        state: after the scale; its codes are written to.
+        state: the state after the scale, whose codes are replaced.
         returned: `None`, or a dict in which "image_tokens" are the codes (B, n) so far.
 
     Raises:

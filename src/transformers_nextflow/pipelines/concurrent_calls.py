@@ -1,4 +1,4 @@
-"""What a call on a pipeline has for itself, and what is put in order after it, whatever ended it."""
+"""The state of a single call on a pipeline, and the cleaning up after it, even if it fails."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..utils.offloading import is_onloaded, one_after_the_other, onloaded
 
 @dataclass
 class _Call:
-    """A call that runs, or has run last; `stops` counts the requests from outside when it began."""
+    """A call that runs or was the last to run; `stops` is the number of requests to stop from outside when it began."""
 
     stops: int
     is_over: bool = False
@@ -21,7 +21,7 @@ class _Call:
 
 
 class _Thread(threading.local):
-    """Of each pipeline this thread's calls, the innermost last; of those that are over the last one."""
+    """For each pipeline the calls that run in this thread, the innermost last; if none runs, the last one."""
 
     def __init__(self):
         self.calls: WeakKeyDictionary[PipelineCallsMixin, list[_Call]] = WeakKeyDictionary()
@@ -31,13 +31,13 @@ _THREAD = _Thread()
 
 
 class PipelineCallsMixin:
-    """Calls of a [`NextFlowPipeline`], which may run in several threads, and inside of each other's callbacks."""
+    """Calls of a [`NextFlowPipeline`], which may run in several threads, and within callbacks of other calls."""
 
     _stops = 0
 
     @property
     def interrupt(self) -> bool:
-        """Whether the call that runs in this thread (else its last one) was asked to stop after the scale at hand."""
+        """Whether the call in this thread (if none runs, the last one) was asked to stop after the current scale."""
         calls = self._calls()
         if not calls:
             return False
@@ -45,8 +45,8 @@ class PipelineCallsMixin:
 
     @property
     def _interrupt(self) -> bool:
-        """The request to stop. Set in a callback it is one to the call that the callback belongs to; set outside of
-        calls, as by a button in another thread, to all calls that run at the time.
+        """The request to stop. Set in a callback, it stops the call of that callback; set outside of calls, such as by
+        a button in another thread, it stops all calls that are running.
         """
         return self.interrupt
 
@@ -63,7 +63,9 @@ class PipelineCallsMixin:
 
     @contextmanager
     def _call(self) -> Iterator[None]:
-        """One call: the model is where it computes, and goes back to where it waits, however the call ends."""
+        """One call: an offloaded model is moved to the device that computes, and back afterwards, even after an
+        error.
+        """
         calls = self._calls()
         if calls and calls[-1].is_over:
             calls.pop()
@@ -72,7 +74,8 @@ class PipelineCallsMixin:
             with one_after_the_other(self.model):
                 is_within_another = is_onloaded(self.model)
                 try:
-                    # Offloading brings a model when it is called, which most of what a pipeline does never does.
+                    # Offloading moves a model when its `forward` is called, but the pipeline mostly calls other
+                    # methods.
                     with onloaded([self.model]):
                         yield
                 finally:

@@ -1,4 +1,4 @@
-"""What the pipeline does over several images: videos and conversations, each on one cache."""
+"""Videos, conversations and scores of the pipeline; a video or a conversation runs on one cache."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class NextFlowVideoOutput:
     """Videos.
 
     Args:
-        frames: of each video its images, all of one size; a given first one is among them as the model read it.
-        transitions: of each video the texts between its frames.
+        frames: for each video its images, all of one size; a given first frame is included, as the model read it.
+        transitions: for each video the texts between its frames.
     """
 
     frames: list[list[Image.Image]]
@@ -61,7 +61,7 @@ class NextFlowScores:
 
 
 MOST_FRAMES = 1024
-# What `video` takes.
+# The settings that `video` takes.
 SAMPLING_NAMES = [f.name for f in fields(ImageSampling)]
 VIDEO_NAMES = (
     "prompt", "image", "num_frames", "negative_prompt", "height", "width", "generator", "decoder", "decoder_steps",
@@ -88,26 +88,26 @@ class ConversationMixin:
         decoder_guidance_scale: float | None = None,
         **sampling: PerScale | None,
     ) -> NextFlowVideoOutput:
-        """Draw videos, frame by frame, each after all earlier ones and a text of what changes (paper, section 5.4).
+        """Draw videos frame by frame, each after all earlier frames and a text of what changes (paper, section 5.4).
 
         Args:
-            prompt: of a video, or a list of them. The model then writes the texts between frames. Or a list for each
-                video: its prompt, then what changes before the second frame, the third, and so on.
-            image: the first frame, which keeps its size; or a list with one for each prompt of a list. Default: drawn
-                too.
-            num_frames: frames of a video, a given first one included; default: as many as a list of texts has.
+            prompt: a prompt, or a list with one for each video; the model then writes the texts between frames. Or a
+                list for each video: its prompt, then what changes before the second frame, the third, and so on.
+            image: the first frame, which keeps its size; or a list with one for each prompt of a list. Default: the
+                first frame is drawn too.
+            num_frames: number of frames of a video, with a given first frame; default: the length of a list of texts.
             negative_prompt: what guidance steers away from at every frame.
-            height, width: pixels where no first frame is given; default: the square of the model's largest level.
-            max_transition_tokens: how long the texts between frames are at most: `num_frames` times so many tokens in
-                a video.
+            height, width: size in pixels if no first frame is given; default: the square of the model's largest level.
+            max_transition_tokens: the largest length of a text between frames; a video has at most `num_frames` times
+                as many tokens of text.
             generator: one for all videos, or one for each.
-            decoder, decoder_steps, decoder_guidance_scale: as in `__call__`. A first frame that is given is enlarged to
-                the size of the others.
-            sampling: values of [`ImageSampling`] that differ from the checkpoint's own for edits.
+            decoder, decoder_steps, decoder_guidance_scale: as in `__call__`. A given first frame is enlarged to the
+                size of the others.
+            sampling: values of [`ImageSampling`] in place of the checkpoint's own for edits.
 
         Raises:
-            ValueError: for texts that are not as many as the frames, videos mixed with lists of texts, and what
-                `__call__` refuses.
+            ValueError: if the number of texts differs from that of the frames, if prompts and lists of texts are mixed,
+                and for all that `__call__` refuses.
         """
         self._check_interleaves("video")
         check_names(sampling, [*VIDEO_NAMES, *SAMPLING_NAMES], "NextFlowPipeline.video")
@@ -120,7 +120,7 @@ class ConversationMixin:
         if image is not None and len(prompts) == 1 and not isinstance(image, list | tuple):
             image = [image]
         if image is None and sampling.get("image_guidance_scale") is None:
-            sampling["image_guidance_scale"] = 1.0  # there is no image to be guided towards, whatever edits have
+            sampling["image_guidance_scale"] = 1.0  # there is no input image, so the setting for edits does not apply
         # All frames but the first are drawn after others.
         sampling, size = self._sampling(True, **sampling), (height, width)
         request = ImageRequest.build(self.processor, prompts, negative_prompt, image, None, size, None, False, False)
@@ -132,7 +132,7 @@ class ConversationMixin:
             given = 0 if image is None else 1
             if given:
                 firsts = _first_frames(self.processor, request)
-            # After a given frame the answer begins with what changes.
+            # After a given frame the answer begins with the text of what changes.
             inputs = self._drawing_inputs(request, sampling, "" if given else None)
             length = num_frames or len(scripts[0])
             scales = max(schedule.num_scales for schedule in request.schedules)
@@ -186,7 +186,7 @@ class ConversationMixin:
         return writer.finished()
 
     def _texts_between(self, output: InterleavedGenerationOutput, given: int) -> list[list[str]]:
-        """Of each row the texts before its images, without what stands before a video's first."""
+        """For each row the texts before its images, without the text before the first frame of a video."""
         texts = []
         for ids, pieces in zip(output.input_ids, output.segments):
             row, text = [], ""
@@ -223,21 +223,21 @@ class ConversationMixin:
         [{"type": "image", "image": <PIL.Image.Image …>}]
 
         Args:
-            messages: in chat format; the parts of a message are of type "text", "image" or "video" (a video, read frame
-                by frame). What this method returns can be appended.
+            messages: messages in chat format; the parts of a message have the type "text", "image" or "video" (read
+                frame by frame). The message that this method returns can be appended.
             max_new_tokens, min_images, max_images, generator, streamer, kwargs: as in `generate_interleaved`; the
                 default of `max_images` is 1. A model without that method, such as OneCAT, answers with text:
                 `max_new_tokens` and `kwargs` are then those of transformers' `generate`, and nothing else is taken.
-            height, width: pixels of what is drawn; default: as `generate_interleaved` has it, and of one side alone the
-                square's.
-            sampling: of images, without an `image_guidance_scale`; default: the checkpoint's own.
+            height, width: size in pixels of drawn images; default: as in `generate_interleaved`; if only one is given,
+                the other is that of the largest square.
+            sampling: settings of images, without an `image_guidance_scale`; default: the checkpoint's own.
             decoder, decoder_steps, decoder_guidance_scale: as in `__call__`.
 
         Returns:
             The assistant's message, or a list of them.
 
         Raises:
-            ValueError: for messages that the chat template refuses, and what `generate_interleaved` refuses.
+            ValueError: for messages that the chat template refuses, and for all that `generate_interleaved` refuses.
         """
         self._check_reads("chat")
         if not isinstance(messages, list | tuple) or not messages:
@@ -257,7 +257,7 @@ class ConversationMixin:
         max_images = 1 if max_images is None else max_images
         if not is_of_type(max_images, int) or not is_of_type(min_images, int):
             raise ValueError(f"min_images and max_images are whole numbers, got {min_images!r} and {max_images!r}.")
-        # Guidance compares with nothing said and shown at once.
+        # Guidance compares with a prompt without text and without images.
         if sampling is not None and not isinstance(sampling, ImageSampling):
             raise ValueError(f"sampling must be an ImageSampling, got {short_repr(sampling)}.")
         if sampling is None:
@@ -299,7 +299,7 @@ class ConversationMixin:
         return answers if is_batch else answers[0]
 
     def _written(self, inputs: dict, max_new_tokens: int | None, options: dict) -> list[dict]:
-        """The assistant's messages of a model that answers with text."""
+        """The assistant's messages of a model that answers only with text."""
         options = options if max_new_tokens is None else options | {"max_new_tokens": max_new_tokens}
         _check_written(options, inputs)
         written = self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
@@ -340,7 +340,7 @@ class ConversationMixin:
             prompts: (B) texts.
 
         Raises:
-            ValueError: if they differ in number, and for what the processor refuses.
+            ValueError: if the numbers of images and prompts differ, and for inputs that the processor refuses.
         """
         self._check_interleaves("score")
         if not isinstance(images, list | tuple) or not isinstance(prompts, list | tuple):

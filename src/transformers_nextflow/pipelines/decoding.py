@@ -28,10 +28,10 @@ def load_diffusion_decoder(folder, dtype, device: torch.device, **options) -> Ne
 
 
 class DecodingMixin:
-    """Decoding of a [`NextFlowPipeline`]'s codes."""
+    """Decodes the codes of a [`NextFlowPipeline`]."""
 
     def check_diffusion_decoder(self, decoder: NextFlowDiffusionDecoder | None, model):
-        """Raises `ValueError` for what is no diffusion decoder, or the one of another tokenizer."""
+        """Raises `ValueError` for an object that is no diffusion decoder, and for the decoder of another tokenizer."""
         if decoder is None:
             return
         if not isinstance(decoder, NextFlowDiffusionDecoder):
@@ -49,10 +49,10 @@ class DecodingMixin:
     def _diffusion_settings(
         self, decoder: str, steps: int | None, guidance_scale: float | None, schedules: Iterable[ScaleSchedule] = ()
     ) -> DiffusionSettings | None:
-        """How the diffusion decoder works, `None` for the pixel decoder.
+        """The settings of the diffusion decoder, `None` for the pixel decoder.
 
         Raises:
-            ValueError: for a decoder that there is not, settings out of range, and sizes that it does not draw.
+            ValueError: for a missing or unknown decoder, settings out of range, and sizes that it does not support.
         """
         if decoder not in DECODERS:
             raise ValueError(f"decoder must be one of {DECODERS}, got {short_repr(decoder)}.")
@@ -88,7 +88,7 @@ class DecodingMixin:
         return decode_codes(self.diffusion_decoder, vq_model, image_tokens, sizes, settings, generator, prompts)
 
     def _pasted(self, request, pixels: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Images with the request's own pixels back outside of its regions, enlarged where the images are larger."""
+        """Images with the request's own pixels outside of its regions, enlarged if the decoder enlarges."""
         pasted = []
         for region, image, own in zip(request.regions, pixels, request.pixels):
             factor = image.shape[-1] // own.shape[-1]
@@ -99,17 +99,17 @@ class DecodingMixin:
 
 
 def of_size(image: Image.Image, like: Image.Image) -> Image.Image:
-    """An image as large as another one."""
+    """An image, resized to the size of another one."""
     return image if image.size == like.size else image.resize(like.size, Image.Resampling.BICUBIC)
 
 
 def of_rows(generator: Generators, rows: Sequence[int]) -> Generators:
-    """The generators of images by the rows that they were drawn for, where every row has its own."""
+    """The generators of the given rows, if every row has its own; else the one generator."""
     return [generator[row] for row in rows] if isinstance(generator, Sequence) else generator
 
 
 def of_decoder(settings: DiffusionSettings | None) -> dict[str, str | int | float]:
-    """What the provenance of an image says of its decoder: nothing of the tokenizer's own."""
+    """The entries about the decoder in the provenance of an image; none for the tokenizer's own decoder."""
     if settings is None:
         return {}
     steps, scale = settings.num_inference_steps, settings.guidance_scale

@@ -1,4 +1,4 @@
-"""What becomes of every image before a pipeline hands it out: a safety checker, a watermark, its provenance."""
+"""What is applied to every image before a pipeline returns it: a safety checker, a watermark, its provenance."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from ..utils.short_repr import short_repr
 
 
 class FinishedImagesMixin:
-    """Hooks of a [`NextFlowPipeline`], set as attributes; none is there by default.
+    """Hooks of a [`NextFlowPipeline`], set as attributes; by default there are none.
 
     Attributes:
-        safety_checker: of diffusers' shape: `safety_checker(images=…, clip_input=…)` takes an array (1, H, W, 3) of
-            floats in [0, 1] and gives back such images, and for each whether it was found unsafe. It is asked of every
-            image, previews and the frames of videos included; codes (`image_tokens`, "latent") pass it by.
-        feature_extractor: makes `clip_input` of PIL images, as of a `StableDiffusionSafetyChecker`.
-        watermark: an object with `apply_watermark(images)`, which takes and gives (1, 3, H, W) in [-1, 1], as
+        safety_checker: a function with diffusers' interface: `safety_checker(images=…, clip_input=…)` takes an array
+            (1, H, W, 3) of floats in [0, 1] and returns such images, and for each whether it was found unsafe. It is
+            called on every image, previews and frames of videos included; codes (`image_tokens`, "latent") are not
+            checked.
+        feature_extractor: makes `clip_input` from PIL images, such as that of a `StableDiffusionSafetyChecker`.
+        watermark: an object with `apply_watermark(images)`, which takes and returns (1, 3, H, W) in [-1, 1], such as
             diffusers' `StableDiffusionXLWatermarker`.
-        adds_provenance: whether PIL images say in their files what drew them (`utils/provenance.py`).
+        adds_provenance: whether the files of PIL images record what drew them (`utils/provenance.py`).
     """
 
     safety_checker = None
@@ -34,7 +35,7 @@ class FinishedImagesMixin:
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
-        """As diffusers' own; what checks and marks images goes over to the new pipeline."""
+        """As in diffusers; the new pipeline takes over the hooks of the other one."""
         other = super().from_pipe(pipeline, **kwargs)
         for name in ("safety_checker", "feature_extractor", "watermark", "adds_provenance"):
             if hasattr(pipeline, name):
@@ -100,16 +101,16 @@ class FinishedImagesMixin:
     def _with_provenance(
         self, images: Sequence[Image.Image], rows: Sequence[int], generator: Generators, sampling: ImageSampling, **more
     ) -> list[Image.Image]:
-        """PIL images with what drew them; `rows` are their numbers among the call's generators."""
+        """PIL images with their provenance; `rows` are their numbers among the call's generators."""
         if not self.adds_provenance:
             return list(images)
-        # Not the path: it says where on somebody's disk the model lies.
+        # Not the path, which would reveal where the model is on the user's disk.
         name = str(self.config.get("_name_or_path") or self.unwrapped_model.name_or_path)
         checkpoint = os.path.basename(os.path.normpath(name)) if os.path.exists(name) else name
         settings = sampling.to_dict() | {key: value for key, value in more.items() if value is not None}
         result = []
         for image, row in zip(images, rows):
-            # With a generator of its own an image does not depend on its place among others.
+            # An image with a generator of its own does not depend on its place in the batch.
             is_own = isinstance(generator, Sequence)
             own, place = (generator[row], {}) if is_own else (generator, {"image": row})
             record = {"checkpoint": checkpoint, "seed": None if own is None else own.initial_seed()} | place

@@ -1,4 +1,4 @@
-"""LoRA by the names that diffusers' users type. What acts are PEFT's layers, inside of the pipeline's model."""
+"""LoRA with the method names of diffusers. The adapters are PEFT's layers inside of the pipeline's model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ..utils.typed_values import check_types
 
 
 class LoraMixin:
-    """Adapters of a [`NextFlowPipeline`]'s model: loaded, switched, mixed, merged and taken away."""
+    """Loads, switches, mixes, merges and removes adapters of a [`NextFlowPipeline`]'s model."""
 
     # Of all adapters that `enable_lora_hotswap` made room for.
     _lora_rank: int | None = None
@@ -42,7 +42,7 @@ class LoraMixin:
         hotswap: bool = False,
         **kwargs,
     ):
-        """Put a saved adapter into the model and make it the active one; those that were there stay loaded.
+        """Load a saved adapter into the model and make it the active one; adapters that were there stay loaded.
 
         Args:
             pretrained_model_name_or_path: a folder in PEFT's format, as `save_lora_weights`, trainers and
@@ -107,7 +107,7 @@ class LoraMixin:
             save_adapter(self.unwrapped_model, name, folder)
 
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None):
-        """Make adapters the active ones, and say how much each counts.
+        """Make adapters the active ones, and set their weights.
 
         Args:
             adapter_weights: one for all or one for each; 1 (the default) is as it was trained, 0 is without it. Modules
@@ -133,10 +133,10 @@ class LoraMixin:
         self.enable_lora()
 
     def fuse_lora(self, lora_scale: float = 1.0, adapter_names: Sequence[str] | None = None, safe_fusing: bool = False):
-        """Add adapters to the weights that they stand beside, so that drawing costs nothing for them.
+        """Merge adapters into the weights of the model, so that they cost no time in drawing.
 
         Args:
-            lora_scale: how much of them, 1 is as they are set.
+            lora_scale: a factor for the weights of the adapters; 1 changes nothing.
             adapter_names: default: the active ones.
             safe_fusing: refuse weights that would not be finite.
 
@@ -176,12 +176,12 @@ class LoraMixin:
         self._compile_again()
 
     def unload_lora_weights(self):
-        """Take all adapters away; the model is the plain one again. What is fused stays in the weights."""
+        """Remove all adapters; the model is the plain one again. Merged adapters stay in the weights."""
         self.register_modules(model=without_adapters(self.unwrapped_model))
         self._compile_again()
 
     def delete_adapters(self, adapter_names: str | Sequence[str]):
-        """Take some adapters away."""
+        """Remove some adapters."""
         _check(adapter_names=adapter_names)
         names = _as_list(adapter_names)
         self._check_adapters(names)
@@ -206,11 +206,11 @@ class LoraMixin:
                         held[name] = held[name].to(device)
 
     def enable_lora(self):
-        """Let the active adapters act (again)."""
+        """Switch the active adapters on (again)."""
         self._switch(True)
 
     def disable_lora(self):
-        """Draw as without adapters; they stay loaded."""
+        """Switch all adapters off; they stay loaded."""
         self._switch(False)
 
     def get_active_adapters(self) -> list[str]:
@@ -218,7 +218,7 @@ class LoraMixin:
         return active_adapters(self.unwrapped_model) if self.get_list_adapters()["model"] else []
 
     def get_list_adapters(self) -> dict[str, list[str]]:
-        """Names of all adapters, by component: there is one, "model"."""
+        """Names of all adapters by component; the only component is "model"."""
         return {"model": list(getattr(self.unwrapped_model, "peft_config", {}))}
 
     def _switch(self, on: bool):
@@ -251,13 +251,13 @@ class LoraMixin:
         return (part for part in adapted_parts(self.unwrapped_model) if hasattr(part, "set_scale"))
 
     def _compile_again(self):
-        """Recorded scales hold the layers as they were."""
+        """Discard recorded scales, which hold the layers as they were before."""
         if getattr(self.unwrapped_model, "compiled_drawing", None) is not None:
             self.unwrapped_model.compile_drawing()
 
 
 def _check(**given):
-    """Raises `ValueError` for names that are no texts, and for weights that are no finite numbers."""
+    """Raises `ValueError` for names that are not strings, and for weights that are not finite numbers."""
     hints = {
         "adapter_names": str | Sequence[str],
         "adapter_weights": float | Sequence[float] | None,

@@ -1,4 +1,4 @@
-"""What a call of the pipeline gives, and how a notebook shows it."""
+"""The output of a call of the pipeline, and how a notebook shows it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class NextFlowPipelineOutput(BaseOutput):
     Args:
         images: a list of PIL images, or (B, H, W, 3) numpy, or a (B, 3, H, W) tensor; floats lie in [0, 1]. With
             `output_type="latent"` they are the codes.
-        image_tokens: (B, N) codes, padded with -1 where images differ in size. Where the drawing was interrupted
-            there are fewer columns, or -1 in them.
-        thoughts: with `think=True` what was written before each image.
-        candidate_scores: with `num_candidates` above 1 the (B, num_candidates) scores among which each image won.
-        nsfw_content_detected: of each image what `safety_checker` of the pipeline found, if there is one.
-        previews: with `preview=True` of each image what it was after each scale; of candidates all.
+        image_tokens: (B, N) codes, padded with -1 if images differ in size. If the drawing was interrupted, there are
+            fewer columns, or -1 in them.
+        thoughts: with `think=True` the text that was written before each image.
+        candidate_scores: with `num_candidates` above 1 the (B, num_candidates) scores of all candidates.
+        nsfw_content_detected: for each image whether the pipeline's `safety_checker`, if there is one, found it unsafe.
+        previews: with `preview=True` the images after each scale, for each image or candidate.
     """
 
     images: Images

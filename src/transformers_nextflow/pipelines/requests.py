@@ -1,4 +1,4 @@
-"""What is to be drawn: prompts with their images, masks and sizes, checked and brought into one form."""
+"""Requests for images: prompts with their images, masks and sizes, checked and in one form."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ ImageInput = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike | bytes
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """A batch of images to draw, lists of one length each.
+    """A batch of images to draw; all lists have the same length.
 
     Args:
         prompts, negative_prompts: texts.
-        schedules: of the images to draw.
-        images: of each prompt the images that it speaks of, RGB; `None` where no prompt has any.
-        pixels: of each prompt the image (3, H, W) in [-1, 1] that is partly kept; `None` where nothing is kept.
-        regions: of each prompt what is drawn of that image, (H, W) bool; `None` for all.
-        num_kept_scales: the first so many scales of that image are kept; `None` for none.
+        schedules: schedules of the images to draw.
+        images: for each prompt the images that it refers to, RGB; `None` if no prompt has any.
+        pixels: for each prompt the image (3, H, W) in [-1, 1] that is partly kept; `None` if nothing is kept.
+        regions: for each prompt the region of that image to draw, (H, W) bool; `None` for the whole image.
+        num_kept_scales: how many of the first scales of that image are kept; `None` for none.
     """
 
     prompts: list[str]
@@ -55,7 +55,7 @@ class ImageRequest:
         think: bool,
         paste_back: bool,
     ) -> ImageRequest:
-        """Take the arguments of a pipeline's call; see there.
+        """A request from the arguments of a pipeline's call, which are described there.
 
         Raises:
             ValueError: for inputs that do not fit together.
@@ -122,7 +122,7 @@ def _images_of_prompts(processor: NextFlowProcessor, image, prompt) -> list[list
 
 
 def _is_several(images) -> bool:
-    """Whether it is a list of images, or an array or a tensor of them."""
+    """Whether `images` is a list of images, or an array or a tensor of several."""
     return isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
 
 
@@ -140,11 +140,11 @@ def _check_combination(processor, images, keeps: bool, mask_image, think: bool, 
 
 
 def requested_schedule(processor, size: tuple[int | None, int | None], image: Image.Image | None) -> ScaleSchedule:
-    """Of the size asked for; what is left open is the image's, as the processor brings it, or the side of the model's
-    largest square.
+    """The schedule of the requested size. A side that is `None` is that of the image as the processor resizes it, or of
+    the model's largest square.
 
     Raises:
-        ValueError: for a size that is not drawn.
+        ValueError: for a size that no schedule has.
     """
     for name, value in zip(("height", "width"), size):
         if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
@@ -163,7 +163,7 @@ def pixels_of_size(processor, images: list[Image.Image], schedules: list[ScaleSc
     """Images as the model reads them, each (3, H, W) in [-1, 1].
 
     Raises:
-        ValueError: where a schedule is not the image's own.
+        ValueError: if a schedule does not have the size of its image.
     """
     inputs = processor.image_processor(images, return_tensors="pt")
     pixels = []

@@ -1,4 +1,4 @@
-"""Images, videos and the growth of a drawing as a notebook shows them."""
+"""How a notebook shows images, videos and an image after each scale."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHOWN_WIDTH, MOST_SHOWN = 128, 64
 
 
 def as_html(rows: Sequence[Sequence[Image.Image]]) -> str:
-    """Rows of images."""
+    """Rows of images as HTML."""
     parts, left = [], MOST_SHOWN
     for row in rows:
         parts.append(f"<div>{''.join(_tag(_png(image), image.width) for image in row[:left])}</div>")
@@ -28,7 +28,7 @@ def as_html(rows: Sequence[Sequence[Image.Image]]) -> str:
 
 
 def video_as_html(frames: Sequence[Image.Image], text: str) -> str:
-    """A video that plays, and what happens in it."""
+    """A video that plays, with its text, as HTML."""
     file = io.BytesIO()
     Image.Image.save(frames[0], file, "GIF", save_all=True, append_images=frames[1:], duration=500, loop=0)
     caption = f"<div>{html.escape(text)}</div>" if text else ""
@@ -47,7 +47,7 @@ def to_pil(images) -> list[Image.Image] | None:
 
 
 class Growth:
-    """A drawing as it grows: images after each scale, shown in a notebook as they come."""
+    """The images after each scale, shown in a notebook while they are drawn."""
 
     def __init__(self):
         self.scales: list[list[Image.Image]] = []
@@ -55,11 +55,11 @@ class Growth:
 
     @property
     def rows(self) -> list[list[Image.Image]]:
-        """Of each image what it was after each scale."""
+        """For each image its previews after each scale."""
         return [list(row) for row in zip(*self.scales)]
 
     def add(self, images: list[Image.Image]):
-        """What the images are after one more scale."""
+        """Add the images after one more scale."""
         self.scales.append(images)
         shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
         if shell is not None:

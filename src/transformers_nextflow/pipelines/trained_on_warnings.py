@@ -1,4 +1,4 @@
-"""Warnings of prompts and images that lie outside of what a checkpoint says that it was trained on."""
+"""Warnings of prompts and images that are unlike what a checkpoint says that it was trained on."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..utils.user_warnings import warn_user
 from .requests import ImageRequest
 
 
-# Unknown words that a warning names.
+# The largest number of unknown words that a warning names.
 MOST_NAMED = 5
 
 
 class OutsideWarningsMixin:
-    """Warns a [`NextFlowPipeline`]'s user of each kind of thing once. Checkpoints without a statement, and such with
-    adapters, which were trained on more, are left alone.
+    """Gives the user of a [`NextFlowPipeline`] one warning of each kind. There are none for checkpoints without a
+    statement, and for models with adapters, which were trained on more.
     """
 
     def _warn_of_request(self, request: ImageRequest):
@@ -29,7 +29,7 @@ class OutsideWarningsMixin:
         self._warn_of_texts(texts, [schedule.image_size(patch_size) for schedule in request.schedules])
 
     def _warn_of_texts(self, texts: Iterable[str], sizes: Iterable[tuple[int, int]] = ()):
-        """Of texts, and of sizes (height, width) of what is drawn."""
+        """Warn of texts, and of sizes (height, width) of the images to draw."""
         stated, texts = self._trained_on(), list(texts)
         if stated is None:
             return
@@ -52,7 +52,7 @@ class OutsideWarningsMixin:
             )  # fmt: skip
 
     def _warn_of_images(self, images: Sequence[torch.Tensor]):
-        """Of images (3, H, W) in [-1, 1] that are given, by what the tokenizer makes of them."""
+        """Warn of input images (3, H, W) in [-1, 1] that the tokenizer cannot reconstruct well."""
         stated, vq_model = self._trained_on(), self.unwrapped_model.vq_model
         if stated is None or stated.lowest_psnr is None or "image" in self._told_outside:
             return
@@ -68,7 +68,7 @@ class OutsideWarningsMixin:
                 return
 
     def _images_of(self, pixel_values: torch.Tensor, image_grids: torch.Tensor) -> list[torch.Tensor]:
-        """Images (3, H, W) out of a batch (num_images, 3, height, width) in which they are padded."""
+        """Images (3, H, W) from a batch (num_images, 3, height, width) in which they are padded."""
         patch_size = self.unwrapped_model.config.vq_config.patch_size
         sizes = (image_grids * patch_size).tolist()
         return [image[:, :height, :width] for image, (height, width) in zip(pixel_values, sizes)]
@@ -93,7 +93,7 @@ def _knows(stated: TrainedOn) -> str:
 
 
 def texts_of_messages(messages: Iterable[dict]) -> list[str]:
-    """What users say in a conversation."""
+    """The texts of users in a conversation."""
     contents = [message["content"] for message in messages if message["role"] != "assistant"]
     parts = [[content] if isinstance(content, str) else content for content in contents]
     texts = [part if isinstance(part, str) else part.get("text") for row in parts for part in row]

@@ -1,1 +1,1 @@
-"""Sequences of text and images: where an image lies, which positions see each other, and the loss."""
+"""Sequences of text and images: positions, slots, attention between them, and the loss."""

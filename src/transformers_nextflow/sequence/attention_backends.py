@@ -1,4 +1,4 @@
-"""The attention backends that a backbone takes, and how the slots of a scale see each other in them."""
+"""The attention backends that a backbone accepts, and bidirectional attention between the slots of a scale in them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from .scale_sdpa import SCALE_SDPA
 
 
 class ScaleAttentionMixin:
-    """Makes an attention module of transformers take `both_ways`: its queries see all keys that no mask hides.
+    """Adds `both_ways` to an attention module of transformers: its queries attend to all keys that are not masked.
 
-    transformers' own `is_causal=False` does the same, but the backbone writes that argument into its config for the
-    time of the call. The config belongs to every call on the model, in other threads too; `both_ways` reaches the
-    attention without touching it.
+    transformers' own `is_causal=False` does the same, but the backbone writes that argument into its config during the
+    call. All calls on the model, also in other threads, share the config; `both_ways` does not change it.
     """
 
     def forward(self, *args, both_ways: bool = False, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -26,12 +25,12 @@ class ScaleAttentionMixin:
 
 
 class ScaleMaskedMixin:
-    """For the backbones of transformers. Their own config's implementation decides the form of a mask; the config
-    around it may name another.
+    """Masks and attention for the backbones of transformers. The implementation in the backbone's own config decides
+    the form of a mask; the config of the model around it may name another one.
     """
 
     _supports_flex_attn = True
-    # It would silently drop the block mask of the scales.
+    # FlashAttention would silently drop the block mask of the scales.
     _supports_flash_attn = False
 
     def through_layers(
@@ -45,14 +44,14 @@ class ScaleMaskedMixin:
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
     def get_correct_attn_implementation(self, requested_attention: str | None, *args, **kwargs) -> str:
-        """As transformers has it, with "scale_sdpa" where it would take "sdpa" unasked.
+        """As in transformers, but the default is "scale_sdpa" in place of "sdpa".
 
-        Raises `ValueError` for an implementation that no mask function belongs to.
+        Raises `ValueError` for an implementation without a mask function.
         """
         implementation = super().get_correct_attn_implementation(requested_attention, *args, **kwargs)
         if requested_attention is None and implementation == "sdpa":
             return SCALE_SDPA
-        # transformers gives no mask to an attention without a function for it. Continuous batching makes its own.
+        # transformers passes no mask to an implementation without a mask function. Continuous batching makes its own.
         if implementation not in ALL_MASK_ATTENTION_FUNCTIONS and not implementation.startswith("paged|"):
             raise ValueError(
                 f"attn_implementation={implementation!r} has no mask function, so it would not know the scales of "

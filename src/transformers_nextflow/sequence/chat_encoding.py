@@ -23,8 +23,8 @@ class EncodedChat:
 
     Args:
         ids: token ids.
-        starts: of each token the character of the rendered conversation at which it begins.
-        is_answer: of each token whether the template's `generation` marks it as the assistant's.
+        starts: for each token the character of the rendered conversation at which it begins.
+        is_answer: for each token whether the template's `generation` block marks it as the assistant's.
     """
 
     ids: list[int]
@@ -43,12 +43,13 @@ def encode_chats(
     """Encode conversations. Only the special tokens that the template writes are read as such.
 
     Args:
-        with_answers: whether to ask the template which tokens the assistant wrote.
-        image_token: which the template writes for each image; `None` for templates of other formats.
-        template_kwargs: such as `add_generation_prompt`.
+        with_answers: whether to find out which tokens the assistant wrote, by the template's `generation` blocks.
+        image_token: the token that the template writes for each image; `None` for templates of other formats.
+        template_kwargs: arguments of the template, such as `add_generation_prompt`.
 
     Raises:
-        ValueError: for a text that no tokenizer reads (`text_fault`), and what the template refuses or leaves out.
+        ValueError: for a text that no tokenizer can read (`text_fault`), and for a conversation that the template
+            refuses or of which it leaves out a part.
     """
     special = _special_tokens(tokenizer)
     with template_errors():
@@ -64,7 +65,7 @@ def encode_chats(
 
 @contextmanager
 def template_errors() -> Iterator[None]:
-    """What Jinja says to a chat template, or the template to a conversation, becomes a `ValueError`."""
+    """Turns errors of Jinja in a chat template, and errors that the template raises, into a `ValueError`."""
     try:
         yield
     except (TemplateError, ArithmeticError) as error:
@@ -72,8 +73,8 @@ def template_errors() -> Iterator[None]:
 
 
 def check_written(chats: Sequence[list[dict]], rendered: Sequence[str], image_token: str | None):
-    """Raises `ValueError` for a text that is no answer, or an image, of conversations that a template has left out of
-    what it made of them.
+    """Raises `ValueError` for a text that is no answer, or an image, that the template left out of the rendered
+    conversations.
     """
     for chat, written in zip(chats, rendered):
         written = written.replace(OPEN, "").replace(CLOSE, "")
@@ -84,7 +85,7 @@ def check_written(chats: Sequence[list[dict]], rendered: Sequence[str], image_to
                 num_images += part.get("type") == "image"
                 said = part.get("text") or ""
                 num_images += said.count(image_token or "") if image_token else 0
-                # Templates may trim what they are given.
+                # Templates may trim texts.
                 if message.get("role") != "assistant" and " ".join(said.split()) not in words:
                     raise ValueError(
                         f"The chat template leaves out the prompt {short_repr(said)}, so the model would not read it; "
@@ -98,13 +99,13 @@ def check_written(chats: Sequence[list[dict]], rendered: Sequence[str], image_to
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text that stands outside of any template, such as a given answer."""
+    """Token ids of a text outside of a template, such as a given answer."""
     return _encode(tokenizer, _marked(text, _special_tokens(tokenizer)), []).ids
 
 
 def gather_special_tokens(tokenizer: PreTrainedTokenizerBase, conversation: Any) -> Any:
-    """Messages, or lists of them, in which no special token is spelled out by several text parts, as by "<|im_" and
-    "end|>" together: it moves into the part in which it begins.
+    """Messages, or lists of them, in which no special token is spread over several text parts, such as "<|im_" and
+    "end|>": it is moved into the part in which it begins.
     """
     return _gathered(conversation, _special_tokens(tokenizer))
 
@@ -119,14 +120,14 @@ def check_spells_out_no_special_tokens(tokenizer: PreTrainedTokenizerBase, value
 
 
 def check_texts(conversation: Any):
-    """Raises `ValueError` for a text in a conversation that no tokenizer reads."""
+    """Raises `ValueError` for a text in a conversation that no tokenizer can read."""
     for text in _strings(conversation):
         check_text(text)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, marked: str, answers: Sequence[tuple[int, int]]) -> EncodedChat:
     ids, starts, place = [], [], 0
-    # Every second piece is a token that a text spells out.
+    # Every second piece is a special token that a text spells out.
     for index, piece in enumerate(re.split(f"{OPEN}(.*?){CLOSE}", marked, flags=re.DOTALL)):
         if index % 2:
             own = _plain_ids(tokenizer, piece)
@@ -135,13 +136,13 @@ def _encode(tokenizer: PreTrainedTokenizerBase, marked: str, answers: Sequence[t
             encoded = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
             own, begins = encoded["input_ids"], [place + start for start, _ in encoded["offset_mapping"]]
         ids, starts, place = ids + own, starts + begins, place + len(piece)
-    # Of the text without marks.
+    # Offsets refer to the text without marks.
     spans = [tuple(end - sum(map(marked[:end].count, (OPEN, CLOSE))) for end in span) for span in answers]
     return EncodedChat(ids, starts, [any(first <= start < last for first, last in spans) for start in starts])
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # The tokenizer's own switch for this is state that all threads share.
+    # The tokenizer's own switch for this is a state that all threads share, so it is not used.
     backend = tokenizer.backend_tokenizer
     text = backend.normalizer.normalize_str(text) if backend.normalizer else text
     words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)] if backend.pre_tokenizer else [text]
@@ -155,7 +156,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
 
 
 def _marked(value: Any, special: re.Pattern) -> Any:
-    """Every string in messages with its special tokens between marks."""
+    """The messages with marks around the special tokens in every string."""
     if isinstance(value, str):
         check_text(value)
         return special.sub(rf"{OPEN}\g<0>{CLOSE}", value)
@@ -172,7 +173,7 @@ def _gathered(value: Any, special: re.Pattern) -> Any:
     parts = [_gathered(inner, special) for inner in value]
     texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
     for first, text in enumerate(texts):
-        # What is rendered side by side.
+        # Parts that are rendered next to each other.
         run = list(takewhile(lambda following: isinstance(following, str), texts[first:]))
         if len(run) > 1:
             matches = special.finditer("".join(run))

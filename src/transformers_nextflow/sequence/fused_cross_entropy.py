@@ -1,9 +1,9 @@
-"""Cross-entropy of a linear head without its logits in memory (paper, section 3.3, fuses the two for the same reason).
+"""Cross-entropy of a linear head without all logits in memory (the paper fuses head and loss too, section 3.3).
 
-Classes are taken in blocks, twice: the first time for the normaliser of the soft-max, the second time for the gradient.
-Blocks of classes rather than of tokens, since then each row of the head's gradient is written once, whole and in few
-large products; the price is that logits are computed twice. The gradient is made in the forward pass, where everything
-it needs is at hand, and scaled in the backward pass.
+The logits are computed in blocks of classes, twice: first for the normaliser of the softmax, then for the gradient.
+With blocks of classes, and not of tokens, each row of the head's gradient is written only once, in few large products;
+the cost is that logits are computed twice. The gradient is computed in the forward pass, where all its inputs are
+available, and scaled in the backward pass.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
-# Logits that are held at once: 64 MiB in float32, and about three times as much for what is made of them; on a GPU as
-# many as this share of its memory holds.
+# How many logits are in memory at once: 64 MiB in float32, and about three times as much for temporary tensors; on a
+# GPU as many as fit into this share of its memory.
 LOGITS_AT_ONCE = 2**24
 SHARE_OF_MEMORY = 1 / 128
-# Products in half precision on a GPU are fast where the rows of their results begin at such places.
+# Products in half precision on a GPU are fast if the rows of their results begin at multiples of this.
 ALIGNMENT = 64
 # A head that is called reads all its weights for each block of positions, so these are larger: 256 MiB.
 CALLED_LOGITS_AT_ONCE = 2**26
@@ -33,15 +33,15 @@ def fused_cross_entropy(
     weights: torch.Tensor,
     z_weight: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weighted sum () of the losses of n positions and each one's cross-entropy (n,), in float32, and whether (n,) its
-    class has the largest logit. A position's loss is its cross-entropy and `z_weight` times its z-loss, the square of
-    the logarithm of the soft-max's normaliser.
+    """The weighted sum () of the losses of n positions, their cross-entropies (n,), in float32, and whether (n,) their
+    classes have the largest logits. A position's loss is its cross-entropy plus `z_weight` times its z-loss, the square
+    of the logarithm of the softmax's normaliser.
 
-    Only the sum has a gradient, of first order. Under autocast the products run in autocast's type.
+    Only the sum has a gradient, of first order. Under autocast the products run in its dtype.
 
     Args:
         hidden_states: (n, D).
-        matrices: (V_i, D) parts of one soft-max over V_1 + V_2 + … classes, one after the other.
+        matrices: (V_i, D) parts of one softmax over V_1 + V_2 + … classes, one after the other.
         classes: (n,) int64.
         weights: (n,) float32.
     """
@@ -79,7 +79,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
                     torch.mm(gradient.T, hidden, out=to_heads[head][rows])
                 elif needs_matrices[head]:
                     to_heads[head][rows] = (gradient.T @ hidden)[: rows.stop - rows.start]
-        # They wait for the backward pass in the types of what they are gradients of.
+        # The gradients are kept for the backward pass in the dtypes of their inputs.
         inputs, gradients = (hidden_states, *matrices), (to_hidden, *to_heads)
         ctx.save_for_backward(*(g if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs)))
         ctx.mark_non_differentiable(losses, correct)
@@ -95,10 +95,10 @@ class _FusedCrossEntropy(torch.autograd.Function):
 def _blocks(
     hidden: torch.Tensor, heads: Sequence[torch.Tensor], classes: torch.Tensor
 ) -> Iterator[tuple[int, slice, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Block by block: which head, which of its rows, these (m, D), and their logits (n, m) in float32; and for each
-    position the column (n,) of its class, and whether (n,) it lies in this block.
+    """For each block the number of the head, the slice of its rows, these rows (m, D), and their logits (n, m) in
+    float32; and for each position the column (n,) of its class, and whether (n,) the class is in this block.
 
-    On a GPU m is a multiple of `ALIGNMENT`: rows of zeros fill up a head, and no class has their logits.
+    On a GPU m is a multiple of `ALIGNMENT`: a head is padded with rows of zeros, whose logits do not count.
     """
     at_once, alignment = logits_at_once(hidden.device)
     size = max(1, at_once // max(1, len(hidden)))
@@ -118,7 +118,7 @@ def _blocks(
 
 
 def logits_at_once(device: torch.device) -> tuple[int, int]:
-    """How many logits are held at once on a device, and of what the number of classes in a block is a multiple."""
+    """How many logits are in memory at once on a device, and the multiple to which blocks of classes are padded."""
     if device.type != "cuda":
         return LOGITS_AT_ONCE, 1
     memory = torch.cuda.get_device_properties(device).total_memory
@@ -135,7 +135,7 @@ def called_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `fused_cross_entropy`, for a head that is more than its matrix: an adapter, tensor parallelism, offloading.
 
-    Blocks are of positions here, and `head` (m, D) → (m, `num_classes`) is called on each, and again in the backward
+    Here blocks are of positions: `head` (m, D) → (m, `num_classes`) is called on each block, and again in the backward
     pass.
     """
 

@@ -1,7 +1,8 @@
-"""Where an image lies in a sequence: slots, positions, blocks and weights, each in one place (paper, section 2.2).
+"""The layout of images in a sequence: slots, positions, blocks of attention and weights in the loss (section 2.2).
 
 Text at position t has the coordinates (t, t, t). An image that starts there has `<boi>` at t, the slots of grid k
-(k = 2 … K) at t+k-1 on the scale axis, `<eoi>` at t+K; text goes on at t+K+1. Reading the last scale takes one more.
+(k = 2 … K) at t+k-1 on the scale axis, and `<eoi>` at t+K; text continues at t+K+1. If the last scale is read, `<eoi>`
+and the text after it are one position later.
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ class SequenceLayout:
 
     Args:
         position_ids: (3, B, L) float32: scale (temporal), row, column.
-        block_ids: (B, L) int64: a number of its own for each scale of each image of a row, -1 elsewhere.
+        block_ids: (B, L) int64: a distinct number for each scale of each image of a row, -1 elsewhere.
         scale_ids: (B, L) int64: k at the slots that predict grid k, K+1 at those that read the last one, 0 elsewhere.
-        slot_mask: (B, L) bool: slots. Read row by row they follow the images, their scales, their cells.
-        predicting_mask: (B, L) bool: positions that predict codes: each whole image's `<boi>` and its slots but those
-            that read the last scale. Read row by row they follow `image_tokens`.
+        slot_mask: (B, L) bool: slots. Row by row they are in the order of the images, their scales and their cells.
+        predicting_mask: (B, L) bool: positions that predict codes: each whole image's `<boi>`, and its slots except
+            those that read the last scale. Row by row they are in the order of `image_tokens`.
         predictors: (B, L) int64: the column that predicts the token at each position, see `predictors_of`.
-        schedules: of all images, row by row.
-        slot_places: (S,) int64: where all slots are in the flattened batch (B * L), row by row.
-        num_scales: (S,) int64: of each slot how many scales its image has.
+        schedules: the schedules of all images, row by row.
+        slot_places: (S,) int64: the indices of all slots in the flattened batch (B * L), row by row.
+        num_scales: (S,) int64: for each slot the number of scales of its image.
     """
 
     position_ids: torch.Tensor
@@ -68,10 +69,10 @@ class SequenceLayout:
 def predictors_of(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, seq_idx: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """(B, L) int64: the column that predicts each token, the nearest one before it that is no padding.
+    """The column (B, L) int64 that predicts each token: the nearest one before it that is not padding.
 
-    -1 where nothing does: for padding, and for the first token of a row, and of each of its samples where `seq_idx`
-    (B, L) tells them apart.
+    -1 for tokens that nothing predicts: padding, and the first token of a row, or of each of its samples if `seq_idx`
+    (B, L) is given.
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -109,12 +110,12 @@ def image_slots(schedule: ScaleSchedule, rope_range: float, read_last_scale: boo
 def batch_slots(
     schedules: tuple[ScaleSchedule, ...], rope_range: float
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """The slots of a batch of images scale by scale, on the CPU, and at last those that read every image's last
-    scale; those of the first scale are never read.
+    """The slots of a batch of images, scale by scale, on the CPU, and finally the slots that read every image's last
+    scale. The entry of the first scale, which has no slots, is never used.
 
-    Each entry has their coordinates (3, 1, B, n) behind `<boi>`: scale, row, column, the same in all contexts of
-    guidance; and which slots are an image's own (B, n) int64: images with smaller grids, or with fewer scales, have
-    empty ones at the end; `None` where none is.
+    Each entry has the slots' coordinates (3, 1, B, n) relative to `<boi>` (scale, row, column), which are the same in
+    all contexts of guidance, and (B, n) int64, 1 for slots and 0 for padding at the end of images with smaller grids or
+    fewer scales; `None` without padding.
     """
     longest = max(schedule.num_scales for schedule in schedules)
     scales = [[min(scale, s.num_scales) for s in schedules] for scale in range(longest)]
@@ -138,7 +139,7 @@ def _slots_side_by_side(
 
 
 def schedules_of(image_grids: torch.Tensor | None, config: NextFlowConfig) -> tuple[ScaleSchedule, ...]:
-    """Schedules of images whose final grids are (num_images, 2)."""
+    """Schedules of images with the final grids `image_grids` (num_images, 2)."""
     if image_grids is None:
         return ()
     patch_size, schedules = config.vq_config.patch_size, config.vq_config.scale_schedules
@@ -146,10 +147,10 @@ def schedules_of(image_grids: torch.Tensor | None, config: NextFlowConfig) -> tu
 
 
 def text_ids(inputs_embeds: torch.Tensor, *images: torch.Tensor | None) -> torch.Tensor:
-    """Ids (B, L) in place of those of embeddings (B, L, D): text, of which no token is known.
+    """Placeholder ids (B, L) for embeddings (B, L, D), which count as text.
 
     Raises:
-        ValueError: if any input of images came with them.
+        ValueError: if images were given with the embeddings.
     """
     if any(part is not None for part in images):
         raise ValueError(
@@ -168,10 +169,10 @@ def layout_batch(
     seq_idx: torch.Tensor | None = None,
     start: torch.Tensor | int = 0,
 ) -> SequenceLayout:
-    """The layout of a batch as `forward` takes it, with its codes checked, so that the model need not look at values.
+    """The layout of the inputs of `forward`, with their codes checked, so that the model need not read values.
 
-    What prepares batches outside of the model, a collator for instance, can call it and give the result to `forward` as
-    `layout`: such a pass compiles in one graph.
+    Code that prepares batches outside of the model, such as a collator, can call this function and pass the result to
+    `forward` as `layout`: such a pass compiles in one graph.
 
     Args:
         input_ids: (B, L).
@@ -179,7 +180,7 @@ def layout_batch(
         image_tokens: (num_images, N) codes, padded with -1.
         image_grids: (num_images, 2) final grids.
         seq_idx: (B, L), see `layout_sequence`.
-        start: (B, 1) or a number, the first position; more than 0 where the sequences go on.
+        start: (B, 1) or a number, the first position; more than 0 if the sequences continue a cache.
 
     Raises:
         ValueError: if placeholders, grids and codes do not match, codes are out of range, or the sequences take more
@@ -200,16 +201,17 @@ def layout_sequence(
     seq_idx: torch.Tensor | None = None,
     start: torch.Tensor | int = 0,
 ) -> SequenceLayout:
-    """Lay out (B, L) tokens with whole images, whose schedules come in order of appearance, row by row.
+    """Lay out (B, L) tokens with whole images, whose schedules are given in order of appearance, row by row.
 
-    With `seq_idx` (B, L) a row holds several samples, and each one's positions start at 0. A `<boi>` without slots and
-    `<eoi>` behind it (a prompt for drawing) is text. `start` (B, 1) or a number is the first position.
+    With `seq_idx` (B, L) a row holds several samples, and the positions of each start at 0. A `<boi>` without slots and
+    `<eoi>` after it (a prompt for drawing) is text. `start` (B, 1) or a number is the first position.
 
-    Text is looked at where a sequence begins. It is not where it goes on, so that no token that is generated waits for
-    the device, nor in a graph that is being compiled.
+    The values of tokens are read if there are images, and at the start of a sequence. They are not read when text
+    continues, so no generated token waits for the device, nor for text in a graph that is being compiled.
 
     Raises:
-        ValueError: if the placeholders do not match the images, or the sequences take more positions than there are.
+        ValueError: if the placeholders do not match the images, or the sequences take more positions than the model
+            has.
     """
     device, read_last = input_ids.device, config.read_last_scale
     valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -246,7 +248,7 @@ def layout_sequence(
 def _with_images(
     layout: SequenceLayout, starts: torch.Tensor, schedules: Sequence[ScaleSchedule], config: NextFlowConfig
 ) -> SequenceLayout:
-    """Enter the slots of images that begin behind the `<boi>` tokens at the flat places `starts`."""
+    """Fill in the slots of images whose `<boi>` tokens are at the flat indices `starts`."""
     slot_mask, device = layout.slot_mask, layout.slot_mask.device
     slots = [image_slots(schedule, config.rope_range, config.read_last_scale) for schedule in schedules]
     scale = torch.cat([slot.scale for slot in slots]).to(device)
@@ -254,7 +256,7 @@ def _with_images(
     layout.position_ids[0][slot_mask] += scale.float() - 1
     layout.position_ids[1][slot_mask] = torch.cat([slot.row for slot in slots]).to(device)
     layout.position_ids[2][slot_mask] = torch.cat([slot.column for slot in slots]).to(device)
-    # Ids are unique over the whole batch, hence within every row, however the rows are packed.
+    # Ids are unique over the whole batch, so also within every row, however the rows are packed.
     stride = max(s.num_scales for s in schedules) + 2
     layout.block_ids[slot_mask] = torch.cat([slot.scale + stride * i for i, slot in enumerate(slots)]).to(device)
     counts = torch.cat([torch.full_like(slot.scale, s.num_scales) for slot, s in zip(slots, schedules)]).to(device)
@@ -276,12 +278,12 @@ def check_num_positions(count: int, config: PreTrainedConfig):
 
 
 def check_new_positions(layout: SequenceLayout, max_new_positions: torch.Tensor, config: PreTrainedConfig):
-    """Raises `ValueError` if rows and the positions (B,) that follow them take more than the model has."""
+    """Raises `ValueError` if rows, and `max_new_positions` (B,) after them, take more positions than the model has."""
     check_num_positions(int((layout.position_ids[0, :, -1] + max_new_positions).max()) + 1, config)
 
 
 def scale_weights(schedule: ScaleSchedule, alpha: float) -> torch.Tensor:
-    """Loss weight (N,) of each code of an image: (h·w)^-alpha of its scale, brought to a mean of one (section 3.1)."""
+    """Loss weight (N,) of each code of an image: (h·w)^-alpha of its scale, scaled to a mean of one (section 3.1)."""
     counts = torch.tensor(schedule.tokens_per_scale, dtype=torch.float32)
     weights = counts**-alpha
     weights = weights * schedule.num_tokens / (weights * counts).sum()
@@ -289,7 +291,7 @@ def scale_weights(schedule: ScaleSchedule, alpha: float) -> torch.Tensor:
 
 
 def _check_images(input_ids, valid, slot_mask, ends, schedules, config) -> torch.Tensor:
-    """Flat positions of the whole images' `<boi>`; a `ValueError` if slots and images do not match."""
+    """Flat indices of the `<boi>` of whole images. Raises `ValueError` if slots and images do not match."""
     if len(ends) != len(schedules):
         raise ValueError(
             f"The sequences hold {len(ends)} whole images (<eoi> tokens), but {len(schedules)} images were given; "

@@ -1,4 +1,4 @@
-"""The loss: cross-entropy of text and codes under one soft-max, codes weighted by scale (paper, section 3.1)."""
+"""The loss: cross-entropy of text and codes under one softmax, codes weighted by scale (paper, section 3.1)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class LossWeights:
-    """What weighs in the loss beside the scales of images.
+    """Weights in the loss, in addition to the weights of scales.
 
     Args:
-        text: of a text token; a code weighs 1 on average.
-        levels: of the codes of an image, by the resolution of its level; 1 for those that are not named.
-        z: of the z-loss, the square of the logarithm of the soft-max's normaliser, beside a position's cross-entropy.
+        text: weight of a text token; a code has the weight 1 on average.
+        levels: weights of the codes of an image, by the resolution of its level; 1 for levels that are not named.
+        z: weight of the z-loss, the square of the logarithm of the softmax's normaliser, which is added to each
+            position's cross-entropy.
     """
 
     text: float = 1.0
@@ -43,13 +44,13 @@ class LossWeights:
         return level * scale_weights(schedule, config.scale_loss_alpha)
 
 
-# Each position weighs the same.
+# All weights are one.
 PLAIN = LossWeights()
 
 
 @dataclass(frozen=True)
 class LossTargets:
-    """Which positions (B, L) are trained on, and in the order in which the mask selects them, (n,) each:
+    """The mask (B, L) of the positions that are trained on, and in the order in which it selects them, (n,) each:
     the class (text first, then codes), its weight, and its scale (1 … K; 0 for text).
     """
 
@@ -62,10 +63,10 @@ class LossTargets:
 def trained_tokens(
     input_ids: torch.Tensor, labels: torch.Tensor, predictors: torch.Tensor, config: NextFlowConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a batch trains on: which text tokens (B, L), and which images (num_images,) in order of appearance.
+    """What a batch trains on: a mask (B, L) of text tokens, and one (num_images,) of images in order of appearance.
 
-    Those with a label that something predicts; an image has its label at its `<eoi>`. Nothing predicts a slot or
-    `<eoi>`: they follow from the schedule.
+    These have a label, and a position that predicts them; the label of an image is that of its `<eoi>`. Nothing
+    predicts slots or `<eoi>`, since they follow from the schedule.
     """
     predicted = predictors >= 0
     trained = predicted & (labels != IGNORE_INDEX)
@@ -80,7 +81,7 @@ def num_trained_positions(
     schedules: Sequence[ScaleSchedule],
     config: NextFlowConfig,
 ) -> torch.Tensor:
-    """How many positions () int64 the loss of a batch is averaged over: trained text tokens, and codes of images."""
+    """The number () int64 of positions over which the loss of a batch is averaged: trained text tokens and codes."""
     text, images = trained_tokens(input_ids, labels, predictors, config)
     return text.sum() + sum(schedule.num_tokens for schedule, on in zip(schedules, images.tolist()) if on)
 
@@ -94,10 +95,10 @@ def loss_targets(
     config: NextFlowConfig,
     loss_weights: LossWeights = PLAIN,
 ) -> LossTargets:
-    """Targets of a batch, of what `trained_tokens` names.
+    """The targets of a batch for the tokens and images of `trained_tokens`.
 
-    A text token is the class of the position that predicts it. `<boi>` and slots predict their own scale's codes,
-    unshifted.
+    A text token is the target of the position that predicts it. `<boi>` and slots predict the codes of their own scale,
+    without a shift.
     """
     text, images = trained_tokens(input_ids, labels, layout.predictors, config)
     mask, classes, scales = torch.zeros_like(text), torch.zeros_like(input_ids), torch.zeros_like(input_ids)
@@ -118,7 +119,7 @@ def loss_targets(
 
 
 def warn_of_miscounting(labels: torch.Tensor, targets: LossTargets):
-    """Warns where (B, L) labels are other than one for each trained position, so that counting them miscounts."""
+    """Warns if the number of labels (B, L) differs from that of trained positions: `Trainer` divides by the former."""
     if int((labels[:, 1:] != IGNORE_INDEX).sum()) != len(targets.classes):
         warn_user(
             "A batch has more or fewer labels than trained positions. A num_items_in_batch that counts labels, as that "
@@ -135,15 +136,15 @@ def nextflow_loss(
     num_scales: int,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Losses from the weighted sum () of all and from each cross-entropy (n,), at the trained positions.
+    """Losses from the weighted sum () of all losses and the cross-entropies (n,) at the trained positions.
 
-    `correct` (n,) tells which positions give their class the highest probability of all.
+    `correct` (n,) says which positions give their class the highest probability of all.
 
-    Returns `loss` (the sum over the number of trained positions, or over `num_items_in_batch`), `mean_loss` (over the
-    batch's own trained positions), `text_loss` and `image_loss` (means over text tokens, weighted over codes),
-    `scale_losses` (num_scales,) unweighted means, and `text_accuracy` and `scale_accuracies` (num_scales,), shares of
-    correct ones; NaN where a batch has nothing of the kind; `num_trained` (1 + num_scales,), how many positions these
-    run over. Only `loss` has a gradient.
+    Returns `loss` (the sum, divided by the number of trained positions or by `num_items_in_batch`), `mean_loss` (the
+    mean over the batch's own trained positions), `text_loss` and `image_loss` (means over text tokens, weighted over
+    codes), `scale_losses` (num_scales,) unweighted means, and `text_accuracy` and `scale_accuracies` (num_scales,),
+    shares of correct positions; a mean over no positions is NaN; `num_trained` (1 + num_scales,), the numbers of
+    positions in these means. Only `loss` has a gradient.
     """
     losses = losses.detach()
     is_code = targets.scales > 0

@@ -1,4 +1,4 @@
-"""Messages of conversations, in rows and in chats: what may stand in them, read and checked in one place."""
+"""Messages of conversations, in rows and in chats: their schema, in which they are read and checked."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..utils.plain_values import as_list
 
 
 ROLES = ("system", "user", "assistant")
-# Under which name a part of a chat gives its image; those after the first are transformers' own.
+# Names under which a part of a chat may give its image; those after the first are transformers' own.
 IMAGE_NAMES = ("image", "url", "path", "base64")
 
 
 def check_conversation(messages: Any, place: str = "messages"):
-    """Raises `FieldError` naming what is wrong in the messages of a chat, each of them with its images."""
+    """Raises `FieldError` naming what is wrong in the messages of a chat, in which each part has its own image."""
     given = as_list(messages)
     if not given:
         raise FieldError(place, f"must be a list of at least one message with role and content, got {shown(messages)}")
@@ -32,11 +32,11 @@ def read_message(message: Any, place: str, image_names: tuple[str, ...] = ("imag
     """A message whose content is a list of parts.
 
     Args:
-        place: of the message, for errors.
-        image_names: under which a part of type "image" may give its image.
+        place: the place of the message, for errors.
+        image_names: names under which a part of type "image" may give its image.
 
     Raises:
-        FieldError: for what is no message or part, and for what a training or a model would pass over.
+        FieldError: for invalid messages or parts, and for entries that a training or a model would ignore.
     """
     if not isinstance(message, dict):
         raise FieldError(place, f"must be an object with role and content, got {shown(message)}")
@@ -66,9 +66,10 @@ def _read_part(part: Any, place: str, image_names: tuple[str, ...]) -> dict:
 
 
 def _check_names(holder: dict, names: tuple[str, ...], place: str, kind: str):
-    """What training would pass over is refused: a misspelt flag, a second image, a thought beside the content.
+    """Raises `FieldError` for entries that training would ignore: a misspelt flag, a second image, a thought beside the
+    content.
 
-    Empty values are Arrow's and TRL's stand-ins for none.
+    Empty values are allowed, since Arrow and TRL write them for missing ones.
     """
     for name, value in holder.items():
         if name not in (*names, "train") and value is not None and not (isinstance(value, str | list) and not value):

@@ -1,4 +1,4 @@
-"""Rows of different lengths in one tensor: tokens are padded on the left, codes on the right with -1."""
+"""Padding of rows of different lengths to one tensor: tokens on the left, codes on the right with -1."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def pad_left(rows: Sequence[list[int]], pad_token_id: int) -> dict[str, list[lis
 def padded_rows(
     rows: Sequence[list[int]], pad_token_id: int, device: torch.device | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same as tensors (rows, length) int64: the ids, and 1 where they are none of the padding."""
+    """The same as tensors (rows, length) int64: the ids, and the mask, 1 for tokens and 0 for padding."""
     ids, mask = (torch.tensor(values, device=device) for values in pad_left(rows, pad_token_id).values())
     return ids, mask
 
 
 def pad_codes(images: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """Codes (n,) of each image as (num_images, N), padded with -1; `None` of no image."""
+    """Codes (n,) of each image as (num_images, N), padded with -1; `None` without images."""
     return pad_sequence(list(images), batch_first=True, padding_value=-1) if len(images) else None
 
 

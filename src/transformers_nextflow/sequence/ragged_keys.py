@@ -14,19 +14,19 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.10
     varlen_attn = None
-# Whether it can leave out the end of a row; older versions cannot.
+# Whether the function can leave out the end of a row; older versions cannot.
 READS_PARTS_OF_ROWS = varlen_attn is not None and "seqused_k" in inspect.signature(varlen_attn).parameters
 
 
 @dataclass(frozen=True)
 class RaggedKeys:
-    """Stands in the place of a mask: each row sees the columns from its own start to a common end.
+    """Takes the place of a mask: each row attends to the columns from its own start to a common end.
 
-    The starts lie on the device, so that what is captured once serves prompts of every length.
+    The starts are on the device, so a captured graph serves prompts of every length.
 
     Args:
         starts: (R,) int32.
-        end: behind the last column.
+        end: one more than the last column.
     """
 
     starts: torch.Tensor
@@ -38,7 +38,7 @@ def attend_ragged(
 ) -> torch.Tensor:
     """Attention (R, n, H, D) of queries (R, H, n, D) with buffers of keys and values (R, Hkv, columns, D).
 
-    In half precision on a GPU no column before a start is read. Elsewhere there is a mask of one row.
+    In half precision on a GPU no column before a start is read. Otherwise a mask hides these columns.
     """
     rows, heads, count, _ = query.shape
     if READS_PARTS_OF_ROWS and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):

@@ -1,11 +1,11 @@
 """Scaled dot product attention of the scales of images, without a mask: "scale_sdpa", the backbone's default.
 
-The queries of a scale see all keys of their sample up to the end of that scale. So a pass over whole images, causal in
-text and both ways within a scale, is one exact call for each run of text and each scale, of the kernels that know no
-mask; padding and other samples of the row are never read. Where many small calls would take longer than one with a mask
-(short rows, small images), there is one with a mask.
+The queries of a scale attend to all keys of their sample up to the end of that scale. So attention over whole images,
+causal in text and bidirectional within a scale, is computed exactly by one call of a kernel without a mask for each run
+of text and each scale; padding and other samples of the row are never read. If many small calls would take longer than
+one call with a mask (short rows, small images), there is one call with a mask.
 
-An [`AttentionPlan`] stands in the place of a mask. Without one, "scale_sdpa" is transformers' "sdpa".
+An [`AttentionPlan`] takes the place of a mask. Without one, "scale_sdpa" is transformers' "sdpa".
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .ragged_keys import RaggedKeys, attend_ragged
 
 
 SCALE_SDPA = "scale_sdpa"
-# What starting a call takes, in products of one channel of a query with one of a key that are made meanwhile; measured
-# on CPU (a twentieth to a fifth of a millisecond), an estimate for GPUs.
+# The time to start a call, as the number of products of one channel of a query with one of a key in the same time;
+# measured on CPU (a twentieth to a fifth of a millisecond), an estimate for GPUs.
 CALL_COST = {"cpu": 2**19, "cuda": 2**29}
 # How much longer a pair of query and key takes under a mask.
 MASKED_COST = 1.25
@@ -34,9 +34,9 @@ MASKED_COST = 1.25
 
 @dataclass(frozen=True)
 class Run:
-    """Queries of a sample that are read in one call: they see the sample's first `keys` keys.
+    """Queries of a sample that one call reads: they attend to the sample's first `keys` keys.
 
-    With `is_causal` the last query sees all of these, and each one before it one less.
+    With `is_causal` the last query attends to all of these keys, and each query before it to one fewer.
     """
 
     queries: int
@@ -50,9 +50,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Sample:
-    """Columns of a row that see each other, and their queries, run by run; no runs are padding.
+    """The columns of a sample in a row, and its queries, run by run; a sample without runs is padding.
 
-    With a key-value cache there are fewer queries than keys: those of the last columns.
+    With a key-value cache only the last columns have queries.
     """
 
     queries: int
@@ -65,12 +65,12 @@ Row = tuple[Sample, ...]
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Which calls make the attention of a batch.
+    """The calls that compute the attention of a batch.
 
     Args:
-        groups: how many rows follow each other with the same samples, and these.
-        masks: of the samples of each group those (1, 1, queries, keys) under which one call reads all runs; `None`
-            where each run has its own.
+        groups: numbers of consecutive rows with the same samples, and these samples.
+        masks: for each sample of each group the mask (1, 1, queries, keys) with which one call reads all runs; `None`
+            if each run has its own call.
     """
 
     groups: tuple[tuple[int, Row], ...]
@@ -80,18 +80,18 @@ class AttentionPlan:
 def plan_attention(
     config: PreTrainedConfig, samples: torch.Tensor, block_ids: torch.Tensor | None, num_queries: int
 ) -> AttentionPlan | None:
-    """The plan of rows whose last `num_queries` columns are read behind those in a cache.
+    """The plan of rows whose last `num_queries` columns are read after those in a cache.
 
-    Waits for the device once, where the columns lie on one.
+    Waits for the device once, if the columns are on one.
 
     Args:
-        config: of the backbone.
-        samples: (B, columns) int64, of which sample of its row a column is; -1 for padding.
-        block_ids: (B, columns) int64, a number of its own for each scale, -1 elsewhere; `None` for text.
+        config: the config of the backbone.
+        samples: (B, columns) int64, the sample of its row to which a column belongs; -1 for padding.
+        block_ids: (B, columns) int64, a distinct number for each scale, -1 elsewhere; `None` for text.
 
     Returns:
-        `None` where one mask over all rows takes less time, where the columns of a sample do not lie side by side,
-        for other implementations than "scale_sdpa", and in a graph that is being compiled.
+        `None` if one mask over all rows takes less time, if the columns of a sample are not contiguous, for other
+        implementations than "scale_sdpa", and in a graph that is being compiled.
     """
     if config._attn_implementation != SCALE_SDPA or torch.compiler.is_compiling():
         return None
@@ -103,9 +103,9 @@ def plan_attention(
 def plan_behind(
     config: PreTrainedConfig, padding: Sequence[int], num_queries: int, columns: int, is_causal: bool, device
 ) -> AttentionPlan | None:
-    """The plan of rows whose last `num_queries` of `columns` read all but the `padding` columns on the left of each.
+    """The plan of rows in which the last `num_queries` of `columns` attend to all but `padding` columns on the left.
 
-    Returns `None` as `plan_attention`.
+    Returns `None` in the same cases as `plan_attention`.
     """
     if config._attn_implementation != SCALE_SDPA or torch.compiler.is_compiling():
         return None
@@ -118,7 +118,7 @@ def plan_behind(
 
 
 def plan_rows(config: PreTrainedConfig, rows: Sequence[Row], block_ids: torch.Tensor) -> AttentionPlan | None:
-    """The cheapest calls for rows; `None` where that is one mask over all of them."""
+    """The plan with the cheapest calls for rows; `None` if one mask over all rows is cheaper."""
     call = CALL_COST["cpu" if block_ids.device.type == "cpu" else "cuda"] / config.hidden_size
     groups, masks, cost, first_row = [], [], 0.0, 0
     for row, same in groupby(rows):
@@ -128,7 +128,7 @@ def plan_rows(config: PreTrainedConfig, rows: Sequence[Row], block_ids: torch.Te
         start = 0
         for sample in row:
             run_by_run = sum(count * run.pairs + call for run in sample.runs)
-            # One run is as one call either way.
+            # A single run is a single call in any case.
             at_once = count * sample.queries * sample.keys * MASKED_COST + call
             is_masked = len(sample.runs) > 1 and at_once < run_by_run
             columns = slice(start, start + sample.keys)
@@ -143,7 +143,7 @@ def plan_rows(config: PreTrainedConfig, rows: Sequence[Row], block_ids: torch.Te
 
 
 def _row(samples: list[int], block_ids: list[int], num_queries: int) -> Row | None:
-    """The samples of the columns of a row; `None` where one is not whole."""
+    """The samples of the columns of a row; `None` if a sample is not contiguous."""
     past, start, row, seen = len(samples) - num_queries, 0, [], set()
     for sample, columns in groupby(zip(samples, block_ids), key=lambda column: column[0]):
         blocks = [block for _, block in columns]
@@ -152,7 +152,7 @@ def _row(samples: list[int], block_ids: list[int], num_queries: int) -> Row | No
             return None
         if sample >= 0:
             seen.add(sample)
-        skipped = min(max(past - start, 0), keys)  # columns of which only keys are left
+        skipped = min(max(past - start, 0), keys)  # cached columns, which have no queries
         runs, end = [], skipped
         for block, same in groupby(blocks[skipped:]):
             length = len(list(same))
@@ -164,7 +164,7 @@ def _row(samples: list[int], block_ids: list[int], num_queries: int) -> Row | No
 
 
 def _mask(block_ids: torch.Tensor, num_queries: int) -> torch.Tensor:
-    """(1, 1, queries, keys) bool of a sample with blocks (keys,): causal, and both ways within a block."""
+    """The mask (1, 1, queries, keys) bool of a sample with blocks (keys,): causal, bidirectional within a block."""
     of_queries = block_ids[-num_queries:, None]
     places = torch.arange(len(block_ids), device=block_ids.device)
     same = (of_queries == block_ids) & (of_queries >= 0)
@@ -179,8 +179,8 @@ def scale_sdpa_attention_forward(
     attention_mask: AttentionPlan | RaggedKeys | torch.Tensor | None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention (B, L, H, D) of queries, keys and values (B, H, L, D), by a plan, over ragged keys, or as transformers
-    has it.
+    """Attention (B, L, H, D) of queries, keys and values (B, H, L, D), by a plan, over ragged keys, or as in
+    transformers' "sdpa".
     """
     if isinstance(attention_mask, RaggedKeys):
         return attend_ragged(module, query, key, value, attention_mask, **kwargs), None
@@ -190,7 +190,7 @@ def scale_sdpa_attention_forward(
     return _attend_by_plan(module, query, key, value, attention_mask, **kwargs), None
 
 
-# Layers that are compiled would be compiled anew for each plan.
+# Not compiled: compiled layers would be compiled anew for each plan.
 @torch.compiler.disable
 def _attend_by_plan(module, query, key, value, plan: AttentionPlan, **kwargs) -> torch.Tensor:
     counts = [count for count, _ in plan.groups]
@@ -200,7 +200,7 @@ def _attend_by_plan(module, query, key, value, plan: AttentionPlan, **kwargs) ->
 
 
 def _attend_row(module, query, key, value, row: Row, masks, **kwargs) -> torch.Tensor:
-    # Split and not sliced, so that the gradient of a sample is not as large as that of its row.
+    # Split and not sliced: the gradient of a slice would be as large as the whole row.
     queries = query.split([sample.queries for sample in row], dim=2)
     keys, values = (states.split([sample.keys for sample in row], dim=2) for states in (key, value))
     samples = zip(queries, keys, values, row, masks)

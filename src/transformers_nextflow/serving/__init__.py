@@ -1,1 +1,1 @@
-"""Serving by HTTP, as clients of OpenAI's API know it, on Ray Serve (docs/serving.md)."""
+"""A server with OpenAI's API on Ray Serve (docs/serving.md)."""

@@ -1,4 +1,4 @@
-"""The endpoints: OpenAI's of images and chats, answered by one worker."""
+"""The endpoints of OpenAI's API for images and chats, answered by one worker."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def create_app(worker: Worker, on_answer: OnAnswer = lambda path, status: None) 
     """The ASGI application of a replica.
 
     Args:
-        worker: answers its requests.
-        on_answer: called with path and status of each request, for metrics.
+        worker: the worker that answers requests.
+        on_answer: a function that is called with path and status of each request, for metrics.
     """
     settings = worker.settings
     app = FastAPI(title=settings.name, docs_url=None, redoc_url=None)
@@ -105,7 +105,7 @@ def create_app(worker: Worker, on_answer: OnAnswer = lambda path, status: None) 
 
 
 class _CountedAnswers:
-    """ASGI middleware that tells the status of each answer."""
+    """ASGI middleware that reports the status of each answer."""
 
     def __init__(self, app: Callable, on_answer: OnAnswer):
         self.app, self.on_answer = app, on_answer
@@ -120,7 +120,7 @@ class _CountedAnswers:
 
 
 async def _started(worker: Worker, job: Job) -> AsyncIterator[Answer]:
-    """The answers of a job, whose first one is there: what is refused, is so before a status is sent."""
+    """The answers of a job, after the first one has arrived, so that refusals come before a status is sent."""
     await run_in_threadpool(worker.check, job)
     answers = worker.answers(job)
     first = await anext(answers, None)
@@ -194,7 +194,7 @@ async def _chat_chunks(
 
 
 async def _told_errors(answers: AsyncIterator[Answer]) -> AsyncIterator[Answer | dict]:
-    """The answers; what is raised after the status was sent, as the body of an error."""
+    """The answers; errors after the status was sent become bodies of errors."""
     try:
         async for answer in answers:
             yield answer
@@ -235,7 +235,7 @@ def _repeated(names: list[str]) -> str:
 
 def _uploads(files: list[tuple[str, bytes]]) -> tuple[list[Image.Image], Image.Image | None]:
     """Images and mask of a form."""
-    images, masks, uploads = [], [], UploadedImages(MOST_IMAGES + 1)  # a mask among them
+    images, masks, uploads = [], [], UploadedImages(MOST_IMAGES + 1)  # one more for the mask
     for name, content in files:
         if name.removesuffix("[]") not in ("image", "mask"):
             raise ValueError(f"{name[:40]!r} is not known; the files of an edit are image and mask.")

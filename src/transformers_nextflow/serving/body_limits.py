@@ -1,4 +1,4 @@
-"""Bodies of requests that are too long, or too long on their way."""
+"""Limits on the length of request bodies and on the time until they arrive."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 
 class BodyRefused(Exception):
-    """A body that is not read further; `status` is the one to answer with."""
+    """A body that is not read further; `status` is the status of the answer."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -16,12 +16,12 @@ class BodyRefused(Exception):
 
 
 class BodyLimits:
-    """ASGI middleware: what is received is counted and timed, before anything is kept of it.
+    """ASGI middleware that limits the bytes and the time of request bodies while they are received.
 
     Args:
-        app: the application within, which answers [`BodyRefused`].
-        most_bytes: of a body.
-        seconds: from the request's head to the end of its body.
+        app: the wrapped application, which turns [`BodyRefused`] into an answer.
+        most_bytes: the largest number of bytes of a body.
+        seconds: the longest time from the request's head to the end of its body.
     """
 
     def __init__(self, app: Callable, most_bytes: int, seconds: float):
@@ -37,9 +37,9 @@ class BodyLimits:
 
         async def limited() -> dict:
             nonlocal count, whole
-            if is_too_long and not whole:  # not waited for
+            if is_too_long and not whole:  # the rest is not received
                 raise BodyRefused(413, f"The request has more than the {self.most_bytes} bytes that are read.")
-            if whole:  # what follows tells that the client left, for which is waited as long as it takes
+            if whole:  # the next message says that the client has left; it has no time limit
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))

@@ -1,4 +1,4 @@
-"""Requests on their way through a replica: what is asked for, and the queue through which the answers go back."""
+"""Requests inside of a replica: their arguments, and the queue through which their answers return."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Partial:
-    """An image of which some scales are drawn.
+    """A preview of an image after some of its scales.
 
     Args:
         index: how many of the request's partial images came before it.
-        number: of the image in the request, from 0.
+        number: number of the image in the request, from 0.
     """
 
     image: Image.Image
@@ -38,16 +38,16 @@ END = object()
 
 @dataclass(eq=False)
 class Job:
-    """What all requests have. Made in the event loop of the server; the model's thread puts the answers.
+    """The base of all requests. It is made in the event loop of the server; the model's thread puts answers into it.
 
     Args:
-        options: arguments of the pipeline's call by name; requests with the same ones may share a batch.
-        partial_images: how many previews of each image are wanted.
+        options: arguments of the pipeline's call by name; requests with the same arguments may share a batch.
+        partial_images: the requested number of previews of each image.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
     partial_images: int = 0
-    # Nobody waits for the answer any more.
+    # Whether no client waits for the answer any more.
     abandoned: bool = field(default=False, init=False)
     answers: asyncio.Queue = field(default_factory=asyncio.Queue, init=False)
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop, init=False)
@@ -56,17 +56,17 @@ class Job:
 
     @property
     def num_images(self) -> int:
-        """Rows that it takes of a batch."""
+        """How many rows of a batch the request takes."""
         return 1
 
     @property
     def batch_key(self) -> Hashable:
-        """Requests with equal keys are one call of the pipeline."""
-        # Previews cost all images of a batch a decoding at each scale.
+        """The key of requests that share one call of the pipeline."""
+        # Previews decode all images of a batch at each scale, so they are batched separately.
         return (self.kind, self.partial_images > 0, tuple(sorted((k, repr(v)) for k, v in self.options.items())))
 
     def put(self, answer: object):
-        """Hand an answer, an exception, or `END` to whoever waits; from any thread."""
+        """Pass an answer, an exception, or `END` to the waiting client; callable from any thread."""
         if not self.abandoned and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.answers.put_nowait, answer)
 
@@ -77,8 +77,8 @@ class ImageJob(Job):
 
     Args:
         prompt, negative_prompt: texts.
-        images: that the prompt speaks of.
-        mask: light where is to be drawn.
+        images: the images that the prompt refers to.
+        mask: light where the image is drawn anew.
         seeds: one for each image.
     """
 
@@ -104,9 +104,9 @@ class ChatJob(Job):
     """The answer to a conversation.
 
     Args:
-        messages: as `NextFlowPipeline.chat` takes them.
-        seed: of text and images.
-        is_streamed: whether text is wanted as it comes; such a request is answered in a batch of its own.
+        messages: messages as arguments of `NextFlowPipeline.chat`.
+        seed: seed of text and images.
+        is_streamed: whether text is streamed; such a request is answered in a batch of its own.
     """
 
     messages: list[dict] = field(default_factory=list)

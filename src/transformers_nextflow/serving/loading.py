@@ -1,4 +1,4 @@
-"""A pipeline as commands and servers load it."""
+"""How commands and servers load a pipeline."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def load_pipeline(
         OSError: if nothing can be loaded from there.
         ValueError: for another dtype, and a device that cannot be used.
     """
-    from ..pipeline_nextflow import NextFlowPipeline  # says which extra it needs
+    from ..pipeline_nextflow import NextFlowPipeline  # its error names the extra
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}.")

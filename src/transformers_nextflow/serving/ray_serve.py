@@ -1,4 +1,4 @@
-"""Replicas on Ray Serve: what is batched, counted and scaled there, around the application of `app`."""
+"""Replicas on Ray Serve around the application of `app`: batching, metrics and scaling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .settings import ServingSettings
 
 
 try:
-    # Nothing is told to the makers of Ray, unless the user says so.
+    # Ray's usage statistics are off, unless the user switches them on.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Seconds, three times over, after which Serve ends a listener that is still starting, and with it the start: 5 are
     # too few for a busy machine. Serve itself gives up after 60.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 APPLICATION = "nextflow"
-# Requests that a replica may hold beside those that it admitted: to be told 429, or how it is.
+# How many more requests a replica receives than it admits: those to answer with 429, and health checks.
 MOST_REFUSED_AT_ONCE = 256
 SECONDS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
 
@@ -46,15 +46,16 @@ def running(
     gpus: float | None = None,
     metrics_port: int | None = None,
 ) -> Iterator[None]:
-    """A model on the Ray cluster of `RAY_ADDRESS`, or on one of this machine's own, that answers during the block.
+    """Serves a model during the block, on the Ray cluster of `RAY_ADDRESS` or on a new one on this machine.
 
     Args:
-        settings: of each replica.
-        host, port: where requests are received.
-        replicas, max_replicas: how many there are, and up to how many there may be while requests wait; default: no
+        settings: settings of each replica.
+        host, port: the address at which requests are received.
+        replicas, max_replicas: the number of replicas at first, and the largest number while requests wait; default: no
             more than `replicas`.
-        cpus, gpus: of each replica. Default: a GPU where the device is one, and this machine's cores shared out.
-        metrics_port: of Prometheus' metrics at `/metrics`; default: one that Ray chooses.
+        cpus, gpus: cores and GPUs of each replica. Default: a GPU if the device is one, and a share of this machine's
+            cores.
+        metrics_port: port of Prometheus' metrics at `/metrics`; default: one that Ray chooses.
 
     Raises:
         ValueError: for counts out of range, an address where nothing can listen, and for more than this machine has.
@@ -100,14 +101,14 @@ def _check_resources(replicas: int, cpus: float, gpus: float):
 
 
 def deployment(settings: ServingSettings, replicas: int, max_replicas: int, cpus: float, gpus: float) -> Any:
-    """The application for `serve.run`, as a Serve config file may name it too."""
+    """The application for `serve.run`, which a Serve config file may name too."""
     scaling = {"num_replicas": replicas}
     if max_replicas > replicas:
-        target = 2 * settings.max_batch_size  # one batch at work, and the next one
+        target = 2 * settings.max_batch_size  # the current batch and the next one
         bounds = {"min_replicas": replicas, "max_replicas": max_replicas, "target_ongoing_requests": target}
         scaling = {"autoscaling_config": bounds}
 
-    def build() -> FastAPI:  # in the replica
+    def build() -> FastAPI:  # runs in the replica
         return _replica(settings)
 
     options = {"num_cpus": cpus, "num_gpus": gpus}
@@ -150,7 +151,7 @@ def _replica(settings: ServingSettings) -> FastAPI:
         waiting.set(worker.waiting)
 
     worker.after_batch = after_batch
-    # A client may ask for any path: those that are not ours are one.
+    # Clients may request any path: all unknown paths count as one.
     return create_app(
         worker,
         lambda path, status: answers.inc(tags={"path": path if path in PATHS else "other", "status": str(status)}),

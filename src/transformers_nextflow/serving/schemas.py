@@ -1,7 +1,7 @@
-"""Bodies of requests: the fields of OpenAI's API that mean something here, and the sampling settings of this model.
+"""Bodies of requests: the supported fields of OpenAI's API, and the sampling settings of this model.
 
-A field that is not known is refused, and so is a value that would not be followed; those that change nothing in the
-answer are taken and not looked at.
+Unknown fields are refused, and so are values that the server would not follow; fields that do not affect the answer are
+accepted and ignored.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ..utils.image_files import read_image
 
 MOST_SEEDS = 2**32
 MOST_CHARACTERS = 32_000
-# Of all texts of a conversation.
+# The largest number of characters of all texts of a conversation.
 MOST_CHAT_CHARACTERS = 400_000
-# Images of a request, in which at most, and which a conversation shows.
+# The largest number of images that a request may hold.
 MOST_DRAWN, MOST_IMAGES = 1024, 16
-# What all images of a request hold together, however small its files are; and their kinds, by PIL's names: some of
-# those that PIL knows run programs.
+# The largest number of pixels of all images of a request, however small the files are; and the accepted formats, by
+# PIL's names: some formats of PIL run other programs.
 MOST_PIXELS = 2**26
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
@@ -33,14 +33,14 @@ Guidance = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
 
 class Body(BaseModel):
-    """What all requests have."""
+    """The base of all requests' bodies."""
 
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = None
     seed: Annotated[int, Field(ge=0, lt=MOST_SEEDS)] = Field(default_factory=lambda: secrets.randbelow(MOST_SEEDS))
     stream: bool = False
-    # Of the client's own bookkeeping.
+    # For the client's own bookkeeping; ignored.
     user: str | None = None
     safety_identifier: str | None = None
     metadata: dict | None = None
@@ -79,7 +79,7 @@ class ImageBody(Body):
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    # Of other models; this one has nothing to choose.
+    # For other models; these values mean nothing here.
     response_format: Literal["b64_json"] | None = None
     quality: Literal["auto"] = "auto"
     background: Literal["auto", "opaque"] = "auto"
@@ -197,7 +197,7 @@ class ChatBody(Body):
         """The messages as `NextFlowPipeline.chat` takes them, with images decoded.
 
         Raises:
-            ValueError: naming the part, for what is no message of text and images, and for images that are not sent
+            ValueError: naming the part, for messages that are not of text and images, and for images that are not sent
                 with the request.
         """
         uploads = UploadedImages()
@@ -205,7 +205,7 @@ class ChatBody(Body):
 
 
 def size_of(size: str) -> dict[str, int]:
-    """`height` and `width` of "WIDTHxHEIGHT"; of "auto" none."""
+    """`height` and `width` from "WIDTHxHEIGHT"; empty for "auto"."""
     if size == "auto":
         return {}
     width, x, height = size.partition("x")
@@ -215,17 +215,17 @@ def size_of(size: str) -> dict[str, int]:
 
 
 class UploadedImages:
-    """Reads the images and counts the texts of one request, within what a request may hold in all.
+    """Reads the images and counts the texts of one request, within the limits of a request.
 
     Args:
-        most_images: that are read.
+        most_images: the largest number of images.
     """
 
     def __init__(self, most_images: int = MOST_IMAGES):
         self.images_left, self.pixels_left, self.characters_left = most_images, MOST_PIXELS, MOST_CHAT_CHARACTERS
 
     def read(self, content: bytes | str, place: str) -> Image.Image:
-        """The image that bytes or a `data:` URL hold. Raises `ValueError` naming `place`."""
+        """The image in bytes or a `data:` URL. Raises `ValueError` naming `place`."""
         self.images_left -= 1
         if self.images_left < 0:
             raise ValueError(f"{place}: at most {MOST_IMAGES} images are read of a request.")
@@ -237,7 +237,7 @@ class UploadedImages:
         return image
 
     def count(self, text: Any) -> Any:
-        """The text. Raises `ValueError` if it is one too many."""
+        """Returns the text. Raises `ValueError` if all texts together are too long."""
         self.characters_left -= len(text) if isinstance(text, str) else 0
         if self.characters_left < 0:
             raise ValueError(f"messages have more than the {MOST_CHAT_CHARACTERS} characters that are read.")
@@ -245,9 +245,9 @@ class UploadedImages:
 
 
 def region_of(mask: Image.Image) -> Image.Image:
-    """The mask as this pipeline has it, light where is to be drawn, of one whose transparent part is to be drawn.
+    """The pipeline's mask, light where the image is drawn anew, from OpenAI's, which is transparent there.
 
-    A mask without an alpha channel is taken as it is.
+    A mask without an alpha channel is returned unchanged.
     """
     if mask.mode in ("RGBA", "LA", "PA") or "transparency" in mask.info:
         return mask.convert("RGBA").getchannel("A").point(lambda alpha: 255 - alpha)
@@ -262,7 +262,7 @@ def _message(message: dict, place: str, uploads: UploadedImages) -> dict:
         parts = [{"type": "text", "text": parts}]
     if not isinstance(parts, list):
         raise ValueError(f"{place}.content must be a text or a list of parts.")
-    shown = message.get("images") or []  # as the answers of this server have them
+    shown = message.get("images") or []  # the form of this server's answers
     if not isinstance(shown, list):
         raise ValueError(f"{place}.images must be a list.")
     unknown = sorted(message.keys() - {"role", "content", "images", "name", "refusal"})
@@ -270,7 +270,7 @@ def _message(message: dict, place: str, uploads: UploadedImages) -> dict:
         raise ValueError(f"{place}.{unknown[0]} is not known; a message has role, content and images.")
     read = [_part(part, f"{place}.content[{number}]", uploads) for number, part in enumerate(parts)]
     read += [_part(part, f"{place}.images[{number}]", uploads) for number, part in enumerate(shown)]
-    # The pipeline checks roles and texts, and names their place.
+    # The pipeline checks roles and texts, and its errors name their place.
     return {"role": role, "content": read}
 
 
@@ -293,7 +293,7 @@ def _part(part: Any, place: str, uploads: UploadedImages) -> dict:
     if isinstance(holder, dict):
         _check_keys(holder, ("url", "detail"), f"{place}.image_url")  # there is one level of detail
     url = holder.get("url") if isinstance(holder, dict) else None
-    # Neither the server's disk nor its network is read for a client.
+    # The server opens neither files nor addresses for a client.
     if not isinstance(url, str) or not url.startswith("data:"):
         raise ValueError(f"{place}.image_url.url must hold the image itself, data:image/png;base64,….")
     return {"type": "image", "image": uploads.read(url, f"{place}.image_url.url")}

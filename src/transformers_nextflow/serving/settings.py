@@ -1,4 +1,4 @@
-"""What a server is started with."""
+"""Settings of a server."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class ServingSettings:
 
     Args:
         model: folder of a model or a pipeline, or a repository of the Hub. All nodes of a cluster must reach it.
-        name: by which requests name the model; default: the folder's.
-        device, dtype: of the model, as on the command line.
-        max_batch_size: images that are drawn in one batch.
+        name: the name of the model in requests; default: that of the folder.
+        device, dtype: device and dtype of the model, as on the command line.
+        max_batch_size: the largest number of images in one batch.
         batch_wait: seconds that an idle replica waits for more requests before it begins a batch.
         max_waiting: requests that are accepted and not yet answered; further ones get status 429.
         timeout: seconds from a request's acceptance to the end of its answer, and for the arrival of its body.
@@ -60,5 +60,5 @@ class ServingSettings:
                 f"name must be of up to {MOST_CHARACTERS} characters that can be printed, got {short_repr(self.name)}."
             )
         if not self.name:
-            # Frozen, and the name follows from the folder.
+            # The dataclass is frozen, so the name is set in this way.
             object.__setattr__(self, "name", Path(self.model).resolve().name)

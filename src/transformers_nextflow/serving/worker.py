@@ -1,4 +1,4 @@
-"""What a replica does with requests: admits, batches and answers them with one pipeline in one thread."""
+"""The worker of a replica, which admits, batches and answers requests with one pipeline in one thread."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 
 
 class TooManyRequests(Exception):
-    """More requests wait than the replica admits; `retry_after` is a number of seconds."""
+    """The replica already has as many requests as it admits; `retry_after` is a number of seconds."""
 
     def __init__(self, retry_after: int):
         super().__init__(f"Too many requests are waiting; try again in {retry_after} seconds.")
@@ -36,16 +36,16 @@ class TooManyRequests(Exception):
 
 
 class ClientLeft(Exception):
-    """Nobody waits for the answer."""
+    """The client has disconnected."""
 
 
 class Worker:
-    """Answers requests. Images do not depend on their neighbours in a batch: each has a generator of its own.
+    """Answers requests. Images do not depend on others in their batch, since each has a generator of its own.
 
     Args:
-        pipeline: loaded, on its device.
-        settings: limits.
-        schedule: brings a job to `run`, in a batch with others; default: in a batch of its own.
+        pipeline: the pipeline, on its device.
+        settings: the settings with all limits.
+        schedule: passes a job to `run`, in a batch with others; default: in a batch of its own.
     """
 
     def __init__(
@@ -59,13 +59,13 @@ class Worker:
         self.schedule = schedule or (lambda job: self.run([job]))
         self.thread = ThreadPoolExecutor(1, "nextflow")
         self.waiting = 0
-        # Of the last batch, for telling when to come again.
+        # The seconds of the last batch, from which `retry_after` is computed.
         self.last_seconds = 1.0
-        # Called with the number of images and the seconds of each batch.
+        # A function that is called with the number of images and the seconds of each batch.
         self.after_batch: Callable[[int, float], None] = lambda images, seconds: None
 
     def check(self, job: Job):
-        """Raises `ValueError` for what the pipeline would refuse, before the job is in a batch with others."""
+        """Raises `ValueError` for inputs that the pipeline would refuse, before the job is in a batch with others."""
         if job.num_images > (most := self.settings.max_batch_size):
             raise ValueError(f"n must be at most {most}, the images of one batch, got {job.num_images}.")
         if isinstance(job, ChatJob):
@@ -92,19 +92,19 @@ class Worker:
             self.pipeline.check_inputs(request, sampling, 1, 1, None, "pil", ())
 
     async def answers(self, job: Job) -> AsyncIterator[Partial | Finished | str]:
-        """What the job is answered, as it comes; leaving the iterator gives the job up.
+        """The answers to a job, as they are made; closing the iterator abandons the job.
 
         Raises:
             TooManyRequests: if it is not admitted.
             TimeoutError: after `settings.timeout` seconds.
-            ValueError: for what the pipeline refuses.
+            ValueError: for inputs that the pipeline refuses.
         """
         if self.waiting >= self.settings.max_waiting:
             batches = self.waiting / self.settings.max_batch_size
             raise TooManyRequests(max(1, math.ceil(batches * self.last_seconds)))
         self.waiting += 1
         end = time.monotonic() + self.settings.timeout
-        # Not cancelled when the client leaves: the batch belongs to others too, and looks at `abandoned`.
+        # Not cancelled when the client leaves: the batch belongs to other clients too, and checks `abandoned`.
         task = asyncio.ensure_future(self.schedule(job))
         task.add_done_callback(lambda task: _end_if_failed(task, job))
         try:
@@ -120,7 +120,7 @@ class Worker:
             self.waiting -= 1
 
     async def run(self, jobs: Sequence[Job]) -> list[None]:
-        """Answer a batch: jobs of one key in one call of the pipeline, the others after them."""
+        """Answer a batch: jobs with the same key in one call of the pipeline, one key after the other."""
         await asyncio.get_running_loop().run_in_executor(self.thread, self._run, jobs)
         return [None] * len(jobs)
 
@@ -141,7 +141,7 @@ class Worker:
         except ClientLeft:
             return
         except Exception as error:
-            if len(jobs) > 1:  # which of them it was, shows when each is alone
+            if len(jobs) > 1:  # each job is tried in its own call, which shows which of them failed
                 for job in jobs:
                     self._run_group([job])
                 return
@@ -205,7 +205,7 @@ class Worker:
 
 
 class _Streamer(InterleavedStreamer):
-    """Hands what a conversation is answered to its job, piece by piece."""
+    """Passes the answer to a conversation to its job, piece by piece."""
 
     def __init__(self, pipeline: NextFlowPipeline, job: ChatJob, sampling: ImageSampling):
         super().__init__(pipeline.processor.tokenizer, skip_special_tokens=True)
@@ -242,7 +242,9 @@ def schedule_of(pipeline: NextFlowPipeline, image: Image.Image) -> ScaleSchedule
 
 
 def preview_scales(num_scales: int, count: int) -> list[int]:
-    """After which scales `count` previews are shown, evenly and in order; never after the last, which is the image."""
+    """The scales after which `count` previews are shown, evenly spaced; never the last, after which the image is
+    done.
+    """
     count = min(count, num_scales - 1)
     return [(index + 1) * num_scales // (count + 1) - 1 for index in range(count)]
 
@@ -256,6 +258,6 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def _end_if_failed(task: asyncio.Future, job: Job):
-    """What batching itself raised goes to whoever waits."""
+    """Pass an error of the batching itself to the waiting client."""
     if not task.cancelled() and (error := task.exception()) is not None:
         job.put(error)

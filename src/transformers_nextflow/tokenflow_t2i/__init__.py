@@ -1,1 +1,1 @@
-"""TokenFlow-t2i, the nearest relative with public weights."""
+"""TokenFlow-t2i, the nearest relative of NextFlow with public weights."""

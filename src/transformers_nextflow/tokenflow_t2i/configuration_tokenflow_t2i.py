@@ -17,15 +17,15 @@ from ..utils.atomic_files import saved_whole
 class TokenFlowT2IConfig(PreTrainedConfig):
     r"""Configuration of [`TokenFlowT2IForConditionalGeneration`].
 
-    The defaults are the 7B model's, but of its vision tokenizer, which has a config of its own, only the scales.
+    The defaults are those of the 7B model; of its vision tokenizer, which has a separate config, only the scales.
 
     Args:
         text_config: a `LlamaConfig` or dict; the backbone. Its vocabulary holds the codes too.
         vq_config: a [`NextFlowVQConfig`] or dict; the vision tokenizer. Images have the size of its largest square.
         image_token_start: token of the first code; the others follow it.
-        qk_norm_eps: of the norms of queries and keys, which have their own.
-        image_sampling: settings of the scale loop, as [`RefinedImageSampling`] takes them.
-        released_config: what the model was converted from says of itself, for the way back.
+        qk_norm_eps: epsilon of the norms of queries and keys.
+        image_sampling: settings of the scale loop, as arguments of [`RefinedImageSampling`].
+        released_config: the config from which the model was converted, needed to convert it back.
     """
 
     model_type = "tokenflow_t2i"
@@ -50,7 +50,7 @@ class TokenFlowT2IConfig(PreTrainedConfig):
             value = default if getattr(self, name) is None else getattr(self, name)
             setattr(self, name, config_from(value, name, self.sub_configs[name]))
         if self.image_sampling is None:
-            # What the released script draws with: its guidance of 7.5 counts from the conditional side.
+            # The settings of the released script, whose guidance of 7.5 counts from the conditional side.
             self.image_sampling = {"guidance_scale": 8.5, "guidance_ramp": True, "top_k": 600, "top_p": 0.6}
         super().__post_init__(**kwargs)
 

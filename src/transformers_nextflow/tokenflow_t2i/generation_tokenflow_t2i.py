@@ -1,4 +1,4 @@
-"""TokenFlow-t2i's scale loop: NextFlow's parts, with a cache the original lacks, and its rounds of refinement."""
+"""TokenFlow-t2i's drawing: NextFlow's scale loop with rounds of refinement, and a cache, which the original lacks."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..utils.evaluation_mode import in_evaluation_mode
 class RefinedImageSampling(ImageSampling):
     """[`ImageSampling`] with rounds of refinement.
 
-    In a round the slots of a scale read its own codes too, and all of them are drawn anew. The first scale, whose slot
-    is the prompt's last token, is not refined.
+    In a round the slots of a scale read its own codes too, and all its codes are sampled anew. The first scale, whose
+    slot is the prompt's last token, is not refined.
 
     Args:
-        refinements: `(top_k, top_p)` of each round; `None` for all codes. The original's three rounds are `top_k=1200,
-            top_p=0.8` at first, then `refinements=((100, 0.8), (1, 1.0))`.
+        refinements: `(top_k, top_p)` of each round; a `top_k` of `None` allows all codes. The original's three rounds
+            are `top_k=1200, top_p=0.8` at first, then `refinements=((100, 0.8), (1, 1.0))`.
     """
 
     refinements: Sequence[tuple[int | None, float]] = ()
@@ -39,7 +39,7 @@ class RefinedImageSampling(ImageSampling):
 
     @property
     def rounds(self) -> list[ImageSampling]:
-        """The settings of the first drawing and of each refinement."""
+        """The settings of the first round and of each refinement."""
         first = replace(self, refinements=()) if self.refinements else self
         return [first, *(replace(first, top_k=top_k, top_p=top_p) for top_k, top_p in self.refinements)]
 
@@ -71,7 +71,9 @@ class PromptedSequences(CachedSequences):
     def read_slots_again(
         self, embeds: torch.Tensor, position_ids: torch.Tensor, occupied: torch.Tensor | None, rows: torch.Tensor
     ) -> torch.Tensor:
-        """Read the slots of the scale read last with other embeddings; what comes later sees the first reading."""
+        """Read the slots of the last read scale again, with other embeddings; later scales attend to the first
+        reading.
+        """
         first, valid = [(layer.keys, layer.values) for layer in self.cache.layers], self.valid
         self.cache.crop(-embeds.shape[1])
         self.valid = None if valid is None else valid[:, : -embeds.shape[1]]
@@ -120,16 +122,16 @@ class TokenFlowT2IDrawingMixin:
         Args:
             input_ids: (B, L) prompts, left padded.
             attention_mask: (B, L).
-            image_sizes: (height, width) in pixels of each image: the model's own, which is the default.
+            image_sizes: (height, width) in pixels of each image: the only size of the model, which is the default.
             negative_input_ids, negative_attention_mask: (B, L') the negative prompts, which guidance needs.
             sampling: default: `config.image_sampling`.
             generator: one for all, or one for each image.
             callback: `callback(model, scale, state)` after each scale, counted from 0; `False` stops the drawing.
-            given_image_tokens: (B, n) codes of the first whole scales, which are kept and not drawn.
+            given_image_tokens: (B, n) codes of the first scales, which are kept and not sampled.
 
         Raises:
-            ValueError: for inputs that do not fit together, another size, and what the model does not take, such as
-                images in prompts.
+            ValueError: for inputs that do not fit together, another size, and unsupported arguments, such as images in
+                prompts.
         """
         given = sorted(name for name, value in unknown.items() if value is not None)
         if given:
@@ -154,10 +156,10 @@ class TokenFlowT2IDrawingMixin:
 
     @property
     def default_image_sampling(self) -> RefinedImageSampling:
-        """The settings a checkpoint was tuned with: `image_sampling` of its config."""
+        """The checkpoint's own settings: `image_sampling` of its config."""
         return RefinedImageSampling.from_dict(self.config.image_sampling)
 
-    # It reads no images, which `generate_images` says where some come.
+    # The model reads no images; `generate_images` refuses them.
     default_editing_sampling = default_image_sampling
 
     def _check_prompts(self, prompts, image_sizes):

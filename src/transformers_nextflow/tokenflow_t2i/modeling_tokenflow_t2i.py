@@ -33,8 +33,8 @@ class TokenFlowT2IAttention(ScaleAttentionMixin, Qwen3Attention):
 class TokenFlowT2IDecoderLayer(LlamaDecoderLayer):
     """Llama's layer with norms on the outputs of attention and MLP, and on queries and keys.
 
-    The norms keep Llama's names, as in the released checkpoint: `input_layernorm` stands behind attention,
-    `post_attention_layernorm` behind the MLP.
+    The norms keep Llama's names, as in the released checkpoint: `input_layernorm` comes after attention,
+    `post_attention_layernorm` after the MLP.
     """
 
     def __init__(self, config, layer_idx: int, qk_norm_eps: float):
@@ -85,7 +85,7 @@ class TokenFlowT2ITextModel(ScaleMaskedMixin, LlamaModel):
 
 
 class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2IDrawingMixin):
-    """A prompt in, an image out.
+    """Reads a prompt and draws an image.
 
     An image of N codes follows its prompt. The prompt's last token predicts the code of the first scale; N - 1 slots,
     one position each, predict the others. The slots of scale k read the codes of all scales before it.
@@ -105,7 +105,7 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
         self.connector = nn.Sequential(
             nn.Linear(vq_config.code_dim, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
         )
-        # Row 0 belongs to text, row k to the slots of scale k; row 1 to nothing, since that slot is a text token.
+        # Row 0 is for text, row k for the slots of scale k; row 1 is not used, since that slot is a text token.
         self.scale_embedding = nn.Embedding(schedule.num_scales + 1, hidden_size)
         self.position_embedding = nn.Parameter(torch.empty(schedule.num_tokens, hidden_size))
         self.lm_head = nn.Linear(hidden_size, text_config.vocab_size, bias=False)
@@ -176,7 +176,7 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
         schedule, upsample = self.config.schedule, self.config.vq_config.upsample
         num_codes = schedule.offsets[scale + with_own_codes]
         vectors = self.vq_model.quantizer.lookup(image_tokens[:, :num_codes], schedule)
-        # The sum grows from scale to scale at each one's own size, unlike the tokenizer's, which has the final size.
+        # The sum has the size of each scale in turn, unlike the tokenizer's sum, which has the final size.
         total = vectors[0]
         for vector, grid in zip(vectors[1:], schedule.grids[1:]):
             total = resample(total, grid, upsample) + vector
@@ -240,7 +240,7 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
         image_tokens: torch.LongTensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """One pass over prompts, with whole images behind them or without.
+        """One pass over prompts, with or without whole images after them.
 
         Args:
             input_ids: (B, L) prompts, left padded.

@@ -13,11 +13,11 @@ from ..utils.atomic_files import saved_whole
 
 
 class TokenFlowT2IProcessor(DrawingInputsMixin, ProcessorMixin):
-    r"""Tokenizer and image processor in one. A prompt is the text as it stands, `<s>` before it and nothing behind.
+    r"""Tokenizer and image processor in one. A prompt is `<s>` and the plain text, with nothing after it.
 
     Args:
-        image_processor ([`NextFlowImageProcessor`]): makes images of pixels.
-        tokenizer: one that begins every text with a token of its own, as Llama's does, and has a padding token.
+        image_processor ([`NextFlowImageProcessor`]): turns pixel values into images.
+        tokenizer: a tokenizer that begins every text with a special token, as Llama's does, and has a padding token.
         max_text_tokens: the longest prompt, `<s>` included; the released model was trained with 128.
 
     Raises:
@@ -53,8 +53,8 @@ class TokenFlowT2IProcessor(DrawingInputsMixin, ProcessorMixin):
 
         Args:
             prompts: one prompt or several.
-            images: none: the model draws from text alone.
-            allow_empty: let a prompt be empty, as the unconditional half of guidance may be.
+            images: must be empty, since the model draws only from text.
+            allow_empty: allow empty prompts, such as the unconditional prompt of guidance.
 
         Returns:
             `input_ids` and `attention_mask` (num_prompts, length), padded on the left.

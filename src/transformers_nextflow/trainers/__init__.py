@@ -48,7 +48,7 @@ if find_spec("trl"):
 
 
 def __getattr__(name: str):
-    # Imported when it is asked for; without the extra the error names it.
+    # Imported on access; without the extra the error names it.
     if name == "NextFlowDiffusionTrainer":
         from .diffusion.diffusion_trainer import NextFlowDiffusionTrainer
 

@@ -1,4 +1,4 @@
-"""A model of one's own, begun: what fits the data and the machine is chosen, written down and said."""
+"""New models of your own (`init`): settings that fit the data and the machine are chosen, written and explained."""
 
 from __future__ import annotations
 
@@ -27,21 +27,23 @@ from .presets import PRESETS, Preset
 from .recipes import OWN_RECIPES, RECIPES
 
 
-# Rows that are looked at, spread over all.
+# How many rows are examined, spread over all.
 LOOKED_AT = 512
-# How often each row is seen, within the limits of steps.
+# The number of epochs, within the limits of steps.
 PASSES = {"tokenizer": 300, "transformer": 150, "lora": 150}
 STEPS = {"tokenizer": (600, 50_000), "transformer": (600, 50_000), "lora": (200, 5_000)}
 WARMUP_SHARE = 0.05
-# Bytes that a position keeps of each layer for the backward pass, for each channel: measured generously.
+# Bytes of activations of each position, layer and channel for the backward pass: a generous estimate.
 BYTES_PER_CHANNEL = 48
-# Of the memory, for activations.
+# The share of the memory for activations.
 MEMORY_SHARE = 0.4
 
 
 @dataclass
 class Facts:
-    """What the rows are like: how many there are, and of those `looked_at` the shorter sides, the ratios, the texts."""
+    """Properties of the rows: their number, and of the `looked_at` examined ones the shorter sides, ratios and
+    texts.
+    """
 
     rows: int
     looked_at: int = 0
@@ -52,7 +54,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Machine:
-    """What is trained on."""
+    """The machine on which the model is trained."""
 
     gpu: str | None
     memory: int
@@ -69,10 +71,10 @@ class Machine:
 
 
 def look_at(source: str | os.PathLike, columns: Columns | None = None) -> Facts:
-    """Look at some rows of a source (`open_rows`).
+    """Examine some rows of a source (`open_rows`).
 
     Raises:
-        ValueError: naming row and field of what cannot be used, or for rows without images.
+        ValueError: naming row and field of invalid values, or for rows without images.
     """
     rows, root = open_rows(source, columns)
     facts = Facts(len(rows))
@@ -101,13 +103,13 @@ def begin(
     seed: int = 0,
     machine: Machine | None = None,
 ) -> list[str]:
-    """Write config, processor, weights at random and recipes that fit a source of rows to a new folder.
+    """Write config, processor, random weights and recipes that fit a source of rows to a new folder.
 
     Returns:
-        What was chosen and why, a sentence each.
+        For each choice a sentence with its reason.
 
     Raises:
-        ValueError: for a preset that is not there, and what `look_at` refuses.
+        ValueError: for an unknown preset, and for all that `look_at` refuses.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {tuple(PRESETS)}, got {preset!r}.")
@@ -188,7 +190,7 @@ def _config(size: Preset, vq_config: NextFlowVQConfig, processor: NextFlowProces
         boi_token_id=processor.boi_token_id,
         eoi_token_id=processor.eoi_token_id,
         image_token_id=processor.image_token_id,
-        # Neighbours on the finest grid are one apart.
+        # Neighbouring cells of the finest grid are one apart.
         rope_range=float(vq_config.scales[-1]),
     )
 

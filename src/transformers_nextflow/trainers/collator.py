@@ -1,4 +1,4 @@
-"""Rows of conversations and codes to padded or packed batches."""
+"""Makes padded or packed batches from rows of conversations and codes."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ logger = logging.get_logger(__name__)
 
 
 class NextFlowCollator:
-    """Batches of rows of the data format (docs/data.md).
+    """Makes batches from rows of the data format (docs/data.md).
 
-    Rows that hold codes (`image_tokens`, `image_grids`, and `image_labels` and `image_clean_tokens` where codes were
-    sampled for self-correction) are taken as they are; images of other rows are read, and the model encodes them. A
-    batch has rows of one kind. Loss is on the assistant's turns, unless a row says otherwise, with as many labels as
-    trained positions; an image that is not trained on is read with its clean codes.
+    For rows with codes (`image_tokens`, `image_grids`, and `image_labels` and `image_clean_tokens` if codes were
+    sampled for self-correction) these codes are used; images of other rows are read, and the model encodes them. All
+    rows of a batch must be of one kind. The loss is on the assistant's turns, unless a row says otherwise, with one
+    label for each trained position; an image that is not trained on is read with its clean codes.
 
     Rows are padded to a common length. A batch that is one pack, a list of rows, becomes one row of samples with
     `seq_idx` in place of `attention_mask`.
 
-    A row that cannot be used, or of which nothing is trained on, is a `ValueError` that names the field, and the row
-    where [`NextFlowTrainer`] numbers it. `validate_rows` reports the same rows.
+    A row that cannot be used, or in which nothing is trained on, raises a `ValueError` that names the field, and the
+    row if [`NextFlowTrainer`] numbers it. `validate_rows` reports the same rows.
 
     Args:
         processor: its tokenizer and chat template are used, and its image processor for rows without codes.
-        pad_to_multiple_of: lengths are rounded up to it, so that compiled code meets few shapes.
-        root: what paths of images are relative to.
-        tokenizer_fingerprint, codebook_size: codes of rows that name another tokenizer or lie outside the codebook are
-            refused; `NextFlowTrainer` sets them to its model's. `None`: not checked.
-        max_positions: rows that take more positions are refused; likewise.
+        pad_to_multiple_of: lengths are rounded up to a multiple of this, so that compiled code sees few shapes.
+        root: the folder to which paths of images are relative.
+        tokenizer_fingerprint, codebook_size: codes of another tokenizer, or outside of the codebook, are refused;
+            `NextFlowTrainer` sets these to its model's. `None`: not checked.
+        max_positions: rows that take more positions are refused; `NextFlowTrainer` sets it too. `None`: not checked.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class NextFlowCollator:
 
     @property
     def settings(self) -> dict:
-        """What beside the processor decides about the batches."""
+        """The settings, besides those of the processor, on which batches depend."""
         return {"pad_to_multiple_of": self.pad_to_multiple_of}
 
     def __call__(self, rows: list[dict] | list[list[dict]]) -> dict[str, torch.Tensor]:
@@ -75,7 +75,7 @@ class NextFlowCollator:
         """Token ids and labels of one row; every image as `<boi>`, its slots, `<eoi>`.
 
         Raises:
-            ValueError: naming the field, if the row does not follow the format or its codes are another tokenizer's.
+            ValueError: naming the field, if the row does not follow the format or has codes of another tokenizer.
         """
         encoded = self._encode(row)
         return encoded.ids, encoded.labels
@@ -112,7 +112,7 @@ class NextFlowCollator:
         return processor_fingerprint(self.processor)
 
     def _encode_to_train(self, row: dict) -> EncodedRow:
-        """A row of which something is learned; errors name its number where it holds one."""
+        """An encoded row in which something is trained on; errors name the row's number if it has one."""
         try:
             encoded = self._encode(row)
             encoded.check_learned()
@@ -137,7 +137,7 @@ class NextFlowCollator:
 
     def _packed(self, rows: list[EncodedRow]) -> dict[str, torch.Tensor]:
         batch = self._empty(1, sum(len(row.ids) for row in rows))
-        # Padding at the end is one more sample.
+        # Padding at the end counts as one more sample.
         batch["seq_idx"] = torch.full_like(batch["input_ids"], len(rows))
         start = 0
         for index, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""What a training sets by the device that it runs on: attention, compiled layers, kernels, checkpoints of layers."""
+"""Settings of a training that depend on the device: attention, compiled layers, kernels, gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from ..scale_schedule import ScaleSchedule
 from ..sequence.scale_sdpa import CALL_COST, SCALE_SDPA
 
 
-# How much longer a pair of query and key takes in flex attention than in a kernel without a mask; an estimate.
+# The time of a pair of query and key in flex attention, relative to a kernel without a mask; an estimate.
 FLEX_COST = 1.25
 
 
 def backbone_of(model: nn.Module) -> NextFlowTextModel:
-    """The backbone in a model, around which an adapter may be wrapped."""
+    """The backbone of a model, also of one inside of an adapter's wrapper."""
     return next(module for module in model.modules() if isinstance(module, NextFlowTextModel))
 
 
 def choose_attention(model: nn.Module, device: torch.device, schedules: Iterable[ScaleSchedule]):
-    """Set the attention for packs of samples whose largest images have one of the schedules, unless one was asked for.
+    """Set the attention for packs of samples whose images have these schedules, unless the user chose one.
 
-    On a GPU flex attention reads a pack of small images at once, where a call for each scale would take longer to start
-    than to run.
+    On a GPU flex attention reads a pack of small images in one call, while a call for each scale would take longer to
+    start than to run.
     """
     config = backbone_of(model).config
     if config._attn_implementation != SCALE_SDPA or device.type != "cuda":
@@ -40,22 +40,22 @@ def choose_attention(model: nn.Module, device: torch.device, schedules: Iterable
 
 
 def calls_are_faster(schedule: ScaleSchedule, hidden_size: int) -> bool:
-    """Whether one call a scale takes less time on a GPU than flex attention over the image."""
+    """Whether one call for each scale takes less time on a GPU than flex attention over the image."""
     counts = schedule.tokens_per_scale
     pairs = sum(count * end for count, end in zip(counts, accumulate(counts)))
     return pairs + len(counts) * CALL_COST["cuda"] / hidden_size < FLEX_COST * pairs
 
 
 def compile_layers(model: nn.Module):
-    """Compile each layer of the backbone by itself; a plan of attention is left out of the graphs."""
+    """Compile each layer of the backbone separately; plans of attention are left out of the graphs."""
     for layer in backbone_of(model).layers:
         layer.compile(dynamic=True)
 
 
 def use_liger(model: nn.Module) -> bool:
-    """Norms and gated products of the backbone by Liger's kernels; `False` where Liger is not installed.
+    """Use Liger's kernels for norms and gated products of the backbone; returns `False` if Liger is not installed.
 
-    Compiled layers do without: the compiler fuses the same, and more around it.
+    Compiled layers do not need them, since the compiler fuses the same operations and more.
     """
     try:
         kernels = importlib.import_module("liger_kernel.transformers.functional")
@@ -78,9 +78,9 @@ def use_liger(model: nn.Module) -> bool:
 
 
 class CheckpointedLayers(TrainerCallback):
-    """Only every `every`-th layer of the backbone, the first among them, keeps no activations.
+    """Gradient checkpointing in only every `every`-th layer of the backbone, from the first one on.
 
-    `Trainer` sets all layers before training begins.
+    `Trainer` switches it on for all layers before training begins.
     """
 
     def __init__(self, every: int):

@@ -1,4 +1,4 @@
-"""Sheets of images from the same prompts and seeds along a training: what numbers do not show."""
+"""Sheets of images that are drawn with the same prompts and seeds during a training."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .runs.trained_weights import gathered_weights, is_sharded
 
 
 class ImageGrids(TrainerCallback):
-    """Draws a sheet before training and every so many steps, a row for each prompt: `step_00000.png`, ….
+    """Draws a sheet before training and every `every` steps, with a row for each prompt: `step_00000.png`, ….
 
     For any trainer of a [`NextFlowForConditionalGeneration`], or of a PEFT model around one. The first process writes.
     Weights that FSDP2 shards are gathered meanwhile, so a device must hold the whole model once. The random state of
     the training is left alone, so that it is the same with and without the sheets.
 
     Args:
-        processor: the checkpoint's.
-        rows: `prompt`, and what else `generate_rollouts` takes.
-        folder: default `image_grids` in the training's output folder.
-        every: in steps.
-        num_images: of each prompt, from the seeds 0, 1, ….
-        sampling: default the checkpoint's own.
+        processor: the processor of the checkpoint.
+        rows: rows with `prompt`, and the other entries that `generate_rollouts` takes.
+        folder: default: `image_grids` in the training's output folder.
+        every: number of steps between two sheets.
+        num_images: number of images of each prompt, with the seeds 0, 1, ….
+        sampling: default: the checkpoint's own.
 
     Raises:
         ValueError: for no rows, or an `every` below 1; when it draws, for weights that ZeRO 3 shards, of which

@@ -51,28 +51,28 @@ from .unsupported_arguments import check_trainer_arguments, check_training_argum
 
 
 logger = logging.get_logger(__name__)
-# Rows whose images decide which attention is the fastest.
+# How many rows are examined to choose the fastest attention.
 LOOKED_AT_ROWS = 64
-# Rows whose images are reconstructed before an adapter is trained on them.
+# How many images are reconstructed before an adapter is trained on them.
 FITTED_ROWS = 8
 
 
 @dataclass
 class NextFlowTrainingArguments(CheckedArguments, TrainingArguments):
-    """`TrainingArguments` and what NextFlow adds; see also [`CheckedArguments`]. Those that are not carried out are a
-    `ValueError` that names them (`unsupported_arguments.py`).
+    """`TrainingArguments` and the arguments that NextFlow adds; see also [`CheckedArguments`]. Unsupported arguments
+    raise a `ValueError` that names them (`unsupported_arguments.py`).
 
     Args:
         muon: step the hidden matrices with Muon and the rest with AdamW, in place of `optim`.
-        compile_layers: compile each layer of the backbone by itself; default: on CUDA. Where they are not, CUDA uses
-            the kernels of Liger if it is installed.
-        checkpoint_every: with `gradient_checkpointing`, only every so many-th layer keeps no activations: less is
-            computed twice, in more memory.
-        packing: how a process's batch is made. "padding": `per_device_train_batch_size` rows, padded to the longest.
-            "length": one row of samples with `packing_budget` positions at most. "compute": one row of samples that
-            cost `packing_budget` at most by [`CostModel`], where a position costs 1 and attention comes on top.
-        packing_budget: see `packing`. Processes all have the same, so they take about the same time.
-        text_loss_weight, level_loss_weights, z_loss_weight: see [`LossWeights`]; the second by resolution, as
+        compile_layers: compile each layer of the backbone separately; default: on CUDA. On CUDA, layers that are not
+            compiled use the kernels of Liger if it is installed.
+        checkpoint_every: with `gradient_checkpointing`, only every n-th layer discards its activations: less is
+            computed twice, at the cost of more memory.
+        packing: how the batch of a process is made. "padding": `per_device_train_batch_size` rows, padded to the
+            longest. "length": one row of samples with `packing_budget` positions at most. "compute": one row of samples
+            whose cost by [`CostModel`] is `packing_budget` at most; a position costs 1, and attention is added.
+        packing_budget: see `packing`. It is the same for all processes, so their steps take about the same time.
+        text_loss_weight, level_loss_weights, z_loss_weight: see [`LossWeights`]; the second by resolution, such as
             `{1024: 0.5}`.
     """
 
@@ -115,7 +115,7 @@ class NextFlowTrainingArguments(CheckedArguments, TrainingArguments):
             raise ValueError(f"checkpoint_every={self.checkpoint_every} is for gradient_checkpointing=True; set that.")
         self.label_names = self.label_names or ["labels"]
         check_training_arguments(self)
-        # Of a stream each process takes its own batches, which cannot be cut into rows.
+        # Each process reads its own batches of a stream, which cannot be split into rows.
         self.accelerator_config.dispatch_batches = False
 
     @property
@@ -124,7 +124,7 @@ class NextFlowTrainingArguments(CheckedArguments, TrainingArguments):
 
 
 def has_bfloat16_units() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices by itself; taken to, where torch cannot tell."""
+    """Whether the CPU has units for bfloat16 matrix products; assumed if torch cannot tell."""
     if not hasattr(torch.cpu, "get_capabilities"):
         return True
     return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
@@ -133,7 +133,7 @@ def has_bfloat16_units() -> bool:
 def packed(
     rows, collator: NextFlowCollator, config: NextFlowConfig, args: NextFlowTrainingArguments
 ) -> PackedDataset | PackedStream:
-    """The packs of a dataset, or of a stream, that the arguments ask for."""
+    """The packs of a dataset or a stream, according to the arguments."""
     model = CostModel.from_config(config)
 
     def cost(row: dict) -> float:
@@ -154,13 +154,13 @@ def _sizes_of(rows, collator: NextFlowCollator) -> Iterable[dict] | None:
 
 
 def _schedules_of(rows, collator: NextFlowCollator) -> list[ScaleSchedule]:
-    """Of the images in the first rows; a stream is not looked into."""
+    """The schedules of the images in the first rows; empty for a stream, of which no rows are read."""
     count = min(len(rows), LOOKED_AT_ROWS) if hasattr(rows, "__len__") else 0
     return [schedule for index in range(count) for schedule in collator.size(rows[index]).schedules]
 
 
 def _warn_of_images(model: nn.Module, rows, collator: NextFlowCollator):
-    """Tell of images that the vision tokenizer cannot hold, so that no adapter can either; of the first rows."""
+    """Warn if the vision tokenizer cannot reconstruct the images of the first rows, which then no adapter can draw."""
     config, image_processor = model.config, collator.processor.image_processor
     stated = config.trained_on or {}
     try:
@@ -168,7 +168,7 @@ def _warn_of_images(model: nn.Module, rows, collator: NextFlowCollator):
         sample = [row for row in sample if row.get(TOKENS) is None]
         images = list(pixels_of(sample, collator.root, image_processor, FITTED_ROWS))
     except BadRowError:
-        return  # told by its number where it is trained on
+        return  # an error with the row's number follows when the row is trained on
     if images and not (fit := fit_of(model.vq_model, images, stated.get("lowest_psnr"))).is_fit:
         warn_user(
             f"An adapter draws nothing that its tokenizer cannot hold, and {fit}. Train the tokenizer on such images "
@@ -177,7 +177,7 @@ def _warn_of_images(model: nn.Module, rows, collator: NextFlowCollator):
 
 
 def _mixture_in(rows) -> Mixture | None:
-    """The mixture that packs are made of, or that is the dataset itself."""
+    """The mixture from which packs are made, or that is the dataset itself."""
     while rows is not None and not isinstance(rows, Mixture):
         rows = getattr(rows, "rows", None)
     return rows
@@ -193,7 +193,7 @@ def _collator_of(processor: NextFlowProcessor | None) -> NextFlowCollator:
 
 
 def _processor_to_save(collator, processor: NextFlowProcessor | None) -> NextFlowProcessor | None:
-    """What makes the batches is saved with the model: without it no pipeline loads a checkpoint."""
+    """The processor to save with the model, that of the collator: without one no pipeline loads a checkpoint."""
     own = getattr(collator, "processor", None)
     if processor is not None and own is not None and (names := processor_differences(processor, own)):
         raise ValueError(
@@ -208,24 +208,25 @@ class NextFlowTrainer(
 ):
     """Trains a [`NextFlowForConditionalGeneration`] on the batches of a [`NextFlowCollator`].
 
-    Logs the text loss, the weighted image loss, each scale's own loss and the accuracies beside the total, in training
-    and in evaluation. [`ImageGrids`] shows what it draws.
+    In training and evaluation it logs the total loss, the text loss, the weighted image loss, the loss of each scale
+    and the accuracies. [`ImageGrids`] draws images during training.
 
     Args:
-        processing_class: the [`NextFlowProcessor`], from which the collator is made where no `data_collator` is given;
-            paths of images are then relative to the working directory. The collator's is saved with the model.
+        processing_class: the [`NextFlowProcessor`] from which the collator is made if no `data_collator` is given;
+            paths of images are then relative to the working directory. The collator's processor is saved with the
+            model.
 
     Raises:
-        ValueError: without both, for a `processing_class` that differs from the collator's, for other arguments than
-            [`NextFlowTrainingArguments`], or for weights to be trained that are not float32; in training, for a row
-            that cannot be used; the message has its number.
+        ValueError: if both are missing, for a `processing_class` that differs from the collator's, for other arguments
+            than [`NextFlowTrainingArguments`], or for trainable weights that are not float32; in training, for a row
+            that cannot be used, with its number in the message.
     """
 
     args: NextFlowTrainingArguments
 
     def train(self, *args, **kwargs):
-        """As in [`ResumableTrainingMixin`]. What a config says of an earlier training (`trained_on`) ends with this
-        one; an adapter leaves it, since it leaves the model.
+        """As in [`ResumableTrainingMixin`]. Removes the statement `trained_on` about an earlier training from the
+        config, unless an adapter is trained, which does not change the model.
         """
         if not is_peft_model(self.model) and getattr(self.model.config, "trained_on", None) is not None:
             logger.warning("What the config says the model was trained on (trained_on) is taken out: no longer true.")
@@ -259,7 +260,7 @@ class NextFlowTrainer(
         elif on_cuda:
             use_liger(model)
         if isinstance(collator, NextFlowCollator) and collator.tokenizer_fingerprint is None:
-            # The first process's: others may have no weights yet.
+            # From the first process, since others may have no weights yet.
             fingerprint = [tokenizer_fingerprint(model.vq_model) if args.process_index == 0 else None]
             collator.tokenizer_fingerprint = broadcast_object_list(fingerprint)[0]
         if isinstance(collator, NextFlowCollator) and collator.codebook_size is None:
@@ -308,7 +309,7 @@ class NextFlowTrainer(
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
         )
-        # All of it is this process's: accelerate would have each process read what all of them take.
+        # Not prepared by accelerate, with which each process would read the rows of all processes.
         return prepare_data_loader(
             loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
         )
@@ -318,7 +319,7 @@ class NextFlowTrainer(
         # Grouping by length reads the lengths of a `datasets.Dataset` from its column.
         sampler = super()._get_train_sampler(rows.rows if isinstance(rows, NumberedRows) else rows)
         if isinstance(sampler, LengthGroupedSampler):
-            # A `datasets` column looks into its file for each length: a minute an epoch for 200,000 rows.
+            # A column of `datasets` reads its file for each length: a minute in each epoch for 200,000 rows.
             sampler.lengths = sampler.lengths[:]
         return sampler
 
@@ -339,7 +340,7 @@ class NextFlowTrainer(
         return super().create_optimizer(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        # `Trainer` counts labels, over all processes; here there is one for each trained position.
+        # `Trainer` counts labels over all processes; the collator gives one label to each trained position.
         counts = [self.model.num_trained_positions(**batch) for batch in batch_samples]
         labels = [torch.zeros(int(count), dtype=torch.long) for count in counts]
         return super()._get_num_items_in_batch([{"labels": one, "shift_labels": one} for one in labels], device)
@@ -371,7 +372,7 @@ class NextFlowTrainer(
 
     @property
     def _num_shares(self) -> int:
-        """Among how many processes, or groups with one model in parts, a batch's rows are shared."""
+        """The number of processes, or of groups of processes that share one model, among which a batch is divided."""
         return self.accelerator.num_processes // self.get_tp_size()
 
     def _check_evaluated(self, rows):
@@ -401,14 +402,14 @@ class NextFlowTrainer(
         """The metrics are means over all trained positions of the dataset, whatever the size of its batches."""
         self._check_evaluated(dataloader.dataset)
         self._new_rows = len(dataloader.dataset) if self._num_shares > 1 else math.inf
-        self._evaluated = TrainedMeans()  # one before may have been broken off
+        self._evaluated = TrainedMeans()  # an earlier evaluation may have been interrupted
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._evaluated.take(self.accelerator.gather)
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
         return output
 
     def prediction_step(self, model, inputs, *args, **kwargs):
-        # The last batches are filled up with rows of the first, which count once.
+        # The last batches are filled up with rows of the first batch, which must not count twice.
         rows = len(inputs["input_ids"])
         own = self._new_rows - rows * (self.accelerator.process_index // self.get_tp_size())
         self._new_rows -= rows * self._num_shares

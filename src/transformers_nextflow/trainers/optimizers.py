@@ -1,4 +1,4 @@
-"""Muon for the hidden matrices, AdamW for the rest, as one optimizer that `Trainer` and its schedulers can hold."""
+"""Muon for the hidden matrices and AdamW for the rest, in one optimizer for `Trainer` and its schedulers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch.optim.adamw import adamw
 # Quintic Newton-Schulz iteration of Jordan et al. (Muon, 2024): its coefficients, and how often it is applied.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
-# Small matrices are orthogonalised many at a time, since starting a kernel takes longer than their products.
+# Small matrices are orthogonalised many at a time, since launching a kernel takes longer than their products.
 ELEMENTS_AT_ONCE = 2**24
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The nearest matrices (…, rows, columns) with singular values of about one; products are computed in `dtype`.
 
-    `torch.optim.Muon` always takes bfloat16, which processors without bfloat16 units multiply ten times slower than
-    float32, and those with them six times faster.
+    `torch.optim.Muon` always uses bfloat16, which processors without bfloat16 units multiply ten times slower than
+    float32, and processors with such units six times faster.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[-2] > matrices.shape[-1]
@@ -33,7 +33,7 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) ->
 
 
 def of_one_kind(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Lists of parameters of one shape, type and device, `ELEMENTS_AT_ONCE` at most unless one alone has more."""
+    """Lists of parameters of one shape, dtype and device, with at most `ELEMENTS_AT_ONCE` elements or one parameter."""
     by_kind: dict[tuple, list[nn.Parameter]] = {}
     for parameter in parameters:
         by_kind.setdefault((parameter.shape, parameter.dtype, parameter.device), []).append(parameter)
@@ -45,15 +45,15 @@ def of_one_kind(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Paramete
 class MuonWithAdamW(torch.optim.Optimizer):
     """Orthogonalised momentum (Muon) on the matrices inside of layers, AdamW on embeddings, heads and vectors.
 
-    Muon's updates are brought to the size of AdamW's, so that one learning rate serves both.
+    Muon's updates are scaled to the size of AdamW's, so that one learning rate serves both.
 
     Args:
-        model: its trainable parameters are taken.
+        model: the model, whose trainable parameters are optimised.
         lr: learning rate.
         weight_decay: of matrices and embeddings; vectors are never decayed.
         momentum: Muon's.
         betas: AdamW's.
-        orthogonalize_dtype: precision of the products in Muon's iteration; bfloat16 serves where it is fast.
+        orthogonalize_dtype: precision of the products in Muon's iteration; bfloat16 suffices where it is fast.
     """
 
     def __init__(

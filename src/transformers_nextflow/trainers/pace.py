@@ -1,4 +1,4 @@
-"""How fast a training goes, how full its batches are, and how long it waits for them."""
+"""Speed of a training, fill of its batches, and time spent waiting for them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .packing import CostModel
 
 
 class Pace:
-    """What the steps since the last entry of the log took in and how long they took.
+    """Counts positions and time of the steps since the last entry of the log.
 
     Args:
-        config: of the model.
+        config: the config of the model.
         packing, budget: one of `PACKINGS`, and the budget of a pack.
     """
 
@@ -32,7 +32,7 @@ class Pace:
         self.positions = self.batches = 0
 
     def timed(self, batches: Iterator[dict]) -> Iterator[dict]:
-        """The batches of a step, which begins; the time that each is waited for is counted, and what it holds."""
+        """Begins a step and yields its batches; counts the waiting time and the positions of each."""
         self._begun = time.perf_counter()
         while True:
             start = time.perf_counter()
@@ -44,7 +44,7 @@ class Pace:
             yield batch
 
     def stop(self):
-        """The step ends."""
+        """Ends a step."""
         if self._begun is not None:
             self.seconds += time.perf_counter() - self._begun
             self._begun = None
@@ -64,8 +64,9 @@ class Pace:
             self.filled += cost / self.budget
 
     def take(self, gather: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> dict[str, float]:
-        """`tokens_per_second` of all processes, without padding; `fill`, the share of the budget, or of padded batches,
-        that samples take; `data_wait`, the share of the time in which batches are waited for. Then begins anew.
+        """Returns `tokens_per_second` of all processes, without padding; `fill`, the share of the budget, or of padded
+        batches, that samples take; and `data_wait`, the share of the time spent waiting for batches. Then counting
+        begins anew.
 
         Args:
             gather: joins the tensors (5,) of all processes.

@@ -1,6 +1,7 @@
-"""Samples to packs of equal length or equal compute (paper, section 3.3): little padding, workers that end together.
+"""Packing of samples to equal length or equal compute (paper, section 3.3): with little padding, and with processes
+that end their steps together.
 
-A pack is one row of samples that do not see each other; see `sequence/packed_attention.py`.
+A pack is one row of samples that do not attend to each other; see `sequence/packed_attention.py`.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from ..scale_schedule import ScaleSchedule
 PACKINGS = ("padding", "length", "compute")
 # Samples that are packed together: enough to fill packs well, few enough to keep the order random.
 WINDOW = 1024
-# A pack that is filled so far waits for no further samples.
+# A pack that is filled to this share does not wait for further samples.
 FULL = 0.97
 
 
 @dataclass(frozen=True)
 class SampleSize:
-    """What the cost of a sample depends on: its positions, how many of them are trained on, its images' schedules."""
+    """The numbers on which a sample's cost depends: positions, trained positions, and the schedules of its images."""
 
     length: int
     trained: int
@@ -37,14 +38,14 @@ class SampleSize:
 
 @dataclass(frozen=True)
 class CostModel:
-    """The compute of a sample, in units of what one position costs in the linear layers of the backbone.
+    """The compute of a sample, in units of the cost of one position in the linear layers of the backbone.
 
     `cost = length + head · trained + attention · pairs`, where `pairs` counts the (query, key) pairs of the sample's
     own schedule: n (n + 1) / 2 of causal attention, and m (m - 1) / 2 more for each grid of m slots.
 
     Args:
-        head: one trained position in the head and its loss.
-        attention: one pair in all layers.
+        head: cost of one trained position in the head and the loss.
+        attention: cost of one pair in all layers.
     """
 
     head: float
@@ -70,7 +71,7 @@ class CostModel:
     def of_pack(
         self, lengths: Sequence[int], trained: int, schedules: Iterable[ScaleSchedule], read_last_scale: bool = False
     ) -> float:
-        """The cost of samples of these lengths that have so many trained positions and these images together."""
+        """The cost of samples with these lengths, and together with these trained positions and images."""
         pairs = sum(length * (length + 1) // 2 for length in lengths)
         for schedule in schedules:
             pairs += sum(h * w * (h * w - 1) // 2 for h, w in schedule.slot_grids(read_last_scale))
@@ -84,9 +85,9 @@ class _Pack:
 
 
 def pack(samples: Iterable, costs: Iterable[float], budget: float) -> Iterator[list]:
-    """Lists of samples whose costs add up to the budget at most, and to little less: best fit, the largest first.
+    """Lists of samples whose costs add up to at most the budget, and to little less: best fit, the largest first.
 
-    Works through windows of `WINDOW` samples; packs with room left wait for one more window.
+    Samples are packed in windows of `WINDOW`; packs with room left wait for one more window.
     """
     waiting: list[_Pack] = []
     with_costs = zip(samples, costs)
@@ -100,7 +101,7 @@ def pack(samples: Iterable, costs: Iterable[float], budget: float) -> Iterator[l
 
 
 def _best_fit(window: list[tuple], budget: float, packs: list[_Pack]) -> list[_Pack]:
-    """The packs, filled with the window's (sample, cost), and new ones for what fits in none."""
+    """The packs, filled with the window's (sample, cost), and new packs for samples that fit into none."""
     by_room = sorted(packs, key=lambda p: p.free)
     for sample, cost in sorted(window, key=lambda item: -item[1]):
         place = bisect.bisect_left(by_room, cost, key=lambda p: p.free)
@@ -127,7 +128,7 @@ def costs_within(rows: Iterable[dict], cost: Callable[[dict], float], budget: fl
 class PackedDataset(Dataset):
     """Packs of the rows of a dataset with a length; an item is a list of rows, a batch is one item.
 
-    Which rows share a pack is drawn once, the same in every process; samplers shuffle the packs.
+    The rows are divided among packs once, in the same way in every process; samplers shuffle the packs.
 
     Args:
         rows: the dataset; every row is read once here, to know its cost.
@@ -158,7 +159,9 @@ class PackedDataset(Dataset):
 
 
 class PackedStream(IterableDataset):
-    """Packs of the rows of a stream, in their order but for windows of `WINDOW` rows; arguments as `PackedDataset`."""
+    """Packs of the rows of a stream, in their order except within windows of `WINDOW` rows; arguments as in
+    `PackedDataset`.
+    """
 
     def __init__(self, rows: Iterable[dict], cost: Callable[[dict], float], budget: float):
         self.rows, self.cost, self.budget = rows, cost, budget

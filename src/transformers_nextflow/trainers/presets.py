@@ -1,4 +1,4 @@
-"""Sizes of models that `init` begins; what fits the data is chosen within them (`beginnings.py`)."""
+"""Sizes of models that `init` creates; within a size, settings are chosen to fit the data (`beginnings.py`)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ..scale_schedule import SQUARE_SIDES
 
 @dataclass(frozen=True)
 class Preset:
-    """A size.
+    """A size of model.
 
     Args:
         purpose: what it is for, in words.
-        patch_size: pixels a side of a cell of the finest grid.
-        sides: of the square grids, of which a level takes the first ones.
+        patch_size: side in pixels of a cell of the finest grid.
+        sides: sides of the square grids, of which a level has the first ones.
         levels: resolutions to choose from.
-        most_codes, most_words: size of the codebook and of the text vocabulary at most.
+        most_codes, most_words: the largest sizes of the codebook and of the text vocabulary.
         batch_size: rows of a step.
         semantic, pixel, text: settings of the semantic encoder, the tokenizer and the backbone.
     """

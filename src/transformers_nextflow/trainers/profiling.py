@@ -1,4 +1,4 @@
-"""Where the time of a training goes: some of its steps under `torch.profiler`."""
+"""Profiling of a training: some of its steps are measured with `torch.profiler`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ ROWS = 60
 
 
 class ProfiledSteps(TrainerCallback):
-    """Measures `MEASURED_STEPS` steps behind the first `SKIPPED_STEPS`, in the first process.
+    """Measures `MEASURED_STEPS` steps after the first `SKIPPED_STEPS`, in the first process.
 
-    `trace.json` in the folder opens in Perfetto or chrome://tracing; `operations.txt` is a table of what took longest.
+    `trace.json` in the folder opens in Perfetto or chrome://tracing; `operations.txt` is a table of the operations that
+    took longest.
     """
 
     def __init__(self, folder: Path | str):

@@ -1,4 +1,4 @@
-"""The rows of a stage: some drawings turned round, some without their prompts, images of the stage's level."""
+"""The rows of a stage: some drawings turned into captions, some without their prompts, images of the stage's level."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ SIDEWAYS = {5, 6, 7, 8}
 
 
 class StageRows(Dataset):
-    """Rows of the data format (docs/data.md) as a stage of the transformer takes them.
+    """Rows of the data format (docs/data.md), changed for a stage of the transformer's training.
 
     Args:
-        rows: by number.
-        processor: of the model.
+        rows: rows that are read by number.
+        processor: the processor of the model.
         level: resolution that images with codes must have; `None` for any.
-        caption_share: share of the drawings that are turned round.
-        empty_share: share of the rows answered by an image alone whose prompt is left empty: the unconditional half
-            of guidance. Both shares come to 1 at most, and which rows they take depends on `seed`, the number and the
-            epoch only: few rows that are seen often are all seen as they are, too.
+        caption_share: share of the drawings that are turned into captions.
+        empty_share: share of the rows answered by only an image whose prompt is left empty, for guidance. The two
+            shares add up to 1 at most. Which rows they change depends only on `seed`, the number and the epoch, so in
+            several epochs every row is also seen unchanged.
 
     Raises:
-        ValueError: on access, for a row with codes of another level, or what is no row; the message names it.
+        ValueError: on access, for a row with codes of another level, or an invalid row; the message names it.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class StageRows(Dataset):
 
     @property
     def settings(self) -> dict:
-        """What beside the rows decides about the samples."""
+        """The settings, besides the rows, on which samples depend."""
         return {name: getattr(self, name) for name in ("level", "caption_share", "empty_share", "seed")}
 
     def __len__(self) -> int:
@@ -85,7 +85,7 @@ class StageRows(Dataset):
             raise error.of_row(index) from error
 
     def stage_row(self, row: dict, index: int | str) -> dict:
-        """A row as the stage takes it; `index` tells it from others."""
+        """A row, changed for the stage; `index` is its number or name."""
         check_is_row(row)
         self._check_level(index, row)
         return viewed(row, self._view(index), self.processor.caption_request)
@@ -119,7 +119,7 @@ class StageRows(Dataset):
 
 
 class StageImages(Dataset):
-    """The images of rows as a stage of the vision tokenizer takes them: cut square, `level` pixels a side.
+    """The images of rows for a stage of the vision tokenizer: cropped to squares of `level` pixels a side.
 
     An item has `pixel_values` (3, level, level) in [-1, 1].
 
@@ -130,7 +130,7 @@ class StageImages(Dataset):
     def __init__(self, rows, root: Path, processor: NextFlowImageProcessor, level: int):
         processor.scale_schedules.for_size(level, level)  # raises for a size that is not drawn
         self.processor, self.level, self.rows, self.root = processor, level, NumberedRows(rows), root
-        # Row, number in it, field and path of each; what rows hold themselves is left there: it may be more than fits.
+        # Row, number in it, field and path of each image; images inside of rows may be too large to keep in memory.
         self.images: list[tuple[int, int, str, Path | None]] = []
         for number in range(len(rows)):
             sample = self._read(number)

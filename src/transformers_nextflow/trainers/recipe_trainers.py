@@ -1,4 +1,4 @@
-"""The trainers of recipes, and what each leaves for the next."""
+"""The trainers of recipes, and the results that they write for the next recipe."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from .tokenizer.from_recipe import tokenizer_trainer
 
 
 logger = logging.get_logger(__name__)
-# Parts of the transformer that an adapter's training trains whole, by their modules.
+# Parts of the transformer that are trained whole beside an adapter, with their modules.
 WHOLE = {"visual_embedding": ["visual_embedding"], "heads": ["lm_head", "visual_head"]}
-# Images that say how well a new tokenizer does.
+# How many images are reconstructed to measure a new tokenizer.
 LOOKED_AT = 64
-# What cards show: reconstructions, prompts, and images of each.
+# The numbers of reconstructions, of prompts, and of images for each prompt that cards show.
 RECONSTRUCTIONS, SAMPLES = "reconstructions.png", "samples.png"
 SHOWN, SHOWN_PROMPTS, OF_EACH = 12, 4, 4
 
@@ -49,12 +49,12 @@ def make_trainer(
     """The trainer of a recipe.
 
     Args:
-        model: folder of what the training starts from, as the one before wrote it.
+        model: folder of the model from which the training starts, as the training before wrote it.
         data: see `open_rows`; for RL, see `read_prompts`.
         output: folder of checkpoints and logs.
 
     Raises:
-        ValueError: for arguments that the trainer does not know, or data that do not fit.
+        ValueError: for unknown arguments, or data that do not fit.
     """
     makers = {
         "transformer": _transformer_trainer,
@@ -68,9 +68,9 @@ def make_trainer(
 
 
 def save_outcome(trainer: Trainer, recipe: Recipe, start: str | os.PathLike, folder: str | os.PathLike):
-    """Write what was trained, with a sheet of samples, or of reconstructions, that its card shows. A tokenizer that was
-    taken out of a model lies in that model again, whose visual embedding starts from the codebooks where the codes are
-    others.
+    """Write the trained model, with a sheet of samples, or of reconstructions, that its card shows. A tokenizer that
+    was taken from a model is written as that model with the new tokenizer; if the codes have changed, its visual
+    embedding starts from the new codebooks.
     """
     is_written_alone = trainer.args.should_save and not is_sharded(trainer.accelerator.unwrap_model(trainer.model))
     if recipe.kind == "tokenizer" and is_written_alone:
@@ -124,7 +124,7 @@ def _save_around(
 
 
 def _draw_samples(trainer: Trainer, folder: Path):
-    """A row of images for each of the first prompts that images answer; none where rows are a stream or packed."""
+    """A row of images for each of the first prompts that images answer; none if rows are a stream or packed."""
     model, prompts = trainer.accelerator.unwrap_model(trainer.model), _first_prompts(trainer.train_dataset)
     if not prompts:
         return
@@ -149,7 +149,7 @@ def _draw_decoded(trainer: Trainer, folder: Path):
 
 
 def _first_prompts(rows) -> list[str]:
-    """Different prompts that are answered by an image only, of the first rows."""
+    """Different prompts in the first rows that only an image answers."""
     found: dict[str, None] = {}
     if not hasattr(rows, "__len__"):
         return []
@@ -170,8 +170,8 @@ def _first_prompts(rows) -> list[str]:
 
 
 def with_vision_tokenizer(folder: str | os.PathLike, vq_model: NextFlowVQModel) -> NextFlowForConditionalGeneration:
-    """The model of a folder with another tokenizer of the same codebook's size. Where its codes are other ones, the
-    visual embedding starts from them.
+    """The model of a folder with another tokenizer, whose codebook must have the same size. If its codes differ, the
+    visual embedding starts from its codebooks.
     """
     model = NextFlowForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     has_other_codes = tokenizer_fingerprint(model.vq_model) != tokenizer_fingerprint(vq_model)
@@ -182,14 +182,14 @@ def with_vision_tokenizer(folder: str | os.PathLike, vq_model: NextFlowVQModel) 
 
 
 def has_new_codes(model: NextFlowForConditionalGeneration) -> bool:
-    """Whether the transformer was never trained on its tokenizer's codes: their embedding still is the codebook."""
+    """Whether the transformer was never trained on its tokenizer's codes: their embedding still equals the codebook."""
     return torch.equal(model.model.visual_embedding.codes.weight, model.vq_model.quantizer.codebook)
 
 
 def train_only(model: NextFlowForConditionalGeneration, parts: tuple[str, ...]):
-    """Leaves trainable the named ones of `PARTS`.
+    """Makes only the named ones of `PARTS` trainable.
 
-    Heads that are tied to the text embeddings are the same matrix: each part that is named trains it.
+    A head that is tied to the text embeddings is the same matrix: naming either part trains it.
     """
     backbone = model.model.language_model
     modules = {
@@ -206,7 +206,7 @@ def train_only(model: NextFlowForConditionalGeneration, parts: tuple[str, ...]):
 
 def _adapted(recipe: Recipe, model: NextFlowForConditionalGeneration) -> nn.Module:
     """The model with an adapter around its backbone, and with copies of the parts that are trained whole."""
-    config = lora_config(model, recipe.lora_rank)  # says what lacks without peft
+    config = lora_config(model, recipe.lora_rank)  # its error names the missing package peft
     import peft
 
     parts = [part for part in recipe.train if part in WHOLE]
@@ -218,7 +218,7 @@ def _adapted(recipe: Recipe, model: NextFlowForConditionalGeneration) -> nn.Modu
         parts = list(WHOLE)
     whole = [name for part in parts for name in WHOLE[part]]
     if model.config.tie_word_embeddings and "lm_head" in whole:
-        whole.remove("lm_head")  # the text embedding itself, which stays
+        whole.remove("lm_head")  # tied to the text embedding, which is not trained
     if whole:
         config.modules_to_save = whole
     return peft.get_peft_model(model, config)
@@ -238,7 +238,7 @@ def _transformer_trainer(recipe: Recipe, folder, data, output) -> NextFlowTraine
     args = NextFlowTrainingArguments(output_dir=str(output), **recipe.arguments)
     model, processor = _load(recipe, folder)
     if recipe.lora_rank:
-        torch.manual_seed(args.seed)  # adapters start at random
+        torch.manual_seed(args.seed)  # adapters start from random weights
         model = _adapted(recipe, model)
     else:
         train_only(model, recipe.train)
@@ -248,7 +248,7 @@ def _transformer_trainer(recipe: Recipe, folder, data, output) -> NextFlowTraine
 
 
 def _rows_of(recipe: Recipe, data, processor, seed: int) -> tuple[Dataset | IterableDataset, Path]:
-    """The rows of a stage of the transformer, and what paths of their images are relative to."""
+    """The rows of a stage of the transformer, and the folder to which paths of their images are relative."""
     settings = (processor, recipe.level, recipe.caption_share, recipe.empty_share, seed)
     if recipe.mixture is None:
         source, root = open_rows(data, recipe.columns, recipe.streaming)
@@ -285,6 +285,6 @@ def _rl_trainer(recipe: Recipe, folder, data, output) -> Trainer:
 
 
 def _decoder_trainer(recipe: Recipe, folder, data, output) -> Trainer:
-    from .diffusion.from_recipe import decoder_trainer  # says what lacks without diffusers
+    from .diffusion.from_recipe import decoder_trainer  # its error names the missing package diffusers
 
     return decoder_trainer(recipe, folder, data, output)

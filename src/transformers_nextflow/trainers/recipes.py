@@ -1,4 +1,4 @@
-"""Trainings as files: what is trained, at which level, with which arguments (`recipes/`)."""
+"""Recipes: files that describe trainings, with what is trained, the level and all arguments (`recipes/`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .profiling import ProfiledSteps
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-# Each has arguments of its own.
+# The kinds of recipes, each with its class of arguments.
 KINDS = Registry(
     "kind",
     {
@@ -34,7 +34,7 @@ KINDS = Registry(
         "diffusion_decoder": "transformers_nextflow.trainers.diffusion.arguments:NextFlowDiffusionTrainingArguments",
     },
 )
-# In the folder of a model: what fits it and its data, as `init` writes them.
+# The subfolder of a model with recipes that fit it and its data, as `init` writes them.
 OWN_RECIPES = "recipes"
 PARTS = ("visual_embedding", "heads", "text_embedding", "backbone")
 # Fields that only some kinds of training follow.
@@ -54,11 +54,11 @@ OF_KINDS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training.
+    """The settings of a training.
 
     Args:
-        kind: of what is trained, one of `KINDS`; "rl" trains the transformer on rewards of what it draws.
-        arguments: of `NextFlowTrainingArguments`, `NextFlowVQTrainingArguments`, `NextFlowGRPOConfig` or
+        kind: one of `KINDS`, which says what is trained; "rl" trains the transformer on rewards of its images.
+        arguments: arguments of `NextFlowTrainingArguments`, `NextFlowVQTrainingArguments`, `NextFlowGRPOConfig` or
             `NextFlowDiffusionTrainingArguments`.
         train: which of `PARTS` of the transformer are trained; the others rest. The vision tokenizer always rests.
         lora_rank: above 0 the backbone is trained by adapters of this rank; what else `train` names, other than the
@@ -79,8 +79,8 @@ class Recipe:
         decoder: what a diffusion decoder begins from and is made of, see `diffusion.from_recipe.make_decoder`.
         attention: implementation of the transformer's attention, such as "eager", which is faster than fused kernels in
             the backward pass of small models on CPUs; `None` for transformers' own choice.
-        image_column, caption_column, edited_image_column: of the data, see [`Columns`].
-        streaming: read tables as they are asked for; for the transformer, with `max_steps`.
+        image_column, caption_column, edited_image_column: columns of the data, see [`Columns`].
+        streaming: read tables during training; for the transformer, with `max_steps`.
         mixture: sources and their weights, relative to the folder of the data; for the transformer, with `max_steps`.
             See [`Mixture`].
     """
@@ -155,12 +155,12 @@ class Recipe:
 
 
 def recipe_names() -> list[str]:
-    """Of the recipes that the package brings."""
+    """The names of the package's recipes."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def recipe_file(recipe: str | os.PathLike, model: str | os.PathLike | None = None) -> Path:
-    """A file as it is, or a recipe by its name: the one in the folder `recipes` of a model, or the package's.
+    """The file of a recipe, given as a file or by its name: from the folder `recipes` of a model, or the package's.
 
     Raises:
         ValueError: if there is none.
@@ -183,11 +183,11 @@ def load_recipe(
     """A recipe by its file or name, with `name=value` changes: of its own fields, else of its `arguments`.
 
     Args:
-        model: whose own recipes go before the package's.
-        given: fields as they are, before the changes; `None` leaves the recipe's.
+        model: a model, whose own recipes are preferred to the package's.
+        given: values of fields, which are set before the changes; `None` keeps the recipe's value.
 
     Raises:
-        ValueError: for what is no recipe, a name that it does not know, or a change that is no `name=value`.
+        ValueError: for an invalid recipe, an unknown name, or a change that is no `name=value`.
     """
     path = recipe_file(recipe, model)
     try:
@@ -206,7 +206,7 @@ def load_recipe(
             raise ValueError(f"A change is written name=value, got {short_repr(change)}.")
         target = values if name in {f.name for f in fields(Recipe)} else values["arguments"]
         if not isinstance(target, dict):
-            break  # refused below
+            break  # an error follows below
         target[name] = _from_yaml(value, f"The change {short_repr(change)}")
     if isinstance(values["arguments"], dict) and values.get("kind") in tuple(KINDS):
         values["arguments"] = _with_numbers(values["arguments"], KINDS[values["kind"]])
@@ -227,7 +227,7 @@ def _number(value: Any, hint: Any) -> Any:
         try:
             return float(value)
         except ValueError:
-            pass  # told with its name
+            pass  # an error with its name follows
     return value
 
 
@@ -239,11 +239,11 @@ def _from_yaml(text: str, what: str) -> Any:
 
 
 def run_recipe(recipe: Recipe, model, data, output, resume: bool = False, profile: bool = False):
-    """Carry a recipe out and write `output/final`, from which the next one starts.
+    """Run a recipe and write `output/final`, from which the next one starts.
 
     Args:
         model, data, output: as in `make_trainer`.
-        resume: from the newest checkpoint.
+        resume: continue from the newest checkpoint.
         profile: measure some steps and write them to `output/profile`, see [`ProfiledSteps`].
     """
     from .recipe_trainers import make_trainer, save_outcome
@@ -254,7 +254,7 @@ def run_recipe(recipe: Recipe, model, data, output, resume: bool = False, profil
     with tells_what_is_kept(lambda: _newest(trainer)):
         trainer.train(resume_from_checkpoint=resume or None)
     final = Path(output) / "final"
-    # All processes take part, but only some write.
+    # All processes must take part in saving, but only some write.
     with write_whole(final) if trainer.args.should_save else nullcontext(final) as folder:
         save_outcome(trainer, recipe, model, folder)
         if trainer.args.should_save and (own := Path(model) / OWN_RECIPES).is_dir():

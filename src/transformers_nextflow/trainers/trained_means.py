@@ -1,4 +1,4 @@
-"""Losses and accuracies of many batches as means over their trained positions, however these are divided."""
+"""Means of losses and accuracies over the trained positions of many batches, however positions are divided."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..modeling_nextflow import NextFlowCausalLMOutputWithPast
 
 
 class TrainedMeans:
-    """Means over trained positions of what batches told of their losses and accuracies."""
+    """Means of the losses and accuracies of batches over all their trained positions."""
 
     def __init__(self):
         self.names: list[str] = []
         self.batches: list[torch.Tensor] = []
 
     def add(self, outputs: NextFlowCausalLMOutputWithPast):
-        """Takes in a batch; nothing is moved from its device."""
+        """Adds a batch, without copying from its device."""
         parts = parts_of(outputs)
         self.names = list(parts)
         means, counts = (torch.stack([part[index].float() for part in parts.values()]) for index in (0, 1))
@@ -25,10 +25,10 @@ class TrainedMeans:
         self.batches.append(torch.stack([torch.where(counts > 0, means * counts, 0), counts]))
 
     def take(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """The means so far, by the names of the log, NaN where nothing of the kind was trained; then begins anew.
+        """The means so far, by their names in the log, NaN for means over no positions; then counting begins anew.
 
         Args:
-            gather: joins the tensors (n, …) of all processes, which took in as many batches each.
+            gather: joins the tensors (n, …) of all processes, each of which must have added as many batches.
         """
         if not self.batches:
             return {}
@@ -38,7 +38,7 @@ class TrainedMeans:
 
 
 def parts_of(outputs: NextFlowCausalLMOutputWithPast) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """What a batch tells, by the names of the log: a mean () and over how many positions () it runs."""
+    """The metrics of a batch by their names in the log: a mean () and the number () of its positions."""
     text, scales = outputs.num_trained[0], outputs.num_trained[1:]
     parts = {
         "loss": (outputs.mean_loss, outputs.num_trained.sum()),

@@ -1,4 +1,4 @@
-"""Arguments of transformers' `TrainingArguments` and `Trainer` that `NextFlowTrainer` does not carry out, and why."""
+"""Arguments of transformers' `TrainingArguments` and `Trainer` that `NextFlowTrainer` does not support, and why."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 
 NO_PREDICTIONS = "with labels only trained positions are projected, so there are no logits to predict or to measure"
-# Argument: the values that it may have, and why no others.
+# For each argument the values that it may have, and why it may have no others.
 UNSUPPORTED = {
     "label_smoothing_factor": ((0.0,), "the loss is fused with the head and takes each label as certain"),
     "use_liger_kernel": ((False,), "Liger has no kernels for NextFlow, whose loss is fused with the head without it"),
@@ -42,7 +42,7 @@ UNSUPPORTED_BY_TRAINER = {
 
 
 def check_training_arguments(args: TrainingArguments):
-    """Raises `ValueError` for an argument of [`NextFlowTrainingArguments`] that is not carried out."""
+    """Raises `ValueError` for an unsupported argument of [`NextFlowTrainingArguments`]."""
     tables = [("", UNSUPPORTED)]
     if args.packing != "padding":
         tables.append((f" with packing {args.packing!r}", UNSUPPORTED_WITH_PACKING))
@@ -61,7 +61,7 @@ def check_training_arguments(args: TrainingArguments):
 
 
 def check_trainer_arguments(args: TrainingArguments, arguments: dict[str, Any]):
-    """Raises `ValueError` for an argument of `Trainer` that [`NextFlowTrainer`] does not carry out."""
+    """Raises `ValueError` for an argument of `Trainer` that [`NextFlowTrainer`] does not support."""
     for name, reason in UNSUPPORTED_BY_TRAINER.items():
         if arguments.get(name) is not None:
             raise _unsupported(name, reason)

@@ -1,1 +1,1 @@
-"""What every room uses: files, locks, checks, offloading, versions of transformers."""
+"""Utilities for all rooms: files, locks, checks, offloading, versions of transformers."""

@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, whatever ends the process that writes them."""
+"""Atomic writes of files and folders, also if the writing process is killed."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ from pathlib import Path
 from .interrupts import uninterrupted
 
 
-# Files of weights, or their index: all of one name and variant are replaced together, whatever their number.
+# Files of weights, or their index: all with the same name and variant are replaced together, however many there are.
 WEIGHTS = re.compile(r"(.*?)(?:-\d{5}-of-\d{5})?(\.bin|\.safetensors)(?:\.index(.*)\.json)?")
-# What both systems call the swap of two names.
+# The flag that swaps two names, the same on both systems.
 SWAP = 2
 
 
 @contextmanager
 def write_whole(path: str | os.PathLike) -> Iterator[Path]:
-    """Where to write what becomes `path`, a file or a folder, when the block ends without an error.
+    """A temporary path to write to, which is renamed to `path`, a file or a folder, when the block ends without an
+    error.
 
-    What `path` held stays until the new one stands, and a link stays a link: what it names is written. The folder
-    around it is made if it lacks. After a kill a hidden folder `.NAME.…` with the unfinished or the old part may stay
-    beside it.
+    The old file or folder stays until the new one is complete, and a symbolic link stays a link: its target is written.
+    Missing parent folders are made. After a kill a hidden folder `.NAME.…` with the unfinished or the old files may
+    stay beside it.
 
     >>> with write_whole("image.png") as partial:
     ...     image.save(partial)
 
     Raises:
-        OSError: for a file in the place of a folder, and the other way round.
+        OSError: if a file would replace a folder, or a folder a file.
     """
     check_named(path)
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In a folder of its own, so that it keeps its name: writers of images and videos read the format from it.
+    # In a hidden folder, so that the file keeps its name, from which writers of images and videos take the format.
     with _hidden_folder(path, path.parent) as folder:
         partial = folder / path.name
         yield partial
@@ -51,11 +52,12 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def write_into(folder: str | os.PathLike, replaced: Collection[str] = ()) -> Iterator[Path]:
-    """An empty folder of the same name to write into; its files come to `folder` when the block ends without an error.
+    """An empty folder of the same name to write into; its files replace those in `folder` when the block ends without
+    an error.
 
-    Other files in `folder` stay, but for weights where new ones are written. All files come at once, by a swap of
-    folders. File by file, each whole, they come to a folder that cannot be swapped: one with folders that are not
-    written, the current one, a mounted one, or on a system without links or the swap.
+    Other files in `folder` stay, except old weights if new ones are written. All files are replaced at once, by a swap
+    of folders. In a folder that cannot be swapped they are replaced one by one, each atomically: a folder with
+    subfolders that are not written, the current one, a mounted one, or on a system without links or the swap.
 
     Args:
         replaced: names of folders, as `model/adapters`, that do not stay.
@@ -80,15 +82,15 @@ def write_into(folder: str | os.PathLike, replaced: Collection[str] = ()) -> Ite
 
 
 def check_named(path: object):
-    """Raises `ValueError` for what is no path, and for an empty one."""
+    """Raises `ValueError` for anything but a path, and for an empty path."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise ValueError(f"{path!r:.80} names no file or folder; give a path.")
 
 
 def swap_folders(new: Path, old: Path):
-    """Exchange what two folders on one file system hold, in one step where the system can (Linux, macOS).
+    """Swap two folders on one file system, in one step if the system can (Linux, macOS).
 
-    Elsewhere `old` is aside for a moment, under the name of `new` with `.old` behind.
+    On other systems `old` is renamed for a moment, to the name of `new` with `.old` after it.
 
     Raises:
         OSError: if `old` is a file.
@@ -107,10 +109,10 @@ def swap_folders(new: Path, old: Path):
 
 
 def write_anyway(path: str | os.PathLike, write: Callable[[Path], object]):
-    """The result of long work: `write(partial)` the file `path`, or where that fails the same file somewhere else.
+    """Write the result of long work: `write(partial)` writes the file `path`, or if that fails a file somewhere else.
 
     Raises:
-        OSError: if it is somewhere else now, or nowhere; the message says where and why.
+        OSError: if the file was written somewhere else, or not at all; the message says where and why.
     """
     path = Path(path)
     try:
@@ -129,10 +131,10 @@ def write_anyway(path: str | os.PathLike, write: Callable[[Path], object]):
 
 
 def saved_whole(save_pretrained: Callable, replaced: Collection[str] = ()) -> Callable:
-    """A library's `save_pretrained` that leaves the folder as it was until all is written; see `write_into`, also for
-    `replaced`.
+    """Wraps a library's `save_pretrained` so that the folder does not change until all is written; see `write_into`,
+    also for `replaced`.
 
-    It raises `ValueError` for a path that is a file.
+    The method raises `ValueError` for a path that is a file.
     """
 
     @wraps(save_pretrained)
@@ -140,7 +142,7 @@ def saved_whole(save_pretrained: Callable, replaced: Collection[str] = ()) -> Ca
         check_named(save_directory)
         if os.path.isfile(save_directory):
             raise ValueError(f"{save_directory} is a file; name a folder to save to.")
-        # Several processes write one folder together.
+        # Several processes write into one folder together.
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 or not kwargs.get("is_main_process", True):
             for name in replaced if kwargs.get("is_main_process", True) else ():
                 shutil.rmtree(Path(save_directory) / name, ignore_errors=True)
@@ -167,7 +169,7 @@ def _swap_in_one_step(first: Path, second: Path) -> bool:
         libc = ctypes.CDLL(None)
         if sys.platform == "darwin":
             return libc.renamex_np(*names, SWAP) == 0
-        current = -100  # what relative names count from
+        current = -100  # AT_FDCWD: relative names start from the working folder
         return libc.renameat2(current, names[0], current, names[1], SWAP) == 0
     except (AttributeError, OSError, TypeError):
         return False
@@ -179,7 +181,7 @@ def _may_be_swapped(folder: Path) -> bool:
 
 
 def _link_what_stays(old: Path, new: Path, replaced: Collection[str]) -> bool:
-    """Link the files that stay into the new folder; whether that is all of them."""
+    """Link the files that stay into the new folder; returns whether all could be linked."""
     folders = [path for path in old.iterdir() if _is_folder(path) and path.name not in replaced]
     if any(not (new / path.name).is_dir() for path in folders):
         return False
@@ -222,13 +224,13 @@ def _staying(old: Path, new: Path, replaced: Collection[str]) -> list[Path]:
 
 
 def _weights(name: str) -> tuple[str, str] | None:
-    """Name with variant, and extension, of what a file holds the weights of, or a part of them, or their index."""
+    """The name with variant, and the extension, of the weights of which a file holds all, a part, or the index."""
     match = WEIGHTS.fullmatch(name)
     return match and (match[1] + (match[3] or ""), match[2])
 
 
 def _inside(names: Collection[str], folder: str) -> list[str]:
-    """Those of the names that lie in a folder, as it names them."""
+    """The names inside of a folder, relative to it."""
     return [name.removeprefix(f"{folder}/") for name in names if name.startswith(f"{folder}/")]
 
 

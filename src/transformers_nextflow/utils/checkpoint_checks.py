@@ -1,4 +1,4 @@
-"""What the files of a checkpoint must be to be loaded: weights complete, finite and floats, configs JSON objects."""
+"""Checks of a checkpoint's files: weights must be complete, finite and floats, configs must be JSON objects."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from .unique_names import load_json
 
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Where a name that is there twice would silently be the last one.
+# Files in which the last of several equal names would silently be used.
 SETTINGS = ("*config.json", "adapters.json", "model_index.json")
 SAFETENSORS_FLOATS = dict(zip(("F64", "F32", "BF16", "F16"), FLOATS))
-# Of pipelines and models; others are values of the config.
+# Entries of pipelines' and models' configs that are no values of the config.
 LOADING_NAMES = ("model", "processor", "diffusion_decoder", "dtype", "torch_dtype", "device_map", "revision", "token")
-# Tensors that an error names.
+# The largest number of tensors that an error names.
 MOST_NAMED = 5
 
 
 @contextmanager
 def loading_errors(folder: object) -> Iterator[None]:
-    """Whatever libraries say to the files of a checkpoint becomes a `ValueError` that names it.
+    """Turns errors of libraries about the files of a checkpoint into a `ValueError` that names it.
 
-    Errors of the system, which name their file, of memory, and of packages that lack stay what they are.
+    Errors of the system, which name their file, of memory, and of missing packages are not changed.
     """
     try:
         yield
@@ -55,7 +55,7 @@ def loading_errors(folder: object) -> Iterator[None]:
 
 
 def damaged(folder: object, error: Exception) -> ValueError:
-    """The error for whatever a library raised that says nothing to its user."""
+    """The error in place of a library's error that a user would not understand."""
     told = " ".join(f"{type(error).__name__}: {error}".split())
     return ValueError(
         f"{short_path(folder)} cannot be loaded: a file in it is damaged, or its config belongs to other files. {told}"
@@ -63,7 +63,7 @@ def damaged(folder: object, error: Exception) -> ValueError:
 
 
 def unsafe_pickle(path: object, error: Exception) -> str:
-    """The message for a pickle that holds more than tensors; torch's own goes on to advise opening it all the same."""
+    """The message for a pickle that holds more than tensors; torch's own message advises to open it nevertheless."""
     found = re.search(r"GLOBAL (\S+)", str(error))
     return (
         f"{short_path(path)} is no pickle of tensors alone and was not opened: it holds {found[1] if found else 'more'}"
@@ -72,14 +72,14 @@ def unsafe_pickle(path: object, error: Exception) -> str:
 
 
 def check_settings(folder: str | os.PathLike):
-    """Raises `ValueError` for a file of settings in a folder, if it is there, that holds a name twice, or no object."""
+    """Raises `ValueError` for an existing file of settings in a folder that holds a name twice, or no object."""
     for pattern in SETTINGS:
         for file in Path(folder).glob(pattern):
             read_json(file)
 
 
 def check_index(folder: str | os.PathLike):
-    """Raises `ValueError` for an index of weights in a folder that names files outside of it, or is none."""
+    """Raises `ValueError` for an index of weights in a folder that names files outside of it, or is invalid."""
     for file in Path(folder).glob("*.index*.json"):
         names = read_json(file).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
@@ -89,8 +89,8 @@ def check_index(folder: str | os.PathLike):
 
 
 def check_shapes(model: nn.Module, files: Iterable[str]):
-    """Raises `ValueError` naming tensors in files of safetensors that have another shape than a model of the config, or
-    where they hold less than half of what it needs: random values for the rest may take long, and are refused
+    """Raises `ValueError` naming tensors in files of safetensors whose shapes differ from the model's, or if the files
+    hold less than half of what it needs: making random values for the rest may take long, only to be refused
     afterwards.
     """
     stored, files, expected, wrong = 0, [Path(file) for file in files], model.state_dict(), []
@@ -121,10 +121,10 @@ def check_complete(missing: Collection[str]):
 def check_weights(model: nn.Module):
     """Raises `ValueError` naming tensors of a model that hold NaN or infinity.
 
-    It takes one pass over the weights and no memory. Those that lie on the disk are not looked at.
+    The check takes one pass over the weights and no memory. Weights that are offloaded to the disk are not checked.
     """
     weights = model.state_dict()
-    # All are begun before the first is waited for, on whatever device they are.
+    # All checks are started before the first result is waited for.
     finite = {name: is_finite(tensor) for name, tensor in weights.items()}
     if broken := [name for name, value in finite.items() if not bool(value)]:
         raise ValueError(
@@ -134,12 +134,12 @@ def check_weights(model: nn.Module):
 
 
 def check_floats(stored: Iterable[str] | Mapping[str, torch.Tensor], unused: Collection[str]):
-    """Raises `ValueError` naming tensors that a model was loaded from and that are integers, or floats of 8 bits: these
-    mean something only together with their scales.
+    """Raises `ValueError` naming tensors from which a model was loaded that are integers, or floats of 8 bits, which
+    have a meaning only together with their scales.
 
     Args:
         stored: files of weights, or a state dict.
-        unused: names of tensors that the model has no place for.
+        unused: names of tensors that the model does not have.
     """
     if isinstance(stored, Mapping):
         types = {name: tensor.dtype for name, tensor in stored.items()}
@@ -153,7 +153,7 @@ def check_floats(stored: Iterable[str] | Mapping[str, torch.Tensor], unused: Col
 
 
 def read_json(path: Path | str) -> dict:
-    """The object in a JSON file. Raises `ValueError` if the file is not there or holds anything else."""
+    """The object in a JSON file. Raises `ValueError` if the file does not exist or holds anything else."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"There is no file {path}.")
@@ -167,16 +167,16 @@ def read_json(path: Path | str) -> dict:
 
 
 def is_finite(tensor: torch.Tensor) -> bool | torch.Tensor:
-    """Whether a tensor holds neither NaN nor infinity; of other types than floats, and on the meta device, yes."""
+    """Whether a tensor holds neither NaN nor infinity; `True` for dtypes other than floats, and on the meta device."""
     tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     if tensor.dtype not in FLOATS or tensor.is_meta or not tensor.numel():
         return True
-    # Both extremes take one pass and no memory, and NaN spreads to them.
+    # Both extremes are computed in one pass without memory, and a NaN makes them NaN.
     return torch.stack(tensor.aminmax()).isfinite().all()
 
 
 def _stored_types(file: Path) -> dict[str, torch.dtype | str]:
-    """Types of the tensors in a file; those that are no `FLOATS` by the file's name for them."""
+    """The dtypes of the tensors in a file; for those not in `FLOATS` the file's name of the dtype."""
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as tensors:
             names = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}

@@ -1,4 +1,4 @@
-"""Where a model computes, by the name that a user gives."""
+"""Devices by the names that users give."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Movable = TypeVar("Movable")
 
 
 def on_device(model: Movable, device: str | torch.device | None = None) -> Movable:
-    """A model or a pipeline on a device; default: a GPU where there is one.
+    """A model or a pipeline, moved to a device; default: a GPU if there is one.
 
     Raises:
-        ValueError: for a device that there is not, or that holds no numbers.
+        ValueError: for a device that does not exist, or that holds no values.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,16 +28,16 @@ def on_device(model: Movable, device: str | torch.device | None = None) -> Movab
 
 @contextmanager
 def usable_device(device: str | int | torch.device) -> Iterator[None]:
-    """What torch says where something is brought to a device becomes a `ValueError` that names it.
+    """Turns torch's errors when something is moved to a device into a `ValueError` that names it.
 
     Raises:
-        ValueError: for a device that there is not, or that holds no numbers.
+        ValueError: for a device that does not exist, or that holds no values.
     """
     try:
         asked = torch.device(device)
         if asked.type == "meta":
             raise ValueError("it holds no numbers; take cpu or cuda:0.")
-        if asked.type == "cpu" and asked.index:  # torch would take any number
+        if asked.type == "cpu" and asked.index:  # torch would accept any number
             raise ValueError("there is one cpu; take cpu.")
         yield
     except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""A model that samples or scores does so in evaluation mode, whatever mode it is in."""
+"""Evaluation mode for models while they sample or score, also in the middle of a training."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from torch import nn
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Modules that were training, and how many calls, in whatever threads, keep each of them in evaluation mode.
+# Modules that were in training mode, and for each the number of calls, in all threads, that keep it in evaluation mode.
 _HELD: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _GUARD = Lock()
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout is off and layers keep their cache: in training mode, gradient checkpointing drops it.
+    """The model is in evaluation mode during the block: dropout is off, and gradient checkpointing does not drop the
+    cache.
 
-    A model in evaluation mode is not touched. Of calls at the same time the last one brings training mode back.
+    A model in evaluation mode does not change. With several calls at the same time the last one restores training mode.
     """
     with _GUARD:
         held = [module for module in model.modules() if module.training or module in _HELD]
@@ -43,7 +44,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def in_evaluation_mode(function: Callable[P, R]) -> Callable[P, R]:
-    """A function, or a method, whose first argument is a model that is in evaluation mode during the call."""
+    """Wraps a function or method so that its first argument, a model, is in evaluation mode during the call."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,4 +1,4 @@
-"""Modules of extras."""
+"""Imports of packages that extras install."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 def import_extra(name: str, extra: str = "train") -> ModuleType:
-    """A module of an extra. Raises `ValueError` that says how to install it."""
+    """A module of an extra. Raises a `ValueError` that says how to install it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

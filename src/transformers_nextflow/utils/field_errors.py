@@ -1,4 +1,4 @@
-"""Errors that name where in a value something is wrong."""
+"""Errors that name the invalid field of a value."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ _REPR.maxstring = _REPR.maxother = 80
 
 
 class FieldError(ValueError):
-    """A value that cannot be used; `field` says where in it, as `messages[0].content[1].image`."""
+    """A value that cannot be used; `field` is the invalid field, such as `messages[0].content[1].image`."""
 
-    # `problem` may be left out, since processes hand an error on as its whole message.
+    # `problem` may be left out, since errors that cross processes are made again from their whole message.
     def __init__(self, field: str, problem: str = ""):
         message = f"{field}: {problem}" if problem else field
-        # A half of a surrogate pair, as in a path, could not be printed.
+        # Half of a surrogate pair, which a path may hold, could not be printed.
         super().__init__(message.encode("utf-8", "backslashreplace").decode())
         self.field, self.problem = field, problem
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it: in one line, and cut where it is long."""
+    """A value for an error message: in one line, and shortened if it is long."""
     try:
         return " ".join(_REPR.repr(value).split())
-    except (ValueError, RecursionError):  # Python writes no numbers of more than 4,300 digits
+    except (ValueError, RecursionError):  # Python prints no numbers of more than 4,300 digits
         return f"a {type(value).__name__} that is too long to show"

@@ -1,4 +1,4 @@
-"""Numbers of settings, wherever they stand in them."""
+"""Check of all numbers in settings, also in nested lists and dicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder for one process at a time, by a lock that ends with the process, however it ends."""
+"""Locks a folder for one process; the lock ends with the process, however it ends."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _held: set[int] = set()
 
 @contextmanager
 def hold_folder(folder: str | os.PathLike) -> Iterator[None]:
-    """Holds `folder`, which is made if it lacks, for this process until the block ends.
+    """Locks `folder`, which is made if it is missing, for this process until the block ends.
 
-    The lock is the kernel's, on the file `.in_use` in the folder: it ends with the process at the latest, and forked
-    processes do not keep it. The file goes with the block; after a kill it stays and means nothing. Where the system or
-    the file system has no such locks, nothing is held.
+    It is a lock of the kernel on the file `.in_use` in the folder: it ends with the process at the latest, and forked
+    processes do not keep it. The file is removed after the block; after a kill it stays, but is not locked. If the
+    system or the file system has no such locks, nothing is locked.
 
     Raises:
-        ValueError: if another process, or another block of this one, holds the folder.
+        ValueError: if another process, or another block of this one, has locked the folder.
     """
     path = Path(folder) / LOCK_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def hold_folder(folder: str | os.PathLike) -> Iterator[None]:
 
 
 def _acquire(path: Path) -> int | None:
-    """A descriptor of the locked file; `None` where there are no locks."""
+    """A descriptor of the locked file; `None` if there are no locks."""
     if fcntl is None:
         return None
     _close_in_forked_processes()
@@ -64,7 +64,7 @@ def _acquire(path: Path) -> int | None:
             ) from None
         if _is_still_there(descriptor, path):
             break
-        os.close(descriptor)  # its holder removed it after it was opened here
+        os.close(descriptor)  # the process with the lock removed the file after it was opened here
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
     _held.add(descriptor)
@@ -80,5 +80,5 @@ def _is_still_there(descriptor: int, path: Path) -> bool:
 
 @cache
 def _close_in_forked_processes():
-    # Workers that outlive a killed training for a while would keep its lock.
+    # Otherwise workers that outlive a killed training for a while would keep its lock.
     os.register_at_fork(after_in_child=lambda: [os.close(descriptor) for descriptor in _held])

@@ -1,4 +1,4 @@
-"""The one door for images: whatever an image is given as, it is found, bounded and decoded here."""
+"""Reading of images in all forms in which they may be given: they are found, limited in size and decoded here."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from .short_repr import short_path, short_repr
 
 
 IMAGE_KINDS = "a PIL image, a path, a URL, bytes, an open file, base64"
-# Of a file from the web.
+# Limits for a file from the web.
 MOST_SECONDS, MOST_BYTES = 60, 2**28
-# A text of this length that is no file is taken for base64.
+# A text of at least this length that is no file counts as base64.
 SHORTEST_BASE64 = 64
 
 
 def read_image(source: Any, most_pixels: int | None = None, formats: tuple[str, ...] | None = None) -> Image.Image:
-    """An image, decoded, as it is stored: in its own mode and orientation, of several frames the first.
+    """A decoded image as it is stored: in its own mode and orientation, and the first of several frames.
 
     Args:
         source: a PIL image, a path, an http(s) URL, bytes, an open file, or base64 with or without `data:image/…`.
-        most_pixels: that a file may hold; default: `PIL.Image.MAX_IMAGE_PIXELS`.
-        formats: of files, by PIL's names; default: all that PIL reads.
+        most_pixels: the largest number of pixels of a file; default: `PIL.Image.MAX_IMAGE_PIXELS`.
+        formats: allowed formats of files, by PIL's names; default: all that PIL reads.
 
     Raises:
-        ValueError: naming it, for what is not there, no image, damaged, a folder, a pipe or a device, of more pixels
-            than `most_pixels`, or nothing of these.
+        ValueError: naming it, for a source that does not exist, is no image, is damaged, is a folder, a pipe or a
+            device, has more pixels than `most_pixels`, or has another type.
     """
     limits = (most_pixels, formats)
     if isinstance(source, Image.Image):
@@ -56,7 +56,7 @@ def read_image(source: Any, most_pixels: int | None = None, formats: tuple[str, 
 
 
 def open_image(source: str | os.PathLike | BinaryIO) -> Image.Image:
-    """The file of an image, not decoded. Raises `ValueError`, naming it, for what is none."""
+    """The image in a file, not decoded. Raises `ValueError`, naming it, for anything else."""
     if not (hasattr(source, "read") or isinstance(source, str | os.PathLike)):
         raise ValueError(f"{short_repr(source)} is no path and no open file; name the file of an image.")
     name = short_path(getattr(source, "name", "the open file") if hasattr(source, "read") else source)
@@ -67,7 +67,7 @@ def open_image(source: str | os.PathLike | BinaryIO) -> Image.Image:
 
 
 def regular_file(path: str | os.PathLike, kind: str = "image") -> Path:
-    """The path of a file. Raises `ValueError` if it is not there, or is a folder, a pipe or a device."""
+    """The path of a file. Raises `ValueError` if it does not exist, or is a folder, a pipe or a device."""
     shown = short_path(path)
     try:
         mode = os.stat(path).st_mode
@@ -104,14 +104,14 @@ def _decoded(
         if image is not source:
             check_pixels(*image.size, name, most_pixels)
         image.load()
-        # Else the file stays open.
+        # Otherwise the file would stay open.
         return image.copy() if getattr(image, "is_animated", False) else image
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is refused: {error} Make it smaller.") from error
     except UnidentifiedImageError as error:
         kind = "it is no image of a known kind" if formats is None else f"it is none of {', '.join(formats)}"
         raise ValueError(f"{name} cannot be read as an image: {kind}.") from error
-    except Exception as error:  # PIL's decoders of broken files raise what comes
+    except Exception as error:  # PIL's decoders raise many kinds of errors for broken files
         if isinstance(error, ValueError) and str(error).startswith(name):
             raise
         raise ValueError(f"{name} cannot be read as an image: {str(error) or type(error).__name__}") from error
@@ -146,7 +146,7 @@ def _fetched(url: str) -> bytes:
 
 
 def _from_base64(text: str) -> bytes | None:
-    """The bytes of a text in base64; `None` for what is more likely the path of a file."""
+    """The bytes of a text in base64; `None` for a text that is more likely the path of a file."""
     is_told = text.startswith("data:")
     content = text.partition(",")[2] if is_told else text
     if not is_told and (len(text) < SHORTEST_BASE64 or not re.fullmatch(r"[A-Za-z0-9+/\s]+=*\s*", text)):

@@ -1,4 +1,4 @@
-"""Names that are not known, and what was probably meant."""
+"""Unknown names, and suggestions of what was probably meant."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .short_repr import short_repr
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# What other libraries call ours, and what ours has instead of what they have.
+# Names of other libraries for our arguments, and what ours have in place of theirs.
 ELSEWHERE: dict[str, str] = {
     "seed": "generator",
     "random_seed": "generator",
@@ -54,7 +54,7 @@ ELSEWHERE: dict[str, str] = {
 
 
 def nearest_name(name: object, known: Iterable[str]) -> str | None:
-    """The known name that was probably meant, if there is one; or in words what stands for it."""
+    """The known name that was probably meant, if there is one, or a description of the replacement."""
     known = list(known)
     stands_for = ELSEWHERE.get(str(name))
     # What is no name itself begins with one, or is said of any call.
@@ -67,7 +67,7 @@ def check_names(given: Iterable[object], known: Iterable[str], what: str):
     """Raises `ValueError` for a name that is not known, with the nearest one.
 
     Args:
-        what: has the names, as "NextFlowPipeline.video".
+        what: what has the names, such as "NextFlowPipeline.video".
     """
     known = list(known)
     for name in given:
@@ -78,12 +78,12 @@ def check_names(given: Iterable[object], known: Iterable[str], what: str):
 
 
 def check_function(function: object, count: int, name: str):
-    """Raises `ValueError` for what is no function that can be called with `count` arguments."""
+    """Raises `ValueError` for anything but a function that can be called with `count` arguments."""
     if not callable(function):
         raise ValueError(f"{name} must be a function, got {short_repr(function)}.")
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # of functions in C, which tell none
+    except (TypeError, ValueError):  # functions in C have no signature
         return
     try:
         signature.bind(*range(count))
@@ -92,7 +92,7 @@ def check_function(function: object, count: int, name: str):
 
 
 def checks_names(function: Callable[P, R]) -> Callable[P, R]:
-    """A function that takes no further keywords, and says for an unknown one what was probably meant."""
+    """Wraps a function without `**kwargs` so that its error for an unknown keyword suggests what was probably meant."""
     parameters: Mapping[str, inspect.Parameter] = inspect.signature(function).parameters
     known = [name for name in parameters if name != "self"]
 

@@ -1,4 +1,4 @@
-"""Model cards: what the Hub reads of a model in a card's head, and what people read below it."""
+"""Model cards: the head, which the Hub reads, and the text below it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .atomic_files import write_whole
 
 
 CARD = "README.md"
-# What the weights that a model starts from say of it, too.
+# Entries that a model takes over from the card of the weights from which it starts.
 INHERITED = ("license", "license_name", "license_link", "language")
 TAGS = ("nextflow", "next-scale-prediction")
-# How to load what the card is of; `prompt` and `extras` are filled in.
+# Code that loads the model of the card; `prompt` and `extras` are filled in.
 USE = """\
 ```python
 import torch
@@ -71,11 +71,11 @@ def told_by(source: str | os.PathLike) -> dict[str, Any]:
 
 
 def head_after(source: str | os.PathLike | None, **data) -> dict[str, Any]:
-    """The head of a card for what was made from a source: a folder, which is never named, or a repository of the Hub.
+    """The head of the card of a model made from a source: a folder, which is never named, or a repository of the Hub.
 
     Args:
         source: `None` or empty for random weights.
-        data: of the head, before what is inherited; what is `None` or empty is left out.
+        data: entries of the head, which replace inherited ones; entries that are `None` or empty are left out.
     """
     told: dict[str, Any] = {}
     base = None
@@ -83,7 +83,7 @@ def head_after(source: str | os.PathLike | None, **data) -> dict[str, Any]:
         try:
             told = told_by(source)
         except ValueError:
-            told = {}  # of what was loaded before; a card shall not keep a model from being saved
+            told = {}  # a broken card of the source must not keep the model from being saved
         base = told.get("base_model") if os.path.exists(source) else str(source)
     head = {"license": "unknown", "base_model": base} | {name: told[name] for name in INHERITED if name in told}
     return {name: value for name, value in (head | data).items() if value not in (None, [], "")}
@@ -94,7 +94,7 @@ def write_card(folder: str | os.PathLike, title: str, sections: Sequence[str], *
 
     Args:
         sections: Markdown, one after the other.
-        data: of the head, as `ModelCardData` takes it; see `head_after`.
+        data: entries of the head, as arguments of `ModelCardData`; see `head_after`.
     """
     card = ModelCardData(**data)
     text = "\n\n".join(section.strip() for section in sections)
@@ -103,9 +103,10 @@ def write_card(folder: str | os.PathLike, title: str, sections: Sequence[str], *
 
 
 def with_card(save_pretrained: Callable) -> Callable:
-    """A model's `save_pretrained` that writes a card, `model.write_model_card(folder)`, to a folder that has none.
+    """Wraps a model's `save_pretrained` so that it writes a card, `model.write_model_card(folder)`, to a folder
+    without.
 
-    Where it uploads as well, a repository without a card is given that one first, since transformers would write its
+    If the model is also uploaded, a repository without a card gets this card first, since transformers would write its
     own.
     """
 
@@ -122,7 +123,7 @@ def with_card(save_pretrained: Callable) -> Callable:
 
 
 class ModelCardMixin:
-    """What a model of this package writes as its card. Adapters and trainings have cards of their own."""
+    """The card of a model of this package. Adapters and trainings have their own cards."""
 
     card_title = "NextFlow"
     card_origin = "[arXiv 2601.02204](https://arxiv.org/abs/2601.02204)"
@@ -135,7 +136,7 @@ class ModelCardMixin:
         return super().push_to_hub(repo_id, **kwargs)
 
     def card_text(self) -> str:
-        """What the model is, in a paragraph."""
+        """A paragraph that describes the model."""
         vq_model = getattr(self, "vq_model", self)
         vq_config = vq_model.config
         schedules = vq_config.scale_schedules
@@ -151,11 +152,11 @@ class ModelCardMixin:
         return text if stated is None else f"{text} It knows only {stated['domain']}."
 
     def write_model_card(self, folder: str | os.PathLike, **data):
-        """Write the card of the model by itself to a folder. What was told of the weights that it was loaded from, as
-        their licence, is told on.
+        """Write the card of the model to a folder. Entries of the card of the weights from which it was loaded, such as
+        the licence, are taken over.
 
         Args:
-            data: of the card's head, in place of the model's.
+            data: entries of the card's head that replace the model's.
         """
         data = {"library_name": self.card_library, "pipeline_tag": self.card_pipeline_tag, "tags": list(TAGS)} | data
         head = head_after(self.name_or_path, **data)
@@ -164,7 +165,7 @@ class ModelCardMixin:
 
 
 def card_first(model, repo_id: str, token: str | None = None, private: bool | None = None):
-    """Give a repository of the Hub that has no card the model's, and make it if it is not there."""
+    """Upload the model's card to a repository of the Hub without one; the repository is made if it does not exist."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if api.file_exists(repo_id, CARD):

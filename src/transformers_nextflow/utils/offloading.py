@@ -1,4 +1,4 @@
-"""Weights that accelerate keeps elsewhere (on the CPU, on the disk) and brings for the time of a module's `forward`."""
+"""Weights that accelerate offloads (to the CPU or the disk) and loads only while a module's `forward` runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 
 class _Onloaded:
-    """Takes the place of a module's hook while its weights stay where it computes."""
+    """Replaces a module's hook while its weights stay on the device that computes."""
 
     no_grad = False
 
@@ -26,33 +26,34 @@ class _Onloaded:
 
 @contextmanager
 def onloaded(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """The weights of these modules (of each its own, not its children's) are there for as long as this lasts.
+    """During the block the own weights of these modules, without those of their children, are on the device that
+    computes.
 
-    What reads a weight in place of calling the module that holds it needs this. For modules without offloading, and
-    for those that are onloaded already, it does nothing.
+    Code that reads a weight without calling its module needs this. For modules without offloading, and for those that
+    are onloaded already, it does nothing.
     """
     hooks = {module: hook for module in modules if not isinstance(hook := _hook(module), _Onloaded | NoneType)}
     with ExitStack() as stack:
         for module, hook in hooks.items():
             stack.callback(_offload, module, hook)
             hook.pre_forward(module)
-            # Else a call of the module would take its weights away again.
+            # Otherwise a call of the module would offload its weights again.
             module._hf_hook = _Onloaded()
         yield
 
 
 def is_onloaded(module: nn.Module) -> bool:
-    """Whether `onloaded` holds the weights of an offloaded module in place."""
+    """Whether `onloaded` currently keeps the weights of an offloaded module on the device."""
     return isinstance(_hook(module), _Onloaded)
 
 
 @contextmanager
 def one_after_the_other(model: nn.Module) -> Iterator[None]:
-    """Threads wait for each other here if the model is offloaded: its weights come and go for one at a time."""
+    """If the model is offloaded, only one thread at a time runs the block, since weights are moved for each."""
     with _GUARD:
         lock = _LOCKS.setdefault(model, RLock())
     with lock:
-        # Looked at inside of the lock: diffusers takes hooks away for a moment when it frees a model.
+        # Checked inside of the lock, since diffusers removes hooks for a moment when it offloads a model.
         if _hook(model) is not None:
             yield
             return
@@ -64,11 +65,11 @@ _GUARD = Lock()
 
 
 class ExecutionDeviceMixin:
-    """A model whose `device` is where it computes, wherever its weights wait."""
+    """A model whose `device` is the device that computes, also if its weights are offloaded."""
 
     @property
     def device(self) -> torch.device:
-        """The device of its parameters; of offloaded ones the device that they are brought to."""
+        """The device of its parameters; for offloaded ones the device to which they are moved."""
         device = super().device
         if device.type == "meta":
             devices = (getattr(_hook(module), "execution_device", None) for module in self.modules())

@@ -1,4 +1,4 @@
-"""Where the versions of transformers differ for NextFlow; each part goes when the range is raised."""
+"""Differences between versions of transformers that matter here; each part is removed when the range is raised."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel, PreT
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
-# transformers 5.17 would take the argument for a variable of the template, and read the tokens as its own.
+# transformers 5.17 would pass the argument to the template as a variable, and read the tokens as special ones.
 SANITIZES_CONTROL_TOKENS = (
     "sanitize_control_tokens" in inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
 )
-# transformers 5.17 takes it in beam search that the output has as many classes as the text vocabulary.
+# In beam search transformers 5.17 assumes that the output has as many classes as the text vocabulary.
 SEARCHES_BEAMS_IN_TEXT_ALONE = "vocab_size" in inspect.signature(GenerationMixin._get_top_k_continuations).parameters
 # Whether `Trainer` saves a model whose matrices are divided among processes; transformers 5.17 hangs there.
 SAVES_DIVIDED = hasattr(PreTrainedModel, "is_distributed_loading_by_transformers")
@@ -23,9 +23,10 @@ CACHE = next(name for name in ("cache", "past_key_values") if name in BaseModelO
 
 
 def takes_the_cache(forward):
-    """Lets `forward` take its `past_key_values` under the name that the installed transformers gives them too.
+    """Lets `forward` accept its `past_key_values` also under the name of the installed transformers.
 
-    Before 5.24 nothing changes: `cache` is then the paged one of continuous batching, and goes on to the attention.
+    Before 5.24 nothing changes: there `cache` is the paged cache of continuous batching, and is passed to the
+    attention.
     """
     if CACHE == "past_key_values":
         return forward
@@ -36,7 +37,7 @@ def takes_the_cache(forward):
             kwargs["past_key_values"] = kwargs.pop(CACHE)
         return forward(*args, **kwargs)
 
-    # `generate` looks up there which arguments the model takes.
+    # `generate` reads the names of the model's arguments there.
     parameters = inspect.signature(forward).parameters.values()
     forward_with_cache.__signature__ = inspect.Signature(
         [each.replace(name=CACHE) if each.name == "past_key_values" else each for each in parameters]

@@ -1,4 +1,4 @@
-"""Where the command line turns whatever was raised into one line."""
+"""Turns exceptions on the command line into one line."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from yaml import YAMLError
 
 
-# Set to anything, errors keep their tracebacks.
+# If this variable is set, errors keep their tracebacks.
 DEBUG = "TRANSFORMERS_NEXTFLOW_DEBUG"
-# What a user can mend, beside errors of the system; libraries have classes of their own for broken files.
+# Errors that a user can correct, besides errors of the system; libraries have their own classes for broken files.
 MENDABLE = (ImportError, OSError, SafetensorError, StrictDataclassError, TemplateError, ValueError, YAMLError)
 # Left to typer.
 PASSED = (BrokenPipeError, typer.Abort, typer.BadParameter, typer.Exit)
@@ -26,10 +26,10 @@ MOST_CHARACTERS = 1000
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """What is raised in the block is told in a line on stderr, without a traceback; `DEBUG` in the environment shows
-    it.
+    """Prints exceptions of the block in one line on stderr, without a traceback; the environment variable `DEBUG` shows
+    the traceback.
 
-    The exit code is 2 for what a user can mend, 1 for anything else, and 128 and its number after a signal.
+    The exit code is 2 for errors that a user can correct, 1 for others, and 128 plus its number after a signal.
     """
     try:
         yield
@@ -45,9 +45,9 @@ def errors_in_one_line() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The line, for people; of a defect it names the class and how to see more."""
+    """The line for the user; for an unexpected error it names the class and how to see the traceback."""
     told = " ".join(part for part in [str(error), *getattr(error, "__notes__", ())] if part)
-    # Halves of surrogate pairs, as in the names of files, cannot be printed.
+    # Halves of surrogate pairs, which names of files may hold, cannot be printed.
     told = " ".join(told.encode("utf-8", "backslashreplace").decode().split()) or type(error).__name__
     if len(told) > MOST_CHARACTERS:
         told = f"{told[: MOST_CHARACTERS // 2]} … {told[-MOST_CHARACTERS // 2 :]}"
@@ -62,7 +62,9 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def tells_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
-    """When the block is interrupted, as by Ctrl-C, the exception says in a note what is kept of its work."""
+    """If the block is interrupted, such as by Ctrl-C, adds a note to the exception that says what is kept of its
+    work.
+    """
     try:
         yield
     except KeyboardInterrupt as interrupt:
@@ -82,5 +84,5 @@ def _exit_code(error: BaseException) -> int:
 
 
 def _is_of_memory(error: BaseException) -> bool:
-    # Torch's own class, which is not imported for commands that need no torch.
+    # Torch's own class is compared by name, since commands that need no torch do not import it.
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

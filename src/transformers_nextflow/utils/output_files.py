@@ -1,4 +1,4 @@
-"""Whether there is a place for results, asked before the work that makes them."""
+"""Checks that results can be written, made before the work begins."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .short_repr import short_path
 
 
 def check_output_file(path: str | os.PathLike, write: Callable[[Path], object] = Path.touch):
-    """Raises `ValueError` if no file can be written to `path`; nothing is left there, and what is there stays.
+    """Raises `ValueError` if no file can be written to `path`; the check changes nothing there.
 
     Args:
-        write: tries to write a file to the path that it is given, as the results will be written.
+        write: a function that writes a test file to the path that it is given, in the way of the results.
     """
     path = _checked(path)
     if os.path.isdir(path):  # unlike `Path`'s own, without an error for a path that is too long
@@ -28,7 +28,7 @@ def check_output_file(path: str | os.PathLike, write: Callable[[Path], object] =
 
 
 def check_output_folder(path: str | os.PathLike):
-    """Raises `ValueError` if `path` is no folder, or none can be made there, or nothing can be written to it."""
+    """Raises `ValueError` if `path` is no folder and cannot be made, or if it cannot be written to."""
     path = _checked(path)
     if os.path.exists(path) and not os.path.isdir(path):
         raise ValueError(f"{short_path(path)} is a file; name a folder.")
@@ -36,23 +36,23 @@ def check_output_folder(path: str | os.PathLike):
 
 
 def check_image_format(path: str | os.PathLike):
-    """Raises `ValueError` for a path whose extension is of no image that can be written in colours."""
+    """Raises `ValueError` for a path whose extension is not that of a format that can be written in colour."""
     extension = Path(path).suffix.lower()
     image_format = Image.registered_extensions().get(extension)
     if image_format not in Image.SAVE:
         raise ValueError(f"{short_path(path)} has no extension of an image that can be written; take .png.")
     try:
-        # Some formats are known, and cannot be written all the same, or not in colours.
+        # Some known formats cannot be written, or not in colour.
         Image.new("RGB", (16, 16)).save(io.BytesIO(), image_format)
     except Exception as error:
         raise ValueError(f"Images cannot be written as {extension} ({error}); take .png.") from error
 
 
 def check_apart(files: Iterable[tuple[str, str | os.PathLike | None]], *others: tuple[str, str | os.PathLike | None]):
-    """Raises `ValueError` where what will be written would lie on one of the `others`, or have it inside.
+    """Raises `ValueError` if a file to write is one of the `others`, or a folder that contains one.
 
     Args:
-        files, others: options with the paths that they name; `None` for one that is not given.
+        files, others: options with their paths; `None` for an option that is not given.
     """
     for option, file in files:
         for other, path in others:
@@ -70,7 +70,7 @@ def _checked(path: str | os.PathLike) -> Path:
 
 
 def _try(path: Path, write: Callable[[Path], object]):
-    """Write a file of the same name in a hidden folder in the nearest folder that is there."""
+    """Write a file of the same name in a hidden folder in the nearest existing folder."""
     try:
         there = next(folder for folder in path.parents if os.path.lexists(folder))
         if not os.path.isdir(there):

@@ -1,4 +1,4 @@
-"""Arrays, tensors and Arrow's values as plain ones."""
+"""Turns arrays, tensors and Arrow's values into plain ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def as_list(value: Any) -> list | None:
 
 
 def plain(value: Any) -> Any:
-    """Tensors as arrays, Arrow's lists as lists, anything else as it is."""
+    """Tensors become arrays and Arrow's lists become lists; other values are returned unchanged."""
     if isinstance(value, torch.Tensor):
         return (value.float() if value.is_floating_point() else value).detach().cpu().numpy()
     for convert in ("as_py", "to_pylist"):

@@ -1,4 +1,4 @@
-"""Images that say, in the files they are saved to, what has drawn them and how."""
+"""Provenance: images record in their files what has drawn them and how."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .version import __version__
 
 
 SOFTWARE = f"transformers-nextflow {__version__}"
-# The key of a PNG's text. Other formats have fields of their own.
+# The key of the text in PNG files. Other formats have their own fields.
 KEY = "transformers-nextflow"
 DESCRIPTION_TAG, SOFTWARE_TAG = 0x010E, 0x0131
 
 
 class GeneratedImage(Image.Image):
-    """An image whose files hold its `provenance`, a dict of plain values; what is made of it (resized, cropped,
-    converted) keeps it. It equals any image of the same pixels.
+    """An image whose files hold its `provenance`, a dict of plain values. Images derived from it (resized, cropped,
+    converted) keep it. It equals any image with the same pixels.
     """
 
     provenance: dict | None = None
@@ -34,7 +34,7 @@ class GeneratedImage(Image.Image):
         return generated
 
     def _new(self, im):
-        # PIL makes all that it derives from an image here, as a plain one.
+        # PIL makes all derived images with this method, as plain images.
         derived = super()._new(im)
         derived.__class__ = type(self)
         derived.provenance = self.provenance
@@ -69,13 +69,13 @@ def _fields(kind: str, provenance: dict) -> dict:
 
 
 def read_provenance(path) -> dict | None:
-    """What the file of an image says of its origin; `None` if it says nothing.
+    """The provenance in the file of an image; `None` if there is none.
 
     Args:
-        path: of the file, or an open one.
+        path: the path of the file, or an open file.
 
     Raises:
-        ValueError: for what is no file of an image.
+        ValueError: for anything but the file of an image.
     """
     with open_image(path) as image:
         comment = image.info.get("comment", "")

@@ -1,4 +1,4 @@
-"""Tables of what can be named: a new entry is a line, and its module is imported when it is asked for."""
+"""Registries of objects by name: a new entry is one line, and its module is imported on access."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Registry(Mapping[str, Any]):
-    """Names of things of one `kind`, each with the place "package.module:attribute" where it stands.
+    """Names of objects of one `kind`, each with its place "package.module:attribute".
 
     >>> suites = Registry("suite", {"shapes": "transformers_nextflow.worlds.shapes.evaluation:evaluate_shapes"})
     >>> evaluate = suites["shapes"]

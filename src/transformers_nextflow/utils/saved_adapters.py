@@ -1,10 +1,10 @@
-"""Adapters of PEFT beside the whole weights of the model they belong to, so that one folder holds all that draws.
+"""Saves adapters of PEFT beside the full weights of their model, so that one folder holds both.
 
     model.safetensors, config.json, …   the model itself, without adapters
     adapters/adapters.json              their names, and which of them are active
     adapters/NAME/                      one folder for each, in PEFT's format
 
-transformers saves adapters in place of their model, and PEFT's wrapper is no model that diffusers saves.
+This is needed since transformers saves adapters in place of their model, and diffusers cannot save PEFT's wrapper.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ if TYPE_CHECKING:
 
 
 FOLDER, INDEX = "adapters", "adapters.json"
-# PEFT's own names of an adapter's weights begin with it.
+# The prefix of PEFT's own names of an adapter's weights.
 PREFIX = "base_model.model."
 FILES = ("adapter_model.safetensors", "adapter_config.json")
-# What PEFT puts around a layer: the layer itself goes on under these names.
+# The names under which PEFT's wrappers of layers hold the layers themselves.
 WRAPPED = ("base_layer", "original_module", "token_adapter")
 INSTALL = "pip install transformers-nextflow[peft]"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that adapters act in, out of PEFT's wrapper.
+    """The model inside of PEFT's wrapper, in which adapters act.
 
     Raises:
         ValueError: for prompt learning, which acts in the wrapper and not in the model.
@@ -59,16 +59,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether PEFT has put something around layers of an unwrapped model; it stays when an adapter is deleted."""
+    """Whether PEFT has wrapped layers of an unwrapped model; the wrappers stay when an adapter is deleted."""
     return any(part in WRAPPED for name, _ in model.named_modules() for part in name.split("."))
 
 
 def with_adapters_beside(model: nn.Module) -> nn.Module:
-    """A view of an unwrapped model that saves the model itself, and its adapters beside; its weights are the same
+    """A view of an unwrapped model that saves the model itself, and its adapters beside it; its weights are the same
     tensors.
 
     Raises:
-        ValueError: for adapters that are merged into the weights they stand beside, and for quantised weights.
+        ValueError: for adapters that are merged into the weights, and for quantised weights.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
@@ -91,7 +91,7 @@ def with_adapters_beside(model: nn.Module) -> nn.Module:
 
     @wraps(model.save_pretrained)  # diffusers looks up which options it takes
     def save_pretrained(folder, *args, **kwargs):
-        # Names as the weights have them now; what loaded an adapter has left its own renaming on the model.
+        # The present names of the weights: loading an adapter has left a renaming on the model, which must not apply.
         options = {"state_dict": state_dict, "save_original_format": False}
         type(model).save_pretrained(plain, folder, *args, **(kwargs | options))
         _save_adapters(model, Path(folder))
@@ -130,8 +130,8 @@ def add_saved_adapter(model: nn.Module, name: str, path, subfolder: str = "", ra
         rank: which its matrices are padded to, so that adapters up to it can take its place (`swap_adapter`).
 
     Raises:
-        OSError: if there is none.
-        ValueError: if peft is missing, or the adapter does not fit; the model is then as it was.
+        OSError: if there is no adapter.
+        ValueError: if peft is missing, or the adapter does not fit; then the model does not change.
     """
     check_adapter_name(name)
     config, weights = _read_adapter(path, subfolder, **hub_options)
@@ -268,7 +268,7 @@ def without_adapters(model: nn.Module) -> nn.Module:
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            inner = getattr(child, "token_adapter", child)  # rows of new tokens stand inside of another wrapper
+            inner = getattr(child, "token_adapter", child)  # rows of new tokens are inside of another wrapper
             own = getattr(inner, "base_layer", getattr(child, "original_module", None))
             if merged := [name for name in getattr(child, "modules_to_save", ()) if name in child.merged_adapters]:
                 own = child.modules_to_save[merged[0]]
@@ -281,17 +281,17 @@ def without_adapters(model: nn.Module) -> nn.Module:
 
 
 def load_adapters(model: nn.Module, path, subfolder: str = "", **kwargs):
-    """Load the adapters, if there are any, that lie beside the model's weights (`with_adapters_beside`).
+    """Load the adapters, if there are any, beside the model's weights (`with_adapters_beside`).
 
     Args:
-        path, subfolder: a folder or a repository of the Hub, and the place in it.
-        kwargs: of `from_pretrained`; the Hub's options are taken.
+        path, subfolder: a folder or a repository of the Hub, and the folder in it.
+        kwargs: arguments of `from_pretrained`, of which the Hub's options are used.
     """
     options = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
     place = f"{subfolder}/{FOLDER}".lstrip("/")
     index = cached_file(path, INDEX, subfolder=place, _raise_exceptions_for_missing_entries=False, **options)
     if index is None or hasattr(model, "peft_config"):
-        # Where the adapter of another folder was asked for, transformers has loaded it: it was the only active one.
+        # If the folder of a single active adapter was loaded, transformers has loaded that adapter already.
         return
     saved = read_json(index)
     check_types(saved, {"names": list[str], "active": list[str]}, INDEX)
@@ -352,16 +352,16 @@ def _of_own_rank(model: nn.Module, name: str, key: str, value: torch.Tensor) -> 
 def _weights(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
-    # Embeddings, if they were extended, are among the model's own weights.
+    # Extended embeddings are among the model's own weights, so they are not saved again.
     return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
 
 
 def _fill(model: nn.Module, name: str, saved: dict[str, torch.Tensor]):
-    """Put saved weights into the place of an adapter's own, in the type that they have: it may be a wider one than that
-    of the weights that are adapted.
+    """Replace an adapter's weights by saved ones, in the saved dtype, which may be wider than that of the adapted
+    weights.
     """
     own = _weights(model, name)
-    # A model that leaves out parts, as OneCAT does with `drawing_only`, takes a whole model's adapter without them.
+    # A model without some parts, such as OneCAT with `drawing_only`, ignores an adapter's weights for these parts.
     left_out = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()) or "(?!)")
     saved = {key: value for key, value in saved.items() if key in own or not left_out.search(key)}
     if odd := sorted(own.keys() ^ saved.keys()):

@@ -1,4 +1,4 @@
-"""What an error shows of a value that it refuses."""
+"""Short texts of values for error messages."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _short.maxstring = _short.maxother = 80
 
 
 def short_repr(value) -> str:
-    """`repr` in a line: arrays and tensors by their shape, long texts and lists cut."""
+    """`repr` in one line: shapes for arrays and tensors, and shortened texts and lists."""
     return _short.repr(value)
 
 
 def short_path(path) -> str:
-    """A path as it can be printed; the middle of a very long one is cut."""
+    """A path in printable form; the middle of a very long path is cut out."""
     text = str(path).encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
     return text if len(text) <= 300 else f"{text[:100]} … {text[-100:]}"

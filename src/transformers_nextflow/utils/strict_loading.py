@@ -1,4 +1,4 @@
-"""Loading of models that refuses what transformers fills up, casts or lets pass."""
+"""Strict loading of models: errors for weights that transformers would fill in, cast or accept."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .checkpoint_checks import (
 
 
 class StrictLoadingMixin:
-    """A checkpoint that lacks tensors is an error; transformers fills them at random and warns. So is one with NaN,
-    infinity or integers.
+    """Raises errors for checkpoints with missing tensors, which transformers fills with random values and a warning,
+    and for those with NaN, infinity or integers.
     """
 
     @classmethod
@@ -52,13 +52,13 @@ class StrictLoadingMixin:
             model, state_dict, checkpoint_files, load_config, **kwargs
         )
         if load_config.hf_quantizer is None and (stored := state_dict or checkpoint_files):
-            # What transformers does with integers is to cast them.
+            # transformers would cast integers.
             check_floats(stored, info.unexpected_keys)
         return info, offloaded
 
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
         info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
-        # Of an adapter's folder `from_pretrained` tells what the adapter lacks, and not what its base does.
+        # For an adapter's folder transformers reports only tensors that the adapter lacks, not those of its base.
         check_complete(info.missing_keys)
         return info

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its training, so that what lies outside of it can be told."""
+"""The statement of a checkpoint about its training data, from which warnings about other inputs follow."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from .short_repr import short_repr
 
 
-# Signs beyond Latin-1 that are no punctuation, such as emoji, are words too.
+# Signs beyond Latin-1 that are no punctuation, such as emoji, count as words.
 WORD = re.compile(
     r"[^\W\d_]+|(?<!\w)[-−]?\d+\.\d+|(?<!\w)[-−]\d+|\d+|[^\w\s\x00-\xff\u2000-\u206f\u3000-\u303f\ufe00-\ufe0f]"
 )
 NUMBER_WORDS = "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
 NUMBERS = {"zero": 0, "no": 0} | {word: number for number, word in enumerate(NUMBER_WORDS, start=2)}
-# Between a number and what is counted, they say that something else is: "six minus four stars".
+# Words that, between a number and a noun, mean that the number does not count the noun: "six minus four stars".
 OPERATIONS = {"minus", "plus", "times", "more", "fewer", "less", "than", "of", "and", "after"}
-# From its own images' lowest signal-to-noise ratio down to where an image is taken for another kind, in dB.
+# How many dB below the lowest PSNR of its training images an image counts as being of another kind.
 MARGIN = 5.0
 
 
@@ -27,11 +27,12 @@ class TrainedOn:
     """The statement that a config may hold as `trained_on`.
 
     Args:
-        domain: what its images show, as "images of one to four flat shapes"; it goes on a message of "it knows only …".
-        words: of all prompts, in small letters; `None` for an open vocabulary.
-        sizes: (height, width) in pixels of its images; `None` for all that are drawn.
+        domain: what its images show, such as "images of one to four flat shapes"; messages say "it knows only …" with
+            it.
+        words: the words of all prompts, in small letters; `None` for an open vocabulary.
+        sizes: (height, width) in pixels of its images; `None` for all sizes of the scale schedules.
         most: the largest number of objects of one kind, and `counted` the words for several of them.
-        lowest_psnr: of its own images' reconstructions by its vision tokenizer, in dB.
+        lowest_psnr: the lowest PSNR in dB of reconstructions of its training images by its vision tokenizer.
     """
 
     domain: str
@@ -57,7 +58,7 @@ class TrainedOn:
                 raise ValueError(f"{name} must {remedy}, got {short_repr(getattr(self, name))}.")
 
     def unknown_words(self, texts: Iterable[str]) -> list[str]:
-        """Words of texts that no prompt of the training had, numbers left out; texts of signs only count as a word."""
+        """Words of texts that no prompt of the training had, without numbers; a text of only signs counts as a word."""
         if self.words is None:
             return []
         said = [words_of(text) or text.split() for text in texts]
@@ -65,7 +66,7 @@ class TrainedOn:
         return [word for word in dict.fromkeys(found) if word not in set(self.words)]
 
     def other_counts(self, texts: Iterable[str]) -> list[str]:
-        """What texts ask for in another number than the training had, from 1 to `most`, as "five red stars"."""
+        """Phrases in texts whose number the training did not have (1 to `most`), such as "five red stars"."""
         return [phrase for text in texts if self.most is not None for phrase in self._other_counts(words_of(text))]
 
     def _other_counts(self, words: list[str]) -> Iterable[str]:
@@ -80,13 +81,13 @@ class TrainedOn:
                     break
 
     def other_sizes(self, sizes: Iterable[tuple[int, int]]) -> list[str]:
-        """Sizes (height, width) that no image of the training had, as "32x128"."""
+        """Sizes (height, width) that no image of the training had, such as "32x128"."""
         if self.sizes is None:
             return []
         return [f"{h}x{w}" for h, w in dict.fromkeys(sizes) if [h, w] not in [list(size) for size in self.sizes]]
 
     def is_other_image(self, psnr: float) -> bool:
-        """Whether the tokenizer reproduces an image so much worse than its own that it is of another kind."""
+        """Whether the tokenizer reconstructs an image so much worse than its own that it must be of another kind."""
         return self.lowest_psnr is not None and psnr < self.lowest_psnr - MARGIN
 
 
@@ -96,7 +97,7 @@ def words_of(text: str) -> list[str]:
 
 
 def number_of(word: str) -> float | None:
-    """The number that a word of `words_of` stands for, in digits or spelled out; `None` for no number."""
+    """The number that a word of `words_of` means, in digits or spelled out; `None` if it is no number."""
     if word in NUMBERS:
         return NUMBERS[word]
     return float(word[:20].replace("\u2212", "-")) if word[-1].isdecimal() else None

@@ -1,4 +1,4 @@
-"""Values that come from files, checked against the types of a dataclass."""
+"""Checks values from files against the types of a dataclass."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ T = TypeVar("T")
 
 
 def read_typed(kind: type[T], values: Any, what: str) -> T:
-    """A dataclass from what a file holds for it; lists become tuples where it has tuples.
+    """A dataclass from the values of a file; lists become tuples if it has tuples.
 
     Raises:
-        ValueError: that begins with `what`, for no mapping, unknown and missing names, values of another type, and what
-            the class itself refuses.
+        ValueError: a message that begins with `what`, for anything but a mapping, unknown and missing names, values of
+            another type, and values that the class itself refuses.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{what} must hold names with values, got {short_repr(values)}.")
@@ -40,7 +40,7 @@ def read_typed(kind: type[T], values: Any, what: str) -> T:
 
 
 def hints_of(kind: type) -> dict[str, Any]:
-    """The types of a dataclass's names, those of its bases included; `Any` for one that cannot be told."""
+    """The types of a dataclass's fields, with those of its bases; `Any` for a type that cannot be found out."""
     hints: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
         known = vars(sys.modules[base.__module__])
@@ -53,15 +53,15 @@ def hints_of(kind: type) -> dict[str, Any]:
 
 
 def check_types(values: Mapping[str, Any], hints: Mapping[str, Any], what: str):
-    """Raises `ValueError` naming a value that is not of the type that its name has in `hints`."""
+    """Raises `ValueError` naming a value that does not have the type of its name in `hints`."""
     for name, value in values.items():
         if name in hints and not is_of_type(value, hints[name]):
             raise ValueError(f"{what}: {name} must be {_in_words(hints[name])}, got {short_repr(value)}.")
 
 
 def is_of_type(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type. Whole numbers are numbers, truth values are none; a list will do for a
-    tuple, and its text for an `Enum`. Of types that are not known here every value is.
+    """Whether a value has an annotated type. Whole numbers count as numbers, truth values do not; a list counts as a
+    tuple, and its text as an `Enum`. Every value has a type that is not known here.
     """
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -81,7 +81,7 @@ def is_of_type(value: Any, hint: Any) -> bool:
             return False
         return len(inner) != 2 or all(is_of_type(k, inner[0]) and is_of_type(v, inner[1]) for k, v in value.items())
     if not isinstance(hint, type):
-        return True  # of what has an origin that is not known here
+        return True  # a type whose origin is not known here
     if hint in (int, float):
         return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
     if issubclass(hint, Enum) and isinstance(value, str):

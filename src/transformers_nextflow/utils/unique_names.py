@@ -1,4 +1,4 @@
-"""JSON and YAML whose objects hold each name once. Their readers keep the last one of several, and do not tell."""
+"""Readers of JSON and YAML that refuse equal names in an object; the usual readers silently keep the last one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .short_repr import short_repr
 
 
 def load_json(text: str | bytes) -> Any:
-    """As `json.loads`. Raises `ValueError` for an object that holds a name twice, too."""
+    """As `json.loads`. Also raises `ValueError` for an object that holds a name twice."""
     return json.loads(text, object_pairs_hook=_object)
 
 
 def load_yaml(text: str) -> Any:
-    """As `yaml.safe_load`. Raises `ValueError` for a mapping that holds a name twice, too."""
+    """As `yaml.safe_load`. Also raises `ValueError` for a mapping that holds a name twice."""
     return yaml.load(text, _UniqueLoader)
 
 

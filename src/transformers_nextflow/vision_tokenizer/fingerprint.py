@@ -1,4 +1,4 @@
-"""How a vision tokenizer is told from others: by what decides which code an image gets."""
+"""The fingerprint of a vision tokenizer: a digest of all that decides which code an image gets."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..utils.offloading import onloaded
 
 
-# The parts of the tokenizer that decide which code an image gets: in float32, whatever the rest of a model runs in.
+# The modules that decide which code an image gets: always in float32, whatever the precision of the rest of the model.
 CODE_PARTS = ("semantic_encoder", "semantic_projection", "pixel_encoder", "quantizer")
-# How features are brought to other grids. Torch's kernels, which came before, round otherwise: of 1,000 images one got
-# other codes (`benchmarks/resampling.py`). Nearest and rotary resampling are as they were.
+# The version of the interpolation between grids. Torch's kernels, which were used before, round differently: one image
+# in 1,000 got other codes (`benchmarks/resampling.py`). Nearest and rotary resampling have not changed.
 RESAMPLED_BY = {"resampling": "matrices"}
 KEPT_RESAMPLINGS = {"nearest", "rotary"}
-# Settings of decoders and of training, `use_cache` being set by transformers' `Trainer`; all others may change which
-# code an image gets.
+# Settings of decoders and of training, and `use_cache`, which transformers' `Trainer` sets; all other settings may
+# change which code an image gets.
 NOT_OF_CODES = {
     "pixel_decoder_channels", "pixel_decoder_num_res_blocks", "semantic_decoder_depth", "semantic_decoder_heads",
     "semantic_decoder_hidden_size", "semantic_decoder_hidden_act", "semantic_decoder_positions", "semantic_target_dim",
@@ -30,9 +30,9 @@ NOT_OF_CODES = {
 def tokenizer_fingerprint(vq_model: PreTrainedModel) -> str:
     """16 hexadecimal digits that tell tokenizers with different codes apart.
 
-    Of everything that decides which code an image gets: settings, and every bit of the weights in float32. A model in
-    half precision keeps these weights in float32, hence the fingerprint; a file in which they were rounded is another
-    tokenizer. Decoders may be trained further on frozen codes: they do not count.
+    The digest covers everything that decides which code an image gets: settings, and every bit of the weights in
+    float32. A model in half precision keeps these weights in float32, and so its fingerprint; a file in which they were
+    rounded is another tokenizer. Decoders do not count, since they may be trained further on frozen codes.
     """
     config, tower = vq_model.config, vq_model.config.semantic_config
     settings = _code_settings(config) | {"semantic_config": _code_settings(tower), "tower": tower.model_type}
@@ -50,8 +50,8 @@ def tokenizer_fingerprint(vq_model: PreTrainedModel) -> str:
 
 
 def _code_settings(config: PreTrainedConfig) -> dict:
-    """What differs from the defaults, so that settings which a later version adds leave fingerprints as they are."""
-    # What transformers notes in every config (its version, the dtype, …) says nothing of codes.
+    """The settings that differ from the defaults, so that settings of later versions do not change fingerprints."""
+    # Entries that transformers adds to every config (its version, the dtype, …) do not affect codes.
     left_out = NOT_OF_CODES | PreTrainedConfig().to_dict().keys() | config.sub_configs.keys()
     defaults = type(config)().to_dict()
     return {

@@ -17,18 +17,18 @@ from ..utils.offloading import onloaded
 from .resampling import resample
 
 
-# Rows of the distance matrix held at once: 4,096 x 32,768 float32 are 512 MiB, the largest grid of the 1024 level.
+# Rows of the distance matrix in memory at once: 4,096 x 32,768 float32 are 512 MiB, the largest grid of the 1024 level.
 DISTANCE_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class SelfCorrection:
-    """How inputs are drawn away from the nearest codes, so that a model learns to mend its own errors (paper, 3.1).
+    """Sampling of input codes near the nearest ones, so that a model learns to correct its own errors (paper, 3.1).
 
     Args:
-        top_k: a code is drawn among this many nearest ones.
-        token_share: share of the tokens of each scale that are drawn; the others keep the nearest code.
-        temperature: of the softmax over negative distances from which the draw is made.
+        top_k: a code is sampled among this many nearest ones.
+        token_share: share of the tokens of each scale that are sampled; the others keep the nearest code.
+        temperature: temperature of the softmax over negative distances with which codes are sampled.
     """
 
     top_k: int = 10
@@ -45,10 +45,10 @@ class SelfCorrection:
 
 @dataclass
 class QuantizerOutput:
-    """Codes of a batch, (B, N) each, and what training needs of the way there.
+    """Codes of a batch, (B, N) each, and outputs that training needs.
 
-    `image_tokens` are the codes that were added up, `image_labels` the nearest ones; they differ under self-correction
-    alone. `features` (B, C, h, w) is the sum with straight-through gradient; the losses are scalars.
+    `image_tokens` are the codes whose vectors were summed, `image_labels` the nearest ones; they differ only under
+    self-correction. `features` (B, C, h, w) is the sum with a straight-through gradient; the losses are scalars.
     """
 
     image_tokens: torch.Tensor
@@ -59,7 +59,7 @@ class QuantizerOutput:
 
 
 def outside_of_autocast(method: Callable) -> Callable:
-    """A method that computes in the precision of its tensors, whatever autocast it is called under."""
+    """A method that computes in the precision of its tensors, also under autocast."""
 
     @wraps(method)
     def exact(self, *args, **kwargs):
@@ -74,7 +74,7 @@ def outside_of_autocast(method: Callable) -> Callable:
 def check_float32(module: nn.Module):
     """Raises `ValueError` unless the module's weights are float32 and whole: other ones give other codes."""
     for name, weight in module.named_parameters():
-        # Sharded and quantised weights are of classes of their own.
+        # Sharded and quantised weights have classes of their own.
         is_whole = type(weight) in (nn.Parameter, torch.Tensor)
         if weight.dtype != torch.float32 or not is_whole:
             kind = weight.dtype if is_whole else f"a {type(weight).__name__} of {weight.dtype}"
@@ -85,7 +85,7 @@ def check_float32(module: nn.Module):
 
 
 class NextFlowVQQuantizer(nn.Module):
-    """Latents (B, C, h, w), the semantic channels first, to codes and back; always in float32."""
+    """Turns latents (B, C, h, w), the semantic channels first, into codes and back; always in float32."""
 
     def __init__(self, config: NextFlowVQConfig):
         super().__init__()
@@ -95,7 +95,7 @@ class NextFlowVQQuantizer(nn.Module):
 
     @property
     def codebook(self) -> torch.Tensor:
-        """(V, C) vectors that codes stand for: both halves side by side, each of unit length if so configured.
+        """The vectors (V, C) of the codes: both halves side by side, each of unit length with `normalize_codes`.
 
         Raises:
             ValueError: for codebooks that are not float32, or sharded.
@@ -106,7 +106,7 @@ class NextFlowVQQuantizer(nn.Module):
         return self.normalize(vectors) if self.config.normalize_codes else vectors
 
     def normalize(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Bring both halves of (..., C) to unit length."""
+        """Normalise both halves of (..., C) to unit length."""
         halves = vectors.split([self.config.semantic_code_dim, self.config.pixel_code_dim], dim=-1)
         return torch.cat([F.normalize(half, dim=-1) for half in halves], dim=-1)
 
@@ -119,13 +119,13 @@ class NextFlowVQQuantizer(nn.Module):
         num_scales: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> QuantizerOutput:
-        """Quantise latents (B, C, h, w) scale by scale, each time what the scales before left over.
+        """Quantise latents (B, C, h, w) scale by scale, each scale the residual of those before.
 
         Args:
             latents: on the schedule's final grid.
-            self_correction: draw part of the codes among the nearest ones; the residual goes on from what was drawn.
-            num_scales: (B,) of each image only so many scales are added up (training drops the others).
-            generator: source of the draws.
+            self_correction: sample a part of the codes among the nearest ones; the residual continues from these.
+            num_scales: (B,) how many of its first scales are summed for each image (training drops the others).
+            generator: source of the random numbers.
         """
         latents = latents.float()
         codebook = self.codebook
@@ -139,8 +139,8 @@ class NextFlowVQQuantizer(nn.Module):
             codebook_loss = codebook_loss + F.mse_loss(vectors, compared.detach())
             commitment_loss = commitment_loss + F.mse_loss(compared, vectors.detach())
 
-            # Straight through each scale on its own, so that a sum over the first scales has the gradient of the
-            # same sum without quantisation, and not that of the full latents.
+            # Each scale has its own straight-through gradient, so that a sum over the first scales has the gradient of
+            # the same sum without quantisation, and not that of the full latents.
             contribution = (target + (vectors - target).detach()).permute(0, 3, 1, 2)
             contribution = resample(contribution, schedule.final_grid, self.config.upsample)
             residual = residual - contribution
@@ -159,8 +159,8 @@ class NextFlowVQQuantizer(nn.Module):
 
     @outside_of_autocast
     def targets(self, residual: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a scale of grid (h_k, w_k) has to say of a residual (B, C, h, w): vectors (B, h_k, w_k, C), and these as
-        they are compared with the codes.
+        """A residual (B, C, h, w), downsampled to the grid (h_k, w_k) of a scale: vectors (B, h_k, w_k, C), and these
+        vectors normalised as for the comparison with the codes.
         """
         target = resample(residual, grid, self.config.downsample).permute(0, 2, 3, 1)
         return target, self.normalize(target) if self.config.normalize_codes else target
@@ -172,7 +172,7 @@ class NextFlowVQQuantizer(nn.Module):
 
     @outside_of_autocast
     def truncate(self, latents: torch.Tensor, schedule: ScaleSchedule, num_scales: torch.Tensor) -> torch.Tensor:
-        """What remains of latents (B, C, h, w) if each image keeps its first (B,) scales, without quantisation."""
+        """Latents (B, C, h, w) reduced to the first `num_scales` (B,) scales of each image, without quantisation."""
         residual, total = latents, torch.zeros_like(latents)
         for scale, grid in enumerate(schedule.grids):
             contribution = resample(residual, grid, self.config.downsample)
@@ -182,7 +182,7 @@ class NextFlowVQQuantizer(nn.Module):
         return total
 
     def lookup(self, image_tokens: torch.Tensor, schedule: ScaleSchedule) -> list[torch.Tensor]:
-        """Vectors (B, C, h_k, w_k) of each whole scale that the codes (B, n) cover.
+        """The vectors (B, C, h_k, w_k) of each scale that the codes (B, n) cover.
 
         Raises:
             ValueError: if the codes do not fill whole scales or lie outside the codebook.
@@ -208,7 +208,7 @@ class NextFlowVQQuantizer(nn.Module):
         self_correction: SelfCorrection | None,
         generator: torch.Generator | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes (n,) drawn for vectors (n, C), and the nearest ones."""
+        """Codes (n,) for vectors (n, C), sampled under self-correction, and the nearest codes (n,)."""
         chunks = (self.distances(chunk, codebook) for chunk in vectors.split(DISTANCE_ROWS))
         if self_correction is None:
             nearest = torch.cat([chunk.argmin(-1) for chunk in chunks])
@@ -225,7 +225,7 @@ class NextFlowVQQuantizer(nn.Module):
 
     @property
     def distance_weights(self) -> torch.Tensor:
-        """(C,) what each channel's squared difference weighs in a distance, on the CPU."""
+        """The weight (C,) of each channel's squared difference in a distance, on the CPU."""
         config = self.config
         weights = [config.semantic_distance_weight] * config.semantic_code_dim
         weights += [config.pixel_distance_weight] * config.pixel_code_dim
@@ -234,6 +234,8 @@ class NextFlowVQQuantizer(nn.Module):
     @outside_of_autocast
     @torch.no_grad()
     def distances(self, vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-        """Weighted sum (n, V) of the two squared distances; without the vectors' own norms, which no code changes."""
+        """The weighted sum (n, V) of the two squared distances, without the vectors' own norms, the same for all
+        codes.
+        """
         weighted = codebook * self.distance_weights.to(codebook.device)
         return torch.addmm((weighted * codebook).sum(-1), vectors, weighted.T, alpha=-2)

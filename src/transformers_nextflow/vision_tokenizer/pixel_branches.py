@@ -10,12 +10,12 @@ from ..configuration_nextflow import NORM_GROUPS, NextFlowVQConfig
 from .striped_convolutions import add_convolved, convolve, convolve_enlarged
 
 
-# Tensors of a decoder that are larger than this are made by stripes.
+# Tensors of a decoder that are larger than this are computed in stripes.
 WHOLE_BYTES = 2**27
 
 
 class ResidualMLP(nn.Module):
-    """x + MLP(norm(x)) on (B, h, w, C): what a 1x1 convolution does, as a matrix product."""
+    """x + MLP(norm(x)) on (B, h, w, C): 1x1 convolutions as matrix products."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -28,7 +28,7 @@ class ResidualMLP(nn.Module):
 
 
 class PatchEncoder(nn.Module):
-    """Patches through matrix products: each cell sees its own pixels alone. Fast on small machines."""
+    """Encodes patches with matrix products: each cell depends only on its own pixels. Fast on small machines."""
 
     def __init__(self, config: NextFlowVQConfig):
         super().__init__()
@@ -46,7 +46,7 @@ class PatchEncoder(nn.Module):
 
 
 class PatchDecoder(nn.Module):
-    """The way back of `PatchEncoder`, with one 3x3 convolution that lets neighbours agree."""
+    """The decoder for `PatchEncoder`, with one 3x3 convolution that smooths the edges between patches."""
 
     def __init__(self, config: NextFlowVQConfig):
         super().__init__()
@@ -87,7 +87,7 @@ class ResidualConvolution(nn.Module):
         return residual + self.conv2(F.silu(self.norm2(hidden_states)))
 
     def by_stripes(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The same without gradients, with two large tensors in memory; the input may be overwritten."""
+        """The forward pass without gradients, with two large tensors in memory; the input may be overwritten."""
         inner = convolve(hidden_states, self.conv1, self.norm1)
         residual = self.shortcut(hidden_states)
         add_convolved(residual, inner, self.conv2, self.norm2)
@@ -95,7 +95,7 @@ class ResidualConvolution(nn.Module):
 
 
 class GridAttention(nn.Module):
-    """VQGAN's one-headed self-attention over all cells."""
+    """VQGAN's self-attention with one head over all cells."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -113,7 +113,7 @@ class GridAttention(nn.Module):
 
 
 class ConvolutionalEncoder(nn.Module):
-    """VQGAN's encoder; attention at the lowest resolution alone."""
+    """VQGAN's encoder, with attention only at the lowest resolution."""
 
     def __init__(self, config: NextFlowVQConfig):
         super().__init__()
@@ -126,7 +126,7 @@ class ConvolutionalEncoder(nn.Module):
                 layers += [ResidualConvolution(channels, width)] + [GridAttention(width)] * lowest
                 channels = width
             if not lowest:
-                # Pads right and bottom by one, so that cells stay aligned with the pixels they stand for.
+                # Pads right and bottom by one, so that cells stay aligned with their pixels.
                 layers += [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2)]
         layers += [ResidualConvolution(channels, channels), GridAttention(channels)]
         layers += [ResidualConvolution(channels, channels), _group_norm(channels), nn.SiLU()]
@@ -165,10 +165,10 @@ class ConvolutionalDecoder(nn.Module):
         return self.layers(hidden_states) if torch.is_grad_enabled() else self._by_stripes(hidden_states)
 
     def _by_stripes(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What the layers give, large tensors by stripes."""
+        """The output of the layers, with large tensors computed in stripes."""
         layers = iter(self.layers)
         for layer in layers:
-            # Enlarging and norms are followed by the convolution that reads them.
+            # Upsampling and norms are computed together with the convolution that follows them.
             enlarged = 4 if isinstance(layer, nn.Upsample) else 1
             if enlarged * hidden_states.nbytes <= WHOLE_BYTES:
                 hidden_states = layer(hidden_states)

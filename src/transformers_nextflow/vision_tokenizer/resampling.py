@@ -1,8 +1,8 @@
-"""Features from one grid to another: torch's interpolations as matrix products, and rotary resampling.
+"""Resampling of features between grids: torch's interpolations as matrix products, and rotary resampling.
 
-Interpolation between two grids is a fixed linear map that treats rows and columns apart. So it is two products with
-small matrices, which are made once for each pair of sides. The values are those of `torch.nn.functional.interpolate`;
-the backward pass is two products as well, where torch's bicubic kernel adds with atomics on a GPU.
+Interpolation between two grids is a fixed linear map, separate for rows and columns. So it is two products with small
+matrices, which are computed once for each pair of sides. The values are those of `torch.nn.functional.interpolate`; the
+backward pass is two products too, while torch's bicubic kernel uses slow atomic additions on a GPU.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from transformers.utils.generic import maybe_autocast
 from ..scale_schedule import Grid
 
 
-# Places a side of an image that rotary resampling tells apart: frequencies run from none to three cycles.
+# How many places along each side of an image rotary resampling distinguishes: frequencies are zero to three cycles.
 ROTARY_PLACES = 4
 
 
 def resample(features: torch.Tensor, grid: Grid, mode: str) -> torch.Tensor:
-    """Bring features (B, C, h, w) to another grid, in their precision; the same grid gives the same tensor.
+    """Resample features (B, C, h, w) to another grid, in their precision; for the same grid returns the same tensor.
 
     `mode` is one of torch's ("area", "nearest", "bilinear", "bicubic", without aligned corners) or "rotary", see
-    `resample_rotary`. An autocast around it changes nothing.
+    `resample_rotary`. Autocast has no effect.
     """
     if tuple(features.shape[-2:]) == tuple(grid):
         return features
     with maybe_autocast(features.device.type, enabled=False):
         if mode == "rotary":
             return resample_rotary(features, grid)
-        if mode == "nearest":  # a copy, which no product is faster than
+        if mode == "nearest":  # a copy, faster than any product
             return F.interpolate(features, size=tuple(grid), mode=mode)
         # Products in half precision would round twice, and the matrices too.
         exact = features if features.dtype == torch.float64 else features.float()
         height, width = exact.shape[-2:]
         sides = [(-1, width, grid[1]), (-2, height, grid[0])]
-        # Columns are one product with the whole batch, so they come where the other side is the smaller one.
+        # Columns are one product with the whole batch, so they are resampled when the other side is smaller.
         for dim, source, target in sides if height <= grid[0] else reversed(sides):
             if source != target:
                 matrix = interpolation_matrix(source, target, mode, exact.dtype, exact.device)
@@ -46,17 +46,17 @@ def resample(features: torch.Tensor, grid: Grid, mode: str) -> torch.Tensor:
 
 
 def interpolation_matrix(source: int, target: int, mode: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """(target, source): the share of each of `source` cells of a side in each of `target` cells."""
-    # A graph that is being compiled knows no such cache; there it is a few small operations.
+    """The matrix (target, source): the share of each of `source` cells of a side in each of `target` cells."""
+    # A graph that is being compiled cannot use the cache; there the matrix is computed by a few small operations.
     made = _matrix.__wrapped__ if torch.compiler.is_compiling() else _matrix
     return made(source, target, mode, dtype, device)
 
 
 @lru_cache(maxsize=512)
 def _matrix(source: int, target: int, mode: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    # It is kept for trainings too, whatever mode it is made in first.
+    # Not an inference tensor, even if it is first computed in inference mode, so that training can use it too.
     with torch.inference_mode(False), torch.no_grad():
-        # Each cell by itself, as an image of one column, shows which cells it reaches.
+        # The interpolation of each unit vector, as an image of one column, gives a column of the matrix.
         cells = torch.eye(source, dtype=dtype, device="cpu").view(source, 1, source, 1)
         align = {"align_corners": False} if mode in ("bicubic", "bilinear") else {}
         reached = F.interpolate(cells, size=(target, 1), mode=mode, **align)
@@ -64,11 +64,11 @@ def _matrix(source: int, target: int, mode: str, dtype: torch.dtype, device: tor
 
 
 def resample_rotary(features: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Nearest-cell resampling that keeps in a coarse cell what lies where in it. Ours; the paper has no such thing.
+    """Resampling with which a coarse cell keeps the places of its fine cells. The method is ours, not the paper's.
 
-    A plain mean over cells forgets their order. Here each fine cell's vector is first rotated by its place in the
-    coarse cell, as rotary embeddings do with positions: the mean becomes a superposition from which each place can be
-    read again. Going up, the coarse vector is copied to its fine cells, and rotated back by their places.
+    A plain mean over cells loses their order. Here each fine cell's vector is first rotated by its place in the coarse
+    cell, as rotary embeddings do with positions: the mean becomes a superposition from which the vector at each place
+    can be read. In upsampling, the coarse vector is copied to its fine cells and rotated back by their places.
     """
     height, width = features.shape[-2:]
     down = grid[0] * grid[1] < height * width
@@ -90,9 +90,9 @@ def resample_rotary(features: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def _parents(fine: int, coarse: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each of `fine` cells of a side the coarse cell it lies in, and its distance from that one's middle."""
+    """For each of `fine` cells of a side the coarse cell in which it lies, and its distance from that cell's middle."""
     cells = torch.arange(fine, device=device)
-    # In whole numbers, since a middle on the edge of two coarse cells must not fall to either by rounding.
+    # In whole numbers, so that rounding does not decide where a middle on the edge of two coarse cells belongs.
     parents = (2 * cells + 1) * coarse // (2 * fine)
     return parents, (cells.float() + 0.5) / fine - (parents.float() + 0.5) / coarse
 

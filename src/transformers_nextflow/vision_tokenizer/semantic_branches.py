@@ -1,4 +1,4 @@
-"""The semantic encoder, any vision model of transformers with patches, and the decoder to the teacher's features."""
+"""The semantic encoder (any vision model of transformers with patches) and the decoder to the teacher's features."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def read_semantics(
     tower, layer = config.semantic_config, config.semantic_layer
     if config.image_size is None:
         pixel_values = resample(pixel_values, (grid[0] * tower.patch_size, grid[1] * tower.patch_size), "bicubic")
-    # transformers' vision models read some weights, such as those of positions, without calling what holds them.
+    # transformers' vision models read some weights, such as position embeddings, without calling their module.
     with onloaded(encoder.modules()):
         outputs = encoder(**_inputs_of(tower, pixel_values, grid), output_hidden_states=layer != -1)
     features = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
     if layer == -1 and tower.model_type == "clip_vision_model":
-        # transformers gives CLIP's closing norm to the class token only.
+        # transformers applies CLIP's closing norm only to the class token.
         features = encoder.post_layernorm(features)
     # Encoders with a class token put it first.
     return features[:, -grid[0] * grid[1] :].unflatten(1, grid)
 
 
 def _inputs_of(tower: PreTrainedConfig, pixel_values: torch.Tensor, grid: Grid) -> dict:
-    """How a vision model of transformers takes images of any size."""
+    """The arguments with which a vision model of transformers reads images of any size."""
     if not tower.model_type.startswith("siglip2"):
         return {"pixel_values": pixel_values, "interpolate_pos_encoding": True}
     # NaFlex reads a list of patches, each with its channels last, and the shape of the grid beside it.
@@ -45,7 +45,7 @@ def _inputs_of(tower: PreTrainedConfig, pixel_values: torch.Tensor, grid: Grid) 
 
 
 class SemanticDecoder(nn.Module):
-    """A ViT that reproduces the teacher's features."""
+    """A ViT that predicts the teacher's features."""
 
     def __init__(self, config: NextFlowVQConfig):
         super().__init__()
@@ -77,10 +77,10 @@ class SemanticDecoder(nn.Module):
 
 
 class SinusoidalPositions(nn.Module):
-    """Positions of any grid."""
+    """Sinusoidal positions for any grid."""
 
     def forward(self, hidden_states: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """(B, h*w, D) → the same with positions."""
+        """Adds positions to (B, h*w, D)."""
         return hidden_states + _grid_sinusoids(grid, hidden_states)
 
 
@@ -105,7 +105,7 @@ class LearnedPositions(nn.Module):
 
 
 def _grid_sinusoids(grid: Grid, like: torch.Tensor) -> torch.Tensor:
-    """(1, h*w, D): half the channels tell the row, half the column, both relative to the grid's geometric mean."""
+    """(1, h*w, D): half the channels encode the row, half the column, both relative to the grid's geometric mean."""
     height, width = grid
     quarter = like.shape[-1] // 4
     frequencies = torch.pi * 2.0 ** torch.linspace(0, 6, quarter, device=like.device)

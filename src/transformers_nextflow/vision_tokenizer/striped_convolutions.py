@@ -1,6 +1,7 @@
-"""Convolutions over large images stripe by stripe, without gradients: what lies between two of them is never whole.
+"""Convolutions over large images stripe by stripe, without gradients: temporary tensors are never as large as the
+image.
 
-Norms keep their statistics over the whole image, and stripes overlap as far as a kernel reaches, so the outcome is that
+Norms have their statistics over the whole image, and stripes overlap as far as a kernel reaches, so the result is that
 of the layers themselves, up to rounding.
 """
 
@@ -18,7 +19,7 @@ STRIPE_BYTES = 2**24
 
 
 def convolve(x: torch.Tensor, convolution: nn.Conv2d, norm: nn.GroupNorm | None = None) -> torch.Tensor:
-    """3x3 convolution of (B, C, H, W) with padding 1; of SiLU(norm(x)) where a norm comes before."""
+    """3x3 convolution of (B, C, H, W) with padding 1; with a norm that of SiLU(norm(x))."""
     prepared = _normed(x, norm) if norm is not None else lambda part: part
     return _by_stripes(x.shape[2], x, lambda low, high: prepared(x[:, :, low:high]), convolution)
 
@@ -52,7 +53,9 @@ def _by_stripes(height: int, like: torch.Tensor, source: Callable, convolution: 
 def _stripes(
     height: int, like: torch.Tensor, source: Callable, convolution: nn.Conv2d
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """First row, row behind the last one, and the convolved stripe; `source(low, high)` gives rows of its input."""
+    """For each stripe its first row, the row after its last one, and the convolved stripe; `source(low, high)` gives
+    rows of the input.
+    """
     channels = max(convolution.in_channels, convolution.out_channels)
     rows = max(1, STRIPE_BYTES // (len(like) * channels * like.shape[3] * like.element_size()))
     for low in range(0, height, rows):
@@ -63,7 +66,7 @@ def _stripes(
 
 
 def _normed(x: torch.Tensor, norm: nn.GroupNorm) -> Callable[[torch.Tensor], torch.Tensor]:
-    """SiLU(norm(…)) of rows of x, by the statistics of the whole x."""
+    """SiLU(norm(…)) of rows of x, with the statistics of the whole x."""
     grouped = x.unflatten(1, (norm.num_groups, -1))
     variance, mean = torch.var_mean(grouped, dim=(2, 3, 4), correction=0, keepdim=True)
     scale = (variance.float() + norm.eps).rsqrt() * norm.weight.float().view(1, norm.num_groups, -1, 1, 1)

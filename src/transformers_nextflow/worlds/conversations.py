@@ -1,4 +1,4 @@
-"""The layouts of conversations: what the user gives and what the model answers, in training and when it is used.
+"""The layouts of conversations: what the user gives and what the model answers, in training and in use.
 
 A turn is a tuple of parts in order: texts (`str`) and images. An image may be anything that is no text: a `Scene`, a
 PIL image, an array.
@@ -64,10 +64,10 @@ def to_messages(exchanges: Iterable[Exchange]) -> list[dict]:
 
 
 def images_of(parts: Iterable[Part]) -> list[Part]:
-    """Those parts that are images."""
+    """The parts that are images."""
     return [part for part in parts if not isinstance(part, str)]
 
 
 def texts_of(parts: Iterable[Part]) -> list[str]:
-    """Those parts that are texts."""
+    """The parts that are texts."""
     return [part for part in parts if isinstance(part, str)]

@@ -1,4 +1,4 @@
-"""From scores of cases to tables."""
+"""Makes tables from the scores of cases."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Score = dict[str, float]
 
 
 def metric_table(results: Iterable[tuple[str, Score]]) -> dict[str, float]:
-    """Means per category and over the categories: of `right` under the category's own name, of others with a suffix."""
+    """Means for each category and over the categories: `right` has the category's name, other scores a suffix to it."""
     by_metric: dict[str, dict[str, list[float]]] = {}
     for category, score in results:
         for metric, value in score.items():

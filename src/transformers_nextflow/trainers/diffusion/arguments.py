@@ -16,12 +16,12 @@ class NextFlowDiffusionTrainingArguments(CheckedArguments, TrainingArguments):
     Args:
         condition_dropout: share of the images that are trained without their condition, so that there is an
             unconditional prediction for guidance.
-        ema_decay: of the averaged weights, which are what is saved in the end; 0 saves those of the last step.
+        ema_decay: decay of the averaged weights, which are saved at the end; 0 saves the weights of the last step.
     """
 
     rules = ((("condition_dropout",), *SHARE),)
 
     condition_dropout: float = field(default=0.1)
     ema_decay: float = field(default=0.999)
-    # Rows hold what the decoder itself does not take.
+    # Rows have entries that are no arguments of the decoder.
     remove_unused_columns: bool = field(default=False)

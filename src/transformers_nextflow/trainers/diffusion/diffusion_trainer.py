@@ -1,4 +1,4 @@
-"""Training of the diffusion decoder on `Trainer`, with the diffusion loss only (paper, section 2.4)."""
+"""Training of the diffusion decoder on `Trainer`, with only the diffusion loss (paper, section 2.4)."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class NextFlowDiffusionTrainer(
 ):
     """Trains a [`NextFlowDiffusionDecoder`].
 
-    Rows hold `pixel_values` (3, H, W) in [-1, 1] of the decoder's size; `image_tokens` (N,) where codes are ready-made,
-    else the tokenizer encodes the image at its own size; and for a base with a text branch, where prompts are wanted,
+    Rows hold `pixel_values` (3, H, W) in [-1, 1] of the decoder's size; optionally the codes `image_tokens` (N,),
+    without which the tokenizer encodes the image at its own size; and optionally, for a base with a text branch,
     `prompt_tokens` (L, D) and `prompt_pooled` (P,).
 
     Args:
-        vq_model: the tokenizer, which rests.
+        vq_model: the tokenizer, which is frozen.
 
     Raises:
         ValueError: for the decoder of another tokenizer.
@@ -78,7 +78,7 @@ class NextFlowDiffusionTrainer(
         return code_condition(self.vq_model, image_tokens, self.vq_model.schedule_of(own_size))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """Write the decoder with its averaged weights. Checkpoints hold those of the step, the averages beside them."""
+        """Write the decoder with its averaged weights. Checkpoints hold the weights of the step and the averages."""
         if _internal_call:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:

@@ -33,7 +33,7 @@ from .diffusion_trainer import NextFlowDiffusionTrainer
 
 
 class DecoderImages(StageImages):
-    """The images of rows, cut square, `upsampling` times as large as the tokenizer's level.
+    """The images of rows, cropped to squares, `upsampling` times as large as the tokenizer's level.
 
     An item has `pixel_values` (3, side, side) in [-1, 1].
     """
@@ -51,11 +51,11 @@ def make_decoder(vq_model: NextFlowVQModel, settings: dict[str, Any], level: int
     """A decoder to train.
 
     Args:
-        settings: with `start` the folder of a decoder to go on from (the second stage, with `upsampling: 2`), with
-            `base` a pipeline of diffusers, else a small UNet; and what these take.
+        settings: `start` is the folder of a decoder to start from (for the second stage, with `upsampling: 2`), `base`
+            a pipeline of diffusers; without them the decoder is a small UNet. Others are arguments for these.
 
     Raises:
-        ValueError: for settings that are not known, or the decoder of another tokenizer.
+        ValueError: for unknown settings, or the decoder of another tokenizer.
     """
     settings = dict(settings)
     start, base = settings.pop("start", None), settings.pop("base", None)

@@ -1,4 +1,4 @@
-"""Reward functions whose answers are looked at before they are believed."""
+"""Validation of the outputs of reward functions."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from contextlib import contextmanager
 from functools import partial
 
 
-# Beyond it, squares of rewards leave float32 when a group's standard deviation is taken, and nothing would be learned.
+# With larger rewards, their squares overflow float32 in a group's standard deviation, and nothing would be learned.
 LARGEST_REWARD = 1e15
 
 
 def check_rewards(name: str, rewards: Iterable[float | None], count: int) -> list[float | None]:
-    """The answer of a reward function to `count` images as numbers; `None` leaves an image out.
+    """The outputs of a reward function for `count` images as numbers; `None` means that an image is not scored.
 
     Args:
-        rewards: a list, a tensor or an array: one number, or a tensor or an array of one, for each image in order.
+        rewards: a list, a tensor or an array: for each image in order a number, or a tensor or an array of one number.
 
     Raises:
-        ValueError: for another kind of answer, such as a dict, another number of rewards, and a reward that is no
+        ValueError: for another kind of output, such as a dict, another number of rewards, and a reward that is no
             number, not finite, or beyond 1e15.
     """
     try:
@@ -40,7 +40,7 @@ def check_rewards(name: str, rewards: Iterable[float | None], count: int) -> lis
 
 def _check_reward(name: str, index: int, reward) -> float | None:
     try:
-        # Of tensors and arrays the only element.
+        # The only element of a tensor or an array.
         value = reward.item() if hasattr(reward, "item") else reward
         if isinstance(value, str | bytes):
             raise TypeError("a text is no number")
@@ -74,13 +74,13 @@ def _named(name: str) -> Iterator[None]:
 
 
 def checked(function: Callable, timeout: float | None = None) -> Callable:
-    """A reward function, sync or async, whose answers go through `check_rewards`; it keeps its name.
+    """A reward function, sync or async, whose outputs are validated by `check_rewards`; it keeps its name.
 
     Args:
-        timeout: seconds after which an async one that has not answered is a `ValueError`.
+        timeout: seconds after which an async function that has not returned raises a `ValueError`.
 
     Raises:
-        ValueError: for what is no function, such as a model or its name.
+        ValueError: for anything but a function, such as a model or its name.
     """
     if not callable(function) or hasattr(function, "parameters"):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Settings of RL on images: TRL's, and what images add."""
+"""Settings of RL on images: TRL's settings, and those that images add."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ except ImportError as error:
 
 # "cond": without guidance and truncation; "guided": with guidance; "guided_truncated": the sampler's own policy.
 LIKELIHOODS = ("cond", "guided", "guided_truncated")
-# Images of a group where neither batches nor groups are given (arXiv 2601.02256); smaller batches make smaller groups.
+# Images of a group if neither batches nor groups are given (arXiv 2601.02256); smaller batches make smaller groups.
 GROUP_SIZE = 16
 # What batches and groups are divided by.
 COUNTS = (
@@ -40,36 +40,38 @@ NOT_FOR_IMAGES = (
 
 @dataclass
 class NextFlowGRPOConfig(CheckedArguments, GRPOConfig):
-    """TRL's `GRPOConfig` and what images add. Where the paper (section 3.2.5) names no value, the default is ours.
+    """TRL's `GRPOConfig` and settings for images. If the paper (section 3.2.5) gives no value, the default is ours.
     See also [`CheckedArguments`].
 
-    `epsilon`, `epsilon_high`, `beta`, `num_iterations`, `scale_rewards`, `reward_weights` and all that shapes batches
-    mean what they mean in TRL. What is about texts is refused when it is set.
+    `epsilon`, `epsilon_high`, `beta`, `num_iterations`, `scale_rewards`, `reward_weights` and all settings of batches
+    have the same meaning as in TRL. Settings for texts raise an error if they are set.
 
     Args:
         num_generations: images of a group, which share a prompt; default: the largest number up to 16 that divides the
             batch of rollouts.
         per_device_train_batch_size, per_device_eval_batch_size: images of a process's batch; default: one group.
-        learning_rate: default: 1e-6, or 1e-5 where an adapter is trained.
-        num_prefix_scales: the first scales, which alone are trained and run through the model (the paper's m); default:
-            the paper's 8, or fewer where the checkpoint samples fewer before its first scale at temperature 0.
-        scale_alpha: a code of an h x w grid weighs (h·w)^-scale_alpha.
-        likelihood: whose probabilities are compared: "guided_truncated", those that the sampler drew from; "guided",
-            without top-k and top-p; "cond", without guidance too, at a half or a third of the cost.
+        learning_rate: default: 1e-6, or 1e-5 if an adapter is trained.
+        num_prefix_scales: how many of the first scales are trained (the paper's m); only these run through the model in
+            training. Default: the paper's 8, or fewer if the checkpoint has fewer scales before its first scale at
+            temperature 0.
+        scale_alpha: a code of an h x w grid has the weight (h·w)^-scale_alpha.
+        likelihood: the probabilities that are compared: "guided_truncated", those from which codes were sampled;
+            "guided", without top-k and top-p; "cond", without guidance too, at a half or a third of the cost.
         importance_sampling_level: the ratio that is clipped: of each "token", "scale_mean" or "scale_product".
-        image_sampling: settings of the rollouts, those of [`ImageSampling`]; default the checkpoint's own.
-        num_continuations: draw so many images from each prefix, and reward it by what they are worth together: eta ·
+        image_sampling: settings of the rollouts, those of [`ImageSampling`]; default: the checkpoint's own.
+        num_continuations: draw this many images from each prefix, and reward the prefix by their common value: eta ·
             log(mean(exp(reward / eta))), the "value as middle return" of arXiv 2601.02256.
-        continuation_eta: eta of it: small values look at the best image, large ones at the mean.
-        fine_beta: penalty on the KL of the scales behind the prefix, which the same weights draw; above 0 all scales
-            are brought through the model.
-        kl_logging_steps: every so many steps the KL of all scales is logged, `scale_k/kl_to_reference`; it
+        continuation_eta: the eta in this formula: with small values the best image counts most, with large ones the
+            mean.
+        fine_beta: penalty on the KL of the scales after the prefix, which the same weights draw; above 0 all scales run
+            through the model in training.
+        kl_logging_steps: number of steps after which the KL of all scales is logged, `scale_k/kl_to_reference`; it
             costs two passes over all scales.
-        max_advantage: advantages are cut at so many standard deviations.
-        max_prompt_length: in tokens, the slots of images included; a longer prompt raises an error, before training
-            where it is the text that is too long, else when it is drawn.
-        reward_timeout: seconds after which an async reward that has not answered ends the training; `None` waits for
-            ever. A reward that is not async cannot be ended from outside.
+        max_advantage: advantages are clipped at this many standard deviations.
+        max_prompt_length: in tokens, the slots of images included; a longer prompt raises an error, before training if
+            the text is too long, else when the image is drawn.
+        reward_timeout: seconds after which an async reward that has not returned ends the training; `None` waits for
+            ever. A reward that is not async cannot be interrupted.
     """
 
     rules = ((("beta", "fine_beta", "epsilon", "epsilon_high", "continuation_eta"), *NOT_NEGATIVE),)
@@ -133,10 +135,10 @@ class NextFlowGRPOConfig(CheckedArguments, GRPOConfig):
                 f"save_steps={self.save_steps} would save between the steps that share one batch of rollouts, from "
                 f"where no run can go on exactly; take a multiple of {cycle} / gradient_accumulation_steps steps."
             )
-        ImageSampling.from_dict(self.image_sampling or {})  # raises for values out of range
+        ImageSampling.from_dict(self.image_sampling or {})  # raises for invalid values
 
     def _fill_batches_with_groups(self):
-        """Sizes of batches and groups that are not given follow from those that are: a batch holds whole groups."""
+        """Choose missing sizes of batches and groups so that they fit the given ones: a batch holds whole groups."""
         processes = get_int_from_env(("WORLD_SIZE",), 1)
         if self.per_device_train_batch_size is None:
             group = self.num_generations or GROUP_SIZE

@@ -1,4 +1,4 @@
-"""RL on the scales that decide: TRL's GRPO with images for completions (paper, section 3.2.5)."""
+"""RL on the first scales of images: TRL's GRPO with images as completions (paper, section 3.2.5)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ MOST_PREFIX_SCALES = 8
 
 
 class PromptSampler(RepeatSampler):
-    """TRL's sampler of groups, whose order depends on seed and epoch alone, so that a resumed run goes on with it."""
+    """TRL's sampler of groups, in an order that depends only on seed and epoch, so that a resumed run continues it."""
 
     def __init__(self, *args, epoch: Callable[[], int], **kwargs):
         super().__init__(*args, **kwargs)
@@ -73,26 +73,28 @@ class NextFlowGRPOTrainer(
 ):
     """Trains a [`NextFlowForConditionalGeneration`] on rewards of the images that it draws.
 
-    As TRL's `GRPOTrainer`, with these differences. A row of the dataset has `prompt`, a text or a conversation of one
-    user's turn, which is taken for its text, and where an image is to
-    be changed, `image` or `images`; `height` and `width` are optional. A reward function is called as
-    `reward(prompts, completions, completion_ids, **columns)`: `completions` are PIL images, `completion_ids` their
-    codes, and the columns are all others of the dataset and `image_grids`, the final grids. Only the prompt and the
-    first `num_prefix_scales` scales are brought through the model in training.
+    It works as TRL's `GRPOTrainer`, with these differences. A row of the dataset has `prompt`, a text or a conversation
+    of one user's turn, of which the text is used; to edit images it also has `image` or `images`; `height` and `width`
+    are optional. A reward function is called as `reward(prompts, completions, completion_ids, **columns)`:
+    `completions` are PIL images, `completion_ids` their codes, and the columns are the other columns of the dataset and
+    `image_grids`, the final grids. In training only the prompt and the first `num_prefix_scales` scales run through the
+    model.
 
     Args:
-        model: the model, a PEFT model around it, or the name of a checkpoint, as a folder or a repository of the Hub,
-            which is loaded in float32.
+        model: the model, a PEFT model around it, or the folder or repository of a checkpoint, which is loaded in
+            float32.
         reward_funcs: one function or several, sync or async; see `args.reward_weights`.
-        processing_class: the checkpoint's [`NextFlowProcessor`]; default with a name of a checkpoint: its own.
-        peft_config: trains an adapter; the reference is then the model without it.
-        boxes_func: called as a reward is, tells of each image the boxes that decided about its reward, (left, top,
-            right, bottom) in shares of its sides: only codes in them are trained. `None` for all of an image.
+        processing_class: the checkpoint's [`NextFlowProcessor`]; default, if `model` is a folder or repository: its
+            own.
+        peft_config: config of an adapter to train; the reference is then the model without it.
+        boxes_func: a function with the arguments of a reward; it returns for each image the boxes that decided about
+            its reward, (left, top, right, bottom) in shares of its sides: only codes in them are trained. `None` for
+            the whole image.
         Others: as in TRL.
 
     Raises:
-        ValueError: for settings or a processor that do not fit the model, weights to be trained that are not float32,
-            fewer prompts than a batch takes, a row without a prompt, too long a prompt, and rewards that are no
+        ValueError: for settings or a processor that do not fit the model, trainable weights that are not float32, fewer
+            prompts than a batch needs, a row without a prompt, a prompt that is too long, and rewards that are no
             numbers.
     """
 
@@ -117,7 +119,7 @@ class NextFlowGRPOTrainer(
             train_dataset = with_texts(train_dataset)
         if kwargs.get("eval_dataset") is not None:
             kwargs["eval_dataset"] = with_texts(kwargs["eval_dataset"])
-        # A copy, in which what is not set is filled in to fit the model.
+        # A copy, in which missing settings are filled in to fit the model.
         args = copy.copy(args or NextFlowGRPOConfig(output_dir="nextflow-grpo"))
         if not isinstance(processing_class, NextFlowProcessor):
             raise ValueError(f"processing_class must be a NextFlowProcessor, got {type(processing_class).__name__}.")
@@ -140,7 +142,7 @@ class NextFlowGRPOTrainer(
         if train_dataset is not None:
             check_dataset("train_dataset", train_dataset, args.generation_batch_size // args.num_generations)
         self.boxes_func = boxes_func
-        # The batch at hand: TRL's methods, which call ours, hand on token ids alone.
+        # The current batch: TRL's methods, which call ours, pass on only token ids.
         self._inputs: list[dict] = []
         self._rollouts: list[Rollout] = []
         self._rewards: torch.Tensor | None = None
@@ -153,7 +155,7 @@ class NextFlowGRPOTrainer(
         if args.learning_rate is None:
             args.learning_rate = 1e-5 if is_adapted else 1e-6
         reference = None if is_adapted or args.beta == 0 else _frozen_copy(model)
-        # TRL would load the reference by the name of the model, which one made in memory has none of.
+        # TRL would load the reference by the name of the model, but a model made in memory has none.
         beta, args.beta = args.beta, args.beta if is_adapted else 0.0
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         super().__init__(
@@ -174,7 +176,7 @@ class NextFlowGRPOTrainer(
             else:
                 self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         if args.max_prompt_length is not None and isinstance(train_dataset, Dataset):
-            # A long run shall not end at a prompt that could have been seen before it began.
+            # Checked now, so that a long run does not fail at such a prompt later.
             prompts = train_dataset.unique("prompt")
             rows = [[*row, processing_class.boi_token_id] for row in processing_class.prompt_ids(prompts)]
             check_lengths(prompts, rows, args.max_prompt_length)
@@ -197,7 +199,7 @@ class NextFlowGRPOTrainer(
     # Rollouts ---------------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
-        # TRL scores, compares and logs; it sees no images of prompts, which are ours to read.
+        # TRL scores, compares and logs; it does not get the images of prompts, which are read here.
         check_rows("the batch", inputs)
         self._inputs = inputs
         hidden = [{name: value for name, value in row.items() if name not in IMAGE_COLUMNS} for row in inputs]
@@ -213,7 +215,7 @@ class NextFlowGRPOTrainer(
         return {"advantages": advantages.clamp(-limit, limit), "rollouts": self._rollouts} | kept
 
     def _generate(self, prompts: list[str]):
-        self.check_weights()  # no code can be sampled with others
+        self.check_weights()  # no code can be sampled with weights that are not finite
         with self._drawing_model() as model:
             self._rollouts, images = generate_rollouts(
                 model, self.processing_class, self._inputs, self.sampling, self.args.max_prompt_length
@@ -223,8 +225,8 @@ class NextFlowGRPOTrainer(
 
     @contextmanager
     def _drawing_model(self):
-        """The policy as it draws, whole on every process, since images of other sizes take other numbers of passes.
-        Gradient checkpointing would drop the cache; it is off in evaluation mode.
+        """The policy for drawing, with all weights on every process, since images of different sizes take different
+        numbers of passes. It is in evaluation mode, since gradient checkpointing would drop the cache.
         """
         gathers = self.args.ds3_gather_for_generation
         with (
@@ -271,7 +273,9 @@ class NextFlowGRPOTrainer(
         ]
 
     def _in_flat_groups(self) -> torch.Tensor:
-        """Which of this process's images are in groups whose rewards are all the same; rounding hides it."""
+        """A mask of this process's images in groups with equal rewards, which advantages may not show after
+        rounding.
+        """
         count = self.num_generations if self._mode == "train" else self.num_generations_eval
         groups = self._rewards.nan_to_num(torch.inf).unflatten(0, (-1, count))
         flat = (groups == groups[:, :1]).flatten(1).all(1).repeat_interleave(count)
@@ -279,7 +283,9 @@ class NextFlowGRPOTrainer(
         return flat[start : start + len(self._rollouts)]
 
     def _log_diversity(self):
-        """The share of prefix codes in which two images of a group differ; zero is a group that teaches nothing."""
+        """Log the share of prefix codes in which two images of a group differ; from a group with zero nothing is
+        learned.
+        """
         codes = gather_object([self._prefix(rollout).tolist() for rollout in self._rollouts])
         count = self.num_generations if self._mode == "train" else self.num_generations_eval
         shares = [
@@ -297,8 +303,8 @@ class NextFlowGRPOTrainer(
     # Likelihoods ------------------------------------------------------------------------------------------------------
 
     def _get_per_token_logps_and_entropies(self, model, *args, batch_size: int | None = None, **kwargs):
-        """Of the rollouts at hand the log-probabilities of their prefixes, a list of (n,); TRL asks for them once for
-        the policy that drew and once for the reference.
+        """The log-probabilities of the prefixes of the current rollouts, a list of (n,). TRL calls this once for the
+        old policy and once for the reference.
         """
         size, rows = batch_size or len(self._rollouts), []
         for start in range(0, len(self._rollouts), size):
@@ -327,7 +333,7 @@ class NextFlowGRPOTrainer(
 
     @torch.no_grad()
     def _log_kl_of_scales(self):
-        """The KL of every scale: those that are not trained change too, since weights are shared."""
+        """Log the KL of every scale; scales that are not trained change too, since weights are shared."""
         size, metrics = self.args.per_device_train_batch_size, self._metrics[self._mode]
         totals = torch.zeros(2, self._num_scales, device=self.accelerator.device)
         for start in range(0, len(self._rollouts), size):
@@ -357,7 +363,7 @@ class NextFlowGRPOTrainer(
         rollouts, advantages = inputs["rollouts"], inputs["advantages"]
         found = self._log_probabilities(model, rollouts)
         columns, new = found.columns, found.values
-        # Without them the policy at hand is the one that drew.
+        # Without them the current policy is the one that drew.
         old = columns.place(inputs["old_per_token_logps"]) if "old_per_token_logps" in inputs else new.detach()
         schedules, alpha = [rollout.schedule for rollout in rollouts], self.args.scale_alpha
         in_prefix = columns.scales <= self.num_prefix_scales
@@ -411,13 +417,13 @@ def _codes(rollouts: Sequence[Rollout]) -> list[list[int]]:
 
 
 def _value_of_prefix(rewards: torch.Tensor, eta: float) -> torch.Tensor:
-    """Rewards (K, …) of images that go on from one prefix → what the prefix is worth; a single one is its reward."""
-    best = rewards.amax(0)  # from which the others are counted, so that no quotient overflows
+    """Rewards (K, …) of images that continue the same prefix → the value of the prefix; of one image its reward."""
+    best = rewards.amax(0)  # the others are relative to it, so that no quotient overflows
     return best + eta * (((rewards - best) / eta).logsumexp(0) - math.log(len(rewards)))
 
 
 def _base_model(model: nn.Module) -> nn.Module:
-    """The model inside of a PEFT model, whose layers hold the adapter all the same."""
+    """The model inside of a PEFT model; its layers still hold the adapter."""
     return model.get_base_model() if is_peft_model(model) else model
 
 
@@ -427,7 +433,9 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def _prefix(asked: int | None, model: nn.Module, sampling: ImageSampling) -> int:
-    """How many scales are trained. Raises `ValueError` for more than the model draws, and for one without chance."""
+    """How many scales are trained. Raises `ValueError` for more scales than the model draws, and for a prefix with a
+    scale at temperature 0.
+    """
     most = len(model.config.vq_config.scales)
     count = min(MOST_PREFIX_SCALES, most) if asked is None else asked
     if count > most:

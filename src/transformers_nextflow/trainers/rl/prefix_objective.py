@@ -21,9 +21,9 @@ RATIO_LEVELS = ("token", "scale_mean", "scale_product")
 def scale_shares(
     schedules: Sequence[ScaleSchedule], columns: PrefixColumns, alpha: float, counted: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Weight (B, n) of each code: (h·w)^-alpha of its scale, brought to a sum of one for each image.
+    """The weight (B, n) of each code: (h·w)^-alpha of its scale, scaled to a sum of one for each image.
 
-    `counted` (n,) or (B, n) bool says which codes count, default all; an image of which none does weighs nothing.
+    `counted` (n,) or (B, n) bool says which codes count, default all; an image without such codes has the weight zero.
     """
     weights = columns.place([scale_weights(schedule, alpha) for schedule in schedules])
     if counted is not None:
@@ -32,13 +32,13 @@ def scale_shares(
 
 
 def box_mask(boxes: Sequence[Box], schedule: ScaleSchedule) -> torch.Tensor:
-    """Which codes (N,) bool of an image lie in one of the boxes, at every scale: a cell counts if a box touches it, so
-    that what is marked at a fine scale is marked at all coarser ones (VAR RL Done Right, arXiv 2601.02256).
+    """A mask (N,) bool of the codes of an image in one of the boxes, at every scale. A cell counts if a box touches it,
+    so a place that is marked at a fine scale is marked at all coarser ones (VAR RL Done Right, arXiv 2601.02256).
 
     `boxes` are (left, top, right, bottom) in shares of the image's sides.
 
     Raises:
-        ValueError: for a box that is empty or lies outside of the image.
+        ValueError: for a box that is empty or outside of the image.
     """
     for box in boxes:
         left, top, right, bottom = box
@@ -62,16 +62,16 @@ def policy_terms(
     level: str = "token",
     epsilon: tuple[float, float] = (0.2, 0.2),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the objective gains from each code.
+    """The terms of the objective for each code.
 
     Args:
-        log_ratios: (B, n) of each code, new over old policy.
+        log_ratios: (B, n) log-ratio of each code, new over old policy.
         advantages: (B,).
-        weights: (B, n) of `scale_shares`.
-        level: what is clipped: the ratio of each code, the mean (geometric) over a scale's codes, or the product over
+        weights: (B, n) from `scale_shares`.
+        level: what is clipped: the ratio of each code, the (geometric) mean over a scale's codes, or the product over
             them, which is the ratio of the scale's whole grid (paper, equation 5). At ratio one all three have the same
             gradient.
-        epsilon: how far below and above one a ratio may go.
+        epsilon: how far a ratio may be below and above one.
 
     Returns:
         The terms (B, n), to be summed; the ratios (B, n), and which are clipped (B, n) bool.
@@ -81,7 +81,7 @@ def policy_terms(
         if level == "scale_mean":
             pooled = pooled / columns.counts().clamp_min(1)
         else:
-            # The product's gradient is already a sum over codes: its weight is divided among them.
+            # The product's gradient is a sum over codes, so the weight is divided among them.
             weights = weights / columns.counts().clamp_min(1)[:, columns.scales - 1]
         log_ratios = pooled[:, columns.scales - 1]
     ratios, advantages = log_ratios.exp(), advantages[:, None]
@@ -92,6 +92,6 @@ def policy_terms(
 
 
 def kl_to_reference(log_probabilities: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """KL divergence of the policy from the reference, estimated at each drawn code: unbiased, never negative (k3)."""
+    """KL divergence of the policy from the reference, estimated at each sampled code: unbiased, not negative (k3)."""
     difference = reference - log_probabilities
     return difference.exp() - difference - 1

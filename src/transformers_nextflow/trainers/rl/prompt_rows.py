@@ -1,4 +1,4 @@
-"""Rows of prompts for RL, looked at before anything is drawn from them."""
+"""Rows of prompts for RL, checked before images are drawn."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ...utils.short_repr import short_repr
 
 
 def read_prompts(source: str | os.PathLike, columns: Columns | None = None) -> Dataset:
-    """Prompts for RL: the rows of a `.jsonl` file that have `prompt`, with all their fields, which rewards get; of
-    other sources (`open_rows`) the texts of each row that is answered by an image, and the images that it shows.
+    """Prompts for RL: the rows with `prompt` of a `.jsonl` file, with all their fields, which are passed to rewards;
+    from other sources (`open_rows`) the texts and input images of each row that an image answers.
 
     Raises:
-        ValueError: for what is no source, or rows of which none is answered by an image.
+        ValueError: for an invalid source, or rows none of which an image answers.
     """
     path = Path(source)
     if path.suffix in (".jsonl", ".json") and path.is_file():
@@ -69,15 +69,14 @@ def _checked_lines(lines: JsonLines) -> list[dict]:
 
 
 def check_dataset(name: str, rows: Dataset | IterableDataset, needed: int):
-    """Check the prompts of a dataset; of a stream, and of rows that are made when they are read, those of the first
-    batch.
+    """Check the prompts of a dataset; of a stream, and of rows that are made on access, only those of the first batch.
 
     Args:
-        name: what errors call the dataset.
-        needed: prompts of a batch; a dataset with fewer would be trained in no step.
+        name: name of the dataset in errors.
+        needed: number of prompts of a batch; with fewer rows there would be no step.
 
     Raises:
-        ValueError: for fewer rows, and what `check_rows` refuses.
+        ValueError: for fewer rows, and for all that `check_rows` refuses.
     """
     is_table = isinstance(rows, Dataset) and rows.format["type"] != "custom"
     first = rows if is_table else list(islice(rows, needed))
@@ -87,13 +86,13 @@ def check_dataset(name: str, rows: Dataset | IterableDataset, needed: int):
             "num_generations); give more prompts, or make the batches smaller."
         )
     if is_table and "prompt" in rows.column_names:
-        _check_texts(name, rows.with_format(None)["prompt"][:])  # at once: row by row takes a minute a million
+        _check_texts(name, rows.with_format(None)["prompt"][:])  # all at once: row by row takes a minute for a million
     else:
         check_rows(name, first)
 
 
 def check_rows(name: str, rows: Sequence[dict]):
-    """Raises `ValueError` naming the first row without a `prompt`, or one whose prompt is no text or an empty one."""
+    """Raises `ValueError` naming the first row without a `prompt`, or whose prompt is no text or empty."""
     for number, row in enumerate(rows):
         if "prompt" not in row:
             raise ValueError(f"Row {number} of {name} has no 'prompt', only {sorted(row)}; give every row one.")
@@ -101,7 +100,7 @@ def check_rows(name: str, rows: Sequence[dict]):
 
 
 def with_texts(rows):
-    """A dataset, or a dict of them, whose prompts are texts where they were conversations of one user's turn."""
+    """A dataset, or a dict of them, in which prompts that are conversations of one user's turn become texts."""
     if isinstance(rows, dict):
         return {name: with_texts(part) for name, part in rows.items()}
     first = next(iter(rows), None)
@@ -110,7 +109,7 @@ def with_texts(rows):
 
 
 def text_of_prompt(prompt) -> str:
-    """What the user says. Raises `ValueError` for anything but one turn of a user, with text."""
+    """The text of the user. Raises `ValueError` for anything but one turn of a user, with text."""
     turns = prompt if isinstance(prompt, list) else []
     if len(turns) != 1 or not isinstance(turns[0], dict) or turns[0].get("role") != "user":
         raise ValueError(f"A prompt is a text, or a conversation of one turn of a user, got {short_repr(prompt)}.")

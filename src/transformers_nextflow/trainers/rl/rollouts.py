@@ -1,4 +1,4 @@
-"""Images drawn for RL, each with all that is needed to score it again."""
+"""Rollouts of RL: drawn images with all that is needed to compute their likelihoods again."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Rollout:
     """One drawn image.
 
     Args:
-        contexts: token ids of the prompt, then of its negative prompts, as [`SequenceWriter`] takes it.
+        contexts: token ids of the prompt, then of its negative prompts, as in [`SequenceWriter`].
         input_tokens, input_grids: codes (N,) and final grids of the images in the prompt.
-        schedule: of the drawn image.
+        schedule: schedule of the drawn image.
         image_tokens: its codes (N,), or those of the scales drawn so far.
     """
 
@@ -39,7 +39,7 @@ class Rollout:
 
 
 def images_of(row: dict) -> list[Image.Image]:
-    """The images that a row's prompt speaks of: its `images`, or its `image`."""
+    """The images that a row's prompt refers to: its `images`, or its `image`."""
     if row.get("images") is not None:
         return list(row["images"])
     return [row["image"]] if row.get("image") is not None else []
@@ -57,12 +57,12 @@ def generate_rollouts(
     """Draw one image for each row.
 
     Args:
-        rows: `prompt`, a text; `images` or `image`, what it speaks of; `height` and `width`, default the size of the
-            last of those images, or the model's largest square.
+        rows: rows with `prompt`, a text; optionally `images` or `image`, to which it refers; optionally `height` and
+            `width`, by default the size of the last of these images, or the model's largest square.
         max_prompt_length: in tokens, the slots of images included.
 
     Raises:
-        ValueError: for a prompt that is no text, an empty one, one that is too long, and a size that is not drawn.
+        ValueError: for a prompt that is no text, empty or too long, and for a size without a schedule.
     """
     prompts = check_prompts([row["prompt"] for row in rows])
     images = [processor.image_processor.to_rgb(found) if (found := images_of(row)) else [] for row in rows]
@@ -96,7 +96,7 @@ def continue_rollouts(
     sampling: ImageSampling,
     generator: Generators = None,
 ) -> tuple[list[Rollout], list[Image.Image]]:
-    """Draw what is missing of images whose `image_tokens` hold the first whole scales, or nothing yet."""
+    """Draw the missing scales of images whose `image_tokens` hold the first scales, or none."""
     schedules = [rollout.schedule for rollout in begun]
     given = pad_codes([rollout.image_tokens for rollout in begun])
     drawing = ImageCodes(model, schedules, sampling, generator, given)
@@ -124,7 +124,7 @@ def check_lengths(prompts: Sequence[str], rows: Sequence[list[int]], limit: int 
 def as_drawn(
     rollouts: Sequence[Rollout], model: nn.Module, processor: NextFlowProcessor, sampling: ImageSampling
 ) -> tuple[Prompts, list[Prompts], ImageCodes]:
-    """Prompts, contexts and drawing of finished rollouts, as `prefix_log_probabilities` takes them."""
+    """Prompts, contexts and images of finished rollouts, as arguments of `prefix_log_probabilities`."""
     prompts, contexts = _prompts_and_contexts(rollouts, processor, model.device)
     drawing = ImageCodes(model, [rollout.schedule for rollout in rollouts], sampling)
     codes = pad_codes([rollout.image_tokens for rollout in rollouts])
@@ -144,7 +144,7 @@ def _prompts_and_contexts(
 def _padded(
     rollouts: Sequence[Rollout], rows: list[list[int]], processor: NextFlowProcessor, device: torch.device
 ) -> Prompts:
-    """Rows of token ids as a batch, with the images of those that hold any."""
+    """Rows of token ids as a batch, with the images in them."""
     holding = [rollout for rollout, row in zip(rollouts, rows) if processor.eoi_token_id in row]
     codes = [codes.to(device) for rollout in holding for codes in rollout.input_tokens]
     grids = [grid for rollout in holding for grid in rollout.input_grids]

@@ -1,1 +1,1 @@
-"""What every training has: checked settings, checkpoints, exact resuming, finite numbers."""
+"""What all trainers share: checked settings, checkpoints, exact resuming, finite numbers."""

@@ -12,15 +12,15 @@ from ...utils.atomic_files import swap_folders
 
 
 PARTIAL = "partial-checkpoint"
-# In a checkpoint of a training that was begun anew, or went on from an earlier step, in the same folder.
+# The mark in a checkpoint after a new training, or one resumed from an earlier step, has begun in the same folder.
 SUPERSEDED = "superseded"
 
 
 class AtomicCheckpointMixin:
-    """Writes a checkpoint into a folder of another name, and gives it its own when all processes are done.
+    """Writes a checkpoint into a folder with a temporary name, and renames it when all processes are done.
 
-    So a kill or a full disk while a checkpoint is written costs that one alone: `resume_from_checkpoint=True` takes the
-    newest, and it is whole. What was left half written goes when the next one is begun.
+    So a kill or a full disk while a checkpoint is written can only lose that one: `resume_from_checkpoint=True` takes
+    the newest complete one. An incomplete checkpoint is removed when the next one is begun.
     """
 
     _writes_partial = False
@@ -57,19 +57,19 @@ class AtomicCheckpointMixin:
         shutil.rmtree(run_dir / PARTIAL)
 
     def _rotate(self, run_dir: Path):
-        """As transformers rotates, but superseded checkpoints go first, and the others by their steps: times of files
-        do not tell checkpoints of one second apart.
+        """Delete old checkpoints as transformers does, but superseded ones first, and the others by their steps, since
+        checkpoints of the same second cannot be ordered by the times of their files.
         """
         limit = self.args.save_total_limit or 0
         checkpoints = sorted(checkpoints_in(run_dir), key=lambda checkpoint: not is_superseded(checkpoint))
         kept = {checkpoints[-1].name, Path(self.state.best_model_checkpoint or checkpoints[-1]).name}
         surplus = len(checkpoints) - max(limit, len(kept)) if limit > 0 else 0
         for checkpoint in [c for c in checkpoints if c.name not in kept][: max(surplus, 0)]:
-            # Its name goes first: a checkpoint that is removed in part is none.
+            # It is renamed first, so that a partly removed folder does not look like a checkpoint.
             checkpoint.rename(run_dir / PARTIAL / f"surplus-{checkpoint.name}")
 
     def supersede_checkpoints(self, start: Path | None) -> list[str]:
-        """Mark the checkpoints that do not lead to what is trained from here on, from `start` or from the beginning.
+        """Mark the checkpoints that are no part of the training that now begins, or continues from `start`.
 
         Returns the names of those that were not marked before.
         """
@@ -84,7 +84,7 @@ class AtomicCheckpointMixin:
         return names
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint of the training that goes on in the folder."""
+        """The newest checkpoint of the current training in the folder."""
         own = [c for c in checkpoints_in(self.args.output_dir) if not is_superseded(c)]
         return own[-1] if own else None
 
@@ -105,5 +105,5 @@ def _number_of(checkpoint: Path) -> str:
 
 
 def is_superseded(checkpoint: Path) -> bool:
-    """Whether it is of a training that was begun anew since, or went on from an earlier step."""
+    """Whether a later training in the folder, or one resumed from an earlier step, has replaced the checkpoint."""
     return (checkpoint / SUPERSEDED).exists()

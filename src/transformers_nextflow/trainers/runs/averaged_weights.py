@@ -1,4 +1,4 @@
-"""An exponential moving average (EMA) of the weights that are trained, saved and resumed with them."""
+"""An exponential moving average (EMA) of the trained weights, saved and resumed with them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .trained_weights import is_sharded, own_part
 
 
 logger = logging.get_logger(__name__)
-# Beside the weights that `save_model` writes: a model of the averages, which loads as the model itself does.
+# The subfolder in which `save_model` writes the averages as a separate model.
 FOLDER = "ema"
 # In a checkpoint: whole, or a folder with the parts of all processes.
 FILE, PARTS = "ema.safetensors", "ema_parts"
@@ -28,8 +28,8 @@ NUM_AVERAGED = "num_averaged"
 
 class AveragedWeightsMixin(ShardedCheckpointMixin):
     """For trainers on `Trainer` with [`CheckedArguments`]: `ema_decay` above 0 keeps an average of each trained weight,
-    in float32 on its device; of sharded weights each process averages its own part. The decay grows to `ema_decay`, as
-    (1 + n) / (10 + n) after n steps, so that an average does not keep the weights of the start.
+    in float32 on its device; of sharded weights each process averages its own part. The decay is (1 + n) / (10 + n)
+    after n steps until it reaches `ema_decay`, so that an average forgets the initial weights.
 
     A checkpoint holds the averages as one more state, of sharded weights in parts that any number of processes reads.
     `save_model` writes them as a model of its own into `ema/`.
@@ -46,7 +46,7 @@ class AveragedWeightsMixin(ShardedCheckpointMixin):
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """The model has its averages for weights meanwhile."""
+        """During the block the weights of the model are their averages."""
         self._exchange()
         try:
             yield

@@ -1,4 +1,4 @@
-"""Settings that every trainer here has, and the check of all its numbers before a training begins."""
+"""Settings that all trainers share, and the check of all numbers before a training begins."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOT_NEGATIVE = (lambda value: value >= 0, "be at least 0")
 FROM_ONE = (lambda value: value >= 1, "be at least 1")
 SHARE = (lambda value: 0 <= value <= 1, "lie in [0, 1]")
 
-# What `TrainingArguments` takes without a look.
+# Arguments that `TrainingArguments` does not check.
 RULES: tuple[Rule, ...] = (
     (("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "max_nonfinite_steps"), *NOT_NEGATIVE),
     (("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), *FROM_ONE),
@@ -40,21 +40,21 @@ TOKEN_COUNTS = ("no", "all", "non_padding")
 
 @dataclass
 class CheckedArguments:
-    """Stands before `TrainingArguments`, or a class on it, among the bases of a trainer's arguments.
+    """Arguments of all trainers; must come before `TrainingArguments`, or a subclass of it, in the bases of a class.
 
     Args:
-        max_nonfinite_steps: steps whose loss or gradient is not finite that are left out, each with a warning, before
-            one ends the training with an error. A step that is left out changes no weight; the log has its loss as it
-            was computed, and counts `nonfinite_steps`. Default: the first one ends the training.
-        spike_factor: a step is a spike whose gradient has a norm of more than so many medians of the last 100; `None`:
-            spikes are not looked for. The log counts `gradient_spikes`.
-        on_spike: "count" goes on; "skip" leaves the step out; "rewind" leaves it out and goes back to the weights and
-            the optimizer's states of the newest checkpoint, while data and learning rate go on: so all steps since
-            then are left out.
-        ema_decay: above 0 an average of the weights is kept, of which each step takes in a share of `1 - ema_decay`.
-            Steps that are left out do not count.
-        resume_with_changes: go on from a checkpoint although something differs from the training that wrote it, or a
-            part of it is missing, so that the outcome is another one than without a break. What differs is logged.
+        max_nonfinite_steps: how many steps whose loss or gradient is not finite are skipped, each with a warning,
+            before the next one ends the training with an error. A skipped step changes no weight; the log has its loss
+            as it was computed, and counts `nonfinite_steps`. Default: the first such step ends the training.
+        spike_factor: a step is a spike if the norm of its gradient is more than this many medians of the last 100
+            steps; `None`: spikes are not looked for. The log counts `gradient_spikes`.
+        on_spike: "count" takes the step; "skip" skips it; "rewind" skips it and returns to the weights and the
+            optimizer's states of the newest checkpoint, while data and learning rate continue: the updates since then
+            are lost.
+        ema_decay: above 0 an average of the weights is kept, which each step moves towards the weights by a share
+            `1 - ema_decay` of the difference. Skipped steps do not count.
+        resume_with_changes: continue from a checkpoint although something differs from the training that wrote it, or a
+            part of it is missing, so that the result is not that of an uninterrupted training. Differences are logged.
         logging_nan_inf_filter: only `False`: losses are logged as they were computed.
 
     Raises:
@@ -79,7 +79,7 @@ class CheckedArguments:
         self.check_values()
 
     def check_values(self):
-        """Raises `ValueError` for a value that no training can follow."""
+        """Raises `ValueError` for values with which no training is possible."""
         check_finite({f.name: getattr(self, f.name) for f in fields(self)})
         for name in ("cp_size", "sp_size"):
             if (size := getattr(self.parallelism_config, name, 1)) > 1:

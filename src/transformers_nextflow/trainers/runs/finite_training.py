@@ -1,4 +1,4 @@
-"""Trainings that end, or leave out a step, when a number is no longer finite or a gradient far too large."""
+"""Ends a training, or skips a step, when a number is not finite or a gradient is far too large."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .trained_weights import own_part
 
 logger = logging.get_logger(__name__)
 GRADIENT_NORM = "the norm of the gradient"
-# Where the state of a trainer, `trainer_state.json`, holds what is counted here.
+# The entry for these counts in the state of a trainer, `trainer_state.json`.
 STATE = "finite_training"
 
 
 class FiniteTrainingMixin:
     """For trainers on `Trainer` with [`CheckedArguments`]: weights, losses and gradients stay finite, or training ends.
 
-    The losses of a step, the parts of them that a trainer notes, and the norm of the gradient are looked at once before
-    each step of the optimizer, at the cost of one number that is brought from the device. The weights are looked at
-    before training, before each checkpoint and `save_model`, and at the end. Of finite gradients `spike_factor` tells
-    those that are far too large. What is counted is saved and resumed.
+    The losses of a step, the terms of them that a trainer notes, and the norm of the gradient are checked once before
+    each step of the optimizer, which copies one number from the device. The weights are checked before training, before
+    each checkpoint and `save_model`, and at the end. `spike_factor` finds finite gradients that are far too large. The
+    counts are saved and resumed.
     """
 
     def __init__(self, *args, **kwargs):
@@ -45,11 +45,11 @@ class FiniteTrainingMixin:
         self._noted: list[tuple[str, torch.Tensor]] = []
         self._num_nonfinite_steps = self._num_spikes = 0
         self._spikes = GradientSpikes(self.args.spike_factor) if self.args.spike_factor else None
-        # Whether the step at hand changes no weight.
+        # Whether the current step is skipped.
         self._left_out = False
 
     def note(self, terms: dict[str, torch.Tensor]):
-        """Name terms of the loss at hand, each of which must be finite; does nothing in evaluation."""
+        """Note named terms of the current loss, each of which must be finite; does nothing in evaluation."""
         if self.model.training:
             self._noted += [(name, value.detach()) for name, value in terms.items()]
 
@@ -59,7 +59,7 @@ class FiniteTrainingMixin:
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
-        # The last thing that `Trainer` does before the optimizer's step, and has a name of its own for.
+        # The last method that `Trainer` calls before the optimizer's step.
         norm = super()._get_grad_norm(model, grad_norm)
         noted, self._noted, self._left_out = self._noted, [], False
         if norm is not None and not self._is_scaled_down():
@@ -94,11 +94,11 @@ class FiniteTrainingMixin:
         logger.warning(f"{what} It goes on with the weights of {checkpoint}.")
 
     def _leave_out(self, model: nn.Module):
-        model.zero_grad()  # the optimizer leaves weights without a gradient as they are
+        model.zero_grad()  # the optimizer does not change weights without a gradient
         self._left_out = True
 
     def _rewind(self, checkpoint: Path):
-        """Weights and states of the optimizer as the checkpoint has them; the learning rate stays where it is."""
+        """Load weights and states of the optimizer from the checkpoint; the learning rate does not change."""
         schedule = copy.deepcopy(self.lr_scheduler.state_dict())
         self._load_from_checkpoint(str(checkpoint), self.model_wrapped if self.is_fsdp_enabled else None)
         self._load_optimizer_and_scheduler(str(checkpoint))
@@ -123,14 +123,14 @@ class FiniteTrainingMixin:
         return prepared
 
     def _is_scaled_down(self) -> bool:
-        """Whether gradients in float16 overflow for their scale, which then leaves out the step and becomes smaller."""
+        """Whether float16 gradients overflow only because of their scale; then the scaler skips the step itself."""
         scaler = getattr(self.accelerator, "scaler", None)
         return scaler is not None and scaler.get_scale() > 1
 
     def _leave_out_or_end(self, model: nn.Module, names: list[str]):
         step, limit = self.state.global_step + 1, self.args.max_nonfinite_steps
         names = list(dict.fromkeys(gather_object(names)))
-        # What follows from the terms says nothing beside them.
+        # The total loss and the gradient add nothing to the names of the terms.
         names = [n for n in names if n not in ("loss", GRADIENT_NORM)] or names[:1]
         what = f"Step {step}: {' and '.join(names)} {'is' if len(names) == 1 else 'are'} not finite."
         self._num_nonfinite_steps += 1
@@ -150,7 +150,7 @@ class FiniteTrainingMixin:
     def check_weights(self, at_start: bool = False):
         """Raises `ValueError` that names weights that are not finite, and the last good checkpoint."""
         weights = list(self.model.named_parameters())
-        # Every process has all weights, unless they are sharded; then all of them are here.
+        # Every process has all weights; if they are sharded, all processes run this check.
         broken = not are_finite(weight for _, weight in weights)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             broken = self._on_any_process(torch.tensor(broken, device=self.args.device))
@@ -176,7 +176,7 @@ class FiniteTrainingMixin:
             logs["gradient_spikes"] = self._num_spikes
         if "loss" in logs and self._num_nonfinite_steps:
             logs["nonfinite_steps"] = self._num_nonfinite_steps
-            # `Trainer` subtracts the sum that it has logged from itself, which leaves NaN where it was not finite.
+            # `Trainer` subtracts the logged sum from itself, which leaves NaN if it was not finite.
             self._tr_loss = torch.zeros_like(self._tr_loss)
         super().log(logs, *args, **kwargs)
 
@@ -187,7 +187,7 @@ def are_finite(tensors: Iterable[torch.Tensor]) -> bool:
     for tensor in tensors:
         tensor = own_part(tensor)
         if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel() and not tensor.is_meta:
-            # NaN is both the least and the largest number, and nothing of the tensor's size is made.
+            # NaN becomes both extremes, and no temporary tensor of the same size is needed.
             flags.append(torch.stack(tensor.detach().aminmax()).isfinite().all())
     device = flags[0].device if flags else "cpu"
     return not flags or bool(torch.stack([flag.to(device) for flag in flags]).all())

@@ -1,4 +1,4 @@
-"""Steps whose gradient is far larger than those before: which they are."""
+"""Finds spikes: steps whose gradient is far larger than those before."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import statistics
 from collections import deque
 
 
-# Norms whose median a step is compared with, and how many of them there must be.
+# How many norms have the median with which a step is compared, and the smallest number of them.
 WINDOW, FEWEST = 100, 10
 SPIKE_RULES = ("count", "skip", "rewind")
 
 
 class GradientSpikes:
-    """The norms of the gradients of the last steps, and which steps are spikes beside them.
+    """The norms of the gradients of the last steps, by which spikes are found.
 
-    Norms of spikes are kept too: where gradients have become larger for good, they are the measure after half a window.
+    Norms of spikes are kept too: if gradients have become larger for good, they count as normal after half a window.
 
     Args:
-        factor: a spike has a norm of more than so many medians.
+        factor: a spike has a norm of more than this many medians.
     """
 
     def __init__(self, factor: float):
@@ -25,7 +25,7 @@ class GradientSpikes:
         self.norms: deque[float] = deque(maxlen=WINDOW)
 
     def is_spike(self, norm: float) -> bool:
-        """Takes in the norm of a step, and says whether it is a spike beside those before."""
+        """Adds the norm of a step, and returns whether it is a spike compared with those before."""
         enough = len(self.norms) >= FEWEST
         found = enough and norm > self.factor * statistics.median(self.norms)
         self.norms.append(norm)

@@ -1,4 +1,4 @@
-"""Trainings that go on from a checkpoint only as what they were, end once, and have their folder for themselves."""
+"""Exact resuming: a training continues from a checkpoint unchanged, ends once, and locks its folder."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ logger = logging.get_logger(__name__)
 
 
 class _AlreadyFinished(Exception):
-    """The training stands at its last step: there is nothing to train."""
+    """The training is already at its last step."""
 
 
 class ResumableTrainingMixin(AtomicCheckpointMixin):
     """For trainers on `Trainer` with [`CheckedArguments`].
 
-    Each checkpoint holds a record of what the outcome depends on beside it. `resume_from_checkpoint` compares, and
-    refuses what would make the outcome another one, unless `resume_with_changes` is set. Only one training at a time
-    writes to a folder.
+    Each checkpoint holds a record of all else on which the result depends. `resume_from_checkpoint` compares the
+    records and refuses changes that would change the result, unless `resume_with_changes` is set. Only one training at
+    a time writes to a folder.
     """
 
     def __init__(self, *args, **kwargs):
@@ -45,15 +45,15 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
         self._has_changed = False
 
     def decisive_extras(self) -> dict[str, Any]:
-        """What a training's outcome depends on beside arguments, data, model and processor, by its name."""
+        """What a training's result depends on, besides arguments, data, model and processor, by name."""
         return {}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
-        """As [`~transformers.Trainer.train`]. A training that stands at its last step is left as it is.
+        """As [`~transformers.Trainer.train`]. A training that is already at its last step does not change.
 
         Raises:
-            ValueError: where another training is at work in the folder; for a checkpoint that is missing, superseded by
-                a later training in its folder, or of a training that differs from this one; and where a number is not
+            ValueError: if another training is writing to the folder; for a checkpoint that is missing, superseded by a
+                later training in its folder, or of a training that differs from this one; and if a number is not
                 finite.
         """
         self.args.check_values()
@@ -69,7 +69,7 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
 
     @contextmanager
     def _hold_output_dir(self) -> Iterator[None]:
-        """The processes of one training hold it together, by the one that writes."""
+        """Lock the folder for all processes of a training; the process that writes holds the lock."""
         with ExitStack() as held:
             refusal = None
             try:
@@ -102,9 +102,9 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
         return found[-1]
 
     def _compare_with_start(self) -> bool:
-        """Make the record; whether what makes the outcome another one has changed since the checkpoint, as asked for.
+        """Make the record; returns whether changes since the checkpoint, which were allowed, will change the result.
 
-        The first process does it: others may have no rows yet.
+        Only the first process does so, since others may have no rows yet.
         """
         changes: tuple[list[str], list[str]] = ([], [])
         if self.args.should_save or self.is_world_process_zero():
@@ -124,7 +124,7 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
 
     def _prepare_for_training(self, *args, **kwargs):
         prepared = super()._prepare_for_training(*args, **kwargs)
-        # All is loaded, and nothing has begun: no callback, no evaluation.
+        # All is loaded, but no callback and no evaluation has run yet.
         if self.state.global_step >= self.state.max_steps:
             raise _AlreadyFinished
         check_finite({"optimizer": _settings_of(self.optimizer)})
@@ -150,7 +150,7 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not self._has_changed:
             return
-        # The states hold the old settings too; asked for are the new ones.
+        # The states contain the old settings, which are replaced by the new ones.
         for group, values in zip(self.optimizer.param_groups, settings):
             group |= values
         if isinstance(scheduler, LambdaLR):

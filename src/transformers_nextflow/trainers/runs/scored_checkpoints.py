@@ -1,4 +1,4 @@
-"""Scores of a training's checkpoints, made beside it: a process that reads its folder and nothing else of it."""
+"""Scores a training's checkpoints while it runs, in a separate process that only reads its folder."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ WIDTH, HEIGHT, MARGIN = 640, 320, 40
 class CheckpointScores:
     """Scores each `checkpoint-STEP` of a training's folder once, as it appears.
 
-    In `output`, `checkpoint-STEP/scores.json` holds suite → category → score and where they come from, beside the
-    suite's sheets of images; it is whole or not there. `curve.csv` has a line for each step, and `curve.png` shows it.
-    A checkpoint whose weights were written again, or that was scored with other settings, is scored anew. Those that a
-    newer training in the same folder superseded are left out.
+    In `output`, `checkpoint-STEP/scores.json` holds suite → category → score with their origin, beside the suite's
+    sheets of images; it is written atomically. `curve.csv` has a line for each step, and `curve.png` shows it. A
+    checkpoint whose weights were written again, or that was scored with other settings, is scored anew. Checkpoints
+    that a newer training in the same folder superseded are left out.
 
     Args:
-        run: the folder; its checkpoints are any that `from_pretrained` reads.
+        run: the folder of the training; `from_pretrained` must be able to read its checkpoints.
         suite: a name of `SUITES`.
-        output: default `evaluation/SUITE` in `run`.
-        limit, seeds, device: as the suite takes them.
+        output: default: `evaluation/SUITE` in `run`.
+        limit, seeds, device: arguments of the suite.
 
     Raises:
-        ValueError: for a suite that there is not, and for no folder.
+        ValueError: for an unknown suite, and if `run` is no folder.
     """
 
     def __init__(
@@ -58,32 +58,32 @@ class CheckpointScores:
         self.settings = {"suite": suite, "limit": limit, "seeds": seeds}
 
     def update(self) -> Iterator[int]:
-        """Score the checkpoints that lack it, the oldest first; yields the step of each."""
+        """Score the checkpoints without scores, the oldest first; yields the step of each."""
         while (checkpoint := next(self._unscored(), None)) is not None:
             try:
                 self._score(checkpoint)
             except Exception:
                 if checkpoint.exists():
                     raise
-                continue  # the training has rotated it away
+                continue  # the training has deleted it
             self._write_curve()
             yield step_of(checkpoint)
 
     def watch(self, every: float = 60.0) -> Iterator[int]:
-        """As `update`, again and again, until the training has written `final` and all is scored.
+        """Repeats `update` until the training has written `final` and all checkpoints are scored.
 
         Args:
-            every: in seconds, how long to wait before the folder is looked at again.
+            every: seconds to wait between two looks into the folder.
         """
         while True:
-            is_finished = self._is_finished()  # before the last look, so that no checkpoint falls between
+            is_finished = self._is_finished()  # before the last update, so that no checkpoint is missed
             yield from self.update()
             if is_finished:
                 return
             time.sleep(every)
 
     def scores(self) -> dict[int, dict]:
-        """What was scored with these settings: step → suite → category → score, by steps."""
+        """The scores with these settings: step → suite → category → score, ordered by steps."""
         found = {}
         for folder in checkpoints_in(self.output):
             stored = _read(folder / SCORES)
@@ -154,7 +154,7 @@ def _read(path: Path) -> dict:
 
 
 def _written(folder: Path) -> int:
-    """When the newest file of a folder was written, in nanoseconds; 0 for a folder that is gone."""
+    """When the newest file of a folder was written, in nanoseconds; 0 for a folder that was deleted."""
     try:
         return max((entry.stat().st_mtime_ns for entry in os.scandir(folder) if entry.is_file()), default=0)
     except FileNotFoundError:
@@ -170,7 +170,7 @@ def _flat(scores: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
 
 
 def _is_share(name: str, rows: dict[int, dict[str, float]]) -> bool:
-    """Whether a score is between 0 and 1 at all steps, as those are that one image shows together."""
+    """Whether a score is between 0 and 1 at all steps; only such scores are drawn in the same plot."""
     return all(0 <= row[name] <= 1 for row in rows.values() if name in row)
 
 

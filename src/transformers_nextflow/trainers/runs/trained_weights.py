@@ -1,4 +1,4 @@
-"""What a training asks of the weights: float32 where they are trained, and the vision tokenizer whole."""
+"""Requirements of a training on weights: trained weights in float32, and the vision tokenizer not sharded."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from transformers import TrainingArguments
 
 
 def check_trained_weights(model: nn.Module, args: TrainingArguments):
-    """Raises `ValueError` for weights that would be trained in half precision, where small steps are rounded away.
+    """Raises `ValueError` for trainable weights in half precision, in which small steps would be lost to rounding.
 
-    Mixed precision (`bf16`, `fp16`) casts float32 weights by itself. DeepSpeed keeps float32 copies of its own.
+    Mixed precision (`bf16`, `fp16`) casts float32 weights itself. DeepSpeed keeps its own float32 copies.
     """
     if args.deepspeed_plugin is not None:
         return
@@ -29,7 +29,7 @@ def check_trained_weights(model: nn.Module, args: TrainingArguments):
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether weights are in parts (FSDP, ZeRO 3), so that no process has a whole model."""
+    """Whether weights are sharded (FSDP, ZeRO 3), so that no process has the whole model."""
     return any(hasattr(weight, "placements") or hasattr(weight, "ds_id") for weight in model.parameters())
 
 
@@ -45,7 +45,7 @@ def gathered_weights(model: nn.Module) -> Iterator[None]:
     """
     modules = [module for module in model.modules() if hasattr(module, "set_reshard_after_forward")]
     if modules:
-        model(inside=lambda _: None)  # FSDP2 takes for the root what is called first
+        model(inside=lambda _: None)  # FSDP2 takes the module that is called first for the root
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -59,7 +59,7 @@ def gathered_weights(model: nn.Module) -> Iterator[None]:
 
 
 class TrainedInFloat32Mixin:
-    """Refuses to train weights in half precision, or none at all, for trainers on `Trainer`."""
+    """For trainers on `Trainer`: refuses trainable weights in half precision, and models without trainable weights."""
 
     def create_optimizer(self, *args, **kwargs):
         if not any(parameter.requires_grad for parameter in self.model.parameters()):

@@ -1,4 +1,4 @@
-"""The model card of what a training leaves: what it is, from which settings and rows, its losses, how to load it."""
+"""The model card of a trained model: its start, settings, rows, losses, and how to load it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ...utils.short_repr import short_repr
 from .training_record import HARMLESS, HARMLESS_FAMILIES, NOT_RECORDED
 
 
-# What the log has of a step, beside the losses.
+# Entries of the log other than losses.
 LOGGED = ("reward", "kl", "text_accuracy")
-# Settings that say nothing, or are the libraries' own way of writing them.
+# Settings that a card leaves out: without information, or internal to the libraries.
 NOT_SHOWN = HARMLESS | NOT_RECORDED | {"accelerator_config", "fsdp_config", "label_names"}
 NOT_A_RESULT = ("_runtime", "_per_second", "_seconds", "epoch")
 
@@ -26,16 +26,16 @@ NOT_A_RESULT = ("_runtime", "_per_second", "_seconds", "epoch")
 class TrainingCardMixin:
     """Writes a card with everything that a trainer on `Trainer` saves, in place of the libraries' own."""
 
-    # Of the Hub, where the rows are from there; what is drawn from are rows' captions, the first of them.
+    # The name of the data set if rows are from the Hub, and the first captions of rows, with which samples are drawn.
     dataset_name: str | None = None
     # Files beside the weights that the card shows, with their captions.
     card_images: dict[str, str] = {}
-    # Results beside those of evaluations.
+    # Results other than those of evaluations.
     card_results: dict[str, float] = {}
     card_prompts: tuple[str, ...] = ()
 
     def create_model_card(self, *args, **kwargs):
-        """As in `Trainer`, which calls it; what the card says is known, so that arguments change nothing."""
+        """As in `Trainer`, which calls it; arguments are ignored, since the trainer knows what the card says."""
         if self.is_world_process_zero():
             self.write_training_card(self.args.output_dir)
 
@@ -47,7 +47,7 @@ class TrainingCardMixin:
         """Write `README.md` to a folder.
 
         Args:
-            around: the model that lies there, where what was trained is a part of it.
+            around: the model in the folder, if the trained model is a part of it.
         """
         model = around or self.accelerator.unwrap_model(self.model)
         base = model.get_base_model() if is_peft_model(model) else model
@@ -135,7 +135,7 @@ class TrainingCardMixin:
         return found
 
     def _card_losses(self) -> dict[str, float]:
-        """Each as it was logged last."""
+        """The last logged value of each loss."""
         found: dict[str, float] = {}
         for entry in self.state.log_history:
             for name, value in entry.items():

@@ -1,4 +1,4 @@
-"""What a training's outcome depends on, beside the weights and states in a checkpoint, as a file in the checkpoint."""
+"""The training record: a file in a checkpoint with all on which the result depends, besides weights and states."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from .trained_weights import own_part
 
 
 RECORD_FILE = "training_record.json"
-# Rows of the data that are compared, evenly spaced.
+# The number of rows of the data that are compared, evenly spaced.
 NUM_ROWS = 64
-# Numbers of each weight that are compared.
+# How many values of each weight are compared.
 NUM_WEIGHTS = 64
 
-# Files in a checkpoint that are not needed to go on from it.
+# Files in a checkpoint that are not needed to resume.
 NOT_STATES = {".json", ".jinja", ".md", ".py", ".txt"}
 
-# Arguments that change nothing of the steps to come. All others do, or may.
+# Arguments that do not affect later steps. All others do, or may.
 HARMLESS = {
     "output_dir", "disable_tqdm", "report_to", "run_name", "project", "push_to_hub", "skip_memory_metrics", "do_train",
     "do_eval", "do_predict", "torch_empty_cache_steps", "include_num_input_tokens_seen", "ddp_timeout", "debug",
@@ -45,8 +45,8 @@ HARMLESS = {
 HARMLESS_FAMILIES = ("logging_", "log_", "save_", "hub_", "trackio_")
 # Arguments of the resuming itself, and of the process.
 NOT_RECORDED = {"resume_from_checkpoint", "resume_with_changes", "local_rank"}
-# What transformers and diffusers note in a config, or set in it, without a meaning for the training of a model that is
-# at hand.
+# Entries that transformers and diffusers add to a config or set in it, which do not affect the training of a loaded
+# model.
 NOT_OF_CONFIG = {
     "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "bos_token_id",
     "eos_token_id", "pad_token_id", "trained_on", "_attn_implementation", "_attn_implementation_internal",
@@ -58,11 +58,11 @@ def training_record(trainer, extras: dict[str, Any]) -> dict[str, Any]:
     """The record of a trainer that is ready to train, as it is read back from a file.
 
     Args:
-        extras: what else decides about the outcome, by its name: modules that are not trained, functions, numbers.
+        extras: other things on which the result depends, by name: modules that are not trained, functions, numbers.
     """
     model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
     if is_peft_model(model):
-        # A checkpoint holds the adapter only.
+        # A checkpoint holds only the adapter.
         extras = extras | {"base model": [p for p in model.parameters() if not p.requires_grad]}
         adapters = {name: config.to_dict() for name, config in model.peft_config.items()}
         model = model.get_base_model()
@@ -94,8 +94,8 @@ def write_record(record: dict, checkpoint: Path):
 
 
 def changes_since(checkpoint: Path, record: dict) -> tuple[list[str], list[str]]:
-    """What differs from the training that wrote the checkpoint, in words: what makes the outcome another one, and what
-    does not.
+    """Differences from the training that wrote the checkpoint, in words: those that change the result, and the
+    others.
     """
     try:
         old = json.loads((checkpoint / RECORD_FILE).read_text())
@@ -144,20 +144,20 @@ def _dataset(rows: Any, seed: int) -> dict[str, Any]:
             numbers = np.unique(np.linspace(0, len(rows) - 1, NUM_ROWS).round().astype(int)) if len(rows) else []
             return described | {"rows": len(rows), "content": digest([_row(rows, int(number)) for number in numbers])}
         source = getattr(rows, "rows", rows)
-        if rows is None or iter(source) is iter(source):  # nothing, or a stream that gives each row once
+        if rows is None or iter(source) is iter(source):  # no rows, or a stream that can be read only once
             return described
         return described | {"content": digest([_placeless(row) for row in islice(iter(source), NUM_ROWS)])}
 
 
 def _placeless(row: Any) -> Any:
-    """Without the folder that its paths are relative to."""
+    """The row without the folder to which its paths are relative."""
     return {name: value for name, value in row.items() if name != ROW_ROOT} if isinstance(row, dict) else row
 
 
 def _row(rows: Any, number: int) -> Any:
     try:
         return rows[number]
-    except Exception as error:  # told where the row is trained on
+    except Exception as error:  # an error follows when the row is trained on
         return f"{type(error).__name__}: {error}"
 
 
@@ -191,7 +191,7 @@ def _trained(model: nn.Module) -> str:
 
 
 def _named(value: Any) -> dict[str, str | None]:
-    inner = getattr(value, "func", value)  # of a partial
+    inner = getattr(value, "func", value)  # the function inside of a partial
     return {"class": None if value is None else getattr(inner, "__qualname__", type(inner).__qualname__)}
 
 
@@ -209,7 +209,7 @@ def _as_read(record: dict) -> dict:
 
 
 def _plain(value: Any) -> Any:
-    """For JSON, without an address in memory."""
+    """A value for JSON, without addresses in memory."""
     if isinstance(value, Enum):
         return value.value
     return sorted(value) if isinstance(value, set | frozenset) else type(value).__qualname__
@@ -217,7 +217,9 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def undisturbed_chance(seed: int) -> Iterator[None]:
-    """The random states of Python, numpy and torch begin from the seed, and are afterwards what they were before."""
+    """During the block the random states of Python, numpy and torch start from the seed; afterwards they are
+    restored.
+    """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -231,7 +233,7 @@ def undisturbed_chance(seed: int) -> Iterator[None]:
 
 
 def digest(value: Any, sampled: bool = False) -> str:
-    """16 hexadecimal digits that differ where values do; tensors count by some of their numbers if `sampled`."""
+    """16 hexadecimal digits that differ if values differ; with `sampled` only some values of tensors count."""
     hasher = hashlib.sha256()
     _update(hasher, value, sampled)
     return hasher.hexdigest()[:16]

@@ -10,7 +10,7 @@ from torch import nn
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN: says of every patch of an image how real it looks.
+    """PatchGAN: scores how real every patch of an image looks.
 
     Args:
         channels: width of the first layer; it doubles with each further one, up to eight times.
@@ -29,7 +29,7 @@ class PatchDiscriminator(nn.Module):
         modules: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i, (before, width) in enumerate(zip(widths, widths[1:]), start=1):
             stride = 2 if i < layers else 1
-            # Group norm in place of PatchGAN's batch norm: an image's score is its own, on any number of processes.
+            # Group norm in place of PatchGAN's batch norm: a score does not depend on other images or processes.
             norm = nn.GroupNorm(math.gcd(32, width), width)
             modules += [nn.Conv2d(before, width, 4, stride, padding=1, bias=False), norm, nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*modules, nn.Conv2d(widths[-1], 1, 4, padding=1))
@@ -53,10 +53,10 @@ class PatchDiscriminator(nn.Module):
 
 
 class Adversary:
-    """A discriminator that is trained in step with the model that it judges, by the hinge loss.
+    """A discriminator that is trained together with the model that it judges, with the hinge loss.
 
-    `loss` is the model's half, `step` the discriminator's on the same images. Under several processes all start from
-    the first one's weights and step with the mean of their gradients.
+    `loss` is the loss of the model, and `step` trains the discriminator on the same images. With several processes all
+    start from the weights of the first one and use the mean of their gradients.
     """
 
     def __init__(self, discriminator: nn.Module, learning_rate: float):
@@ -69,14 +69,14 @@ class Adversary:
                 torch.distributed.broadcast(tensor, src=0)
 
     def loss(self, reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        """How far the reconstruction (B, 3, H, W) is from being taken for real; keeps both images for `step`."""
+        """The adversarial loss of a reconstruction (B, 3, H, W); keeps both images for `step`."""
         self._pair = reconstruction.detach(), pixels.detach()
         # The gradient goes through the discriminator, not into its weights.
         weights = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         return -torch.func.functional_call(self.discriminator, weights, (reconstruction,)).mean()
 
     def step(self) -> dict[str, torch.Tensor]:
-        """One step of the discriminator, on the images of the last `loss`; none where its gradient is not finite.
+        """Take one step of the discriminator on the images of the last `loss`, unless its gradient is not finite.
 
         Returns its loss and the norm of its gradient, by their names.
         """

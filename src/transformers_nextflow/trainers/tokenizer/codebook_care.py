@@ -1,4 +1,4 @@
-"""What keeps a codebook alive: a start from k-means, and codes that nobody used moved to where they are needed."""
+"""Care of the codebook: a start from k-means, and unused codes that are moved to vectors of the data."""
 
 from __future__ import annotations
 
@@ -95,9 +95,9 @@ def _draw_of(batches: Sequence[_LeftOver], scale: int, generator: torch.Generato
 @outside_of_autocast
 @torch.no_grad()
 def revive_dead_codes(model: NextFlowVQModel, pixel_values: torch.Tensor, dead: torch.Tensor, seed: int = 0) -> int:
-    """Moves codes marked in `dead` (V,) to vectors of the images (B, 3, H, W); returns how many were moved.
+    """Moves the codes marked in `dead` (V,) to vectors of the images (B, 3, H, W); returns how many were moved.
 
-    Every process must come with the same `dead`; the vectors are the first process's.
+    Every process must pass the same `dead`; the vectors are those of the first process.
     """
     count = int(dead.sum())
     if count == 0:

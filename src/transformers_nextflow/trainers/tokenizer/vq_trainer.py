@@ -36,23 +36,25 @@ TRAINER_FILE = "vq_trainer.pt"
 
 @dataclass
 class NextFlowVQTrainingArguments(CheckedArguments, TrainingArguments):
-    """`TrainingArguments` and what the tokenizer's stages need; see also [`CheckedArguments`].
+    """`TrainingArguments` and arguments of the tokenizer's stages; see also [`CheckedArguments`].
 
     Args:
-        stage: a name of `STAGES`, which says what is trained and on which losses: "pixel" trains the pixel branch as a
-            plain autoencoder; "joint" all parts; "codebook" starts the codebooks from k-means and trains them and the
-            decoders on the latents as they are; "decoder" trains the pixel decoder only, on the codes as they are.
-        autoencoder_share: share of the joint stage's steps before the codes come in. Then the codebooks start from
-            k-means over the latents. 0 goes on from the codebooks as they are; 1 leaves them to the codebook stage.
-        scale_dropout: share of the images that are decoded from their first scales only, a number of them drawn
-            uniformly: half of all scales when it is 1.
-        latent_noise: standard deviation of the noise on the latents' sum while there is no codebook.
+        stage: a name of `STAGES`, which says what is trained and with which losses: "pixel" trains the pixel branch as
+            a plain autoencoder; "joint" all parts; "codebook" starts the codebooks from k-means and trains them and the
+            decoders with frozen encoders; "decoder" trains only the pixel decoder, with frozen encoders and codes.
+        autoencoder_share: share of the joint stage's steps before codes are used. Then the codebooks start from k-means
+            over the latents. With 0 training continues with the codebooks as they are; with 1 the joint stage uses no
+            codes and leaves them to the codebook stage.
+        scale_dropout: share of the images that are decoded from only some of their first scales; how many is sampled
+            uniformly, so with 1 half of all scales are dropped on average.
+        latent_noise: standard deviation of the noise on the latents while no codes are used.
         pixel_weight, semantic_weight, codebook_weight, perceptual_weight, adversarial_weight: weights of the losses;
             with a semantic_weight of 0 no teacher is needed.
-        adversarial_start: share of the steps after which the discriminator joins.
-        revive_every: steps between two revivals of codes that were not used in between; 0 never revives.
-        kmeans_images: images, the first of the training set, from which the codebooks start.
-        kmeans_shares: codes that each scale gets at the start; default equal shares.
+        adversarial_start: share of the steps after which the adversarial loss begins.
+        revive_every: number of steps after which codes that were not used since are moved to vectors of the batch; 0:
+            never.
+        kmeans_images: how many images, the first of the training set, k-means uses.
+        kmeans_shares: number of codes that each scale gets at the start; default: equal shares.
     """
 
     rules = (
@@ -84,7 +86,7 @@ class NextFlowVQTrainingArguments(CheckedArguments, TrainingArguments):
 
 
 class ImageCollator:
-    """Stacks the tensors of dict rows; `pixel_values` (3, H, W) of one size a batch, or a `ValueError`."""
+    """Stacks the tensors of dict rows. Raises `ValueError` for `pixel_values` (3, H, W) of different sizes."""
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         columns = {name: [torch.as_tensor(row[name]) for row in rows] for name in rows[0]}
@@ -103,8 +105,8 @@ class NextFlowVQTrainer(
     sizes says which each has by `sizes`, and each batch has images of one.
 
     Args:
-        teacher: frozen module that maps pixels (B, 3, H, W) to features (B, h, w, D); the semantic decoder learns to
-            reproduce them. A subclass that knows better targets overrides `semantic_loss` instead.
+        teacher: frozen module that maps pixels (B, 3, H, W) to features (B, h, w, D), which the semantic decoder learns
+            to predict. A subclass with better targets may override `semantic_loss` instead.
         perceptual: callable (reconstruction, pixels) → (B,) or scalar distance, such as LPIPS.
         discriminator: see [`PatchDiscriminator`]; trained beside the model when `adversarial_weight` > 0.
     """
@@ -127,7 +129,7 @@ class NextFlowVQTrainer(
             raise ValueError("adversarial_weight > 0 needs `discriminator=`, for instance PatchDiscriminator().")
         self.stage = STAGES[args.stage]
         self.stage.freeze(model)
-        # It may come out of a model, where it was at rest.
+        # It may come from a model, in which it was frozen.
         leave_out_of_sharding(model, False)
         check_trained_weights(model, args)
         kwargs.setdefault("data_collator", ImageCollator())
@@ -139,7 +141,7 @@ class NextFlowVQTrainer(
         if args.adversarial_weight:
             self.adversary = Adversary(discriminator.to(args.device), learning_rate=args.learning_rate)
         self.model_accepts_loss_kwargs = False
-        # On the device until they are logged.
+        # Losses, which stay on the device until they are logged.
         self._losses: dict[str, list[torch.Tensor | float]] = {}
         # Codes in use since `_counted_from`, the step of the last revival.
         self._used: torch.Tensor | None = None
@@ -175,7 +177,7 @@ class NextFlowVQTrainer(
 
     @property
     def quantizes(self) -> bool:
-        """Whether codes take part at this step."""
+        """Whether codes are used at this step."""
         waits = self.stage.after_autoencoder and self.progress < self.args.autoencoder_share
         return self.stage.quantizes and not waits
 
@@ -223,7 +225,7 @@ class NextFlowVQTrainer(
             initialize_codebook(self._core, self._first_images(), args.kmeans_shares, seed=args.seed)
             self.restart_averages("quantizer.")
         revives = self.stage.learns_codes and args.revive_every and step % args.revive_every == 0
-        # With gradient accumulation a step has several calls; the first revives.
+        # With gradient accumulation a step has several calls; only the first one revives codes.
         if revives and self._used is not None and step > self._counted_from:
             used = self.accelerator.reduce(self._used, "sum")
             revived = revive_dead_codes(self._core, inputs["pixel_values"], used == 0, seed=args.seed + step)
@@ -277,11 +279,11 @@ class NextFlowVQTrainer(
         if checkpoint is None:
             return
         if not (file := Path(checkpoint) / TRAINER_FILE).is_file():
-            return  # asked for with resume_with_changes
+            return  # allowed by resume_with_changes
         state = torch.load(file, map_location=self.args.device, weights_only=True)
         self._used, self._counted_from = state["used_codes"], state["counted_from"]
         if self._used is not None and not self.is_world_process_zero():
-            # The sum over processes is the first one's; the others go on from none.
+            # The first process continues with the sum over all processes, the others with zero.
             self._used = torch.zeros_like(self._used)
         if self.adversary and "adversary" in state:
             self.adversary.load_state_dict(state["adversary"], self.args.learning_rate)
@@ -299,7 +301,9 @@ class NextFlowVQTrainer(
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """PSNR, SSIM and codebook usage of whole reconstructions; writes a contact sheet beside the checkpoints."""
+        """PSNR, SSIM and codebook usage of reconstructions from all scales; writes a contact sheet in the output
+        folder.
+        """
         model = self._core.eval()
         scores, tokens, sheet = {"psnr": [], "ssim": []}, [], None
         for inputs in dataloader:

@@ -1,4 +1,4 @@
-"""The emoji world: scenes of real drawings in several styles, their language, a judge and the scores made of it."""
+"""The emoji world: scenes of emoji drawings in several styles, their language, a judge and scores."""
 
 from .abilities import ABILITIES, CAPTION_REQUEST, held_out_cases, training_case
 from .art import Art, make_art

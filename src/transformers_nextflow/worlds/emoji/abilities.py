@@ -1,4 +1,4 @@
-"""All that the emoji world trains and scores, by ability: one generator of cases for each."""
+"""The abilities that the emoji world trains and scores, with a generator of cases for each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .texts import text_case, thinking_case
 
 CAPTION_REQUEST = "describe the image."
 WORDING = "wording"
-ATTEMPTS = 400  # for each case asked for: of the rarest split, counts, one case in fifty is
+ATTEMPTS = 400  # for each requested case: in the rarest split, counts, one case in fifty is held out
 
 
 def drawing_case(rng: np.random.Generator, world: World) -> DrawingCase:
@@ -62,11 +62,11 @@ def held_out_cases(ability: str, world: World, n: int = 200, seed: int = 0, spli
     """`n` different cases of one of `ABILITIES` that are never trained on.
 
     Args:
-        split: what of them is held out: "wording", what is asked, with scenes as in training; or one of `SPLITS`, with
-            scenes that no training scene is like, in any wording.
+        split: what is held out: "wording", the texts of cases with scenes as in training; or one of `SPLITS`, scenes
+            unlike all training scenes, in any wording.
 
     Raises:
-        ValueError: if there are not so many, or for another split.
+        ValueError: if there are fewer than `n`, or for another split.
     """
     if split not in (WORDING, *SPLITS):
         raise ValueError(f"There is no split {split!r}; there are {(WORDING, *SPLITS)}.")

@@ -1,4 +1,4 @@
-"""The drawings: made once from the packages into one archive, and read from it."""
+"""The drawings: they are rendered once from the packages into one archive, and read from it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .concepts import TONES, Concept, key_of, keys_by_slug, match_icons, read_co
 from .packages import ART, KEYWORDS, NAMES, Package, notice, read_json, read_members
 
 
-SIDE = 104  # pixels of a drawing in the archive: those of the largest place in a scene of 128 pixels
+SIDE = 104  # side of a drawing in the archive: that of the largest place in a scene of 128 pixels
 QUALITY = 90
 LEAST_STYLES = 4
 INDEX, NOTICE = "art.json", "NOTICE"
@@ -28,7 +28,7 @@ INDEX, NOTICE = "art.json", "NOTICE"
 
 @dataclass(frozen=True)
 class Drawing:
-    """A concept in a style, as the index has it: its ruling colour, if one rules, and the skin tones there are."""
+    """A concept in a style, as in the index: its ruling colour, if there is one, and its skin tones."""
 
     paint: Paint | None = None
     tones: tuple[str, ...] = ()
@@ -38,7 +38,7 @@ class Art:
     """The drawings of an archive.
 
     Args:
-        path: of the archive that `make_art` wrote.
+        path: path of the archive that `make_art` wrote.
 
     Attributes:
         concepts: key → [`Concept`], in the order of emojibase.
@@ -68,7 +68,7 @@ class Art:
         self.sprite = lru_cache(maxsize=8192)(self._sprite)
 
     def __reduce__(self):
-        # Other processes read the archive anew: a cache is no part of what they are sent.
+        # The cache is not sent to other processes, which read the archive anew.
         return Art, (self.path,)
 
     def styles_of(self, concept: str) -> tuple[str, ...]:
@@ -79,7 +79,7 @@ class Art:
         """A drawing on transparent ground, (side, side, 4) uint8, read-only.
 
         Raises:
-            ValueError: for one that there is not.
+            ValueError: for a drawing that does not exist.
         """
         name = _file_name(style, concept, tone)
         if name not in self._files:
@@ -133,7 +133,7 @@ def make_art(
                 tones = [tone for tone in TONES.values() if concept.tones.get(tone) in one.icons]
                 for tone in tones:
                     _write(archive, _file_name(style, concept.key, tone), one, concept.tones[tone], side)
-                # What symbols mean hangs on their colours.
+                # The meaning of symbols depends on their colours.
                 paint = None if concept.group in ("symbols", "flags") or concept.tones else ruling_paint(sprite)
                 drawings[style] = {"paint": paint, "tones": tones}
                 counts[style] += 1 + len(tones)

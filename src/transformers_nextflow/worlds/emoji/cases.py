@@ -1,6 +1,6 @@
-"""Cases: an exchange with the model and the check of what it answers.
+"""Cases: an exchange with the model and the check of its answer.
 
-The same cases are training examples and, where they are held out, evaluation: `score` of the right answer is 1.
+The same cases are training examples and, if they are held out, evaluation cases: `score` of the right answer is 1.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Case:
 
     Args:
         kind: which of the ability's categories.
-        asked, answer: the exchange; where several answers are right, one of them.
+        asked, answer: the exchange; if several answers are right, one of them.
     """
 
     kind: str
@@ -48,7 +48,7 @@ class Case:
         return " | ".join(part if isinstance(part, str) else repr(part) for part in self.asked)
 
     def held_out(self, world: World) -> frozenset[str]:
-        """The splits that it belongs to: those of its scenes, and "wording" if what is asked is reserved."""
+        """The splits to which it belongs: those of its scenes, and "wording" if its texts are reserved."""
         splits = frozenset().union(*(world.held_out(scene) for scene in self.scenes))
         return splits | {"wording"} if is_reserved(self.key) else splits
 
@@ -61,7 +61,7 @@ class Case:
 class DrawingCase(Case):
     """One image that holds what is required and nothing else, see `requirement.check`.
 
-    Of an answer that thinks first, `thought` tells whether it names what is required.
+    For an answer with a thought, `thought` says whether the thought names what is required.
     """
 
     requirement: Requirement = Requirement(())
@@ -91,7 +91,7 @@ class SceneCase(Case):
 
 
 def compare(scene: Scene, target: Scene) -> Score:
-    """How far a scene is the target; see [`SceneCase`]. The ratio is not looked at."""
+    """How well a scene agrees with the target; see [`SceneCase`]. The aspect ratio is ignored."""
 
     def share(attribute) -> float:
         found, wanted = (Counter(map(attribute, one.stickers)) for one in (scene, target))
@@ -159,7 +159,7 @@ def may_be_trained_on(case: Case, world: World) -> bool:
 
 
 def _only(images: list[Scene]) -> Scene:
-    """The image of an answer that is to have one; with none, or several, an empty scene, in which nothing is right."""
+    """The image of an answer that must have one; for none or several, an empty scene, for which all scores are zero."""
     return images[0] if len(images) == 1 else Scene((), background="")
 
 

@@ -1,4 +1,4 @@
-"""Colours of drawings: which one rules, and what a drawing looks like in another."""
+"""Colours of drawings: the ruling colour, and recolouring."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-# Name → hue in degrees. Brown is no hue but dark orange: it is named, and never painted.
+# Name → hue in degrees. Brown is dark orange and not a hue: it is named, but drawings are never painted in it.
 HUES = {"red": 2, "orange": 28, "yellow": 50, "green": 125, "blue": 215, "purple": 280, "pink": 330}
 BROWN_BELOW = 0.66  # value below which orange is brown
 NEAR = 28  # degrees around the ruling hue that count as it
@@ -48,7 +48,7 @@ def _distance(a: np.ndarray | float, b: float) -> np.ndarray | float:
 
 
 def ruling_paint(sprite: np.ndarray) -> Paint | None:
-    """The one colour of a drawing (H, W, 4) uint8; `None` for those of several colours, of brown, grey and black."""
+    """The ruling colour of a drawing (H, W, 4) uint8; `None` for drawings of several colours, brown, grey and black."""
     opaque = sprite[..., 3] > 128
     if not opaque.any():
         return None
@@ -72,7 +72,7 @@ def ruling_paint(sprite: np.ndarray) -> Paint | None:
 
 
 def recolor(sprite: np.ndarray, paint: Paint, color: str) -> np.ndarray:
-    """A drawing (H, W, 4) uint8 of a ruling colour in another of `HUES`: pixels of that hue are turned, no others."""
+    """A drawing (H, W, 4) uint8 with a ruling colour, painted in another of `HUES`: only pixels of that hue change."""
     hsv = to_hsv(sprite[..., :3] / 255.0)
     ruled = (_distance(hsv[..., 0], paint.hue) <= 2 * NEAR) & (hsv[..., 1] > COLORFUL / 2)
     hsv[..., 0] = np.where(ruled, (hsv[..., 0] + HUES[color] - paint.hue) % 360, hsv[..., 0])

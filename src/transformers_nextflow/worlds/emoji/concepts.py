@@ -1,4 +1,4 @@
-"""Concepts: what the emoji of all sets show, under one key, with names, keywords and a group."""
+"""Concepts: what emoji of all sets show, with a key, names, keywords and a group."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Concept:
 
     Args:
         key: its code points in hexadecimal, without variation selectors, joined by "-".
-        names: how texts call it, in small letters; the first is the one in answers.
+        names: its names in texts, in small letters; answers have the first one.
         keywords: words that go with it.
         group: one of `GROUPS`.
         tones: skin tone → key of that variant.
@@ -62,7 +62,7 @@ def plain(text: str) -> str:
 
 
 def _unicode_name(key: str) -> str:
-    """What Unicode calls the code points, joiners apart; empty if one of them has no name."""
+    """The Unicode names of the code points without joiners; empty if one of them has no name."""
     characters = [chr(int(code, 16)) for code in key.split("-") if code != "200d"]
     names = [unicodedata.name(character, "") for character in characters]
     return " ".join(names) if all(names) else ""
@@ -72,7 +72,7 @@ def read_concepts(entries: list[dict], keywords: dict[str, list[str]]) -> list[C
     """Concepts of emojibase's `data.json`, with emojilib's keywords; no regional indicators, no bare skin tones."""
     kept = [entry for entry in entries if entry.get("group") in GROUPS]
     labels = [_name(entry["label"]) for entry in kept]
-    # A synonym that names two of them names neither.
+    # A synonym of two concepts is used for neither.
     claimed = Counter(name for label in labels for name in (label, *SYNONYMS.get(label, ())))
     concepts = []
     for entry, label in zip(kept, labels):
@@ -107,7 +107,7 @@ def keys_by_slug(entries: list[dict]) -> dict[str, str]:
 
 
 def match_icons(icons: Iterable[str], characters: dict[str, str], by_slug: dict[str, str]) -> dict[str, str]:
-    """Key → icon of a set: by its own table of code points (`chars.json`) where it has one, else by slugs."""
+    """Key → icon of a set: by its own table of code points (`chars.json`) if it has one, else by slugs."""
     names = set(icons)
     found = {key_of(code): icon for code, icon in characters.items() if icon in names}
     if found:

@@ -42,7 +42,7 @@ CORNERS = {
 
 
 def the(rng, scene: Scene, concept: str, world: World) -> str:
-    """'the cat', 'the three cats'; 'it' or 'them' where nothing else is there."""
+    """'the cat', 'the three cats'; 'it' or 'them' if there is nothing else."""
     count = sum(sticker.concept == concept for sticker in scene.stickers)
     if len(scene.concepts) == 1 and rng.random() < 0.3:
         return "it" if count == 1 else "them"
@@ -163,7 +163,7 @@ EDITS = {
 
 
 def edit_kinds(world: World) -> tuple[str, ...]:
-    """The kinds of edits that have sense in this world."""
+    """The kinds of edits that are possible in this world."""
     toned = any(world.drawing(*pair).tones for pair in world.pairs)
     painted = any(world.colors_of(*pair) for pair in world.pairs)
     corners = bool({"small", "mixed"} & set(world.kinds))
@@ -199,7 +199,7 @@ STYLE_REQUESTS = ("the same in {}", "make it {} style", "in {} style", "turn it 
 
 
 def restyled(scene: Scene, style: str, world: World) -> Scene | None:
-    """The scene in another style; `None` where something of it is not drawn there."""
+    """The scene in another style; `None` if the style lacks one of its drawings."""
     stickers = []
     for sticker in scene.stickers:
         if style not in world.styles_of(sticker.concept):

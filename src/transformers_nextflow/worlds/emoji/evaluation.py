@@ -1,8 +1,8 @@
 """Scores of a checkpoint on the emoji world: what `transformers-nextflow evaluate --suite emoji` prints.
 
-Every suite runs the pipeline's own calls on held-out cases; a judge reads what is drawn. Beside the scores of a suite
-stand two ceilings, under the same names: `ceiling`, the judge's scores of the true renders, and `reconstructed`, those
-of the true renders once through the vision tokenizer.
+Every suite runs the pipeline's own calls on held-out cases; a judge reads the drawn images. Beside the scores of a
+suite there are two ceilings under the same names: `ceiling`, the judge's scores of the true renders, and
+`reconstructed`, those of the tokenizer's reconstructions of the true renders.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class EmojiEvaluation:
     """The suites of the emoji world on one checkpoint, with its own sampling settings.
 
     Args:
-        pipe: of the checkpoint.
-        world: whose scenes are asked for.
-        judge: reads the images.
+        pipe: the pipeline of the checkpoint.
+        world: the world of the scenes.
+        judge: the judge that reads images.
         limit: cases of each suite; three times as many prompts to draw.
-        seeds: answers to each case where images are drawn, each from a seed of its own.
+        seeds: answers to each case with drawn images, each with a seed of its own.
     """
 
     def __init__(self, pipe: NextFlowPipeline, world: World, judge: Judge, limit: int = 200, seeds: int = 1):
@@ -106,11 +106,11 @@ class EmojiEvaluation:
         return self.draw(cases, generators, think=True)
 
     def tell(self, cases: Sequence[Case], generators: list[torch.Generator]) -> Answers:
-        """Images and sentences in turn, as many as the model likes."""
+        """Images and sentences in turn; the model decides how many."""
         return self._chat(cases, max_images=MAX_IMAGES, generator=generators)
 
     def answer(self, cases: Sequence[Case], generators: list[torch.Generator]) -> Answers:
-        """A text each; nothing is drawn at random."""
+        """A text each, decoded greedily."""
         return self._chat(cases, max_images=0)
 
     def _chat(self, cases: Sequence[Case], **options) -> Answers:
@@ -136,7 +136,7 @@ class EmojiEvaluation:
         count: int | None = None,
         seeds: int | None = None,
     ) -> dict:
-        """`metric_table` of an ability's held-out cases, with both ceilings where images are drawn."""
+        """`metric_table` of an ability's held-out cases, with both ceilings if images are drawn."""
         cases = held_out_cases(ability, self.world, count or self.limit, split=split)
         return self.score(cases, answer, ability if split == WORDING else f"held_out_{split}", seeds)
 
@@ -188,7 +188,7 @@ class EmojiEvaluation:
 
     @torch.no_grad()
     def reconstruct(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """What the tokenizer makes of images (H, W, 3) uint8."""
+        """The tokenizer's reconstructions of images (H, W, 3) uint8."""
         model, found = self.pipe.model.vq_model, {}
         for size in {image.shape for image in images}:
             indices = [index for index, image in enumerate(images) if image.shape == size]
@@ -199,12 +199,12 @@ class EmojiEvaluation:
                 found.update(zip(part, to_uint8(restored)))
         return [found[index] for index in range(len(images))]
 
-    # --- Suites with figures of their own ----------------------------------------------------------------------------
+    # --- Suites with their own metrics -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def tokenizer(self) -> dict[str, float]:
-        """What the tokenizer lets through on scenes of all concepts and styles: `psnr`, `ssim`, codebook statistics,
-        and how the judge reads reconstructions (`read_…`) and true renders (`read_…_ceiling`).
+        """Scores of the tokenizer's reconstructions of scenes of all concepts and styles: `psnr`, `ssim`, codebook
+        statistics, and how well the judge reads reconstructions (`read_…`) and true renders (`read_…_ceiling`).
         """
         model, rng = self.pipe.model.vq_model, np.random.default_rng(TOKENIZER_SEED)
         count = min(TOKENIZER_SCENES, 5 * self.limit)
@@ -264,10 +264,10 @@ class EmojiEvaluation:
         return [render(Scene((Sticker(c, style),)), self.world) for c in self.world.concepts_in[style]]
 
     def memorisation(self) -> dict[str, float]:
-        """How near drawings of one thing on white are to the renders of training, in dB of PSNR: `to_nearest`, the mean
-        to the nearest render, and `to_nearest_reconstructed`, the same for reconstructions of these renders, which is
-        the most that the tokenizer can give. `is_asked`: share of the drawings whose nearest render shows what was
-        asked for, in any style. Pairs of concept and style that are held out count as no render of training.
+        """The PSNR in dB between drawings of one thing on white and renders of the training: `to_nearest`, the mean to
+        the nearest render, and `to_nearest_reconstructed`, the same for reconstructions of these renders, which is the
+        best that the tokenizer can give. `is_asked`: share of the drawings whose nearest render shows what was asked
+        for, in any style. Held-out pairs of concept and style are no renders of the training.
         """
         pairs = [pair for pair in self.world.pairs if not self.world.holds_out_style(*pair)]
         renders = np.stack([render(Scene((Sticker(*pair),)), self.world) for pair in pairs])
@@ -301,7 +301,7 @@ class EmojiEvaluation:
                 rows.append(row)
 
     def save_sheets(self, folder: Path):
-        """One sheet for each suite with images: what was given and then what was drawn."""
+        """One sheet for each suite with images: the given images and then the drawn ones."""
         for name, rows in self._shown.items():
             if not rows:
                 continue
@@ -316,7 +316,7 @@ def _pixels(images: Sequence[np.ndarray]) -> torch.Tensor:
 
 
 def _nearest(image: np.ndarray, renders: np.ndarray) -> tuple[int, float]:
-    """Which of the renders (n, H, W, 3) an image is nearest to, and how near, in dB."""
+    """The index of the render (n, H, W, 3) that is nearest to an image, and their PSNR in dB."""
     errors = np.array([np.square(np.float32(image) - one).mean() for one in renders])
     index = int(errors.argmin())
     return index, float(decibels(errors[index] / 255**2))
@@ -343,9 +343,9 @@ def evaluate_emoji(
         sheets: folder for contact sheets.
         device: default: a GPU if there is one.
         art: the archive of drawings; see `examples/emoji/make_art.py`.
-        judge: folder of the judge, in which `world.json` says which scenes are asked for.
-        abilities: names of `ABILITIES`, those that the checkpoint was trained on.
-        sampling: settings of the scale loop; default the checkpoint's own.
+        judge: folder of the judge, in which `world.json` describes the scenes.
+        abilities: the names of `ABILITIES` on which the checkpoint was trained.
+        sampling: settings of the scale loop; default: the checkpoint's own.
 
     Raises:
         ValueError: if there is no archive or judge.

@@ -1,8 +1,8 @@
 """A small network that reads an image of the emoji world back into its scene: the judge of what models draw.
 
-It is trained on true renders under augmentations (`examples/emoji/train_judge.py`), by a seed of its own, and never is
-the reward of a model that it judges. It reads in two looks: at the whole image for the grid of places and which of
-them are taken, and at each taken place for what lies there. The background is read off the image's border.
+It is trained on augmented true renders (`examples/emoji/train_judge.py`) with a seed of its own, and is never the
+reward of a model that it judges. It takes two kinds of looks: at the whole image for the grid of places and which of
+them are occupied, and at each occupied place for the sticker there. The background is read from the image's border.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from .scene import (
 )
 
 
-SIDE = 64  # pixels to which the network's looks are scaled
+SIDE = 64  # side in pixels to which the network's looks are resized
 MOST_CELLS = max(rows * columns for rows, columns in GRIDS)
 BATCH_SIZE = 256
-# Head → the attribute of a sticker that it names.
+# Head → the attribute of a sticker that it predicts.
 ATTRIBUTES = {"concepts": "concept", "styles": "style", "colors": "color", "tones": "tone", "turns": "turn"}
 WEIGHTS, SETTINGS = "judge.safetensors", "judge.json"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a judge can tell apart; the index of a class is its place.
+    """The classes that a judge distinguishes; the index of a class is its place.
 
     Args:
         concepts, styles: keys and names.
@@ -69,9 +69,9 @@ class Judge(nn.Module):
     """The network.
 
     Args:
-        vocabulary: what it tells apart.
+        vocabulary: the classes that it distinguishes.
         width: channels of the first layer; they double with each of three halvings.
-        seed: of its training; kept so that a reward can be told from a judge.
+        seed: seed of its training, which is stored so that a reward can be distinguished from a judge.
     """
 
     def __init__(self, vocabulary: Vocabulary, width: int = 32, seed: int = 0):
@@ -82,7 +82,7 @@ class Judge(nn.Module):
         for before, after in zip(widths, widths[1:]):
             layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
         self.layers = nn.Sequential(*layers)
-        # Where things lie matters for the layout, so the last 4 x 4 places are kept apart.
+        # The layout depends on where things are, so the last 4 x 4 places are not pooled.
         self.embedding = nn.Sequential(nn.Flatten(), nn.Linear(16 * widths[-1], 8 * width), nn.ReLU())
         self.heads = nn.ModuleDict({name: nn.Linear(8 * width, size) for name, size in vocabulary.heads.items()})
 
@@ -108,7 +108,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def read(self, images: Sequence[np.ndarray | Image.Image]) -> list[Scene]:
-        """The scenes that images, PIL or (H, W, 3) uint8, show; their ratio is left at square."""
+        """The scenes in images, PIL or (H, W, 3) uint8; their aspect ratio is always given as square."""
         self.eval()
         arrays = [as_array(image) for image in images]
         layouts = self._classify([look(array) for array in arrays])
@@ -135,7 +135,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[np.ndarray | Image.Image]) -> torch.Tensor:
-        """Unit vectors (n, D) of what whole images look like, on the CPU."""
+        """Feature vectors (n, D) of unit length of whole images, on the CPU."""
         self.eval()
         looks = torch.stack([look(as_array(image)) for image in images])
         vectors = [self.embed(chunk.to(self.device)).cpu() for chunk in looks.split(BATCH_SIZE)]
@@ -208,7 +208,9 @@ def read_background(image: np.ndarray) -> str:
 
 
 def augment(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """An image (H, W, 3) uint8 as a model might have drawn it: shifted, blurred, in other brightness, with noise."""
+    """An image (H, W, 3) uint8, augmented as if a model had drawn it: shifted, blurred, with other brightness, and
+    noise.
+    """
     height, width = image.shape[:2]
     if rng.random() < 0.7:
         down, right = rng.integers(-2, 3, 2) * max(1, height // 64)

@@ -1,6 +1,6 @@
-"""What is said about scenes: captions to draw from and captions to read back.
+"""The language of scenes: captions to draw from and captions to read back.
 
-A caption names every sticker of its scene. What it leaves open (style, colours, place, background) is as chance has it.
+A caption names every sticker of its scene. What it leaves open (style, colours, place, background) is sampled.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BACKGROUND_TEMPLATES = (
     "{body} on {a} {color} background", "{body} on {color}", "{body} with {a} {color} background",
     "{body}, {color} background", "{body} in front of {a} {color} background", "on {a} {color} background, {body}",
 )  # fmt: skip
-# Of a whole scene; a single sticker may have its style before its name instead.
+# Wordings of the style of a whole scene; a single sticker may have its style before its name instead.
 STYLE_TEMPLATES = (
     "{body}, {style} style", "{body} in {style} style", "{body} in the {style} style", "{style} style: {body}",
     "{body} ({style})",
@@ -42,7 +42,7 @@ RELATION_TEMPLATES = {
 }
 SIZES = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 SYNONYM, KEYWORDS, STYLED, STYLE_FIRST, ON_BACKGROUND, PLACED = 0.3, 0.06, 0.55, 0.3, 0.5, 0.5
-# Words that names go before: "sheaf of rice" has sheaves, "fish cake with swirl" fish cakes.
+# Words before which the noun of a name ends: "sheaf of rice" becomes sheaves, "fish cake with swirl" fish cakes.
 PREPOSITIONS = (
     "of",
     "with",
@@ -89,7 +89,7 @@ A_FIRST = ("unicorn", "uni", "euro", "one", "ufo", "u-")
 
 
 def head(name: str) -> tuple[str, str, str]:
-    """What stands before the noun of a name, the noun, and what stands behind it."""
+    """The words before the noun of a name, the noun, and the words after it."""
     words = name.split(" ")
     first = next((i for i, word in enumerate(words) if i and word in PREPOSITIONS), len(words))
     if words[0] in ("man", "woman", "person", "men", "women", "people"):
@@ -148,7 +148,7 @@ def name_of(rng: np.random.Generator | None, concept: str, world: World) -> str:
 
 
 def style_word(rng: np.random.Generator | None, style: str) -> str:
-    """How a text calls a style."""
+    """The name of a style in a text."""
     return _wording(rng, STYLE_WORDS.get(style, (style,)))
 
 
@@ -237,7 +237,7 @@ def draw_category(rng: np.random.Generator, world: World, category: str) -> tupl
     kind = "single" if size == "large" else KIND_OF[category]
     scene = random_scene(rng, world, kind)
     styled = rng.random() < STYLED
-    # What is seldom is said, or it would come unasked.
+    # Rare attributes are always named, or models would draw them unasked.
     items = grouped_items(scene, world)
     items = tuple(
         replace(item, style=item.style if styled else None, color=item.color or None, tone=item.tone or None)
@@ -259,7 +259,7 @@ def draw_category(rng: np.random.Generator, world: World, category: str) -> tupl
 
 
 def _place(scene: Scene, sticker) -> str:
-    """The narrowest of `PLACES` that a sticker lies in."""
+    """The narrowest of `PLACES` in which a sticker lies."""
     return [place for place, holds in PLACES.items() if holds(*scene.center(sticker))][-1]
 
 
@@ -273,12 +273,12 @@ def random_category(rng: np.random.Generator, world: World) -> str:
     return draw_share(rng, {category: SHARES[category] for category in categories(world)})
 
 
-# --- From texts to what they say -------------------------------------------------------------------------------------
+# --- From texts to requirements --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Said:
-    """What a text says of an image, as far as it is understood: concepts with their numbers, style, background."""
+    """The parsed content of a text about an image: concepts with their numbers, style, background."""
 
     counts: tuple[tuple[str, int], ...]
     style: str | None
@@ -298,7 +298,7 @@ def _reader(world: World) -> tuple[re.Pattern, dict[str, str]]:
     numbers = "|".join([*NUMBER_WORDS.values(), *map(str, NUMBER_WORDS), "an?"])
     words = {*BACKGROUNDS, *HUES, *itertools.chain(*SIZES.values(), *(STYLE_WORDS.get(s, (s,)) for s in world.styles))}
     adjectives = "|".join(map(re.escape, words))
-    # As few adjectives as can be, since "blue heart" is a name.
+    # As few adjectives as possible, since "blue heart" is a name.
     return re.compile(rf"(?<![\w-])(?:({numbers}) (?:(?:{adjectives}) )*?)?({names})(?![\w-])"), concepts
 
 

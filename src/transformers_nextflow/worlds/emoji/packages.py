@@ -1,4 +1,4 @@
-"""The npm packages that the art and its names come from: pinned, checked by hash, read without being unpacked."""
+"""The npm packages with the drawings and their names: pinned, checked by hash, read without being unpacked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...utils.atomic_files import write_whole
 
 
 REGISTRY = "https://registry.npmjs.org"
-# No file of the packages is nearly as large; a member that claims more is no file of theirs.
+# The largest size of a member; no file of the packages is nearly as large.
 MAX_MEMBER_BYTES = 100_000_000
 
 
@@ -24,11 +24,11 @@ class Package:
     """A version of an npm package.
 
     Args:
-        name, version: as the registry has them.
+        name, version: as in the registry.
         integrity: SHA-512 of the tarball in base64, as the registry and lock files state it.
-        license, author, source: for the notice.
-        style: name of the style that the package draws in; `None` for names without art.
-        words: how captions call the style; the first is the one in answers.
+        license, author, source: entries of the notice.
+        style: name of the style of the package's drawings; `None` for packages with only names.
+        words: names of the style in captions; answers have the first one.
     """
 
     name: str
@@ -162,7 +162,7 @@ def check_integrity(package: Package, content: bytes):
 
 
 def fetch(folder: Path | str, packages: tuple[Package, ...] = PACKAGES) -> list[Path]:
-    """Download the tarballs that `folder` lacks, 32 MB in all, and check all of them; returns their paths.
+    """Download the tarballs that are missing in `folder`, 32 MB in all, and check all of them; returns their paths.
 
     Raises:
         ValueError: for a tarball that is not the pinned one.
@@ -186,7 +186,7 @@ def fetch(folder: Path | str, packages: tuple[Package, ...] = PACKAGES) -> list[
 def read_members(tarball: Path, pattern: str) -> dict[str, bytes]:
     """The regular files of an npm tarball whose path under `package/` matches a regular expression, by that path.
 
-    Nothing is written to disk, so no member can leave a folder; links and devices are passed over.
+    Nothing is written to disk, so no member can be written outside of a folder; links and devices are skipped.
 
     Raises:
         ValueError: for a member of more than `MAX_MEMBER_BYTES`.
@@ -204,7 +204,7 @@ def read_members(tarball: Path, pattern: str) -> dict[str, bytes]:
 
 
 def read_json(tarball: Path, path: str) -> dict | list:
-    """A JSON file of an npm tarball. Raises `ValueError` if it is not there."""
+    """A JSON file of an npm tarball. Raises `ValueError` if it does not exist."""
     members = read_members(tarball, re.escape(path))
     if path not in members:
         raise ValueError(f"{tarball.name} has no file {path}.")

@@ -18,7 +18,7 @@ Question = tuple[str, str, tuple[str, ...]]
 
 
 def names(concept: str, world: World) -> tuple[str, ...]:
-    """All names of a concept; the first is the one in answers."""
+    """All names of a concept; answers have the first one."""
     return world.art.concepts[concept].names
 
 
@@ -47,7 +47,7 @@ def _how_many(rng, scene: Scene, world: World) -> Question:
 
 
 def _relation(rng, scene: Scene, world: World) -> Question | None:
-    """What lies on a side of something, where only one thing does."""
+    """What lies on a side of something, if only one thing does."""
     if len(scene.concepts) < max(2, len(scene.stickers)):
         return None
     relation, other = choose(rng, list(RELATIONS)), choose(rng, scene.stickers)
@@ -110,7 +110,7 @@ def question_about(rng: np.random.Generator, scene: Scene, world: World) -> tupl
 def question_case(rng: np.random.Generator, world: World) -> AnswerCase:
     """A question on an image; each kind by its share."""
     while True:
-        # Drawn anew each time, since a world need not have what a kind asks about.
+        # Sampled anew each time, since the world may not have what a kind asks about.
         kind, scene = draw_share(rng, SHARES), random_scene(rng, world)
         question = QUESTIONS[kind](rng, scene, world)
         if question is not None:

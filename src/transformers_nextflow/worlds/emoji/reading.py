@@ -1,4 +1,4 @@
-"""How well a judge reads images whose scenes are known: true renders, or what a tokenizer makes of them."""
+"""How well a judge reads images whose scenes are known: true renders, or a tokenizer's reconstructions of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a text asks of an image, and how far a scene fulfils it."""
+"""Requirements: what a text asks of an image, and how well a scene fulfils it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..score_tables import Score
 from .scene import Scene, Sticker, World
 
 
-# Where a sticker's middle lies, (down, right) as shares of the image's sides.
+# Ranges of a sticker's middle, (down, right) as shares of the image's sides.
 PLACES = {
     "on the left": lambda y, x: x < 0.4,
     "on the right": lambda y, x: x > 0.6,
@@ -20,7 +20,7 @@ PLACES = {
     "in the bottom left corner": lambda y, x: y > 0.6 and x < 0.4,
     "in the bottom right corner": lambda y, x: y > 0.6 and x > 0.6,
 }
-# Whether the first middle lies so as seen from the second.
+# Whether the first middle has the relation to the second.
 RELATIONS = {
     "left": lambda a, b: a[1] < b[1] - 0.1,
     "right": lambda a, b: a[1] > b[1] + 0.1,
@@ -52,7 +52,7 @@ class Item:
 
 
 def item_of(sticker: Sticker, world: World, **changes) -> Item:
-    """All that a sticker is as an item, but for its place."""
+    """A sticker as an item with all attributes except its place."""
     has_colors = bool(world.colors_of(sticker.concept, sticker.style))
     has_tones = bool(world.drawing(sticker.concept, sticker.style).tones)
     item = Item(
@@ -71,7 +71,7 @@ class Requirement:
 
     Args:
         items: with different concepts.
-        relation: of `RELATIONS`, where the first lies as seen from the second.
+        relation: one of `RELATIONS`, where the first lies as seen from the second.
         background: its colour.
         size: "small" or "large": how much of the image a single sticker fills.
     """
@@ -96,9 +96,9 @@ class Requirement:
 def check(scene: Scene, requirement: Requirement) -> Score:
     """Scores between 0 and 1 of a scene.
 
-    `right`: all that follows is 1. `concept`: share of the items of which there is at least one. `count`: of each
-    concept exactly as many as asked, and no other. Where they are asked for: `style`, `color`, `tone`, `turn`, shares
-    of the asked stickers that have it; `relation`, `background`, `place` and `size`, 1 or 0.
+    `right`: 1 if all other scores are 1. `concept`: share of the items of which there is at least one. `count`: 1 if
+    each concept is there exactly as often as required, and no other. If they are required: `style`, `color`, `tone` and
+    `turn`, the shares of the stickers that have it; `relation`, `background`, `place` and `size`, 1 or 0.
     """
     groups = [[s for s in scene.stickers if s.concept == item.concept] for item in requirement.items]
     there = [bool(group) for group in groups]

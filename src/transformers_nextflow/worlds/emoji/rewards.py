@@ -1,4 +1,4 @@
-"""A judge as a reward, of another seed than the one that scores."""
+"""A judge as a reward, with another seed than the judge that scores."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .requirement import Requirement, check
 def judge_reward(judge: Judge) -> Callable[..., list[float]]:
     """A reward for `NextFlowGRPOTrainer`: the mean of all that `requirement.check` scores of an image.
 
-    The rows hold a column `requirement`, what their prompt asks for (`Requirement.to_json`).
+    The rows have a column `requirement` with the requirement of their prompt (`Requirement.to_json`).
     """
 
     def emoji_reward(

@@ -1,7 +1,7 @@
 """The emoji world: what a scene holds and how it becomes an image.
 
-An image is a plain background under a grid of places, `GRIDS`; a sticker lies in the middle of a place of its own. What
-the world holds (drawings, their styles, sizes of images) is `World`'s fields alone.
+An image is a plain background with a grid of places, `GRIDS`; a sticker lies in the middle of a place of its own. Only
+the fields of `World` decide what the world holds (drawings, their styles, sizes of images).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Cell = tuple[int, int]
 Color = tuple[int, int, int]
 
 GRIDS: tuple[Cell, ...] = ((1, 1), (1, 2), (2, 1), (2, 2), (2, 3))
-# For so many stickers of one kind: the grid that they fill in reading order.
+# Number of stickers of one kind → the grid that they fill in reading order.
 GRID_OF_COUNT = {1: (1, 1), 2: (1, 2), 3: (2, 2), 4: (2, 2), 5: (2, 3), 6: (2, 3)}
 MAX_COUNT = max(GRID_OF_COUNT)
 MARGIN = 0.08  # of a place's side, on each side
@@ -51,7 +51,7 @@ SQUARE = (BASE_SIDE, BASE_SIDE)
 # Kinds of random scenes and their shares; see `random_scene`.
 KINDS = {"single": 0.36, "small": 0.08, "count": 0.18, "pair": 0.22, "mixed": 0.16}
 COLORED, TONED, TURNED, WIDE = 0.3, 0.5, 0.08, 0.25  # shares, where it can be
-# What may be held out of training, and what of a scene decides about it.
+# The splits that may be held out of training, and the attributes of a scene that decide about each.
 SPLITS = ("style", "color", "pair", "count")
 
 
@@ -63,9 +63,9 @@ class Sticker:
         concept: key of `Art.concepts`.
         style: in which it is drawn.
         cell: its place.
-        color: of `HUES`, if it is painted anew; `None` leaves it as it is drawn.
+        color: one of `HUES`, if the drawing is recoloured; `None` keeps its colours.
         tone: skin tone; `None` is the default one.
-        turn: of `TURNS`.
+        turn: one of `TURNS`.
     """
 
     concept: str
@@ -113,7 +113,7 @@ class Scene:
 
     @property
     def concepts(self) -> tuple[str, ...]:
-        """Keys of what it shows, each once, in reading order."""
+        """The keys of its concepts, each once, in reading order."""
         return tuple(dict.fromkeys(sticker.concept for sticker in self.stickers))
 
     @property
@@ -123,7 +123,7 @@ class Scene:
         return styles.pop() if len(styles) == 1 else None
 
     def center(self, sticker: Sticker) -> tuple[float, float]:
-        """Where a sticker's middle lies, (down, right), as shares of the image's sides."""
+        """The middle of a sticker, (down, right), as shares of the image's sides."""
         return (sticker.cell[0] + 0.5) / self.grid[0], (sticker.cell[1] + 0.5) / self.grid[1]
 
 
@@ -139,11 +139,11 @@ class World:
     Args:
         art: the drawings.
         side: pixels of a square image's side.
-        patch_size: pixels of a cell of the tokenizer's last grid, of which images of other ratios are made up.
-        ratios: forms of images; of `RATIOS`.
-        concepts, styles: keys and names that scenes show; default all of the drawings.
-        kinds: of random scenes, with their shares.
-        plain: everything is as it is drawn, neither painted anew nor turned.
+        patch_size: side in pixels of a cell of the tokenizer's last grid; images of all ratios consist of such cells.
+        ratios: aspect ratios of images, from `RATIOS`.
+        concepts, styles: keys and names that scenes may have; default: those of all drawings.
+        kinds: kinds of random scenes, with their shares.
+        plain: whether drawings are neither recoloured nor turned.
     """
 
     art: Art
@@ -174,7 +174,7 @@ class World:
 
     @classmethod
     def load(cls, file: Path | str, art: Art) -> World:
-        """A world that `save` wrote. Raises `ValueError` if there is none, or the drawings lack something of it."""
+        """A world that `save` wrote. Raises `ValueError` if there is none, or if some of its drawings are missing."""
         if not Path(file).is_file():
             raise ValueError(f"There is no world {file}; examples/emoji/train_judge.py writes one beside the judge.")
         values = json.loads(Path(file).read_text())
@@ -208,7 +208,7 @@ class World:
         return tuple((concept, style) for concept in self.concepts for style in self.styles_of(concept))
 
     def colors_of(self, concept: str, style: str) -> tuple[str, ...]:
-        """The colours in which a drawing can be painted anew; none where the name itself is of a colour."""
+        """The colours in which a drawing can be recoloured; none if its name contains a colour."""
         paint = self.drawing(concept, style).paint
         if paint is None or self.plain or HUES.keys() & set(self.name(concept).split(" ")):
             return ()
@@ -224,12 +224,12 @@ class World:
 
     @lru_cache(maxsize=65536)  # noqa: B019
     def holds_out_style(self, concept: str, style: str) -> bool:
-        """Whether a concept in a style is held out; never in all styles that the concept is drawn in."""
+        """Whether a concept in a style is held out; no concept is held out in all of its styles."""
         reserved = [is_reserved(f"style {concept} {other}") for other in self.styles_of(concept)]
         return is_reserved(f"style {concept} {style}") and not all(reserved)
 
     def held_out(self, scene: Scene) -> frozenset[str]:
-        """Which of `SPLITS` a scene belongs to; it is trained on if to none."""
+        """The `SPLITS` to which a scene belongs; if there are none, it may be trained on."""
         concepts, found = scene.concepts, set()
         if any(self.holds_out_style(sticker.concept, sticker.style) for sticker in scene.stickers):
             found.add("style")
@@ -271,7 +271,7 @@ def _patch(art: Art, sticker: Sticker, side: int) -> np.ndarray:
     else:
         sprite = _recolored(art, sticker.concept, sticker.style, sticker.color)
     sprite = np.rot90(sprite, TURNS[sticker.turn])
-    # Premultiplied, or transparent pixels would colour the edges.
+    # Premultiplied, since transparent pixels would otherwise colour the edges.
     image = Image.fromarray(np.ascontiguousarray(sprite)).convert("RGBa")
     return np.asarray(image.resize((side, side), Image.Resampling.BOX))
 
@@ -294,7 +294,7 @@ def render(scene: Scene, world: World) -> np.ndarray:
     """The scene as an image, (height, width, 3) uint8.
 
     Raises:
-        ValueError: for a drawing that there is not, or one that is to be painted and has no ruling colour.
+        ValueError: for a drawing that does not exist, or one without a ruling colour that is to be recoloured.
     """
     size = world.size(scene.ratio)
     image = np.empty((*size, 3), dtype=np.float32)
@@ -305,9 +305,9 @@ def render(scene: Scene, world: World) -> np.ndarray:
 
 
 def cell_labels(scene: Scene, world: World) -> np.ndarray:
-    """What covers each cell of the tokenizer's last grid: index of the concept counted from 1, 0 for the background.
+    """The concept at each cell of the tokenizer's last grid, counted from 1, and 0 for the background.
 
-    (height / patch_size, width / patch_size) int64; a sticker counts where it covers a quarter of the cell.
+    (height / patch_size, width / patch_size) int64; a sticker counts if it covers a quarter of the cell.
     """
     size, patch = world.size(scene.ratio), world.patch_size
     labels = np.zeros((size[0] // patch, size[1] // patch), dtype=np.int64)
@@ -336,7 +336,7 @@ def draw_share(rng: np.random.Generator, shares: dict[str, float]) -> str:
 def random_sticker(
     rng: np.random.Generator, world: World, concept: str | None = None, style: str | None = None
 ) -> Sticker:
-    """A concept in a style, where not given uniform; some painted, with a skin tone, or turned."""
+    """A sticker; concept and style are uniform if not given, and some are recoloured, toned or turned."""
     if concept is None:
         # Of a style the concepts that it has.
         concept = choose(rng, world.concepts if style is None else world.concepts_in[style])
@@ -362,13 +362,13 @@ def different(rng: np.random.Generator, world: World, count: int, style: str | N
 
 
 def counted(sticker: Sticker, count: int) -> tuple[tuple[Sticker, ...], Cell]:
-    """So many of a sticker in reading order, and their grid."""
+    """`count` copies of a sticker in reading order, and their grid."""
     grid = GRID_OF_COUNT[count]
     return tuple(replace(sticker, cell=cell) for cell in cells_of(grid)[:count]), grid
 
 
 def random_ratio(rng: np.random.Generator, world: World) -> Cell:
-    """The form of an image: square, or one of the world's others."""
+    """The aspect ratio of an image: square, or another one of the world."""
     others = [ratio for ratio in world.ratios if ratio != SQUARE]
     return choose(rng, others) if others and rng.random() < WIDE else SQUARE
 

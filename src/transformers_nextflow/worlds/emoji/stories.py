@@ -32,7 +32,7 @@ def story_case(rng: np.random.Generator, world: World) -> StoryCase:
 
 
 def _located(scene: Scene, world: World) -> str:
-    """A caption of a scene that leaves open no place: of different things in corners it says which ones."""
+    """A caption of a scene that gives all places: for different things in corners it names the corners."""
     if scene.grid != (2, 2) or len(scene.concepts) < len(scene.stickers):
         return caption(scene, world)
     items = tuple(item_of(sticker, world, place=CORNERS[sticker.cell]) for sticker in scene.stickers)

@@ -1,4 +1,6 @@
-"""Drawing from images: their subject in another scene, and what a pair of images shows done to a third."""
+"""Drawing from images: their subject in another scene, and the change that a pair of images shows applied to a
+third.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ SIDES = {"left": ((1, 2), (0, 0), (0, 1)), "right": ((1, 2), (0, 1), (0, 0)),
 
 
 def subject_case(rng: np.random.Generator, world: World) -> DrawingCase:
-    """`background`: it on another ground; `count`: several of it; `relation`: beside another; `two`: of two images."""
+    """The subject with another `background`, with a `count`, in a `relation` to another thing, or `two` of two
+    images.
+    """
     kind = choose(rng, SUBJECT_KINDS)
     first, second = different(rng, world, 2)
     ground = choose(rng, list(BACKGROUNDS))

@@ -1,9 +1,9 @@
-"""What people call things whose emoji have other names: "car" for "automobile"."""
+"""Usual names of things whose emoji have other names: "car" for "automobile"."""
 
 from __future__ import annotations
 
 
-# One line a name, as its label has it: other names, separated by commas.
+# A line for each name, as in its label: the name and its synonyms, separated by commas.
 TABLE = """
 automobile: car
 airplane: plane, aeroplane

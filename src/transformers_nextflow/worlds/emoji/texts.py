@@ -1,4 +1,4 @@
-"""Tasks without images to look at: riddles of keywords, drawn after a thought or answered in words, and names."""
+"""Tasks without input images: riddles of keywords, drawn after a thought or answered in words, and names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ THOUGHT_SHARE = 0.75  # of the riddles that are drawn; the others are answered w
 
 @lru_cache(maxsize=8)
 def keyword_index(world: World) -> dict[str, frozenset[str]]:
-    """Keyword → the world's concepts that it goes with."""
+    """Keyword → the world's concepts that have it."""
     index = defaultdict(set)
     for concept in world.concepts:
         for word in world.art.concepts[concept].keywords:
@@ -38,7 +38,7 @@ def keyword_index(world: World) -> dict[str, frozenset[str]]:
 
 
 def keyword_riddle(rng: np.random.Generator, world: World, concept: str) -> str | None:
-    """Keywords that only this concept has together; `None` if there are no such, three at most."""
+    """At most three keywords that together only this concept has; `None` if there are none."""
     words, index = world.art.concepts[concept].keywords, keyword_index(world)
     # The words of its own name would give it away.
     own = {part for name in names(concept, world) for part in name.split(" ")}

@@ -1,4 +1,4 @@
-"""The shapes world: scenes, their language, an exact checker and the scores made of it."""
+"""The shapes world: scenes, their language, an exact checker and scores."""
 
 from ..conversations import Exchange, answering, drawing, images_of, message, sequence, texts_of, thinking, to_messages
 from ..held_out import is_reserved

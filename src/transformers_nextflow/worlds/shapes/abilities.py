@@ -1,4 +1,4 @@
-"""All that the shapes world trains and scores, by ability: one generator of cases for each."""
+"""The abilities that the shapes world trains and scores, with a generator of cases for each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .videos import video_case, video_question_case
 
 
 CAPTION_REQUEST = "caption the picture."
-ATTEMPTS = 300  # for each case asked for; one in ten is kept for evaluation
+ATTEMPTS = 300  # for each requested case; one in ten is held out for evaluation
 
 
 def drawing_case(rng: np.random.Generator, world: World, *, allow_held_out: bool = False) -> DrawingCase:
@@ -33,7 +33,7 @@ def drawing_case(rng: np.random.Generator, world: World, *, allow_held_out: bool
 
 
 def caption_case(rng: np.random.Generator, world: World, *, allow_held_out: bool = False) -> CaptionCase:
-    """A drawing turned round: the image and a caption that it could be drawn from (paper, section 3.2)."""
+    """A drawing turned into a caption: the image and a caption from which it could be drawn (paper, section 3.2)."""
     text, scene = drawing_example(rng, world, allow_held_out=allow_held_out)
     return CaptionCase("caption", *answering(CAPTION_REQUEST, text, [scene]), scene=scene)
 
@@ -60,7 +60,7 @@ ABILITIES: dict[str, Callable[..., Case]] = {
 
 
 def training_case(rng: np.random.Generator, world: World, ability: str) -> Case:
-    """A case of one of `ABILITIES` that is not kept for evaluation."""
+    """A case of one of `ABILITIES` that is not held out for evaluation."""
     while True:
         case = ABILITIES[ability](rng, world)
         if may_be_trained_on(case, world):
@@ -72,11 +72,11 @@ def held_out_cases(
 ) -> list[Case]:
     """`n` different cases of one of `ABILITIES` that are never trained on.
 
-    What is asked, its texts and what is where in its images, is kept for evaluation by its hash; with
+    The hash of what is asked (its texts and what is where in its images) decides whether a case is held out; with
     `held_out_pairs` every case has instead a pair of shape and colour that no training scene holds.
 
     Raises:
-        ValueError: if there are not so many.
+        ValueError: if there are fewer than `n`.
     """
     rng = np.random.default_rng((seed, list(ABILITIES).index(ability)))
     found: dict[str, Case] = {}

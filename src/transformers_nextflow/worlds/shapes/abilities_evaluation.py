@@ -1,6 +1,7 @@
-"""Scores of the abilities beside drawing from captions and questions: editing, thinking, stories, videos and the rest.
+"""Scores of the abilities other than drawing from captions and questions: editing, thinking, stories, videos and
+others.
 
-Every suite runs the pipeline's own calls on held-out cases, a few seeds each, and holds the answers against exact
+Every suite runs the pipeline's own calls on held-out cases, with a few seeds each, and scores the answers with exact
 checks.
 """
 
@@ -41,7 +42,7 @@ from .tokenizer_suite import pixels_of
 WORLD = World()
 BATCH_SIZE = 50
 NUM_CANDIDATES = 4
-RANKING_PROMPTS = 4  # times the limit: the gain is one of few hundredths, and with 200 prompts chance is as large
+RANKING_PROMPTS = 4  # times the limit: the gain is a few hundredths, as large as the noise with 200 prompts
 MAX_IMAGES = 4  # of stories
 MAX_NEW_TOKENS = 128
 SHEET_ROWS = 4  # of each suite that draws
@@ -54,9 +55,9 @@ class AbilitiesEvaluation:
     """The suites of the shapes world's abilities on one checkpoint, with its own sampling settings.
 
     Args:
-        pipe: of the checkpoint.
+        pipe: the pipeline of the checkpoint.
         limit: cases of each suite; four times as many prompts for ranking.
-        seeds: answers to each case where images are drawn, each from a seed of its own.
+        seeds: answers to each case with drawn images, each with a seed of its own.
     """
 
     def __init__(self, pipe: NextFlowPipeline, limit: int = 200, seeds: int = 2):
@@ -112,11 +113,11 @@ class AbilitiesEvaluation:
         return [sequence("", frames, texts, first_given=given).answer for frames, texts in videos]
 
     def tell(self, cases: Sequence[Case], generators: list[torch.Generator]) -> Answers:
-        """Images and sentences in turn, as many as the model likes."""
+        """Images and sentences in turn; the model decides how many."""
         return self._chat(cases, max_images=MAX_IMAGES, generator=generators)
 
     def answer(self, cases: Sequence[Case], generators: list[torch.Generator]) -> Answers:
-        """A text each; nothing is drawn at random."""
+        """A text each, decoded greedily."""
         return self._chat(cases, max_images=0)
 
     def _chat(self, cases: Sequence[Case], **options) -> Answers:
@@ -124,14 +125,14 @@ class AbilitiesEvaluation:
         replies = self.pipe.chat(messages, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, **options)
         return [tuple(part.get("image") or part["text"].strip() for part in reply["content"]) for reply in replies]
 
-    # --- Suites with figures of their own ----------------------------------------------------------------------------
+    # --- Suites with their own metrics -------------------------------------------------------------------------------
 
     def masked_editing(self) -> dict[str, float]:
-        """Edits inside the mask of what is to change, background edits apart.
+        """Edits, other than those of the background, inside the mask of what is to change.
 
-        Beside the scores: `psnr_outside` of the masks, in dB, against the input's pixels; `psnr_outside_bound`, that of
-        the tokenizer's own reconstruction of the input; `pasted_equal`, the share of images that equal the input
-        outside of the mask if its pixels are pasted back.
+        Beside the scores: `psnr_outside`, the PSNR in dB outside of the masks against the input's pixels;
+        `psnr_outside_bound`, that of the tokenizer's own reconstruction of the input; `pasted_equal`, the share of
+        images that equal the input outside of the mask if its pixels are pasted back.
         """
         cases = [c for c in self._cases("editing") if c.before.background == c.after.background]
         errors, bounds, equal, results = [], [], [], []
@@ -157,13 +158,15 @@ class AbilitiesEvaluation:
 
     @torch.no_grad()
     def reconstruct(self, scenes: list[Scene]) -> np.ndarray:
-        """What the tokenizer makes of the scenes' images: (n, H, W, 3) uint8."""
+        """The tokenizer's reconstructions of the scenes' images: (n, H, W, 3) uint8."""
         tokenizer, pixels = self.pipe.model.vq_model, pixels_of(scenes, WORLD)
         pixels = pixels.to(tokenizer.device)
         return to_uint8(tokenizer.decode(tokenizer.encode(pixels).image_tokens, tokenizer.schedule_of(pixels)))
 
     def ranking(self) -> dict[str, float]:
-        """Drawing scores of one candidate, and of the best of four by the model's own judgement, of the same seeds."""
+        """Drawing scores of one candidate, and of the best of four by the model's own judgement, with the same
+        seeds.
+        """
         prompts = text_to_image_suite(WORLD, max(1, RANKING_PROMPTS * self.limit // len(CATEGORIES)))
         table = {}
         for name, count in (("one_candidate", 1), ("best_of_four", NUM_CANDIDATES)):
@@ -226,7 +229,7 @@ class AbilitiesEvaluation:
         return [(case.kind, case.score(read_images(parts, WORLD), WORLD)) for case, parts in zip(cases, answers)]
 
     def save_sheets(self, folder: Path):
-        """One sheet for each suite with images: a row holds what was given and then what was drawn."""
+        """One sheet for each suite with images: a row holds the given images and then the drawn ones."""
         size = WORLD.canvas * SHEET_ENLARGEMENT
         for name, rows in self._shown.items():
             rows = [[p.resize((size, size), Image.Resampling.NEAREST) for p in row] for row in rows if row]

@@ -1,7 +1,8 @@
-"""In-context learning: a pair of images shows a change, and a third image is to be changed alike (section 6.5).
+"""In-context learning: a pair of images shows a change, and a third image is to be changed in the same way (section
+6.5).
 
-Every pair allows one reading alone: a colour or a shape that all objects take, another background, an object that comes
-to the same place, or one that goes and is in both scenes.
+Every pair has only one reading: a colour or a shape that all objects take, another background, an object that appears
+at the same place, or an object in both scenes that disappears.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def _background(rng, world: World, allow_held_out: bool):
 
 
 def _add(rng, world: World, allow_held_out: bool):
-    """The same object comes to the same place."""
+    """The same object appears at the same place."""
     scenes = _random_scenes(rng, world, allow_held_out, most=2)
     taken = {item.cell for scene in scenes for item in scene.objects}
     cell = next(cell for cell in random_cells(rng, world, len(world.cells)) if cell not in taken)
@@ -54,7 +55,7 @@ def _add(rng, world: World, allow_held_out: bool):
 
 
 def _remove(rng, world: World, allow_held_out: bool):
-    """The one look that both scenes hold goes away."""
+    """The objects of the one look that both scenes share disappear."""
     looks = random_object(rng, world, (0, 0), allow_held_out=allow_held_out)
     others = _random_scenes(rng, world, allow_held_out, most=2)
     scenes = []
@@ -64,7 +65,7 @@ def _remove(rng, world: World, allow_held_out: bool):
         scenes.append(exchange(other, None, replace(looks, row=row, column=column)))
     shapes = [{item.shape for item in other.objects} | {looks.shape} for other in others]
     colors = [{item.color for item in other.objects} | {looks.color} for other in others]
-    # Neither shapes nor colours are shared but those of what goes, and its scenes hold them once.
+    # The scenes share no shapes and colours except those of the object that disappears, which each has once.
     alone = all(item.shape != looks.shape and item.color != looks.color for other in others for item in other.objects)
     return scenes, list(others), [alone, len(shapes[0] & shapes[1]) == 1, len(colors[0] & colors[1]) == 1]
 

@@ -1,6 +1,7 @@
-"""Cases: an exchange with the model and the exact check of what it answers.
+"""Cases: an exchange with the model and the exact check of its answer.
 
-The same cases are training examples and, where their texts are reserved, evaluation: `score` of the right answer is 1.
+The same cases are training examples and, if their texts are reserved, evaluation cases: `score` of the right answer is
+1.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class Case:
 
     Args:
         kind: which of the suite's categories.
-        asked, answer: the exchange; where several answers are right, one of them.
-        drawn_from: other texts that an image of the answer could be drawn from; reserved ones are not trained on.
+        asked, answer: the exchange; if several answers are right, one of them.
+        drawn_from: other texts from which an image of the answer could be drawn; reserved ones are not trained on.
     """
 
     kind: str
@@ -60,7 +61,7 @@ def key_of(asked: Sequence[Part], world: World) -> str:
 
 
 def may_be_trained_on(case: Case, world: World) -> bool:
-    """Whether nothing of the case is kept for evaluation."""
+    """Whether no text of the case is held out for evaluation."""
     return not any(map(is_reserved, (case.key(world), *case.drawn_from)))
 
 
@@ -70,7 +71,7 @@ def read_images(parts: Sequence[Part], world: World) -> tuple[Part, ...]:
 
 
 def layout(scene: Scene) -> dict[tuple[int, int], Object]:
-    """The objects by their cells; how far one lies off its cell's centre is not looked at."""
+    """The objects by their cells; offsets from the centres of cells are ignored."""
     return {item.cell: replace(item, offset=(0, 0)) for item in scene.objects}
 
 
@@ -81,10 +82,10 @@ def same(a: Scene, b: Scene) -> bool:
 
 @dataclass(frozen=True)
 class DrawingCase(Case):
-    """One image that holds what is required: `right` by GenEval's rule, `strict`: and nothing else.
+    """One image that holds what is required: `right` by GenEval's rule, `strict` if it holds nothing else.
 
-    Of an answer that thinks first, `thought` tells whether it spells out what is required, `plan` whether the places
-    that it then lays out make an image of that.
+    For an answer with a thought, `thought` says whether the thought states what is required, and `plan` whether the
+    places in it make such an image.
     """
 
     requirement: Requirement = Requirement(())
@@ -95,7 +96,7 @@ class DrawingCase(Case):
         score = {"right": float(result[0]), "strict": float(result[1])}
         if texts:
             thought, _, plan = texts[0].removeprefix(THINK_PREFIX).strip().partition(PLAN_BEGIN)
-            thought = thought.rpartition(THOUGHT_STEP_END)[2]  # how it came to it is not looked at
+            thought = thought.rpartition(THOUGHT_STEP_END)[2]  # the steps before are not scored
             score["thought"] = float(_reads(thought, lambda text: parse_caption(text, world)) == self.requirement)
             planned = _reads(plan, lambda text: parse_located_caption(text, world))
             score["plan"] = float(planned is not None and check(planned, self.requirement).strict)
@@ -136,7 +137,7 @@ class CaptionCase(Case):
 
 @dataclass(frozen=True)
 class AnswerCase(Case):
-    """A text that comes to the right answer, or where that is a full caption, says the same, whatever its steps."""
+    """A text that ends with the right answer, whatever its steps, or that says the same as a right full caption."""
 
     def score(self, output: Sequence[Part], world: World) -> Score:
         said, right = (text.rpartition(THOUGHT_STEP_END)[2] for text in (_text(output), self.answer[0]))
@@ -147,8 +148,9 @@ class AnswerCase(Case):
 class StoryCase(Case):
     """Images with sentences between them.
 
-    `right`: as many images as asked for, the first as the prompt describes it, every sentence true of the images
-    around it, and all that the prompt tells is told. `first`, `sentences` (their share that is true), `told`.
+    `right`: the number of images is right, the first is as the prompt describes it, every sentence is true of the
+    images around it, and all that the prompt tells is told. `first`, `sentences` (the share that is true) and `told`
+    score these.
     """
 
     opening: Scene = Scene(())
@@ -175,11 +177,11 @@ class StoryCase(Case):
 
 @dataclass(frozen=True)
 class VideoCase(Case):
-    """Frames with texts between them, of one object that changes among others that rest.
+    """Frames with texts between them, of one object that changes among others that do not.
 
-    `right`: every frame is one that the caption allows, in order. `position`: share of the frames that hold the object
-    within one cell of the asked path. `rest`: share of the frames in which nothing else has changed. `texts`: share of
-    the texts that are true of the frames around them. A given first frame is not scored.
+    `right`: the caption allows every frame, in order. `position`: share of the frames that hold the object within one
+    cell of the requested path. `rest`: share of the frames in which nothing else has changed. `texts`: share of the
+    texts that are true of the frames around them. A given first frame is not scored.
     """
 
     frames: tuple[Scene, ...] = ()
@@ -213,7 +215,9 @@ class VideoCase(Case):
         )
 
     def _in_order(self, shown: Sequence[Scene]) -> bool:
-        """Motion is given frame by frame; when a colour or a size changes is left open, but not whether."""
+        """The frames that a caption allows: motion is given frame by frame; a colour or a size must change, at any
+        time.
+        """
         if self.path[0].cell != self.path[-1].cell:
             return all(same(a, b) for a, b in zip(shown, self.frames))
         stages = [frame for i, frame in enumerate(self.frames) if i == 0 or not same(frame, self.frames[i - 1])]
@@ -239,7 +243,7 @@ def _reads(text: str, reader: Callable):
 
 
 def _alike(a: Scene, b: Scene) -> bool:
-    """Equal but for where the objects lie."""
+    """Whether two scenes are equal except for the places of objects."""
 
     def looks(scene: Scene):
         return sorted((item.shape, item.color, item.size) for item in scene.objects)

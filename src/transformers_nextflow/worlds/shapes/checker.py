@@ -1,8 +1,8 @@
 """Reading an image back into the scene that it shows.
 
-Every cell of the lattice is compared with an image of every object that could be in it, so nothing has to be known of
-which cells are occupied. Exact on true images; on a model's images a blob that looks like no object is reported as
-one of shape `UNKNOWN`, so that half-drawn objects count as something that is there.
+Every cell of the lattice is compared with an image of every object that could be in it, so it need not be known which
+cells are occupied. The result is exact for true images; in a model's images a blob that looks like no object is
+reported with the shape `UNKNOWN`, so that half-drawn objects count as objects.
 """
 
 from __future__ import annotations

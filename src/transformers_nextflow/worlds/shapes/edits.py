@@ -19,13 +19,13 @@ Edit = tuple[str, Scene]
 
 
 def named_objects(scene: Scene) -> list[Object]:
-    """The objects that 'the red circle' tells from all others of their scene."""
+    """The objects that a phrase such as 'the red circle' identifies in their scene."""
     counts = Counter((item.shape, item.color) for item in scene.objects)
     return [item for item in scene.objects if counts[item.shape, item.color] == 1]
 
 
 def free_cell(rng, scene: Scene, world: World) -> tuple[int, int]:
-    """A cell (row, column) on which nothing lies."""
+    """An empty cell (row, column)."""
     taken = {item.cell for item in scene.objects}
     return choose(rng, [cell for cell in world.cells if cell not in taken])
 
@@ -87,7 +87,7 @@ EDITS = {
 
 
 def edit_kinds(world: World) -> tuple[str, ...]:
-    """The kinds of edits that have sense in this world."""
+    """The kinds of edits that are possible in this world."""
     return tuple(kind for kind in EDITS if kind != "resize" or len(world.sizes) > 1)
 
 
@@ -123,7 +123,7 @@ def edit_case(rng: np.random.Generator, world: World, *, allow_held_out: bool = 
 
 
 def follow_up_edit(rng: np.random.Generator, world: World, before: Scene) -> EditCase | None:
-    """An edit of the image that a conversation has come to: nothing but the instruction is asked."""
+    """An edit of the last image of a conversation, for which the user gives only the instruction."""
     kind = choose(rng, edit_kinds(world))
     edit = edit_of(rng, before, kind, world)
     if edit is None:

@@ -47,8 +47,8 @@ class ShapesEvaluation:
     Args:
         model, processor: the checkpoint.
         limit: prompts of each category, and cases of each kind of question.
-        seeds: images drawn for each prompt, each from a seed of its own.
-        sampling: settings of the scale loop; default the checkpoint's own.
+        seeds: images drawn for each prompt, each with a seed of its own.
+        sampling: settings of the scale loop; default: the checkpoint's own.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class ShapesEvaluation:
         return self._score_prompts(prompts, "held-out combinations", sheet)
 
     def oracle(self) -> dict[str, dict[str, float]]:
-        """Drawing scores with the true codes of the first k scales given: where the drawing is decided."""
+        """Drawing scores with the true codes of the first k scales given, which show the scales that decide."""
         rng = np.random.default_rng(3)
         examples = [drawing_example(rng, WORLD) for _ in range(self.limit)]
         pixels = pixels_of([scene for _, scene in examples], WORLD).to(self.model.device)
@@ -107,7 +107,7 @@ class ShapesEvaluation:
 
     @torch.no_grad()
     def draw(self, prompts: list[str], seed: int, given_codes: torch.Tensor | None = None) -> np.ndarray:
-        """Images (n, H, W, 3) uint8; image i of a seed depends on its prompt, i and the seed alone."""
+        """Images (n, H, W, 3) uint8; image i of a seed depends only on its prompt, i and the seed."""
         images = []
         for start in range(0, len(prompts), BATCH_SIZE):
             texts = prompts[start : start + BATCH_SIZE]
@@ -190,7 +190,7 @@ def evaluate_shapes(
         "oracle": evaluation.oracle,
     }
     has_abilities = processor.think_prefix is not None
-    if has_abilities:  # before all else, since it needs the extra `pipelines`
+    if has_abilities:  # first, since it needs the extra `pipelines`
         from ...pipeline_nextflow import NextFlowPipeline
         from .abilities_evaluation import AbilitiesEvaluation
     scores = {name: suite() for name, suite in suites.items()}

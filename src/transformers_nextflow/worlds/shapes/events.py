@@ -1,7 +1,7 @@
-"""What happens from one image to the next, as sentences that are both written and read.
+"""Events from one image to the next, as sentences that are both written and read.
 
-Stories and videos are told in them; `happen` works out the next scene, so that a sentence can be held against the
-image behind it.
+Stories and videos consist of them; `happen` computes the next scene, so that a sentence can be compared with the image
+after it.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ def grows(item: Object) -> str:
 
 
 def leaves(item: Object) -> str:
-    """The sentence of an object that goes away."""
+    """The sentence of an object that disappears."""
     return f"{name_of(item)} goes away"
 
 
 def goes_to(item: Object, cell: tuple[int, int]) -> str:
-    """The sentence of an object that goes to a cell (row, column)."""
+    """The sentence of an object that moves to a cell (row, column)."""
     return f"{name_of(item)} goes to row {cell[0] + 1} column {cell[1] + 1}"
 
 
 def comes(item: Object, world: World) -> str:
-    """The sentence of an object that comes in."""
+    """The sentence of an object that appears."""
     phrase = item_phrase(None, group_items([item], color=True, size=len(world.sizes) > 1)[0], world)
     return f"{phrase} comes {CELL_TEMPLATES[0].format(row=item.row + 1, column=item.column + 1)}"
 
@@ -79,8 +79,8 @@ def next_size(item: Object, world: World) -> Object:
 def happen(sentence: str, scene: Scene, world: World) -> Scene:
     """The scene after what a sentence tells.
 
-    Raises ValueError for a sentence that is none of the above, or that cannot be true of the scene: its object is not
-    there or there twice, or the place is taken or off the lattice.
+    Raises `ValueError` for any other sentence, and for one that cannot be true of the scene: its object is missing or
+    there twice, or the place is occupied or outside of the lattice.
     """
     if sentence == STILL:
         return scene

@@ -1,7 +1,7 @@
-"""What is said about scenes: captions to draw from, captions to read back, questions with answers.
+"""The language of scenes: captions to draw from, captions to read back, questions with answers.
 
 A caption mentions every object of its scene, so whatever else an image holds is wrong. What a caption leaves open (a
-colour, a place, the background) is uniform in the scene. Every wording is a template that is both filled and parsed.
+colour, a place, the background) is sampled uniformly. Every wording is a template that is both filled and parsed.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def group_items(objects, *, color: bool, size: bool) -> tuple[Item, ...]:
 def caption(rng: np.random.Generator | None, scene: Scene, world: World) -> str:
     """Describes a scene in full: every object with its colour (and size), and the background.
 
-    The scene's objects, places apart, can be recovered from it by `parse_caption`. Without `rng` the wording is
+    `parse_caption` can recover the scene's objects, without their places, from it. Without `rng` the wording is
     canonical: always the same for a scene. Raises ValueError for an empty scene.
     """
     if not scene.objects:
@@ -135,7 +135,7 @@ def located_caption(scene: Scene, world: World) -> str:
 
 
 def located_items(objects: Iterable[Object], world: World) -> tuple[Item, ...]:
-    """Objects with all that they are and their places, in the order given."""
+    """Objects as items with all attributes and places, in the given order."""
     sized = len(world.sizes) > 1
     return tuple(replace(group_items([o], color=True, size=sized)[0], cell=o.cell) for o in objects)
 
@@ -174,7 +174,7 @@ def parse_item(text: str, world: World) -> Item:
 
 
 def is_full_caption(text: str, reference: str, world: World) -> bool:
-    """Whether a text says all that a caption of `caption` or `located_caption` says, in whatever wording and order."""
+    """Whether a text says the same as a caption of `caption` or `located_caption`, in any wording and order."""
     try:
         said, asked = parse_caption(text, world), parse_caption(reference, world)
     except ValueError:
@@ -201,7 +201,7 @@ def parse_caption(text: str, world: World) -> Requirement:
 
 
 def parse_located_caption(text: str, world: World) -> Scene:
-    """The inverse of `located_caption`. Raises ValueError for a text that leaves open what a scene holds."""
+    """The inverse of `located_caption`. Raises `ValueError` for a text that does not describe a scene in full."""
     said = parse_caption(text, world)
     if said.background is None or any(None in (i.color, i.cell) or i.count > 1 for i in said.items):
         raise ValueError(
@@ -248,12 +248,12 @@ def _objects_of(rng, world: World, category: str, allow_held_out: bool) -> tuple
 def draw_category(
     rng: np.random.Generator, world: World, category: str, *, places: bool = True, allow_held_out: bool = False
 ) -> tuple[str, Scene, Requirement]:
-    """A caption of one category of `MIXTURE`, reserved or not, with a scene that fulfils it and what it asks for.
+    """A caption of one category of `MIXTURE`, reserved or not, with a scene that fulfils it and its requirement.
 
     `places`: some of the captions say which cells the objects are in.
     """
     objects, colored = _objects_of(rng, world, category, allow_held_out)
-    # Equal objects are told apart by nothing but their sizes in a plural, so a plural says no sizes.
+    # In a plural equal objects would differ only in their sizes, so a plural names no sizes.
     sized = category != "counting" and len(world.sizes) > 1 and rng.random() < SIZED
     items, relation = group_items(objects, color=colored, size=sized), None
     if category == "position":
@@ -268,7 +268,7 @@ def draw_category(
 
 
 def drawing_example(rng: np.random.Generator, world: World, *, allow_held_out: bool = False) -> tuple[str, Scene]:
-    """A caption to draw from and a scene that is all of what it says. Never a caption that `is_reserved`."""
+    """A caption to draw from and a scene that fulfils it. Never a caption that `is_reserved`."""
     while True:
         text, scene, _ = draw_category(rng, world, random_category(rng), allow_held_out=allow_held_out)
         if not is_reserved(text):

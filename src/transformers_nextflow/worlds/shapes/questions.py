@@ -1,10 +1,10 @@
 """Questions about scenes with answers of one word.
 
-Relations are answered in two steps: what is where, and then the word. `verdict` is the word.
+Relations are answered in two steps: first where both things are, and then the word. `verdict` gives the word.
 
-A kind of question is a function `(rng, world, allow_held_out, given)`: with a `given` scene it asks about that one, and
-returns None where the scene has nothing of the kind to ask; without, it makes a scene so that all answers are as
-frequent.
+A kind of question is a function `(rng, world, allow_held_out, given)`: with a `given` scene it asks about that scene,
+and returns `None` if no question of the kind is possible; without one it makes a scene such that all answers are
+equally frequent.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STEPS_END = ": "
 
 
 def verdict(answer: str) -> str:
-    """What an answer comes to, in small letters, whatever steps stand before it."""
+    """The final word of an answer, in small letters, without the steps before it."""
     return answer.rpartition(STEPS_END)[2].strip().lower()
 
 
@@ -128,7 +128,7 @@ def is_there(rng, world: World, allow_held_out: bool, given: Scene | None = None
 
 
 def is_related(rng, world: World, allow_held_out: bool, given: Scene | None = None) -> Example | None:
-    """Yes and no are equally frequent. Asked for the word alone, a small model guesses, though it knows both places."""
+    """Yes and no are equally frequent. Asked for only the word, a small model guesses, though it knows both places."""
     yes, relation = bool(rng.random() < 0.5), choose(rng, list(RELATIONS))
 
     def candidates(scene: Scene) -> list[tuple[Object, Object]]:
@@ -161,7 +161,7 @@ QUESTIONS = {
     "relation": is_related,
     "background": what_background,
 }
-# How often each is asked where the kind is left to chance: places and relations are the hardest to learn.
+# How often each kind is asked if it is sampled: places and relations are the hardest to learn.
 SHARES = {
     "count": 0.16,
     "color": 0.1,

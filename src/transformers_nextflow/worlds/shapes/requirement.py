@@ -1,4 +1,4 @@
-"""What a text asks of an image, and whether a scene holds it."""
+"""Requirements: what a text asks of an image, and whether a scene fulfils it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RELATIONS = {
 
 @dataclass(frozen=True)
 class Item:
-    """`count` objects with the attributes that are given; None = free."""
+    """`count` objects with the given attributes; `None` leaves an attribute free."""
 
     shape: str | None = None
     color: str | None = None
@@ -46,7 +46,7 @@ class Requirement:
 
 
 class CheckResult(NamedTuple):
-    """`lenient`: what was asked is there (GenEval's own rule). `strict`: and nothing else is."""
+    """`lenient`: all that was asked for is there (GenEval's rule). `strict`: and nothing else is."""
 
     lenient: bool
     strict: bool

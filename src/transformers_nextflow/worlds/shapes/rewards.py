@@ -1,4 +1,4 @@
-"""The shapes world's exact checker as a reward, and questions that a prompt of that world answers."""
+"""The shapes world's exact checker as a reward, and questions whose answers follow from a prompt of that world."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Question = tuple[str, str]
 
 
 def shapes_reward(prompts: Sequence[str], completions: Sequence[Image.Image], **_) -> list[float | None]:
-    """1 for an image that holds what its prompt asks for and nothing else, a half where there is more; `None` for a
-    prompt that is no caption of the world.
+    """1 for an image that holds only what its prompt asks for, a half if it holds more; `None` for a prompt that is no
+    caption of the world.
     """
     rewards: list[float | None] = []
     for prompt, image in zip(prompts, completions):

@@ -1,7 +1,7 @@
 """The shapes world: what a scene holds and how it becomes an image.
 
-An image is a lattice of square cells on a plain background; every object lies in a cell of its own. What the world
-holds (canvas, shapes, colours, sizes, how far an object may lie off its cell's centre) is `World`'s fields alone.
+An image is a lattice of square cells on a plain background; every object lies in a cell of its own. Only the fields of
+`World` decide what the world holds (canvas, shapes, colours, sizes, how far objects may be from the centres of cells).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from PIL import Image, ImageDraw
 
 Color = tuple[int, int, int]
 
-UNKNOWN = "unknown"  # what the checker calls a blob that looks like none of the world's shapes
+UNKNOWN = "unknown"  # the checker's name for a blob that looks like none of the world's shapes
 SUPERSAMPLING = 8
-MAX_COUNT = 9  # as far as captions count
+MAX_COUNT = 9  # the largest number in captions
 COLORS: tuple[tuple[str, Color], ...] = (
     ("red", (220, 30, 40)),
     ("green", (30, 165, 70)),

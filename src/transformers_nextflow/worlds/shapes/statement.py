@@ -1,4 +1,4 @@
-"""What a model of the shapes world says of its training (`trained_on` of its config)."""
+"""The statement of a model of the shapes world about its training (`trained_on` of its config)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .scene import World
 from .suites import DESCRIPTIONS
 
 
-# Cases of each ability from which the words are taken; their templates have all been used by then.
+# The number of cases of each ability from which the words are taken, enough to use all templates.
 CASES = 600
-# What is counted beside the shapes.
+# Words, besides the shapes, that are counted.
 NOUNS = ("shapes", "objects", "things")
-# Of 1,000 images of the training the worst is reproduced at 25.7 dB, and a photograph at 6 to 12.
+# The worst of 1,000 training images is reconstructed with 25.7 dB, photographs with 6 to 12 dB.
 LOWEST_PSNR = 25.0
 
 

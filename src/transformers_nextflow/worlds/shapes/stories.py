@@ -1,6 +1,6 @@
 """Stories: images with sentences between them that tell what happens (paper, section 5.4).
 
-A story is told to the model, which then shows it, or only its first image is: then the model makes up what happens.
+The prompt tells the whole story, which the model then shows, or only its first image: then the model invents the rest.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def story_case(rng: np.random.Generator, world: World, *, allow_held_out: bool =
         if sentence is not None:
             sentences.append(sentence)
             frames.append(happen(sentence, frames[-1], world))
-    # The events of a story that is told name places; where nothing says what lies where, they may already be taken.
+    # The events of a told story name places, which may be occupied already if the prompt does not say what is where.
     located = kind == "told" or bool(rng.random() < 0.5)
     opening = located_caption(frames[0], world) if located else caption(None, frames[0], world)
     prompt = f"{choose(rng, OPENINGS).format(number=NUMBERS[count])}: {opening}"

@@ -19,7 +19,9 @@ PLACED, ON_BACKGROUND = 0.5, 0.6
 
 
 def subject_case(rng: np.random.Generator, world: World, *, allow_held_out: bool = False) -> DrawingCase:
-    """`place`: it alone, at a place; `company`: among others; `relation`: beside another; `two`: of two images."""
+    """`place`: only the object, at a place; `company`: among others; `relation`: beside another; `two`: of two
+    images.
+    """
     kind = choose(rng, KINDS)
     count = {"place": 1, "company": int(rng.integers(2, 4))}.get(kind, 2)
     objects = _different(rng, world, count, allow_held_out)
@@ -58,6 +60,6 @@ def _different(rng, world: World, count: int, allow_held_out: bool) -> list[Obje
 
 
 def _portrait(rng, item: Object, world: World) -> Scene:
-    """The object alone, somewhere."""
+    """Only the object, somewhere."""
     row, column = choose(rng, world.cells)
     return Scene((replace(item, row=row, column=column),), random_background(rng, world))

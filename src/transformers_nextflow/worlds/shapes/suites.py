@@ -1,6 +1,6 @@
-"""What a checkpoint is scored on: prompts to draw, images to talk about, and the table made of the results.
+"""The cases on which a checkpoint is scored (prompts to draw, questions about images), and the tables of the results.
 
-GenEval's six categories and its rule (`requirement.check`), beside a strict rule that forbids anything else.
+There are GenEval's six categories with its rule (`requirement.check`), and a strict rule that forbids anything else.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def _distinct_prompts(world: World, category: str, n: int, seed: int, allow_held
 def text_to_image_prompts(category: str, world: World, n: int = 100, seed: int = 0) -> list[Prompt]:
     """`n` different prompts of one of `CATEGORIES` whose texts never occur in training.
 
-    A category's contents are few where colours are free: 6 single objects, 15 pairs of objects, 18 counts of a shape,
-    32 coloured objects. There the prompts repeat the contents, and what is new to the model is the wording with its
-    prefix and background; in `position` (some 3,500) and `color_attribution` (some 350) most contents differ. Raises
-    ValueError where there are not `n` (of `single_object` there are some 180).
+    A category has few contents if colours are free: 6 single objects, 15 pairs of objects, 18 counts of a shape, 32
+    coloured objects. There the prompts repeat the contents, and only the wording with its prefix and background is new
+    to the model; in `position` (about 3,500) and `color_attribution` (about 350) most contents differ. Raises
+    `ValueError` if there are fewer than `n` prompts (`single_object` has about 180).
     """
     return _distinct_prompts(world, category, n, seed, False, lambda text, _: is_reserved(text))
 

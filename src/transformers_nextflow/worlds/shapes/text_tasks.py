@@ -1,4 +1,4 @@
-"""Tasks in words alone: counting, comparing and changing scenes that a text describes, and what things are like."""
+"""Tasks with only text: counting, comparing and changing scenes that a text describes, and facts about things."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _left(rng, world: World, scene: Scene, allow_held_out: bool):
 
 
 def _edit(rng, world: World, scene: Scene, allow_held_out: bool):
-    """What is where after an edit; of a scene of its own."""
+    """What is where after an edit of a scene that the text describes."""
     before, instruction, after = edit_example(rng, world, allow_held_out=allow_held_out)
     question = f"{located_caption(before, world)}. {instruction}. what is where now?"
     return question, located_caption(after, world), key_of((before, instruction), world)
@@ -71,7 +71,7 @@ def _arithmetic(rng, world: World, scene: Scene, allow_held_out: bool):
 
 
 def _fact(rng, world: World, scene: Scene, allow_held_out: bool):
-    """What the implicit prompts take for granted."""
+    """The facts that implicit prompts use."""
     kind = choose(rng, list(FACT_TEMPLATES))
     table = {"color": COLORED_LIKE, "shape": SHAPED_LIKE, "number": COUNTED_LIKE}[kind]
     answer = choose(rng, list(table))
@@ -80,7 +80,7 @@ def _fact(rng, world: World, scene: Scene, allow_held_out: bool):
 
 
 def _riddle(rng, world: World, scene: Scene, allow_held_out: bool):
-    """An implicit prompt in plain words."""
+    """An implicit prompt, answered with its plain meaning."""
     prompt = implicit_prompt(rng, world, random_kind(rng), allow_held_out=allow_held_out)
     return f"say it plainly: {prompt.text}", spell_out(prompt.requirement, world, prompt.steps), prompt.text
 

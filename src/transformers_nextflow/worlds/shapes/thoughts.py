@@ -1,9 +1,9 @@
-"""Prompts that say what to draw in a roundabout way, and the thought that spells it out (paper, section 6.4).
+"""Implicit prompts, and the thoughts that state plainly what to draw (paper, section 6.4).
 
 Every prompt takes two or more steps: shapes by what they look like, colours by things, numbers by comparison or sums,
-places by their neighbours, relations of things that are paraphrased; one kind takes steps of which each needs the one
-before, an object that changes again and again. The thought goes such steps one by one, says what is asked for as an
-ordinary caption, then lays out what goes where, thing by thing in the order of the caption.
+places by their neighbours, relations of things that are paraphrased; in one kind each step needs the one before: an
+object that changes several times. The thought goes through such steps one by one, says what is asked for as an ordinary
+caption, and then says what goes where, thing by thing in the order of the caption.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ COUNTED_LIKE = {
     4: ("a square has corners", "a car has wheels", "a horse has legs"),
 }
 OPENINGS = ("", "draw ", "show ", "paint ")
-THOUGHT_SHARE = 0.75  # of the prompts that are answered with a thought and an image; the rest with an image alone
+THOUGHT_SHARE = 0.75  # of the prompts that are answered with a thought and an image; the others with only an image
 COLORED, ON_BACKGROUND = 0.6, 0.3
-CHANGES = (2, 3, 4, 5, 6)  # how many are told of one object
+CHANGES = (2, 3, 4, 5, 6)  # how many changes of one object a prompt tells
 
 
 def color_phrase(rng: np.random.Generator, color: str) -> str:
@@ -127,7 +127,7 @@ def _word(number: int) -> str:
 
 
 class Riddle(NamedTuple):
-    """A text, what it asks for, objects that are all of that, and the steps of the way from one to the other."""
+    """A text, its requirement, objects that fulfil it, and the steps from the text to the requirement."""
 
     text: str
     items: tuple[Item, ...]
@@ -137,7 +137,7 @@ class Riddle(NamedTuple):
 
 
 class ImplicitPrompt(NamedTuple):
-    """A prompt, what it requires, a scene that is all of that, and the steps of a thought."""
+    """A prompt, its requirement, a scene that fulfils it, and the steps of a thought."""
 
     text: str
     requirement: Requirement
@@ -184,7 +184,7 @@ def _sum(rng, world: World, allow_held_out: bool):
 
 
 def _changes(rng, world: World, allow_held_out: bool):
-    """One object that is what several changes make of another; some of them are of what it is not (any more)."""
+    """One object, described by several changes of another object; some changes do not apply to what it is by then."""
     allowed = world.pairs(allow_held_out)
     values = {"shape": world.shapes, "color": tuple(world.palette)}
     look = dict(zip(values, choose(rng, allowed)))
@@ -199,7 +199,7 @@ def _changes(rng, world: World, allow_held_out: bool):
             look[attribute] = after
             were[attribute].append(now)
         else:
-            # What it has been misleads more than what it never was.
+            # Attributes that it had before mislead more than those that it never had.
             before = choose(rng, [o for o in were[attribute] if o != now] or others)
             after = choose(rng, [value for value in values[attribute] if value != before])
         told.append(f"{before} turns {after}")
@@ -260,7 +260,7 @@ RIDDLES = {
     "place": _place,
     "relation": _relation,
 }
-# How often each is asked for: what takes the most steps is the hardest to learn.
+# How often each kind is asked for: kinds with the most steps are the hardest to learn.
 SHARES = dict(zip(RIDDLES, (0.14, 0.22, 0.12, 0.26, 0.13, 0.13)))
 
 
@@ -303,7 +303,7 @@ def thinking_case(rng: np.random.Generator, world: World, *, allow_held_out: boo
 
 
 def think_first(case: DrawingCase, world: World, steps: Sequence[str] = ()) -> DrawingCase:
-    """The same case with a thought before the image: what is asked for, spelled out, and where it goes."""
+    """The same case with a thought before the image, which says plainly what is asked for and where it goes."""
     (prompt,), (scene,) = case.exchange
     plan = plan_of(case.requirement, scene, world)
     exchange = thinking(prompt, spell_out(case.requirement, world, steps) + PLAN_BEGIN + plan, scene)

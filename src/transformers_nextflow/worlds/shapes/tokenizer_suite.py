@@ -1,4 +1,6 @@
-"""What the tokenizer lets through: the bound of every score, and the gates before a transformer is trained."""
+"""Scores of the tokenizer's reconstructions: the upper bound of all other scores, to check before a transformer is
+trained.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from .checker import read
 from .scene import Scene, World, cell_labels, random_scene, render
 
 
-SEED = 7_000_000  # no training scene is drawn from it
+SEED = 7_000_000  # no training scene has this seed
 PROBE_STEPS = 300
 PROBE_SCENES = 10_000
 BATCH_SIZE = 250
@@ -64,9 +66,9 @@ def linear_probe(
     fitted_on: tuple[list[Scene], torch.Tensor],
     tested_on: tuple[list[Scene], torch.Tensor],
 ) -> dict[str, float]:
-    """Accuracy with which a linear map reads an object's shape and colour off the code vectors at its place.
+    """Accuracy with which a linear map predicts an object's shape and colour from the code vectors at its place.
 
-    The map sees the vectors of the first `num_scales` scales side by side. It is fitted on some scenes, with their
+    The map reads the vectors of the first `num_scales` scales side by side. It is fitted on some scenes, with their
     codes (n, N), and tested on others.
     """
     inputs, targets = _cells(model, world, num_scales, *fitted_on)
@@ -94,7 +96,7 @@ def _cells(model, world, num_scales, scenes, tokens):
     grid = (world.lattice, world.lattice)
     schedule = model.config.scale_schedules.for_size(world.canvas, world.canvas)
     vectors = model.quantizer.lookup(tokens[:, : schedule.offsets[num_scales]], schedule)
-    # A cell of the lattice may cover several of a fine grid: they stand side by side.
+    # A cell of the lattice may cover several cells of a fine grid, whose vectors are put side by side.
     features = torch.cat([_on_lattice(vector, grid, model.config.upsample) for vector in vectors], dim=1)
     features = features.permute(0, 2, 3, 1).cpu()
     labels = [cell_labels(scene, world) for scene in scenes]

@@ -1,4 +1,4 @@
-"""Short videos: an object that moves cell by cell, takes another colour or grows, among others that rest."""
+"""Short videos: an object moves cell by cell, takes another colour or grows, among others that do not change."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def video_kinds(world: World) -> tuple[str, ...]:
 def _path(
     rng, scene: Scene, item: Object, kind: str, world: World, num_frames: int, allow_held_out: bool
 ) -> tuple[str, list[Object]] | None:
-    """What happens and the object in every frame; None where its way is not free or it is the largest already."""
+    """The event and the object in every frame; `None` if its way is not free or it already is the largest."""
     if kind == "moves":
         direction = choose(rng, list(STEPS))
         path = [step(item, direction, i) for i in range(num_frames)]
@@ -69,9 +69,9 @@ def video_example(
 ) -> tuple[str, list[Scene], list[str]]:
     """A caption, the video's `num_frames` scenes, and the `num_frames - 1` texts of what happens from one to the next.
 
-    The caption says what is where at first and what changes; when a colour changes is only in the transitions. Growth
-    goes through the sizes one by one. `kind` of `video_kinds`, by default any. Videos have from 2 frames to as many as
-    the lattice has cells a side; otherwise ValueError.
+    The caption says what is where at first and what changes; only the transitions say when a colour changes. Growth
+    goes through the sizes one by one. `kind` is one of `video_kinds`, by default any. Raises `ValueError` for fewer
+    than 2 frames, or more than the lattice has cells a side.
     """
     if not 2 <= num_frames <= world.lattice:
         raise ValueError(f"num_frames={num_frames}: videos of this world have 2 to {world.lattice} frames.")

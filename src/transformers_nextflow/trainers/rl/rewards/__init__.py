@@ -1,6 +1,6 @@
 """Rewards of images: functions `reward(prompts, completions, **columns)`, as [`NextFlowGRPOTrainer`] calls them.
 
-Those around a model are made by a function that takes the model; none of them loads anything by itself.
+A reward that needs a model is made by a function that takes the model; no reward loads anything by itself.
 """
 
 from .detected_objects import color_classifier, geneval_reward

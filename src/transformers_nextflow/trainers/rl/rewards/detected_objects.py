@@ -1,4 +1,4 @@
-"""GenEval's rules over an object detector: which objects, how many, in which colours, and where."""
+"""A reward by GenEval's rules with an object detector: which objects, how many, in which colours, and where."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from PIL import Image
 from torch import nn
 
 
-# What GenEval's prompts name.
+# The colours that GenEval's prompts name.
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
-# Centres that lie closer than this share of both boxes' sizes stand in no relation.
+# Objects whose centres are closer than this share of both boxes' sizes have no relation.
 MARGIN = 0.1
 
 
@@ -28,7 +28,7 @@ class Detection:
 
 
 def relations(box: Sequence[float], reference: Sequence[float]) -> set[str]:
-    """Which of `RELATIONS` an object has to another; two where it lies across, none where the centres nearly agree."""
+    """The `RELATIONS` of an object to another: two if it is placed diagonally, none if the centres nearly agree."""
     shifts = []
     for axis in (0, 1):
         shift = (box[axis] + box[axis + 2] - reference[axis] - reference[axis + 2]) / 2
@@ -44,9 +44,9 @@ def color_classifier(model: nn.Module, processor, template: str = "a photo of a 
     """`color_of(crops, label)` for [`geneval_reward`] by zero-shot classification.
 
     Args:
-        model: with `logits_per_image` in its output, such as CLIP.
-        processor: the model's own.
-        template: the text of a class, with `{color}` and `{label}`.
+        model: a model with `logits_per_image` in its output, such as CLIP.
+        processor: the processor of the model.
+        template: the text for a colour, with `{color}` and `{label}`.
     """
     model.eval().requires_grad_(False)
 
@@ -69,21 +69,21 @@ def geneval_reward(
 ) -> Callable:
     """The share of a prompt's requirements that an image meets; 1 is what GenEval counts as correct.
 
-    The dataset has the columns of GenEval's prompt files. `include` lists what must be there: `class`, `count`, and
-    where asked for `color` and `position`, a relation of `RELATIONS` with the index of the item that it refers to.
-    `exclude` lists the counts that must not be reached.
+    The dataset has the columns of GenEval's prompt files. `include` lists the objects that must be there: `class`,
+    `count`, and optionally `color` and `position`, a relation of `RELATIONS` with the index of the other item.
+    `exclude` lists counts that must not be reached.
 
     Args:
         detector: an object detection model of transformers, such as DETR or YOLOS.
         image_processor: the model's own.
         color_of: colours of cut-out objects of one class, see [`color_classifier`]; only prompts with colours need it.
-        label_names: the detector's names of classes that the prompts call otherwise.
-        threshold: least score of an object.
-        counting_threshold: the same for prompts with `exclude`, where one too many is wrong.
+        label_names: the detector's names for classes that have other names in the prompts.
+        threshold: the lowest score of an object.
+        counting_threshold: the same for prompts with `exclude`, in which one object too many is wrong.
 
     Raises:
-        ValueError: for a prompt without requirements, a class that the detector does not know, a relation that is none
-            or refers to nothing, or a colour without `color_of`.
+        ValueError: for a prompt without requirements, a class that the detector does not know, an unknown relation or
+            one without its other item, or a colour without `color_of`.
     """
     detector.eval().requires_grad_(False)
     names, known = dict(label_names or {}), set(detector.config.id2label.values())
@@ -115,7 +115,7 @@ def requirements_met(
     label_names: Mapping[str, str],
     color_of: Callable | None,
 ) -> list[bool]:
-    """Whether each item of `include`, then of `exclude`, is met by the surest detections of its class."""
+    """Whether the detections of its class with the highest scores meet each item of `include`, then of `exclude`."""
 
     def of_class(item) -> list[Detection]:
         label = label_names.get(item["class"], item["class"])
@@ -144,7 +144,7 @@ def _detections(objects: Mapping, id2label: Mapping[int, str], threshold: float)
 
 
 def _cut_out(image: Image.Image, box: Sequence[float]) -> Image.Image:
-    """What lies in a box, inside the image and at least a pixel."""
+    """The part of an image in a box, clipped to the image and at least one pixel large."""
     left, top = (min(max(math.floor(low), 0), side - 1) for low, side in zip(box[:2], image.size))
     right, bottom = (min(math.ceil(high), side) for high, side in zip(box[2:], image.size))
     return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))

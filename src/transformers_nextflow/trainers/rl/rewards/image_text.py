@@ -1,4 +1,4 @@
-"""How well images fit their prompts by a model with one encoder for each (CLIP score, PickScore, SigLIP)."""
+"""Similarity of images and prompts by a model with an encoder for each of the two (CLIP score, PickScore, SigLIP)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def similarity_reward(model: nn.Module, processor, scaled: bool = False) -> Call
         model: any model of transformers with `text_embeds` and `image_embeds` in its output, such as
             `CLIPModel.from_pretrained("openai/clip-vit-large-patch14")` or `yuvalkirstain/PickScore_v1`.
         processor: the model's own. Prompts are padded to the length of its training, which SigLIP needs.
-        scaled: multiply by the model's temperature, as PickScore and HPSv2 are quoted.
+        scaled: multiply by the model's temperature, as is usual for PickScore and HPSv2.
     """
     model.eval().requires_grad_(False)
     length = model.config.text_config.max_position_embeddings

@@ -1,4 +1,4 @@
-"""A model that looks at images and answers yes or no."""
+"""A reward by a model that answers a question about the image with yes or no."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ QUESTION = "Does this image show {prompt}? Answer yes or no."
 def judge_reward(
     model: nn.Module, processor, question: str = QUESTION, answers: tuple[str, str] = ("yes", "no")
 ) -> Callable:
-    """The probability with which a model says that an image shows its prompt, of "yes" against "no".
+    """The probability of "yes", against "no", as a model's answer to whether an image shows its prompt.
 
     Args:
         model: any image-text-to-text model of transformers.
         processor: the model's own; its chat template takes one image and the question.
-        question: with `{prompt}`; columns of the dataset may stand in it too.
+        question: the question, with `{prompt}`; it may also contain columns of the dataset in braces.
         answers: the two words whose first tokens are compared.
 
     Raises:

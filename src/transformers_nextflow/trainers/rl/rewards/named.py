@@ -15,7 +15,7 @@ from .reading import ask_for_caption, reading_reward
 
 
 def own_reading(model: NextFlowForConditionalGeneration, processor: NextFlowProcessor) -> Callable:
-    """How likely the model, as it is before the training, finds the prompt as the caption of the image."""
+    """The likelihood of the prompt as the caption of the image under the model as it is before the training."""
     return reading_reward(copy.deepcopy(model).requires_grad_(False), processor, ask_for_caption(processor))
 
 
@@ -24,7 +24,7 @@ def shapes(model: NextFlowForConditionalGeneration, processor: NextFlowProcessor
     return Registry("reward", {"shapes": "transformers_nextflow.worlds.shapes.rewards:shapes_reward"})["shapes"]
 
 
-# Each makes a reward from the model and its processor.
+# Functions that make a reward from the model and its processor.
 REWARDS = Registry(
     "reward",
     {name: f"{__name__}:{function.__name__}" for name, function in (("reading", own_reading), ("shapes", shapes))},
@@ -32,7 +32,7 @@ REWARDS = Registry(
 
 
 def reward_named(name: str, model: NextFlowForConditionalGeneration, processor: NextFlowProcessor) -> Callable:
-    """A reward of `REWARDS`, or a function of one's own as "file.py:function", which is run.
+    """A reward of `REWARDS`, or your own function as "file.py:function", whose file is run.
 
     Raises:
         ValueError: if there is neither, and for a file that cannot be run.

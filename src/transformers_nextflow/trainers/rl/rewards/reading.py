@@ -1,4 +1,4 @@
-"""The model's own reading of an image as a reward: no other model is needed."""
+"""A reward by the model itself, from its answers to questions about the image: no other model is needed."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ Ask = Callable[[str], Sequence[tuple[str, str]]]
 
 
 def ask_for_caption(processor: NextFlowProcessor) -> Ask:
-    """The one question whose answer is the prompt itself: to describe the image."""
+    """A single request, to describe the image, whose right answer is the prompt."""
     return lambda prompt: [(processor.caption_request, prompt)]
 
 
 def reading_reward(model: nn.Module, processor: NextFlowProcessor, ask: Ask, batch_size: int = 64) -> Callable:
-    """How likely a model finds the right answers to questions about each image: the mean, over its questions, of the
-    probability of the answer, per token.
+    """The likelihood of the right answers to questions about each image: the mean over its questions of the answer's
+    probability per token.
 
     Args:
-        model: the [`NextFlowForConditionalGeneration`] that reads. The model in training may read itself; a frozen copy
-            (`copy.deepcopy`) cannot come to agree with its own mistakes.
-        ask: from a prompt, questions with their answers; at least one.
-        batch_size: questions in one pass.
+        model: the [`NextFlowForConditionalGeneration`] that answers. It may be the model in training; a frozen copy
+            (`copy.deepcopy`) cannot learn to agree with its own mistakes.
+        ask: a function from a prompt to questions with their answers, at least one.
+        batch_size: number of questions in one pass.
     """
 
     def own_reading(prompts, completions, completion_ids, image_grids, **_) -> list[float]:

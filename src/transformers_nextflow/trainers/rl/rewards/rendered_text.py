@@ -1,4 +1,4 @@
-"""Whether an image shows the words that its prompt asks for."""
+"""A reward for images with text: whether an image shows the words that its prompt asks for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
 
 
 def edit_distance(one: str, other: str) -> int:
-    """How many letters must be put in, left out or replaced (Levenshtein)."""
+    """The number of letters to insert, delete or replace (Levenshtein)."""
     row = list(range(len(other) + 1))
     for index, letter in enumerate(one, start=1):
         diagonal, row[0] = row[0], index
@@ -23,17 +23,17 @@ def edit_distance(one: str, other: str) -> int:
 
 
 def quoted_text(prompt: str) -> str | None:
-    """What a prompt puts into quotation marks, joined by spaces; `None` if nothing."""
+    """The texts in quotation marks in a prompt, joined by spaces; `None` if there are none."""
     found = [straight or curved for straight, curved in QUOTED.findall(prompt)]
     return " ".join(found) or None
 
 
 def rendered_text_reward(model: nn.Module, processor, max_new_tokens: int = 32) -> Callable:
-    """One minus the edit distance between the words asked for and those read, over the longer one's length; upper and
-    lower case count alike.
+    """One minus the edit distance between the requested words and those that are read, divided by the longer one's
+    length; upper and lower case count as equal.
 
-    What is asked for is the dataset's column `text`, or what the prompt puts into quotation marks; an image of which
-    neither is known is not scored.
+    The requested words are the dataset's column `text`, or those in quotation marks in the prompt; an image without
+    either is not scored.
 
     Args:
         model: an image-to-text model of transformers that reads a line of text, such as
