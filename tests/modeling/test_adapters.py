@@ -166,7 +166,7 @@ def test_rows_of_new_tokens_are_trained_and_no_others(tied, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"rank": 0}, "rank must be 1 or more, got 0"),
+        ({"rank": 0}, "rank must be from 1 to the model's width of 32, got 0"),
         ({"new_token_ids": [100_000]}, r"\[100000\] lie outside .*resize_token_embeddings"),
         ({"new_token_ids": [tiny_tokenizer().image_token_id]}, "stands for slots of images"),
     ],

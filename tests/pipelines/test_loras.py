@@ -219,7 +219,7 @@ def test_room_for_higher_ranks_is_made_before_and_recorded_scales_are_kept(pipe,
 
 def test_an_adapter_of_other_parts_takes_no_ones_place(pipe, saved, tmp_path):
     folder, drawn = saved
-    with pytest.raises(ValueError, match="adapters none; name the one"):
+    with pytest.raises(ValueError, match="no adapters; name the one"):
         pipe.load_lora_weights(folder / "one", hotswap=True)
     pipe.load_lora_weights(folder / "one", "one")
     with pytest.raises(ValueError, match="no adapter 'two'"):

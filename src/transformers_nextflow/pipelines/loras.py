@@ -242,7 +242,7 @@ class LoraMixin:
     def _named_or_only(self, adapter_name: str | None) -> str:
         names = self.get_list_adapters()["model"]
         if adapter_name is None and len(names) != 1:
-            raise ValueError(f"The model has the adapters {names or 'none'}; name the one that is meant.")
+            raise ValueError(f"The model has {names or 'no adapters'}; name the one that is meant.")
         name = adapter_name or names[0]
         self._check_adapters([name])
         return name
