@@ -205,6 +205,7 @@ def test_images_follow_their_own_seed_and_greedy_ones_need_none():
     assert torch.equal(*shared) and not torch.equal(shared[0][0], shared[0][1])
 
 
+@pytest.mark.filterwarnings("ignore:There is no eos_token_id")
 def test_checkpoint_brings_its_own_sampling(tmp_path):
     model = tiny_model()
     inputs, schedules = prompts(model.config, [[20, 21]]), schedules_of(model.config, [(16, 16)])
