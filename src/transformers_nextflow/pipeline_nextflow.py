@@ -219,7 +219,9 @@ class NextFlowPipeline(
                 raise ValueError(f"The weights cannot be {dtype}; take torch.float32, torch.bfloat16 or torch.float16.")
         places = [one for one in (*args, *kwargs.values()) if not isinstance(one, torch.dtype | bool | None)]
         with usable_device(places[0] if places else "cpu"):
-            return super().to(*args, **kwargs)
+            super().to(*args, **kwargs)
+        self._place_scales()
+        return self
 
     def write_model_card(self, folder):
         """Write the model card of the pipeline to a folder, as `model.write_model_card` does for the model."""

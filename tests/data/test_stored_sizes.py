@@ -18,7 +18,15 @@ from transformers import AutoProcessor
 
 from transformers_nextflow.data import Columns, extract_codes, open_rows
 from transformers_nextflow.data.mixture import Mixture, open_source
-from transformers_nextflow.data.stored_sizes import COLUMNS, PROCESSOR, SIZES, processor_fingerprint, stored_size
+from transformers_nextflow.data.parquet_rows import ParquetRows
+from transformers_nextflow.data.stored_sizes import (
+    COLUMNS,
+    PROCESSOR,
+    SIZES,
+    processor_fingerprint,
+    rows_of_sizes,
+    stored_size,
+)  # fmt: skip
 from transformers_nextflow.data.views import VIEWS, viewed
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer, PackedStream, collator
 from transformers_nextflow.trainers.recipe_data import StageRows
@@ -179,3 +187,12 @@ def test_all_that_is_read_at_the_start_are_the_columns_of_sizes(folder):
     schema = pq.read_schema(folder / "codes" / "codes-000000.parquet")
     assert all(schema.field(name).type == pa.list_(pa.int32()) for name in SIZES)
     assert json.loads((folder / "codes" / "extraction.json").read_text())["processor"] == stored[0][PROCESSOR]
+
+
+def test_a_source_of_files_with_sizes_and_without_is_read(tmp_path):
+    row = {"messages": ["a"]} | {name: [None] for name in COLUMNS}
+    older = {name: value for name, value in row.items() if name not in (*SIZES, PROCESSOR)}
+    for name, columns in (("a", row), ("b", older)):
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+    rows = ParquetRows(sorted(map(str, tmp_path.glob("*.parquet"))))
+    assert list(rows_of_sizes(rows)) == [dict.fromkeys(COLUMNS)] * 2

@@ -259,6 +259,14 @@ def test_a_base_is_loaded_from_the_folder_of_its_pipeline(kind, vq_model, tmp_pa
     assert torch.equal(decoder.autoencoder.decoder.conv_in.weight, vae.decoder.conv_in.weight)
 
 
+def test_bases_without_layers_of_a_kind_and_with_a_list_of_layers_are_made(vq_model):
+    flux, sd3 = (tiny_decoder(vq_model, kind).config for kind in ("flux", "sd3"))
+    changes = {"num_single_layers": 0}, {"dual_attention_layers": (0,), "qk_norm": "rms_norm"}
+    for config, change in zip((flux, sd3), changes):
+        settings = {name: value for name, value in config.items() if not name.startswith("_")}
+        NextFlowDiffusionDecoder(**settings | {"base": settings["base"] | change})
+
+
 # --- errors ---
 
 

@@ -99,6 +99,14 @@ def test_what_is_saved_is_the_mean_of_the_weights(vq_model, tmp_path):
     assert all(torch.equal(raw[name], weight) for name, weight in weights_of(trainer).items())
 
 
+def test_without_averages_the_weights_are_their_own(vq_model, tmp_path):
+    trainer = trainer_of(vq_model, tmp_path, ema_decay=0.0)
+    trainer.train()
+    expected = weights_of(trainer)
+    with trainer.averaged_weights():
+        assert all(torch.equal(expected[name], weight) for name, weight in weights_of(trainer).items())
+
+
 def test_dropped_conditions_train_the_unconditional_case(vq_model, tmp_path):
     decoder = tiny_decoder(vq_model)
     before = decoder.projection[0].weight.detach().clone()

@@ -343,6 +343,7 @@ def test_given_codes_that_fill_no_whole_scales_are_refused(given):
         ({"temperature": -0.1}, "temperature must be at least 0"),
         ({"num_unguided_scales": -1}, "num_unguided_scales must be"),
         ({"guidance_scale": (1.0, 2.0), "guidance_ramp": True}, "guidance_ramp goes with a single"),
+        *(({name: 10**400}, name) for name in ("guidance_scale", "top_k", "num_unguided_scales", "temperature")),
     ],
 )
 def test_sampling_out_of_range_is_refused(settings, message):

@@ -1,8 +1,11 @@
 """Adapters by diffusers' names: what is loaded, mixed, merged and taken away draws as PEFT's own ways do."""
 
+import shutil
+
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_pipeline import draw, quiet
 from tiny import tiny_model, tiny_processor
 from tiny_onecat import tiny_onecat_model, tiny_onecat_processor
@@ -299,3 +302,79 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(pipe, saved, t
         pipe.load_lora_weights({"weights": 1}, "two")
     with pytest.raises(OSError):
         pipe.load_lora_weights(tmp_path, "two")
+
+
+def test_a_scale_of_fusing_is_that_of_the_adapters_that_are_named(pipe, saved):
+    for name in ("one", "two"):
+        pipe.load_lora_weights(saved[0] / name, name)
+    pipe.set_adapters("two", 0.5)
+    half = draw(pipe)
+    pipe.set_adapters("two")
+    pipe.set_adapters("one")
+    one = draw(pipe)
+    pipe.fuse_lora(0.5, ["two"])
+    torch.testing.assert_close(draw(pipe), half)
+    pipe.unfuse_lora()
+    torch.testing.assert_close(draw(pipe), one)
+
+
+def test_adapters_that_are_switched_off_are_not_fused(pipe, saved):
+    pipe.load_lora_weights(saved[0] / "one")
+    pipe.disable_lora()
+    with pytest.raises(ValueError, match="call enable_lora before fuse_lora"):
+        pipe.fuse_lora(0.5, ["default_0"])
+
+
+def test_an_adapter_that_left_out_layers_of_a_lower_rank_is_saved_after_a_swap(pipe, tmp_path):
+    old = random_path(tmp_path / "old", 2, rank_pattern={"q_proj": 8})
+    few = random_path(tmp_path / "few", 8, target_modules=r".*language_model.*\.q_proj")
+    pipe.load_lora_weights(old, "own")
+    pipe.load_lora_weights(few, "own", hotswap=True)
+    expected = draw(pipe)
+    pipe.save_lora_weights(tmp_path / "again")
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(tmp_path / "again")
+    assert torch.equal(draw(pipe), expected)
+
+
+def test_an_adapter_is_not_swapped_into_a_narrower_dtype(pipe, saved, tmp_path):
+    narrow = tmp_path / "narrow"
+    shutil.copytree(saved[0] / "one", narrow)
+    weights = {name: value.bfloat16() for name, value in load_file(narrow / "adapter_model.safetensors").items()}
+    save_file(weights, narrow / "adapter_model.safetensors")
+    pipe.load_lora_weights(narrow, "own")
+    before = draw(pipe)
+    with pytest.raises(ValueError, match="torch.float32, which torch.bfloat16 does not hold; load it without hotswap"):
+        pipe.load_lora_weights(saved[0] / "two", "own", hotswap=True)
+    assert torch.equal(draw(pipe), before)
+
+
+def test_only_loras_have_room_for_others(pipe, tmp_path):
+    peft.get_peft_model(tiny_model(), peft.LoHaConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    pipe.enable_lora_hotswap(8)
+    with pytest.raises(ValueError, match="kind LOHA; only LoRAs are hot-swapped"):
+        pipe.load_lora_weights(tmp_path)
+    assert pipe.get_list_adapters() == {"model": []}
+
+
+def test_the_scales_of_adapters_go_where_the_pipeline_goes(pipe, saved):
+    pipe.enable_lora_hotswap(8)
+    pipe.load_lora_weights(saved[0] / "one")
+    pipe.model.to("meta")
+    pipe._place_scales()
+    scales = [scale for layer in pipe._lora_layers() for scale in layer.scaling.values()]
+    assert scales and all(scale.device.type == "meta" for scale in scales)
+
+
+def test_a_model_without_some_parts_swaps_what_it_loads(tmp_path):
+    for seed, name in enumerate(("one", "two")):
+        random_adapter(tmp_path / name, seed, make=tiny_onecat_model, processor=tiny_onecat_processor)
+    pipes = []
+    tiny_onecat_model().save_pretrained(tmp_path / "model")
+    tiny_onecat_processor().save_pretrained(tmp_path / "model")
+    for _ in range(2):
+        pipes.append(quiet(NextFlowPipeline.from_pretrained(tmp_path / "model", drawing_only=True)))
+    pipes[0].load_lora_weights(tmp_path / "one", "own")
+    pipes[0].load_lora_weights(tmp_path / "two", "own", hotswap=True)
+    pipes[1].load_lora_weights(tmp_path / "two", "own")
+    assert torch.equal(draw(pipes[0]), draw(pipes[1]))

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from PIL import Image
+from PIL import ExifTags, Image
+from processes import in_two_processes
 from safetensors.torch import load_file
 from test_data_format import image, write_lines
 from test_trainer import Killed, conversation, text
 from test_vq_trainer import make_trainer, tiny_vq_model
-from tiny import tiny_model, tiny_processor
+from tiny import free_port, tiny_model, tiny_processor, tiny_vq_config
 from torch.utils.data import BatchSampler
 from transformers import AutoProcessor, TrainerCallback
 
@@ -20,6 +21,7 @@ from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowVQMo
 from transformers_nextflow.trainers.recipe_data import BucketedImages
 from transformers_nextflow.trainers.recipe_trainers import make_trainer as trainer_of
 from transformers_nextflow.trainers.recipes import Recipe, load_recipe, run_recipe
+from transformers_nextflow.trainers.tokenizer.codebook_care import revive_dead_codes
 from transformers_nextflow.trainers.tokenizer.image_batches import OneSizeSampler
 from transformers_nextflow.trainers.tokenizer.vq_trainer import NextFlowVQTrainer
 
@@ -183,3 +185,28 @@ def test_an_image_whose_ratio_is_not_drawn_is_named_and_a_file_says_levels(data)
         trainer_of(recipe_of(), data / "start", data / "rows.jsonl", data / "out")
     recipe = load_recipe("tokenizer_joint", ["level=null", "levels=[256, 512]", "cut_square=false", "ema_decay=0.999"])
     assert recipe.levels == (256, 512) and not recipe.cut_square and recipe.arguments["scale_dropout"] == 1.0
+
+
+def test_images_that_lie_on_their_side_are_read_with_the_size_that_is_told(tmp_path):
+    rows, exif = [], Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for kind in ("jpeg", "png", "tiff"):
+        Image.new("RGB", (80, 30)).save(tmp_path / f"own.{kind}", exif=exif)
+        rows.append({"messages": conversation([text("one")], [image(f"own.{kind}")])})
+    images = BucketedImages(rows, tmp_path, tiny_processor(levels=LEVELS).image_processor, [16], False)
+    assert [tuple(images[index]["pixel_values"].shape[1:]) for index in range(3)] == images.sizes
+
+
+def _revive(rank: int, port: int, folder: str):
+    torch.distributed.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = NextFlowVQModel(tiny_vq_config(codebook_size=256, levels=LEVELS)).eval()
+    side = (12, 16)[rank]
+    revive_dead_codes(model, torch.rand(2, 3, side, side) * 2 - 1, torch.ones(256, dtype=torch.bool))
+    torch.save(model.quantizer.codebook, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_with_images_of_two_sizes_revive_the_same_codes(tmp_path):
+    in_two_processes(_revive, free_port(), str(tmp_path))
+    assert torch.equal(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)))

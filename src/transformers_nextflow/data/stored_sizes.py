@@ -63,5 +63,7 @@ def _columns(rows: ParquetRows | Any) -> Iterator[dict]:
     else:  # of `datasets`
         tables = rows.select_columns(list(COLUMNS)).with_format("arrow").iter(BATCH)
     for table in tables:
-        columns = [table[name].to_pylist() for name in COLUMNS]
+        # Files of one source may be of different ages.
+        names = set(table.column_names)
+        columns = [table[name].to_pylist() if name in names else [None] * len(table) for name in COLUMNS]
         yield from (dict(zip(COLUMNS, values)) for values in zip(*columns))

@@ -33,9 +33,12 @@ def check_config(config: Mapping[str, Any], init: Callable):
             raise ValueError(f"{name}: {key} must be from 1 to {MOST_CHANNELS}, got {config[key]}.")
     for part in ("base", "vae"):
         for key, value in (config[part] or {}).items():
+            # Others may be 0, such as Flux's num_single_layers, or numbers of layers, as SD3's dual_attention_layers.
+            least = 1 if key in ("num_layers", "layers_per_block") else 0
             for count in (value if isinstance(value, list | tuple) else [value]) if "layers" in key else ():
-                if isinstance(count, int) and not 0 < count <= MOST_LAYERS:
-                    raise ValueError(f"{name}: {part}.{key} must be from 1 to {MOST_LAYERS}, got {short_repr(value)}.")
+                if isinstance(count, int) and not least <= count <= MOST_LAYERS:
+                    told = f"from {least} to {MOST_LAYERS}, got {short_repr(value)}."
+                    raise ValueError(f"{name}: {part}.{key} must be {told}")
     sizes = config["trained_sizes"]
     if sizes is not None and not (sizes and all(len(size) == 2 and min(size) > 0 for size in sizes)):
         raise ValueError(f"{name}: trained_sizes are pairs of height and width in pixels, got {short_repr(sizes)}.")

@@ -24,6 +24,7 @@ from ..utils.checkpoint_checks import (
 from ..utils.model_cards import DECODER_USE, ModelCardMixin, in_words, with_card
 from .bases import PromptEmbeddings, add_lora, base_of, make_base
 from .config_checks import check_config, made
+from .schedulers import is_flow_matching
 
 
 Predicts = Literal["velocity", "image", "noise"]
@@ -136,8 +137,7 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
 
     @property
     def is_flow_matching(self) -> bool:
-        name = (self.config.scheduler or {}).get("_class_name", "FlowMatch")
-        return name.startswith("FlowMatch")
+        return is_flow_matching((self.config.scheduler or {}).get("_class_name", "FlowMatch"))
 
     @property
     def pixels_per_cell(self) -> int:

@@ -33,7 +33,7 @@ def scheduler_class(name: object) -> type:
 
 def set_steps(scheduler, count: int, cells: int, device: torch.device | None = None):
     """Have a scheduler take so many steps for images or latents of so many cells."""
-    if not is_flow_matching(scheduler):
+    if not is_flow_matching(type(scheduler).__name__):
         scheduler.set_timesteps(count, device=device)
         return
     options = {"sigmas": torch.linspace(1, 1 / count, count).tolist()}
@@ -51,9 +51,9 @@ def check_scheduler(config: dict[str, Any] | None, count: int):
         raise ValueError(f"scheduler {short_repr(config)} cannot be used: {error}") from error
 
 
-def is_flow_matching(scheduler) -> bool:
-    """Whether a scheduler is one of flow matching, and not of noise with alphas."""
-    return type(scheduler).__name__.startswith("FlowMatch")
+def is_flow_matching(name: str) -> bool:
+    """Whether the class of a scheduler is one of flow matching, and not of noise with alphas."""
+    return name.startswith("FlowMatch")
 
 
 def _shift_of_size(config, tokens: int) -> float:

@@ -19,7 +19,7 @@ from .bases import base_of
 from .condition import condition_channels, condition_fingerprint
 from .config_checks import MOST_CHANNELS, MOST_LAYERS
 from .modeling_diffusion_decoder import NextFlowDiffusionDecoder
-from .schedulers import scheduler_class
+from .schedulers import is_flow_matching, scheduler_class
 
 
 # Names of the denoiser in pipelines of diffusers.
@@ -105,7 +105,7 @@ def decoder_on_base(vq_model: NextFlowVQModel, base: str | os.PathLike, **settin
         for part in (denoiser, vae):
             if part is not None:
                 check_weights(part)
-    is_flow = type(scheduler).__name__.startswith("FlowMatch")
+    is_flow = is_flow_matching(type(scheduler).__name__)
     settings = {"predicts": "velocity" if is_flow else "noise"} | of_tokenizer(vq_model) | settings
     decoder = NextFlowDiffusionDecoder(
         base=config_of(denoiser), vae=None if vae is None else config_of(vae), scheduler=config_of(scheduler),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -10,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..utils.finite_numbers import is_finite_number
 from ..utils.short_repr import short_repr
 from ..utils.typed_values import is_of_type
 
@@ -49,7 +49,7 @@ class Guidance:
         for part in ("guidance_scale", "image_guidance_scale"):
             self._check(part, lambda v: 0 <= v <= MOST_GUIDANCE, STRENGTH)
         unguided = self.num_unguided_scales
-        if not is_of_type(unguided, float) or unguided < 0 or not float(unguided).is_integer():
+        if not is_of_type(unguided, float) or not is_finite_number(unguided) or unguided < 0 or unguided % 1:
             raise ValueError(f"num_unguided_scales must be a whole number from 0, got {short_repr(unguided)}.")
         if not isinstance(self.guidance_ramp, bool):
             raise ValueError(f"guidance_ramp must be True or False, got {short_repr(self.guidance_ramp)}.")
@@ -62,7 +62,7 @@ class Guidance:
         for value in values if is_per_scale(values) else [values]:
             if or_none and value is None:
                 continue
-            if not is_of_type(value, float) or not math.isfinite(value) or not is_valid(value):
+            if not is_of_type(value, float) or not is_finite_number(value) or not is_valid(value):
                 raise ValueError(f"{name} must be {remedy}, got {short_repr(value)}.")
 
     def value_at(self, name: str, scale: int, num_scales: int):

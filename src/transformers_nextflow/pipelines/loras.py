@@ -141,19 +141,22 @@ class LoraMixin:
             safe_fusing: refuse weights that would not be finite.
 
         Raises:
-            ValueError: where adapters are fused already.
+            ValueError: where adapters are fused already, or switched off.
         """
         given = {} if adapter_names is None else {"adapter_names": adapter_names}
         _check(lora_scale=lora_scale, safe_fusing=safe_fusing, **given)
         names = self.get_active_adapters() if adapter_names is None else _as_list(adapter_names)
         self._check_adapters(names)
         self._check_not_fused("fuse_lora")
+        if any(part.disable_adapters for part in adapted_parts(self.unwrapped_model)):
+            raise ValueError("The adapters are switched off; call enable_lora before fuse_lora.")
         fused = {part: [name for name in names if _has(part, name)] for part in adapted_parts(self.unwrapped_model)}
         if any(len(own) > 1 for part, own in fused.items() if _is_whole(part)):
             raise ValueError(f"Two of the adapters {names} hold the same module whole; fuse one of them.")
         for layer in self._lora_layers():
             layer.scaling_before_fusing = {name: float(scaling) for name, scaling in layer.scaling.items()}
-            layer.scale_layer(lora_scale)
+            for name in (name for name in names if name in layer.scaling):
+                layer.scaling[name] = layer.scaling[name] * lora_scale
         for part, own in fused.items():
             if _is_whole(part):
                 part.merged_adapters, part.active_before_fusing = own, list(part.active_adapters)
@@ -204,6 +207,13 @@ class LoraMixin:
                 for name in names:
                     if name in held and hasattr(held[name], "to"):
                         held[name] = held[name].to(device)
+
+    def _place_scales(self):
+        """Bring adapters' scales to their layers; PEFT keeps them where `to` does not find them."""
+        for layer in self._lora_layers():
+            for name, scale in layer.scaling.items():
+                if torch.is_tensor(scale):
+                    layer.scaling[name] = scale.to(layer.get_base_layer().weight.device)
 
     def enable_lora(self):
         """Switch the active adapters on (again)."""

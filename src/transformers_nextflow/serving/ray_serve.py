@@ -81,7 +81,7 @@ def running(
         if is_own:  # a cluster may grow
             _check_resources(replicas, cpus, gpus)
         end_on_termination()  # in order, on SIGTERM too, which Ray has taken
-        serve.start(http_options={"host": host, "port": port, "request_timeout_s": 2 * settings.timeout or None})
+        serve.start(http_options={"host": host, "port": port, "request_timeout_s": 2 * settings.timeout})
         serve.run(deployment(settings, replicas, most, cpus, gpus), name=APPLICATION, route_prefix="/")
         yield
     finally:

@@ -219,7 +219,8 @@ class BucketedImages(StageImages):
             if not isinstance(image, Image.Image):
                 image = open_image(io.BytesIO(image) if isinstance(image, bytes) else image)
             height, width = image.height, image.width
-            if image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS:
+            # Pillow turns TIFFs itself.
+            if image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS:
                 height, width = width, height
             schedule = self.processor.scale_schedules.nearest(height, width, level)
         except ValueError as error:

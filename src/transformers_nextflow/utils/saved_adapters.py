@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import cached_file
@@ -135,6 +136,8 @@ def add_saved_adapter(model: nn.Module, name: str, path, subfolder: str = "", ra
     """
     check_adapter_name(name)
     config, weights = _read_adapter(path, subfolder, **hub_options)
+    if rank is not None and config.peft_type != "LORA":
+        raise ValueError(f"{path} holds an adapter of the kind {config.peft_type.value}; only LoRAs are hot-swapped.")
     if rank is not None and (own := max([config.r, *config.rank_pattern.values()])) > rank:
         raise ValueError(f"The adapter {name!r} has rank {own}, and enable_lora_hotswap made room for {rank}.")
     from peft import inject_adapter_in_model
@@ -150,6 +153,10 @@ def add_saved_adapter(model: nn.Module, name: str, path, subfolder: str = "", ra
             inject_adapter_in_model(config, model, name)
         model._hf_peft_config_loaded = True
         _fill(model, name, weights)
+        if rank is not None:
+            from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+
+            prepare_model_for_compiled_hotswap(model, target_rank=rank)
     except Exception:
         if before is None:
             without_adapters(model)
@@ -159,10 +166,6 @@ def add_saved_adapter(model: nn.Module, name: str, path, subfolder: str = "", ra
             activate(model, before)
         raise
     activate(model, [name])
-    if rank is not None:
-        from peft.utils.hotswap import prepare_model_for_compiled_hotswap
-
-        prepare_model_for_compiled_hotswap(model, target_rank=rank)
 
 
 def swap_adapter(model: nn.Module, name: str, path, subfolder: str = "", **hub_options):
@@ -182,6 +185,7 @@ def swap_adapter(model: nn.Module, name: str, path, subfolder: str = "", **hub_o
     old = model.peft_config[name]
     check_hotswap_configs_compatible(old, config)
     own = _weights(model, name)
+    saved = _of_parts_that_are_there(model, own, saved)
     odd = (saved.keys() - own.keys()) | {key for key in own.keys() - saved.keys() if _rank_axis(key) is None}
     refused = f"{path} cannot take the place of the adapter {name!r}: "
     if odd or old.trainable_token_indices != config.trainable_token_indices:
@@ -190,6 +194,11 @@ def swap_adapter(model: nn.Module, name: str, path, subfolder: str = "", **hub_o
         raise ValueError(
             f"{refused}{large[0]} has the shape {tuple(saved[large[0]].shape)}, and there is room for "
             f"{tuple(own[large[0]].shape)}; call enable_lora_hotswap(target_rank=…) before the first adapter is loaded."
+        )
+    if wide := [key for key in saved if torch.promote_types(saved[key].dtype, own[key].dtype) != own[key].dtype]:
+        raise ValueError(
+            f"{refused}{wide[0]} is in {saved[wide[0]].dtype}, which {own[wide[0]].dtype} does not hold; load it "
+            "without hotswap."
         )
     for key, value in own.items():
         value.data.zero_()
@@ -344,9 +353,15 @@ def _has_room(key: str, own: torch.Tensor, saved: torch.Tensor) -> bool:
 
 
 def _of_own_rank(model: nn.Module, name: str, key: str, value: torch.Tensor) -> torch.Tensor:
-    """An adapter's weight without what it was padded with."""
+    """An adapter's weight without what it was padded with; with zeros where a swapped one left out a layer of a lower
+    rank.
+    """
     axis = _rank_axis(key)
-    return value if axis is None else value.narrow(axis, 0, model.get_submodule(key.rsplit(".", 2)[0]).r[name])
+    if axis is None:
+        return value
+    rank = model.get_submodule(key.rsplit(".", 2)[0]).r[name]
+    missing = max(0, rank - value.shape[axis])
+    return F.pad(value, (0, missing) if axis == 1 else (0, 0, 0, missing)).narrow(axis, 0, rank)
 
 
 def _weights(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
@@ -356,14 +371,18 @@ def _weights(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
 
 
+def _of_parts_that_are_there(model: nn.Module, own, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The saved weights without those for parts that the model leaves out, such as OneCAT with `drawing_only`."""
+    left_out = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()) or "(?!)")
+    return {key: value for key, value in saved.items() if key in own or not left_out.search(key)}
+
+
 def _fill(model: nn.Module, name: str, saved: dict[str, torch.Tensor]):
     """Replace an adapter's weights by saved ones, in the saved dtype, which may be wider than that of the adapted
     weights.
     """
     own = _weights(model, name)
-    # A model without some parts, such as OneCAT with `drawing_only`, ignores an adapter's weights for these parts.
-    left_out = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()) or "(?!)")
-    saved = {key: value for key, value in saved.items() if key in own or not left_out.search(key)}
+    saved = _of_parts_that_are_there(model, own, saved)
     if odd := sorted(own.keys() ^ saved.keys()):
         raise ValueError(
             f"The adapter {name!r} does not fit {type(model).__name__}: only one of them has {odd[0]}; load the model "

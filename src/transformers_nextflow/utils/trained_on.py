@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .finite_numbers import is_finite_number
 from .short_repr import short_repr
 
 
@@ -51,7 +51,7 @@ class TrainedOn:
                 "hold pairs of height and width in pixels",
             ),
             "most": (self.most is None or self.most >= 1, "be a whole number from 1"),
-            "lowest_psnr": (self.lowest_psnr is None or math.isfinite(self.lowest_psnr), "be a finite number of dB"),
+            "lowest_psnr": (self.lowest_psnr is None or is_finite_number(self.lowest_psnr), "be a finite number of dB"),
         }
         for name, (is_valid, remedy) in checks.items():
             if not is_valid:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
@@ -83,7 +81,7 @@ class NextFlowDiffusionTrainer(
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             self.check_weights()
-            with self.averaged_weights() if self._averages else nullcontext():
+            with self.averaged_weights():
                 self._core.save_pretrained(output_dir or self.args.output_dir)
             self.write_training_card(output_dir or self.args.output_dir)
 

@@ -46,7 +46,10 @@ class AveragedWeightsMixin(ShardedCheckpointMixin):
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """During the block the weights of the model are their averages."""
+        """During the block the weights of the model are their averages, if there are any."""
+        if not self._averages:
+            yield
+            return
         self._exchange()
         try:
             yield

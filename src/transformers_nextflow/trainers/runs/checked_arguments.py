@@ -28,7 +28,7 @@ RULES: tuple[Rule, ...] = (
     (("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "max_nonfinite_steps"), *NOT_NEGATIVE),
     (("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), *FROM_ONE),
     (("save_total_limit",), *FROM_ONE),
-    (("max_steps",), lambda value: value >= -1, "be at least 0, or -1 for whole epochs"),
+    (("max_steps",), lambda value: value >= -1 and value % 1 == 0, "be a whole number from 0, or -1 for whole epochs"),
     (("save_steps", "logging_steps"), lambda value: value > 0, "be more than 0"),
     (("adam_beta1", "adam_beta2", "ema_decay"), lambda value: 0 <= value < 1, "lie in [0, 1)"),
     (("spike_factor",), lambda value: value > 1, "be more than 1"),

@@ -111,9 +111,19 @@ def revive_dead_codes(model: NextFlowVQModel, pixel_values: torch.Tensor, dead: 
         left.take(scale, model.quantizer.codebook)
     replacements = _draw(torch.cat(candidates), count, generator)
     if torch.distributed.is_initialized():
-        torch.distributed.broadcast(replacements, src=0)
+        replacements = _of_first_process(replacements)
     _write(model, dead.nonzero().squeeze(1)[: len(replacements)], replacements)
     return len(replacements)
+
+
+def _of_first_process(vectors: torch.Tensor) -> torch.Tensor:
+    """The vectors (n, D) of the first process, whose images may have another size and give another number of them."""
+    count = torch.tensor(len(vectors), device=vectors.device)
+    torch.distributed.broadcast(count, src=0)
+    if torch.distributed.get_rank():
+        vectors = vectors.new_empty(int(count), vectors.shape[1])
+    torch.distributed.broadcast(vectors, src=0)
+    return vectors
 
 
 def _draw(vectors: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:

@@ -151,8 +151,8 @@ class NextFlowVQTrainer(
         sizes = getattr(self.train_dataset if train_dataset is None else train_dataset, "sizes", None)
         if sizes is None or len(set(sizes)) < 2:
             return super()._get_train_sampler(train_dataset)
-        args = self.args
-        sampler = OneSizeSampler(sizes, args.train_batch_size, args.world_size, args.seed)
+        # Of the loader: `auto_find_batch_size` makes it smaller than the arguments'.
+        sampler = OneSizeSampler(sizes, self._train_batch_size, self.args.world_size, self.args.seed)
         self.add_callback(TellsEpochs(sampler))
         return sampler
 
