@@ -107,7 +107,8 @@ def main():
     for kind, own in values["after"].items():
         row = [f"{own['as expected']} of {own['cases']}"]
         if "before" in values:
-            row.insert(0, f"{values['before'][kind]['as expected']} of {own['cases']}")
+            before = values["before"].get(kind)
+            row.insert(0, f"{before['as expected']} of {before['cases']}" if before else "not there")
         print(f"{kind:<36} {' → '.join(row)}")
     for column, kinds in values.items():
         kinds["all"] = {name: sum(kind.get(name, 0) for kind in kinds.values()) for name in _names(kinds)}
