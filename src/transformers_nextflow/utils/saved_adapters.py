@@ -258,10 +258,14 @@ def delete_adapters(model: nn.Module, names: Sequence[str]):
     """Take adapters, but not all of them, out of an unwrapped model; of those that are left the active ones, or else
     the first, are active.
     """
+    from peft.functional import delete_adapter
+
     kept = [name for name in model.peft_config if name not in names]
     active = [name for name in _chosen_adapters(model) if name in kept]
     activate(model, kept[:1])  # PEFT warns where it has to choose
-    model.delete_adapter(list(names))
+    for name in names:
+        delete_adapter(model, name, prefix=f"{model.peft_config[name].peft_type.value.lower()}_")
+        del model.peft_config[name]
     activate(model, active or kept[:1])
 
 
@@ -314,7 +318,8 @@ def load_adapters(model: nn.Module, path, subfolder: str = "", **kwargs):
     if saved["active"]:
         activate(model, saved["active"])
     else:
-        model.disable_adapters()
+        for part in adapted_parts(model):
+            part.enable_adapters(False)
 
 
 def _read_adapter(path, subfolder: str, **hub_options) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
