@@ -23,6 +23,7 @@ from transformers_nextflow.serving.loading import load_pipeline  # noqa: E402
 from transformers_nextflow.serving.schemas import region_of  # noqa: E402
 from transformers_nextflow.serving.settings import ServingSettings  # noqa: E402
 from transformers_nextflow.serving.worker import TooManyRequests, Worker, preview_scales  # noqa: E402
+from transformers_nextflow.utils.older_transformers import SANITIZES_CONTROL_TOKENS  # noqa: E402
 
 
 BUNDLED = str(Path(__file__).parents[2] / "checkpoints" / "nextflow-shapes")
@@ -375,6 +376,7 @@ def test_what_is_no_json_and_what_is_too_long_is_refused(client):
     assert client.post(EDITS, data={"prompt": "a"}, files=[("image", b"a" * 200_000)]).status_code == 413
 
 
+@pytest.mark.skipif(not SANITIZES_CONTROL_TOKENS, reason="this transformers would obey it, so it is refused")
 def test_text_never_becomes_a_special_token(client, pipe):
     token = pipe.processor.tokenizer.special_tokens_map["boi_token"]
     body = {
