@@ -264,7 +264,8 @@ def test_bases_without_layers_of_a_kind_and_with_a_list_of_layers_are_made(vq_mo
     changes = {"num_single_layers": 0}, {"dual_attention_layers": (0,), "qk_norm": "rms_norm"}
     for config, change in zip((flux, sd3), changes):
         settings = {name: value for name, value in config.items() if not name.startswith("_")}
-        NextFlowDiffusionDecoder(**settings | {"base": settings["base"] | change})
+        made = NextFlowDiffusionDecoder(**settings | {"base": settings["base"] | change})
+        assert {name: made.denoiser.config[name] for name in change} == change
 
 
 # --- errors ---
