@@ -64,8 +64,8 @@ class DecodingMixin:
             return None
         if self.diffusion_decoder is None:
             raise ValueError(
-                "This pipeline has no diffusion decoder; load it with from_pretrained(..., diffusion_decoder=folder), on "
-                "the command line name it by --decoder folder, or take decoder='pixel'."
+                "This pipeline has no diffusion decoder; load it with from_pretrained(..., diffusion_decoder=folder), "
+                "on the command line name it by --decoder folder, or take decoder='pixel'."
             )
         for schedule in set(schedules):
             self.diffusion_decoder.sample_shape(schedule.final_grid)
