@@ -5,7 +5,7 @@ earlier scales, as VAR reads them, they made training with self-correction worse
 it much better. The shapes' tokenizer, with its list of objects before the grids, is too special to tell.
 
 Here: the same four arms on the emoji world at small size, whose tokenizer is the paper's kind (two branches, area down
-and bicubic up, 1 2 3 4 6 8). It needs the tokenizer, the judge and the drawings of `examples/emoji/small.py` in
+and bicubic up, 1 2 3 4 6 8). It needs the tokenizer, the judge and the drawings of `examples/emoji/two_cores.py` in
 `runs/emoji/small`. Drawings are sampled from the model's own probabilities; the judge scores them.
 """
 

@@ -15,16 +15,20 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import ModelCardData
+from make_data import MIXTURES
+from sizes import SIZES, world_of
 from transformers import GenerationConfig
 
 from transformers_nextflow import ImageSampling, NextFlowPipeline
-from transformers_nextflow.worlds.emoji import Art
+from transformers_nextflow.worlds.emoji import World
 from transformers_nextflow.worlds.emoji.evaluation import ART
+from transformers_nextflow.worlds.emoji.language import style_word
 
 
 MAX_BYTES = 48 * 2**20
@@ -32,10 +36,9 @@ SHEET, WIDGET_PROMPT = "drawing.png", "a rocket, 3d style"
 INTRODUCTION = """\
 # NextFlow on the emoji world
 
-A NextFlow ([arXiv 2601.02204](https://arxiv.org/abs/2601.02204)) that draws emoji in the styles of several sets: one
-transformer that draws scale by scale, changes styles, edits, and answers questions. It has {total:.1f} million
-parameters, {vision:.1f} million of them in the vision tokenizer, and was trained from scratch on
-{concepts} concepts. It knows nothing but them.
+A NextFlow ([arXiv 2601.02204](https://arxiv.org/abs/2601.02204)) that draws emoji, scale by scale, in the styles of
+several sets: {styles}. It was trained from scratch on the abilities {abilities}, with images of {side} pixels. It has
+{total:.1f} million parameters, {vision:.1f} million of them in the vision tokenizer. {knows}
 
 ![drawings of held-out prompts]({sheet})
 
@@ -44,10 +47,11 @@ import torch
 from transformers_nextflow import NextFlowPipeline
 
 pipe = NextFlowPipeline.from_pretrained("checkpoints/nextflow-emoji")
-image = pipe("{prompt}", generator=torch.Generator().manual_seed(0)).images[0]
-pipe("the same in flat", image=image).images[0].save("image.png")
+pipe("{prompt}", generator=torch.Generator().manual_seed(0)).images[0].save("image.png")
 ```
 """
+# A longer list of names tells a reader nothing.
+MOST_NAMES = 200
 SCORES = """\
 ## Scores
 
@@ -64,8 +68,11 @@ works of the sets below.
 """
 
 
-def card(pipe: NextFlowPipeline, results: dict | None, art: Art) -> str:
+def card(pipe: NextFlowPipeline, results: dict | None, world: World, abilities: Iterable[str]) -> str:
     """The model card; without results it has no scores."""
+    names = sorted(world.name(concept) for concept in world.concepts)
+    knows = f"It knows nothing but the {len(names)} concepts of its training"
+    knows += f": {', '.join(names)}." if len(names) <= MOST_NAMES else "."
     data = ModelCardData(
         license="other",
         license_name="emoji-sets",
@@ -78,7 +85,10 @@ def card(pipe: NextFlowPipeline, results: dict | None, art: Art) -> str:
     introduction = INTRODUCTION.format(
         total=pipe.model.num_parameters() / 1e6,
         vision=pipe.model.vq_model.num_parameters() / 1e6,
-        concepts=len(art.concepts),
+        styles=", ".join(style_word(None, style) for style in world.styles),
+        abilities=", ".join(abilities),
+        side=world.side,
+        knows=knows,
         sheet=SHEET,
         prompt=WIDGET_PROMPT,
     )
@@ -88,7 +98,7 @@ def card(pipe: NextFlowPipeline, results: dict | None, art: Art) -> str:
         parts.append(SCORES.format(device=machine["gpu"] or machine["cpu"], **results))
         parts += [score_table(name, scores) for name, scores in results.items() if _is_suite(name, scores)]
         parts.append(MEMORISATION.format(**results["memorisation"]))
-    parts.append(f"## Licences\n\n{art.notice}")
+    parts.append(f"## Licences\n\n{world.art.notice}")
     return "\n".join(parts)
 
 
@@ -124,6 +134,7 @@ def save_checkpoint(pipe: NextFlowPipeline, text: str, notice: str, output: Path
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="`final` of the last stage")
+    parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--art", type=Path, default=ART)
     parser.add_argument("--output", type=Path, default=Path("checkpoints/nextflow-emoji"))
     parser.add_argument("--results", type=Path, help="scores from `evaluate --json`, for the card")
@@ -137,7 +148,8 @@ def main():
         values = getattr(arguments, name)
         return values[0] if len(values) == 1 else values
 
-    pipe, art = NextFlowPipeline.from_pretrained(arguments.model), Art(arguments.art)
+    pipe, size = NextFlowPipeline.from_pretrained(arguments.model), SIZES[arguments.size]
+    world = world_of(size, arguments.art)
     sampling = ImageSampling(guidance_scale=setting("guidance_scale"), temperature=setting("temperature"))
     editing = ImageSampling(guidance_scale=setting("editing_guidance_scale"), temperature=setting("temperature"))
     tokenizer = pipe.processor.tokenizer
@@ -150,9 +162,10 @@ def main():
     pipe.model.config.vq_config._name_or_path = ""  # a folder of this machine
     pipe.model.to(torch.bfloat16)  # but for the parts that decide about codes
     results = json.loads(arguments.results.read_text()) if arguments.results else None
-    save_checkpoint(pipe, card(pipe, results, art), art.notice, arguments.output)
-    size = sum(path.stat().st_size for path in arguments.output.rglob("*") if path.is_file())
-    print(f"{arguments.output}: {size / 2**20:.1f} MiB")
+    text = card(pipe, results, world, MIXTURES[size.name])
+    save_checkpoint(pipe, text, world.art.notice, arguments.output)
+    written = sum(path.stat().st_size for path in arguments.output.rglob("*") if path.is_file())
+    print(f"{arguments.output}: {written / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":

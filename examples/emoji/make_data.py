@@ -53,11 +53,13 @@ MIXTURES = {
         "story": 0.02,
     },
     # One image each, so that rows are about as long and little is padded.
+    "medium": {"drawing": 0.84, "caption": 0.06, "question": 0.1},
     "small": {"drawing": 0.84, "caption": 0.06, "question": 0.1},
 }
 # How many questions follow, each number as likely: an image's slots are most of a sequence, and an answer a few words.
 FURTHER_QUESTIONS = {
     "full": {"drawing": (0, 0, 1), "caption": (1, 2), "question": (2, 3, 4)},
+    "medium": {},
     "small": {},
 }
 BATCH = 250

@@ -1,4 +1,5 @@
-"""The two sizes of the recipe: "full", for a GPU, and "small", the whole path on two cores within 45 minutes.
+"""The sizes of the recipe: "full", for a GPU; "medium", some hours of two cores; "small", the whole path there within
+45 minutes.
 
 What a size decides is here: which scenes there are, and the shapes of tokenizer, transformer and judge. How long and at
 which rates they are trained is in `recipes`.
@@ -6,7 +7,7 @@ which rates they are trained is in `recipes`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import Qwen2_5_VLTextConfig
@@ -32,6 +33,14 @@ SMALL_CONCEPTS = (
     "house", "tent", "sun", "rainbow", "snowman", "umbrella", "ferris wheel",
 )  # fmt: skip
 SMALL_KINDS = {"single": 0.7, "count": 0.15, "pair": 0.15}
+MEDIUM_CONCEPTS = SMALL_CONCEPTS + (
+    "mouse", "fox", "koala", "duck", "whale", "giraffe", "peach", "avocado", "ear of corn", "sushi", "french fries",
+    "deciduous tree", "palm tree", "cactus", "sunflower", "rose", "crescent moon", "star", "fire", "snowflake",
+    "red heart", "grinning face", "smiling face with sunglasses", "ghost", "robot", "skull", "crown", "top hat", "key",
+    "guitar", "soccer ball", "balloon", "wrapped gift", "light bulb", "camera", "alarm clock", "helicopter", "castle",
+    "trophy", "gem stone",
+)  # fmt: skip
+MEDIUM_KINDS = {"single": 0.82, "count": 0.08, "pair": 0.1}
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,22 @@ SMALL = Size(
     },
     vocabulary=640,
 )
+MEDIUM = replace(
+    SMALL,
+    name="medium",
+    judge_width=32,
+    # A decoder that sees the whole image: patches by themselves show their edges.
+    pixel=SMALL.pixel
+    | {
+        "codebook_size": 2048,
+        "pixel_decoder_type": "convolutional",
+        "pixel_channel_multipliers": (1, 2, 4, 8),
+        "pixel_latent_dim": 64,
+        "pixel_decoder_channels": 16,
+        "pixel_decoder_num_res_blocks": 1,
+    },
+    vocabulary=1024,
+)
 # With the parts that decide about codes in float32 and the rest in bfloat16, 46 MiB.
 FULL = Size(
     name="full",
@@ -117,7 +142,7 @@ FULL = Size(
     },
     vocabulary=3072,
 )
-SIZES = {size.name: size for size in (SMALL, FULL)}
+SIZES = {size.name: size for size in (SMALL, MEDIUM, FULL)}
 
 
 def world_of(size: Size, art: Art | Path | str, side: int | None = None) -> World:
@@ -129,9 +154,10 @@ def world_of(size: Size, art: Art | Path | str, side: int | None = None) -> Worl
         concepts = tuple(key for key, concept in art.concepts.items() if concept.name != KEPT_CONCEPT)
         return World(art, side, PATCH_SIZE, RATIOS, concepts, styles)
     keys = {concept.name: key for key, concept in art.concepts.items()}
-    concepts = tuple(keys[name] for name in SMALL_CONCEPTS if name in keys)
+    names, kinds = (SMALL_CONCEPTS, SMALL_KINDS) if size is SMALL else (MEDIUM_CONCEPTS, MEDIUM_KINDS)
+    concepts = tuple(keys[name] for name in names if name in keys)
     styles = tuple(style for style in SMALL_STYLES if style in art.styles)
-    return World(art, side, PATCH_SIZE, concepts=concepts, styles=styles, kinds=SMALL_KINDS, plain=True)
+    return World(art, side, PATCH_SIZE, concepts=concepts, styles=styles, kinds=kinds, plain=True)
 
 
 def tokenizer_config(size: Size) -> NextFlowVQConfig:

@@ -26,6 +26,7 @@ CHOICES = {
     "downsample": RESAMPLINGS,
     "upsample": RESAMPLINGS,
     "pixel_encoder_type": ("convolutional", "patch"),
+    "pixel_decoder_type": ("convolutional", "patch", None),
     "semantic_decoder_positions": ("sinusoidal", "learned"),
 }
 
@@ -171,6 +172,7 @@ class NextFlowVQConfig(PreTrainedConfig):
         downsample, upsample: how the residual is downsampled to a scale, and its codes upsampled again: torch's modes,
             or "rotary", with which a coarse code keeps what lies where (see `resample_rotary`).
         pixel_encoder_type: "convolutional" (VQGAN's kind) or "patch" (matrix products, fast on small machines).
+        pixel_decoder_type: the same for the decoder; default: the encoder's.
         pixel_channels, pixel_channel_multipliers, pixel_num_res_blocks, pixel_latent_dim: the pixel encoder. The patch
             kind has width `pixel_channels` and `pixel_num_res_blocks` blocks.
         pixel_decoder_channels, pixel_decoder_num_res_blocks: the pixel decoder; doubling the first gives the paper's
@@ -202,6 +204,7 @@ class NextFlowVQConfig(PreTrainedConfig):
     downsample: str = "area"
     upsample: str = "bicubic"
     pixel_encoder_type: str = "convolutional"
+    pixel_decoder_type: str | None = None
     pixel_channels: int = 128
     pixel_channel_multipliers: list[int] | tuple[int, ...] = (1, 1, 2, 2, 4)
     pixel_num_res_blocks: int = 2
@@ -256,8 +259,11 @@ class NextFlowVQConfig(PreTrainedConfig):
             )
         self.scale_schedules  # raises for invalid scales and levels
         self._check_tower()
-        if self.pixel_encoder_type == "convolutional":
-            self._check_convolutions()
+        convolutional = {
+            "pixel_channels": self.pixel_encoder_type == "convolutional",
+            "pixel_decoder_channels": (self.pixel_decoder_type or self.pixel_encoder_type) == "convolutional",
+        }
+        self._check_convolutions([name for name in convolutional if convolutional[name]])
         _check_activation("semantic_decoder_hidden_act", self.semantic_decoder_hidden_act)
         if self.semantic_decoder_hidden_size < 1 or self.semantic_decoder_hidden_size % self.semantic_decoder_heads:
             raise ValueError(
@@ -288,13 +294,13 @@ class NextFlowVQConfig(PreTrainedConfig):
                 f"semantic_config.patch_size {tower.patch_size} a side, but the finest grid has {self.scales[-1]}."
             )
 
-    def _check_convolutions(self):
-        if 2 ** (len(self.pixel_channel_multipliers) - 1) != self.patch_size:
+    def _check_convolutions(self, names: list[str]):
+        if names and 2 ** (len(self.pixel_channel_multipliers) - 1) != self.patch_size:
             raise ValueError(
                 f"{len(self.pixel_channel_multipliers)} pixel_channel_multipliers bring an image down by "
                 f"{2 ** (len(self.pixel_channel_multipliers) - 1)}, but patch_size is {self.patch_size}."
             )
-        for name in ("pixel_channels", "pixel_decoder_channels"):
+        for name in names:
             for multiplier in self.pixel_channel_multipliers:
                 width = getattr(self, name) * multiplier
                 if width < 1 or (width > NORM_GROUPS and width % NORM_GROUPS):

@@ -162,7 +162,8 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         self.semantic_projection = nn.Sequential(
             nn.Linear(semantic_dim, semantic_dim), nn.Tanh(), nn.Linear(semantic_dim, config.semantic_code_dim)
         )
-        pixel_encoder, pixel_decoder = PIXEL_BRANCHES[config.pixel_encoder_type]
+        pixel_encoder, _ = PIXEL_BRANCHES[config.pixel_encoder_type]
+        _, pixel_decoder = PIXEL_BRANCHES[config.pixel_decoder_type or config.pixel_encoder_type]
         self.pixel_encoder = pixel_encoder(config)
         self.quantizer = NextFlowVQQuantizer(config)
         self.pixel_decoder = pixel_decoder(config)
@@ -327,7 +328,8 @@ def images_at_once(config: NextFlowVQConfig, channels: int, schedule: ScaleSched
     """
     height, width = schedule.image_size(config.patch_size)
     elements = channels * height * width
-    if config.pixel_encoder_type == "patch":  # channels only at the resolution of the cells
+    if "convolutional" not in (config.pixel_encoder_type, config.pixel_decoder_type):
+        # Patches have channels only at the resolution of the cells.
         elements = 2 * channels * schedule.final_grid[0] * schedule.final_grid[1] + 3 * height * width
     return max(1, BYTES_AT_ONCE // (TENSORS_AT_ONCE * elements * size))
 

@@ -25,6 +25,7 @@ OWN = [name for name in VQ if name in vars(NextFlowVQConfig)["__annotations__"]]
 KINDS = {
     "patch": {"pixel_encoder_type": "patch"},
     "convolutional": {"pixel_encoder_type": "convolutional", "pixel_channel_multipliers": [1, 2, 2]},
+    "both": {"pixel_decoder_type": "convolutional", "pixel_channel_multipliers": [1, 2, 2]},
 }
 TOWER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "patch_size")
 

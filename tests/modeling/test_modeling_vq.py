@@ -7,9 +7,9 @@ from tiny import tiny_model, tiny_vq_config
 
 from transformers_nextflow import NextFlowVQModel, SelfCorrection
 from transformers_nextflow.configuration_nextflow import CHOICES
-from transformers_nextflow.data import load_vision_tokenizer
+from transformers_nextflow.data import load_vision_tokenizer, tokenizer_fingerprint
 from transformers_nextflow.modeling_nextflow_vq import codebook_statistics
-from transformers_nextflow.vision_tokenizer.pixel_branches import PIXEL_BRANCHES
+from transformers_nextflow.vision_tokenizer.pixel_branches import PIXEL_BRANCHES, ConvolutionalDecoder, PatchEncoder
 from transformers_nextflow.vision_tokenizer.resampling import resample
 
 
@@ -279,4 +279,27 @@ def test_codebook_statistics_count_codes_and_perplexity_by_scale():
 
 
 def test_every_pixel_branch_has_a_name_in_the_configuration():
-    assert tuple(PIXEL_BRANCHES) == CHOICES["pixel_encoder_type"]
+    assert tuple(PIXEL_BRANCHES) == CHOICES["pixel_encoder_type"] == CHOICES["pixel_decoder_type"][:-1]
+
+
+def test_a_decoder_of_another_kind_than_the_encoder_decodes_the_same_codes(tmp_path):
+    levels = {"pixel_channel_multipliers": (1, 2, 2), "pixel_latent_dim": 16}
+    plain, both = tiny_vq_model(), tiny_vq_model(pixel_decoder_type="convolutional", **levels)
+    both.load_state_dict(
+        {name: weight for name, weight in plain.state_dict().items() if not name.startswith("pixel_decoder.")},
+        strict=False,
+    )
+    assert tokenizer_fingerprint(both) == tokenizer_fingerprint(plain)
+    assert isinstance(both.pixel_encoder, PatchEncoder) and isinstance(both.pixel_decoder, ConvolutionalDecoder)
+    both.save_pretrained(tmp_path)
+    loaded = NextFlowVQModel.from_pretrained(tmp_path)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    codes = both.encode(images).image_tokens
+    assert codes.equal(plain.encode(images).image_tokens)
+    assert both.decode(codes, both.schedule_of(images)).equal(loaded.decode(codes, both.schedule_of(images)))
+
+
+@pytest.mark.parametrize("kind", ["pixel_encoder_type", "pixel_decoder_type"])
+def test_only_convolutions_need_channels_for_every_level(kind):
+    with pytest.raises(ValueError, match="bring an image down by 16, but patch_size is 4"):
+        tiny_vq_config(**{kind: "convolutional"})

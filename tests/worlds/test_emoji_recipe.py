@@ -26,7 +26,7 @@ from transformers_nextflow.worlds.emoji.rewards import judge_reward
 
 FOLDER = Path(__file__).parents[2] / "examples" / "emoji"
 RECIPES = sorted((FOLDER / "recipes").glob("*.yaml"))
-SCRIPTS = ("sizes", "make_data", "train_tokenizer", "train_judge", "lora", "rl", "make_checkpoint", "small")
+SCRIPTS = ("sizes", "make_data", "train_tokenizer", "train_judge", "lora", "rl", "make_checkpoint", "two_cores")
 WORLD = tiny_world(side=16)
 
 
@@ -268,14 +268,14 @@ def test_a_checkpoint_has_its_card_notice_and_index(script, tmp_path, monkeypatc
         make_checkpoint.main()
 
 
-def test_a_stage_of_the_small_path_is_done_once(script, tmp_path):
-    small = script("small")
+def test_a_stage_of_the_path_on_two_cores_is_done_once(script, tmp_path):
+    two_cores = script("two_cores")
     for _ in range(2):
-        path = small.SmallPath(tmp_path / "art.zip", tmp_path, share=1.0)
+        path = two_cores.TwoCorePath("small", tmp_path / "art.zip", tmp_path, share=1.0)
         path.stage("data", lambda: {"rows": 3})
         path.stage("data", lambda: pytest.fail("done again"))
     assert json.loads((tmp_path / "stages.json").read_text())["data"]["rows"] == 3
-    assert sum(small.MINUTES.values()) < 45
+    assert sum(two_cores.PLANS["small"].minutes.values()) < 45
 
 
 def test_conversations_go_on_about_their_last_image(script):

@@ -244,7 +244,7 @@ def key_map(config: NextFlowVQConfig) -> KeyMap:
 
 def check_is_tokenflow(config: NextFlowVQConfig):
     """Raises `ValueError`, naming the differences, for a tokenizer with parts that TokenFlow does not have."""
-    wanted = COMMON | {"pixel_encoder_type": "convolutional"}
+    wanted = COMMON | {"pixel_encoder_type": "convolutional", "pixel_decoder_type": None}
     wrong = {name: getattr(config, name) for name, value in wanted.items() if getattr(config, name) != value}
     if config.semantic_config.model_type not in TOWER_KEYS:
         wrong["semantic_config.model_type"] = config.semantic_config.model_type

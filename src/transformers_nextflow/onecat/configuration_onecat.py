@@ -40,7 +40,7 @@ class BitwiseVQConfig(PreTrainedConfig):
     base_config_key = "vq_config"
     save_pretrained = saved_whole(PreTrainedConfig.save_pretrained)
     # Read by the function that computes how many images are decoded at once.
-    pixel_encoder_type = "convolutional"
+    pixel_encoder_type, pixel_decoder_type = "convolutional", None
 
     code_bits: int = 32
     levels: list[Any] | tuple[Any, ...] = ((512, 10), (1024, 13))

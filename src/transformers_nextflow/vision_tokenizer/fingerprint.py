@@ -20,10 +20,13 @@ KEPT_RESAMPLINGS = {"nearest", "rotary"}
 # Settings of decoders and of training, and `use_cache`, which transformers' `Trainer` sets; all other settings may
 # change which code an image gets.
 NOT_OF_CODES = {
-    "pixel_decoder_channels", "pixel_decoder_num_res_blocks", "semantic_decoder_depth", "semantic_decoder_heads",
-    "semantic_decoder_hidden_size", "semantic_decoder_hidden_act", "semantic_decoder_positions", "semantic_target_dim",
-    "commitment_weight", "initializer_range", "initializer_factor", "attention_dropout", "use_cache",
+    "pixel_decoder_type", "pixel_decoder_channels", "pixel_decoder_num_res_blocks", "semantic_decoder_depth",
+    "semantic_decoder_heads", "semantic_decoder_hidden_size", "semantic_decoder_hidden_act",
+    "semantic_decoder_positions", "semantic_target_dim", "commitment_weight", "initializer_range",
+    "initializer_factor", "attention_dropout", "use_cache",
 }  # fmt: skip
+# An encoder of patches has neither; they may be those of a convolutional decoder.
+OF_CONVOLUTIONS = {"pixel_channel_multipliers", "pixel_latent_dim"}
 
 
 @torch.no_grad()
@@ -53,6 +56,8 @@ def _code_settings(config: PreTrainedConfig) -> dict:
     """The settings that differ from the defaults, so that settings of later versions do not change fingerprints."""
     # Entries that transformers adds to every config (its version, the dtype, …) do not affect codes.
     left_out = NOT_OF_CODES | PreTrainedConfig().to_dict().keys() | config.sub_configs.keys()
+    if getattr(config, "pixel_encoder_type", None) == "patch":
+        left_out |= OF_CONVOLUTIONS
     defaults = type(config)().to_dict()
     return {
         name: value for name, value in config.to_dict().items() if name not in left_out and value != defaults.get(name)

@@ -1,12 +1,14 @@
-"""The whole path at small scale on two cores, from the archive of drawings to scores, within about 45 minutes.
+"""The whole path on two cores, from the archive of drawings to scores.
 
     python examples/emoji/make_art.py --output runs/emoji/art.zip
-    OMP_NUM_THREADS=1 python examples/emoji/small.py --art runs/emoji/art.zip --output runs/emoji/small
+    OMP_NUM_THREADS=1 python examples/emoji/two_cores.py --size small --output runs/emoji/small
+    OMP_NUM_THREADS=1 python examples/emoji/two_cores.py --size medium --output runs/emoji/medium
 
-64 pixels, 60 concepts, three styles, the patch kind of pixel branch. It tests the recipe; the product wants a GPU. A
-stage has its minutes: a short run tells how long a step takes on this machine at this hour, and with it how many steps
-there will be. A stage that is done is not done again, and trainings go on from their newest checkpoint, so the same
-command goes on after a kill. Writes `benchmarks/results/emoji_small.json`.
+"small" tests the recipe within 45 minutes: 60 concepts, patches as pixel branch. "medium" takes some hours: 100
+concepts, a convolutional pixel decoder. Both have images of 64 pixels in three styles. A stage has its minutes: a short
+run tells how long a step takes on this machine at this hour, and with it how many steps there will be. A stage that is
+done is not done again, and a training resumes from its newest checkpoint, so the same command goes on after a kill.
+Writes `benchmarks/results/emoji_SIZE.json` and the folder `checkpoint` with its card.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from transformers_nextflow import ImageSampling
+from make_data import MIXTURES
+
 from transformers_nextflow.evaluation.results import write_result
 from transformers_nextflow.worlds.emoji.evaluation import evaluate_emoji
 
@@ -28,28 +32,45 @@ from transformers_nextflow.worlds.emoji.evaluation import evaluate_emoji
 ROOT = Path(__file__).parents[2]
 HERE, RECIPES = Path(__file__).parent, Path(__file__).parent / "recipes"
 RESULTS = ROOT / "benchmarks" / "results"
-# Minutes of each stage; starting processes takes a few more in all.
-MINUTES = {"judges": 3.5, "tokenizer": 10.0, "decoder": 2.0, "data": 1.5, "transformer": 20.0, "scores": 4.0}
 TIMED_STEPS = 12
 DECAY_SHARE = 0.45
-SAMPLES = 24_000
 CORRECTION = {"share": 0.3, "top_k": 4}
 PROCESSES = 2
-# What the transformer is trained on (`make_data.MIXTURES`) is what is scored; settings chosen beforehand, not tuned.
-ABILITIES = ("drawing", "caption", "question")
 LIMIT = 100
-SAMPLING = ImageSampling(guidance_scale=2.0, temperature=0.8)
 TOGETHER = ["--set", "use_cpu=true", "--set", "ddp_backend=gloo"]
 
 
-class SmallPath:
-    """The stages, in a folder; `minutes` and `steps` of what was done lie in its `stages.json`."""
+@dataclass(frozen=True)
+class Plan:
+    """How long the stages of a size take.
 
-    def __init__(self, art: Path, output: Path, share: float):
-        self.art, self.output, self.share = art, output, share
+    Args:
+        minutes: of each stage, in their order; starting processes takes a few more in all.
+        samples: conversations that the transformer is trained on.
+    """
+
+    minutes: dict[str, float]
+    samples: int
+
+
+PLANS = {
+    "small": Plan(
+        {"judges": 3.5, "tokenizer": 10.0, "decoder": 2.0, "data": 1.5, "transformer": 20.0, "scores": 4.0}, 24_000
+    ),
+    "medium": Plan(
+        {"judges": 6.0, "tokenizer": 65.0, "decoder": 15.0, "data": 5.0, "transformer": 90.0, "scores": 6.0}, 80_000
+    ),
+}
+
+
+class TwoCorePath:
+    """The stages of a size, in a folder; `minutes` and `steps` of what was done lie in its `stages.json`."""
+
+    def __init__(self, size: str, art: Path, output: Path, share: float):
+        self.size, self.plan, self.art, self.output, self.share = size, PLANS[size], art, output, share
         self.file = output / "stages.json"
         self.done: dict[str, dict] = json.loads(self.file.read_text()) if self.file.is_file() else {}
-        self.common = ["--size", "small", "--art", str(art)]
+        self.common = ["--size", size, "--art", str(art)]
 
     def stage(self, name: str, work):
         """Do a stage, unless it is done, and note how long it took; `work()` returns what else is noted."""
@@ -61,12 +82,15 @@ class SmallPath:
         self.done[name] = {"minutes": round((time.perf_counter() - start) / 60, 2)} | noted
         self.file.write_text(json.dumps(self.done, indent=2))
 
+    def recipe(self, stage: str) -> str:
+        return str(RECIPES / f"{self.size}_{stage}.yaml")
+
     def log(self, name: str):
         return open(self.output / f"{name}.log", "ab")
 
     def judges(self):
         """The judge, and a second one for the perceptual loss, side by side."""
-        minutes = str(MINUTES["judges"] * self.share)
+        minutes = str(self.plan.minutes["judges"] * self.share)
         runs = []
         for seed, folder in ((0, "judge"), (2, "judge-2")):
             command = [str(HERE / "train_judge.py"), *self.common, "--output", str(self.output / folder)]
@@ -85,7 +109,7 @@ class SmallPath:
             self.run(f"{name}-timed", [*short, "--set", f"max_steps={TIMED_STEPS}"])
             log = (self.output / f"{name}-timed.log").read_text()
             seconds = 1 / float(re.findall(r"'train_steps_per_second': '?([\d.]+)", log)[-1])
-            steps = max(TIMED_STEPS, round(60 * MINUTES[name] * self.share / seconds))
+            steps = max(TIMED_STEPS, round(60 * self.plan.minutes[name] * self.share / seconds))
             plan.write_text(json.dumps({"steps": steps, "seconds_a_step": round(seconds, 3)}))
         planned = json.loads(plan.read_text())
         folder = self.output / name
@@ -101,13 +125,13 @@ class SmallPath:
                 raise RuntimeError(f"The stage {name} failed: see {self.output / name}.log.")
 
     def tokenizer(self) -> dict:
-        command = [str(HERE / "train_tokenizer.py"), str(RECIPES / "small_tokenizer.yaml"), *self.common]
+        command = [str(HERE / "train_tokenizer.py"), self.recipe("tokenizer"), *self.common]
         command += ["--set", "ddp_find_unused_parameters=true"]
         # Timed with codes, which take longer than none.
         return self.train("tokenizer", command, ["--set", "autoencoder_share=0"])
 
     def decoder(self) -> dict:
-        command = [str(HERE / "train_tokenizer.py"), str(RECIPES / "small_decoder.yaml"), *self.common]
+        command = [str(HERE / "train_tokenizer.py"), self.recipe("decoder"), *self.common]
         command += ["--model", str(self.output / "tokenizer" / "final"), "--judge", str(self.output / "judge-2")]
         command += ["--set", "ddp_find_unused_parameters=true"]
         return self.train("decoder", command, ["--set", "eval_strategy='no'"])
@@ -115,12 +139,12 @@ class SmallPath:
     def data(self):
         command = [sys.executable, str(HERE / "make_data.py"), *self.common]
         command += ["--tokenizer", str(self.output / "decoder" / "final"), "--output", str(self.output / "data")]
-        command += ["--samples", str(round(SAMPLES * self.share)), "--processes", str(PROCESSES)]
+        command += ["--samples", str(round(self.plan.samples * self.share)), "--processes", str(PROCESSES)]
         command += ["--start", str(self.output / "start"), "--correction_share", str(CORRECTION["share"])]
         self.run("data", [*command, "--correction_top_k", str(CORRECTION["top_k"])])
 
     def transformer(self) -> dict:
-        command = ["-m", "transformers_nextflow.cli", "train", str(RECIPES / "small_transformer.yaml")]
+        command = ["-m", "transformers_nextflow.cli", "train", self.recipe("transformer")]
         command += ["--model", str(self.output / "start"), "--data", str(self.output / "data")]
 
         def decay(steps: int) -> list[str]:
@@ -129,36 +153,46 @@ class SmallPath:
 
         return self.train("transformer", command, settings=decay)
 
+    def checkpoint(self, *options: str):
+        """The folder that is shipped, in half precision where that changes no codes."""
+        command = [sys.executable, str(HERE / "make_checkpoint.py"), *self.common, *options]
+        command += ["--model", str(self.output / "transformer" / "final"), "--output", str(self.output / "checkpoint")]
+        self.run("checkpoint", command)
+
     def scores(self):
+        self.checkpoint()
         scores = evaluate_emoji(
-            str(self.output / "transformer" / "final"),
+            str(self.output / "checkpoint"),
             max(4, round(LIMIT * self.share)),
-            sheets=self.output / "sheets",
+            sheets=self.output / "checkpoint",
             art=self.art,
             judge=self.output / "judge",
-            abilities=ABILITIES,
-            sampling=SAMPLING,
+            abilities=tuple(MIXTURES[self.size]),
         )
         (self.output / "scores.json").write_text(json.dumps(scores, indent=2))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=PLANS, default="small")
     parser.add_argument("--art", type=Path, default=Path("runs/emoji/art.zip"))
-    parser.add_argument("--output", type=Path, default=Path("runs/emoji/small"))
+    parser.add_argument("--output", type=Path, help="default: runs/emoji/SIZE")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--share", type=float, default=1.0, help="of all minutes and samples, to try the path")
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = SmallPath(arguments.art.absolute(), arguments.output.absolute(), arguments.share)
+    output = (arguments.output or Path("runs/emoji") / arguments.size).absolute()
+    output.mkdir(parents=True, exist_ok=True)
+    path = TwoCorePath(arguments.size, arguments.art.absolute(), output, arguments.share)
     work = (path.judges, path.tokenizer, path.decoder, path.data, path.transformer, path.scores)
-    for name, stage in zip(MINUTES, work):
+    for name, stage in zip(path.plan.minutes, work):
         path.stage(name, stage)
     scores = json.loads((path.output / "scores.json").read_text())
     minutes = sum(stage["minutes"] for stage in path.done.values())
     values = {"minutes": round(minutes, 1), "stages": path.done, **scores}
     print(json.dumps(values, indent=2))
-    print("written:", write_result(arguments.results / "emoji_small.json", values))
+    written = write_result(arguments.results / f"emoji_{arguments.size}.json", values)
+    print("written:", written)
+    path.checkpoint("--results", str(written))
 
 
 if __name__ == "__main__":
