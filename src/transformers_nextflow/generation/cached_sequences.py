@@ -6,29 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, eager_mask, sdpa_mask
 
 from ..sequence.layout import check_new_positions
 from ..sequence.scale_sdpa import plan_behind
 from ..utils.older_transformers import CACHE
-
-
-def is_empty(cache: Cache | None) -> bool:
-    """Whether a cache is certainly empty. A cache whose length is on the device counts as not empty, since reading the
-    length would wait for the device.
-
-    The paged cache of continuous batching is not handled here: it comes with its own positions and masks.
-    """
-    length = cache.get_seq_length() if isinstance(cache, Cache) else 0
-    return not torch.is_tensor(length) and length == 0
-
-
-def check_cache(cache: Cache | None, config: PreTrainedConfig):
-    """Raises `ValueError` for a cache that the attention of `config` (the backbone's) cannot read."""
-    if isinstance(cache, Cache) and cache.is_compileable and config._attn_implementation == "flex_attention":
-        # Each layer computes the mask anew, after the first layer has already advanced the position of the queries.
-        raise ValueError("flex_attention cannot read a static cache; take another, or attn_implementation='sdpa'.")
 
 
 class CachedSequences:
