@@ -14,11 +14,10 @@ import torch
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 from transformers.utils import cached_file
 
-from .generation.guidance import PerScale
-from .generation.image_codes import ImageGenerationOutput, ScaleState
 from .generation.likelihood import score_answers
 from .generation.region_editing import KeptRegion
-from .generation.sampling import ImageSampling, check_generators
+from .generation.sampling import ImageSampling, PerScale, check_generators
+from .generation.scale_loop import ImageGenerationOutput, ScaleState
 from .image_processing_nextflow import OUTPUT_TYPES
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .pipelines.auto_pipelines import AutoPipelinesMixin
@@ -500,7 +499,7 @@ class NextFlowPipeline(
         """Arguments of `generate_images`; or, with an `answer` that begins with text, of `generate_interleaved`."""
         device, patch_size = self.model.device, self.processor.image_processor.patch_size
         start = {} if answer is None else {"answer": answer}
-        contexts = sampling.contexts(schedule.num_scales for schedule in request.schedules)
+        contexts = sampling.contexts([schedule.num_scales for schedule in request.schedules])
         inputs = self.processor.drawing_inputs(
             request.prompts, request.negative_prompts, request.images, contexts, request.schedules, **start
         )

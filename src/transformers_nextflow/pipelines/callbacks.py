@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..generation.image_codes import ScaleState
+from ..generation.scale_loop import ScaleState
 from ..sequence.padding import pad_codes
 from ..utils.short_repr import short_repr
 
