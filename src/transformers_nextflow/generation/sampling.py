@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..utils.finite_numbers import is_finite_number
 from ..utils.known_names import check_names
 from ..utils.short_repr import short_repr
-from ..utils.typed_values import is_of_type
+from ..utils.typed_values import is_finite_number, is_of_type
 
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
