@@ -14,6 +14,7 @@ from .image_processing_nextflow import IMAGE_SETTINGS, flatten_images
 from .scale_schedule import ScaleSchedule
 from .sequence.chat_encoding import (
     check_spells_out_no_special_tokens,
+    check_text,
     check_texts,
     check_written,
     encode_chats,
@@ -22,7 +23,7 @@ from .sequence.chat_encoding import (
     template_errors,
 )
 from .sequence.padding import pad_left
-from .tokenization_nextflow import CHAT_TEMPLATE, add_image_tokens, check_text
+from .tokenization_nextflow import CHAT_TEMPLATE, add_image_tokens
 from .utils.atomic_files import saved_whole
 from .utils.known_names import check_names
 from .utils.older_transformers import SANITIZES_CONTROL_TOKENS

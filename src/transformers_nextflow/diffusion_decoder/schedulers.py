@@ -8,8 +8,8 @@ import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
-from ..utils.finite_numbers import check_finite
 from ..utils.short_repr import short_repr
+from ..utils.typed_values import check_finite
 
 
 def make_scheduler(config: dict[str, Any] | None):
