@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.trainers import NextFlowVQTrainer, NextFlowVQTrainingArguments, PatchDiscriminator
 from transformers_nextflow.trainers.recipes import load_recipe
-from transformers_nextflow.utils.atomic_files import write_whole
+from transformers_nextflow.utils.atomic_files import atomic_write
 from transformers_nextflow.worlds.emoji import World, cell_labels, random_scene, render
 from transformers_nextflow.worlds.emoji.judge import Judge
 from transformers_nextflow.worlds.emoji.scene import SQUARE
@@ -162,7 +162,7 @@ def main():
     if trainer.args.eval_strategy != "no":
         print(trainer.evaluate())
     if trainer.args.should_save:
-        with write_whole(arguments.output / "final") as folder:
+        with atomic_write(arguments.output / "final") as folder:
             trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
 
 

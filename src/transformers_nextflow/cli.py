@@ -21,10 +21,10 @@ from .commands.options import Device, Dtype, Model, default_model
 from .commands.serving import serve
 from .commands.training import evaluate_run, init, recipes, train
 from .evaluation.suites import SUITES
-from .utils.atomic_files import write_anyway
+from .utils.atomic_files import write_with_fallback
 from .utils.image_files import regular_file
 from .utils.interrupts import end_on_termination
-from .utils.one_line_errors import DEBUG, errors_in_one_line, tells_what_is_kept
+from .utils.one_line_errors import DEBUG, errors_in_one_line, note_on_interrupt
 from .utils.output_files import check_apart, check_image_format, check_output_file, check_output_folder
 from .utils.version import __version__
 
@@ -438,10 +438,10 @@ def _preview(folder: Path, output: Path, number: int) -> Path:
 def _save(images: list[Image.Image], output: Path, scale: int) -> list[Path]:
     """Save every image that can be saved. Raises an `OSError` that says where the others were saved."""
     paths, written, refused = _numbered(output, len(images)), [], []
-    with tells_what_is_kept(lambda: f"Written are {', '.join(map(str, written)) or 'none of the images'}."):
+    with note_on_interrupt(lambda: f"Written are {', '.join(map(str, written)) or 'none of the images'}."):
         for image, path in zip(images, paths):
             try:
-                write_anyway(path, _enlarge(image, scale).save)
+                write_with_fallback(path, _enlarge(image, scale).save)
                 written.append(path)
             except (OSError, ValueError) as error:
                 refused.append(str(error))

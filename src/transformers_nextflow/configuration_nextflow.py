@@ -14,10 +14,10 @@ from transformers import AutoConfig, PreTrainedConfig, Qwen2_5_VLTextConfig
 from transformers.activations import ACT2FN
 
 from .scale_schedule import SQUARE_SIDES, ScaleSchedules, schedules_of
-from .utils.atomic_files import saved_whole
+from .utils.atomic_files import atomic_save
 from .utils.finite_numbers import check_finite
 from .utils.short_repr import short_repr
-from .utils.trained_on import TrainedOn
+from .utils.training_domain import TrainingDomain
 from .utils.typed_values import check_types, is_of_type, read_typed
 
 
@@ -183,7 +183,7 @@ class NextFlowVQConfig(PreTrainedConfig):
     """
 
     model_type = "nextflow_vq"
-    save_pretrained = saved_whole(PreTrainedConfig.save_pretrained)
+    save_pretrained = atomic_save(PreTrainedConfig.save_pretrained)
     base_config_key = "vq_config"
     sub_configs = {"semantic_config": AutoConfig}
 
@@ -329,12 +329,12 @@ class NextFlowConfig(PreTrainedConfig):
         accumulate_features: slots read the sum over all earlier scales (as in VAR) instead of only the scale before.
         rope_range: the range of the spatial coordinates of a square image, the paper's constant C (section 2.2).
         scale_loss_alpha: a token of an h x w grid has the weight (h*w)^-alpha in the loss (section 3.1).
-        trained_on: what the checkpoint was trained on, as the values of a `TrainedOn`: a pipeline warns of prompts and
-            images unlike it. Training the model further removes it.
+        trained_on: what the checkpoint was trained on, as the values of a `TrainingDomain`: a pipeline warns of prompts
+            and images unlike it. Training the model further removes it.
     """
 
     model_type = "nextflow"
-    save_pretrained = saved_whole(PreTrainedConfig.save_pretrained)
+    save_pretrained = atomic_save(PreTrainedConfig.save_pretrained)
     sub_configs = {"text_config": Qwen2_5_VLTextConfig, "vq_config": NextFlowVQConfig}
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
@@ -380,7 +380,7 @@ class NextFlowConfig(PreTrainedConfig):
                 "need full_attention in every layer; set text_config.use_sliding_window to False."
             )
         if self.trained_on is not None:
-            read_typed(TrainedOn, self.trained_on, "trained_on")
+            read_typed(TrainingDomain, self.trained_on, "trained_on")
         check_backbone(self.text_config)
         frequencies = self.text_config.hidden_size // self.text_config.num_attention_heads // 2
         sections = self.text_config.rope_parameters.get("mrope_section", MROPE_SECTION)

@@ -12,7 +12,7 @@ from transformers.image_utils import PILImageResampling, SizeDict, is_torch_tens
 from transformers.processing_utils import Unpack
 
 from .scale_schedule import SQUARE_SIDES, ScaleSchedule, ScaleSchedules, most_frames, schedules_of
-from .utils.atomic_files import saved_whole
+from .utils.atomic_files import atomic_save
 from .utils.image_files import read_image
 from .utils.known_names import check_names
 from .utils.short_repr import short_repr
@@ -77,7 +77,7 @@ class NextFlowImageProcessor(PilBackend):
 
     model_input_names = ["pixel_values", "image_grids"]
     valid_kwargs = NextFlowImageProcessorKwargs
-    save_pretrained = saved_whole(PilBackend.save_pretrained)
+    save_pretrained = atomic_save(PilBackend.save_pretrained)
 
     do_convert_rgb = True
     do_resize = True

@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowVQConfig
 from .scale_schedule import Grid, ScaleSchedule
-from .utils.atomic_files import saved_whole
+from .utils.atomic_files import atomic_save
 from .utils.model_cards import TOKENIZER_USE, ModelCardMixin, with_card
 from .utils.offloading import ExecutionDeviceMixin
 from .utils.strict_loading import StrictLoadingMixin
@@ -72,7 +72,7 @@ class NextFlowVQPreTrainedModel(ModelCardMixin, StrictLoadingMixin, ExecutionDev
     """What vision tokenizers share: loading, placement on devices, and initial weights."""
 
     config: NextFlowVQConfig
-    save_pretrained = with_card(saved_whole(PreTrainedModel.save_pretrained))
+    save_pretrained = with_card(atomic_save(PreTrainedModel.save_pretrained))
     card_title, card_pipeline_tag, card_use = "Vision tokenizer of NextFlow", None, TOKENIZER_USE
     base_model_prefix = "vq_model"
     main_input_name = "pixel_values"

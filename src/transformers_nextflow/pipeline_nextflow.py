@@ -29,16 +29,16 @@ from .pipelines.conversations import ConversationMixin
 from .pipelines.decoding import DecodingMixin, load_diffusion_decoder, of_decoder, of_rows
 from .pipelines.finished_images import FinishedImagesMixin
 from .pipelines.loras import LoraMixin
+from .pipelines.out_of_domain_warnings import OutOfDomainWarningsMixin
 from .pipelines.requests import ImageInput, ImageRequest
 from .pipelines.showing import Growth
-from .pipelines.trained_on_warnings import OutsideWarningsMixin
 from .processing_nextflow import NextFlowProcessor
 from .sequence.padding import pad_codes
-from .utils.atomic_files import check_named, write_into
+from .utils.atomic_files import atomic_folder_write, check_path
 from .utils.checkpoint_checks import loading_errors
 from .utils.devices import usable_device
 from .utils.known_names import checks_names
-from .utils.model_cards import CARD, card_first
+from .utils.model_cards import CARD, upload_card_if_missing
 from .utils.saved_adapters import FOLDER as ADAPTERS
 from .utils.saved_adapters import HUB_OPTIONS, is_adapted, unwrapped, with_adapters_beside
 from .utils.short_repr import short_repr
@@ -76,7 +76,7 @@ class NextFlowPipeline(
     ConversationMixin,
     DecodingMixin,
     LoraMixin,
-    OutsideWarningsMixin,
+    OutOfDomainWarningsMixin,
     PipelineCallsMixin,
     DiffusionPipeline,
 ):
@@ -197,15 +197,15 @@ class NextFlowPipeline(
         Raises:
             ValueError: for adapters that are merged into weights and not unloaded, and for those of a quantised model.
         """
-        check_named(save_directory)
+        check_path(save_directory)
         pipeline, model = self, self.unwrapped_model
         if kwargs.get("push_to_hub"):
-            card_first(self, kwargs.get("repo_id", os.path.basename(save_directory)), kwargs.get("token"))
+            upload_card_if_missing(self, kwargs.get("repo_id", os.path.basename(save_directory)), kwargs.get("token"))
         has_card = os.path.exists(os.path.join(save_directory, CARD))
         if is_adapted(model):
             pipeline = copy.copy(self)
             pipeline.model = with_adapters_beside(model)
-        with write_into(save_directory, replaced=[f"model/{ADAPTERS}"]) as folder:
+        with atomic_folder_write(save_directory, replaced=[f"model/{ADAPTERS}"]) as folder:
             # First, so that they are there when the folder is uploaded.
             (folder / "pipeline.py").write_text(PIPELINE_FILE)
             if not has_card:

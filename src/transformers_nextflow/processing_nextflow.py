@@ -23,7 +23,7 @@ from .sequence.chat_encoding import (
 )
 from .sequence.padding import pad_left
 from .tokenization_nextflow import CHAT_TEMPLATE, add_image_tokens, check_text
-from .utils.atomic_files import saved_whole
+from .utils.atomic_files import atomic_save
 from .utils.known_names import check_names
 from .utils.older_transformers import SANITIZES_CONTROL_TOKENS
 from .utils.short_repr import short_repr
@@ -92,7 +92,7 @@ class NextFlowProcessor(DrawingInputsMixin, ProcessorMixin):
         caption_request: the request to describe an image with which the model was trained.
     """
 
-    save_pretrained = saved_whole(ProcessorMixin.save_pretrained)
+    save_pretrained = atomic_save(ProcessorMixin.save_pretrained)
     text_kwargs = {"padding_side": "left"}
 
     def __init__(

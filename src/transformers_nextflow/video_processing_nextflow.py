@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageSequence
 
-from .utils.atomic_files import write_anyway
+from .utils.atomic_files import write_with_fallback
 from .utils.image_files import check_pixels, regular_file
 from .utils.output_files import check_output_file
 from .utils.short_repr import short_path, short_repr
@@ -86,12 +86,12 @@ def write_frames(frames: Sequence[Image.Image], path: str | os.PathLike, frames_
         first, *others = _without_repetitions([_of_full_colour(frame) for frame in frames])
         duration = 10 * round(100 / frames_per_second)
         options = {"save_all": True, "append_images": others, "duration": duration, "loop": 0}
-        write_anyway(path, lambda partial: first.save(partial, **options))
+        write_with_fallback(path, lambda partial: first.save(partial, **options))
     else:
         # With the default blocks of 16 pixels the encoder would resize small images.
         arrays = [np.asarray(frame.convert("RGB")) for frame in frames]
         options = {"fps": frames_per_second, "macro_block_size": 1}
-        write_anyway(path, lambda partial: _imageio().mimwrite(partial, arrays, **options))
+        write_with_fallback(path, lambda partial: _imageio().mimwrite(partial, arrays, **options))
 
 
 def _without_repetitions(frames: Sequence[Image.Image]) -> list[Image.Image]:

@@ -22,7 +22,7 @@ from transformers import modeling_utils
 
 from transformers_nextflow import NextFlowPipeline
 from transformers_nextflow.evaluation.results import write_result
-from transformers_nextflow.utils.atomic_files import write_whole
+from transformers_nextflow.utils.atomic_files import atomic_write
 
 
 FOLDERS, OUTPUTS, IMAGES = "folders are swapped", "outputs are looked at first", "one door for images"
@@ -40,7 +40,7 @@ def _linked_final(place: Place):
     (place.folder / "disk" / "final").mkdir(parents=True)
     place.file("disk/final/old", "1")
     os.symlink(place.folder / "disk" / "final", "final")
-    with write_whole("final") as partial:
+    with atomic_write("final") as partial:
         Path(partial).mkdir(exist_ok=True)
         (partial / "new").write_text("2")
     assert os.path.islink("final") and _content(place.folder / "disk") == {"final/new": b"2"}, "the link was destroyed"
@@ -69,7 +69,7 @@ def _never_without(place: Place):
     with (
         mock.patch.object(shutil, "rmtree", look(shutil.rmtree)),
         mock.patch.object(Path, "rename", look(Path.rename)),
-        write_whole("final") as partial,
+        atomic_write("final") as partial,
     ):
         partial.mkdir()
     assert not any(missing), "for a moment there was no folder"

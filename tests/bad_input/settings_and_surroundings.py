@@ -233,7 +233,7 @@ DEVICE_CASES = [
 
 
 def _interrupted_saving(place: Place):
-    with broken(cli, "write_anyway", KeyboardInterrupt(), after=1):
+    with broken(cli, "write_with_fallback", KeyboardInterrupt(), after=1):
         return place.draw("--num-images", 3)
 
 

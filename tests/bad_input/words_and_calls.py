@@ -217,7 +217,7 @@ def _within(place: Place):
     circle = pipe("a red circle and two blue squares", generator=_seeded()).images[0]
     pipe("make the red circle green", image=circle, generator=_seeded())
     pipe.chat([user("how many red circles are there? say it plainly.")], max_images=0, max_new_tokens=1)
-    assert not pipe._told_outside
+    assert not pipe._warned_kinds
 
 
 def _once(place: Place):

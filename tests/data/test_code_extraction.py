@@ -21,7 +21,7 @@ from transformers_nextflow.cli import app
 from transformers_nextflow.data import check_codes, code_extraction, extract_codes, open_rows, tokenizer_fingerprint
 from transformers_nextflow.data.validation import validate_source
 from transformers_nextflow.trainers import NextFlowCollator
-from transformers_nextflow.utils.atomic_files import write_whole
+from transformers_nextflow.utils.atomic_files import atomic_write
 
 
 SIZES = ((16, 16), (8, 32), (32, 8))
@@ -202,15 +202,15 @@ def test_a_full_disk_loses_nothing_and_the_same_command_goes_on(tmp_path, monkey
 def test_what_is_written_whole_takes_its_place_at_the_end_alone(tmp_path):
     file, folder = tmp_path / "new" / "sheet.png", tmp_path / "final"
     for content in ("old", "new"):
-        with write_whole(file) as partial:
+        with atomic_write(file) as partial:
             partial.write_text(content)
             # Writers read the format from the name.
             assert partial.name == file.name and partial != file
-        with write_whole(folder) as partial:
+        with atomic_write(folder) as partial:
             partial.mkdir()
             (partial / content).touch()
     for path in (file, folder):
-        with pytest.raises(OSError, match="No space left"), write_whole(path) as partial:
+        with pytest.raises(OSError, match="No space left"), atomic_write(path) as partial:
             partial.write_text("half")
             raise OSError(errno.ENOSPC, "No space left on device")
     assert file.read_text() == "new" and [path.name for path in folder.iterdir()] == ["new"]

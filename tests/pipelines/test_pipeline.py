@@ -256,7 +256,8 @@ def test_the_pipeline_file_is_there_before_the_folder_is_uploaded(pipe, tmp_path
     seen, repositories = [], []
     monkeypatch.setattr(DiffusionPipeline, "save_pretrained", lambda self, folder, **_: seen.extend(os.listdir(folder)))
     monkeypatch.setattr(
-        "transformers_nextflow.pipeline_nextflow.card_first", lambda pipe, repo_id, token: repositories.append(repo_id)
+        "transformers_nextflow.pipeline_nextflow.upload_card_if_missing",
+        lambda pipe, repo_id, token: repositories.append(repo_id),
     )
     pipe.save_pretrained(tmp_path / "saved", push_to_hub=True)
     assert sorted(seen) == ["README.md", "pipeline.py"] and repositories == ["saved"]

@@ -25,7 +25,7 @@ from transformers_nextflow.cli import app
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer
 from transformers_nextflow.trainers.runs.atomic_checkpoints import SUPERSEDED
 from transformers_nextflow.trainers.runs.training_record import RECORD_FILE
-from transformers_nextflow.utils.folder_lock import LOCK_FILE, hold_folder
+from transformers_nextflow.utils.folder_lock import LOCK_FILE, lock_folder
 
 
 STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 1}
@@ -426,7 +426,7 @@ def test_a_checkpoint_of_another_folder_begins_a_line_of_its_own(folder, tmp_pat
 
 def test_a_folder_in_use_is_refused_and_free_again_afterwards(folder):
     for checkpoint in (None, True):
-        with hold_folder(folder), pytest.raises(ValueError, match="is in use by process .*; wait until that has ended"):
+        with lock_folder(folder), pytest.raises(ValueError, match="is in use by process .*; wait until that has ended"):
             make(folder).train(resume_from_checkpoint=checkpoint)
     trainer = make(folder)
     nested, refused = make(folder), []
@@ -441,7 +441,7 @@ def test_a_folder_in_use_is_refused_and_free_again_afterwards(folder):
     trainer.add_callback(Nested())
     trainer.train()
     assert len(refused) == 4 and not (folder / LOCK_FILE).exists()
-    with hold_folder(folder):
+    with lock_folder(folder):
         assert make(folder).evaluate(DATA)["eval_loss"] > 0
     nested.train()
 

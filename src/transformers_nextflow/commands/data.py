@@ -39,7 +39,7 @@ def inspect(
         from ..data.vision_tokenizer import load_vision_tokenizer
         from ..evaluation.image_metrics import contact_sheet
         from ..image_processing_nextflow import NextFlowImageProcessor
-        from ..utils.atomic_files import write_anyway
+        from ..utils.atomic_files import write_with_fallback
 
         if sheet is not None:
             check_image_format(sheet)
@@ -52,7 +52,7 @@ def inspect(
         stated = getattr(AutoConfig.from_pretrained(file), "trained_on", None) or {}
         fit = fit_of(vq_model, pixels_of(rows, root, processor, limit), stated.get("lowest_psnr"))
         if sheet is not None:
-            write_anyway(sheet, contact_sheet(list(zip(*fit.pairs))).save)
+            write_with_fallback(sheet, contact_sheet(list(zip(*fit.pairs))).save)
     typer.echo(f"In {file} {fit}.")
     if fit.is_fit:
         typer.echo("It is fit for these images: train a LoRA, or the transformer.")

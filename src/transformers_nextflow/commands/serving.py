@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..utils.one_line_errors import errors_in_one_line, tells_what_is_kept
+from ..utils.one_line_errors import errors_in_one_line, note_on_interrupt
 from .options import Device, Dtype
 
 
@@ -30,7 +30,7 @@ def serve(
     dtype: Dtype = "auto",
 ):
     """Serve a model over HTTP with OpenAI's API; see docs/serving.md."""
-    with errors_in_one_line(), tells_what_is_kept(lambda: "The server has ended."):
+    with errors_in_one_line(), note_on_interrupt(lambda: "The server has ended."):
         from ..serving import ray_serve
         from ..serving.loading import load_pipeline
         from ..serving.settings import ServingSettings

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from ..evaluation.suites import SUITES
-from ..utils.atomic_files import write_whole
-from ..utils.one_line_errors import errors_in_one_line, tells_what_is_kept
+from ..utils.atomic_files import atomic_write
+from ..utils.one_line_errors import errors_in_one_line, note_on_interrupt
 from ..utils.output_files import check_apart, check_output_folder
 from .options import CaptionColumn, Data, Device, EditedImageColumn, ImageColumn
 
@@ -104,7 +104,7 @@ def evaluate_run(
         evaluator = CheckpointScores(run, suite, output, limit, seeds, device)
         if once:
             evaluator.check_begun()
-        with tells_what_is_kept(evaluator.kept):
+        with note_on_interrupt(evaluator.kept):
             for step in evaluator.update() if once else evaluator.watch(every):
                 typer.echo(evaluator.output / f"checkpoint-{step}")
 
@@ -118,6 +118,6 @@ def recipes(copy: Annotated[Path | None, typer.Option(help="Folder to which they
             check_output_folder(copy)
             if copy.exists():
                 raise ValueError(f"{copy} is there already; name a new folder.")
-            with write_whole(copy) as partial:
+            with atomic_write(copy) as partial:
                 shutil.copytree(RECIPES, partial, dirs_exist_ok=True)
     typer.echo("\n".join(recipe_names()))

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from ..configuration_nextflow import NextFlowVQConfig
 from ..utils.checkpoint_checks import FLOATS, is_finite, read_json
-from ..utils.model_cards import INHERITED, told_by, write_card
-from ..utils.one_line_errors import tells_what_is_kept
+from ..utils.model_cards import INHERITED, read_card_metadata, write_card
+from ..utils.one_line_errors import note_on_interrupt
 from ..utils.short_repr import short_repr
 from ..utils.weight_files import State, read_state_dict, safetensors_errors
 
@@ -341,7 +341,7 @@ def new_folder(target: Path | str, plan: dict | None = None) -> Iterator[Path]:
     then = "begins anew" if plan is None else "goes on"
     kept = f"What is written is kept in {partial}, where the same command {then}."
     try:
-        with tells_what_is_kept(lambda: kept):
+        with note_on_interrupt(lambda: kept):
             yield partial
     except ValueError:
         shutil.rmtree(partial)
@@ -444,7 +444,7 @@ def write_model_card(
     check_repository(base_model)
     source = Path(source).absolute()  # and not resolved: files of the Hub's cache are links into another folder
     folder_of_source = source.parent if source.is_file() else source
-    told = told_by(folder_of_source)
+    told = read_card_metadata(folder_of_source)
     data = {"license": "unknown"} | {name: told[name] for name in INHERITED if name in told}
     cached = [part.removeprefix("models--").replace("--", "/") for part in source.parts if part.startswith("models--")]
     write_card(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ..configuration_nextflow import NextFlowVQConfig
 from ..modeling_nextflow_vq import NextFlowVQModel
-from ..utils.atomic_files import write_whole
+from ..utils.atomic_files import atomic_write
 from .checkpoints import (
     KeyMap,
     State,
@@ -479,7 +479,7 @@ def export_tokenflow(source: Path | str, target: Path | str):
     model = NextFlowVQModel.from_pretrained(source)
     released = to_tokenflow(model.state_dict(), model.config)
     _check_layout_tells(model.config, released)
-    with write_whole(target) as partial:
+    with atomic_write(target) as partial:
         torch.save({"model": {name: tensor.contiguous() for name, tensor in released.items()}}, partial)
         check_equal(read_tokenflow(partial), released)
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ..image_processing_nextflow import NextFlowImageProcessor
 from ..utils.devices import on_device
 from ..utils.extras import import_extra
-from ..utils.one_line_errors import tells_what_is_kept
+from ..utils.one_line_errors import note_on_interrupt
 from ..utils.typed_values import read_typed
 from ..utils.unique_names import load_json
 from ..vision_tokenizer.fingerprint import tokenizer_fingerprint
@@ -178,7 +178,7 @@ def extract_codes(
     _begin(extraction, folder)
     missing = [shard for shard in extraction.shards if not _is_whole(folder, shard)]
     progress = tqdm(total=len(extraction.shards), initial=len(extraction.shards) - len(missing), unit="shard")
-    with tells_what_is_kept(lambda: _kept(output, progress.n, progress.total)), progress:
+    with note_on_interrupt(lambda: _kept(output, progress.n, progress.total)), progress:
         for _ in ENGINES[engine](missing, extraction, folder, device, processes) if missing else ():
             progress.update()
     return check_codes(output) | {"found": len(extraction.shards) - len(missing)}

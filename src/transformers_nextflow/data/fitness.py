@@ -12,7 +12,7 @@ from PIL import Image
 from ..evaluation.image_metrics import psnr, to_uint8
 from ..image_processing_nextflow import NextFlowImageProcessor
 from ..modeling_nextflow_vq import NextFlowVQModel
-from ..utils.trained_on import MARGIN
+from ..utils.training_domain import MARGIN
 from .row_encoding import read_pixels
 from .row_errors import BadRowError
 from .rows import read_row

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..utils.atomic_files import write_whole
+from ..utils.atomic_files import atomic_write
 from ..utils.extras import import_extra
 from ..utils.short_repr import short_path
 from ..utils.unique_names import load_json
@@ -130,7 +130,7 @@ class LocalFolder:
 
     def write(self, name: str, write: Callable[[Path], object]):
         """Write a file atomically: `write` writes it to the path that it is given."""
-        with write_whole(self.path / name) as partial:
+        with atomic_write(self.path / name) as partial:
             write(partial)
 
 

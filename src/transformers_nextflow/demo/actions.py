@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..utils.one_line_errors import MENDABLE, one_line
+from ..utils.one_line_errors import USER_ERRORS, one_line
 
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def chat(pipe: NextFlowPipeline, conversation: list[dict], text: str, images: li
 
 def explained(error: Exception) -> str:
     """The message for an error; an unexpected error is also logged with its traceback."""
-    if not isinstance(error, (*MENDABLE, MemoryError, torch.OutOfMemoryError)):
+    if not isinstance(error, (*USER_ERRORS, MemoryError, torch.OutOfMemoryError)):
         logger.error("The demo failed.", exc_info=error)
     return one_line(error).removeprefix("Error: ")
 

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from ..utils.atomic_files import check_named
+from ..utils.atomic_files import check_path
 from ..utils.checkpoint_checks import (
     check_complete,
     check_floats,
@@ -21,7 +21,7 @@ from ..utils.checkpoint_checks import (
     check_weights,
     loading_errors,
 )
-from ..utils.model_cards import DECODER_USE, ModelCardMixin, in_words, with_card
+from ..utils.model_cards import DECODER_USE, ModelCardMixin, format_count, with_card
 from .bases import PromptEmbeddings, add_lora, base_of, make_base
 from .config_checks import check_config, made
 from .schedulers import is_flow_matching
@@ -202,7 +202,7 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
         text += (
             f"image {size}, which need not be strictly what the pixel decoder draws. A {config.base['_class_name']} "
         )
-        text += f"that predicts {config.predicts}; {in_words(self.num_parameters())} parameters"
+        text += f"that predicts {config.predicts}; {format_count(self.num_parameters())} parameters"
         text += f", of which adapters of rank {config.lora_rank} were trained" if config.lora_rank else ""
         text += f"; {config.num_inference_steps} steps by default"
         return text + (f"; for images of {sizes} pixels (height x width)." if sizes else ".")
@@ -262,7 +262,7 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> NextFlowDiffusionDecoder:
         """As in diffusers. Raises `ValueError` naming tensors that are missing, or that are no finite floats."""
         with_info = kwargs.pop("output_loading_info", False)
-        check_named(pretrained_model_name_or_path)
+        check_path(pretrained_model_name_or_path)
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         with loading_errors(pretrained_model_name_or_path):
             check_settings(folder)

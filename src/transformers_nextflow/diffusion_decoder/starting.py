@@ -10,7 +10,7 @@ import diffusers
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel
 
 from ..modeling_nextflow_vq import NextFlowVQModel
-from ..utils.atomic_files import check_named
+from ..utils.atomic_files import check_path
 from ..utils.checkpoint_checks import check_weights, loading_errors
 from ..utils.known_names import check_names
 from ..utils.short_repr import short_repr
@@ -88,7 +88,7 @@ def decoder_on_base(vq_model: NextFlowVQModel, base: str | os.PathLike, **settin
     Raises:
         ValueError: for a pipeline without a denoiser whose visual branch is known, and for weights that are not finite.
     """
-    check_named(base)
+    check_path(base)
     with loading_errors(base):
         parts = DiffusionPipeline.load_config(base)
         classes = {name: part[1] for name, part in parts.items() if isinstance(part, list) and len(part) == 2}

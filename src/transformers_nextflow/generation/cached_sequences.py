@@ -11,7 +11,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_caus
 
 from ..sequence.layout import check_new_positions
 from ..sequence.scale_sdpa import plan_behind
-from ..utils.older_transformers import CACHE
+from ..utils.older_transformers import CACHE_KEYWORD
 
 
 def is_empty(cache: Cache | None) -> bool:
@@ -193,7 +193,7 @@ class CachedSequences:
             inputs_embeds=embeds,
             attention_mask={"full_attention": self._mask(embeds, is_causal)},
             position_ids=position_ids,
-            **{CACHE: self.cache},
+            **{CACHE_KEYWORD: self.cache},
             use_cache=True,
             both_ways=True,  # causal passes have a mask
             **options,
@@ -218,7 +218,7 @@ class CachedSequences:
                 config=config,
                 inputs_embeds=embeds,
                 attention_mask=torch.ones_like(blocks) if self.valid is None else self.valid,
-                **{CACHE: self.cache},
+                **{CACHE_KEYWORD: self.cache},
                 block_sequence_ids=None if is_causal else blocks,
             )
         if self.valid is None:

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from ..scale_schedule import ScaleSchedule
 from ..sequence.ragged_keys import RaggedKeys
 from ..sequence.scale_sdpa import SCALE_SDPA
-from ..utils.older_transformers import CACHE
+from ..utils.older_transformers import CACHE_KEYWORD
 from .cached_sequences import CachedSequences
 from .image_codes import ImageCodes
 from .sampling import ImageSampling
@@ -158,7 +158,7 @@ class RecordedScales:
             inputs_embeds=embeds.expand(contexts, -1, -1, -1).flatten(0, 1),
             attention_mask={"full_attention": ragged},
             position_ids=(self.origins[:, :contexts] + coordinates).flatten(1, 2),
-            **{CACHE: BuffersOfScale(self.buffers, rows, start)},
+            **{CACHE_KEYWORD: BuffersOfScale(self.buffers, rows, start)},
             use_cache=True,
             both_ways=True,
         )

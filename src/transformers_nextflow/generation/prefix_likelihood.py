@@ -16,7 +16,7 @@ from transformers.masking_utils import create_causal_mask
 
 from ..scale_schedule import ScaleSchedule
 from ..sequence.scale_sdpa import plan_attention
-from ..utils.older_transformers import CACHE
+from ..utils.older_transformers import CACHE_KEYWORD
 from .guidance import guide_over_contexts
 from .image_codes import ImageCodes
 from .prompts import Prompts, join_prompts
@@ -194,7 +194,11 @@ def _read(model, embeds, positions, blocks, masks, count, cache) -> torch.Tensor
     attention_mask = plan_attention(config, mask - 1, block_ids, embeds.shape[1])
     if attention_mask is None:
         attention_mask = create_causal_mask(
-            config=config, inputs_embeds=embeds, attention_mask=mask, **{CACHE: cache}, block_sequence_ids=block_ids
+            config=config,
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            **{CACHE_KEYWORD: cache},
+            block_sequence_ids=block_ids,
         )
     return model.forward(  # not `model(…)`: this already runs within a call that wrappers see
         inputs_embeds=embeds,

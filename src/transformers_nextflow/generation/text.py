@@ -11,7 +11,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from ..configuration_nextflow import NextFlowConfig
 from ..sequence.layout import check_num_positions, layout_sequence, text_ids
 from ..utils.evaluation_mode import in_evaluation_mode
-from ..utils.older_transformers import CACHE, SEARCHES_BEAMS_IN_TEXT_ALONE, TextAlone
+from ..utils.older_transformers import BEAM_SEARCH_EXPECTS_TEXT_LOGITS, CACHE_KEYWORD, TextVocabularyLogitsProcessor
 from .cached_sequences import check_cache, is_empty
 
 
@@ -109,8 +109,8 @@ class TextGenerationMixin(GenerationMixin):
 
     def _get_logits_processor(self, generation_config, *args, logits_processor=None, **kwargs):
         processors = LogitsProcessorList([WrittenText(self.config), *(logits_processor or [])])
-        if SEARCHES_BEAMS_IN_TEXT_ALONE and (generation_config.num_beams or 1) > 1:
-            processors.append(TextAlone(self.config.text_config.vocab_size))
+        if BEAM_SEARCH_EXPECTS_TEXT_LOGITS and (generation_config.num_beams or 1) > 1:
+            processors.append(TextVocabularyLogitsProcessor(self.config.text_config.vocab_size))
         return super()._get_logits_processor(generation_config, *args, logits_processor=processors, **kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
@@ -119,7 +119,7 @@ class TextGenerationMixin(GenerationMixin):
             input_ids = text_ids(inputs_embeds, *(model_kwargs.get(name) for name in IMAGE_INPUTS))
         else:
             input_ids = model_kwargs.get("input_ids", inputs_tensor)
-        cache = model_kwargs.get(CACHE)
+        cache = model_kwargs.get(CACHE_KEYWORD)
         if cache is not None and input_ids.shape[1] <= cache.get_seq_length():
             # Images take fewer positions than slots, and the number of images in the cache is not known.
             raise ValueError(
@@ -146,7 +146,7 @@ class TextGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        check_cache(model_kwargs.get(CACHE), self.model.language_model.config)
+        check_cache(model_kwargs.get(CACHE_KEYWORD), self.model.language_model.config)
 
     def prepare_inputs_for_generation(
         self,
@@ -157,7 +157,7 @@ class TextGenerationMixin(GenerationMixin):
         is_first_iteration=False,
         **kwargs,
     ):
-        cache, images = kwargs.get(CACHE), {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
+        cache, images = kwargs.get(CACHE_KEYWORD), {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,

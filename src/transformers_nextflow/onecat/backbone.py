@@ -17,7 +17,7 @@ from transformers.utils.generic import maybe_autocast, merge_with_config_default
 from transformers.utils.output_capturing import capture_outputs
 
 from ..sequence.attention_backends import ScaleAttentionMixin, ScaleMaskedMixin
-from ..utils.older_transformers import takes_the_cache
+from ..utils.older_transformers import accepts_cache_keyword
 from .schedules import MOST_SCALES
 
 
@@ -178,7 +178,7 @@ class OneCatTextModel(ScaleMaskedMixin, Qwen2PreTrainedModel):
             init.normal_(module.adapter_in, std=self.config.initializer_range)
             init.zeros_(module.adapter_out)
 
-    @takes_the_cache
+    @accepts_cache_keyword
     @merge_with_config_defaults
     @capture_outputs
     def forward(

@@ -16,7 +16,7 @@ from ..configuration_nextflow import (
     value_errors,
 )
 from ..generation.sampling import ImageSampling
-from ..utils.atomic_files import saved_whole
+from ..utils.atomic_files import atomic_save
 from ..utils.finite_numbers import check_finite
 from .schedules import MOST_SCALES, OneCatSchedules, checked_levels, schedules_of_levels
 
@@ -38,7 +38,7 @@ class BitwiseVQConfig(PreTrainedConfig):
 
     model_type = "bitwise_vq"
     base_config_key = "vq_config"
-    save_pretrained = saved_whole(PreTrainedConfig.save_pretrained)
+    save_pretrained = atomic_save(PreTrainedConfig.save_pretrained)
     # Read by the function that computes how many images are decoded at once.
     pixel_encoder_type = "convolutional"
 
@@ -103,7 +103,7 @@ class OneCatConfig(PreTrainedConfig):
     """
 
     model_type = "onecat"
-    save_pretrained = saved_whole(PreTrainedConfig.save_pretrained)
+    save_pretrained = atomic_save(PreTrainedConfig.save_pretrained)
     sub_configs = {"text_config": Qwen2Config, "vq_config": BitwiseVQConfig}
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
 

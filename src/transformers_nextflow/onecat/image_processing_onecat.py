@@ -10,7 +10,7 @@ from PIL import Image
 from transformers.processing_utils import Unpack
 
 from ..image_processing_nextflow import NextFlowImageProcessor, NextFlowImageProcessorKwargs
-from ..utils.atomic_files import saved_whole
+from ..utils.atomic_files import atomic_save
 from ..utils.short_repr import short_repr
 from .schedules import TABLES, OneCatSchedules, checked_levels, schedules_of_levels
 
@@ -37,7 +37,7 @@ class OneCatImageProcessor(NextFlowImageProcessor):
         patch_size, levels: as in [`BitwiseVQConfig`].
     """
 
-    save_pretrained = saved_whole(NextFlowImageProcessor.save_pretrained)
+    save_pretrained = atomic_save(NextFlowImageProcessor.save_pretrained)
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from ..sequence.chat_encoding import check_texts, encode_chats, template_errors
 from ..sequence.messages import IMAGE_NAMES, check_conversation
 from ..sequence.padding import pad_left
 from ..tokenization_nextflow import check_text
-from ..utils.atomic_files import saved_whole
+from ..utils.atomic_files import atomic_save
 from ..utils.short_repr import short_repr
 from .configuration_onecat import OneCatConfig
 from .image_processing_onecat import THUMBNAIL, num_tokens, size_of_chat, size_of_reference
@@ -83,7 +83,7 @@ class OneCatProcessor(DrawingInputsMixin, ProcessorMixin):
         ValueError: for a tokenizer that lacks one of them.
     """
 
-    save_pretrained = saved_whole(ProcessorMixin.save_pretrained)
+    save_pretrained = atomic_save(ProcessorMixin.save_pretrained)
     # `None`, since the model was not trained to reason before it draws.
     think_prefix = None
     caption_request = "Describe the image."

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
-from ..utils.offloading import is_onloaded, one_after_the_other, onloaded
+from ..utils.offloading import is_onloaded, one_thread_if_offloaded, onload_weights
 
 
 @dataclass
@@ -71,12 +71,12 @@ class PipelineCallsMixin:
             calls.pop()
         calls.append(_Call(self._stops))
         try:
-            with one_after_the_other(self.model):
+            with one_thread_if_offloaded(self.model):
                 is_within_another = is_onloaded(self.model)
                 try:
                     # Offloading moves a model when its `forward` is called, but the pipeline mostly calls other
                     # methods.
-                    with onloaded([self.model]):
+                    with onload_weights([self.model]):
                         yield
                 finally:
                     if not is_within_another:

@@ -25,9 +25,9 @@ from ..utils.known_names import check_names, checks_names
 from ..utils.short_repr import short_repr
 from ..utils.typed_values import check_types, is_of_type
 from .decoding import of_decoder, of_rows, of_size
+from .out_of_domain_warnings import texts_of_messages
 from .requests import ImageInput, ImageRequest, pixels_of_size, requested_schedule
 from .showing import video_as_html
-from .trained_on_warnings import texts_of_messages
 
 
 @dataclass

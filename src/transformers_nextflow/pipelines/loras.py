@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from ..utils.atomic_files import write_into
+from ..utils.atomic_files import atomic_folder_write
 from ..utils.checkpoint_checks import loading_errors
 from ..utils.finite_numbers import check_finite
 from ..utils.known_names import check_names, checks_names
@@ -103,7 +103,7 @@ class LoraMixin:
             adapter_name: default: the only one.
         """
         name = self._named_or_only(adapter_name)
-        with write_into(save_directory) as folder:
+        with atomic_folder_write(save_directory) as folder:
             save_adapter(self.unwrapped_model, name, folder)
 
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None):

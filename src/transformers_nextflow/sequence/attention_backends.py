@@ -7,7 +7,7 @@ from transformers import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ..utils.older_transformers import CACHE
+from ..utils.older_transformers import CACHE_KEYWORD
 from .scale_sdpa import SCALE_SDPA
 
 
@@ -39,9 +39,9 @@ class ScaleMaskedMixin:
         """Hidden states (B, L, D) through all layers and the norm; `attention_mask` as transformers prepares it."""
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states, attention_mask=attention_mask["full_attention"], **{CACHE: cache}, **kwargs
+                hidden_states, attention_mask=attention_mask["full_attention"], **{CACHE_KEYWORD: cache}, **kwargs
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_KEYWORD: cache})
 
     def get_correct_attn_implementation(self, requested_attention: str | None, *args, **kwargs) -> str:
         """As in transformers, but the default is "scale_sdpa" in place of "sdpa".

@@ -9,7 +9,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from ..processing_nextflow import DrawingInputsMixin, check_prompts
 from ..sequence.padding import pad_left
-from ..utils.atomic_files import saved_whole
+from ..utils.atomic_files import atomic_save
 
 
 class TokenFlowT2IProcessor(DrawingInputsMixin, ProcessorMixin):
@@ -36,7 +36,7 @@ class TokenFlowT2IProcessor(DrawingInputsMixin, ProcessorMixin):
         self.max_text_tokens = max_text_tokens
         super().__init__(image_processor, tokenizer)
 
-    save_pretrained = saved_whole(ProcessorMixin.save_pretrained)
+    save_pretrained = atomic_save(ProcessorMixin.save_pretrained)
     # The model reads no images and writes no text.
     think_prefix = None
 

@@ -21,7 +21,7 @@ from ..image_processing_nextflow import NextFlowImageProcessor
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..processing_nextflow import NextFlowProcessor
 from ..tokenization_nextflow import train_tokenizer
-from ..utils.atomic_files import write_whole
+from ..utils.atomic_files import atomic_write
 from .nextflow_trainer import has_bfloat16_units
 from .presets import PRESETS, Preset
 from .recipes import OWN_RECIPES, RECIPES
@@ -124,7 +124,7 @@ def begin(
     millions = [part.num_parameters() / 1e6 for part in (model, model.vq_model)]
     choices.append(f"{millions[0]:.1f} million parameters, {millions[1]:.1f} of them in the vision tokenizer")
     recipes = _recipes(size, facts, config, machine, columns or Columns(), choices)
-    with write_whole(Path(output)) as folder:
+    with atomic_write(Path(output)) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         (folder / OWN_RECIPES).mkdir()

@@ -30,7 +30,7 @@ from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedule
 from ..sequence.loss import IGNORE_INDEX, LossWeights
-from ..utils.older_transformers import SAVES_DIVIDED
+from ..utils.older_transformers import SAVES_TENSOR_PARALLEL
 from ..utils.user_warnings import warn_user
 from ..vision_tokenizer.fingerprint import tokenizer_fingerprint
 from .collator import NextFlowCollator
@@ -240,7 +240,7 @@ class NextFlowTrainer(
                 f"{type(args).__name__}."
             )
         check_trainer_arguments(args, kwargs)
-        if (model.tp_size or 1) > 1 and not SAVES_DIVIDED:
+        if (model.tp_size or 1) > 1 and not SAVES_TENSOR_PARALLEL:
             raise ValueError(
                 f"The model is divided among {model.tp_size} processes (tensor parallel), and transformers "
                 f"{transformers.__version__} cannot save it after a training; install a newer transformers."

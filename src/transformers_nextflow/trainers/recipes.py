@@ -13,9 +13,9 @@ import yaml
 
 from ..data.columns import Columns
 from ..data.mixture import check_weights
-from ..utils.atomic_files import write_whole
+from ..utils.atomic_files import atomic_write
 from ..utils.known_names import check_names
-from ..utils.one_line_errors import tells_what_is_kept
+from ..utils.one_line_errors import note_on_interrupt
 from ..utils.registry import Registry
 from ..utils.short_repr import short_path, short_repr
 from ..utils.typed_values import check_types, hints_of, is_of_type, read_typed
@@ -251,11 +251,11 @@ def run_recipe(recipe: Recipe, model, data, output, resume: bool = False, profil
     trainer = make_trainer(recipe, model, data, output)
     if profile:
         trainer.add_callback(ProfiledSteps(Path(output) / "profile"))
-    with tells_what_is_kept(lambda: _newest(trainer)):
+    with note_on_interrupt(lambda: _newest(trainer)):
         trainer.train(resume_from_checkpoint=resume or None)
     final = Path(output) / "final"
     # All processes must take part in saving, but only some write.
-    with write_whole(final) if trainer.args.should_save else nullcontext(final) as folder:
+    with atomic_write(final) if trainer.args.should_save else nullcontext(final) as folder:
         save_outcome(trainer, recipe, model, folder)
         if trainer.args.should_save and (own := Path(model) / OWN_RECIPES).is_dir():
             shutil.copytree(own, Path(folder) / OWN_RECIPES)

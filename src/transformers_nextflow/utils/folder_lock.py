@@ -22,7 +22,7 @@ _held: set[int] = set()
 
 
 @contextmanager
-def hold_folder(folder: str | os.PathLike) -> Iterator[None]:
+def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
     """Locks `folder`, which is made if it is missing, for this process until the block ends.
 
     It is a lock of the kernel on the file `.in_use` in the folder: it ends with the process at the latest, and forked

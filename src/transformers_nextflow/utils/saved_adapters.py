@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import cached_file
 
-from .atomic_files import check_named, write_whole
+from .atomic_files import atomic_write, check_path
 from .checkpoint_checks import FLOATS, is_finite, read_json
 from .finite_numbers import check_finite
 from .short_repr import short_repr
@@ -107,7 +107,7 @@ def _save_adapters(model: nn.Module, folder: Path):
         return
     for name in names:
         save_adapter(model, name, folder / FOLDER / name)
-    with write_whole(folder / FOLDER / INDEX) as partial_file:
+    with atomic_write(folder / FOLDER / INDEX) as partial_file:
         partial_file.write_text(json.dumps({"names": names, "active": active_adapters(model)}, indent=2) + "\n")
 
 
@@ -328,7 +328,7 @@ def _read_adapter(path, subfolder: str, **hub_options) -> tuple[PeftConfig, dict
         from peft import PeftConfig
     except ImportError as error:
         raise ValueError(f"{path} holds an adapter, which needs peft: {INSTALL}.") from error
-    check_named(path)
+    check_path(path)
     weights, file = (cached_file(path, file, subfolder=subfolder, **hub_options) for file in FILES)
     settings = read_json(file)
     if not isinstance(settings.get("peft_type"), str):

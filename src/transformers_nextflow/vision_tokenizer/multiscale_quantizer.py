@@ -13,7 +13,7 @@ from transformers.utils.generic import maybe_autocast
 
 from ..configuration_nextflow import NextFlowVQConfig
 from ..scale_schedule import Grid, ScaleSchedule
-from ..utils.offloading import onloaded
+from ..utils.offloading import onload_weights
 from .resampling import resample
 
 
@@ -101,7 +101,7 @@ class NextFlowVQQuantizer(nn.Module):
             ValueError: for codebooks that are not float32, or sharded.
         """
         check_float32(self)
-        with onloaded(self.modules()):
+        with onload_weights(self.modules()):
             vectors = torch.cat([self.semantic_codebook.weight, self.pixel_codebook.weight], dim=-1)
         return self.normalize(vectors) if self.config.normalize_codes else vectors
 

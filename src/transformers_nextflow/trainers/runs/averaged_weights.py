@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .sharded_checkpoints import ShardedCheckpointMixin
-from .trained_weights import is_sharded, own_part
+from .trained_weights import is_sharded, local_shard
 
 
 logger = logging.get_logger(__name__)
@@ -119,15 +119,15 @@ class AveragedWeightsMixin(ShardedCheckpointMixin):
     @torch.no_grad()
     def _take_in(self):
         if not self._left_out:
-            weights = [own_part(weight) for _, weight in self._trained_weights()]
+            weights = [local_shard(weight) for _, weight in self._trained_weights()]
             decay = min(self.args.ema_decay, (1 + self._num_averaged) / (10 + self._num_averaged))
-            torch._foreach_lerp_([own_part(average) for average in self._averages.values()], weights, 1 - decay)
+            torch._foreach_lerp_([local_shard(average) for average in self._averages.values()], weights, 1 - decay)
             self._num_averaged += 1
 
     @torch.no_grad()
     def _exchange(self):
         for name, weight in self._trained_weights():
-            weight, average = own_part(weight), own_part(self._averages[name])
+            weight, average = local_shard(weight), local_shard(self._averages[name])
             held = weight.clone()
             weight.copy_(average)
             average.copy_(held)

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ...utils.finite_numbers import check_finite
 from .gradient_spikes import WINDOW, GradientSpikes
-from .trained_weights import own_part
+from .trained_weights import local_shard
 
 
 logger = logging.get_logger(__name__)
@@ -185,7 +185,7 @@ def are_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether all numbers of all tensors are finite; of sharded ones those of this process."""
     flags = []
     for tensor in tensors:
-        tensor = own_part(tensor)
+        tensor = local_shard(tensor)
         if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel() and not tensor.is_meta:
             # NaN becomes both extremes, and no temporary tensor of the same size is needed.
             flags.append(torch.stack(tensor.detach().aminmax()).isfinite().all())

@@ -16,7 +16,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from ...utils.finite_numbers import check_finite
-from ...utils.folder_lock import hold_folder
+from ...utils.folder_lock import lock_folder
 from .atomic_checkpoints import PARTIAL, AtomicCheckpointMixin, checkpoints_in, is_superseded
 from .training_record import changes_since, training_record, write_record
 
@@ -74,7 +74,7 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
             refusal = None
             try:
                 if self.args.should_save:
-                    held.enter_context(hold_folder(self.args.output_dir))
+                    held.enter_context(lock_folder(self.args.output_dir))
             except ValueError as error:
                 refusal = str(error)
             if refusals := [text for text in gather_object([refusal]) if text is not None]:

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from ...evaluation.results import write_result
 from ...evaluation.suites import SUITES
-from ...utils.atomic_files import write_whole
+from ...utils.atomic_files import atomic_write
 from ...utils.checkpoint_checks import read_json
 from ...utils.typed_values import check_types
 from .atomic_checkpoints import checkpoints_in, is_superseded, step_of
@@ -117,7 +117,7 @@ class CheckpointScores:
                 f"{checkpoint} holds weights in parts, which no one process reads; train with "
                 "fsdp_state_dict_type=FULL_STATE_DICT to have its checkpoints scored, or score its final."
             )
-        with write_whole(self.output / checkpoint.name) as partial:
+        with atomic_write(self.output / checkpoint.name) as partial:
             partial.mkdir()
             written = _written(checkpoint)
             options = {name: self.settings[name] for name in ("limit", "seeds")}
@@ -133,11 +133,11 @@ class CheckpointScores:
     def _write_curve(self):
         rows = {step: dict(_flat(scores)) for step, scores in self.scores().items()}
         names = list(dict.fromkeys(name for row in rows.values() for name in row))
-        with write_whole(self.output / f"{CURVE}.csv") as partial, open(partial, "w", newline="") as file:
+        with atomic_write(self.output / f"{CURVE}.csv") as partial, open(partial, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["step", *names])
             writer.writerows([step, *(row.get(name, "") for name in names)] for step, row in rows.items())
-        with write_whole(self.output / f"{CURVE}.png") as partial:
+        with atomic_write(self.output / f"{CURVE}.png") as partial:
             _curves(rows, [name for name in names if _is_share(name, rows)]).save(partial)
 
 

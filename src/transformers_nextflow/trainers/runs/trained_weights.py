@@ -33,7 +33,7 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(weight, "placements") or hasattr(weight, "ds_id") for weight in model.parameters())
 
 
-def own_part(weight: torch.Tensor) -> torch.Tensor:
+def local_shard(weight: torch.Tensor) -> torch.Tensor:
     """What this process has of a weight, in the same memory."""
     return weight.to_local() if hasattr(weight, "to_local") else weight
 

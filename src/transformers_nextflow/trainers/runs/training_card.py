@@ -11,7 +11,7 @@ from accelerate.utils import is_peft_model
 from huggingface_hub import EvalResult
 from transformers import __version__ as transformers_version
 
-from ...utils.model_cards import EXAMPLE_PROMPT, TAGS, head_after, table, write_card
+from ...utils.model_cards import EXAMPLE_PROMPT, TAGS, derived_card_metadata, table, write_card
 from ...utils.short_repr import short_repr
 from .training_record import HARMLESS, HARMLESS_FAMILIES, NOT_RECORDED
 
@@ -66,7 +66,7 @@ class TrainingCardMixin:
         sections += ["## Training", f"Settings that differ from the defaults of `{type(self.args).__name__}`:"]
         sections += [table(("setting", "value"), self._card_settings()), f"transformers {transformers_version}."]
         name, set_of_rows = self.dataset_name or "local", self.dataset_name or "the training's own evaluation"
-        head = head_after(
+        head = derived_card_metadata(
             base.name_or_path,
             library_name="peft" if is_peft_model(model) else base.card_library,
             pipeline_tag=base.card_pipeline_tag,

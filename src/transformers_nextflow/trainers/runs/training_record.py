@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ...data.rows import ROW_ROOT
-from .trained_weights import own_part
+from .trained_weights import local_shard
 
 
 RECORD_FILE = "training_record.json"
@@ -242,7 +242,7 @@ def digest(value: Any, sampled: bool = False) -> str:
 def _update(hasher, value: Any, sampled: bool):
     if isinstance(value, torch.Tensor):
         value = value.detach()
-        value = own_part(value)
+        value = local_shard(value)
         hasher.update(f"{value.dtype}{list(value.shape)}".encode())
         value = value.flatten()[:: max(1, value.numel() // NUM_WEIGHTS)] if sampled else value
         hasher.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

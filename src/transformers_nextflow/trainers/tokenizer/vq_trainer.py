@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ...evaluation.image_metrics import contact_sheet, psnr, ssim, to_uint8
 from ...modeling_nextflow_vq import NextFlowVQModel, NextFlowVQOutput, codebook_statistics, leave_out_of_sharding
-from ...utils.atomic_files import write_whole
+from ...utils.atomic_files import atomic_write
 from ..runs.averaged_weights import AveragedWeightsMixin
 from ..runs.checked_arguments import FROM_ONE, NOT_NEGATIVE, SHARE, CheckedArguments
 from ..runs.epochs import TellsEpochs
@@ -321,7 +321,7 @@ class NextFlowVQTrainer(
             metrics |= codebook_statistics(torch.cat(tokens), model.schedule_of(pixels), model.config.codebook_size)
         if self.is_world_process_zero():
             path = Path(self.args.output_dir) / "contact_sheets" / f"step_{self.state.global_step}.png"
-            with write_whole(path) as partial:
+            with atomic_write(path) as partial:
                 contact_sheet([[Image.fromarray(image) for image in row] for row in sheet]).save(partial)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))

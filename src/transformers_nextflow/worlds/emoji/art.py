@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ...utils.atomic_files import write_whole
+from ...utils.atomic_files import atomic_write
 from .coloring import Paint, ruling_paint
 from .concepts import TONES, Concept, key_of, keys_by_slug, match_icons, read_concepts
 from .packages import ART, KEYWORDS, NAMES, Package, notice, read_json, read_members
@@ -122,7 +122,7 @@ def make_art(
     kept = [c for c in concepts if sum(c.key in one.icons for one in sets) >= least_styles]
     counts = {source.style: 0 for source in sources}
     index = []
-    with write_whole(output) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+    with atomic_write(output) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         for concept in tqdm(kept, desc="drawings"):
             drawings = {}
             for one in sets:

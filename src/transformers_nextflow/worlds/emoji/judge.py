@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ...utils.atomic_files import write_whole
+from ...utils.atomic_files import atomic_write
 from .coloring import HUES
 from .concepts import TONES
 from .scene import (
@@ -165,7 +165,7 @@ class Judge(nn.Module):
             "width": self.width,
             "seed": self.seed,
         }
-        with write_whole(folder) as partial:
+        with atomic_write(folder) as partial:
             partial.mkdir()
             save_file({name: weight.contiguous() for name, weight in self.state_dict().items()}, partial / WEIGHTS)
             (partial / SETTINGS).write_text(json.dumps(settings))
