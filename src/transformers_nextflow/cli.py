@@ -44,9 +44,9 @@ app = typer.Typer(
 )
 
 # The limit for an image that is enlarged for viewing: a quarter of a gigabyte.
-MOST_PIXELS = 2**26
+MAX_PIXELS = 2**26
 # How many paths of results are checked before the work; a pipeline draws no more images in a call.
-MOST_CHECKED = 1024
+MAX_CHECKED = 1024
 # Whether the current command writes into image files what drew them.
 ADDS_PROVENANCE = ContextVar("adds_provenance", default=True)
 VIDEO_EXTENSIONS = (".gif", ".mp4")
@@ -420,9 +420,9 @@ def _tell(seconds: float, paths: list[Path]):
 
 def _check_image_path(output: Path, count: int, *others: tuple[str, Path | None]):
     """Check before drawing that images can be written and do not replace the `others`, so no drawing is lost."""
-    check_apart([("--output", path) for path in _numbered(output, min(count, MOST_CHECKED))], *others)
+    check_apart([("--output", path) for path in _numbered(output, min(count, MAX_CHECKED))], *others)
     check_image_format(output)
-    for path in _numbered(output, min(count, MOST_CHECKED)):
+    for path in _numbered(output, min(count, MAX_CHECKED)):
         check_output_file(path)
 
 
@@ -468,10 +468,10 @@ def _check_enlarged(
     factor = pipeline.diffusion_decoder.config.upsampling if by_diffusion else 1
     height, width = factor * (height or side), factor * (width or side)
     pixels = height * width
-    if pixels * scale**2 > MOST_PIXELS:
-        most = max(1, int((MOST_PIXELS / pixels) ** 0.5))
+    if pixels * scale**2 > MAX_PIXELS:
+        most = max(1, int((MAX_PIXELS / pixels) ** 0.5))
         raise ValueError(
-            f"--scale {scale} makes images of more than {MOST_PIXELS} pixels, a quarter of a gigabyte each; "
+            f"--scale {scale} makes images of more than {MAX_PIXELS} pixels, a quarter of a gigabyte each; "
             f"take {most} at most."
         )
     if image_format := Image.registered_extensions().get(output.suffix.lower()):

@@ -35,9 +35,9 @@ FROM_ONE = (
     "pixel_decoder_channels", "semantic_decoder_heads", "semantic_target_dim",
 )  # fmt: skip
 # Each layer is a module: a config with more layers would fill the memory before the model is built.
-MOST_LAYERS = 1000
+MAX_LAYERS = 1000
 # More channels rather fill the memory than are meant.
-MOST_CHANNELS = 2**20
+MAX_CHANNELS = 2**20
 LAYERS = ("pixel_num_res_blocks", "pixel_decoder_num_res_blocks", "semantic_decoder_depth")
 FROM_ZERO = (
     "pixel_num_res_blocks", "pixel_decoder_num_res_blocks", "semantic_decoder_depth", "semantic_distance_weight",
@@ -97,8 +97,8 @@ def config_from(value: Any, name: str, config_class: type) -> Any:
     """A config from a dict, or a config unchanged. Raises `ValueError` naming it for anything else."""
     if isinstance(value, dict):
         layers = value.get("num_hidden_layers")
-        if isinstance(layers, int) and layers > MOST_LAYERS:  # transformers makes a list of as many entries
-            raise ValueError(f"{name}.num_hidden_layers must be at most {MOST_LAYERS}, got {layers}.")
+        if isinstance(layers, int) and layers > MAX_LAYERS:  # transformers makes a list of as many entries
+            raise ValueError(f"{name}.num_hidden_layers must be at most {MAX_LAYERS}, got {layers}.")
         return config_class(**value)
     if not isinstance(value, config_class):
         raise ValueError(f"{name} must be a {config_class.__name__} or its values, got {short_repr(value)}.")
@@ -114,8 +114,8 @@ def _check_at_least(config: PreTrainedConfig, least: int, names: Sequence[str], 
 
 def _check_layers(config: PreTrainedConfig, names: Sequence[str], prefix: str = ""):
     for name in names:
-        if getattr(config, name) > MOST_LAYERS:
-            raise ValueError(f"{prefix}{name} must be at most {MOST_LAYERS}, got {getattr(config, name)}.")
+        if getattr(config, name) > MAX_LAYERS:
+            raise ValueError(f"{prefix}{name} must be at most {MAX_LAYERS}, got {getattr(config, name)}.")
 
 
 def _check_activation(name: str, value: str):

@@ -190,7 +190,7 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
             max_new_positions=[schedule.num_positions(self.config.read_last_scale) - 1 for schedule in schedules],
             pixel_values=pixel_values,
         )
-        scales = writer.draw(drawing, range(len(schedules)), callback, go_on=False)
+        scales = writer.draw(drawing, range(len(schedules)), callback, continues=False)
         return drawing.generated(scales)
 
     @in_evaluation_mode

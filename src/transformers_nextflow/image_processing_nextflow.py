@@ -11,7 +11,7 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling, SizeDict, is_torch_tensor
 from transformers.processing_utils import Unpack
 
-from .scale_schedule import SQUARE_SIDES, ScaleSchedule, ScaleSchedules, most_frames, schedules_of
+from .scale_schedule import SQUARE_SIDES, ScaleSchedule, ScaleSchedules, max_frames_of_level, schedules_of
 from .utils.atomic_files import atomic_save
 from .utils.image_files import read_image
 from .utils.known_names import check_names
@@ -110,8 +110,8 @@ class NextFlowImageProcessor(PilBackend):
 
     @property
     def max_frames(self) -> int:
-        """How many frames of a video file are read, see `most_frames`."""
-        return most_frames(self.level or self.scale_schedules.resolutions[-1])
+        """How many frames of a video file are read, see `max_frames_of_level`."""
+        return max_frames_of_level(self.level or self.scale_schedules.resolutions[-1])
 
     @property
     def pixel_range(self) -> tuple[float, float]:

@@ -176,7 +176,7 @@ class NextFlowPreTrainedModel(ModelCardMixin, StrictLoadingMixin, ExecutionDevic
 
 
 class NextFlowAttention(ScaleAttentionMixin, Qwen2_5_VLAttention):
-    """Qwen2.5-VL's attention with the argument `both_ways`."""
+    """Qwen2.5-VL's attention with the argument `bidirectional`."""
 
 
 class NextFlowTextModel(ScaleMaskedMixin, Qwen2_5_VLTextModel):

@@ -22,16 +22,16 @@ from .generation.sampling import ImageSampling, check_generators
 from .image_processing_nextflow import OUTPUT_TYPES
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .pipelines.auto_pipelines import AutoPipelinesMixin
-from .pipelines.callbacks import CALLBACK_KWARGS, take_changes
+from .pipelines.callbacks import CALLBACK_KWARGS, apply_callback_changes
 from .pipelines.checked_options import check_options, checked_scores, dtype_of
 from .pipelines.concurrent_calls import PipelineCallsMixin
 from .pipelines.conversations import ConversationMixin
-from .pipelines.decoding import DecodingMixin, load_diffusion_decoder, of_decoder, of_rows
+from .pipelines.decoding import DecodingMixin, decoder_provenance, generators_of_rows, load_diffusion_decoder
 from .pipelines.finished_images import FinishedImagesMixin
 from .pipelines.loras import LoraMixin
+from .pipelines.notebook_display import ScalePreviews
 from .pipelines.out_of_domain_warnings import OutOfDomainWarningsMixin
 from .pipelines.requests import ImageInput, ImageRequest
-from .pipelines.showing import Growth
 from .processing_nextflow import NextFlowProcessor
 from .sequence.padding import pad_codes
 from .utils.atomic_files import atomic_folder_write, check_path
@@ -431,12 +431,12 @@ class NextFlowPipeline(
             self._check_interleaves("To rank candidates without a candidate_scorer")
         request = request.repeat(num_images_per_prompt * num_candidates)
 
-        growth = Growth() if preview else None
+        scale_previews = ScalePreviews() if preview else None
         with self._call():
             # 2. The scale loop
             with self.progress_bar(total=max(schedule.num_scales for schedule in request.schedules)) as progress_bar:
                 after_scale = self._after_scale(
-                    progress_bar, growth, callback_on_step_end, callback_on_step_end_tensor_inputs, output_type
+                    progress_bar, scale_previews, callback_on_step_end, callback_on_step_end_tensor_inputs, output_type
                 )
                 options = {"sampling": sampling, "generator": generator, "callback": after_scale}
                 answer = self.processor.think_prefix if think else None
@@ -451,36 +451,43 @@ class NextFlowPipeline(
             image_tokens, grids, request = drawn.image_tokens[rows], drawn.image_grids[rows], request.select(rows)
             thoughts = None if thoughts is None else [thoughts[index] for index in rows]
             if num_kept_scales is not None and not self.interrupt:
-                self._warn_of_copies(request, image_tokens, num_images_per_prompt)
+                self._warn_of_duplicates(request, image_tokens, num_images_per_prompt)
 
             # 4. Pixels
             images, flags = image_tokens, None
             if output_type != "latent":
-                pixels = self._decoded(image_tokens, grids, settings, of_rows(generator, rows), request.prompts)
+                pixels = self._decoded(
+                    image_tokens, grids, settings, generators_of_rows(generator, rows), request.prompts
+                )
                 if paste_back:
-                    pixels = self._pasted(request, pixels)
+                    pixels = self._paste_back_pixels(request, pixels)
                 pixels, flags = self._checked(pixels)
                 images = self._images(pixels, output_type)
             if output_type == "pil":
-                told = {"num_kept_scales": num_kept_scales} | of_decoder(settings)
+                told = {"num_kept_scales": num_kept_scales} | decoder_provenance(settings)
                 images = self._with_provenance(images, rows, generator, sampling, **told)
-            previews = growth.rows if growth is not None else None
+            previews = scale_previews.rows if scale_previews is not None else None
             output = NextFlowPipelineOutput(images, image_tokens, thoughts, scores, flags, previews)
         # Annotated without the tuple, which few calls want, so that editors and type checkers know the fields.
         return output if return_dict else cast(NextFlowPipelineOutput, output.to_tuple())
 
     def _after_scale(
-        self, progress_bar, growth: Growth | None, callback: Callable | None, wanted: Sequence[str], output_type: str
+        self,
+        progress_bar,
+        scale_previews: ScalePreviews | None,
+        callback: Callable | None,
+        wanted: Sequence[str],
+        output_type: str,
     ) -> Callable[[torch.nn.Module, int, ScaleState], bool]:
         """The function that the scale loop calls after each scale; the loop stops if it returns `False`."""
 
         def after_scale(model, scale: int, state: ScaleState) -> bool:
             progress_bar.update()
-            if growth is not None:
-                growth.add(self._callback_kwargs(state, ["preview"], "pil")["preview"])
+            if scale_previews is not None:
+                scale_previews.add(self._callback_kwargs(state, ["preview"], "pil")["preview"])
             if callback is not None:
                 returned = callback(self, scale, scale, self._callback_kwargs(state, wanted, output_type))
-                take_changes(state, returned, self.unwrapped_model.config.vq_config.codebook_size)
+                apply_callback_changes(state, returned, self.unwrapped_model.config.vq_config.codebook_size)
             return not self.interrupt
 
         return after_scale
@@ -527,7 +534,7 @@ class NextFlowPipeline(
         encode, device = self.model.vq_model.encode, self._execution_device
         return [encode(pixels[None].to(device)).image_tokens[0] for pixels in request.pixels]
 
-    def _warn_of_copies(self, request: ImageRequest, image_tokens: torch.Tensor, count: int):
+    def _warn_of_duplicates(self, request: ImageRequest, image_tokens: torch.Tensor, count: int):
         """Warn of prompts whose `count` variations are all the same, or whose only one is the image itself."""
         first = image_tokens[::count] if count > 1 else self._own_codes(request)
         for number, (codes, other) in enumerate(zip(image_tokens.unflatten(0, (-1, count)), first)):

@@ -20,7 +20,7 @@ from .utils.short_repr import short_path, short_repr
 
 Video = Sequence[Image.Image] | str | os.PathLike
 # The limit for all frames of a file together: 3 GiB, since they are in memory at once.
-MOST_PIXELS = 2**30
+MAX_PIXELS = 2**30
 # Files that ffmpeg reads; others are images of several frames.
 FFMPEG_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 # The time between the frames that are read from longer files (paper, section 5.4).
@@ -149,10 +149,8 @@ def _read_file(path: Path, max_frames: int | None) -> list[Image.Image]:
         for frame in _frames_of(path, max_frames):
             check_pixels(*frame.size, f"A frame of {path}")
             pixels += frame.width * frame.height
-            if pixels > MOST_PIXELS:
-                raise ValueError(
-                    f"its frames have more than {MOST_PIXELS} pixels together; cut it, or make it smaller."
-                )
+            if pixels > MAX_PIXELS:
+                raise ValueError(f"its frames have more than {MAX_PIXELS} pixels together; cut it, or make it smaller.")
             frames.append(frame)
     except ImportError:
         raise

@@ -158,7 +158,7 @@ def _silent_reward(place: Place):
 def _long_video(place: Place):
     frames = [Image.new("L", (16, 16), shade) for shade in range(8)]
     frames[0].save("long.gif", save_all=True, append_images=frames[1:])
-    with mock.patch.object(video_processing_nextflow, "MOST_PIXELS", 1000, create=True):
+    with mock.patch.object(video_processing_nextflow, "MAX_PIXELS", 1000, create=True):
         return place.run("describe", "long.gif", "--model", place.model)
 
 

@@ -144,7 +144,7 @@ def test_a_shard_is_the_encoding_of_its_images_under_its_own_seed(tmp_path):
 def test_nearest_codes_do_not_depend_on_the_batches(batch_size, tmp_path, monkeypatch):
     make_source(tmp_path)
     extract(tmp_path, "expected", token_share=0.0, shard_size=100)
-    monkeypatch.setattr(code_extraction, "MOST_WAITING", 1)
+    monkeypatch.setattr(code_extraction, "MAX_WAITING", 1)
     extract(tmp_path, token_share=0.0, shard_size=100, batch_size=batch_size)
     assert rows_of(tmp_path / "codes") == rows_of(tmp_path / "expected")
 

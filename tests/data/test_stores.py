@@ -13,7 +13,7 @@ from test_code_extraction import SETTINGS, contents
 from tiny import tiny_model
 
 from transformers_nextflow.data import check_codes, extract_codes, open_rows
-from transformers_nextflow.data.stores import folder_at
+from transformers_nextflow.data.stores import open_folder
 from transformers_nextflow.utils.extras import import_extra
 
 
@@ -71,7 +71,7 @@ def test_codes_in_a_store_are_those_of_a_folder_and_are_finished_where_they_lack
     output = f"{store}/made/here"
     arguments = (sources / "images", sources / "tokenizer", output)
     assert extract_codes(*arguments, **SETTINGS)["found"] == 0
-    folder, expected = folder_at(output), contents(sources / "codes")
+    folder, expected = open_folder(output), contents(sources / "codes")
     assert set(folder.names()) == {*expected, "extraction.json"}
     assert {name: folder.read(name) for name in expected} == expected
     folder.system.rm_file(f"{folder.place}/codes-000000.parquet")

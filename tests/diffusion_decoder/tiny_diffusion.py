@@ -14,7 +14,7 @@ from diffusers import (
 )
 
 from transformers_nextflow.diffusion_decoder import NextFlowDiffusionDecoder, small_decoder
-from transformers_nextflow.diffusion_decoder.starting import config_of, of_tokenizer
+from transformers_nextflow.diffusion_decoder.initialization import config_of, of_tokenizer
 
 
 def tiny_vae():

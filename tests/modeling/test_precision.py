@@ -29,7 +29,7 @@ from transformers_nextflow.data import load_vision_tokenizer, tokenizer_fingerpr
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer
 from transformers_nextflow.trainers.recipes import Recipe, run_recipe
 from transformers_nextflow.trainers.runs.trained_weights import prepare_sharding
-from transformers_nextflow.trainers.tokenizer.codebook_care import initialize_codebook, revive_dead_codes
+from transformers_nextflow.trainers.tokenizer.codebook_maintenance import initialize_codebook, revive_dead_codes
 
 
 GRID = torch.tensor([[4, 4]])

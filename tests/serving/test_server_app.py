@@ -364,7 +364,7 @@ def test_a_body_that_is_announced_too_long_is_not_waited_for():
 
     scope = {"type": "http", "headers": [(b"content-length", b"99999999999")]}
     with pytest.raises(BodyRefused) as refused:
-        asyncio.run(BodyLimits(read, most_bytes=10, seconds=30)(scope, never, None))
+        asyncio.run(BodyLimits(read, max_bytes=10, seconds=30)(scope, never, None))
     assert refused.value.status == 413
 
 
@@ -491,7 +491,7 @@ def test_a_body_that_does_not_arrive_is_not_waited_for():
         await receive()
 
     with pytest.raises(BodyRefused) as refused:
-        asyncio.run(BodyLimits(read, most_bytes=10, seconds=0.01)({"type": "http"}, receive, None))
+        asyncio.run(BodyLimits(read, max_bytes=10, seconds=0.01)({"type": "http"}, receive, None))
     assert refused.value.status == 408
 
 

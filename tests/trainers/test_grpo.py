@@ -27,7 +27,7 @@ from transformers_nextflow.trainers import ImageGrids, NextFlowGRPOConfig, NextF
 from transformers_nextflow.trainers.rl.checked_reward import check_rewards  # noqa: E402
 from transformers_nextflow.trainers.rl.grpo_config import LIKELIHOODS  # noqa: E402
 from transformers_nextflow.trainers.rl.grpo_trainer import _value_of_prefix  # noqa: E402
-from transformers_nextflow.trainers.rl.rollouts import as_drawn, generate_rollouts  # noqa: E402
+from transformers_nextflow.trainers.rl.rollouts import generate_rollouts, likelihood_inputs  # noqa: E402
 
 
 TEXTS = ["a red circle", "two blue squares and a green star", "how many circles are there?", "one"]
@@ -273,7 +273,7 @@ def test_the_reference_stays_where_training_began(adapted, tmp_path):
     trainer.train()
     inputs = first_batch(trainer)
     processor = tiny_processor()
-    expected = as_drawn(inputs["rollouts"], before, processor, trainer.sampling)
+    expected = likelihood_inputs(inputs["rollouts"], before, processor, trainer.sampling)
     with torch.no_grad():
         reference = prefix_log_probabilities(before, *expected, 3)
         policy = trainer._log_probabilities(trainer.model, inputs["rollouts"]).values

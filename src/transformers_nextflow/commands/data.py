@@ -34,7 +34,7 @@ def inspect(
         from transformers import AutoConfig
 
         from ..data.columns import Columns
-        from ..data.fitness import fit_of, pixels_of
+        from ..data.reconstruction_quality import measure_reconstruction, pixels_of
         from ..data.sources import open_rows
         from ..data.vision_tokenizer import load_vision_tokenizer
         from ..evaluation.image_metrics import contact_sheet
@@ -50,16 +50,17 @@ def inspect(
         config = vq_model.config
         processor = NextFlowImageProcessor(config.scales, config.patch_size, config.levels)
         stated = getattr(AutoConfig.from_pretrained(file), "trained_on", None) or {}
-        fit = fit_of(vq_model, pixels_of(rows, root, processor, limit), stated.get("lowest_psnr"))
+        quality = measure_reconstruction(vq_model, pixels_of(rows, root, processor, limit), stated.get("lowest_psnr"))
         if sheet is not None:
-            write_with_fallback(sheet, contact_sheet(list(zip(*fit.pairs))).save)
-    typer.echo(f"In {file} {fit}.")
-    if fit.is_fit:
-        typer.echo("It is fit for these images: train a LoRA, or the transformer.")
+            write_with_fallback(sheet, contact_sheet(list(zip(*quality.pairs))).save)
+    typer.echo(f"In {file} {quality}.")
+    if quality.is_sufficient:
+        typer.echo("It reconstructs these images well enough: train a LoRA, or the transformer.")
     else:
         typer.echo(
-            f"It is not fit for these images, below {fit.least:.0f} dB: nothing trained on top of it draws them "
-            f"better. Train it on them first: transformers-nextflow train tokenizer --model {file} --data {data} …"
+            f"It does not reconstruct these images well enough, below {quality.min_psnr:.0f} dB, and no model on top "
+            "of it can draw them better. Train it on them first: transformers-nextflow train tokenizer "
+            f"--model {file} --data {data} …"
         )
     if sheet is not None:
         typer.echo(sheet)

@@ -30,13 +30,13 @@ def init(
     """Create a model of your own: schedule, tokenizer, sizes and recipes that fit your data and this machine."""
     with errors_in_one_line():
         from ..data.columns import Columns
-        from ..trainers.beginnings import begin
+        from ..trainers.new_model import create_model
 
         if output.exists():
             raise ValueError(f"{output} is there already; name a new folder.")
         check_output_folder(output)
         columns = Columns(image_column, caption_column, edited_image_column)
-        choices = begin(data, output, preset, columns, seed)
+        choices = create_model(data, output, preset, columns, seed)
     for choice in choices:
         typer.echo(f"- {choice}")
     typer.echo(
@@ -103,8 +103,8 @@ def evaluate_run(
 
         evaluator = CheckpointScores(run, suite, output, limit, seeds, device)
         if once:
-            evaluator.check_begun()
-        with note_on_interrupt(evaluator.kept):
+            evaluator.check_has_checkpoints()
+        with note_on_interrupt(evaluator.progress_note):
             for step in evaluator.update() if once else evaluator.watch(every):
                 typer.echo(evaluator.output / f"checkpoint-{step}")
 

@@ -478,13 +478,13 @@ def export_tokenflow(source: Path | str, target: Path | str):
     read_config(source, NextFlowVQConfig.model_type)
     model = NextFlowVQModel.from_pretrained(source)
     released = to_tokenflow(model.state_dict(), model.config)
-    _check_layout_tells(model.config, released)
+    _check_layout_is_lossless(model.config, released)
     with atomic_write(target) as partial:
         torch.save({"model": {name: tensor.contiguous() for name, tensor in released.items()}}, partial)
         check_equal(read_tokenflow(partial), released)
 
 
-def _check_layout_tells(config: NextFlowVQConfig, released: State):
+def _check_layout_is_lossless(config: NextFlowVQConfig, released: State):
     """Raises `ValueError` naming settings of a tokenizer that would be lost in the released layout."""
     own = _settings(config)
     read = _settings(config_of(released, config.semantic_config.num_attention_heads, config.semantic_decoder_heads))

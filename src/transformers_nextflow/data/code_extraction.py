@@ -38,7 +38,7 @@ from .row_encoding import read_pixels
 from .rows import Sample, read_row
 from .sources import open_rows
 from .stored_sizes import PROCESSOR, SIZES, processor_fingerprint
-from .stores import Folder, LocalFolder, folder_at, is_address, without_file_scheme
+from .stores import Folder, LocalFolder, is_address, open_folder, without_file_scheme
 from .validation import check_on_bad_image, usable_rows
 from .views import size_fields
 from .vision_tokenizer import load_processor, load_vision_tokenizer
@@ -48,11 +48,11 @@ SETTINGS = "extraction.json"
 # 1 had codes sampled for self-correction for images of all turns, and no clean ones; 2 had no sizes.
 ROW_FORMAT = 3
 # Batches of images that are held at once; their sizes are many.
-MOST_WAITING = 8
+MAX_WAITING = 8
 # The largest seed, since seeds of shards, which are computed from it, have 64 bits.
-MOST_SEED = 2**32
+MAX_SEED = 2**32
 # The largest number of tasks that Ray manages at once.
-MOST_BLOCKS = 10_000
+MAX_BLOCKS = 10_000
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class Extraction:
         check_on_bad_image(self.on_bad_image)
         if min(self.shard_size, self.batch_size) < 1:
             raise ValueError(f"shard_size and batch_size start at 1, got {self.shard_size} and {self.batch_size}.")
-        if abs(self.seed) > MOST_SEED:
-            raise ValueError(f"seed must lie between -{MOST_SEED} and {MOST_SEED}, got {self.seed}.")
+        if abs(self.seed) > MAX_SEED:
+            raise ValueError(f"seed must lie between -{MAX_SEED} and {MAX_SEED}, got {self.seed}.")
 
     @property
     def columns(self) -> Columns:
@@ -164,7 +164,7 @@ def extract_codes(
     for name, place in (("source", source), ("output", output)):
         if str(place).startswith("memory://") and (engine != "local" or processes > 1):
             raise ValueError(f"{name} {place} is the memory of this process, which the others do not see.")
-    model, folder = load_vision_tokenizer(tokenizer), folder_at(output)
+    model, folder = load_vision_tokenizer(tokenizer), open_folder(output)
     # Other processes and machines may have another working folder.
     source, tokenizer = (_absolute(without_file_scheme(place)) for place in (source, tokenizer))
     processor = load_processor(tokenizer)
@@ -176,7 +176,7 @@ def extract_codes(
     if engine == "local" or not device.startswith("cuda"):  # a cluster may have GPUs that this machine lacks
         on_device(torch.empty(0), device)  # raises if there is no such device
     _begin(extraction, folder)
-    missing = [shard for shard in extraction.shards if not _is_whole(folder, shard)]
+    missing = [shard for shard in extraction.shards if not _is_complete(folder, shard)]
     progress = tqdm(total=len(extraction.shards), initial=len(extraction.shards) - len(missing), unit="shard")
     with note_on_interrupt(lambda: _kept(output, progress.n, progress.total)), progress:
         for _ in ENGINES[engine](missing, extraction, folder, device, processes) if missing else ():
@@ -190,11 +190,11 @@ def check_codes(output: str | os.PathLike) -> dict[str, int]:
     Raises:
         ValueError: naming the shards that are missing or damaged.
     """
-    folder = folder_at(output)
+    folder = open_folder(output)
     if SETTINGS not in folder.names():
         raise ValueError(f"{folder} holds no {SETTINGS}; is it a folder of extract-codes?")
     shards = read_typed(Extraction, _read_json(folder, SETTINGS), f"{folder}/{SETTINGS}").shards
-    bad = [_shard(shard) for shard in shards if not _is_whole(folder, shard)]
+    bad = [_shard(shard) for shard in shards if not _is_complete(folder, shard)]
     if bad:
         raise ValueError(f"{folder}: {', '.join(bad)} lack or are damaged; extract once more, the others stay.")
     notes = [_read_json(folder, _note(shard)) for shard in shards]
@@ -258,7 +258,7 @@ def _write_by_ray(
             f"device {device} needs a GPU, and the Ray cluster has none; take cpu."
         )  # without this check Ray would wait for a GPU
     data.DataContext.get_current().enable_progress_bars = False  # there is a bar for shards already
-    numbers = data.from_items([{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), MOST_BLOCKS))
+    numbers = data.from_items([{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), MAX_BLOCKS))
     written = numbers.map_batches(
         _ShardWriter,
         fn_constructor_args=(extraction, device, folder),
@@ -286,7 +286,7 @@ class _ShardWriter:
         (shard,) = map(int, batch["shard"])
         error = b""
         try:
-            if not _is_whole(self.folder, shard):  # an actor that was killed afterwards may have written it
+            if not _is_complete(self.folder, shard):  # an actor that was killed afterwards may have written it
                 self.encoder.write(shard, self.folder)
         except (OSError, ValueError) as raised:
             error = pickle.dumps(raised)
@@ -357,7 +357,7 @@ class _Encoder:
                 waiting.setdefault(kind, []).append((images, index, image))
                 if len(waiting[kind]) == extraction.batch_size:
                     self._encode_group(trained, waiting.pop(kind), generator)
-            if sum(map(len, waiting.values())) > MOST_WAITING * extraction.batch_size:
+            if sum(map(len, waiting.values())) > MAX_WAITING * extraction.batch_size:
                 kind = next(iter(waiting))
                 self._encode_group(kind[0], waiting.pop(kind), generator)
         for (trained, _), group in waiting.items():
@@ -440,7 +440,7 @@ def _note(shard: int) -> str:
     return f"codes-{shard:06d}.json"
 
 
-def _is_whole(folder: Folder, shard: int) -> bool:
+def _is_complete(folder: Folder, shard: int) -> bool:
     try:
         return _read_json(folder, _note(shard)).get("sha256") == _hash(folder.read(_shard(shard)))
     except (FileNotFoundError, ValueError):  # `ValueError` for a note that is no JSON

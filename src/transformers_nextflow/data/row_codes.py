@@ -110,7 +110,7 @@ def read_codes(row: dict, trained: list[bool]) -> RowCodes | None:
         for name in (LABELS, CLEAN_TOKENS)
     )
     for index, own in enumerate(zip(tokens, labels, clean, trained)):
-        _check_fellows(index, *own)
+        _check_equal_lengths(index, *own)
     return RowCodes(tokens, labels, clean, grids, trained, fingerprint)
 
 
@@ -177,7 +177,9 @@ def _whole_numbers(value: Any, place: str) -> np.ndarray:
     return np.ascontiguousarray(value, dtype=np.int64)
 
 
-def _check_fellows(index: int, tokens: np.ndarray, labels: np.ndarray | None, clean: np.ndarray | None, trained: bool):
+def _check_equal_lengths(
+    index: int, tokens: np.ndarray, labels: np.ndarray | None, clean: np.ndarray | None, trained: bool
+):
     """Check that the lists of one image fit together."""
     for name, codes in ((LABELS, labels), (CLEAN_TOKENS, clean)):
         if codes is not None and len(codes) != len(tokens):

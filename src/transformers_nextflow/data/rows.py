@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..scale_schedule import most_frames
+from ..scale_schedule import max_frames_of_level
 from ..sequence.messages import read_message
 from ..utils.field_errors import FieldError, shown
 from ..utils.image_files import read_image
@@ -57,13 +57,13 @@ class Sample:
         """Raises `BadRowError` if nothing in it is trained on: no part, and no end of an answer."""
         ends = (message.get("train", True) for message in self.messages if message["role"] == "assistant")
         if not any(ends) and not any(on and part.get("text") != "" for part, on in self._parts()):
-            raise nothing_learned()
+            raise no_target_error()
 
     def _parts(self) -> Iterator[tuple[dict, bool]]:
         return ((part, is_trained(message, part)) for message in self.messages for part in message["content"])
 
 
-def nothing_learned() -> BadRowError:
+def no_target_error() -> BadRowError:
     """The error for a row in which nothing is trained on."""
     return BadRowError("messages", 'nothing is learned from them; give an answer or "train": true')
 
@@ -74,7 +74,7 @@ def is_trained(message: dict, part: dict) -> bool:
 
 
 def read_row(
-    row: dict, root: str | os.PathLike = ".", with_codes: bool = True, max_frames: int = most_frames(0)
+    row: dict, root: str | os.PathLike = ".", with_codes: bool = True, max_frames: int = max_frames_of_level(0)
 ) -> Sample:
     """Read a row; paths of images are relative to `root`, unless the row names its own. Image files must exist, but are
     not decoded.

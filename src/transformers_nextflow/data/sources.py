@@ -19,7 +19,7 @@ from ..utils.unique_names import load_json
 from .columns import CLASS, Columns, ConversationRows
 from .parquet_rows import ParquetRows
 from .row_errors import BadRowError
-from .stores import METADATA, StoredImages, files_of, is_address, without_file_scheme
+from .stores import METADATA, StoredImages, is_address, list_store_files, without_file_scheme
 
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # What `datasets` says of sources without rows, and what it means.
-TOLD = {
+CLEARER_ERRORS = {
     "corresponds to no data": "it holds no images.",
     "Must pass at least one table": "it holds no files of rows.",
 }
@@ -73,7 +73,7 @@ def open_rows(
 
 def _stored_rows(source: str, columns: Columns, streaming: bool, needs_texts: bool):
     """Rows in a store: Parquet files are read row group by row group, images one by one; `datasets` downloads tars."""
-    kind, files = files_of(source)
+    kind, files = list_store_files(source)
     if kind != "webdataset":
         rows = ParquetRows(files) if kind == "parquet" else StoredImages(source)
         return _file_of_rows(rows, columns, needs_texts)
@@ -144,7 +144,7 @@ def _load(datasets: ModuleType, kind: str, files: Any, streaming: bool, name: st
     except Exception as error:
         while type(error).__name__ == "DatasetGenerationError" and isinstance(error.__cause__, Exception):
             error = error.__cause__
-        told = next((ours for theirs, ours in TOLD.items() if theirs in str(error)), str(error))
+        told = next((ours for theirs, ours in CLEARER_ERRORS.items() if theirs in str(error)), str(error))
         told = f"it lacks {error}" if isinstance(error, KeyError) else told
         raise ValueError(f"{name} cannot be read as rows: {told}") from error
     finally:

@@ -13,7 +13,7 @@ from .stored_sizes import SIZES
 AS_IT_IS, AS_CAPTION, WITHOUT_PROMPT = VIEWS = range(3)
 
 
-def viewed(row: dict, view: int, caption_request: str) -> dict:
+def apply_view(row: dict, view: int, caption_request: str) -> dict:
     """The row in one of `VIEWS`, with what is stored of its size in this one.
 
     Raises:
@@ -37,7 +37,7 @@ def size_fields(row: dict, processor: NextFlowProcessor) -> dict[str, list[int |
     """What is to be stored of the sizes of a row that holds codes, see `stored_sizes.py`."""
     lengths, trained, known = [], [], {}
     for view in VIEWS:
-        own = viewed(row, view, processor.caption_request)
+        own = apply_view(row, view, processor.caption_request)
         if id(own) not in known:  # most rows have one view only
             known[id(own)] = own, _counts(own, processor)
         length, count = known[id(own)][1]

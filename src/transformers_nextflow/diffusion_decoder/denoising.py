@@ -14,7 +14,7 @@ from .schedulers import make_scheduler, set_steps
 
 # An error of the image has the weight 1 / time² (then it is an error of the velocity), but at times below this one the
 # weight does not grow any more: there the noisy image determines most, and the decoder is to learn from the codes.
-LEAST_TIME = 0.5
+MIN_TIME = 0.5
 
 
 def diffusion_loss(
@@ -45,7 +45,7 @@ def diffusion_loss(
     predicted = call((1 - at) * clean + at * noise, time, condition, prompt).float()
     if decoder.config.predicts == "velocity":
         return F.mse_loss(predicted, noise - clean)
-    return ((predicted - clean) / at.clamp_min(LEAST_TIME)).square().mean()
+    return ((predicted - clean) / at.clamp_min(MIN_TIME)).square().mean()
 
 
 @torch.no_grad()

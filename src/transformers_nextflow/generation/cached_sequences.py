@@ -123,9 +123,9 @@ class CachedSequences:
         readers = rows.flatten()
         occupied = readers.new_ones(len(readers), count) if occupied is None else occupied
         hidden_states = self._read(
-            self._among_all(embeds, readers),
-            self._among_all(position_ids.transpose(0, 1), readers).transpose(0, 1),
-            self._among_all(occupied, readers),
+            self._scatter_rows(embeds, readers),
+            self._scatter_rows(position_ids.transpose(0, 1), readers).transpose(0, 1),
+            self._scatter_rows(occupied, readers),
         )
         return hidden_states[rows]
 
@@ -151,7 +151,7 @@ class CachedSequences:
         embeds = self.model.language_model.embed_tokens(input_ids)
         return self._read(embeds, positions.expand(3, -1, -1), occupied, is_causal=True)
 
-    def forget(self, row_mask: torch.Tensor, start: int, position: torch.Tensor):
+    def roll_back(self, row_mask: torch.Tensor, start: int, position: torch.Tensor):
         """Return rows (R,) bool to the state in which they had read `start` columns and were at `position` (R, 1)."""
         if self.valid is None:
             self.valid = row_mask.new_ones(len(row_mask), self.cache.get_seq_length(), dtype=torch.long)
@@ -169,7 +169,7 @@ class CachedSequences:
         if self.padding is not None:
             self.padding = [self.padding[row] for row in rows.tolist()]
 
-    def _among_all(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def _scatter_rows(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Values (r, …) of some rows as (R, …), with zeros for the other rows."""
         return values.new_zeros(len(self.position), *values.shape[1:]).index_copy(0, rows, values)
 
@@ -195,7 +195,7 @@ class CachedSequences:
             position_ids=position_ids,
             **{CACHE_KEYWORD: self.cache},
             use_cache=True,
-            both_ways=True,  # causal passes have a mask
+            bidirectional=True,  # causal passes have a mask
             **options,
         )
         return outputs.last_hidden_state

@@ -16,7 +16,7 @@ from ..utils.typed_values import is_of_type
 
 PerScale = Real | Sequence[Real]
 # With stronger guidance, differences of logits leave the range of half precision.
-MOST_GUIDANCE = 1000
+MAX_GUIDANCE = 1000
 STRENGTH = "at least 0 (1 is no guidance), at most 1000"
 
 
@@ -47,7 +47,7 @@ class Guidance:
 
     def __post_init__(self):
         for part in ("guidance_scale", "image_guidance_scale"):
-            self._check(part, lambda v: 0 <= v <= MOST_GUIDANCE, STRENGTH)
+            self._check(part, lambda v: 0 <= v <= MAX_GUIDANCE, STRENGTH)
         unguided = self.num_unguided_scales
         if not is_of_type(unguided, float) or not is_finite_number(unguided) or unguided < 0 or unguided % 1:
             raise ValueError(f"num_unguided_scales must be a whole number from 0, got {short_repr(unguided)}.")

@@ -101,11 +101,12 @@ class ImageCodes:
         self.image_tokens = torch.full(
             (len(schedules), max(schedule.num_tokens for schedule in schedules)), -1, device=device
         )
-        self._num_given = self._take_given(given_image_tokens)
+        self._num_given = self._store_given(given_image_tokens)
         self._scale_counts = torch.tensor([[schedule.num_scales] for schedule in schedules], device=device)
         self._scale_numbers = torch.arange(self.num_scales + 2, device=device).unbind()
         self.guidance = [
-            tuple(self._over_images(part, scale) for part in sampling.guided_parts) for scale in range(self.num_scales)
+            tuple(self._guidance_per_image(part, scale) for part in sampling.guided_parts)
+            for scale in range(self.num_scales)
         ]
         guided = [any(torch.is_tensor(part) or part != 1 for part in parts) for parts in self.guidance]
         self.last_guided_scale = max((scale for scale, is_guided in enumerate(guided) if is_guided), default=-1)
@@ -115,7 +116,7 @@ class ImageCodes:
         slots, device = batch_slots(self.schedules, self.model.config.rope_range), self.image_tokens.device
         return [tuple(None if part is None else part.to(device) for part in scale) for scale in slots]
 
-    def _take_given(self, given: torch.Tensor | None) -> list[int]:
+    def _store_given(self, given: torch.Tensor | None) -> list[int]:
         """Store given codes; returns how many each image has."""
         if given is None:
             return [0] * len(self.schedules)
@@ -138,7 +139,7 @@ class ImageCodes:
         self.image_tokens[:, :width] = given[:, :width].to(self.image_tokens)
         return counts
 
-    def _over_images(self, part: str, scale: int) -> float | torch.Tensor:
+    def _guidance_per_image(self, part: str, scale: int) -> float | torch.Tensor:
         values = [
             self.sampling.guidance_at(scale, schedule.num_scales, part) if scale < schedule.num_scales else 1.0
             for schedule in self.groups
@@ -182,7 +183,7 @@ class ImageCodes:
                 scale_ids[rows] = scale_numbers[schedule]
         return embedding(joined, scale_ids, self._scale_counts), coordinates, occupied
 
-    def draw(self, scale: int, logits: torch.Tensor, round_: int = 0):
+    def sample(self, scale: int, logits: torch.Tensor, round_: int = 0):
         """Sample the codes of a scale from logits (B, n, V), for the images whose codes of this scale are not given."""
         for schedule, rows in self.groups.items():
             if scale < schedule.num_scales:
@@ -190,7 +191,7 @@ class ImageCodes:
                 rows = self._without_given(rows, stop)
                 if rows:
                     own = logits if rows == slice(None) else logits[rows, : stop - start]
-                    self.image_tokens[rows, start:stop] = self._draw(scale, own, rows, schedule, self.rounds[round_])
+                    self.image_tokens[rows, start:stop] = self._sample(scale, own, rows, schedule, self.rounds[round_])
 
     def _without_given(self, rows: slice | list[int], stop: int) -> slice | list[int]:
         """The rows of a group whose codes up to `stop` are not all given."""
@@ -200,19 +201,19 @@ class ImageCodes:
         missing = [row for row in members if self._num_given[row] < stop]
         return rows if len(missing) == len(members) else missing
 
-    def _draw(self, scale: int, logits: torch.Tensor, rows, schedule: ScaleSchedule, sampling: ImageSampling):
+    def _sample(self, scale: int, logits: torch.Tensor, rows, schedule: ScaleSchedule, sampling: ImageSampling):
         if self.region is not None:
             codes_before = self.image_tokens[rows, : schedule.offsets[scale]]
             logits = self.region.condition(logits, codes_before, rows, schedule)
         sources = self.generator
         if isinstance(sources, Sequence) and isinstance(rows, list):
             sources = [sources[row] for row in rows]
-        drawn = self._sampled(logits, **sampling.drawing_at(scale, schedule.num_scales), generator=sources)
+        codes = self._sample_codes(logits, **sampling.drawing_at(scale, schedule.num_scales), generator=sources)
         if self.region is not None:
-            drawn = self.region.keep_outside(drawn, codes_before, rows, schedule)
-        return drawn
+            codes = self.region.keep_outside(codes, codes_before, rows, schedule)
+        return codes
 
-    def _sampled(self, logits: torch.Tensor, **options) -> torch.Tensor:
+    def _sample_codes(self, logits: torch.Tensor, **options) -> torch.Tensor:
         """Codes (B, n), sampled from logits by `sample_codes`."""
         return sample_codes(logits, **options)
 

@@ -105,12 +105,12 @@ def prefix_log_probabilities(
 
     def likelihoods(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         logits = _prefix_logits(model, prompts, contexts, drawing, min(num_scales, drawing.num_scales))
-        return _of_drawn_codes(logits, columns, drawing, truncate)
+        return _of_sampled_codes(logits, columns, drawing, truncate)
 
     return PrefixLogProbabilities(*(forward or model)(inside=likelihoods), columns)
 
 
-def _of_drawn_codes(
+def _of_sampled_codes(
     logits: torch.Tensor, columns: PrefixColumns, drawing: ImageCodes, truncate: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and entropies (B, n) of the sampled codes, from logits (C, B, n', codes) before guidance."""

@@ -26,7 +26,7 @@ def check_drawing(sampling: ImageSampling | None, callback: ScaleCallback | None
         check_function(callback, 3, "callback")
 
 
-class PlainScales:
+class EagerScales:
     """The scales of images (B), read uncompiled by the rows `rows` (C, B) of `sequences`."""
 
     def __init__(self, drawing: ImageCodes, sequences: CachedSequences, rows: torch.Tensor):
@@ -39,7 +39,7 @@ class PlainScales:
         read = self.sequences.read_slots if round_ == 0 else self.sequences.read_slots_again
         return read(embeds, self.origins + coordinates, occupied, self.rows)
 
-    def leave_contexts(self):
+    def drop_contexts(self):
         """Continue without the rows that only guidance needs."""
         self.sequences.keep(self.rows[0])
         self.rows = torch.arange(self.rows.shape[1], device=self.rows.device)[None]
@@ -53,7 +53,7 @@ def draw_scales(
     hidden_states: torch.Tensor,
     rows: torch.Tensor,
     callback: ScaleCallback | None = None,
-    go_on: bool = True,
+    continues: bool = True,
 ) -> int:
     """Draw images (B) after the tokens that `sequences` have read.
 
@@ -61,23 +61,23 @@ def draw_scales(
         hidden_states: (C, B, 1, D) of the tokens that open the images, under each context that guidance compares.
         rows: (C, B) int64, the rows of `sequences` to which they belong.
         callback: `callback(model, scale, state)` after each scale, counted from 0; `False` stops the drawing.
-        go_on: whether anything is read afterwards. If not, rows that only guidance needs leave the cache after the last
-            guided scale, and the scales may be compiled ones.
+        continues: whether anything is read afterwards. If not, rows that only guidance needs leave the cache after the
+            last guided scale, and the scales may be compiled ones.
 
     Returns:
         The number of scales drawn; fewer than all if the callback stopped the drawing.
     """
-    compiled = None if go_on else getattr(model, "compiled_drawing", None)
+    compiled = None if continues else getattr(model, "compiled_drawing", None)
     with nullcontext() if compiled is None else compiled.scales(drawing, sequences, rows) as recorded:
-        scales = recorded or PlainScales(drawing, sequences, rows)
+        scales = recorded or EagerScales(drawing, sequences, rows)
         for scale in range(drawing.num_scales):
             for round_ in range(drawing.num_rounds(scale)):
                 if scale > 0:
                     hidden_states = scales.read(scale, round_)
                 logits = guide_over_contexts(model.visual_head(hidden_states).float(), drawing.guidance[scale])
-                drawing.draw(scale, logits, round_)
+                drawing.sample(scale, logits, round_)
             if callback is not None and callback(model, scale, drawing.state(scale, logits)) is False:
                 return scale + 1
-            if not go_on and scale == drawing.last_guided_scale < drawing.num_scales - 1:
-                scales.leave_contexts()
+            if not continues and scale == drawing.last_guided_scale < drawing.num_scales - 1:
+                scales.drop_contexts()
     return drawing.num_scales

@@ -17,7 +17,7 @@ from .cached_sequences import check_cache, is_empty
 
 IMAGE_INPUTS = ("pixel_values", "image_tokens", "image_grids")
 # Inputs of `forward` for a single pass, which the passes of `generate` cannot share.
-INPUTS_OF_ONE_PASS = ("layout", "seq_idx", "labels", "image_labels", "codes_only", "num_items_in_batch")
+SINGLE_PASS_INPUTS = ("layout", "seq_idx", "labels", "image_labels", "codes_only", "num_items_in_batch")
 REFUSED_SETTINGS = {
     "assistant_early_exit": "no layer but the last is trained to predict tokens",
     "use_mtp": "there is no module that predicts several tokens",
@@ -26,7 +26,7 @@ REFUSED_SETTINGS = {
 }
 
 
-class WrittenText(LogitsProcessor):
+class TextOnlyLogitsProcessor(LogitsProcessor):
     """Excludes codes and the tokens around images from scores (B, V), so that only text is written."""
 
     supports_continuous_batching = True
@@ -78,7 +78,7 @@ class TextGenerationMixin(GenerationMixin):
         return super().generate(inputs, generation_config, logits_processor, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs):
-        refused = [name for name in INPUTS_OF_ONE_PASS if model_kwargs.get(name) is not None]
+        refused = [name for name in SINGLE_PASS_INPUTS if model_kwargs.get(name) is not None]
         if refused:
             raise ValueError(f"generate does not take {', '.join(refused)}: each of its passes has its own.")
         super()._validate_model_kwargs(model_kwargs)
@@ -108,7 +108,7 @@ class TextGenerationMixin(GenerationMixin):
             )
 
     def _get_logits_processor(self, generation_config, *args, logits_processor=None, **kwargs):
-        processors = LogitsProcessorList([WrittenText(self.config), *(logits_processor or [])])
+        processors = LogitsProcessorList([TextOnlyLogitsProcessor(self.config), *(logits_processor or [])])
         if BEAM_SEARCH_EXPECTS_TEXT_LOGITS and (generation_config.num_beams or 1) > 1:
             processors.append(TextVocabularyLogitsProcessor(self.config.text_config.vocab_size))
         return super()._get_logits_processor(generation_config, *args, logits_processor=processors, **kwargs)

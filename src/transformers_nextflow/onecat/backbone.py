@@ -18,7 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..sequence.attention_backends import ScaleAttentionMixin, ScaleMaskedMixin
 from ..utils.older_transformers import accepts_cache_keyword
-from .schedules import MOST_SCALES
+from .schedules import MAX_SCALES
 
 
 # Kinds of tokens with an expert of their own; slots have the number of their scale, counted from 0.
@@ -56,8 +56,8 @@ class ScaleAdaptedLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, rank: int):
         super().__init__(in_features, out_features, bias=False)
         self.rank = rank
-        self.adapter_in = nn.Parameter(torch.empty(rank * MOST_SCALES, in_features))
-        self.adapter_out = nn.Parameter(torch.empty(out_features, rank * MOST_SCALES))
+        self.adapter_in = nn.Parameter(torch.empty(rank * MAX_SCALES, in_features))
+        self.adapter_out = nn.Parameter(torch.empty(out_features, rank * MAX_SCALES))
 
     def forward(self, hidden_states: torch.Tensor, scale: int) -> torch.Tensor:
         own = slice(scale * self.rank, (scale + 1) * self.rank)
@@ -80,7 +80,7 @@ class DrawingMLP(nn.Module):
 
 
 class OneCatAttention(ScaleAttentionMixin, Qwen2Attention):
-    """Qwen2's attention with the argument `both_ways`."""
+    """Qwen2's attention with the argument `bidirectional`."""
 
 
 class OneCatDecoderLayer(GradientCheckpointingLayer):

@@ -8,8 +8,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, Qwen2Config
 
 from ..configuration_nextflow import (
-    MOST_CHANNELS,
-    MOST_LAYERS,
+    MAX_CHANNELS,
+    MAX_LAYERS,
     NORM_GROUPS,
     check_backbone,
     config_from,
@@ -18,7 +18,7 @@ from ..configuration_nextflow import (
 from ..generation.sampling import ImageSampling
 from ..utils.atomic_files import atomic_save
 from ..utils.finite_numbers import check_finite
-from .schedules import MOST_SCALES, OneCatSchedules, checked_levels, schedules_of_levels
+from .schedules import MAX_SCALES, OneCatSchedules, checked_levels, schedules_of_levels
 
 
 FREQUENCIES = ("float32", "bfloat16")
@@ -55,13 +55,13 @@ class BitwiseVQConfig(PreTrainedConfig):
         # The sign bit and the value -1, which is padding, must stay free.
         if not 1 <= self.code_bits <= 62:
             raise ValueError(f"code_bits must be from 1 to 62, got {self.code_bits}.")
-        if not 1 <= self.num_res_blocks <= MOST_LAYERS:
-            raise ValueError(f"num_res_blocks must be from 1 to {MOST_LAYERS}, got {self.num_res_blocks}.")
+        if not 1 <= self.num_res_blocks <= MAX_LAYERS:
+            raise ValueError(f"num_res_blocks must be from 1 to {MAX_LAYERS}, got {self.num_res_blocks}.")
         for multiplier in self.channel_multipliers:
-            if not 1 <= (width := self.channels * multiplier) <= MOST_CHANNELS or width % NORM_GROUPS:
+            if not 1 <= (width := self.channels * multiplier) <= MAX_CHANNELS or width % NORM_GROUPS:
                 raise ValueError(
                     f"channels {self.channels} times {multiplier} of channel_multipliers gives {width}, which is no "
-                    f"multiple of the {NORM_GROUPS} groups of the norms, up to {MOST_CHANNELS}."
+                    f"multiple of the {NORM_GROUPS} groups of the norms, up to {MAX_CHANNELS}."
                 )
         if self.initializer_range < 0:
             raise ValueError(f"initializer_range must be at least 0, got {self.initializer_range}.")
@@ -157,8 +157,8 @@ class OneCatConfig(PreTrainedConfig):
                 "not."
             )
         for name in ("adapter_rank", "reader_hidden_size", "reader_patch_size"):
-            if not 1 <= getattr(self, name) <= MOST_CHANNELS:
-                raise ValueError(f"{name} must be from 1 to {MOST_CHANNELS}, got {getattr(self, name)}.")
+            if not 1 <= getattr(self, name) <= MAX_CHANNELS:
+                raise ValueError(f"{name} must be from 1 to {MAX_CHANNELS}, got {getattr(self, name)}.")
         if self.initializer_range < 0:
             raise ValueError(f"initializer_range must be at least 0, got {self.initializer_range}.")
         if self.image_token_id == self.reference_token_id:
@@ -168,8 +168,8 @@ class OneCatConfig(PreTrainedConfig):
                 ImageSampling.from_dict(getattr(self, name))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-        if self.num_scale_embeddings < MOST_SCALES:
-            raise ValueError(f"num_scale_embeddings must be at least {MOST_SCALES}, got {self.num_scale_embeddings}.")
+        if self.num_scale_embeddings < MAX_SCALES:
+            raise ValueError(f"num_scale_embeddings must be at least {MAX_SCALES}, got {self.num_scale_embeddings}.")
         if self.reader_image_size < self.reader_patch_size or self.reader_image_size % self.reader_patch_size:
             raise ValueError(
                 f"reader_image_size {self.reader_image_size} is no multiple of reader_patch_size "

@@ -13,7 +13,7 @@ CALLBACK_KWARGS = ("image_tokens", "preview")
 WHOLE_NUMBERS = (torch.int16, torch.int32, torch.int64)
 
 
-def take_changes(state: ScaleState, returned: dict | None, codebook_size: int):
+def apply_callback_changes(state: ScaleState, returned: dict | None, codebook_size: int):
     """Replace the codes so far by those that a callback returns; the next scale reads them.
 
     Args:

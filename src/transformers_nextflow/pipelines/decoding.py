@@ -87,7 +87,7 @@ class DecodingMixin:
         sizes = [schedules.for_size(*(side * patch_size for side in grid)) for grid in image_grids.tolist()]
         return decode_codes(self.diffusion_decoder, vq_model, image_tokens, sizes, settings, generator, prompts)
 
-    def _pasted(self, request, pixels: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _paste_back_pixels(self, request, pixels: list[torch.Tensor]) -> list[torch.Tensor]:
         """Images with the request's own pixels outside of its regions, enlarged if the decoder enlarges."""
         pasted = []
         for region, image, own in zip(request.regions, pixels, request.pixels):
@@ -98,17 +98,17 @@ class DecodingMixin:
         return pasted
 
 
-def of_size(image: Image.Image, like: Image.Image) -> Image.Image:
+def resized_like(image: Image.Image, like: Image.Image) -> Image.Image:
     """An image, resized to the size of another one."""
     return image if image.size == like.size else image.resize(like.size, Image.Resampling.BICUBIC)
 
 
-def of_rows(generator: Generators, rows: Sequence[int]) -> Generators:
+def generators_of_rows(generator: Generators, rows: Sequence[int]) -> Generators:
     """The generators of the given rows, if every row has its own; else the one generator."""
     return [generator[row] for row in rows] if isinstance(generator, Sequence) else generator
 
 
-def of_decoder(settings: DiffusionSettings | None) -> dict[str, str | int | float]:
+def decoder_provenance(settings: DiffusionSettings | None) -> dict[str, str | int | float]:
     """The entries about the decoder in the provenance of an image; none for the tokenizer's own decoder."""
     if settings is None:
         return {}

@@ -47,7 +47,7 @@ class FinishedImagesMixin:
         self.check_hooks()
         pixels, flags = list(pixels), None
         if self.safety_checker is not None:
-            pairs = [self._ask_checker(image) for image in pixels]
+            pairs = [self._run_safety_checker(image) for image in pixels]
             pixels, flags = [image for image, _ in pairs], [flag for _, flag in pairs]
         if self.watermark is not None:
             pixels = [self._watermarked(image) for image in pixels]
@@ -74,7 +74,7 @@ class FinishedImagesMixin:
             )
         return marked[0].to(image)
 
-    def _ask_checker(self, image: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    def _run_safety_checker(self, image: torch.Tensor) -> tuple[torch.Tensor, bool]:
         values = self.processor.post_process_images([image], "np")[0][None]
         clip_input = None
         if self.feature_extractor is not None:

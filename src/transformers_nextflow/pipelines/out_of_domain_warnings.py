@@ -15,7 +15,7 @@ from .requests import ImageRequest
 
 
 # The largest number of unknown words that a warning names.
-MOST_NAMED = 5
+MAX_NAMED = 5
 
 
 class OutOfDomainWarningsMixin:
@@ -34,7 +34,7 @@ class OutOfDomainWarningsMixin:
         if stated is None:
             return
         if words := stated.unknown_words(texts):
-            named = ", ".join(map(repr, words[:MOST_NAMED])) + (" and more" if len(words) > MOST_NAMED else "")
+            named = ", ".join(map(repr, words[:MAX_NAMED])) + (" and more" if len(words) > MAX_NAMED else "")
             self._warn_once(
                 "words", f"The prompt has words that this checkpoint has never seen: {named}. {_known_domain(stated)}, "
                 "and draws something of it whatever else is asked for.",

@@ -12,14 +12,14 @@ from .scale_sdpa import SCALE_SDPA
 
 
 class ScaleAttentionMixin:
-    """Adds `both_ways` to an attention module of transformers: its queries attend to all keys that are not masked.
+    """Adds `bidirectional` to an attention module of transformers: its queries attend to all keys that are not masked.
 
     transformers' own `is_causal=False` does the same, but the backbone writes that argument into its config during the
-    call. All calls on the model, also in other threads, share the config; `both_ways` does not change it.
+    call. All calls on the model, also in other threads, share the config; `bidirectional` does not change it.
     """
 
-    def forward(self, *args, both_ways: bool = False, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if both_ways:
+    def forward(self, *args, bidirectional: bool = False, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if bidirectional:
             kwargs["is_causal"] = False
         return super().forward(*args, **kwargs)
 

@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from ..utils.unique_names import load_json
 from .body_limits import BodyLimits, BodyRefused
 from .jobs import ChatJob, Finished, ImageJob, Job, Partial
-from .schemas import MOST_IMAGES, Body, ChatBody, EditBody, ImageBody, UploadedImages, region_of
+from .schemas import MAX_IMAGES, Body, ChatBody, EditBody, ImageBody, UploadedImages, region_of
 from .usage import chat_usage, image_usage
 from .worker import TooManyRequests, Worker
 
@@ -43,9 +43,9 @@ def create_app(worker: Worker, on_answer: OnAnswer = lambda path, status: None) 
     """
     settings = worker.settings
     app = FastAPI(title=settings.name, docs_url=None, redoc_url=None)
-    app.add_middleware(BodyLimits, most_bytes=settings.max_upload, seconds=settings.timeout)
+    app.add_middleware(BodyLimits, max_bytes=settings.max_upload, seconds=settings.timeout)
     app.add_middleware(_CountedAnswers, on_answer=on_answer)
-    _answer_errors(app)
+    _add_error_handlers(app)
 
     @app.get("/health")
     async def health() -> dict:
@@ -88,11 +88,11 @@ def create_app(worker: Worker, on_answer: OnAnswer = lambda path, status: None) 
             messages=messages, seed=body.seed, options=body.options, is_streamed=body.stream,
             partial_images=body.partial_images,
         )  # fmt: skip
-        answers = await _started(worker, job)
+        answers = await _start_answers(worker, job)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": settings.name}
         processor = worker.pipeline.processor
         if body.stream:
-            usage = partial(chat_usage, processor, job) if body.tells_usage else None
+            usage = partial(chat_usage, processor, job) if body.includes_usage else None
             return _events(_chat_chunks(answers, head, usage))
         given = [answer async for answer in answers]
         text, finished = "".join(a for a in given if isinstance(a, str)), [a for a in given if isinstance(a, Finished)]
@@ -119,7 +119,7 @@ class _CountedAnswers:
         await self.app(scope, receive, counted if scope["type"] == "http" else send)
 
 
-async def _started(worker: Worker, job: Job) -> AsyncIterator[Answer]:
+async def _start_answers(worker: Worker, job: Job) -> AsyncIterator[Answer]:
     """The answers of a job, after the first one has arrived, so that refusals come before a status is sent."""
     await run_in_threadpool(worker.check, job)
     answers = worker.answers(job)
@@ -138,7 +138,7 @@ async def _started(worker: Worker, job: Job) -> AsyncIterator[Answer]:
 
 
 async def _images(worker: Worker, job: ImageJob, body: ImageBody, event: str) -> Response:
-    answers = await _started(worker, job)
+    answers = await _start_answers(worker, job)
     if body.stream:
         return _events(_image_events(answers, body, event))
     finished = [answer async for answer in answers]
@@ -153,7 +153,7 @@ async def _images(worker: Worker, job: ImageJob, body: ImageBody, event: str) ->
 
 async def _image_events(answers: AsyncIterator[Answer], body: ImageBody, event: str) -> AsyncIterator[str]:
     common = {"output_format": body.output_format, "quality": "auto", "background": "opaque"}
-    async for answer in _told_errors(answers):
+    async for answer in _errors_as_bodies(answers):
         if isinstance(answer, dict):
             yield _event(answer, "error")
             return
@@ -180,7 +180,7 @@ async def _chat_chunks(
         return _event(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]})
 
     yield chunk({"role": "assistant", "content": ""})
-    async for answer in _told_errors(answers):
+    async for answer in _errors_as_bodies(answers):
         if isinstance(answer, dict):
             yield _event(answer)
             return
@@ -193,7 +193,7 @@ async def _chat_chunks(
     yield "data: [DONE]\n\n"
 
 
-async def _told_errors(answers: AsyncIterator[Answer]) -> AsyncIterator[Answer | dict]:
+async def _errors_as_bodies(answers: AsyncIterator[Answer]) -> AsyncIterator[Answer | dict]:
     """The answers; errors after the status was sent become bodies of errors."""
     try:
         async for answer in answers:
@@ -235,14 +235,14 @@ def _repeated(names: list[str]) -> str:
 
 def _uploads(files: list[tuple[str, bytes]]) -> tuple[list[Image.Image], Image.Image | None]:
     """Images and mask of a form."""
-    images, masks, uploads = [], [], UploadedImages(MOST_IMAGES + 1)  # one more for the mask
+    images, masks, uploads = [], [], UploadedImages(MAX_IMAGES + 1)  # one more for the mask
     for name, content in files:
         if name.removesuffix("[]") not in ("image", "mask"):
             raise ValueError(f"{name[:40]!r} is not known; the files of an edit are image and mask.")
         (masks if name == "mask" else images).append(uploads.read(content, name))
     if not images or len(masks) > 1:
         raise ValueError(f"An edit has at least one image and at most one mask, got {len(images)} and {len(masks)}.")
-    if len(images) > (most := 1 if masks else MOST_IMAGES):
+    if len(images) > (most := 1 if masks else MAX_IMAGES):
         raise ValueError(f"An edit has at most {most} images{' where it has a mask' * bool(masks)}, got {len(images)}.")
     return images, region_of(masks[0]) if masks else None
 
@@ -292,7 +292,7 @@ def _error_of(error: Exception) -> tuple[int, dict]:
     return status, {"error": {"message": message, "type": kind, "param": param, "code": None}}
 
 
-def _answer_errors(app: FastAPI):
+def _add_error_handlers(app: FastAPI):
     async def answer(request: Request, error: Exception) -> JSONResponse:
         status, body = _error_of(error)
         headers = {"Retry-After": str(error.retry_after)} if isinstance(error, TooManyRequests) else None

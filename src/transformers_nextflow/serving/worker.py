@@ -35,7 +35,7 @@ class TooManyRequests(Exception):
         self.retry_after = retry_after
 
 
-class ClientLeft(Exception):
+class ClientDisconnected(Exception):
     """The client has disconnected."""
 
 
@@ -138,7 +138,7 @@ class Worker:
         start = time.perf_counter()
         try:
             self._draw(jobs) if isinstance(jobs[0], ImageJob) else self._chat(jobs)
-        except ClientLeft:
+        except ClientDisconnected:
             return
         except Exception as error:
             if len(jobs) > 1:  # each job is tried in its own call, which shows which of them failed
@@ -213,7 +213,7 @@ class _Streamer(InterleavedStreamer):
 
     def put(self, value):
         if self.job.abandoned:
-            raise ClientLeft
+            raise ClientDisconnected
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False):

@@ -151,7 +151,7 @@ class TokenFlowT2IDrawingMixin:
         sequences, joined = PromptedSequences(self), join_prompts(prompts)
         rows = torch.arange(len(joined.input_ids), device=input_ids.device).view(len(prompts), -1)
         hidden_states = sequences.read(joined.input_ids, joined.attention_mask)[:, -1:].unflatten(0, rows.shape)
-        scales = draw_scales(self, drawing, sequences, hidden_states, rows, callback, go_on=False)
+        scales = draw_scales(self, drawing, sequences, hidden_states, rows, callback, continues=False)
         return drawing.generated(scales)
 
     @property

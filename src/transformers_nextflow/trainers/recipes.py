@@ -246,7 +246,7 @@ def run_recipe(recipe: Recipe, model, data, output, resume: bool = False, profil
         resume: continue from the newest checkpoint.
         profile: measure some steps and write them to `output/profile`, see [`ProfiledSteps`].
     """
-    from .recipe_trainers import make_trainer, save_outcome
+    from .recipe_trainers import make_trainer, save_result
 
     trainer = make_trainer(recipe, model, data, output)
     if profile:
@@ -256,7 +256,7 @@ def run_recipe(recipe: Recipe, model, data, output, resume: bool = False, profil
     final = Path(output) / "final"
     # All processes must take part in saving, but only some write.
     with atomic_write(final) if trainer.args.should_save else nullcontext(final) as folder:
-        save_outcome(trainer, recipe, model, folder)
+        save_result(trainer, recipe, model, folder)
         if trainer.args.should_save and (own := Path(model) / OWN_RECIPES).is_dir():
             shutil.copytree(own, Path(folder) / OWN_RECIPES)
 

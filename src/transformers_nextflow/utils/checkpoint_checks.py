@@ -27,7 +27,7 @@ SAFETENSORS_FLOATS = dict(zip(("F64", "F32", "BF16", "F16"), FLOATS))
 # Entries of pipelines' and models' configs that are no values of the config.
 LOADING_NAMES = ("model", "processor", "diffusion_decoder", "dtype", "torch_dtype", "device_map", "revision", "token")
 # The largest number of tensors that an error names.
-MOST_NAMED = 5
+MAX_NAMED = 5
 
 
 @contextmanager
@@ -186,5 +186,5 @@ def _stored_types(file: Path) -> dict[str, torch.dtype | str]:
 
 
 def _some(names: Collection[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more tensors" if len(names) > MOST_NAMED else ""
-    return ", ".join(sorted(names)[:MOST_NAMED]) + more
+    more = f" and {len(names) - MAX_NAMED} more tensors" if len(names) > MAX_NAMED else ""
+    return ", ".join(sorted(names)[:MAX_NAMED]) + more

@@ -21,7 +21,7 @@ DEBUG = "TRANSFORMERS_NEXTFLOW_DEBUG"
 USER_ERRORS = (ImportError, OSError, SafetensorError, StrictDataclassError, TemplateError, ValueError, YAMLError)
 # Left to typer.
 HANDLED_BY_TYPER = (BrokenPipeError, typer.Abort, typer.BadParameter, typer.Exit)
-MOST_CHARACTERS = 1000
+MAX_CHARACTERS = 1000
 
 
 @contextmanager
@@ -49,8 +49,8 @@ def one_line(error: BaseException) -> str:
     told = " ".join(part for part in [str(error), *getattr(error, "__notes__", ())] if part)
     # Halves of surrogate pairs, which names of files may hold, cannot be printed.
     told = " ".join(told.encode("utf-8", "backslashreplace").decode().split()) or type(error).__name__
-    if len(told) > MOST_CHARACTERS:
-        told = f"{told[: MOST_CHARACTERS // 2]} … {told[-MOST_CHARACTERS // 2 :]}"
+    if len(told) > MAX_CHARACTERS:
+        told = f"{told[: MAX_CHARACTERS // 2]} … {told[-MAX_CHARACTERS // 2 :]}"
     if isinstance(error, KeyboardInterrupt):
         return f"Interrupted. {' '.join(getattr(error, '__notes__', ())) or 'Nothing was written.'}"
     if _is_out_of_memory(error):

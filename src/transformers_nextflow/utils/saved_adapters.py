@@ -115,7 +115,8 @@ def save_adapter(model: nn.Module, name: str, folder: Path):
     """Write one adapter of an unwrapped model in PEFT's format."""
     folder.mkdir(parents=True, exist_ok=True)
     state_dict = {
-        PREFIX + key: _of_own_rank(model, name, key, value).contiguous() for key, value in _weights(model, name).items()
+        PREFIX + key: _padded_to_rank(model, name, key, value).contiguous()
+        for key, value in _weights(model, name).items()
     }
     save_file(state_dict, folder / FILES[0], metadata={"format": "pt"})
     config = copy.copy(model.peft_config[name])
@@ -152,7 +153,7 @@ def add_saved_adapter(model: nn.Module, name: str, path, subfolder: str = "", ra
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
             inject_adapter_in_model(config, model, name)
         model._hf_peft_config_loaded = True
-        _fill(model, name, weights)
+        _load_adapter_weights(model, name, weights)
         if rank is not None:
             from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 
@@ -185,7 +186,7 @@ def swap_adapter(model: nn.Module, name: str, path, subfolder: str = "", **hub_o
     old = model.peft_config[name]
     check_hotswap_configs_compatible(old, config)
     own = _weights(model, name)
-    saved = _of_parts_that_are_there(model, own, saved)
+    saved = _without_ignored_parts(model, own, saved)
     odd = (saved.keys() - own.keys()) | {key for key in own.keys() - saved.keys() if _rank_axis(key) is None}
     refused = f"{path} cannot take the place of the adapter {name!r}: "
     if odd or old.trainable_token_indices != config.trainable_token_indices:
@@ -241,7 +242,7 @@ def activate(model: nn.Module, names: Sequence[str]):
     names, chosen = list(names), []
     for part in adapted_parts(model):
         own = names
-        if _holds_whole(part):
+        if _wraps_whole_module(part):
             try:
                 name = part.check_set_adapter(names) if names else None
             except ValueError as error:
@@ -357,7 +358,7 @@ def _has_room(key: str, own: torch.Tensor, saved: torch.Tensor) -> bool:
     return own.dim() == saved.dim() and all(a == b for a, b in sizes) and is_low_enough
 
 
-def _of_own_rank(model: nn.Module, name: str, key: str, value: torch.Tensor) -> torch.Tensor:
+def _padded_to_rank(model: nn.Module, name: str, key: str, value: torch.Tensor) -> torch.Tensor:
     """An adapter's weight without what it was padded with; with zeros where a swapped one left out a layer of a lower
     rank.
     """
@@ -376,18 +377,18 @@ def _weights(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
 
 
-def _of_parts_that_are_there(model: nn.Module, own, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _without_ignored_parts(model: nn.Module, own, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The saved weights without those for parts that the model leaves out, such as OneCAT with `drawing_only`."""
     left_out = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()) or "(?!)")
     return {key: value for key, value in saved.items() if key in own or not left_out.search(key)}
 
 
-def _fill(model: nn.Module, name: str, saved: dict[str, torch.Tensor]):
+def _load_adapter_weights(model: nn.Module, name: str, saved: dict[str, torch.Tensor]):
     """Replace an adapter's weights by saved ones, in the saved dtype, which may be wider than that of the adapted
     weights.
     """
     own = _weights(model, name)
-    saved = _of_parts_that_are_there(model, own, saved)
+    saved = _without_ignored_parts(model, own, saved)
     if odd := sorted(own.keys() ^ saved.keys()):
         raise ValueError(
             f"The adapter {name!r} does not fit {type(model).__name__}: only one of them has {odd[0]}; load the model "
@@ -414,9 +415,9 @@ def _chosen_adapters(model: nn.Module) -> list[str]:
 
 
 def _first_layer(model: nn.Module) -> nn.Module:
-    return next(part for part in adapted_parts(model) if not _holds_whole(part))
+    return next(part for part in adapted_parts(model) if not _wraps_whole_module(part))
 
 
-def _holds_whole(part: nn.Module) -> bool:
+def _wraps_whole_module(part: nn.Module) -> bool:
     """Whether a part is PEFT's wrapper around a module that adapters hold whole, or rows of it."""
     return hasattr(part, "check_set_adapter")

@@ -42,7 +42,7 @@ class AveragedWeightsMixin(ShardedCheckpointMixin):
         if self.args.ema_decay:
             if self.is_deepspeed_enabled:
                 raise ValueError(f"ema_decay={self.args.ema_decay}: DeepSpeed keeps weights to itself; set it to 0.")
-            self.add_callback(_AfterEachStep(self._take_in))
+            self.add_callback(_AfterEachStepCallback(self._update_averages))
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -50,11 +50,11 @@ class AveragedWeightsMixin(ShardedCheckpointMixin):
         if not self._averages:
             yield
             return
-        self._exchange()
+        self._swap_with_averages()
         try:
             yield
         finally:
-            self._exchange()
+            self._swap_with_averages()
 
     @torch.no_grad()
     def restart_averages(self, prefix: str, rows: torch.Tensor | None = None):
@@ -117,15 +117,15 @@ class AveragedWeightsMixin(ShardedCheckpointMixin):
                 yield name, weight.detach()
 
     @torch.no_grad()
-    def _take_in(self):
-        if not self._left_out:
+    def _update_averages(self):
+        if not self._skips_step:
             weights = [local_shard(weight) for _, weight in self._trained_weights()]
             decay = min(self.args.ema_decay, (1 + self._num_averaged) / (10 + self._num_averaged))
             torch._foreach_lerp_([local_shard(average) for average in self._averages.values()], weights, 1 - decay)
             self._num_averaged += 1
 
     @torch.no_grad()
-    def _exchange(self):
+    def _swap_with_averages(self):
         for name, weight in self._trained_weights():
             weight, average = local_shard(weight), local_shard(self._averages[name])
             held = weight.clone()
@@ -133,7 +133,7 @@ class AveragedWeightsMixin(ShardedCheckpointMixin):
             average.copy_(held)
 
 
-class _AfterEachStep(TrainerCallback):
+class _AfterEachStepCallback(TrainerCallback):
     def __init__(self, call):
         self.call = call
 

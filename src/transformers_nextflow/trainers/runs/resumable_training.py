@@ -44,7 +44,7 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
         self._start: Path | None = None
         self._has_changed = False
 
-    def decisive_extras(self) -> dict[str, Any]:
+    def record_extras(self) -> dict[str, Any]:
         """What a training's result depends on, besides arguments, data, model and processor, by name."""
         return {}
 
@@ -57,9 +57,9 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
                 finite.
         """
         self.args.check_values()
-        with self._hold_output_dir():
+        with self._lock_output_dir():
             self._start = self._checkpoint(resume_from_checkpoint)
-            self._has_changed = self._compare_with_start()
+            self._has_changed = self._compare_with_checkpoint()
             try:
                 output = super().train(None if self._start is None else str(self._start), *args, **kwargs)
             except _AlreadyFinished:
@@ -68,7 +68,7 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
             return output
 
     @contextmanager
-    def _hold_output_dir(self) -> Iterator[None]:
+    def _lock_output_dir(self) -> Iterator[None]:
         """Lock the folder for all processes of a training; the process that writes holds the lock."""
         with ExitStack() as held:
             refusal = None
@@ -101,14 +101,14 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
             )
         return found[-1]
 
-    def _compare_with_start(self) -> bool:
+    def _compare_with_checkpoint(self) -> bool:
         """Make the record; returns whether changes since the checkpoint, which were allowed, will change the result.
 
         Only the first process does so, since others may have no rows yet.
         """
         changes: tuple[list[str], list[str]] = ([], [])
         if self.args.should_save or self.is_world_process_zero():
-            extras = {"optimizer": self._given_optimizer} | self.decisive_extras()
+            extras = {"optimizer": self._given_optimizer} | self.record_extras()
             self._record = training_record(self, extras)
             if self._start is not None:
                 changes = changes_since(self._start, self._record)
@@ -129,7 +129,7 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
             raise _AlreadyFinished
         check_finite({"optimizer": _settings_of(self.optimizer)})
         self.check_weights(at_start=True)
-        if self.args.should_save and (superseded := self.supersede_checkpoints(self._start)):
+        if self.args.should_save and (superseded := self.mark_superseded(self._start)):
             logger.warning(
                 f"{', '.join(superseded)} in {self.args.output_dir} are not of the training that begins here; new ones "
                 "take their places."

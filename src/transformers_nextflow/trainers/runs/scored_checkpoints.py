@@ -91,13 +91,13 @@ class CheckpointScores:
                 found[step_of(folder)] = stored["scores"]
         return found
 
-    def check_begun(self):
+    def check_has_checkpoints(self):
         """Raises `ValueError` where there is no checkpoint."""
         if not self._checkpoints():
             raise ValueError(f"{self.run} holds no checkpoint-STEP; name the folder of a training (--output).")
 
-    def kept(self) -> str:
-        """What is there, for whoever interrupts."""
+    def progress_note(self) -> str:
+        """The note on an interrupt: how many checkpoints have been scored."""
         count = len(self.scores())
         return f"The scores of {count} checkpoints are kept in {self.output}; the same command goes on."
 

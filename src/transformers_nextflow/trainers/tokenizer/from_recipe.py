@@ -23,7 +23,7 @@ from .vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
 def tokenizer_trainer(recipe, folder: str | os.PathLike, data: str | os.PathLike, output: str | os.PathLike):
     """The trainer of a recipe of kind "tokenizer"; `folder` holds the tokenizer, or a model with one."""
     args = NextFlowVQTrainingArguments(output_dir=str(output), **recipe.arguments)
-    judges = judges_of(recipe, args)
+    judges = loss_networks(recipe, args)
     model = load_vision_tokenizer(folder)
     teacher = Teacher(model) if STAGES[args.stage].learns_codes and args.semantic_weight else None
     if recipe.decoder_width != 1:
@@ -43,7 +43,7 @@ def tokenizer_trainer(recipe, folder: str | os.PathLike, data: str | os.PathLike
     return NextFlowVQTrainer(model, args, train_dataset=images, teacher=teacher, **judges)
 
 
-def judges_of(recipe, args: NextFlowVQTrainingArguments) -> dict[str, nn.Module]:
+def loss_networks(recipe, args: NextFlowVQTrainingArguments) -> dict[str, nn.Module]:
     """The perceptual distance and the discriminator that a recipe asks for, by the names of the trainer's arguments.
 
     Raises:

@@ -19,13 +19,13 @@ from ...modeling_nextflow_vq import NextFlowVQModel, NextFlowVQOutput, codebook_
 from ...utils.atomic_files import atomic_write
 from ..runs.averaged_weights import AveragedWeightsMixin
 from ..runs.checked_arguments import FROM_ONE, NOT_NEGATIVE, SHARE, CheckedArguments
-from ..runs.epochs import TellsEpochs
+from ..runs.epochs import SetEpochCallback
 from ..runs.finite_training import FiniteTrainingMixin
 from ..runs.resumable_training import ResumableTrainingMixin
 from ..runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights
 from ..runs.training_card import TrainingCardMixin
 from .adversarial import Adversary
-from .codebook_care import initialize_codebook, revive_dead_codes
+from .codebook_maintenance import initialize_codebook, revive_dead_codes
 from .image_batches import OneSizeSampler
 from .stages import STAGES
 
@@ -153,7 +153,7 @@ class NextFlowVQTrainer(
             return super()._get_train_sampler(train_dataset)
         # Of the loader: `auto_find_batch_size` makes it smaller than the arguments'.
         sampler = OneSizeSampler(sizes, self._train_batch_size, self.args.world_size, self.args.seed)
-        self.add_callback(TellsEpochs(sampler))
+        self.add_callback(SetEpochCallback(sampler))
         return sampler
 
     # Which losses -----------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ class NextFlowVQTrainer(
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
-    def decisive_extras(self) -> dict:
+    def record_extras(self) -> dict:
         extras = {"teacher": self.teacher, "perceptual": self.perceptual}
         if self.adversary:
             # Its weights are those of the checkpoint.

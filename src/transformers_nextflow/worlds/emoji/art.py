@@ -22,7 +22,7 @@ from .packages import ART, KEYWORDS, NAMES, Package, notice, read_json, read_mem
 
 SIDE = 104  # side of a drawing in the archive: that of the largest place in a scene of 128 pixels
 QUALITY = 90
-LEAST_STYLES = 4
+MIN_STYLES = 4
 INDEX, NOTICE = "art.json", "NOTICE"
 
 
@@ -102,7 +102,7 @@ def make_art(
     output: Path | str,
     side: int = SIDE,
     sources: Sequence[Package] = ART,
-    least_styles: int = LEAST_STYLES,
+    least_styles: int = MIN_STYLES,
 ) -> dict[str, int]:
     """Render the drawings of the fetched packages into an archive; returns how many there are, by style.
 

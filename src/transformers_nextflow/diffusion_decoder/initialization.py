@@ -17,7 +17,7 @@ from ..utils.short_repr import short_repr
 from ..utils.typed_values import check_types
 from .bases import base_of
 from .condition import condition_channels, condition_fingerprint
-from .config_checks import MOST_CHANNELS, MOST_LAYERS
+from .config_checks import MAX_CHANNELS, MAX_LAYERS
 from .modeling_diffusion_decoder import NextFlowDiffusionDecoder
 from .schedulers import is_flow_matching, scheduler_class
 
@@ -60,7 +60,7 @@ def small_decoder(
     check_names(settings, sorted(known), "small_decoder")
     if not channels or min(channels) < 1 or any(width % NORM_GROUPS for width in channels):
         raise ValueError(f"channels are multiples of {NORM_GROUPS}, one for each level, got {short_repr(channels)}.")
-    if not (1 <= pixel_cell <= MOST_CHANNELS and 1 <= layers <= MOST_LAYERS):
+    if not (1 <= pixel_cell <= MAX_CHANNELS and 1 <= layers <= MAX_LAYERS):
         raise ValueError(f"pixel_cell and layers start at 1, got {short_repr(pixel_cell)} and {short_repr(layers)}.")
     own = 3 * pixel_cell**2
     base = UNet2DModel(
