@@ -472,7 +472,7 @@ def _check_enlarged(
         most = max(1, int((MAX_PIXELS / pixels) ** 0.5))
         raise ValueError(
             f"--scale {scale} makes images of more than {MAX_PIXELS} pixels, a quarter of a gigabyte each; "
-            f"take {most} at most."
+            f"use {most} at most."
         )
     if image_format := Image.registered_extensions().get(output.suffix.lower()):
         size = (width * scale, height * scale)
@@ -481,7 +481,7 @@ def _check_enlarged(
         except Exception as error:
             raise ValueError(
                 f"--scale {scale} makes images of {size[0]}x{size[1]} pixels, which {output.suffix} does not hold "
-                f"({error}); take less, or .png."
+                f"({error}); use less, or .png."
             ) from error
 
 

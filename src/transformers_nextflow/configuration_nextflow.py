@@ -74,7 +74,7 @@ def value_errors(config_class: type) -> type:
             try:
                 init(self, *args, **kwargs)
             except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-                raise ValueError(f"{config_class.__name__} cannot be made of such values: {error}") from error
+                raise ValueError(f"{config_class.__name__} cannot be created from these values: {error}") from error
 
     @wraps(assign)
     def checked_assign(self, name: str, value: Any):
@@ -120,7 +120,7 @@ def _check_layers(config: PreTrainedConfig, names: Sequence[str], prefix: str = 
 
 def _check_activation(name: str, value: str):
     if value not in ACT2FN:
-        raise ValueError(f"{name} {value!r} is no activation of transformers; take gelu_pytorch_tanh or silu.")
+        raise ValueError(f"{name} {value!r} is not an activation of transformers; use gelu_pytorch_tanh or silu.")
 
 
 def check_backbone(text: PreTrainedConfig):
@@ -137,8 +137,8 @@ def check_backbone(text: PreTrainedConfig):
     layer_types = getattr(text, "layer_types", None)  # Llama's config has none
     if layer_types is not None and len(layer_types) != text.num_hidden_layers:
         raise ValueError(
-            f"text_config.layer_types names {len(layer_types)} layers, of {text.num_hidden_layers} that there are by "
-            "num_hidden_layers."
+            f"text_config.layer_types names {len(layer_types)} layers, but num_hidden_layers is "
+            f"{text.num_hidden_layers}."
         )
     theta = text.rope_parameters.get("rope_theta", 1.0)
     if not is_of_type(theta, float) or not theta > 0:
@@ -268,7 +268,7 @@ class NextFlowVQConfig(PreTrainedConfig):
     def _check_tower(self):
         tower = self.semantic_config
         if not hasattr(type(tower), "patch_size") or not hasattr(tower, "num_attention_heads"):
-            raise ValueError(f"semantic_config is a {tower.model_type}, which is no vision tower of patches.")
+            raise ValueError(f"semantic_config is a {tower.model_type}, which is not a vision tower with patches.")
         for name in ("hidden_size", "intermediate_size", "num_attention_heads", "patch_size", "image_size"):
             value = getattr(tower, name, 1)
             if not isinstance(value, int) or value < 1:
@@ -291,7 +291,7 @@ class NextFlowVQConfig(PreTrainedConfig):
     def _check_convolutions(self):
         if 2 ** (len(self.pixel_channel_multipliers) - 1) != self.patch_size:
             raise ValueError(
-                f"{len(self.pixel_channel_multipliers)} pixel_channel_multipliers bring an image down by "
+                f"{len(self.pixel_channel_multipliers)} pixel_channel_multipliers downsample an image by "
                 f"{2 ** (len(self.pixel_channel_multipliers) - 1)}, but patch_size is {self.patch_size}."
             )
         for name in ("pixel_channels", "pixel_decoder_channels"):
@@ -300,7 +300,7 @@ class NextFlowVQConfig(PreTrainedConfig):
                 if width < 1 or (width > NORM_GROUPS and width % NORM_GROUPS):
                     raise ValueError(
                         f"{name} {getattr(self, name)} times {multiplier} of pixel_channel_multipliers gives {width} "
-                        f"channels, which are normalised in {NORM_GROUPS} groups; take a multiple of {NORM_GROUPS}."
+                        f"channels, which are normalised in {NORM_GROUPS} groups; use a multiple of {NORM_GROUPS}."
                     )
 
     @property
@@ -390,7 +390,7 @@ class NextFlowConfig(PreTrainedConfig):
             )
         if sum(sections) != frequencies:
             raise ValueError(
-                f"mrope_section {list(sections)} shares out {sum(sections)} frequencies, but heads of "
+                f"mrope_section {list(sections)} has {sum(sections)} frequencies, but heads of "
                 f"{2 * frequencies} channels have {frequencies}; correct text_config.rope_parameters."
             )
 

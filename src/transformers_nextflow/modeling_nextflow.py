@@ -371,7 +371,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 on from a cache that holds images.
         """
         if seq_idx is not None and past_key_values is not None:
-            raise ValueError("Packed rows (seq_idx) cannot be continued: a cache does not know its samples apart.")
+            raise ValueError("Packed rows (seq_idx) cannot be continued: a cache does not tell their samples apart.")
         check_cache(past_key_values, self.language_model.config)
         if layout is not None:
             _check_prepared(layout, input_ids, image_tokens)

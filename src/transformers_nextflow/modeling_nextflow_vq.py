@@ -183,7 +183,7 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
             model_type = cls.config_class.get_config_dict(pretrained_model_name_or_path, **kwargs)[0].get("model_type")
             if model_type not in (None, cls.config_class.model_type):
                 raise ValueError(
-                    f"{pretrained_model_name_or_path} holds a {model_type} model, not a vision tokenizer alone; the "
+                    f"{pretrained_model_name_or_path} holds a {model_type} model, not only a vision tokenizer; the "
                     "tokenizer of a NextFlow is taken out by transformers_nextflow.data.load_vision_tokenizer(folder)."
                 )
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -201,7 +201,7 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         if only is None:
             return self.config.scale_schedules.for_size(*size)
         if size != (only, only):
-            raise ValueError(f"This tokenizer reads images of {only}x{only} pixels alone, got {size[0]}x{size[1]}.")
+            raise ValueError(f"This tokenizer reads only images of {only}x{only} pixels, got {size[0]}x{size[1]}.")
         return self.config.scale_schedules.build()
 
     @outside_of_autocast
@@ -379,4 +379,4 @@ def _check_pixels(pixel_values: torch.Tensor):
     if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
         raise ValueError(f"pixel_values must be (batch, 3, height, width), got {tuple(pixel_values.shape)}.")
     if not torch.isfinite(pixel_values).all():
-        raise ValueError("pixel_values hold NaN or infinite values; look at the images they were made from.")
+        raise ValueError("pixel_values hold NaN or infinite values; check the images they were made from.")

@@ -216,7 +216,7 @@ class NextFlowPipeline(
         """As in diffusers. Raises `ValueError` for a device that cannot be used, and for a dtype that is no float."""
         for dtype in (one for one in (*args, *kwargs.values()) if isinstance(one, torch.dtype)):
             if not dtype.is_floating_point:
-                raise ValueError(f"The weights cannot be {dtype}; take torch.float32, torch.bfloat16 or torch.float16.")
+                raise ValueError(f"The weights cannot be {dtype}; use torch.float32, torch.bfloat16 or torch.float16.")
         places = [one for one in (*args, *kwargs.values()) if not isinstance(one, torch.dtype | bool | None)]
         with usable_device(places[0] if places else "cpu"):
             super().to(*args, **kwargs)
@@ -252,7 +252,7 @@ class NextFlowPipeline(
         contexts = sampling.contexts(counts)
         if any(request.negative_prompts) and not contexts:
             raise ValueError(
-                "A negative_prompt works through guidance alone, and guidance_scale is 1 at all scales; give another "
+                "A negative_prompt works only through guidance, and guidance_scale is 1 at all scales; give another "
                 "guidance_scale, or no negative_prompt."
             )
         if request.images is None and "unconditional" in contexts:
@@ -278,7 +278,7 @@ class NextFlowPipeline(
             raise ValueError(f"output_type must be one of {(*OUTPUT_TYPES, 'latent')}, got {output_type!r}.")
         if output_type in ("np", "pt") and len(set(request.schedules)) > 1:
             raise ValueError(
-                f"Images of different sizes cannot be one array; take output_type='pil', not {output_type!r}."
+                f"Images of different sizes cannot be one array; use output_type='pil', not {output_type!r}."
             )
         wanted = callback_on_step_end_tensor_inputs
         if not isinstance(wanted, list | tuple) or not all(name in self._callback_tensor_inputs for name in wanted):
@@ -309,7 +309,7 @@ class NextFlowPipeline(
     def _check_reads(self, purpose: str):
         """Raises `ValueError` if the model can only draw, as TokenFlow-t2i."""
         if not hasattr(self.processor, "caption_request"):
-            raise ValueError(f"{purpose} takes a model that reads images; {type(self.model).__name__} draws alone.")
+            raise ValueError(f"{purpose} takes a model that reads images; {type(self.model).__name__} only draws.")
 
     def _check_interleaves(self, purpose: str):
         """Raises `ValueError` if the model cannot continue a sequence after an image that it has drawn."""
@@ -317,7 +317,7 @@ class NextFlowPipeline(
         if not hasattr(self.unwrapped_model, "generate_interleaved"):
             raise ValueError(
                 f"{purpose} takes a model that reads what it draws; {type(self.unwrapped_model).__name__} draws, edits "
-                "and answers in calls apart."
+                "and answers in separate calls."
             )
 
     @checks_names
@@ -424,7 +424,7 @@ class NextFlowPipeline(
         settings = self._diffusion_settings(decoder, decoder_steps, decoder_guidance_scale, request.schedules)
         if output_type == "latent" and (settings is not None or paste_back):
             given = "paste_back" if settings is None else "decoder"
-            raise ValueError(f"output_type='latent' gives codes, which no decoder has read; leave out {given}.")
+            raise ValueError(f"output_type='latent' gives codes, which are not decoded; leave out {given}.")
         self.check_hooks()
         self._warn_of_request(request)
         if num_candidates > 1 and candidate_scorer is None:
@@ -543,7 +543,7 @@ class NextFlowPipeline(
                 same = "are the same image" if count > 1 else "is the image itself"
                 warn_user(
                     f"{found} for prompt {number} {same}: the first {request.num_kept_scales} scales, which are kept, "
-                    "leave little to chance. Keep fewer scales, give a higher temperature, or take another seed.",
+                    "leave little to chance. Keep fewer scales, give a higher temperature, or use another seed.",
                 )
 
     def _think(

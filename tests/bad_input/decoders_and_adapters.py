@@ -328,7 +328,7 @@ ADAPTER_CASES = [
     _loaded("lora_alpha NaN", _adapter_config(lora_alpha=NAN), "lora_alpha", "nan"),
     _loaded("r=10^9", _adapter_config(r=10**9), "r=1000000000"),
     _loaded("a name twice", _twice("adapter_config.json"), "adapter_config.json", "'repeated'", "twice"),
-    _loaded("no JSON", lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json"),
+    _loaded("not valid JSON", lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json"),
     _loaded("no type", lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json", "peft_type"),
     *(_loaded(f"called {name!r}", _nothing, "name", given=(name,)) for name in ("", "a/b", "/tmp/a", "\ud800")),
     _case(ADAPTERS, "adapter: None", lambda p: _pipe(p).load_lora_weights(None), "None", "folder"),

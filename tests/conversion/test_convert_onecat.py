@@ -167,7 +167,7 @@ def test_a_killed_run_goes_on_and_one_from_other_weights_does_not(model, tmp_pat
     assert not list((tmp_path / "ours").glob(".*"))
     (tmp_path / "ours").rename(tmp_path / "ours.partial")
     (tmp_path / "ours.partial" / "conversion.json").write_text(json.dumps({"source": "another"}))
-    with pytest.raises(ValueError, match="begun from other files"):
+    with pytest.raises(ValueError, match="started from other files"):
         convert(tmp_path / "released", tmp_path / "released" / VAE, tmp_path / "ours", "50KB")
 
 

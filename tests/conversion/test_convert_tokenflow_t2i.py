@@ -175,7 +175,7 @@ def test_a_killed_run_goes_on_and_one_from_other_weights_does_not(model, vq_fold
 
     (tmp_path / "ours").rename(tmp_path / "ours.partial")
     (tmp_path / "ours.partial" / "conversion.json").write_text(json.dumps({"source": "another"}))
-    with pytest.raises(ValueError, match="begun from other files"):
+    with pytest.raises(ValueError, match="started from other files"):
         convert(tmp_path / "released", vq_folder, tmp_path / "ours", "50KB")
     weights = next(path for path in (tmp_path / "released").iterdir() if path.suffix in (".bin", ".safetensors"))
     before = fingerprint(tmp_path / "released")
@@ -355,6 +355,6 @@ def test_the_script_converts_and_says_in_one_line_what_is_wrong(model, vq_folder
 def test_a_target_that_is_there_is_left_alone(model, vq_folder, tmp_path):
     write_released(tmp_path / "released", model, "safe")
     (tmp_path / "ours").mkdir()
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         convert(tmp_path / "released", vq_folder, tmp_path / "ours")
     assert not list((tmp_path / "ours").iterdir())

@@ -166,7 +166,7 @@ def test_lost_and_damaged_shards_are_found_and_made_again_alone(tmp_path):
     whole = contents(codes)
     (codes / "codes-000000.parquet").write_bytes(whole["codes-000000.parquet"][:-1])
     (codes / "codes-000002.json").write_text("{")
-    with pytest.raises(ValueError, match="codes-000000.parquet, codes-000002.parquet lack or are damaged"):
+    with pytest.raises(ValueError, match="codes-000000.parquet, codes-000002.parquet are missing or damaged"):
         check_codes(codes)
     untouched = (codes / "codes-000001.parquet").stat().st_mtime_ns
     assert extract(tmp_path)["found"] == 1
@@ -278,7 +278,7 @@ def test_bad_images_stop_it_or_are_skipped_and_counted(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"shard_size": 0}, "shard_size and batch_size start at 1, got 0 and 16"),
+        ({"shard_size": 0}, "shard_size and batch_size must be at least 1, got 0 and 16"),
         ({"token_share": 2.0}, "token_share in"),
         ({"on_bad_image": "ignore"}, "on_bad_image must be one of"),
         ({"level": 17}, "17"),
@@ -332,7 +332,7 @@ def test_the_commands_extract_and_check(tmp_path):
     assert checked.exit_code == 0 and checked.stdout == "8 rows in 3 shards, 0 rows skipped\n"
     (tmp_path / "codes" / "codes-000001.parquet").unlink()
     checked = CliRunner().invoke(app, ["check-codes", str(tmp_path / "codes")])
-    assert checked.exit_code == 2 and "codes-000001.parquet lack or are damaged" in checked.stderr
+    assert checked.exit_code == 2 and "codes-000001.parquet are missing or damaged" in checked.stderr
 
 
 def test_actors_of_ray_write_the_shards_that_processes_do(tmp_path):
@@ -359,7 +359,7 @@ def test_actors_of_ray_write_the_shards_that_processes_do(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"processes": 0}, "processes start at 1, got 0"), ({"device": "nonsense"}, "nonsense")],
+    [({"processes": 0}, "processes must be at least 1, got 0"), ({"device": "nonsense"}, "nonsense")],
     ids=str,
 )
 @pytest.mark.parametrize("engine", ["local", "ray"])

@@ -175,7 +175,7 @@ def test_the_command_validates_files_and_datasets(folder):
     (folder / "rows.jsonl").write_text((folder / "rows.jsonl").read_text() + "\n{'a'}\n" + json.dumps(rows[1]))
     bad = CliRunner().invoke(app, ["validate-data", str(folder / "rows.jsonl"), "--on-bad-image", "skip"])
     assert bad.exit_code == 1 and bad.stdout == "3 rows, 2 images, 1 rows skipped, 1 problems\n"
-    assert "row 1, row: is no JSON" in bad.stderr
+    assert "row 1, row: is not valid JSON" in bad.stderr
     images = [{"bytes": (folder / name).read_bytes(), "path": None} for name in ("red.png", "broken.png")]
     string = datasets.Value("string")
     messages = [{"role": string, "content": [{"type": string, "text": string}]}]
@@ -276,7 +276,7 @@ def test_the_trainer_refuses_codes_of_another_tokenizer(tmp_path):
     model, other = tiny_model(), tiny_model(seed=1)
     row = drawing("one", 1) | {"tokenizer_fingerprint": tokenizer_fingerprint(model.vq_model)}
     make_trainer(tmp_path, model, [row], max_steps=1).train()
-    with pytest.raises(BadRowError, match="the codes come from the tokenizer .* extract them anew"):
+    with pytest.raises(BadRowError, match="the codes come from the tokenizer .* extract them again"):
         make_trainer(tmp_path, other, [row], max_steps=1).train()
 
 

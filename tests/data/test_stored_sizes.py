@@ -146,7 +146,7 @@ def test_a_row_that_is_not_used_is_told_as_where_it_is_read(folder, tmp_path):
     write_lines(tmp_path / "rows.jsonl", rows)
     extract_codes(tmp_path / "rows.jsonl", folder / "model", tmp_path / "codes")
     rows = StageRows(open_rows(tmp_path / "codes")[0], tiny_processor())
-    with pytest.raises(ValueError, match="[Rr]ow 1, messages: nothing is learned from them"):
+    with pytest.raises(ValueError, match="[Rr]ow 1, messages: none of them is trained on"):
         trainer_of(rows, tmp_path / "out")
 
 

@@ -76,7 +76,7 @@ def test_codes_in_a_store_are_those_of_a_folder_and_are_finished_where_they_lack
     assert {name: folder.read(name) for name in expected} == expected
     folder.system.rm_file(f"{folder.place}/codes-000000.parquet")
     folder.system.pipe_file(f"{folder.place}/codes-000001.json", b"{")
-    with pytest.raises(ValueError, match="codes-000000.parquet, codes-000001.parquet lack or are damaged"):
+    with pytest.raises(ValueError, match="codes-000000.parquet, codes-000001.parquet are missing or damaged"):
         check_codes(output)
     assert extract_codes(*arguments, **SETTINGS) == {"rows": 5, "skipped": 0, "shards": 2, "found": 0}
     assert {name: folder.read(name) for name in expected} == expected
@@ -112,9 +112,9 @@ def test_an_image_that_lacks_in_a_store_is_told_or_skipped(sources, store, tmp_p
         ('{"file_name": 5, "text": "one"}', "row 0, file_name: must be the name of an image"),
         (
             '{"file_name": "0.png", "text": "one", "text": "two"}',
-            "row 0, row: is no JSON: The name 'text' is there twice",
+            "row 0, row: is not valid JSON: The name 'text' is there twice",
         ),
-        ("[", "row 0, row: is no JSON"),
+        ("[", "row 0, row: is not valid JSON"),
     ],
 )
 def test_a_line_of_a_store_that_names_no_image_is_told(sources, store, tmp_path, line, message):

@@ -149,7 +149,7 @@ BAD = {
     "an edit without words": (lambda p: actions.edit(p, "", painted(SQUARE), 1, 0, None), "no prompt"),
     "nothing to vary": (lambda p: actions.vary(p, "one", None, 1, 1, 0), "no image to vary"),
     "variations that cannot differ": (lambda p: actions.vary(p, "one", SQUARE, NUM_SCALES, 2, 0), "Keep fewer scales"),
-    "an image without words": (lambda p: iter(actions.chat(p, [], " ", [SQUARE], 0)), "needs words"),
+    "an image without words": (lambda p: iter(actions.chat(p, [], " ", [SQUARE], 0)), "is empty"),
 }
 
 

@@ -125,7 +125,7 @@ def test_drawing_on_the_cache_equals_the_reference_that_reads_all_anew(model, pr
 def test_edits_guide_as_the_original_mixes_its_three_passes(model, processor, released, monkeypatch):
     images, cfg_text, cfg_image = [[RED], [WIDE]], 3.0, 1.5
     monkeypatch.setattr("transformers_nextflow.onecat.image_processing_onecat.REFERENCE_SIDES", {64: 56})
-    monkeypatch.setattr("transformers_nextflow.onecat.image_processing_onecat.FEWEST_PIXELS", 0)
+    monkeypatch.setattr("transformers_nextflow.onecat.image_processing_onecat.MIN_PIXELS", 0)
     inputs = inputs_of(processor, images=images)
     sampling = BitwiseEditingSampling(
         guidance_scale=cfg_text, image_guidance_scale=cfg_text / (1 + cfg_image), temperature=0

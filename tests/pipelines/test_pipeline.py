@@ -316,7 +316,7 @@ def test_an_offloaded_pipeline_draws_and_goes_back_to_the_cpu(pipe):
         ({"generator": [seeded()], "num_images_per_prompt": 2}, "1 generators came with a batch of 2"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number from 1"),
         ({"negative_prompt": ["a", "b"]}, "1 prompts came with 2 negative ones"),
-        ({"negative_prompt": "a", "guidance_scale": 1.0}, "works through guidance"),
+        ({"negative_prompt": "a", "guidance_scale": 1.0}, "works only through guidance"),
         ({"output_type": "latents"}, "output_type must be one of .* got 'latents'"),
         ({"callback_on_step_end_tensor_inputs": ["latents"]}, r"got \['latents'\]"),
         ({"callback_on_step_end_tensor_inputs": "preview"}, "is a list of .* got 'preview'"),

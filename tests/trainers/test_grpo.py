@@ -482,7 +482,7 @@ def test_rewards_are_lists_tensors_and_arrays_of_any_kind_of_number():
         (1.0, "must return a list .* got float"),
         (torch.tensor(1.0), "must return a list .* got Tensor"),
         (low_codes, "must return a list .* got function"),
-        (["1", "0"], "'broken' is a str for image 0: a text is no number"),
+        (["1", "0"], "'broken' is a str for image 0: a text is not a number"),
         ([0.0, [1.0]], "'broken' is a list for image 1"),
         (torch.ones(2, 2), "'broken' is a Tensor for image 0"),
         (np.ones((2, 2)), "'broken' is a ndarray for image 0"),
@@ -633,7 +633,7 @@ def test_a_model_that_draws_nothing_is_refused(tmp_path):
         ({"importance_sampling_level": "sequence"}, "importance_sampling_level must be one of"),
         ({"max_advantage": 0.0}, "max_advantage must be positive"),
         ({"temperature": 0.5}, "temperature=0.5 has no meaning for images"),
-        ({"save_strategy": "steps", "save_steps": 1, "num_iterations": 2}, "take a multiple of 2"),
+        ({"save_strategy": "steps", "save_steps": 1, "num_iterations": 2}, "use a multiple of 2"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_training(options, message, tmp_path):

@@ -122,7 +122,7 @@ def test_init_names_columns_in_the_recipes_that_it_writes(tmp_path):
     [
         (["--preset", "huge"], "preset must be one of ('tiny', 'small', 'base'), got 'huge'"),
         (["--data", "nowhere"], "There is no file or folder nowhere"),
-        (["--output", "."], ". is there already; name a new folder"),
+        (["--output", "."], ". already exists; name a new folder"),
     ],
 )
 def test_init_tells_in_one_line_what_is_wrong(arguments, message, photos, tmp_path, monkeypatch):

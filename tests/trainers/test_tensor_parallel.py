@@ -77,18 +77,18 @@ def test_a_divided_model_is_refused_where_it_could_not_be_saved_or_drawn_with(tm
     monkeypatch.setattr(nextflow_trainer, "SAVES_TENSOR_PARALLEL", False)
     model = tiny_model()
     model._tp_size = 2
-    with pytest.raises(ValueError, match="divided among 2 processes.*cannot save it"):
+    with pytest.raises(ValueError, match="sharded over 2 processes.*cannot save it"):
         make(tmp_path, model)
     pytest.importorskip("trl")
-    with pytest.raises(ValueError, match="divided among 2 processes.*which RL does not draw with.*fsdp2.yaml"):
+    with pytest.raises(ValueError, match="sharded over 2 processes.*which RL does not draw with.*fsdp2.yaml"):
         make_grpo(tmp_path, model=model)
 
 
 def test_muon_is_refused_where_matrices_are_in_parts(tmp_path):
     trainer = make(tmp_path, muon=True)
     trainer.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="muon needs whole matrices.*set optim"):
+    with pytest.raises(ValueError, match="muon needs complete weight matrices.*set optim"):
         trainer.create_optimizer()
     trainer.is_fsdp_enabled, trainer.model._tp_size = False, 2
-    with pytest.raises(ValueError, match="muon needs whole matrices"):
+    with pytest.raises(ValueError, match="muon needs complete weight matrices"):
         trainer.create_optimizer()

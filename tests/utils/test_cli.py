@@ -319,4 +319,4 @@ def test_recipes_are_named_and_copied(tmp_path):
     assert result.exit_code == 0 and "sft" in result.output.split()
     assert (tmp_path / "mine" / "accelerate" / "fsdp2.yaml").is_file() and (tmp_path / "mine" / "sft.yaml").is_file()
     result = run("recipes", "--copy", str(tmp_path / "mine"))
-    assert result.exit_code == 2 and "is there already" in result.output
+    assert result.exit_code == 2 and "already exists" in result.output

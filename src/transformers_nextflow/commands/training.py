@@ -33,7 +33,7 @@ def init(
         from ..trainers.new_model import create_model
 
         if output.exists():
-            raise ValueError(f"{output} is there already; name a new folder.")
+            raise ValueError(f"{output} already exists; name a new folder.")
         check_output_folder(output)
         columns = Columns(image_column, caption_column, edited_image_column)
         choices = create_model(data, output, preset, columns, seed)
@@ -117,7 +117,7 @@ def recipes(copy: Annotated[Path | None, typer.Option(help="Folder to which they
         if copy is not None:
             check_output_folder(copy)
             if copy.exists():
-                raise ValueError(f"{copy} is there already; name a new folder.")
+                raise ValueError(f"{copy} already exists; name a new folder.")
             with atomic_write(copy) as partial:
                 shutil.copytree(RECIPES, partial, dirs_exist_ok=True)
     typer.echo("\n".join(recipe_names()))

@@ -100,7 +100,7 @@ def _renamed_state(state: Mapping[str, torch.Tensor], rename: Callable[[str], st
             unknown.append(key)
             continue
         if name in renamed:
-            raise ValueError(f"Two keys of the file stand for {name!r}, {key!r} is one of them; remove one.")
+            raise ValueError(f"Two keys of the file map to {name!r}, {key!r} is one of them; remove one.")
         if name is not None:
             renamed[name] = tensor
     if unknown:
@@ -209,7 +209,9 @@ class ShardedCheckpoint(Mapping):
     def _weight_map(self) -> dict[str, str]:
         files = read_json(self.folder / self.index).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-            raise ValueError(f"{self.folder / self.index} is no index of shards: it has no weight_map, name to file.")
+            raise ValueError(
+                f"{self.folder / self.index} is not an index of shards: it has no weight_map from names to files."
+            )
         return files
 
     def _layout_of(self, name: str) -> State:
@@ -323,16 +325,20 @@ def new_folder(target: Path | str, plan: dict | None = None) -> Iterator[Path]:
     """
     target = Path(target)
     if target.exists():
-        raise ValueError(f"{target} is there already; remove it or choose another folder.")
+        raise ValueError(f"{target} already exists; remove it or choose another folder.")
     partial = target.with_name(target.name + ".partial")
     described, unfinished = json.dumps(plan), partial / f"{PLAN}.unfinished"
     if (partial / PLAN).is_file():
         if (partial / PLAN).read_text() != described:
-            raise ValueError(f"{partial} was begun from other files or with other settings; remove it to begin anew.")
+            raise ValueError(
+                f"{partial} was started from other files or with other settings; remove it to start again."
+            )
         if plan is None:
             shutil.rmtree(partial)
     elif partial.exists() and any(path != unfinished for path in partial.iterdir()):
-        raise ValueError(f"{partial} is there, but not from a conversion; move it away, files go there first.")
+        raise ValueError(
+            f"{partial} exists, but not from a conversion; move it away, since files are written there first."
+        )
     partial.mkdir(parents=True, exist_ok=True)
     for left in partial.glob(".tmp*"):  # files that safetensors was writing when a run was killed
         left.unlink()
@@ -402,7 +408,7 @@ def check_written(folder: Path, layout: Mapping[str, torch.Tensor], make: Callab
     for key in tqdm(layout, desc=f"checking {folder.stem}", unit="tensor"):
         expected, found = make(key), written[key]
         if expected.dtype != found.dtype or not torch.equal(expected, found):
-            raise ValueError(f"{key} was not written as it was converted; is the disk sound? Convert again.")
+            raise ValueError(f"{key} was not written as it was converted; check the disk and convert again.")
 
 
 def fingerprint(folder: Path | str) -> list:
@@ -417,7 +423,9 @@ def check_repository(name: str | None):
         try:
             validate_repo_id(name)
         except ValueError as error:
-            raise ValueError(f"base_model {short_repr(name)} names no repository of the Hub: {error}") from error
+            raise ValueError(
+                f"base_model {short_repr(name)} is not the name of a repository of the Hub: {error}"
+            ) from error
 
 
 def write_model_card(

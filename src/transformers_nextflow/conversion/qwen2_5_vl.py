@@ -174,7 +174,7 @@ def _check_chat_template(processor: NextFlowProcessor, folder: Path):
     if "{% generation %}" not in processor.chat_template:
         warn_user(
             f"The chat template of {folder} is not of Qwen2.5-VL's form: it is kept as it is and marks no answers, as "
-            "training on answers alone needs it.",
+            "training on only the answers needs it.",
         )
 
 

@@ -365,7 +365,7 @@ def interpolate_positions(released: Mapping[str, torch.Tensor], side: int = INTE
     """
     tables = ("encoder_vqkd.positional_embedding", "decoder_vqkd.pos_embed")
     if any(name not in released for name in tables):
-        raise ValueError("Only positions of the clipb tokenizer are interpolated; this file is none.")
+        raise ValueError("Only positions of the clipb tokenizer are interpolated; this file is not one.")
     state = dict(released)
     for name in tables:
         # (1 + n*n, D), the class token's first; in the decoder with one more dimension of size one.
@@ -474,7 +474,7 @@ def export_tokenflow(source: Path | str, target: Path | str):
     """
     target = Path(target)
     if target.exists():
-        raise ValueError(f"{target} is there already; remove it or choose another file.")
+        raise ValueError(f"{target} already exists; remove it or choose another file.")
     read_config(source, NextFlowVQConfig.model_type)
     model = NextFlowVQModel.from_pretrained(source)
     released = to_tokenflow(model.state_dict(), model.config)
@@ -490,7 +490,7 @@ def _check_layout_is_lossless(config: NextFlowVQConfig, released: State):
     read = _settings(config_of(released, config.semantic_config.num_attention_heads, config.semantic_decoder_heads))
     lost = {name: value for name, value in own.items() if read[name] != value}
     if lost:
-        raise ValueError(f"TokenFlow's layout cannot tell {lost}: read back this would be another tokenizer.")
+        raise ValueError(f"TokenFlow's layout cannot store {lost}: the file would be read as another tokenizer.")
 
 
 def _settings(config: NextFlowVQConfig) -> dict:
@@ -507,4 +507,4 @@ def check_equal(written: Mapping[str, torch.Tensor], expected: Mapping[str, torc
     check_state(written, expected)
     different = [name for name in expected if not torch.equal(written[name], expected[name])]
     if different:
-        raise ValueError(f"What was written differs from its source in {different}; is the disk sound?")
+        raise ValueError(f"What was written differs from its source in {different}; check the disk.")

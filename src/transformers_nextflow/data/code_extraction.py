@@ -96,7 +96,9 @@ class Extraction:
         self.self_correction  # raises for invalid values
         check_on_bad_image(self.on_bad_image)
         if min(self.shard_size, self.batch_size) < 1:
-            raise ValueError(f"shard_size and batch_size start at 1, got {self.shard_size} and {self.batch_size}.")
+            raise ValueError(
+                f"shard_size and batch_size must be at least 1, got {self.shard_size} and {self.batch_size}."
+            )
         if abs(self.seed) > MAX_SEED:
             raise ValueError(f"seed must lie between -{MAX_SEED} and {MAX_SEED}, got {self.seed}.")
 
@@ -160,10 +162,12 @@ def extract_codes(
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {tuple(ENGINES)}, got {engine!r}.")
     if processes < 1:
-        raise ValueError(f"processes start at 1, got {processes}.")
+        raise ValueError(f"processes must be at least 1, got {processes}.")
     for name, place in (("source", source), ("output", output)):
         if str(place).startswith("memory://") and (engine != "local" or processes > 1):
-            raise ValueError(f"{name} {place} is the memory of this process, which the others do not see.")
+            raise ValueError(
+                f"{name} {place} is in the memory of this process, which the other processes cannot read; use a folder."
+            )
     model, folder = load_vision_tokenizer(tokenizer), open_folder(output)
     # Other processes and machines may have another working folder.
     source, tokenizer = (_absolute(without_file_scheme(place)) for place in (source, tokenizer))
@@ -196,11 +200,13 @@ def check_codes(output: str | os.PathLike) -> dict[str, int]:
     shards = read_typed(Extraction, _read_json(folder, SETTINGS), f"{folder}/{SETTINGS}").shards
     bad = [_shard(shard) for shard in shards if not _is_complete(folder, shard)]
     if bad:
-        raise ValueError(f"{folder}: {', '.join(bad)} lack or are damaged; extract once more, the others stay.")
+        raise ValueError(
+            f"{folder}: {', '.join(bad)} are missing or damaged; extract once more, which keeps the others."
+        )
     notes = [_read_json(folder, _note(shard)) for shard in shards]
     for shard, note in zip(shards, notes):
         if not all(isinstance(note.get(name), int) for name in ("rows", "skipped")):
-            raise ValueError(f"{folder}/{_note(shard)} does not count its rows; remove it, and extract once more.")
+            raise ValueError(f"{folder}/{_note(shard)} has no numbers of rows; remove it, and extract once more.")
     return {name: sum(note[name] for note in notes) for name in ("rows", "skipped")} | {"shards": len(notes)}
 
 
@@ -212,14 +218,14 @@ def _begin(extraction: Extraction, folder: Folder):
             shutil.rmtree(partial)  # left by a call that was killed
     if SETTINGS not in names:
         if any(name.startswith("codes-") for name in names):
-            raise ValueError(f"{folder} holds codes without {SETTINGS}; take an empty folder.")
+            raise ValueError(f"{folder} holds codes without {SETTINGS}; use an empty folder.")
         folder.write(SETTINGS, lambda path: path.write_text(json.dumps(asdict(extraction), indent=2) + "\n"))
     begun = _read_json(folder, SETTINGS)
     for name, value in asdict(extraction).items():
         # The tokenizer may be in another folder now: its fingerprint says whether it is the same.
         if begun.get(name) != value and name != "tokenizer":
             raise ValueError(
-                f"{folder} was begun with {name} {begun.get(name)!r}, now it is {value!r}; take the same, or an empty "
+                f"{folder} was begun with {name} {begun.get(name)!r}, now it is {value!r}; use the same, or an empty "
                 "folder."
             )
 
@@ -255,7 +261,7 @@ def _write_by_ray(
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     if device.startswith("cuda") and not ray.cluster_resources().get("GPU"):
         raise ValueError(
-            f"device {device} needs a GPU, and the Ray cluster has none; take cpu."
+            f"device {device} needs a GPU, and the Ray cluster has none; use cpu."
         )  # without this check Ray would wait for a GPU
     data.DataContext.get_current().enable_progress_bars = False  # there is a bar for shards already
     numbers = data.from_items([{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), MAX_BLOCKS))
@@ -429,7 +435,7 @@ def _absolute(place: str | os.PathLike) -> str:
 
 
 def _kept(output: str | os.PathLike, done: int, count: int) -> str:
-    return f"{done} of {count} shards are kept in {output}; the same command goes on with the others."
+    return f"{done} of {count} shards are kept in {output}; the same command continues with the others."
 
 
 def _shard(shard: int) -> str:
@@ -451,9 +457,9 @@ def _read_json(folder: Folder, name: str) -> dict:
     try:
         content = load_json(folder.read(name))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{folder}/{name} is no JSON; is it whole? {error}") from error
+        raise ValueError(f"{folder}/{name} is not valid JSON; is it complete? {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{folder}/{name} holds no object; is it whole?")
+        raise ValueError(f"{folder}/{name} holds no object; is it complete?")
     return content
 
 

@@ -73,7 +73,7 @@ def measure_reconstruction(
         quality.psnr.append(psnr(restored / 2 + 0.5, pixels / 2 + 0.5).item())
         quality.pairs.append(tuple(Image.fromarray(to_uint8(one[0])) for one in (pixels, restored)))
     if not quality.psnr:
-        raise ValueError("There are no images to reconstruct; rows that hold codes only give none.")
+        raise ValueError("There are no images to reconstruct; rows that hold only codes have none.")
     return quality
 
 

@@ -58,7 +58,7 @@ class RowCodes:
         """
         if None not in (fingerprint, self.fingerprint) and fingerprint != self.fingerprint:
             those = f"the codes come from the tokenizer {self.fingerprint}, the model's is {fingerprint}"
-            raise BadRowError(FINGERPRINT, f"{those}; extract them anew")
+            raise BadRowError(FINGERPRINT, f"{those}; extract them again")
         for index, grid in enumerate(self.grids):
             place = f"{GRIDS}[{index}]"
             expected = None if schedules is None else schedule_of(schedules, grid, place).num_tokens
@@ -192,7 +192,7 @@ def _check_equal_lengths(
         raise BadRowError(
             f"{TOKENS}[{index}]",
             f"differ from {LABELS}, so they are sampled for self-correction, but the image is not trained on and is "
-            f"read as it is; give its codes as {CLEAN_TOKENS}, or extract the codes anew",
+            f"read as it is; give its codes as {CLEAN_TOKENS}, or extract the codes again",
         )
 
 

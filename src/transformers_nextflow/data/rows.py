@@ -65,7 +65,7 @@ class Sample:
 
 def no_target_error() -> BadRowError:
     """The error for a row in which nothing is trained on."""
-    return BadRowError("messages", 'nothing is learned from them; give an answer or "train": true')
+    return BadRowError("messages", 'none of them is trained on; give an answer or "train": true')
 
 
 def is_trained(message: dict, part: dict) -> bool:

@@ -227,7 +227,7 @@ class JsonLines:
             try:
                 return load_json(file.readline())
             except (ValueError, RecursionError) as error:
-                raise BadRowError("row", f"is no JSON that can be used: {error}") from error
+                raise BadRowError("row", f"is not valid JSON: {error}") from error
 
     def __iter__(self) -> Iterator[dict]:
         return (self[index] for index in range(len(self)))

@@ -99,7 +99,7 @@ class StoredImages(Sequence):
         try:
             row = load_json(self.lines[index])
         except (ValueError, RecursionError) as error:
-            raise BadRowError("row", f"is no JSON: {error}") from error
+            raise BadRowError("row", f"is not valid JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(name := row.get("file_name"), str):
             raise BadRowError("file_name", "must be the name of an image")
         try:

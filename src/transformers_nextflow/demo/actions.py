@@ -64,7 +64,7 @@ def draw(pipe: NextFlowPipeline, prompt: str, size: str, count, seed, guidance) 
         ValueError: for inputs that the pipeline refuses.
     """
     if size not in sizes(pipe):
-        raise ValueError(f"No image is drawn in the size {size!r}; choose one of the list.")
+        raise ValueError(f"Images are not drawn in the size {size!r}; choose one of the list.")
     asked = {} if size == DEFAULT_SIZE else dict(zip(("width", "height"), map(int, size.split(" x "))))
     for shown in _stream_scales(pipe, prompt, count, seed, guidance_scale=guidance, **asked):
         if shown.is_finished and len(shown.images) > 1 and hasattr(pipe.unwrapped_model, "generate_interleaved"):
@@ -85,7 +85,7 @@ def edit(pipe: NextFlowPipeline, prompt: str, painted: dict | None, count, seed,
         ValueError: without an image, and for what the pipeline refuses.
     """
     if not painted or painted.get("background") is None:
-        raise ValueError("There is no image to edit; upload one, or take one that was drawn.")
+        raise ValueError("There is no image to edit; upload one, or use one that was drawn.")
     image = shrunk(pipe, painted["background"])
     mask = mask_of(painted["layers"], image.size)
     regions = {} if mask is None else {"mask_image": mask, "paste_back": True}
@@ -99,7 +99,7 @@ def vary(pipe: NextFlowPipeline, prompt: str, image: Image.Image | None, kept, c
         ValueError: without an image, and for what the pipeline refuses.
     """
     if image is None:
-        raise ValueError("There is no image to vary; upload one, or take one that was drawn.")
+        raise ValueError("There is no image to vary; upload one, or use one that was drawn.")
     return _stream_scales(pipe, prompt, count, seed, image=shrunk(pipe, image), num_kept_scales=_whole(kept, "kept"))
 
 
@@ -110,7 +110,7 @@ def chat(pipe: NextFlowPipeline, conversation: list[dict], text: str, images: li
         ValueError: for a question without words, and for inputs that the pipeline refuses.
     """
     if not text.strip():
-        raise ValueError("A message needs words; write some.")
+        raise ValueError("The message is empty; write some text.")
     content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
     asked = [*conversation, {"role": "user", "content": content}]
     drawing = {}

@@ -53,4 +53,4 @@ def made(make: Callable[[dict], nn.Module], config: Mapping[str, Any], name: str
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # diffusers' modules take what comes, and fail at it
-        raise ValueError(f"NextFlowDiffusionDecoder: its {name} cannot be made of its config: {error}") from error
+        raise ValueError(f"NextFlowDiffusionDecoder: its {name} cannot be created from its config: {error}") from error

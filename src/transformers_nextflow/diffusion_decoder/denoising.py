@@ -80,6 +80,6 @@ def denoise(
     if not bool(pixels.isfinite().all()):
         raise ValueError(
             f"The diffusion decoder gives NaN or infinity with guidance_scale={guidance_scale} as {decoder.dtype}: its "
-            "weights are damaged or the type is too small for it; take float32, less guidance, or decoder='pixel'."
+            "weights are damaged or the type is too small for it; use float32, less guidance, or decoder='pixel'."
         )
     return pixels

@@ -61,7 +61,9 @@ def small_decoder(
     if not channels or min(channels) < 1 or any(width % NORM_GROUPS for width in channels):
         raise ValueError(f"channels are multiples of {NORM_GROUPS}, one for each level, got {short_repr(channels)}.")
     if not (1 <= pixel_cell <= MAX_CHANNELS and 1 <= layers <= MAX_LAYERS):
-        raise ValueError(f"pixel_cell and layers start at 1, got {short_repr(pixel_cell)} and {short_repr(layers)}.")
+        raise ValueError(
+            f"pixel_cell and layers must be at least 1, got {short_repr(pixel_cell)} and {short_repr(layers)}."
+        )
     own = 3 * pixel_cell**2
     base = UNet2DModel(
         in_channels=own,

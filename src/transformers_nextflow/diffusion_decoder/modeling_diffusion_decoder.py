@@ -122,10 +122,10 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
         if config.predicts not in (("velocity", "image") if is_flow else ("noise",)):
             raise ValueError(
                 f"predicts={config.predicts!r} does not go with {'flow matching' if is_flow else 'this scheduler'}; "
-                f"take {'velocity or image' if is_flow else 'noise'}."
+                f"use {'velocity or image' if is_flow else 'noise'}."
             )
         if config.lora_rank is not None and not self.kind.takes_lora:
-            raise ValueError(f"{config.base['_class_name']} takes no LoRA; leave lora_rank out.")
+            raise ValueError(f"{config.base['_class_name']} does not support LoRA; leave lora_rank out.")
         if config.patch_size * config.upsampling % self.pixels_per_cell:
             raise ValueError(
                 f"A code covers {config.patch_size * config.upsampling} pixels a side, and a cell of the denoiser "
@@ -167,14 +167,14 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
             own = " and ".join("x".join(map(str, one)) for one in trained)
             raise ValueError(
                 f"This diffusion decoder was trained on images of {own} pixels (height x width), got "
-                f"{size[0]}x{size[1]}; draw one of those, or take decoder='pixel'."
+                f"{size[0]}x{size[1]}; draw one of those, or use decoder='pixel'."
             )
         height, width = (side * self.cells_per_code for side in grid)
         multiple = self.kind.multiple(self.denoiser)
         if height % multiple or width % multiple:
             raise ValueError(
                 f"The base of this diffusion decoder takes sides that are multiples of {multiple} cells, and an image "
-                f"of {size[0]}x{size[1]} pixels has {height}x{width}; take decoder='pixel' for this size."
+                f"of {size[0]}x{size[1]} pixels has {height}x{width}; use decoder='pixel' for this size."
             )
         return self._channels, height, width
 
@@ -184,7 +184,7 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
         if own is not None and own != fingerprint:
             raise ValueError(
                 f"This diffusion decoder was trained on the codes of the tokenizer {own}, and the model's is "
-                f"{fingerprint}; take the decoder of this model, or decoder='pixel'."
+                f"{fingerprint}; use the decoder of this model, or decoder='pixel'."
             )
 
     # Its card ---------------------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
         with the condition of the cell that covered it.
         """
         if self.config.upsampling != 1:
-            raise ValueError("This diffusion decoder gives images twice as large already.")
+            raise ValueError("This diffusion decoder already gives images twice as large.")
         settings = {name: value for name, value in self.config.items() if not name.startswith("_")}
         larger = type(self)(**settings | {"upsampling": 2})
         weights, (old, new) = self.state_dict(), (self.cells_per_code, larger.cells_per_code)

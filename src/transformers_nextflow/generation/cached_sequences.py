@@ -28,7 +28,7 @@ def check_cache(cache: Cache | None, config: PreTrainedConfig):
     """Raises `ValueError` for a cache that the attention of `config` (the backbone's) cannot read."""
     if isinstance(cache, Cache) and cache.is_compileable and config._attn_implementation == "flex_attention":
         # Each layer computes the mask anew, after the first layer has already advanced the position of the queries.
-        raise ValueError("flex_attention cannot read a static cache; take another, or attn_implementation='sdpa'.")
+        raise ValueError("flex_attention cannot read a static cache; use another, or attn_implementation='sdpa'.")
 
 
 class CachedSequences:

@@ -54,7 +54,9 @@ class Guidance:
         if not isinstance(self.guidance_ramp, bool):
             raise ValueError(f"guidance_ramp must be True or False, got {short_repr(self.guidance_ramp)}.")
         if self.guidance_ramp and is_per_scale(self.guidance_scale):
-            raise ValueError("guidance_ramp goes with a single guidance_scale; a sequence already says each scale's.")
+            raise ValueError(
+                "guidance_ramp goes with a single guidance_scale; a sequence already has a value for each scale."
+            )
 
     def _check(self, name: str, is_valid: Callable[[Any], bool], remedy: str, or_none: bool = False):
         """Raises `ValueError` for a setting with values that are no valid numbers."""

@@ -103,7 +103,7 @@ def sampled_probabilities(
     # One NaN or infinity turns its whole row into NaN.
     if probabilities.device.type == "cpu" and not bool(probabilities[..., 0].isfinite().all()):
         raise ValueError(
-            "The model's logits hold NaN or infinity, so nothing can be drawn from them; take a smaller "
+            "The model's logits hold NaN or infinity, so nothing can be sampled from them; use a smaller "
             "guidance_scale, dtype=float32, or another checkpoint."
         )
     return probabilities

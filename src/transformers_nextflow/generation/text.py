@@ -98,13 +98,13 @@ class TextGenerationMixin(GenerationMixin):
         config, size = self.config, self.config.text_config.vocab_size
         if not isinstance(assistant, TextGenerationMixin) or assistant.config.text_config.vocab_size != size:
             raise ValueError(
-                "An assistant reads the same tokens, images and positions; take a NextFlow with a text vocabulary of "
+                "An assistant reads the same tokens, images and positions; use a NextFlow with a text vocabulary of "
                 f"{size}, not this {type(assistant).__name__}."
             )
         if do_sample and assistant.config.vocab_size != config.vocab_size:
             raise ValueError(
                 f"Sampling compares probabilities of {config.vocab_size} classes, text and codes, with an assistant's "
-                f"of {assistant.config.vocab_size}; take do_sample=False, or a NextFlow with as many."
+                f"of {assistant.config.vocab_size}; use do_sample=False, or a NextFlow with as many."
             )
 
     def _get_logits_processor(self, generation_config, *args, logits_processor=None, **kwargs):
@@ -139,7 +139,9 @@ class TextGenerationMixin(GenerationMixin):
                 "it out."
             )
         if generation_config.prefill_chunk_size is not None and model_kwargs.get("image_grids") is not None:
-            raise ValueError("prefill_chunk_size would cut images, whose scales see both ways; leave it out.")
+            raise ValueError(
+                "prefill_chunk_size would split images, whose scales attend in both directions; leave it out."
+            )
         position = position_ids[0] if position_ids.ndim == 3 else position_ids
         num_new_tokens = max_cache_length + 1 - position.shape[-1]
         check_num_positions(int(position.max()) + 1 + num_new_tokens, self.config)

@@ -115,8 +115,8 @@ class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin
         """
         if kwargs.get("quantization_config") is not None:
             raise ValueError(
-                "OneCAT is not quantised: its drawing expert has a part for each scale, which quantised layers lack. "
-                "Load it in bfloat16, with drawing_only=True or a device_map that leaves experts on the CPU."
+                "OneCAT is not quantised: its drawing expert has a part for each scale, which quantised layers do not "
+                "have. Load it in bfloat16, with drawing_only=True or a device_map that leaves experts on the CPU."
             )
         return super().from_pretrained(*args, **kwargs)
 

@@ -91,7 +91,7 @@ class OneCatProcessor(DrawingInputsMixin, ProcessorMixin):
     def __init__(self, image_processor, tokenizer, chat_template: str | None = None):
         known = tokenizer.get_vocab()
         if missing := [token for token in MARKERS if token not in known]:
-            raise ValueError(f"The tokenizer lacks {', '.join(missing)}; take the one that was released with OneCAT.")
+            raise ValueError(f"The tokenizer lacks {', '.join(missing)}; use the one that was released with OneCAT.")
         # Made special tokens if the released file does not, so that no prompt can spell them out.
         own = [AddedToken(t, special=True, normalized=False) for t in (*MARKERS, *DRAWN_MARKERS) if t in known]
         tokenizer.add_tokens(own, special_tokens=True)

@@ -36,7 +36,9 @@ def check_options(think: bool, max_thought_tokens: int, thought_temperature: flo
     if not is_of_type(thought_temperature, float) or not 0 <= thought_temperature < float("inf"):
         raise ValueError(f"thought_temperature must be a number from 0, got {short_repr(thought_temperature)}.")
     if thought_temperature and not think:
-        raise ValueError(f"thought_temperature={thought_temperature} is of a thought; add think, or leave it at 0.")
+        raise ValueError(
+            f"thought_temperature={thought_temperature} is only for thoughts; add think, or leave it at 0."
+        )
     for name, function in called.items():
         if function is not None:
             check_function(function, 4, name)

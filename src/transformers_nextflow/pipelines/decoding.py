@@ -59,13 +59,14 @@ class DecodingMixin:
         if decoder == "pixel":
             if steps is not None or guidance_scale is not None:
                 raise ValueError(
-                    "decoder_steps and decoder_guidance_scale are of decoder='diffusion'; the pixel decoder has none."
+                    "decoder_steps and decoder_guidance_scale are only for decoder='diffusion'; the pixel decoder has "
+                    "none."
                 )
             return None
         if self.diffusion_decoder is None:
             raise ValueError(
                 "This pipeline has no diffusion decoder; load it with from_pretrained(..., diffusion_decoder=folder), "
-                "on the command line name it by --decoder folder, or take decoder='pixel'."
+                "on the command line name it by --decoder folder, or use decoder='pixel'."
             )
         for schedule in set(schedules):
             self.diffusion_decoder.sample_shape(schedule.final_grid)

@@ -73,7 +73,7 @@ class LoraMixin:
             numbers = range(len(names) + 1)
             adapter_name = next(name for name in (f"default_{number}" for number in numbers) if name not in names)
         if adapter_name in names:
-            raise ValueError(f"There is an adapter {adapter_name!r} already; take another name, or delete it first.")
+            raise ValueError(f"There is an adapter {adapter_name!r} already; use another name, or delete it first.")
         with loading_errors(path):
             add_saved_adapter(self.unwrapped_model, adapter_name, path, subfolder, self._lora_rank, **kwargs)
         self.unwrapped_model.eval().requires_grad_(False)
@@ -152,7 +152,7 @@ class LoraMixin:
             raise ValueError("The adapters are switched off; call enable_lora before fuse_lora.")
         fused = {part: [name for name in names if _has(part, name)] for part in adapted_parts(self.unwrapped_model)}
         if any(len(own) > 1 for part, own in fused.items() if _is_whole(part)):
-            raise ValueError(f"Two of the adapters {names} hold the same module whole; fuse one of them.")
+            raise ValueError(f"Two of the adapters {names} replace the same module; fuse one of them.")
         for layer in self._lora_layers():
             layer.scaling_before_fusing = {name: float(scaling) for name, scaling in layer.scaling.items()}
             for name in (name for name in names if name in layer.scaling):

@@ -136,7 +136,7 @@ def _check_combination(processor, images, keeps: bool, mask_image, think: bool, 
     if think and processor.think_prefix is None:
         raise ValueError("This checkpoint was not trained to think before it draws; leave think out.")
     if think and keeps:
-        raise ValueError("think goes without mask_image and num_kept_scales; leave one of them out.")
+        raise ValueError("think cannot be combined with mask_image or num_kept_scales; leave one of them out.")
 
 
 def requested_schedule(processor, size: tuple[int | None, int | None], image: Image.Image | None) -> ScaleSchedule:

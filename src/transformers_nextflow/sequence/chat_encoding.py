@@ -89,12 +89,12 @@ def check_written(chats: Sequence[list[dict]], rendered: Sequence[str], image_to
                 if message.get("role") != "assistant" and " ".join(said.split()) not in words:
                     raise ValueError(
                         f"The chat template leaves out the prompt {short_repr(said)}, so the model would not read it; "
-                        "take the template that the checkpoint came with."
+                        "use the template that the checkpoint came with."
                     )
         if image_token and (found := written.count(image_token)) < num_images:
             raise ValueError(
                 f"The chat template writes {image_token} {found} times for {num_images} images, so the model would not "
-                "read them all; take the template that the checkpoint came with."
+                "read them all; use the template that the checkpoint came with."
             )
 
 

@@ -251,7 +251,7 @@ async def _json(request: Request) -> dict:
     try:
         body = load_json(await request.body())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"The request's body is no JSON: {error}") from error
+        raise ValueError(f"The request's body is not valid JSON: {error}") from error
     if not isinstance(body, dict):
         raise ValueError("The request's body must be an object.")
     return body

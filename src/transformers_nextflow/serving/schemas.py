@@ -89,7 +89,7 @@ class ImageBody(Body):
     @classmethod
     def _is_followed(cls, compression: int | None, info: ValidationInfo) -> int | None:
         if info.data.get("output_format") == "png" and compression not in (None, 100):
-            raise ValueError("PNG loses nothing; output_format webp or jpeg takes it")
+            raise ValueError("PNG is lossless; use output_format webp or jpeg")
         return compression
 
     @field_validator("prompt", "negative_prompt")
@@ -151,7 +151,7 @@ class ChatBody(Body):
     @classmethod
     def _is_only_limit(cls, limit: int | None, info: ValidationInfo) -> int | None:
         if limit is not None and info.data.get("max_tokens") not in (None, limit):
-            raise ValueError("max_tokens, its older name, says something else; give one of them")
+            raise ValueError("max_tokens, its older name, has another value; give one of them")
         return limit
 
     @field_validator("stream_options")

@@ -135,7 +135,7 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
         """Codes (B, N) of images (B, 3, H, W) in [-1, 1] of the model's size."""
         if tuple(pixel_values.shape[-2:]) != self.config.image_size:
             raise ValueError(
-                f"TokenFlow-t2i has images of {self.config.image_size} pixels alone, got "
+                f"TokenFlow-t2i has only images of {self.config.image_size} pixels, got "
                 f"{tuple(pixel_values.shape[-2:])}."
             )
         return self.vq_model.encode(pixel_values).image_tokens
@@ -150,7 +150,7 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
         """
         grid = self.config.schedule.final_grid
         if image_grids is not None and set(map(tuple, image_grids.tolist())) != {grid}:
-            raise ValueError(f"TokenFlow-t2i has images with the final grid {grid} alone, got {image_grids.tolist()}.")
+            raise ValueError(f"TokenFlow-t2i has only images with the final grid {grid}, got {image_grids.tolist()}.")
         return list(self.vq_model.decode(image_tokens, self.config.schedule))
 
     def visual_head(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ class TokenFlowT2IProcessor(DrawingInputsMixin, ProcessorMixin):
         begin, text = tokenizer("").input_ids, tokenizer("a").input_ids
         if len(begin) != 1 or text[:1] != begin:
             raise ValueError(
-                f"The tokenizer reads an empty text as {begin} and 'a' as {text}; take one that begins texts with <s> "
+                f"The tokenizer reads an empty text as {begin} and 'a' as {text}; use one that begins texts with <s> "
                 "and adds nothing behind."
             )
         if tokenizer.pad_token_id is None:
@@ -63,7 +63,7 @@ class TokenFlowT2IProcessor(DrawingInputsMixin, ProcessorMixin):
             ValueError: for no prompts, one that is no string, an empty one, one that is too long, and for images.
         """
         if images is not None:
-            raise ValueError("TokenFlow-t2i draws from text alone; leave image out.")
+            raise ValueError("TokenFlow-t2i draws only from text; leave image out.")
         prompts = check_prompts(prompts, allow_empty)
         rows = self.tokenizer(prompts, split_special_tokens=True).input_ids
         for prompt, row in zip(prompts, rows):

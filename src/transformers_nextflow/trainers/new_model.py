@@ -91,7 +91,7 @@ def examine_rows(source: str | os.PathLike, columns: Columns | None = None) -> D
             raise error.of_row(number) from error
         statistics.texts += [part["text"] for m in sample.messages for part in m["content"] if part["type"] == "text"]
     if not statistics.sides:
-        raise ValueError(f"{source} has no images to begin a model for; rows that hold codes only give none.")
+        raise ValueError(f"{source} has no images to create a model for; rows that hold only codes have none.")
     return statistics
 
 

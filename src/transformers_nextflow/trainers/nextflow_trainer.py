@@ -232,7 +232,9 @@ class NextFlowTrainer(
         config, unless an adapter is trained, which does not change the model.
         """
         if not is_peft_model(self.model) and getattr(self.model.config, "trained_on", None) is not None:
-            logger.warning("What the config says the model was trained on (trained_on) is taken out: no longer true.")
+            logger.warning(
+                "What the config says the model was trained on (trained_on) is removed, since it no longer holds."
+            )
             self.model.config.trained_on = None
         return super().train(*args, **kwargs)
 
@@ -245,7 +247,7 @@ class NextFlowTrainer(
         check_trainer_arguments(args, kwargs)
         if (model.tp_size or 1) > 1 and not SAVES_TENSOR_PARALLEL:
             raise ValueError(
-                f"The model is divided among {model.tp_size} processes (tensor parallel), and transformers "
+                f"The model is sharded over {model.tp_size} processes (tensor parallel), and transformers "
                 f"{transformers.__version__} cannot save it after a training; install a newer transformers."
             )
         collator = kwargs["data_collator"] = kwargs.get("data_collator") or _collator_of(kwargs.get("processing_class"))
@@ -330,7 +332,7 @@ class NextFlowTrainer(
         if self.args.muon and self.optimizer is None:
             if self.is_fsdp_enabled or self.get_tp_size() > 1:
                 raise ValueError(
-                    "muon needs whole matrices, and these are in parts (FSDP, tensor parallel); set optim."
+                    "muon needs complete weight matrices, and these are sharded (FSDP, tensor parallel); set optim."
                 )
             model = self.accelerator.unwrap_model(self.model)
             self.optimizer = MuonWithAdamW(
@@ -381,8 +383,8 @@ class NextFlowTrainer(
     def _check_evaluated(self, rows):
         if self._num_shares > 1 and isinstance(rows, IterableDataset):
             raise ValueError(
-                "A stream cannot be evaluated in several processes: nobody knows which rows fill up its last batch and "
-                "would count twice. Give an eval_dataset with a length."
+                "A stream cannot be evaluated in several processes: it is not known which rows fill up its last batch "
+                "and would count twice. Give an eval_dataset with a length."
             )
 
     @contextmanager

@@ -119,7 +119,7 @@ def costs_within(rows: Iterable[dict], cost: Callable[[dict], float], budget: fl
         if value > budget:
             number = row.get(ROW_NUMBER, number) if isinstance(row, dict) else number
             raise ValueError(
-                f"Row {number} alone costs {math.ceil(value)}, more than the packing_budget of {budget}; give a budget "
+                f"Row {number} costs {math.ceil(value)}, more than the packing_budget of {budget}; give a budget "
                 "of at least that, or leave such rows out."
             )
         yield value

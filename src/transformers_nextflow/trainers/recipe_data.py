@@ -137,7 +137,7 @@ class StageImages(Dataset):
             for position, (place, own) in enumerate(zip(sample.fields, sample.images)):
                 self.images.append((number, position, place, own if isinstance(own, Path) else None))
         if not self.images:
-            raise ValueError(f"The rows in {root} give no images; a tokenizer is not trained on codes.")
+            raise ValueError(f"The rows in {root} hold no images; a tokenizer is not trained on codes.")
 
     def __len__(self) -> int:
         return len(self.images)

@@ -113,7 +113,7 @@ class Recipe:
         check_names(self.arguments, [f.name for f in fields(known) if f.init], f"{known.__name__}, or arguments,")
         check_types(self.arguments, hints_of(known), "arguments")
         if unknown := sorted(set(self.train) - set(PARTS)):
-            raise ValueError(f"train names parts of {PARTS}, got {unknown}.")
+            raise ValueError(f"train must name parts of {PARTS}, got {unknown}.")
         shares = (self.caption_share, self.empty_share, self.caption_share + self.empty_share)
         if not all(0 <= share <= 1 for share in shares):
             raise ValueError(
@@ -131,7 +131,7 @@ class Recipe:
                     f"of the kind {self.kind}; leave it out."
                 )
         if self.arguments.get("resume_from_checkpoint") is not None:
-            raise ValueError("resume_from_checkpoint is not followed in a recipe; call train with --resume.")
+            raise ValueError("resume_from_checkpoint has no effect in a recipe; call train with --resume.")
         if self.decoder_width < 1:
             raise ValueError(f"decoder_width must be at least 1, got {self.decoder_width}.")
         if self.lora_rank < 0 or (self.lora_rank and self.kind in ("tokenizer", "diffusion_decoder")):
@@ -193,17 +193,17 @@ def load_recipe(
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no recipe, since it is no text in UTF-8: {error}.") from error
+        raise ValueError(f"{path} is not a recipe, since it is not UTF-8 text: {error}.") from error
     values = _from_yaml(text, str(path))
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is no recipe; it must hold `kind` and `arguments`.")
+        raise ValueError(f"{path} is not a recipe; it must hold `kind` and `arguments`.")
     values |= {name: value for name, value in given.items() if value is not None}
     if values.get("arguments") is None:
         values["arguments"] = {}
     for change in changes:
         name, separator, value = change.partition("=")
         if not separator:
-            raise ValueError(f"A change is written name=value, got {short_repr(change)}.")
+            raise ValueError(f"A change must be written name=value, got {short_repr(change)}.")
         target = values if name in {f.name for f in fields(Recipe)} else values["arguments"]
         if not isinstance(target, dict):
             break  # an error follows below
@@ -235,7 +235,7 @@ def _from_yaml(text: str, what: str) -> Any:
     try:
         return load_yaml(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ValueError(f"{what} is no YAML that can be used: {error}") from error
+        raise ValueError(f"{what} is not valid YAML: {error}") from error
 
 
 def run_recipe(recipe: Recipe, model, data, output, resume: bool = False, profile: bool = False):

@@ -84,7 +84,7 @@ def atomic_folder_write(folder: str | os.PathLike, replaced: Collection[str] = (
 def check_path(path: object):
     """Raises `ValueError` for anything but a path, and for an empty path."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise ValueError(f"{path!r:.80} names no file or folder; give a path.")
+        raise ValueError(f"{path!r:.80} is not a path; name a file or folder.")
 
 
 def swap_folders(new: Path, old: Path):
@@ -96,7 +96,7 @@ def swap_folders(new: Path, old: Path):
         OSError: if `old` is a file.
     """
     if not old.is_dir():
-        raise NotADirectoryError(f"{old} is a file; remove it, or take another folder.")
+        raise NotADirectoryError(f"{old} is a file; remove it, or use another folder.")
     if not _swap_in_one_step(new, old):
         aside = new.with_name(f"{new.name}.old")
         old.rename(aside)

@@ -66,8 +66,8 @@ def unsafe_pickle(path: object, error: Exception) -> str:
     """The message for a pickle that holds more than tensors; torch's own message advises to open it nevertheless."""
     found = re.search(r"GLOBAL (\S+)", str(error))
     return (
-        f"{short_path(path)} is no pickle of tensors alone and was not opened: it holds {found[1] if found else 'more'}"
-        ". Where you trust it, save its tensors as safetensors."
+        f"{short_path(path)} is not a pickle of only tensors and was not opened: it holds "
+        f"{found[1] if found else 'more'}. If you trust it, save its tensors as safetensors."
     )
 
 
@@ -83,7 +83,9 @@ def check_index(folder: str | os.PathLike):
     for file in Path(folder).glob("*.index*.json"):
         names = read_json(file).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise ValueError(f"{file} is no index of weights: it has no weight_map, name to file; fetch it again.")
+            raise ValueError(
+                f"{file} is not an index of weights: it has no weight_map from names to files; fetch it again."
+            )
         if outside := sorted({name for name in names.values() if not name or os.path.basename(name) != name}):
             raise ValueError(f"{file} names {_some(outside)}, outside of its folder; fetch it again from its source.")
 
@@ -160,7 +162,7 @@ def read_json(path: Path | str) -> dict:
     try:
         content = load_json(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON that can be used; is it whole? {error}") from error
+        raise ValueError(f"{path} is not valid JSON; is it complete? {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__} in place of an object; fetch it again.")
     return content

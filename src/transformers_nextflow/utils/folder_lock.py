@@ -59,7 +59,7 @@ def _acquire(path: Path) -> int | None:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 return None
             raise ValueError(
-                f"{path.parent} is in use by {holder or 'another process'}; wait until that has ended, or take another "
+                f"{path.parent} is in use by {holder or 'another process'}; wait until that has ended, or use another "
                 "folder."
             ) from None
         if _is_still_there(descriptor, path):

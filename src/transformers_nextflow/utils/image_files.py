@@ -58,7 +58,7 @@ def read_image(source: Any, max_pixels: int | None = None, formats: tuple[str, .
 def open_image(source: str | os.PathLike | BinaryIO) -> Image.Image:
     """The image in a file, not decoded. Raises `ValueError`, naming it, for anything else."""
     if not (hasattr(source, "read") or isinstance(source, str | os.PathLike)):
-        raise ValueError(f"{short_repr(source)} is no path and no open file; name the file of an image.")
+        raise ValueError(f"{short_repr(source)} is neither a path nor an open file; name the file of an image.")
     name = short_path(getattr(source, "name", "the open file") if hasattr(source, "read") else source)
     try:
         return Image.open(source if hasattr(source, "read") else regular_file(source))

@@ -40,12 +40,12 @@ def check_image_format(path: str | os.PathLike):
     extension = Path(path).suffix.lower()
     image_format = Image.registered_extensions().get(extension)
     if image_format not in Image.SAVE:
-        raise ValueError(f"{short_path(path)} has no extension of an image that can be written; take .png.")
+        raise ValueError(f"{short_path(path)} has no extension of an image that can be written; use .png.")
     try:
         # Some known formats cannot be written, or not in colour.
         Image.new("RGB", (16, 16)).save(io.BytesIO(), image_format)
     except Exception as error:
-        raise ValueError(f"Images cannot be written as {extension} ({error}); take .png.") from error
+        raise ValueError(f"Images cannot be written as {extension} ({error}); use .png.") from error
 
 
 def check_apart(files: Iterable[tuple[str, str | os.PathLike | None]], *others: tuple[str, str | os.PathLike | None]):
@@ -59,14 +59,16 @@ def check_apart(files: Iterable[tuple[str, str | os.PathLike | None]], *others: 
             if file is not None and path is not None:
                 place = Path(os.path.realpath(path))
                 if _checked(file) in (place, *place.parents):
-                    raise ValueError(f"{option} and {other} meet in {short_path(path)}; name another place for one.")
+                    raise ValueError(
+                        f"{option} and {other} would both be written to {short_path(path)}; name another place for one."
+                    )
 
 
 def _checked(path: str | os.PathLike) -> Path:
     try:
         return Path(os.path.realpath(path))
     except (OSError, ValueError) as error:  # a NUL
-        raise ValueError(f"{short_path(path)} is no path: {error}") from error
+        raise ValueError(f"{short_path(path)} is not a valid path: {error}") from error
 
 
 def _try(path: Path, write: Callable[[Path], object]):
@@ -74,11 +76,11 @@ def _try(path: Path, write: Callable[[Path], object]):
     try:
         there = next(folder for folder in path.parents if os.path.lexists(folder))
         if not os.path.isdir(there):
-            raise ValueError(f"{short_path(there)} is no folder, so {short_path(path)} cannot be written.")
+            raise ValueError(f"{short_path(there)} is not a folder, so {short_path(path)} cannot be written.")
         with tempfile.TemporaryDirectory(prefix=".try.", dir=there) as folder:
             trial = Path(folder) / path.relative_to(there)
             trial.parent.mkdir(parents=True, exist_ok=True)
             write(trial)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ValueError(f"{short_path(path)} cannot be written: {reason}; take another place.") from error
+        raise ValueError(f"{short_path(path)} cannot be written: {reason}; use another place.") from error

@@ -55,7 +55,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
         return model
     for name, config in model.peft_config.items():
         if config.is_prompt_learning:
-            raise ValueError(f"The adapter {name!r} is of type {config.peft_type.value}, which cannot draw; take LoRA.")
+            raise ValueError(
+                f"The adapter {name!r} is of type {config.peft_type.value}, which is not supported for drawing; "
+                "use LoRA."
+            )
     return model.get_base_model()
 
 
@@ -246,9 +249,7 @@ def activate(model: nn.Module, names: Sequence[str]):
             try:
                 name = part.check_set_adapter(names) if names else None
             except ValueError as error:
-                raise ValueError(
-                    f"Two of the adapters {names} hold the same module whole; take one of them."
-                ) from error
+                raise ValueError(f"Two of the adapters {names} replace the same module; use one of them.") from error
             own = [] if name is None else [name]
         chosen.append((part, own))
     for part, own in chosen:
@@ -337,12 +338,14 @@ def _read_adapter(path, subfolder: str, **hub_options) -> tuple[PeftConfig, dict
     check_finite(settings)
     saved = {key.removeprefix(PREFIX): value for key, value in load_file(weights).items()}
     if broken := [key for key, value in saved.items() if value.dtype not in FLOATS or not bool(is_finite(value))]:
-        raise ValueError(f"{weights} holds {saved[broken[0]].dtype} that are no finite floats in {broken[0]}.")
+        raise ValueError(f"{weights} holds {saved[broken[0]].dtype} that are not finite floats in {broken[0]}.")
     config = PeftConfig.from_pretrained(Path(file).parent)
     # What is made for it is made at random, before its weights come into it.
     largest = max((side for value in saved.values() for side in value.shape), default=0)
     if getattr(config, "r", 0) > largest:
-        raise ValueError(f"{file} says r={config.r}, and no side of the adapter's weights is larger than {largest}.")
+        raise ValueError(
+            f"{file} says r={config.r}, and no dimension of the adapter's weights is larger than {largest}."
+        )
     return config, saved
 
 

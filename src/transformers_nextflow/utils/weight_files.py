@@ -44,7 +44,7 @@ def read_state_dict(path: Path | str, allowed: Iterable[type] = ()) -> State:
         raise ValueError(unsafe_pickle(path, error)) from error
     except (RuntimeError, EOFError, OSError, LookupError, ValueError, AttributeError) as error:
         # torch takes what is no archive for an old pickle, and stumbles over its bytes in many ways.
-        raise ValueError(f"{path} cannot be read; is it whole? {error}") from error
+        raise ValueError(f"{path} cannot be read; is it complete? {error}") from error
 
 
 def _begins_as_pickle(path: Path) -> bool:
@@ -58,4 +58,4 @@ def safetensors_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read; is it whole? {error}") from error
+        raise ValueError(f"{path} cannot be read; is it complete? {error}") from error

@@ -98,7 +98,7 @@ class LearnedPositions(nn.Module):
         """(B, h*w, D) → (B, 1 + h*w, D), the class token first. Raises `ValueError` for another grid."""
         if tuple(grid) != self.grid:
             raise ValueError(
-                f"The semantic decoder learned positions of the grid {self.grid} alone, got {tuple(grid)}."
+                f"The semantic decoder learned positions only for the grid {self.grid}, got {tuple(grid)}."
             )
         class_token = self.class_token.expand(len(hidden_states), -1, -1)
         return torch.cat([class_token, hidden_states], dim=1) + self.positions

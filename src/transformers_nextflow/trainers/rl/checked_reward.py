@@ -26,7 +26,7 @@ def check_rewards(name: str, rewards: Iterable[float | None], count: int) -> lis
     """
     try:
         if isinstance(rewards, str | bytes | Set) or hasattr(rewards, "keys"):
-            raise TypeError("it has no order of images")
+            raise TypeError("it is not ordered by images")
         rewards = list(rewards)
     except TypeError as error:
         raise ValueError(
@@ -43,7 +43,7 @@ def _check_reward(name: str, index: int, reward) -> float | None:
         # The only element of a tensor or an array.
         value = reward.item() if hasattr(reward, "item") else reward
         if isinstance(value, str | bytes):
-            raise TypeError("a text is no number")
+            raise TypeError("a text is not a number")
         value = None if value is None else float(value)
     except (OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(

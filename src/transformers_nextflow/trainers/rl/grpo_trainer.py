@@ -131,7 +131,7 @@ class NextFlowGRPOTrainer(
             )
         if (base_model.tp_size or 1) > 1:
             raise ValueError(
-                f"The model is divided among {base_model.tp_size} processes (tensor parallel), which RL does not draw "
+                f"The model is sharded over {base_model.tp_size} processes (tensor parallel), which RL does not draw "
                 "with; load it without tp_plan, and shard it by FSDP2 (recipes/accelerate/fsdp2.yaml)."
             )
         processing_class.check_fits(base_model.config)
@@ -439,7 +439,7 @@ def _prefix(asked: int | None, model: nn.Module, sampling: ImageSampling) -> int
     most = len(model.config.vq_config.scales)
     count = min(MAX_PREFIX_SCALES, most) if asked is None else asked
     if count > most:
-        raise ValueError(f"num_prefix_scales is {count}, but the model draws in {most}; take at most so many.")
+        raise ValueError(f"num_prefix_scales is {count}, but the model draws in {most}; use at most {most}.")
     for _, num_scales in model.config.vq_config.scale_schedules.levels:
         certain = [scale for scale in range(min(count, num_scales)) if not sampling.is_sampled_at(scale, num_scales)]
         if certain and (asked is not None or certain[0] == 0):

@@ -41,7 +41,9 @@ class AveragedWeightsMixin(ShardedCheckpointMixin):
         self._num_averaged = 0
         if self.args.ema_decay:
             if self.is_deepspeed_enabled:
-                raise ValueError(f"ema_decay={self.args.ema_decay}: DeepSpeed keeps weights to itself; set it to 0.")
+                raise ValueError(
+                    f"ema_decay={self.args.ema_decay}: DeepSpeed does not expose its weights; set it to 0."
+                )
             self.add_callback(_AfterEachStepCallback(self._update_averages))
 
     @contextmanager

@@ -40,7 +40,7 @@ class FiniteTrainingMixin:
         for name in ("max_nonfinite_steps", "spike_factor"):
             if (value := getattr(self.args, name)) and self.is_deepspeed_enabled:
                 raise ValueError(
-                    f"{name}={value}: DeepSpeed takes its steps before a gradient can be looked at; leave it out."
+                    f"{name}={value}: DeepSpeed takes its steps before a gradient can be checked; leave it out."
                 )
         self._noted: list[tuple[str, torch.Tensor]] = []
         self._num_nonfinite_steps = self._num_spikes = 0
@@ -83,15 +83,15 @@ class FiniteTrainingMixin:
             f"{statistics.median(before):.3g}."
         )
         if rule == "count":
-            logger.warning(f"{what} It is taken all the same.")
+            logger.warning(f"{what} The step is taken, as on_spike='count' says.")
             return
         self._skip_step(model)
         checkpoint = self.last_checkpoint() if rule == "rewind" else None
         if checkpoint is None:
-            logger.warning(f"{what} It is left out{'; there is no checkpoint yet' if rule == 'rewind' else ''}.")
+            logger.warning(f"{what} The step is skipped{'; there is no checkpoint yet' if rule == 'rewind' else ''}.")
             return
         self._rewind(checkpoint)
-        logger.warning(f"{what} It goes on with the weights of {checkpoint}.")
+        logger.warning(f"{what} The step is skipped, and training continues with the weights of {checkpoint}.")
 
     def _skip_step(self, model: nn.Module):
         model.zero_grad()  # the optimizer does not change weights without a gradient
@@ -135,12 +135,12 @@ class FiniteTrainingMixin:
         what = f"Step {step}: {' and '.join(names)} {'is' if len(names) == 1 else 'are'} not finite."
         self._num_nonfinite_steps += 1
         if self._num_nonfinite_steps > limit:
-            before = f" {limit} such steps were left out before (max_nonfinite_steps)." if limit else ""
+            before = f" {limit} such steps were skipped before (max_nonfinite_steps)." if limit else ""
             raise ValueError(
                 f"{what}{before} {self._last_good_checkpoint()} Look at the rows of this step, or lower the learning "
-                "rate; max_nonfinite_steps leaves out a few such steps."
+                "rate; max_nonfinite_steps skips a few such steps."
             )
-        logger.warning(f"{what} It is left out, the {self._num_nonfinite_steps}. of {limit} at most.")
+        logger.warning(f"{what} It is skipped, number {self._num_nonfinite_steps} of at most {limit}.")
         self._skip_step(model)
 
     def _last_good_checkpoint(self) -> str:
@@ -158,7 +158,7 @@ class FiniteTrainingMixin:
             names = [name for name, weight in weights if not are_finite([weight])]
             what = f"{len(names)} weights are not finite, {', '.join(names[:3])} among them"
             if at_start:
-                raise ValueError(f"At the start {what}; look at what they were loaded from.")
+                raise ValueError(f"Before the first step {what}; check the checkpoint that they were loaded from.")
             raise ValueError(
                 f"After step {self.state.global_step} {what}; they are not saved. {self._last_good_checkpoint()} "
                 "Lower the learning rate."

@@ -89,15 +89,17 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
             return None
         if asked is not True:
             if not (Path(asked) / TRAINER_STATE_NAME).is_file():
-                raise ValueError(f"{asked} is no checkpoint to go on from; it has no {TRAINER_STATE_NAME}.")
+                raise ValueError(f"{asked} is not a checkpoint to resume from; it has no {TRAINER_STATE_NAME}.")
             return Path(asked)
         found = checkpoints_in(self.args.output_dir)
         if not found:
-            raise ValueError(f"There is no checkpoint in {self.args.output_dir} to go on from; train without resuming.")
+            raise ValueError(
+                f"There is no checkpoint in {self.args.output_dir} to resume from; train without resuming."
+            )
         if is_superseded(found[-1]):
             raise ValueError(
                 f"{found[-1]} is of an earlier training in this folder than the one that was begun last; remove it, or "
-                "name the checkpoint to go on from."
+                "name the checkpoint to resume from."
             )
         return found[-1]
 
@@ -115,11 +117,12 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
         decisive, harmless = broadcast_object_list([changes])[0]
         if decisive and not self.args.resume_with_changes:
             raise ValueError(
-                f"Going on from {self._start} would not end as the training that wrote it: {'; '.join(decisive)}. "
-                "Resume with what it had, begin anew, or set resume_with_changes=True to go on with the changes."
+                f"Resuming from {self._start} would give another result than the training that wrote it: "
+                f"{'; '.join(decisive)}. Resume with what it had, start a new training, or set "
+                "resume_with_changes=True to resume with the changes."
             )
         if decisive or harmless:
-            logger.warning(f"Going on from {self._start} with changes: {'; '.join(decisive + harmless)}.")
+            logger.warning(f"Resuming from {self._start} with changes: {'; '.join(decisive + harmless)}.")
         return bool(decisive)
 
     def _prepare_for_training(self, *args, **kwargs):
@@ -131,7 +134,7 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
         self.check_weights(at_start=True)
         if self.args.should_save and (superseded := self.mark_superseded(self._start)):
             logger.warning(
-                f"{', '.join(superseded)} in {self.args.output_dir} are not of the training that begins here; new ones "
+                f"{', '.join(superseded)} in {self.args.output_dir} belong to an earlier training; new ones "
                 "take their places."
             )
         return prepared
@@ -141,7 +144,9 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-        logger.warning(f"The training stands at its last step, {self.state.global_step}; there is nothing to train.")
+        logger.warning(
+            f"The training is already at its last step, {self.state.global_step}; there is nothing to train."
+        )
         return TrainOutput(self.state.global_step, statistics.fmean(losses) if losses else math.nan, {})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None):

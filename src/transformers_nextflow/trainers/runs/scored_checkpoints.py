@@ -52,7 +52,7 @@ class CheckpointScores:
         device: str | None = None,
     ):
         if not Path(run).is_dir():
-            raise ValueError(f"{run} is no folder; name that of a training (--output), which holds its checkpoints.")
+            raise ValueError(f"{run} is not a folder; name that of a training (--output), which holds its checkpoints.")
         self.run, self.evaluate, self.device = Path(run), SUITES[suite], device
         self.output = Path(output) if output is not None else self.run / "evaluation" / suite
         self.settings = {"suite": suite, "limit": limit, "seeds": seeds}
@@ -99,7 +99,7 @@ class CheckpointScores:
     def progress_note(self) -> str:
         """The note on an interrupt: how many checkpoints have been scored."""
         count = len(self.scores())
-        return f"The scores of {count} checkpoints are kept in {self.output}; the same command goes on."
+        return f"The scores of {count} checkpoints are kept in {self.output}; the same command continues."
 
     def _checkpoints(self) -> list[Path]:
         return [checkpoint for checkpoint in checkpoints_in(self.run) if not is_superseded(checkpoint)]
@@ -114,7 +114,7 @@ class CheckpointScores:
     def _score(self, checkpoint: Path):
         if (checkpoint / PARTS).exists():
             raise ValueError(
-                f"{checkpoint} holds weights in parts, which no one process reads; train with "
+                f"{checkpoint} holds sharded weights, which a single process cannot read; train with "
                 "fsdp_state_dict_type=FULL_STATE_DICT to have its checkpoints scored, or score its final."
             )
         with atomic_write(self.output / checkpoint.name) as partial:

@@ -24,7 +24,7 @@ def check_trained_weights(model: nn.Module, args: TrainingArguments):
             raise ValueError(
                 f"{name} is {str(parameter.dtype).removeprefix('torch.')}, and small steps would be rounded away: "
                 "weights that are trained are float32, under mixed precision too. Load the model with "
-                "from_pretrained(..., dtype=torch.float32), or freeze what rests."
+                "from_pretrained(..., dtype=torch.float32), or freeze the rest."
             )
 
 

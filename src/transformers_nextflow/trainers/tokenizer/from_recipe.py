@@ -56,9 +56,9 @@ def loss_networks(recipe, args: NextFlowVQTrainingArguments) -> dict[str, nn.Mod
             "weights (docs/tokenizer.md)."
         )
     if recipe.perceptual is not None and not args.perceptual_weight:
-        raise ValueError(f"perceptual {recipe.perceptual} counts for nothing: set perceptual_weight above 0.")
+        raise ValueError(f"perceptual {recipe.perceptual} has no effect: set perceptual_weight above 0.")
     if recipe.discriminator and not args.adversarial_weight:
-        raise ValueError(f"discriminator {recipe.discriminator} counts for nothing: set adversarial_weight above 0.")
+        raise ValueError(f"discriminator {recipe.discriminator} has no effect: set adversarial_weight above 0.")
     if recipe.perceptual is not None:
         judges["perceptual"] = load_perceptual(recipe.perceptual)
     if args.adversarial_weight:

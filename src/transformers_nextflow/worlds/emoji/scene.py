@@ -259,7 +259,7 @@ def box(grid: Cell, cell: Cell, size: tuple[int, int]) -> tuple[int, int, int]:
 def _recolored(art: Art, concept: str, style: str, color: str) -> np.ndarray:
     paint = art.drawings[concept, style].paint
     if paint is None:
-        raise ValueError(f"{concept} in style {style} has no ruling colour, so it stays as it is.")
+        raise ValueError(f"{concept} in style {style} has no main colour, so it cannot be recoloured.")
     return recolor(art.sprite(concept, style), paint, color)
 
 
