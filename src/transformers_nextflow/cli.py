@@ -25,7 +25,7 @@ from .utils.atomic_files import write_with_fallback
 from .utils.image_files import regular_file
 from .utils.interrupts import end_on_termination
 from .utils.one_line_errors import DEBUG, errors_in_one_line, note_on_interrupt
-from .utils.output_files import check_apart, check_image_format, check_output_file, check_output_folder
+from .utils.output_files import check_distinct_paths, check_image_format, check_output_file, check_output_folder
 from .utils.version import __version__
 
 
@@ -289,7 +289,7 @@ def video(
         from .video_processing_nextflow import check_video_path, write_frames
 
         check_video_path(output)
-        check_apart([("--output", output)], ("--first-frame", first_frame))
+        check_distinct_paths([("--output", output)], ("--first-frame", first_frame))
         _check_files([first_frame] if first_frame else [])
         pipeline = _load_pipeline(model, device, dtype, decoder)
         _check_enlarged(pipeline, scale, output, decoder, height, width)
@@ -362,7 +362,7 @@ def evaluate(
 ):
     """Score a checkpoint; prints suite, category and score."""
     with errors_in_one_line():
-        check_apart([("--json", json_file)], ("--sheets", sheets))
+        check_distinct_paths([("--json", json_file)], ("--sheets", sheets))
         if json_file is not None:
             check_output_file(json_file)
         if sheets is not None:
@@ -420,7 +420,7 @@ def _tell(seconds: float, paths: list[Path]):
 
 def _check_image_path(output: Path, count: int, *others: tuple[str, Path | None]):
     """Check before drawing that images can be written and do not replace the `others`, so no drawing is lost."""
-    check_apart([("--output", path) for path in _numbered(output, min(count, MAX_CHECKED))], *others)
+    check_distinct_paths([("--output", path) for path in _numbered(output, min(count, MAX_CHECKED))], *others)
     check_image_format(output)
     for path in _numbered(output, min(count, MAX_CHECKED)):
         check_output_file(path)

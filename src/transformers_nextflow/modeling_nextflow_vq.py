@@ -20,7 +20,7 @@ from .vision_tokenizer.multiscale_quantizer import (
     NextFlowVQQuantizer,
     SelfCorrection,
     check_float32,
-    outside_of_autocast,
+    without_autocast,
 )
 from .vision_tokenizer.pixel_branches import PIXEL_BRANCHES
 from .vision_tokenizer.resampling import resample
@@ -204,7 +204,7 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
             raise ValueError(f"This tokenizer reads only images of {only}x{only} pixels, got {size[0]}x{size[1]}.")
         return self.config.scale_schedules.build()
 
-    @outside_of_autocast
+    @without_autocast
     def encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Continuous latents (B, C, h, w), the semantic channels first, computed in float32 also under autocast.
 

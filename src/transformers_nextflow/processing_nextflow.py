@@ -13,9 +13,9 @@ from .configuration_nextflow import NextFlowConfig
 from .image_processing_nextflow import IMAGE_SETTINGS, flatten_images
 from .scale_schedule import ScaleSchedule
 from .sequence.chat_encoding import (
-    check_spells_out_no_special_tokens,
+    check_has_no_special_tokens,
+    check_rendered,
     check_texts,
-    check_written,
     encode_chats,
     encode_text,
     gather_special_tokens,
@@ -165,13 +165,13 @@ class NextFlowProcessor(DrawingInputsMixin, ProcessorMixin):
         with template_errors():
             rendered = super().apply_chat_template(conversation, chat_template, *args, tokenize=False, **kwargs)
         is_one = isinstance(rendered, str)
-        check_written([conversation] if is_one else conversation, [rendered] if is_one else rendered, self.image_token)
+        check_rendered([conversation] if is_one else conversation, [rendered] if is_one else rendered, self.image_token)
         if not tokenize:
             return rendered
         if SANITIZES_CONTROL_TOKENS:
             kwargs.setdefault("sanitize_control_tokens", True)
         else:
-            check_spells_out_no_special_tokens(self.tokenizer, conversation)
+            check_has_no_special_tokens(self.tokenizer, conversation)
         with template_errors():
             output = super().apply_chat_template(
                 conversation, chat_template, *args, tokenize=tokenize, return_dict=return_dict, **kwargs

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..utils.one_line_errors import errors_in_one_line
-from ..utils.output_files import check_apart, check_image_format, check_output_file, check_output_folder
+from ..utils.output_files import check_distinct_paths, check_image_format, check_output_file, check_output_folder
 from .options import CaptionColumn, EditedImageColumn, ImageColumn, OnBadImage, Source
 
 
@@ -43,7 +43,7 @@ def inspect(
 
         if sheet is not None:
             check_image_format(sheet)
-            check_apart([("--sheet", sheet)], ("--data", data))
+            check_distinct_paths([("--sheet", sheet)], ("--data", data))
             check_output_file(sheet)
         rows, root = open_rows(data, Columns(image_column, None, edited_image_column), needs_texts=False)
         vq_model = load_vision_tokenizer(file)
@@ -119,7 +119,9 @@ def extract_codes(
 
         place = without_file_scheme(output)
         if not is_address(place):
-            check_apart([("--output", place)], ("the data", without_file_scheme(source)), ("--tokenizer", tokenizer))
+            check_distinct_paths(
+                [("--output", place)], ("the data", without_file_scheme(source)), ("--tokenizer", tokenizer)
+            )
             check_output_folder(place)
         settings = {"shard_size": shard_size, "level": level, "top_k": top_k, "token_share": token_share, "seed": seed}
         settings |= {"batch_size": batch_size, "on_bad_image": on_bad_image, "image_column": image_column}

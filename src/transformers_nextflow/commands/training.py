@@ -12,7 +12,7 @@ import typer
 from ..evaluation.suites import SUITES
 from ..utils.atomic_files import atomic_write
 from ..utils.one_line_errors import errors_in_one_line, note_on_interrupt
-from ..utils.output_files import check_apart, check_output_folder
+from ..utils.output_files import check_distinct_paths, check_output_folder
 from .options import CaptionColumn, Data, Device, EditedImageColumn, ImageColumn
 
 
@@ -70,7 +70,7 @@ def train(
     with errors_in_one_line():
         from ..trainers.recipes import load_recipe, run_recipe
 
-        check_apart([("--output", output)], ("--model", model), ("--data", data))
+        check_distinct_paths([("--output", output)], ("--model", model), ("--data", data))
         check_output_folder(output)
         name = recipe or ("rl" if rl else "lora" if lora else "transformer")
         given = {"image_column": image_column, "caption_column": caption_column, "reward": reward}

@@ -104,7 +104,9 @@ def _renamed_state(state: Mapping[str, torch.Tensor], rename: Callable[[str], st
         if name is not None:
             renamed[name] = tensor
     if unknown:
-        raise ValueError(f"The key table has no rows for {_some(unknown)}; does the file come from another model?")
+        raise ValueError(
+            f"The key table has no rows for {_first_names(unknown)}; does the file come from another model?"
+        )
     return renamed
 
 
@@ -131,7 +133,7 @@ def check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.
         if name in state and getattr(value, "dtype", torch.long).is_floating_point > state[name].is_floating_point()
     ]
     faults = {"missing": missing, "not expected": extra, "of another shape": misshapen, "integers": integers}
-    told = [f"{kind}: {_some(names)}" for kind, names in faults.items() if names]
+    told = [f"{kind}: {_first_names(names)}" for kind, names in faults.items() if names]
     if told:
         raise ValueError(f"The tensors do not fit the model. {'; '.join(told)}. Do file and config belong together?")
     for name, tensor in state.items():
@@ -153,7 +155,7 @@ def widest_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
-def _some(names: list[str], most: int = 8) -> str:
+def _first_names(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -221,13 +223,17 @@ class ShardedCheckpoint(Mapping):
         names = sorted(set(self.files.values()))
         absent = [name for name in names if Path(name).name != name or not (self.folder / name).is_file()]
         if absent:
-            raise ValueError(f"The index of {self.folder} names {_some(absent)}, but there is no such file; fetch it.")
+            raise ValueError(
+                f"The index of {self.folder} names {_first_names(absent)}, but there is no such file; fetch it."
+            )
         found: State = {}
         for name in names:
             layout = self._layout_of(name)
             wrong = sorted(layout.keys() ^ {key for key, file in self.files.items() if file == name})
             if wrong:
-                raise ValueError(f"The index of {self.folder} and {name} disagree on {_some(wrong)}; fetch both again.")
+                raise ValueError(
+                    f"The index of {self.folder} and {name} disagree on {_first_names(wrong)}; fetch both again."
+                )
             found |= layout
         return {key: found[key] for key in self.files}
 

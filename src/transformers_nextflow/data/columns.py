@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..utils.field_errors import shown
+from ..utils.field_errors import abbreviate
 from .row_errors import BadImageError, BadRowError
 from .rows import check_is_row
 
@@ -78,7 +78,7 @@ class Columns:
         if classes is not None and isinstance(text, int):
             text = classes[text]
         if not isinstance(text, str):
-            raise BadRowError(str(self.caption), f"must be a text, got {shown(text)}")
+            raise BadRowError(str(self.caption), f"must be a text, got {abbreviate(text)}")
         asked = [{"type": "text", "text": text}]
         if self.edited_image is None:
             return _exchange(asked, self._image(row, self.image))

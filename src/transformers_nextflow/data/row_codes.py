@@ -10,7 +10,7 @@ import numpy as np
 
 from ..modeling_nextflow_vq import NextFlowVQEncoderOutput
 from ..scale_schedule import Grid, ScaleSchedule, ScaleSchedules
-from ..utils.field_errors import shown
+from ..utils.field_errors import abbreviate
 from ..utils.plain_values import as_list, plain
 from .row_errors import BadRowError
 
@@ -103,7 +103,7 @@ def read_codes(row: dict, trained: list[bool]) -> RowCodes | None:
         return None
     fingerprint = row.get(FINGERPRINT)
     if not isinstance(fingerprint, str | None):
-        raise BadRowError(FINGERPRINT, f"must be a string, got {shown(fingerprint)}")
+        raise BadRowError(FINGERPRINT, f"must be a string, got {abbreviate(fingerprint)}")
     tokens, grids = _arrays(row, TOKENS, len(trained)), read_grids(row, len(trained))
     labels, clean = (
         [None] * len(trained) if row.get(name) is None else _arrays(row, name, len(trained), optional=True)
@@ -123,7 +123,9 @@ def read_grids(row: dict, count: int | None = None) -> list[Grid]:
     grids = _arrays(row, GRIDS, count)
     for index, grid in enumerate(grids):
         if len(grid) != 2 or grid.min() < 1:
-            raise BadRowError(f"{GRIDS}[{index}]", f"must be height and width in cells, got {shown(grid.tolist())}")
+            raise BadRowError(
+                f"{GRIDS}[{index}]", f"must be height and width in cells, got {abbreviate(grid.tolist())}"
+            )
     return [tuple(grid.tolist()) for grid in grids]
 
 
@@ -144,7 +146,7 @@ def _arrays(row: dict, name: str, count: int | None, optional: bool = False) -> 
         return []
     entries = as_list(value)
     if entries is None:
-        raise BadRowError(name, f"must be a list with an entry for each image, got {shown(value)}")
+        raise BadRowError(name, f"must be a list with an entry for each image, got {abbreviate(value)}")
     if count is not None and len(entries) != count:
         raise BadRowError(name, f"the messages hold {count} images, but there are {len(entries)} here")
     return [
@@ -163,13 +165,13 @@ def _whole_numbers(value: Any, place: str) -> np.ndarray:
             kind for kind in set(map(type, value)) if not issubclass(kind, int | np.integer) or kind is bool
         ]:
             found = next(entry for entry in value if type(entry) in strange)
-            raise BadRowError(place, f"must hold whole numbers, got {shown(found)}")
+            raise BadRowError(place, f"must hold whole numbers, got {abbreviate(found)}")
         try:
             return np.array(value, dtype=np.int64)
         except OverflowError as error:
             raise BadRowError(place, f"holds numbers beyond any codebook: {error}") from error
     if not isinstance(value, np.ndarray):
-        raise BadRowError(place, f"must be a list of whole numbers, got {shown(value)}")
+        raise BadRowError(place, f"must be a list of whole numbers, got {abbreviate(value)}")
     if value.ndim != 1 or value.dtype.kind not in "iu":
         raise BadRowError(place, f"must be one list of whole numbers, got {value.dtype} of shape {value.shape}")
     if value.size and int(value.max()) > np.iinfo(np.int64).max:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..scale_schedule import max_frames_of_level
 from ..sequence.messages import read_message
-from ..utils.field_errors import FieldError, shown
+from ..utils.field_errors import FieldError, abbreviate
 from ..utils.image_files import read_image
 from ..utils.plain_values import as_list
 from ..video_processing_nextflow import read_frames
@@ -92,11 +92,11 @@ def read_row(
     for number, message in enumerate(messages):
         parts: list[dict] = []
         for index, part in enumerate(message["content"]):
-            parts += _take_part(sample, part, f"messages[{number}].content[{index}]", Path(root), max_frames)
+            parts += _read_part(sample, part, f"messages[{number}].content[{index}]", Path(root), max_frames)
         sample.messages.append(message | {"content": parts})
     if not any(part["type"] == "text" for message in sample.messages for part in message["content"]):
         raise BadRowError("messages", 'there is no text part; an unconditional sample has one with "text": ""')
-    _take_images(sample, row.get("images"), Path(root))
+    _fill_in_images(sample, row.get("images"), Path(root))
     sample.codes = read_codes(row, sample.trained_images) if with_codes else None
     missing = [place for place, image in zip(sample.fields, sample.images) if image is None]
     if sample.codes is None and missing:
@@ -116,7 +116,7 @@ def read_messages(row: dict) -> list[dict]:
     check_is_row(row)
     messages = as_list(row.get("messages"))
     if not messages:
-        raise BadRowError("messages", f"must be a list of at least one message, got {shown(row.get('messages'))}")
+        raise BadRowError("messages", f"must be a list of at least one message, got {abbreviate(row.get('messages'))}")
     try:
         return [read_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
     except FieldError as error:
@@ -171,7 +171,7 @@ class NumberedRows:
         return None if stored is None else (row | {ROW_NUMBER: index} for index, row in enumerate(stored))
 
 
-def _take_part(sample: Sample, part: dict, place: str, root: Path, max_frames: int) -> list[dict]:
+def _read_part(sample: Sample, part: dict, place: str, root: Path, max_frames: int) -> list[dict]:
     """The parts of the sample for a part of a row; adds its images to the sample."""
     kind = part["type"]
     if kind == "text":
@@ -221,11 +221,11 @@ def _locate(image: Any, place: str, root: Path):
     return path
 
 
-def _take_images(sample: Sample, given: Any, root: Path):
+def _fill_in_images(sample: Sample, given: Any, root: Path):
     """Read images in a list beside the messages, as in TRL."""
     images = [] if given is None else as_list(given)
     if images is None:
-        raise BadRowError("images", f"must be a list of images, got {shown(given)}")
+        raise BadRowError("images", f"must be a list of images, got {abbreviate(given)}")
     free = [number for number, image in enumerate(sample.images) if image is None]
     if images and len(images) != len(free):
         raise BadRowError("images", f"holds {len(images)} images for {len(free)} image parts without one")

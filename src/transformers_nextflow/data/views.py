@@ -10,7 +10,7 @@ from .rows import read_messages, read_row
 from .stored_sizes import SIZES
 
 
-AS_IT_IS, AS_CAPTION, WITHOUT_PROMPT = VIEWS = range(3)
+UNCHANGED, AS_CAPTION, WITHOUT_PROMPT = VIEWS = range(3)
 
 
 def apply_view(row: dict, view: int, caption_request: str) -> dict:
@@ -39,14 +39,14 @@ def size_fields(row: dict, processor: NextFlowProcessor) -> dict[str, list[int |
     for view in VIEWS:
         own = apply_view(row, view, processor.caption_request)
         if id(own) not in known:  # most rows have one view only
-            known[id(own)] = own, _counts(own, processor)
+            known[id(own)] = own, _count_positions(own, processor)
         length, count = known[id(own)][1]
         lengths.append(length)
         trained.append(count)
     return dict(zip(SIZES, (lengths, trained)))
 
 
-def _counts(row: dict, processor: NextFlowProcessor) -> tuple[int, int] | tuple[None, None]:
+def _count_positions(row: dict, processor: NextFlowProcessor) -> tuple[int, int] | tuple[None, None]:
     try:
         encoded = encode_sample(read_row(row), processor)
     except BadRowError:  # told where it is trained on

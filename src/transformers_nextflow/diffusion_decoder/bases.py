@@ -133,7 +133,7 @@ BASES = {
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-def base_of(config: dict) -> Base:
+def find_base(config: dict) -> Base:
     """The kind of a denoiser with this config. Raises `ValueError` for a kind that is not in `BASES`."""
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in BASES:
@@ -145,7 +145,7 @@ def base_of(config: dict) -> Base:
 
 def make_base(config: dict) -> nn.Module:
     """A denoiser with this config and random weights."""
-    base_of(config)
+    find_base(config)
     return getattr(diffusers, config["_class_name"]).from_config(dict(config))
 
 

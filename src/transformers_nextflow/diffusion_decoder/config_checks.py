@@ -46,7 +46,7 @@ def check_config(config: Mapping[str, Any], init: Callable):
     check_scheduler(config["scheduler"], config["num_inference_steps"])
 
 
-def made(make: Callable[[dict], nn.Module], config: Mapping[str, Any], name: str) -> nn.Module:
+def make_module(make: Callable[[dict], nn.Module], config: Mapping[str, Any], name: str) -> nn.Module:
     """A module of diffusers by its config. Raises `ValueError` that names the part for one that makes none."""
     try:
         return make(dict(config))

@@ -22,8 +22,8 @@ from ..utils.checkpoint_checks import (
     loading_errors,
 )
 from ..utils.model_cards import DECODER_USE, ModelCardMixin, format_count, with_card
-from .bases import PromptEmbeddings, add_lora, base_of, make_base
-from .config_checks import check_config, made
+from .bases import PromptEmbeddings, add_lora, find_base, make_base
+from .config_checks import check_config, make_module
 from .schedulers import is_flow_matching
 
 
@@ -89,11 +89,11 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
     ):
         super().__init__()
         check_config(self.config, type(self).__init__)
-        self.kind = base_of(base)
-        self.denoiser = base_model if base_model is not None else made(make_base, base, "base")
+        self.kind = find_base(base)
+        self.denoiser = base_model if base_model is not None else make_module(make_base, base, "base")
         self.autoencoder = vae_model
         if vae_model is None and vae is not None:
-            self.autoencoder = made(AutoencoderKL.from_config, vae, "vae")
+            self.autoencoder = make_module(AutoencoderKL.from_config, vae, "vae")
         if self.autoencoder is not None:
             self.autoencoder.eval().requires_grad_(False)
         self._check_settings()

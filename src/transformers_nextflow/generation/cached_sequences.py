@@ -10,7 +10,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, eager_mask, sdpa_mask
 
 from ..sequence.layout import check_new_positions
-from ..sequence.scale_sdpa import plan_behind
+from ..sequence.scale_sdpa import plan_cached
 from ..utils.older_transformers import CACHE_KEYWORD
 
 
@@ -207,7 +207,7 @@ class CachedSequences:
         is_causal = is_causal and count > 1
         if self.padding is not None and (self.valid is not None or is_causal):
             columns = self.cache.get_seq_length() + count
-            plan = plan_behind(config, self.padding, count, columns, is_causal, embeds.device)
+            plan = plan_cached(config, self.padding, count, columns, is_causal, embeds.device)
             if plan is not None:
                 return plan
         if is_causal or form not in (sdpa_mask, eager_mask):

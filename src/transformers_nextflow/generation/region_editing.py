@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..scale_schedule import ScaleSchedule
-from ..vision_tokenizer.multiscale_quantizer import outside_of_autocast
+from ..vision_tokenizer.multiscale_quantizer import without_autocast
 from ..vision_tokenizer.resampling import resample
 
 
@@ -62,7 +62,7 @@ class KeptRegion:
                 for latents, schedule in zip(self.latents, schedules)
             ]
 
-    @outside_of_autocast
+    @without_autocast
     def condition(
         self, logits: torch.Tensor, codes_before: torch.Tensor, rows: slice | Sequence[int], schedule: ScaleSchedule
     ) -> torch.Tensor:

@@ -67,7 +67,7 @@ class LoraMixin:
             with loading_errors(path):
                 swap_adapter(self.unwrapped_model, name, path, subfolder, **kwargs)
             if self._lora_rank is None:  # else what was recorded reads the same tensors
-                self._compile_again()
+                self._discard_recordings()
             return
         if adapter_name is None:
             numbers = range(len(names) + 1)
@@ -77,7 +77,7 @@ class LoraMixin:
         with loading_errors(path):
             add_saved_adapter(self.unwrapped_model, adapter_name, path, subfolder, self._lora_rank, **kwargs)
         self.unwrapped_model.eval().requires_grad_(False)
-        self._compile_again()
+        self._discard_recordings()
 
     def enable_lora_hotswap(self, target_rank: int = 128):
         """Make room in adapters that are loaded from now on, so that others up to a rank take their place by
@@ -150,25 +150,27 @@ class LoraMixin:
         self._check_not_fused("fuse_lora")
         if any(part.disable_adapters for part in adapted_parts(self.unwrapped_model)):
             raise ValueError("The adapters are switched off; call enable_lora before fuse_lora.")
-        fused = {part: [name for name in names if _has(part, name)] for part in adapted_parts(self.unwrapped_model)}
-        if any(len(own) > 1 for part, own in fused.items() if _is_whole(part)):
+        fused = {
+            part: [name for name in names if _has_adapter(part, name)] for part in adapted_parts(self.unwrapped_model)
+        }
+        if any(len(own) > 1 for part, own in fused.items() if _is_module_to_save(part)):
             raise ValueError(f"Two of the adapters {names} replace the same module; fuse one of them.")
         for layer in self._lora_layers():
             layer.scaling_before_fusing = {name: float(scaling) for name, scaling in layer.scaling.items()}
             for name in (name for name in names if name in layer.scaling):
                 layer.scaling[name] = layer.scaling[name] * lora_scale
         for part, own in fused.items():
-            if _is_whole(part):
+            if _is_module_to_save(part):
                 part.merged_adapters, part.active_before_fusing = own, list(part.active_adapters)
                 part.set_adapter(own)
             elif hasattr(part, "merge"):
                 part.merge(safe_merge=safe_fusing, adapter_names=own)
-        self._compile_again()
+        self._discard_recordings()
 
     def unfuse_lora(self):
         """Take adapters out of the weights again."""
         for part in adapted_parts(self.unwrapped_model):
-            if _is_whole(part) and part.merged_adapters:
+            if _is_module_to_save(part) and part.merged_adapters:
                 part.set_adapter(part.active_before_fusing)
                 part.merged_adapters = []
             elif getattr(part, "merged", False):
@@ -176,12 +178,12 @@ class LoraMixin:
                 for name, scaling in getattr(part, "scaling_before_fusing", {}).items():
                     held = part.scaling[name]
                     part.scaling[name] = held.fill_(scaling) if torch.is_tensor(held) else scaling
-        self._compile_again()
+        self._discard_recordings()
 
     def unload_lora_weights(self):
         """Remove all adapters; the model is the plain one again. Merged adapters stay in the weights."""
         self.register_modules(model=without_adapters(self.unwrapped_model))
-        self._compile_again()
+        self._discard_recordings()
 
     def delete_adapters(self, adapter_names: str | Sequence[str]):
         """Remove some adapters."""
@@ -193,7 +195,7 @@ class LoraMixin:
         else:
             delete_adapters(self.unwrapped_model, names)
             self.unwrapped_model.requires_grad_(False)
-            self._compile_again()
+            self._discard_recordings()
 
     def set_lora_device(self, adapter_names: str | Sequence[str], device: torch.device | str | int):
         """Move adapters to another device, as those that are not in use to the CPU. Those that are active must be where
@@ -217,11 +219,11 @@ class LoraMixin:
 
     def enable_lora(self):
         """Switch the active adapters on (again)."""
-        self._switch(True)
+        self._set_enabled(True)
 
     def disable_lora(self):
         """Switch all adapters off; they stay loaded."""
-        self._switch(False)
+        self._set_enabled(False)
 
     def get_active_adapters(self) -> list[str]:
         """Names of the adapters that act."""
@@ -231,11 +233,11 @@ class LoraMixin:
         """Names of all adapters by component; the only component is "model"."""
         return {"model": list(getattr(self.unwrapped_model, "peft_config", {}))}
 
-    def _switch(self, on: bool):
+    def _set_enabled(self, on: bool):
         for part in adapted_parts(self.unwrapped_model):
             part.enable_adapters(on)
         self.unwrapped_model.requires_grad_(False)
-        self._compile_again()
+        self._discard_recordings()
 
     def _check_adapters(self, names: Sequence[str]):
         known = self.get_list_adapters()["model"]
@@ -260,7 +262,7 @@ class LoraMixin:
     def _lora_layers(self) -> Iterator[nn.Module]:
         return (part for part in adapted_parts(self.unwrapped_model) if hasattr(part, "set_scale"))
 
-    def _compile_again(self):
+    def _discard_recordings(self):
         """Discard recorded scales, which hold the layers as they were before."""
         if getattr(self.unwrapped_model, "compiled_drawing", None) is not None:
             self.unwrapped_model.compile_drawing()
@@ -282,10 +284,10 @@ def _as_list(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def _has(part: nn.Module, name: str) -> bool:
+def _has_adapter(part: nn.Module, name: str) -> bool:
     return any(name in getattr(part, kind, ()) for kind in part.adapter_layer_names)
 
 
-def _is_whole(part: nn.Module) -> bool:
+def _is_module_to_save(part: nn.Module) -> bool:
     """Whether a part is one that adapters hold whole."""
     return "modules_to_save" in part.adapter_layer_names

@@ -100,7 +100,7 @@ def plan_attention(
     return plan_rows(config, rows, block_ids) if all(row is not None for row in rows) else None
 
 
-def plan_behind(
+def plan_cached(
     config: PreTrainedConfig, padding: Sequence[int], num_queries: int, columns: int, is_causal: bool, device
 ) -> AttentionPlan | None:
     """The plan of rows in which the last `num_queries` of `columns` attend to all but `padding` columns on the left.
@@ -196,7 +196,7 @@ def _attend_by_plan(module, query, key, value, plan: AttentionPlan, **kwargs) ->
     counts = [count for count, _ in plan.groups]
     parts = zip(*(states.split(counts) for states in (query, key, value)), plan.groups, plan.masks)
     outputs = [_attend_row(module, q, k, v, row, masks, **kwargs) for q, k, v, (_, row), masks in parts]
-    return _joined(outputs, 0)
+    return _concatenate(outputs, 0)
 
 
 def _attend_row(module, query, key, value, row: Row, masks, **kwargs) -> torch.Tensor:
@@ -204,7 +204,7 @@ def _attend_row(module, query, key, value, row: Row, masks, **kwargs) -> torch.T
     queries = query.split([sample.queries for sample in row], dim=2)
     keys, values = (states.split([sample.keys for sample in row], dim=2) for states in (key, value))
     samples = zip(queries, keys, values, row, masks)
-    return _joined([_attend_sample(module, *states, **kwargs) for states in samples if states[0].shape[2]], 1)
+    return _concatenate([_attend_sample(module, *states, **kwargs) for states in samples if states[0].shape[2]], 1)
 
 
 def _attend_sample(module, query, key, value, sample: Sample, mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
@@ -214,7 +214,7 @@ def _attend_sample(module, query, key, value, sample: Sample, mask: torch.Tensor
         return query.transpose(1, 2).new_zeros(query.transpose(1, 2).shape)
     parts = zip(query.split([run.queries for run in sample.runs], dim=2), sample.runs)
     outputs = [_attend(module, q, key[:, :, : run.keys], value[:, :, : run.keys], run, **kwargs) for q, run in parts]
-    return _joined(outputs, 1)
+    return _concatenate(outputs, 1)
 
 
 def _attend(module, query, key, value, run: Run, **kwargs) -> torch.Tensor:
@@ -227,7 +227,7 @@ def _attend(module, query, key, value, run: Run, **kwargs) -> torch.Tensor:
     return sdpa_attention_forward(module, query, key, value, None, is_causal=run.is_causal, **kwargs)[0]
 
 
-def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+def _concatenate(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 

@@ -20,7 +20,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from ..utils.unique_names import load_json
-from .body_limits import BodyLimits, BodyRefused
+from .body_limits import BodyLimits, RequestBodyError
 from .jobs import ChatJob, Finished, ImageJob, Job, Partial
 from .schemas import MAX_IMAGES, Body, ChatBody, EditBody, ImageBody, UploadedImages, region_of
 from .usage import chat_usage, image_usage
@@ -44,7 +44,7 @@ def create_app(worker: Worker, on_answer: OnAnswer = lambda path, status: None) 
     settings = worker.settings
     app = FastAPI(title=settings.name, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimits, max_bytes=settings.max_upload, seconds=settings.timeout)
-    app.add_middleware(_CountedAnswers, on_answer=on_answer)
+    app.add_middleware(_StatusReporter, on_answer=on_answer)
     _add_error_handlers(app)
 
     @app.get("/health")
@@ -104,7 +104,7 @@ def create_app(worker: Worker, on_answer: OnAnswer = lambda path, status: None) 
     return app
 
 
-class _CountedAnswers:
+class _StatusReporter:
     """ASGI middleware that reports the status of each answer."""
 
     def __init__(self, app: Callable, on_answer: OnAnswer):
@@ -278,7 +278,7 @@ def _error_of(error: Exception) -> tuple[int, dict]:
         status, message = 429, str(error)
     elif isinstance(error, TimeoutError):
         status, message = 504, "The answer took longer than the server's time limit."
-    elif isinstance(error, BodyRefused):
+    elif isinstance(error, RequestBodyError):
         status, message = error.status, str(error)
     elif isinstance(error, HTTPException):
         status, message = error.status_code, str(error.detail)
@@ -298,5 +298,5 @@ def _add_error_handlers(app: FastAPI):
         headers = {"Retry-After": str(error.retry_after)} if isinstance(error, TooManyRequests) else None
         return JSONResponse(body, status, headers)
 
-    for kind in (ValueError, HTTPException, TooManyRequests, TimeoutError, BodyRefused, Exception):
+    for kind in (ValueError, HTTPException, TooManyRequests, TimeoutError, RequestBodyError, Exception):
         app.add_exception_handler(kind, answer)

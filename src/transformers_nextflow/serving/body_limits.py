@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 
-class BodyRefused(Exception):
+class RequestBodyError(Exception):
     """A body that is not read further; `status` is the status of the answer."""
 
     def __init__(self, status: int, message: str):
@@ -19,7 +19,7 @@ class BodyLimits:
     """ASGI middleware that limits the bytes and the time of request bodies while they are received.
 
     Args:
-        app: the wrapped application, which turns [`BodyRefused`] into an answer.
+        app: the wrapped application, which turns [`RequestBodyError`] into an answer.
         max_bytes: the largest number of bytes of a body.
         seconds: the longest time from the request's head to the end of its body.
     """
@@ -38,17 +38,19 @@ class BodyLimits:
         async def limited() -> dict:
             nonlocal count, whole
             if is_too_long and not whole:  # the rest is not received
-                raise BodyRefused(413, f"The request has more than the {self.max_bytes} bytes that are read.")
+                raise RequestBodyError(413, f"The request has more than the {self.max_bytes} bytes that are read.")
             if whole:  # the next message says that the client has left; it has no time limit
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
             except TimeoutError as error:
-                raise BodyRefused(408, f"The request's body did not arrive within {self.seconds:g} seconds.") from error
+                raise RequestBodyError(
+                    408, f"The request's body did not arrive within {self.seconds:g} seconds."
+                ) from error
             count += len(message.get("body", b""))
             whole = not message.get("more_body", False)
             if count > self.max_bytes:
-                raise BodyRefused(413, f"The request has more than the {self.max_bytes} bytes that are read.")
+                raise RequestBodyError(413, f"The request has more than the {self.max_bytes} bytes that are read.")
             return message
 
         await self.app(scope, limited, send)

@@ -17,7 +17,7 @@ from ..data.row_codes import GRIDS, read_grids, schedule_of
 from ..data.row_errors import BadImageError, BadRowError
 from ..data.rows import ROW_NUMBER, NumberedRows, Sample, check_is_row, load_image, read_row
 from ..data.stored_sizes import rows_of_sizes
-from ..data.views import AS_CAPTION, AS_IT_IS, WITHOUT_PROMPT, apply_view, sizes_of_view
+from ..data.views import AS_CAPTION, UNCHANGED, WITHOUT_PROMPT, apply_view, sizes_of_view
 from ..image_processing_nextflow import NextFlowImageProcessor
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import max_frames_of_level
@@ -103,7 +103,7 @@ class StageRows(Dataset):
         drawn = random.Random(f"{self.seed} {index}" + (f" {self.epoch}" if self.epoch else "")).random()
         if drawn < self.caption_share:
             return AS_CAPTION
-        return WITHOUT_PROMPT if drawn < self.caption_share + self.empty_share else AS_IT_IS
+        return WITHOUT_PROMPT if drawn < self.caption_share + self.empty_share else UNCHANGED
 
     def _check_level(self, index: int | str, row: dict):
         if self.level is None:

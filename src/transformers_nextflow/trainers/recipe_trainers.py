@@ -269,11 +269,11 @@ def _rl_trainer(recipe: Recipe, folder, data, output) -> Trainer:
     from .rl.grpo_config import NextFlowGRPOConfig
     from .rl.grpo_trainer import NextFlowGRPOTrainer
     from .rl.prompt_rows import read_prompts
-    from .rl.rewards.named import reward_named
+    from .rl.rewards.named import find_reward
 
     args = NextFlowGRPOConfig(output_dir=str(output), **recipe.arguments)
     model, processor = _load(recipe, folder)
-    reward = reward_named(str(recipe.reward), model, processor)
+    reward = find_reward(str(recipe.reward), model, processor)
     if recipe.lora_rank:
         torch.manual_seed(args.seed)
     else:

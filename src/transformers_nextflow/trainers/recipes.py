@@ -38,7 +38,7 @@ KINDS = Registry(
 OWN_RECIPES = "recipes"
 PARTS = ("visual_embedding", "heads", "text_embedding", "backbone")
 # Fields that only some kinds of training follow.
-OF_KINDS = {
+FIELDS_OF_KINDS = {
     "train": ("transformer", "rl"),
     "attention": ("transformer", "rl"),
     "caption_share": ("transformer",),
@@ -122,7 +122,7 @@ class Recipe:
             )
         if "output_dir" in self.arguments:
             raise ValueError("output_dir is the folder that the training is given; leave it out of arguments.")
-        for name, kinds in OF_KINDS.items():
+        for name, kinds in FIELDS_OF_KINDS.items():
             own = next(f for f in fields(self) if f.name == name)
             default = own.default_factory() if own.default is MISSING else own.default
             if self.kind not in kinds and getattr(self, name) != default:
@@ -209,11 +209,11 @@ def load_recipe(
             break  # an error follows below
         target[name] = _from_yaml(value, f"The change {short_repr(change)}")
     if isinstance(values["arguments"], dict) and values.get("kind") in tuple(KINDS):
-        values["arguments"] = _with_numbers(values["arguments"], KINDS[values["kind"]])
-    return read_typed(Recipe, _with_numbers(values, Recipe), str(path))
+        values["arguments"] = _parse_numbers(values["arguments"], KINDS[values["kind"]])
+    return read_typed(Recipe, _parse_numbers(values, Recipe), str(path))
 
 
-def _with_numbers(values: dict[str, Any], kind: type) -> dict[str, Any]:
+def _parse_numbers(values: dict[str, Any], kind: type) -> dict[str, Any]:
     hints = hints_of(kind)
     return {name: _number(value, hints.get(name)) for name, value in values.items()}
 
@@ -251,7 +251,7 @@ def run_recipe(recipe: Recipe, model, data, output, resume: bool = False, profil
     trainer = make_trainer(recipe, model, data, output)
     if profile:
         trainer.add_callback(ProfiledSteps(Path(output) / "profile"))
-    with note_on_interrupt(lambda: _newest(trainer)):
+    with note_on_interrupt(lambda: _newest_checkpoint(trainer)):
         trainer.train(resume_from_checkpoint=resume or None)
     final = Path(output) / "final"
     # All processes must take part in saving, but only some write.
@@ -261,7 +261,7 @@ def run_recipe(recipe: Recipe, model, data, output, resume: bool = False, profil
             shutil.copytree(own, Path(folder) / OWN_RECIPES)
 
 
-def _newest(trainer) -> str:
+def _newest_checkpoint(trainer) -> str:
     checkpoint = trainer.last_checkpoint()
     if checkpoint is None:
         return "No checkpoint had been written."

@@ -87,7 +87,9 @@ def check_index(folder: str | os.PathLike):
                 f"{file} is not an index of weights: it has no weight_map from names to files; fetch it again."
             )
         if outside := sorted({name for name in names.values() if not name or os.path.basename(name) != name}):
-            raise ValueError(f"{file} names {_some(outside)}, outside of its folder; fetch it again from its source.")
+            raise ValueError(
+                f"{file} names {_first_of(outside)}, outside of its folder; fetch it again from its source."
+            )
 
 
 def check_shapes(model: nn.Module, files: Iterable[str]):
@@ -106,7 +108,7 @@ def check_shapes(model: nn.Module, files: Iterable[str]):
                 if name in expected and shape != list(expected[name].shape):
                     wrong.append(f"{name} {tuple(shape)} instead of {tuple(expected[name].shape)}")
     if wrong:
-        raise ValueError(f"The checkpoint holds {_some(wrong)}; does the config belong to it?")
+        raise ValueError(f"The checkpoint holds {_first_of(wrong)}; does the config belong to it?")
     needed = sum(parameter.numel() for parameter in model.parameters())
     if 2 * stored < needed:
         raise ValueError(
@@ -117,7 +119,7 @@ def check_shapes(model: nn.Module, files: Iterable[str]):
 def check_complete(missing: Collection[str]):
     """Raises `ValueError` naming the tensors that a checkpoint lacks."""
     if missing:
-        raise ValueError(f"The checkpoint lacks {_some(missing)}; is it complete, and does its config fit?")
+        raise ValueError(f"The checkpoint lacks {_first_of(missing)}; is it complete, and does its config fit?")
 
 
 def check_weights(model: nn.Module):
@@ -130,7 +132,7 @@ def check_weights(model: nn.Module):
     finite = {name: is_finite(tensor) for name, tensor in weights.items()}
     if broken := [name for name, value in finite.items() if not bool(value)]:
         raise ValueError(
-            f"There are NaN or infinite values in {_some(broken)}, as {weights[broken[0]].dtype}; the checkpoint is "
+            f"There are NaN or infinite values in {_first_of(broken)}, as {weights[broken[0]].dtype}; the checkpoint is "
             "damaged, its training went wrong, or the type is too small for it."
         )
 
@@ -149,7 +151,7 @@ def check_floats(stored: Iterable[str] | Mapping[str, torch.Tensor], unused: Col
         types = {name: dtype for file in stored for name, dtype in _stored_types(Path(file)).items()}
     if found := [name for name, dtype in types.items() if dtype not in FLOATS and name not in unused]:
         raise ValueError(
-            f"The checkpoint holds {types[found[0]]} in {_some(found)}; save floats of 16 bits or more, or load it "
+            f"The checkpoint holds {types[found[0]]} in {_first_of(found)}; save floats of 16 bits or more, or load it "
             "with the quantization_config that made them."
         )
 
@@ -187,6 +189,6 @@ def _stored_types(file: Path) -> dict[str, torch.dtype | str]:
     return {name: tensor.dtype for name, tensor in tensors.items() if torch.is_tensor(tensor)}
 
 
-def _some(names: Collection[str]) -> str:
+def _first_of(names: Collection[str]) -> str:
     more = f" and {len(names) - MAX_NAMED} more tensors" if len(names) > MAX_NAMED else ""
     return ", ".join(sorted(names)[:MAX_NAMED]) + more

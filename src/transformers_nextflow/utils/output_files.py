@@ -24,7 +24,7 @@ def check_output_file(path: str | os.PathLike, write: Callable[[Path], object] =
         raise ValueError(f"{short_path(path)} is a folder; name a file.")
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{short_path(path)} is a device or a pipe; name a file.")
-    _try(path, write)
+    _check_writable(path, write)
 
 
 def check_output_folder(path: str | os.PathLike):
@@ -32,7 +32,7 @@ def check_output_folder(path: str | os.PathLike):
     path = _checked(path)
     if os.path.exists(path) and not os.path.isdir(path):
         raise ValueError(f"{short_path(path)} is a file; name a folder.")
-    _try(path / "file", Path.touch)
+    _check_writable(path / "file", Path.touch)
 
 
 def check_image_format(path: str | os.PathLike):
@@ -48,7 +48,9 @@ def check_image_format(path: str | os.PathLike):
         raise ValueError(f"Images cannot be written as {extension} ({error}); use .png.") from error
 
 
-def check_apart(files: Iterable[tuple[str, str | os.PathLike | None]], *others: tuple[str, str | os.PathLike | None]):
+def check_distinct_paths(
+    files: Iterable[tuple[str, str | os.PathLike | None]], *others: tuple[str, str | os.PathLike | None]
+):
     """Raises `ValueError` if a file to write is one of the `others`, or a folder that contains one.
 
     Args:
@@ -71,7 +73,7 @@ def _checked(path: str | os.PathLike) -> Path:
         raise ValueError(f"{short_path(path)} is not a valid path: {error}") from error
 
 
-def _try(path: Path, write: Callable[[Path], object]):
+def _check_writable(path: Path, write: Callable[[Path], object]):
     """Write a file of the same name in a hidden folder in the nearest existing folder."""
     try:
         there = next(folder for folder in path.parents if os.path.lexists(folder))

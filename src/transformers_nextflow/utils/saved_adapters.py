@@ -245,7 +245,7 @@ def activate(model: nn.Module, names: Sequence[str]):
     names, chosen = list(names), []
     for part in adapted_parts(model):
         own = names
-        if _wraps_whole_module(part):
+        if _is_module_to_save(part):
             try:
                 name = part.check_set_adapter(names) if names else None
             except ValueError as error:
@@ -418,9 +418,9 @@ def _chosen_adapters(model: nn.Module) -> list[str]:
 
 
 def _first_layer(model: nn.Module) -> nn.Module:
-    return next(part for part in adapted_parts(model) if not _wraps_whole_module(part))
+    return next(part for part in adapted_parts(model) if not _is_module_to_save(part))
 
 
-def _wraps_whole_module(part: nn.Module) -> bool:
+def _is_module_to_save(part: nn.Module) -> bool:
     """Whether a part is PEFT's wrapper around a module that adapters hold whole, or rows of it."""
     return hasattr(part, "check_set_adapter")

@@ -58,7 +58,7 @@ class QuantizerOutput:
     commitment_loss: torch.Tensor
 
 
-def outside_of_autocast(method: Callable) -> Callable:
+def without_autocast(method: Callable) -> Callable:
     """A method that computes in the precision of its tensors, also under autocast."""
 
     @wraps(method)
@@ -110,7 +110,7 @@ class NextFlowVQQuantizer(nn.Module):
         halves = vectors.split([self.config.semantic_code_dim, self.config.pixel_code_dim], dim=-1)
         return torch.cat([F.normalize(half, dim=-1) for half in halves], dim=-1)
 
-    @outside_of_autocast
+    @without_autocast
     def encode(
         self,
         latents: torch.Tensor,
@@ -157,7 +157,7 @@ class NextFlowVQQuantizer(nn.Module):
             commitment_loss=commitment_loss / schedule.num_scales,
         )
 
-    @outside_of_autocast
+    @without_autocast
     def targets(self, residual: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
         """A residual (B, C, h, w), downsampled to the grid (h_k, w_k) of a scale: vectors (B, h_k, w_k, C), and these
         vectors normalised as for the comparison with the codes.
@@ -170,7 +170,7 @@ class NextFlowVQQuantizer(nn.Module):
         compared = self.targets(residual.float(), grid)[1]
         return self._pick(compared.flatten(0, 2), self.codebook, None, None)[0].view(len(residual), -1)
 
-    @outside_of_autocast
+    @without_autocast
     def truncate(self, latents: torch.Tensor, schedule: ScaleSchedule, num_scales: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) reduced to the first `num_scales` (B,) scales of each image, without quantisation."""
         residual, total = latents, torch.zeros_like(latents)
@@ -231,7 +231,7 @@ class NextFlowVQQuantizer(nn.Module):
         weights += [config.pixel_distance_weight] * config.pixel_code_dim
         return torch.tensor(weights)
 
-    @outside_of_autocast
+    @without_autocast
     @torch.no_grad()
     def distances(self, vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
         """The weighted sum (n, V) of the two squared distances, without the vectors' own norms, the same for all

@@ -33,7 +33,7 @@ from ..runs.training_card import TrainingCardMixin
 from .checked_reward import LARGEST_REWARD, checked
 from .grpo_config import NextFlowGRPOConfig
 from .prefix_objective import Box, box_mask, kl_to_reference, policy_terms, scale_shares
-from .prompt_rows import check_dataset, check_rows, with_texts
+from .prompt_rows import check_dataset, check_rows, prompts_as_texts
 from .rollouts import Rollout, check_lengths, continue_rollouts, generate_rollouts, likelihood_inputs
 
 
@@ -116,9 +116,9 @@ class NextFlowGRPOTrainer(
             processing_class = processing_class or AutoProcessor.from_pretrained(model)
             model = NextFlowForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
         if train_dataset is not None:
-            train_dataset = with_texts(train_dataset)
+            train_dataset = prompts_as_texts(train_dataset)
         if kwargs.get("eval_dataset") is not None:
-            kwargs["eval_dataset"] = with_texts(kwargs["eval_dataset"])
+            kwargs["eval_dataset"] = prompts_as_texts(kwargs["eval_dataset"])
         # A copy, in which missing settings are filled in to fit the model.
         args = copy.copy(args or NextFlowGRPOConfig(output_dir="nextflow-grpo"))
         if not isinstance(processing_class, NextFlowProcessor):

@@ -51,7 +51,7 @@ class TrainingCardMixin:
         """
         model = around or self.accelerator.unwrap_model(self.model)
         base = model.get_base_model() if is_peft_model(model) else model
-        title, what = self._card_what(model, base)
+        title, what = self._card_description(model, base)
         prompt = (self.card_prompts or (EXAMPLE_PROMPT,))[0]
         extras = "pipelines,peft" if is_peft_model(model) else "pipelines"
         sections = [what, self._card_rows()]
@@ -85,7 +85,7 @@ class TrainingCardMixin:
         )
         write_card(folder, title, sections, **head)
 
-    def _card_what(self, model, base) -> tuple[str, str]:
+    def _card_description(self, model, base) -> tuple[str, str]:
         """Title, and the paragraph that says what the weights are."""
         steps = f"{self.state.global_step} of {self.state.max_steps} steps" if self.state.max_steps > 0 else "no step"
         by = (

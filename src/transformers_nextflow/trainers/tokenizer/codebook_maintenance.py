@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ...modeling_nextflow_vq import NextFlowVQModel
-from ...vision_tokenizer.multiscale_quantizer import outside_of_autocast
+from ...vision_tokenizer.multiscale_quantizer import without_autocast
 from ...vision_tokenizer.resampling import resample
 
 
@@ -42,7 +42,7 @@ class _Residuals:
         self.residual = self.residual - upsampled
 
 
-@outside_of_autocast
+@without_autocast
 @torch.no_grad()
 def initialize_codebook(
     model: NextFlowVQModel,
@@ -92,7 +92,7 @@ def _sample_scale_vectors(batches: Sequence[_Residuals], scale: int, generator: 
     return vectors[places.argsort()]
 
 
-@outside_of_autocast
+@without_autocast
 @torch.no_grad()
 def revive_dead_codes(model: NextFlowVQModel, pixel_values: torch.Tensor, dead: torch.Tensor, seed: int = 0) -> int:
     """Moves the codes marked in `dead` (V,) to vectors of the images (B, 3, H, W); returns how many were moved.

@@ -1,7 +1,7 @@
 """Events from one image to the next, as sentences that are both written and read.
 
-Stories and videos consist of them; `happen` computes the next scene, so that a sentence can be compared with the image
-after it.
+Stories and videos consist of them; `apply_event` computes the next scene, so that a sentence can be compared with the
+image after it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def next_size(item: Object, world: World) -> Object:
     return replace(item, size=min(larger, key=world.palette_of_sizes.get)) if larger else item
 
 
-def happen(sentence: str, scene: Scene, world: World) -> Scene:
+def apply_event(sentence: str, scene: Scene, world: World) -> Scene:
     """The scene after what a sentence tells.
 
     Raises `ValueError` for any other sentence, and for one that cannot be true of the scene: its object is missing or

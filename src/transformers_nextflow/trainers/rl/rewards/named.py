@@ -31,7 +31,7 @@ REWARDS = Registry(
 )
 
 
-def reward_named(name: str, model: NextFlowForConditionalGeneration, processor: NextFlowProcessor) -> Callable:
+def find_reward(name: str, model: NextFlowForConditionalGeneration, processor: NextFlowProcessor) -> Callable:
     """A reward of `REWARDS`, or your own function as "file.py:function", whose file is run.
 
     Raises:
