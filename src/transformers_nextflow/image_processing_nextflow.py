@@ -277,7 +277,7 @@ class NextFlowImageProcessor(PilBackend):
         holds_floats, return_tensors=None, **kwargs,
     ) -> BatchFeature:  # fmt: skip
         if not images:
-            raise ValueError("There is no image in the list; pass images=None for only text.")
+            raise ValueError("There is no image in the list; pass images=None for text without images.")
         schedules, processed, grids = self.scale_schedules, [], []
         for index, (image, is_float) in enumerate(zip(images, holds_floats)):
             try:

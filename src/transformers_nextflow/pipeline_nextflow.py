@@ -148,7 +148,9 @@ class NextFlowPipeline(
                 f"{short_repr(pretrained_model_name_or_path)}."
             )
         if "subfolder" in kwargs:
-            raise ValueError(f"A pipeline is a whole folder, got subfolder={kwargs['subfolder']!r}; load its parts.")
+            raise ValueError(
+                f"A pipeline is loaded from its whole folder, got subfolder={kwargs['subfolder']!r}; load its parts."
+            )
         if isinstance(kwargs.get("quantization_config"), PipelineQuantizationConfig):
             mapping = kwargs.pop("quantization_config")
             chosen = mapping._resolve_quant_config(is_diffusers=False, module_name="model")

@@ -194,7 +194,7 @@ def _marking(mark):
 
 def _checking(name: str, answer) -> Case:
     return _hooked(
-        f"a checker that gives {name}", "safety_checker gives images and flags",
+        f"a checker that gives {name}", "safety_checker must return",
         safety_checker=lambda images, clip_input: answer(images),
     )  # fmt: skip
 

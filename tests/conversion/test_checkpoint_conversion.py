@@ -85,7 +85,7 @@ def test_a_pickle_is_read_if_it_holds_tensors_alone(tmp_path):
 def test_what_came_in_place_of_a_file_is_not_called_unsafe(tmp_path, content):
     for name in ("a.pt", "a.safetensors"):
         (tmp_path / name).write_text(content)
-        with pytest.raises(ValueError, match=f"{name} cannot be read; is it whole"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read; is it complete"):
             read_state_dict(tmp_path / name)
 
 
@@ -96,7 +96,7 @@ def test_a_file_that_is_not_whole_is_refused(tmp_path):
         whole = (tmp_path / name).read_bytes()
         for length in (10, 1000, len(whole) - 100, len(whole) - 1):
             (tmp_path / name).write_bytes(whole[:length])
-            with pytest.raises(ValueError, match=f"{name} cannot be read; is it whole"):
+            with pytest.raises(ValueError, match=f"{name} cannot be read; is it complete"):
                 read_state_dict(tmp_path / name)
     with pytest.raises(ValueError, match="There is no file"):
         read_state_dict(tmp_path / "none.pt")

@@ -306,7 +306,7 @@ DAMAGE = {
         lambda folder: change_tensors(folder, lambda state: state[NORM][3:4].fill_(float("-inf"))),
         "'model.norm.weight' holds NaN or infinite",
     ),
-    "truncated shard": (truncate, "cannot be read; is it whole"),
+    "truncated shard": (truncate, "cannot be read; is it complete"),
     "index without a tensor": (
         lambda folder: change_index(folder, lambda files: files.pop(NORM)),
         "disagree on .*norm",
@@ -358,7 +358,7 @@ DAMAGE = {
         "head of .*README.md",
     ),
     "card in another encoding": (lambda folder: (folder / "README.md").write_bytes(b"\xe9"), "head of .*README.md"),
-    "broken tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{"), "cannot be read; is it whole"),
+    "broken tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{"), "cannot be read; is it complete"),
     "half a slow tokenizer": (
         lambda folder: (folder / "tokenizer.json").rename(folder / "vocab.json"),
         "holds no tokenizer",

@@ -310,7 +310,7 @@ def damaged(state: dict[str, torch.Tensor], fault: str) -> dict:
         ("misshapen", "of another shape: encoder.conv_blocks.2.res.0.conv1.weight"),
         ("NaN", "'encoder.conv_blocks.2.res.0.conv1.weight' holds NaN"),
         ("integers", "integers: quant_conv.bias"),
-        ("truncated", "is it whole"),
+        ("truncated", "is it complete"),
         ("code", "not a pickle of only tensors"),
         ("no tokenizer", "no tensors under 'ema' or 'model'"),
         ("heads", "do not fit together"),

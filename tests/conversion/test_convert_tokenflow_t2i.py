@@ -258,7 +258,7 @@ def test_truncated_shards_and_an_index_that_lies_are_refused(model, vq_folder, t
     index.write_text(json.dumps(told))
     shard = tmp_path / "released" / told["weight_map"][keys[0]]
     shard.write_bytes(shard.read_bytes()[:-100])
-    check_refused(tmp_path, vq_folder, "is it whole")
+    check_refused(tmp_path, vq_folder, "is it complete")
 
 
 def test_a_pickle_with_code_in_it_is_not_opened(model, vq_folder, tmp_path, capsys):

@@ -159,7 +159,7 @@ def test_the_validator_checks_codes():
     expected = [
         "row 2, image_tokens[0]: the grid [4, 4] takes 30 codes, got 29",
         "row 3, image_labels[0]: codes run from 0 to 31, got",
-        "row 4, image_grids[0]: [4, 40] is no final grid",
+        "row 4, image_grids[0]: [4, 40] is not a final grid",
         f"row 5, tokenizer_fingerprint: the codes come from the tokenizer {'0' * 16}, the model's is {fingerprint}",
     ]
     assert report.num_problems == 4

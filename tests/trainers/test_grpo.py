@@ -510,7 +510,7 @@ def test_rewards_of_any_size_teach_the_same(size, tmp_path):
 def test_weights_that_bring_rewards_out_of_range_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"reward_weights\[0\] must be a finite number, got inf"):
         make_trainer(tmp_path, reward_weights=[float("inf")])
-    with pytest.raises(ValueError, match="reward_weights .* bring rewards beyond .* make them smaller"):
+    with pytest.raises(ValueError, match="reward_weights .* make rewards exceed .* make them smaller"):
         first_batch(make_trainer(tmp_path, reward_weights=[1e30]))
 
 

@@ -263,7 +263,7 @@ def test_rl_from_the_command_line_takes_prompts_captions_and_rewards_of_ones_own
         (["--rl", "--reward", "none.py:f"], "There is no file none.py with a reward"),
         (["tokenizer", "--streaming"], "A tokenizer training needs its rows by number"),
         (["--set", "lora_rank=-1"], "starts at 1; got -1"),
-        (["--caption-column", "title"], "--caption-column 'title' is no column; there are image, text"),
+        (["--caption-column", "title"], "--caption-column 'title' is not a column; the columns are image, text"),
     ],
 )
 def test_trainings_that_make_no_sense_are_refused_in_one_line(arguments, message, start, photos, tmp_path):

@@ -363,7 +363,7 @@ def test_thinking_scores_the_thought_beside_the_image():
     ],
 )
 def test_a_plan_that_leaves_something_open_is_no_scene(text):
-    with pytest.raises(ValueError, match="no full description"):
+    with pytest.raises(ValueError, match="not a full description"):
         parse_located_caption(text, WORLD)
 
 

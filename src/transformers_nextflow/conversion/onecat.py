@@ -179,7 +179,7 @@ def bitwise_vq_config(state: State, source: Path | str = "the file") -> BitwiseV
         multipliers = [width // channels for width in widths]
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         lacks = f"it lacks {error}" if isinstance(error, KeyError) else f"its tensors tell no sizes ({error})"
-        raise ValueError(f"{source} is no vision tokenizer of Infinity's kind: {lacks}.") from error
+        raise ValueError(f"{source} is not a vision tokenizer of Infinity's kind: {lacks}.") from error
     return BitwiseVQConfig(
         code_bits=bits, channels=channels, num_res_blocks=blocks,
         channel_multipliers=multipliers,

@@ -183,7 +183,7 @@ def config_of(
     channels, levels = shape("encoder.conv_in.weight", 4)[0], count(r"encoder\.conv_blocks\.(\d+)\.")
     widths = [shape(f"encoder.conv_blocks.{level}.res.0.conv2.weight", 4)[0] for level in range(levels)]
     if any(width % channels for width in widths):
-        raise ValueError(f"The widths {widths} of the pixel encoder are no multiples of its first, {channels}.")
+        raise ValueError(f"The widths {widths} of the pixel encoder are not multiples of the first, {channels}.")
     codebook_size, semantic_code_dim = shape("quantize.embedding_vqkd.weight", 2)
     values = {
         "codebook_size": codebook_size,

@@ -225,8 +225,8 @@ def _begin(extraction: Extraction, folder: Folder):
         # The tokenizer may be in another folder now: its fingerprint says whether it is the same.
         if begun.get(name) != value and name != "tokenizer":
             raise ValueError(
-                f"{folder} was begun with {name} {begun.get(name)!r}, now it is {value!r}; use the same, or an empty "
-                "folder."
+                f"{folder} was begun with {name}={begun.get(name)!r}, but now it is {value!r}; use the same, or an "
+                "empty folder."
             )
 
 

@@ -50,7 +50,9 @@ class Columns:
         """
         for option, name in (("image", self.image), ("caption", self.caption), ("edited-image", self.edited_image)):
             if name is not None and name.partition(".")[0] not in names:
-                raise ValueError(f"--{option}-column {name!r} is no column; there are {', '.join(sorted(names))}.")
+                raise ValueError(
+                    f"--{option}-column {name!r} is not a column; the columns are {', '.join(sorted(names))}."
+                )
         found = replace(
             self,
             edited_image=self.edited_image or _first(EDITED_IMAGES, names),

@@ -134,7 +134,7 @@ def schedule_of(schedules: ScaleSchedules, grid: Grid, place: str) -> ScaleSched
     try:
         return schedules.for_size(*(side * schedules.patch_size for side in grid))
     except ValueError as error:
-        raise BadRowError(place, f"{list(grid)} is no final grid: {error}") from error
+        raise BadRowError(place, f"{list(grid)} is not a final grid: {error}") from error
 
 
 def _arrays(row: dict, name: str, count: int | None, optional: bool = False) -> list[np.ndarray | None]:
@@ -188,7 +188,7 @@ def _check_equal_lengths(
             raise BadRowError(f"{name}[{index}]", f"holds {len(codes)} codes, but {TOKENS}[{index}] {len(tokens)}")
     if clean is not None and labels is None:
         raise BadRowError(
-            f"{LABELS}[{index}]", f"lacks; where {CLEAN_TOKENS} stand, {TOKENS} are sampled and not what is written"
+            f"{LABELS}[{index}]", f"is missing; beside {CLEAN_TOKENS}, {TOKENS} are sampled and cannot be the labels"
         )
     if not trained and clean is None and labels is not None and not np.array_equal(tokens, labels):
         raise BadRowError(

@@ -104,7 +104,9 @@ def _kind_of(source: str | os.PathLike, path: Path) -> tuple[str, Any]:
     """The reader of `datasets` for a source, and its argument. Raises `ValueError` if there is none."""
     if not os.path.exists(path):
         if not HUB_NAME.fullmatch(str(source)):
-            raise ValueError(f"There is no file or folder {short_path(path)}, and it names no data set of the Hub.")
+            raise ValueError(
+                f"There is no file or folder {short_path(path)}, and it is not the name of a data set of the Hub."
+            )
         return "hub", str(source)
     is_folder = path.is_dir()
     if is_folder and (path / "dataset_info.json").is_file():

@@ -133,7 +133,7 @@ class ImageCodes:
             if count not in schedule.offsets or bool((given[row, :count] < 0).any()):
                 raise ValueError(
                     f"given_image_tokens of image {row} hold {count} codes, which do not fill its first scales: "
-                    f"whole ones end at {', '.join(map(str, schedule.offsets[1:]))}."
+                    f"complete scales end at {', '.join(map(str, schedule.offsets[1:]))}."
                 )
         width = max(counts)
         self.image_tokens[:, :width] = given[:, :width].to(self.image_tokens)

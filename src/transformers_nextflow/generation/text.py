@@ -124,7 +124,7 @@ class TextGenerationMixin(GenerationMixin):
             # Images take fewer positions than slots, and the number of images in the cache is not known.
             raise ValueError(
                 f"{input_ids.shape[1]} tokens came with a cache of {int(cache.get_seq_length())}; give generate the "
-                "whole sequence, what is in the cache included."
+                "whole sequence, including what is in the cache."
             )
         mask = model_kwargs.get("attention_mask")
         return layout_sequence(input_ids, mask, self.model.schedules_of(image_grids), self.config).position_ids
@@ -204,7 +204,7 @@ class TextGenerationMixin(GenerationMixin):
             raise ValueError(f"Continuous batching reads no images, got {', '.join(images)}; call generate.")
         mask = kwargs.get("attention_mask")
         if mask is not None and not bool(mask.all()):
-            raise ValueError("Continuous batching takes rows as they are, without padding; give generate_batch lists.")
+            raise ValueError("Continuous batching takes rows without padding; pass lists to generate_batch.")
         for input_ids in inputs:
             self._check_request(input_ids, kwargs.get("max_new_tokens"))
         return super().generate_batch(inputs, *args, **kwargs)

@@ -172,7 +172,7 @@ class OneCatConfig(PreTrainedConfig):
             raise ValueError(f"num_scale_embeddings must be at least {MAX_SCALES}, got {self.num_scale_embeddings}.")
         if self.reader_image_size < self.reader_patch_size or self.reader_image_size % self.reader_patch_size:
             raise ValueError(
-                f"reader_image_size {self.reader_image_size} is no multiple of reader_patch_size "
+                f"reader_image_size {self.reader_image_size} is not a multiple of reader_patch_size "
                 f"{self.reader_patch_size}."
             )
         if self.drawing_frequencies not in FREQUENCIES:

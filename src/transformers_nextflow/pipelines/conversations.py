@@ -256,7 +256,7 @@ class ConversationMixin:
             max_images = 0
         max_images = 1 if max_images is None else max_images
         if not is_of_type(max_images, int) or not is_of_type(min_images, int):
-            raise ValueError(f"min_images and max_images are whole numbers, got {min_images!r} and {max_images!r}.")
+            raise ValueError(f"min_images and max_images must be whole numbers, got {min_images!r} and {max_images!r}.")
         # Guidance compares with a prompt without text and without images.
         if sampling is not None and not isinstance(sampling, ImageSampling):
             raise ValueError(f"sampling must be an ImageSampling, got {short_repr(sampling)}.")
@@ -415,6 +415,6 @@ def _first_frames(processor, request: ImageRequest) -> list[Image.Image]:
     """The given first frames as the model reads them."""
     for row in request.images:
         if len(row) != 1:
-            raise ValueError(f"A video goes on from one first frame, got {len(row)}; call the pipeline for several.")
+            raise ValueError(f"A video continues from one first frame, got {len(row)}; call the pipeline for several.")
     pixels = pixels_of_size(processor, [row[0] for row in request.images], request.schedules)
     return processor.post_process_images(pixels)

@@ -69,7 +69,7 @@ class FinishedImagesMixin:
         marked = self.watermark.apply_watermark(image[None])
         if not torch.is_tensor(marked) or marked.shape != image[None].shape or not bool(marked.isfinite().all()):
             raise ValueError(
-                f"watermark gives a finite tensor of the shape that it takes, {tuple(image[None].shape)}, got "
+                f"watermark must return a finite tensor of the shape that it gets, {tuple(image[None].shape)}, got "
                 f"{short_repr(marked)}."
             )
         return marked[0].to(image)
@@ -87,13 +87,13 @@ class FinishedImagesMixin:
             is_unsafe, *others = (is_flag(flag) for flag in flags)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                "safety_checker gives images and flags as many as it takes, a flag being True where one is unsafe; got "
+                "safety_checker must return as many images and flags as it gets, a flag being True if unsafe; got "
                 f"{short_repr(answer)}."
             ) from error
         if others or kept.shape != values.shape[1:] or not (bool(kept.min() >= 0) and bool(kept.max() <= 1)):
             raise ValueError(
-                f"safety_checker gives images and flags as many as it takes, images as floats in [0, 1] of the shape "
-                f"{values.shape}, got {short_repr(answer)}."
+                f"safety_checker must return as many images and flags as it gets, images as floats in [0, 1] of the "
+                f"shape {values.shape}, got {short_repr(answer)}."
             )
         same = returned is values and not is_unsafe
         return image if same else (kept.to(image).permute(2, 0, 1) * 2 - 1), is_unsafe

@@ -244,7 +244,7 @@ class LoraMixin:
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"There is no adapter {unknown[0]!r}; the model has {known or 'none'}.")
         if len(set(names)) < len(names):
-            raise ValueError(f"An adapter is named once, got {short_repr(list(names))}.")
+            raise ValueError(f"An adapter must be named only once, got {short_repr(list(names))}.")
 
     def _check_not_fused(self, what: str):
         """Raises `ValueError` while adapters are fused: with another strength they could not be taken out again."""

@@ -217,7 +217,7 @@ def _with_lora(recipe: Recipe, model: NextFlowForConditionalGeneration) -> nn.Mo
     if has_new_codes(model) and set(parts) != set(FULLY_TRAINED):
         logger.warning(
             "The transformer was never trained on the codes of its vision tokenizer: their embedding and the heads are "
-            "trained whole, and saved with the adapter."
+            "fully trained, and saved with the adapter."
         )
         parts = list(FULLY_TRAINED)
     whole = [name for part in parts for name in FULLY_TRAINED[part]]

@@ -132,8 +132,8 @@ def check_weights(model: nn.Module):
     finite = {name: is_finite(tensor) for name, tensor in weights.items()}
     if broken := [name for name, value in finite.items() if not bool(value)]:
         raise ValueError(
-            f"There are NaN or infinite values in {_first_of(broken)}, as {weights[broken[0]].dtype}; the checkpoint is "
-            "damaged, its training went wrong, or the type is too small for it."
+            f"There are NaN or infinite values in {_first_of(broken)}, as {weights[broken[0]].dtype}; the checkpoint "
+            "is damaged, its training went wrong, or the type is too small for it."
         )
 
 

@@ -88,7 +88,7 @@ def check_function(function: object, count: int, name: str):
     try:
         signature.bind(*range(count))
     except TypeError as error:
-        raise ValueError(f"{name} is called with {count} arguments, and takes {signature}: {error}.") from error
+        raise ValueError(f"{name} is called with {count} arguments, but takes {signature}: {error}.") from error
 
 
 def checks_names(function: Callable[P, R]) -> Callable[P, R]:

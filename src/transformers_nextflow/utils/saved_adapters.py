@@ -313,7 +313,7 @@ def load_adapters(model: nn.Module, path, subfolder: str = "", **kwargs):
     if unknown := [name for name in saved.get("active", ()) if name not in saved.get("names", ())]:
         raise ValueError(f"{index} has the adapter {unknown[0]!r} active, which is none of its names.")
     if missing := [name for name in ("names", "active") if name not in saved]:
-        raise ValueError(f"{index} lacks {missing[0]}; save the model anew.")
+        raise ValueError(f"{index} lacks {missing[0]}; save the model again.")
     for name in saved["names"]:
         add_saved_adapter(model, name, path, f"{place}/{name}", **options)
     model.eval().requires_grad_(False)
@@ -344,7 +344,7 @@ def _read_adapter(path, subfolder: str, **hub_options) -> tuple[PeftConfig, dict
     largest = max((side for value in saved.values() for side in value.shape), default=0)
     if getattr(config, "r", 0) > largest:
         raise ValueError(
-            f"{file} says r={config.r}, and no dimension of the adapter's weights is larger than {largest}."
+            f"{file} has r={config.r}, but no dimension of the adapter's weights is larger than {largest}."
         )
     return config, saved
 

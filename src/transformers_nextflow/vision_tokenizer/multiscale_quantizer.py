@@ -80,7 +80,7 @@ def check_float32(module: nn.Module):
             kind = weight.dtype if is_whole else f"a {type(weight).__name__} of {weight.dtype}"
             raise ValueError(
                 f"{type(module).__name__}.{name} is {kind}, but codes are made in float32 from whole weights; "
-                "load the vision tokenizer anew, and leave it out of sharding, quantisation and casts of its parts."
+                "load the vision tokenizer again, and leave it out of sharding, quantisation and casts of its parts."
             )
 
 

@@ -252,7 +252,7 @@ class NextFlowGRPOTrainer(
         self._rewards = _value_of_prefix(torch.stack(rewards), self.args.continuation_eta)
         if bool(((self._rewards * self.reward_weights.to(self._rewards)).abs() > LARGEST_REWARD).any()):
             raise ValueError(
-                f"reward_weights {self.reward_weights.tolist()} bring rewards beyond ±{LARGEST_REWARD:.0e}; make them "
+                f"reward_weights {self.reward_weights.tolist()} make rewards exceed ±{LARGEST_REWARD:.0e}; make them "
                 "smaller."
             )
         for name, column in zip(self.reward_func_names, self._rewards.T):

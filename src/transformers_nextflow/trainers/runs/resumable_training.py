@@ -98,7 +98,7 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
             )
         if is_superseded(found[-1]):
             raise ValueError(
-                f"{found[-1]} is of an earlier training in this folder than the one that was begun last; remove it, or "
+                f"{found[-1]} is of an earlier training in this folder than the latest one; remove it, or "
                 "name the checkpoint to resume from."
             )
         return found[-1]

@@ -38,7 +38,7 @@ def tokenizer_trainer(recipe, folder: str | os.PathLike, data: str | os.PathLike
         if judge.smallest_side > smallest:
             remedy = "set discriminator: {layers: 2}, or fewer" if name == "discriminator" else "leave it out"
             raise ValueError(
-                f"Images have sides of {smallest} pixels, and {name} takes {judge.smallest_side} at least; {remedy}."
+                f"Images have sides of {smallest} pixels, and {name} needs at least {judge.smallest_side}; {remedy}."
             )
     return NextFlowVQTrainer(model, args, train_dataset=images, teacher=teacher, **judges)
 

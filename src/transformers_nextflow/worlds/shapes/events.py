@@ -95,7 +95,7 @@ def apply_event(sentence: str, scene: Scene, world: World) -> Scene:
     match = re.fullmatch(r"the (\w+) (\w+) (moves|turns|grows|goes away|goes to)(?: (.+))?", sentence)
     named = [item for item in scene.objects if match and (item.color, item.shape) == match.groups()[:2]]
     if len(named) != 1:
-        raise ValueError(f"{sentence!r} tells nothing of exactly one of the objects {scene.objects}.")
+        raise ValueError(f"{sentence!r} does not tell of exactly one of the objects {scene.objects}.")
     item, verb, detail = named[0], match[3], match[4]
     if verb == "goes away" and detail is None:
         return exchange(scene, item, None)
