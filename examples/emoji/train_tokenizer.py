@@ -154,7 +154,7 @@ def main():
     parser.add_argument("--output", type=Path, required=True, help="folder of checkpoints, and of the outcome, `final`")
     parser.add_argument("--model", help="the stage before: its `final`")
     parser.add_argument("--judge", type=Path, help="folder of the judge whose layers the decoder stage looks through")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--resume", action="store_true", help="resume from the newest checkpoint")
     parser.add_argument("--set", dest="changes", action="append", default=[], help="name=value of the recipe")
     arguments = parser.parse_args()
     trainer = make_trainer(arguments)

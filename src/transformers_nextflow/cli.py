@@ -69,17 +69,17 @@ Each takes --model FOLDER, a folder or a repository of the Hub. {model}
 Output = Annotated[Path, typer.Option(help="File of the image; several images are numbered.")]
 GuidanceScale = Annotated[float | None, typer.Option(help="1 is no guidance; default: the checkpoint's own.")]
 NumImages = Annotated[int, typer.Option(help="Images for each prompt.")]
-NumCandidates = Annotated[int, typer.Option(help="Drawn for each image that is kept, the best one.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32, help="Of the first image; the next ones count on from it.")]
+NumCandidates = Annotated[int, typer.Option(help="Candidates drawn for each image; only the best one is kept.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32, help="Seed of the first image; each next image adds 1.")]
 Decoder = Annotated[
     str,
     typer.Option(
-        help="Of codes into pixels: pixel, or the folder or repository of a diffusion decoder, which sharpens; "
+        help="What decodes codes to pixels: pixel, or the folder or repository of a diffusion decoder, which sharpens; "
         "diffusion is that of a pipeline's folder."
     ),
 ]
-DecoderSteps = Annotated[int | None, typer.Option(min=1, help="Of a diffusion decoder; default: its own.")]
-Scale = Annotated[int, typer.Option(min=1, help="Enlarge each pixel so many times, for viewing.")]
+DecoderSteps = Annotated[int | None, typer.Option(min=1, help="Steps of the diffusion decoder; default: its own.")]
+Scale = Annotated[int, typer.Option(min=1, help="Factor by which every pixel is enlarged, for viewing.")]
 Pixels = Annotated[int | None, typer.Option(help="Pixels; default: the input image's, or the model's largest square.")]
 
 
@@ -173,7 +173,7 @@ def generate(
             paths += _save(stage, _preview(previews, output, number), scale)
     for thought in drawn.thoughts or []:
         typer.echo(f"Thought: {thought}")
-    _tell(seconds, paths)
+    _print_paths(seconds, paths)
 
 
 @app.command()
@@ -220,7 +220,7 @@ def edit(
         )
         seconds = time.perf_counter() - start
         paths = _save(drawn.images, output, scale)
-    _tell(seconds, paths)
+    _print_paths(seconds, paths)
 
 
 @app.command()
@@ -263,7 +263,7 @@ def vary(
         )
         seconds = time.perf_counter() - start
         paths = _save(drawn.images, output, scale)
-    _tell(seconds, paths)
+    _print_paths(seconds, paths)
 
 
 @app.command()
@@ -308,7 +308,7 @@ def video(
         write_frames([_enlarge(frame, scale) for frame in drawn.frames[0]], output, frames_per_second)
     for number, text in enumerate(drawn.transitions[0], start=2):
         typer.echo(f"Frame {number}: {text}")
-    _tell(seconds, [output])
+    _print_paths(seconds, [output])
 
 
 @app.command()
@@ -413,7 +413,7 @@ def _check_files(paths: list[Path]):
         regular_file(path, "video" if path.suffix.lower() in VIDEO_EXTENSIONS else "image")
 
 
-def _tell(seconds: float, paths: list[Path]):
+def _print_paths(seconds: float, paths: list[Path]):
     typer.echo(f"Drawn in {seconds:.2f} s:")
     typer.echo("\n".join(map(str, paths)))
 
@@ -438,7 +438,7 @@ def _preview(folder: Path, output: Path, number: int) -> Path:
 def _save(images: list[Image.Image], output: Path, scale: int) -> list[Path]:
     """Save every image that can be saved. Raises an `OSError` that says where the others were saved."""
     paths, written, refused = _numbered(output, len(images)), [], []
-    with note_on_interrupt(lambda: f"Written are {', '.join(map(str, written)) or 'none of the images'}."):
+    with note_on_interrupt(lambda: f"Images written: {', '.join(map(str, written)) or 'none'}."):
         for image, path in zip(images, paths):
             try:
                 write_with_fallback(path, _enlarge(image, scale).save)

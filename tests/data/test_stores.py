@@ -112,7 +112,7 @@ def test_an_image_that_lacks_in_a_store_is_told_or_skipped(sources, store, tmp_p
         ('{"file_name": 5, "text": "one"}', "row 0, file_name: must be the name of an image"),
         (
             '{"file_name": "0.png", "text": "one", "text": "two"}',
-            "row 0, row: is not valid JSON: The name 'text' is there twice",
+            "row 0, row: is not valid JSON: The name 'text' occurs twice",
         ),
         ("[", "row 0, row: is not valid JSON"),
     ],

@@ -93,8 +93,8 @@ def evaluate_run(
     output: Annotated[Path | None, typer.Option(help="Folder for scores; default: evaluation/SUITE in RUN.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The largest number of cases of each kind.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 4,
-    every: Annotated[float, typer.Option(min=1, max=86400, help="Seconds until the folder is looked at again.")] = 60,
-    once: Annotated[bool, typer.Option("--once", help="Score what is there, and do not wait for more.")] = False,
+    every: Annotated[float, typer.Option(min=1, max=86400, help="Seconds between checks for new checkpoints.")] = 60,
+    once: Annotated[bool, typer.Option("--once", help="Score the existing checkpoints and do not wait.")] = False,
     device: Device = None,
 ):
     """Score the checkpoints of a training while it runs, until it is finished: scores, sheets, a curve."""

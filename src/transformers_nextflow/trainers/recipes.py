@@ -265,4 +265,4 @@ def _newest_checkpoint(trainer) -> str:
     checkpoint = trainer.last_checkpoint()
     if checkpoint is None:
         return "No checkpoint had been written."
-    return f"The newest checkpoint is {checkpoint}; the same command with --resume goes on from it."
+    return f"The newest checkpoint is {checkpoint}; the same command with --resume continues from it."

@@ -30,7 +30,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _repeated_name(name: object) -> str:
-    return f"The name {short_repr(name)} is there twice; keep one of them."
+    return f"The name {short_repr(name)} occurs twice; keep one of them."
 
 
 class _UniqueLoader(yaml.SafeLoader):
