@@ -151,7 +151,7 @@ def generate(
             stages.append(callback_kwargs["preview"])
 
         start = time.perf_counter()
-        drawn = pipeline(
+        result = pipeline(
             prompts,
             negative_prompt=negative_prompt,
             height=height,
@@ -168,10 +168,10 @@ def generate(
         )
         seconds = time.perf_counter() - start
 
-        paths = _save(drawn.images, output, scale)
+        paths = _save(result.images, output, scale)
         for number, stage in enumerate(stages, start=1):
             paths += _save(stage, _preview(previews, output, number), scale)
-    for thought in drawn.thoughts or []:
+    for thought in result.thoughts or []:
         typer.echo(f"Thought: {thought}")
     _print_paths(seconds, paths)
 
@@ -204,7 +204,7 @@ def edit(
         pipeline = _load_pipeline(model, device, dtype, decoder)
         _check_enlarged(pipeline, scale, output, decoder, height, width)
         start = time.perf_counter()
-        drawn = pipeline(
+        result = pipeline(
             instruction,
             image=[str(path) for path in images],
             mask_image=str(mask) if mask else None,
@@ -219,7 +219,7 @@ def edit(
             generator=_generators(pipeline, seed, num_images * num_candidates),
         )
         seconds = time.perf_counter() - start
-        paths = _save(drawn.images, output, scale)
+        paths = _save(result.images, output, scale)
     _print_paths(seconds, paths)
 
 
@@ -251,7 +251,7 @@ def vary(
         pipeline = _load_pipeline(model, device, dtype, decoder)
         _check_enlarged(pipeline, scale, output, decoder)
         start = time.perf_counter()
-        drawn = pipeline(
+        result = pipeline(
             prompt,
             image=str(image),
             num_kept_scales=keep_scales,
@@ -262,7 +262,7 @@ def vary(
             generator=_generators(pipeline, seed, num_images),
         )
         seconds = time.perf_counter() - start
-        paths = _save(drawn.images, output, scale)
+        paths = _save(result.images, output, scale)
     _print_paths(seconds, paths)
 
 
@@ -294,7 +294,7 @@ def video(
         pipeline = _load_pipeline(model, device, dtype, decoder)
         _check_enlarged(pipeline, scale, output, decoder, height, width)
         start = time.perf_counter()
-        drawn = pipeline.video(
+        result = pipeline.video(
             texts[0] if len(texts) == 1 else [texts],
             image=str(first_frame) if first_frame else None,
             num_frames=num_frames,
@@ -305,8 +305,8 @@ def video(
             generator=_generators(pipeline, seed, 1),
         )
         seconds = time.perf_counter() - start
-        write_frames([_enlarge(frame, scale) for frame in drawn.frames[0]], output, frames_per_second)
-    for number, text in enumerate(drawn.transitions[0], start=2):
+        write_frames([_enlarge(frame, scale) for frame in result.frames[0]], output, frames_per_second)
+    for number, text in enumerate(result.transitions[0], start=2):
         typer.echo(f"Frame {number}: {text}")
     _print_paths(seconds, [output])
 

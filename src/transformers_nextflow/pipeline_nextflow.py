@@ -444,13 +444,17 @@ class NextFlowPipeline(
                 answer = self.processor.think_prefix if think else None
                 inputs, thoughts = self._drawing_inputs(request, sampling, answer), None
                 if think:
-                    drawn, thoughts = self._think(request, inputs, max_thought_tokens, thought_temperature, options)
+                    generated, thoughts = self._think(request, inputs, max_thought_tokens, thought_temperature, options)
                 else:
-                    drawn = self.model.generate_images(**inputs, **options)
+                    generated = self.model.generate_images(**inputs, **options)
 
             # 3. The best candidates
-            rows, scores = self._best_candidates(drawn, request, num_candidates, candidate_scorer)
-            image_tokens, grids, request = drawn.image_tokens[rows], drawn.image_grids[rows], request.select(rows)
+            rows, scores = self._best_candidates(generated, request, num_candidates, candidate_scorer)
+            image_tokens, grids, request = (
+                generated.image_tokens[rows],
+                generated.image_grids[rows],
+                request.select(rows),
+            )
             thoughts = None if thoughts is None else [thoughts[index] for index in rows]
             if num_kept_scales is not None and not self.interrupt:
                 self._warn_of_duplicates(request, image_tokens, num_images_per_prompt)
@@ -466,8 +470,8 @@ class NextFlowPipeline(
                 pixels, flags = self._checked(pixels)
                 images = self._images(pixels, output_type)
             if output_type == "pil":
-                told = {"num_kept_scales": num_kept_scales} | decoder_provenance(settings)
-                images = self._with_provenance(images, rows, generator, sampling, **told)
+                provenance = {"num_kept_scales": num_kept_scales} | decoder_provenance(settings)
+                images = self._with_provenance(images, rows, generator, sampling, **provenance)
             previews = scale_previews.rows if scale_previews is not None else None
             output = NextFlowPipelineOutput(images, image_tokens, thoughts, scores, flags, previews)
         # Annotated without the tuple, which few calls want, so that editors and type checkers know the fields.
@@ -495,14 +499,14 @@ class NextFlowPipeline(
         return after_scale
 
     def _best_candidates(
-        self, drawn: ImageGenerationOutput, request: ImageRequest, count: int, scorer: CandidateScorer | None
+        self, generated: ImageGenerationOutput, request: ImageRequest, count: int, scorer: CandidateScorer | None
     ) -> tuple[list[int], torch.Tensor | None]:
         """For each group of `count` images the row of the best, and the scores (B, count) if they were asked for."""
-        first = list(range(0, len(drawn.image_tokens), count))
+        first = list(range(0, len(generated.image_tokens), count))
         if count == 1 or self.interrupt:
             return first, None
-        scores = (scorer or caption_scorer)(self, drawn.image_tokens, drawn.image_grids, request.prompts)
-        scores = checked_scores(scores, len(drawn.image_tokens)).view(-1, count)
+        scores = (scorer or caption_scorer)(self, generated.image_tokens, generated.image_grids, request.prompts)
+        scores = checked_scores(scores, len(generated.image_tokens)).view(-1, count)
         return [start + best for start, best in zip(first, scores.argmax(1).tolist())], scores
 
     def _drawing_inputs(self, request: ImageRequest, sampling: ImageSampling, answer: str | None = None) -> dict:

@@ -155,9 +155,9 @@ def _read_file(path: Path, max_frames: int | None) -> list[Image.Image]:
     except ImportError:
         raise
     except Exception as error:  # decoders of broken files raise what comes
-        told = str(error).strip().splitlines() or [type(error).__name__]
+        reason = str(error).strip().splitlines() or [type(error).__name__]
         # ffmpeg says what it is and all that it does, and in the last line what is wrong.
-        raise ValueError(f"{path} cannot be read as a video: {told[-1]}") from error
+        raise ValueError(f"{path} cannot be read as a video: {reason[-1]}") from error
     return frames
 
 

@@ -133,9 +133,11 @@ def check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.
         if name in state and getattr(value, "dtype", torch.long).is_floating_point > state[name].is_floating_point()
     ]
     faults = {"missing": missing, "not expected": extra, "of another shape": misshapen, "integers": integers}
-    told = [f"{kind}: {_first_names(names)}" for kind, names in faults.items() if names]
-    if told:
-        raise ValueError(f"The tensors do not fit the model. {'; '.join(told)}. Do file and config belong together?")
+    problems = [f"{kind}: {_first_names(names)}" for kind, names in faults.items() if names]
+    if problems:
+        raise ValueError(
+            f"The tensors do not fit the model. {'; '.join(problems)}. Do file and config belong together?"
+        )
     for name, tensor in state.items():
         check_finite(name, tensor)
 
@@ -185,8 +187,8 @@ def config_errors(folder: Path | str) -> Iterator[None]:
     try:
         yield
     except (StrictDataclassError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{Path(folder) / 'config.json'} does not describe its model; correct it. {told}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{Path(folder) / 'config.json'} does not describe its model; correct it. {reason}") from error
 
 
 class ShardedCheckpoint(Mapping):
@@ -458,8 +460,8 @@ def write_model_card(
     check_repository(base_model)
     source = Path(source).absolute()  # and not resolved: files of the Hub's cache are links into another folder
     folder_of_source = source.parent if source.is_file() else source
-    told = read_card_metadata(folder_of_source)
-    data = {"license": "unknown"} | {name: told[name] for name in INHERITED if name in told}
+    inherited = read_card_metadata(folder_of_source)
+    data = {"license": "unknown"} | {name: inherited[name] for name in INHERITED if name in inherited}
     cached = [part.removeprefix("models--").replace("--", "/") for part in source.parts if part.startswith("models--")]
     write_card(
         folder,

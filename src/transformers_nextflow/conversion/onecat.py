@@ -145,8 +145,8 @@ def released_config(config: OneCatConfig) -> dict:
     text = {name: getattr(config.text_config, name) for name in TEXT_FIELDS}
     text |= FIXED_TEXT_FIELDS | {"rope_theta": config.text_config.rope_parameters["rope_theta"]}
     reader = {name: getattr(config, f"reader_{name}") for name in ("hidden_size", "image_size", "patch_size")}
-    told = {"architectures": ["OneCatVLModel"], "llm_config": text, "patch_vision_config": reader}
-    return config.released_config or FIXED_FIELDS | told | {"vae_embed_dim": config.vq_config.code_bits}
+    values = {"architectures": ["OneCatVLModel"], "llm_config": text, "patch_vision_config": reader}
+    return config.released_config or FIXED_FIELDS | values | {"vae_embed_dim": config.vq_config.code_bits}
 
 
 def read_vision_tokenizer(file: Path) -> tuple[BitwiseVQConfig, State]:
@@ -204,11 +204,14 @@ def convert_onecat(
             surplus, misshapen or not finite, or files are damaged. Then nothing is left behind.
     """
     check_repository(base_model)
-    told, released = read_config(source, FIXED_FIELDS["model_type"]), open_checkpoint(source)
+    source_config, released = read_config(source, FIXED_FIELDS["model_type"]), open_checkpoint(source)
     vq_config, vq_state = read_vision_tokenizer(vision_tokenizer)
     processor = make_processor(source, vq_config)
     config = onecat_config(
-        told, vq_config, image_token_id=processor.image_token_id, reference_token_id=processor.reference_token_id
+        source_config,
+        vq_config,
+        image_token_id=processor.image_token_id,
+        reference_token_id=processor.reference_token_id,
     )
     processor.check_fits(config)
     # Also checks for two names of one tensor.

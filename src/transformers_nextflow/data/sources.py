@@ -146,9 +146,9 @@ def _load(datasets: ModuleType, kind: str, files: Any, streaming: bool, name: st
     except Exception as error:
         while type(error).__name__ == "DatasetGenerationError" and isinstance(error.__cause__, Exception):
             error = error.__cause__
-        told = next((ours for theirs, ours in CLEARER_ERRORS.items() if theirs in str(error)), str(error))
-        told = f"it lacks {error}" if isinstance(error, KeyError) else told
-        raise ValueError(f"{name} cannot be read as rows: {told}") from error
+        reason = next((ours for theirs, ours in CLEARER_ERRORS.items() if theirs in str(error)), str(error))
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else reason
+        raise ValueError(f"{name} cannot be read as rows: {reason}") from error
     finally:
         datasets.logging.set_verbosity(level)
 

@@ -89,9 +89,9 @@ def prompt_and_image(row: dict) -> tuple[list[dict], list[dict]] | None:
     messages = read_messages(row)
     if [message["role"] for message in messages] != ["user", "assistant"]:
         return None
-    asked, drawn = (message["content"] for message in messages)
-    flagged = any("train" in holder for holder in (*messages, *asked, *drawn))
-    return None if flagged or [part["type"] for part in drawn] != ["image"] else (asked, drawn)
+    asked, answered = (message["content"] for message in messages)
+    flagged = any("train" in holder for holder in (*messages, *asked, *answered))
+    return None if flagged or [part["type"] for part in answered] != ["image"] else (asked, answered)
 
 
 def _with_turns(row: dict, question: list[dict], answer: list[dict]) -> dict:

@@ -161,12 +161,12 @@ def _stream_scales(pipe: NextFlowPipeline, prompt: str, count, seed, **settings)
     pipe.check_batch_size(count)  # before `count` generators are made
     generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
     captions = [f"seed {seed + index}" for index in range(count)]
-    told, growth, is_left = SimpleQueue(), [], threading.Event()
+    updates, growth, is_closed = SimpleQueue(), [], threading.Event()
 
     def after_scale(pipe, step: int, scale: int, values: dict):
         growth.append((values["preview"][0], f"scale {scale + 1}"))
-        told.put(DrawingState(list(zip(values["preview"], captions)), list(growth)))
-        pipe._interrupt = is_left.is_set()
+        updates.put(DrawingState(list(zip(values["preview"], captions)), list(growth)))
+        pipe._interrupt = is_closed.is_set()
 
     def call():
         try:
@@ -177,21 +177,21 @@ def _stream_scales(pipe: NextFlowPipeline, prompt: str, count, seed, **settings)
                     callback_on_step_end_tensor_inputs=["preview"], **settings,
                 ).images  # fmt: skip
             own = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
-            told.put(DrawingState(list(zip(images, captions)), growth, is_finished=True, warnings=own))
+            updates.put(DrawingState(list(zip(images, captions)), growth, is_finished=True, warnings=own))
         except Exception as error:
-            told.put(error)
+            updates.put(error)
 
     threading.Thread(target=call, daemon=True).start()
     try:
         while True:
-            shown = told.get()
+            shown = updates.get()
             if isinstance(shown, Exception):
                 raise shown
             yield shown
             if shown.is_finished:
                 return
     finally:
-        is_left.set()
+        is_closed.set()
 
 
 def _whole(value, name: str) -> int:

@@ -40,7 +40,7 @@ def make_page(pipe: NextFlowPipeline) -> gr.Blocks:
         gr.Markdown(f"# {TITLE}\nImages scale by scale.")
         with gr.Tabs() as tabs:
             with gr.Tab("Draw", id="draw"):
-                drawn, to_edit, to_vary = _draw_tab(pipe)
+                drawn_images, to_edit, to_vary = _draw_tab(pipe)
             if not reads:
                 to_edit.visible = to_vary.visible = False
                 return page
@@ -51,10 +51,10 @@ def make_page(pipe: NextFlowPipeline) -> gr.Blocks:
             with gr.Tab("Chat", id="chat"):
                 _chat_tab(pipe)
         chosen = gr.State(0)
-        drawn.change(lambda: 0, outputs=chosen, show_progress="hidden")
-        drawn.select(_index, outputs=chosen, show_progress="hidden")
-        to_edit.click(_send_to_tab("edit", _as_painted), [drawn, chosen], [painted, tabs])
-        to_vary.click(_send_to_tab("vary", lambda image: image), [drawn, chosen], [varied, tabs])
+        drawn_images.change(lambda: 0, outputs=chosen, show_progress="hidden")
+        drawn_images.select(_index, outputs=chosen, show_progress="hidden")
+        to_edit.click(_send_to_tab("edit", _as_painted), [drawn_images, chosen], [painted, tabs])
+        to_vary.click(_send_to_tab("vary", lambda image: image), [drawn_images, chosen], [varied, tabs])
     return page
 
 

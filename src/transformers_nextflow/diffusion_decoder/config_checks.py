@@ -37,8 +37,8 @@ def check_config(config: Mapping[str, Any], init: Callable):
             least = 1 if key in ("num_layers", "layers_per_block") else 0
             for count in (value if isinstance(value, list | tuple) else [value]) if "layers" in key else ():
                 if isinstance(count, int) and not least <= count <= MAX_LAYERS:
-                    told = f"from {least} to {MAX_LAYERS}, got {short_repr(value)}."
-                    raise ValueError(f"{name}: {part}.{key} must be {told}")
+                    bounds = f"from {least} to {MAX_LAYERS}, got {short_repr(value)}."
+                    raise ValueError(f"{name}: {part}.{key} must be {bounds}")
     sizes = config["trained_sizes"]
     if sizes is not None and not (sizes and all(len(size) == 2 and min(size) > 0 for size in sizes)):
         raise ValueError(f"{name}: trained_sizes are pairs of height and width in pixels, got {short_repr(sizes)}.")

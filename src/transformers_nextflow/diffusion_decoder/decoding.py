@@ -43,7 +43,7 @@ def decode_codes(
     """
     shapes = [decoder.sample_shape(schedule.final_grid) for schedule in schedules]
     device = vq_model.device
-    noise = [drawn.to(device) for drawn in _draw_noise(shapes, generator)]
+    noise = [own.to(device) for own in _draw_noise(shapes, generator)]
     counts = (image_tokens >= 0).sum(1).tolist()
     kinds = list(zip(schedules, counts))
     batches = []

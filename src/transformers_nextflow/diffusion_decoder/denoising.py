@@ -32,14 +32,14 @@ def diffusion_loss(
         call: the decoder, possibly wrapped by a trainer.
     """
     call, scheduler = call or decoder, make_scheduler(decoder.config.scheduler)
-    noise, drawn = torch.randn_like(clean), torch.rand(len(clean), device=clean.device)
+    noise, uniform = torch.randn_like(clean), torch.rand(len(clean), device=clean.device)
     if not decoder.is_flow_matching:
-        steps = (drawn * scheduler.config.num_train_timesteps).long()
+        steps = (uniform * scheduler.config.num_train_timesteps).long()
         noisy = scheduler.add_noise(clean, noise, steps)
         return F.mse_loss(call(noisy, steps / TIMESTEPS, condition, prompt).float(), noise)
     # Times in (0, 1], shifted if the scheduler has a shift.
     shift = scheduler.shift
-    time = 1 - drawn
+    time = 1 - uniform
     time = shift * time / (1 + (shift - 1) * time)
     at = time.view(-1, 1, 1, 1)
     predicted = call((1 - at) * clean + at * noise, time, condition, prompt).float()

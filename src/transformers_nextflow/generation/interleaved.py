@@ -134,7 +134,7 @@ class InterleavedLoop:
         self.stop = StopStringCriteria(tokenizer, text.stop_strings) if text.stop_strings is not None else None
 
         self.written: list[list[int]] = [[] for _ in range(self.batch)]
-        self.drawn = [0] * self.batch
+        self.num_images = [0] * self.batch
         self.ended = [False] * self.batch
         self.is_interrupted = False
         # Rows that may not write any more, but have images to draw before they end.
@@ -144,7 +144,7 @@ class InterleavedLoop:
 
     def run(self) -> InterleavedGenerationOutput:
         for row in self.writer.rows_at_boi():
-            if self.drawn[row] >= self.max_images:
+            if self.num_images[row] >= self.max_images:
                 raise ValueError(
                     f"Row {row} ends with <boi> and may draw {self.max_images} images; raise max_images, or end the "
                     "prompt before <boi>."
@@ -167,7 +167,7 @@ class InterleavedLoop:
         """End a row that may not write any more, once it has drawn enough images."""
         at_boi = self.writer.tokens[row][-1] == self.config.boi_token_id
         if not at_boi and (is_stopped or self.must_draw[row] or len(self.written[row]) >= self.max_new_tokens):
-            self.must_draw[row] = self.drawn[row] < self.min_images
+            self.must_draw[row] = self.num_images[row] < self.min_images
             self.ended[row] = not self.must_draw[row]
 
     def _write(self, rows: list[int]):
@@ -202,9 +202,9 @@ class InterleavedLoop:
         logits = self.writer.text_logits[free]
         logits[:, [self.config.eoi_token_id, self.config.image_token_id]] = -torch.inf
         for index, row in enumerate(free):
-            if self.drawn[row] >= self.max_images:
+            if self.num_images[row] >= self.max_images:
                 logits[index, boi] = -torch.inf
-            if self.drawn[row] < self.min_images:
+            if self.num_images[row] < self.min_images:
                 logits[index, self.end_ids] = -torch.inf
         tokens = sample_codes(logits, self.temperature, **self.truncation, generator=self._generator_of(free)).tolist()
         tokens = dict(zip(free, tokens))
@@ -224,7 +224,7 @@ class InterleavedLoop:
         drawing = ImageCodes(self.model, [self.schedules[row] for row in rows], self.sampling, self._generator_of(rows))
         self.writer.draw(drawing, rows, self._after_scale)
         for row in rows:
-            self.drawn[row] += 1
+            self.num_images[row] += 1
             # Counted from the row's first image; `_output` adds the number of images in the rows before.
             self._end_segment(row, image=len(self.writer.image_tokens[row]) - 1)
             self._end_if_at_limit(row)

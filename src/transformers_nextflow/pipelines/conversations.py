@@ -151,8 +151,8 @@ class ConversationMixin:
                     )  # fmt: skip
             rows = [row for row in range(len(scripts)) for _ in range(length)]
             noise, texts = generators_of_rows(generator, rows), [prompts[row] for row in rows]
-            drawn = self._decoded(finished.image_tokens, finished.image_grids, settings, noise, texts)
-            images = self.processor.post_process_images(self._checked(drawn)[0])
+            pixels = self._decoded(finished.image_tokens, finished.image_grids, settings, noise, texts)
+            images = self.processor.post_process_images(self._checked(pixels)[0])
             images = iter(self._with_provenance(images, rows, generator, sampling, **decoder_provenance(settings)))
             videos = [[next(images) for _ in range(length)] for _ in scripts]
             if given:
@@ -323,8 +323,8 @@ class ConversationMixin:
                     content.append({"type": "text", "text": text})
             else:
                 chosen = [piece.image]
-                drawn = output.image_tokens[chosen], output.image_grids[chosen]
-                pixels = self._decoded(*drawn, settings, generators_of_rows(generator, [row]))
+                tokens_and_grids = output.image_tokens[chosen], output.image_grids[chosen]
+                pixels = self._decoded(*tokens_and_grids, settings, generators_of_rows(generator, [row]))
                 images = self.processor.post_process_images(self._checked(pixels)[0])
                 [image] = self._with_provenance(images, [row], generator, sampling, **decoder_provenance(settings))
                 content.append({"type": "image", "image": image})

@@ -271,9 +271,9 @@ def _error_of(error: Exception) -> tuple[int, dict]:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         param = ".".join(map(str, first["loc"]))
-        told = first["msg"].removeprefix("Value error, ")  # pydantic's, before our own words
-        told = "this field is not known" if first["type"] == "extra_forbidden" else told
-        status, message = 400, f"{param}: {told}"
+        reason = first["msg"].removeprefix("Value error, ")  # pydantic's, before our own words
+        reason = "this field is not known" if first["type"] == "extra_forbidden" else reason
+        status, message = 400, f"{param}: {reason}"
     elif isinstance(error, TooManyRequests):
         status, message = 429, str(error)
     elif isinstance(error, TimeoutError):

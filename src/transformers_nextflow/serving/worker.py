@@ -173,14 +173,14 @@ class Worker:
                     if scale in shown:
                         job.put(Partial(image, shown.index(scale), number))
 
-        drawn = self.pipeline(
+        output = self.pipeline(
             **inputs,
             **jobs[0].options,
             generator=[_generator(job.seeds[number]) for job, number in owners],
             callback_on_step_end=after_scale,
             callback_on_step_end_tensor_inputs=["preview"] if with_previews else [],
         )
-        for (job, number), image, tokens in zip(owners, drawn.images, drawn.image_tokens):
+        for (job, number), image, tokens in zip(owners, output.images, output.image_tokens):
             job.put(Finished(image, job.seeds[number], int((tokens >= 0).sum())))
 
     def _chat(self, jobs: list[ChatJob]):

@@ -100,10 +100,10 @@ class StageRows(Dataset):
         return sizes_of_view(row, self._view(index))
 
     def _view(self, index: int | str) -> int:
-        drawn = random.Random(f"{self.seed} {index}" + (f" {self.epoch}" if self.epoch else "")).random()
-        if drawn < self.caption_share:
+        uniform = random.Random(f"{self.seed} {index}" + (f" {self.epoch}" if self.epoch else "")).random()
+        if uniform < self.caption_share:
             return AS_CAPTION
-        return WITHOUT_PROMPT if drawn < self.caption_share + self.empty_share else UNCHANGED
+        return WITHOUT_PROMPT if uniform < self.caption_share + self.empty_share else UNCHANGED
 
     def _check_level(self, index: int | str, row: dict):
         if self.level is None:

@@ -56,9 +56,10 @@ def loading_errors(folder: object) -> Iterator[None]:
 
 def damaged(folder: object, error: Exception) -> ValueError:
     """The error in place of a library's error that a user would not understand."""
-    told = " ".join(f"{type(error).__name__}: {error}".split())
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
     return ValueError(
-        f"{short_path(folder)} cannot be loaded: a file in it is damaged, or its config belongs to other files. {told}"
+        f"{short_path(folder)} cannot be loaded: a file in it is damaged, or its config belongs to other files. "
+        f"{reason}"
     )
 
 

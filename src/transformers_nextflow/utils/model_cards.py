@@ -77,15 +77,15 @@ def derived_card_metadata(source: str | os.PathLike | None, **data) -> dict[str,
         source: `None` or empty for random weights.
         data: entries of the head, which replace inherited ones; entries that are `None` or empty are left out.
     """
-    told: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     base = None
     if source:
         try:
-            told = read_card_metadata(source)
+            metadata = read_card_metadata(source)
         except ValueError:
-            told = {}  # a broken card of the source must not keep the model from being saved
-        base = told.get("base_model") if os.path.exists(source) else str(source)
-    head = {"license": "unknown", "base_model": base} | {name: told[name] for name in INHERITED if name in told}
+            metadata = {}  # a broken card of the source must not keep the model from being saved
+        base = metadata.get("base_model") if os.path.exists(source) else str(source)
+    head = {"license": "unknown", "base_model": base} | {name: metadata[name] for name in INHERITED if name in metadata}
     return {name: value for name, value in (head | data).items() if value not in (None, [], "")}
 
 

@@ -46,18 +46,20 @@ def errors_in_one_line() -> Iterator[None]:
 
 def one_line(error: BaseException) -> str:
     """The line for the user; for an unexpected error it names the class and how to see the traceback."""
-    told = " ".join(part for part in [str(error), *getattr(error, "__notes__", ())] if part)
+    message = " ".join(part for part in [str(error), *getattr(error, "__notes__", ())] if part)
     # Halves of surrogate pairs, which names of files may hold, cannot be printed.
-    told = " ".join(told.encode("utf-8", "backslashreplace").decode().split()) or type(error).__name__
-    if len(told) > MAX_CHARACTERS:
-        told = f"{told[: MAX_CHARACTERS // 2]} … {told[-MAX_CHARACTERS // 2 :]}"
+    message = " ".join(message.encode("utf-8", "backslashreplace").decode().split()) or type(error).__name__
+    if len(message) > MAX_CHARACTERS:
+        message = f"{message[: MAX_CHARACTERS // 2]} … {message[-MAX_CHARACTERS // 2 :]}"
     if isinstance(error, KeyboardInterrupt):
         return f"Interrupted. {' '.join(getattr(error, '__notes__', ())) or 'Nothing was written.'}"
     if _is_out_of_memory(error):
-        return f"Error: The memory is full: {told}; take fewer or smaller images, a smaller batch, or another device."
+        return (
+            f"Error: The memory is full: {message}; take fewer or smaller images, a smaller batch, or another device."
+        )
     if isinstance(error, USER_ERRORS):
-        return f"Error: {told}"
-    return f"Error: {type(error).__name__}: {told} (unexpected; {DEBUG}=1 shows where)"
+        return f"Error: {message}"
+    return f"Error: {type(error).__name__}: {message} (unexpected; {DEBUG}=1 shows where)"
 
 
 @contextmanager

@@ -133,9 +133,9 @@ class NextFlowVQQuantizer(nn.Module):
         tokens, labels, codebook_loss, commitment_loss = [], [], 0.0, 0.0
         for scale, grid in enumerate(schedule.grids):
             target, compared = self.targets(residual, grid)
-            drawn, nearest = self._pick(compared.flatten(0, 2), codebook, self_correction, generator)
-            drawn, nearest = drawn.view(target.shape[:-1]), nearest.view(target.shape[:-1])
-            vectors = F.embedding(drawn, codebook)
+            sampled, nearest = self._pick(compared.flatten(0, 2), codebook, self_correction, generator)
+            sampled, nearest = sampled.view(target.shape[:-1]), nearest.view(target.shape[:-1])
+            vectors = F.embedding(sampled, codebook)
             codebook_loss = codebook_loss + F.mse_loss(vectors, compared.detach())
             commitment_loss = commitment_loss + F.mse_loss(compared, vectors.detach())
 
@@ -147,7 +147,7 @@ class NextFlowVQQuantizer(nn.Module):
             if num_scales is not None:
                 contribution = contribution * (num_scales > scale).view(-1, 1, 1, 1)
             total = total + contribution
-            tokens.append(drawn.flatten(1))
+            tokens.append(sampled.flatten(1))
             labels.append(nearest.flatten(1))
         return QuantizerOutput(
             image_tokens=torch.cat(tokens, dim=1),
@@ -219,9 +219,9 @@ class NextFlowVQQuantizer(nn.Module):
         nearest = candidates[:, 0]
         probabilities = (-distances / self_correction.temperature).softmax(-1)
         choice = torch.multinomial(probabilities, 1, generator=generator)
-        drawn = candidates.gather(1, choice).squeeze(1)
+        sampled = candidates.gather(1, choice).squeeze(1)
         replaced = torch.rand(len(vectors), generator=generator, device=vectors.device) < self_correction.token_share
-        return torch.where(replaced, drawn, nearest), nearest
+        return torch.where(replaced, sampled, nearest), nearest
 
     @property
     def distance_weights(self) -> torch.Tensor:

@@ -55,8 +55,8 @@ class TrainingCardMixin:
         prompt = (self.card_prompts or (EXAMPLE_PROMPT,))[0]
         extras = "pipelines,peft" if is_peft_model(model) else "pipelines"
         sections = [what, self._card_rows()]
-        images = {name: told for name, told in self.card_images.items() if (Path(folder) / name).is_file()}
-        sections += [f"![{told}]({name})" for name, told in images.items()]
+        images = {name: caption for name, caption in self.card_images.items() if (Path(folder) / name).is_file()}
+        sections += [f"![{caption}]({name})" for name, caption in images.items()]
         sections += ["## Use", base.card_use.replace("{prompt}", prompt.replace('"', "'")).replace("{extras}", extras)]
         if losses := self._card_losses():
             sections += ["## Losses", "The last that were logged.", table(("", "value"), losses)]

@@ -83,12 +83,12 @@ def _sample_scale_vectors(batches: Sequence[_Residuals], scale: int, generator: 
     """At most `MAX_VECTORS` of the vectors of a scale of all batches, in the order in which they are drawn."""
     counts = [batch.count(scale) for batch in batches]
     chosen = torch.randperm(sum(counts), generator=generator, device=generator.device)[:MAX_VECTORS]
-    drawn, start = [], 0
+    sampled, start = [], 0
     for batch, count in zip(batches, counts):
         places = ((chosen >= start) & (chosen < start + count)).nonzero().squeeze(1)
-        drawn.append((places, batch.vectors(scale)[chosen[places] - start]))
+        sampled.append((places, batch.vectors(scale)[chosen[places] - start]))
         start += count
-    places, vectors = (torch.cat(parts) for parts in zip(*drawn))
+    places, vectors = (torch.cat(parts) for parts in zip(*sampled))
     return vectors[places.argsort()]
 
 

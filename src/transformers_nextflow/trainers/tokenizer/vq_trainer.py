@@ -207,9 +207,9 @@ class NextFlowVQTrainer(
         if not self.stage.learns_codes or not self.model.training:
             return None
         num_scales = self._core.schedule_of(pixels).num_scales
-        drawn = torch.randint(1, num_scales + 1, (len(pixels),), device=pixels.device)
+        sampled = torch.randint(1, num_scales + 1, (len(pixels),), device=pixels.device)
         dropped = torch.rand(len(pixels), device=pixels.device) < self.args.scale_dropout
-        return torch.where(dropped, drawn, num_scales)
+        return torch.where(dropped, sampled, num_scales)
 
     # Care of the codebook ---------------------------------------------------------------------------------------------
 
