@@ -40,7 +40,7 @@ from .utils.devices import usable_device
 from .utils.known_names import checks_names
 from .utils.model_cards import CARD, upload_card_if_missing
 from .utils.saved_adapters import FOLDER as ADAPTERS
-from .utils.saved_adapters import HUB_OPTIONS, is_adapted, unwrapped, with_adapters_beside
+from .utils.saved_adapters import HUB_OPTIONS, is_adapted, unwrap_peft, with_adapters_beside
 from .utils.short_repr import short_repr
 from .utils.typed_values import is_of_type
 from .utils.user_warnings import warn_user
@@ -111,7 +111,7 @@ class NextFlowPipeline(
         diffusion_decoder: NextFlowDiffusionDecoder | None = None,
     ):
         super().__init__()
-        own = unwrapped(model)  # raises for kinds of adapters that do not support drawing
+        own = unwrap_peft(model)  # raises for kinds of adapters that do not support drawing
         for name, part, method in (("model", own, "generate_images"), ("processor", processor, "drawing_inputs")):
             if not hasattr(part, method):
                 raise ValueError(
@@ -237,7 +237,7 @@ class NextFlowPipeline(
     @property
     def unwrapped_model(self) -> NextFlowForConditionalGeneration:
         """The model without a wrapper of PEFT around it; its adapters are inside of it and still act."""
-        return unwrapped(self.model)
+        return unwrap_peft(self.model)
 
     def check_inputs(
         self,
