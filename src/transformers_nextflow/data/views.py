@@ -73,7 +73,7 @@ def as_caption(row: dict, request: str) -> dict:
 
 
 def without_prompt(row: dict) -> dict:
-    """A row that is answered by only an image, with its texts left empty and its images kept. Other rows are unchanged."""
+    """A row that is answered by only an image, with its texts left empty and its images kept; others are unchanged."""
     turns = prompt_and_image(row)
     if turns is None:
         return row
