@@ -163,7 +163,7 @@ def _long_video(place: Place):
 
 
 BOUND_CASES = [
-    Case(BOUNDS, "--scale 3000", lambda p: p.draw("--scale", 3000), ("--scale 3000", "take")),
+    Case(BOUNDS, "--scale 3000", lambda p: p.draw("--scale", 3000), ("--scale 3000", "use")),
     Case(
         BOUNDS, "video --scale 5000", lambda p: p.run("video", "a", "b", "--model", p.model, "--scale", 5000),
         ("--scale 5000",),
