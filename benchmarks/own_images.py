@@ -29,7 +29,7 @@ from PIL import Image
 
 from transformers_nextflow import NextFlowPipeline
 from transformers_nextflow.data import load_vision_tokenizer
-from transformers_nextflow.data.fitness import fit_of
+from transformers_nextflow.data.reconstruction_quality import measure_reconstruction
 from transformers_nextflow.evaluation.image_metrics import contact_sheet, decibels
 from transformers_nextflow.evaluation.results import write_result
 
@@ -75,7 +75,7 @@ def reconstructions(model: Path, images: list[Image.Image]):
     vq_model = load_vision_tokenizer(model)
     pipe_processor = NextFlowPipeline.from_pretrained(ROOT / "checkpoints" / "nextflow-shapes").processor
     processed = [pipe_processor.image_processor(image)["pixel_values"][0] for image in images]
-    return fit_of(vq_model, map(torch.as_tensor, processed))
+    return measure_reconstruction(vq_model, map(torch.as_tensor, processed))
 
 
 def pixels(images: list[Image.Image], side: int) -> torch.Tensor:

@@ -36,7 +36,7 @@ SIDES, LEVEL_SIDES = (1, 2, 4, 6, 8, 12, 16), (8, 16)
 # 25% of text (paper, table 1); 10% of the pairs of image and text are turned round into captioning (section 3.2).
 SHARES = {"text": 0.25, "drawing": 0.36, "caption": 0.04, "edit": 0.15, "interleaved": 0.2}
 # Frames of interleaved samples at the small and the large level (section 4.1).
-MOST_FRAMES = {8: 5, 16: 3}
+MAX_FRAMES = {8: 5, 16: 3}
 # All of them cost the same.
 LAYERS = 2
 TARGET_SPEEDUP = 3.0
@@ -74,7 +74,7 @@ def make_rows(processor: NextFlowProcessor, count: int) -> list[dict]:
         elif task == "edit":
             question, answer = [image, words(12)], [image]
         else:
-            frames = generator.randint(2, MOST_FRAMES[side])
+            frames = generator.randint(2, MAX_FRAMES[side])
             question, answer = [words(12)], [part for _ in range(frames) for part in (words(15), image)]
         parts = question + answer
         images = sum(part["type"] == "image" for part in parts)

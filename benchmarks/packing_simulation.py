@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backbone import RESULTS
-from packing import MOST_FRAMES, SHARES
+from packing import MAX_FRAMES, SHARES
 from tqdm import tqdm
 
 from transformers_nextflow import NextFlowConfig
@@ -38,7 +38,7 @@ BYTES_PER_CODE, BYTES_PER_TOKEN = 2, 4
 # Positions of the chat template around a question and its answer.
 TEMPLATE = 12
 # Frames of interleaved samples at the 512 and the 1024 level.
-FRAMES = {256: 5, 512: max(MOST_FRAMES.values()), 1024: min(MOST_FRAMES.values())}
+FRAMES = {256: 5, 512: max(MAX_FRAMES.values()), 1024: min(MAX_FRAMES.values())}
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from transformers_nextflow import ImageSampling, NextFlowConfig, NextFlowForCond
 from transformers_nextflow.evaluation.results import write_result
 from transformers_nextflow.generation.sampling import sample_codes
 from transformers_nextflow.scale_schedule import SQUARE_SIDES
-from transformers_nextflow.utils.older_transformers import CACHE
+from transformers_nextflow.utils.older_transformers import CACHE_KEYWORD
 
 
 GRIDS = (16, 32, 64)
@@ -98,7 +98,7 @@ def draw_raster(
             inputs_embeds=embeds,
             attention_mask={"full_attention": None},
             position_ids=position_ids,
-            **{CACHE: cache},
+            **{CACHE_KEYWORD: cache},
             use_cache=True,
         ).last_hidden_state
         logits = model.visual_head(hidden_states[:, -1])

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowVQConfig, NextFlowVQModel
 from transformers_nextflow.evaluation.results import write_result
 from transformers_nextflow.scale_schedule import SQUARE_SIDES, Grid
-from transformers_nextflow.trainers.tokenizer.codebook_care import initialize_codebook
+from transformers_nextflow.trainers.tokenizer.codebook_maintenance import initialize_codebook
 from transformers_nextflow.vision_tokenizer.resampling import resample
 from transformers_nextflow.worlds.shapes.scene import World, random_scene
 from transformers_nextflow.worlds.shapes.tokenizer_suite import pixels_of

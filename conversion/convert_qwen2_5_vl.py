@@ -26,7 +26,7 @@ def main(
     seed: Annotated[int, typer.Option(min=0, max=2**32, help="Of what is new.")] = 0,
     verify: Annotated[bool, typer.Option("--verify", help="Draw and read a fixed set, and print a report.")] = False,
 ):
-    """Convert a Qwen2.5-VL into the start of a NextFlow. Run it again to go on after an interruption."""
+    """Convert a Qwen2.5-VL into the start of a NextFlow. Run it again to continue after an interruption."""
     with errors_in_one_line():
         vq_config = read_vq_config(vision_config) if vision_config else None
         convert_qwen2_5_vl(source, output, vision_tokenizer, vq_config, base_model, max_shard_size, seed)

@@ -26,7 +26,7 @@ def main(
     max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "2GB",
     verify: Annotated[bool, typer.Option("--verify", help="Draw and read a fixed set, and print a report.")] = False,
 ):
-    """Convert TokenFlow-t2i. Run it again to go on after an interruption."""
+    """Convert TokenFlow-t2i. Run it again to continue after an interruption."""
     with errors_in_one_line():
         if back:
             if vision_tokenizer is not None or base_model is not None or verify:

@@ -19,7 +19,7 @@ def main(
     base_model: Annotated[str | None, typer.Option(help="Repository of the NextFlow, for the model card.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "2GB",
 ):
-    """Write a Qwen2.5-VL with the text backbone of a NextFlow. Run it again to go on after an interruption."""
+    """Write a Qwen2.5-VL with the text backbone of a NextFlow. Run it again to continue after an interruption."""
     with errors_in_one_line():
         export_qwen2_5_vl(source, original, output, base_model, max_shard_size)
     typer.echo(f"Written and checked: {output}")

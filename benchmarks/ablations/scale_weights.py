@@ -31,7 +31,7 @@ from training import (
 )
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowProcessor, NextFlowVQModel
-from transformers_nextflow.trainers.tokenizer.codebook_care import initialize_codebook
+from transformers_nextflow.trainers.tokenizer.codebook_maintenance import initialize_codebook
 from transformers_nextflow.worlds.shapes import World, random_scene
 from transformers_nextflow.worlds.shapes.tokenizer_suite import pixels_of
 

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.trainers import NextFlowVQTrainer, NextFlowVQTrainingArguments, PatchDiscriminator
 from transformers_nextflow.trainers.recipes import load_recipe
-from transformers_nextflow.utils.atomic_files import write_whole
+from transformers_nextflow.utils.atomic_files import atomic_write
 from transformers_nextflow.worlds.emoji import World, cell_labels, random_scene, render
 from transformers_nextflow.worlds.emoji.judge import Judge
 from transformers_nextflow.worlds.emoji.scene import SQUARE
@@ -154,7 +154,7 @@ def main():
     parser.add_argument("--output", type=Path, required=True, help="folder of checkpoints, and of the outcome, `final`")
     parser.add_argument("--model", help="the stage before: its `final`")
     parser.add_argument("--judge", type=Path, help="folder of the judge whose layers the decoder stage looks through")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--resume", action="store_true", help="resume from the newest checkpoint")
     parser.add_argument("--set", dest="changes", action="append", default=[], help="name=value of the recipe")
     arguments = parser.parse_args()
     trainer = make_trainer(arguments)
@@ -162,7 +162,7 @@ def main():
     if trainer.args.eval_strategy != "no":
         print(trainer.evaluate())
     if trainer.args.should_save:
-        with write_whole(arguments.output / "final") as folder:
+        with atomic_write(arguments.output / "final") as folder:
             trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from transformers_nextflow.utils.atomic_files import write_whole
+from transformers_nextflow.utils.atomic_files import atomic_write
 
 
 SCIKIT_IMAGE, SCIKIT_LEARN = ("skimage", "data"), ("sklearn", "datasets/images")
@@ -75,7 +75,7 @@ def kept_photographs() -> list[tuple[str, Image.Image]]:
 
 def write_folder(images: list[tuple[str, Image.Image]], folder: Path):
     """Write a folder of images with `metadata.jsonl`, as `datasets` reads it."""
-    with write_whole(folder) as partial:
+    with atomic_write(folder) as partial:
         partial.mkdir(exist_ok=True)
         lines = []
         for number, (caption, image) in enumerate(images):

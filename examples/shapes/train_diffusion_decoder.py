@@ -72,7 +72,7 @@ def main():
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--save_steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", help="folder of a decoder to go on from")
+    parser.add_argument("--start", help="folder of a decoder to start from")
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
     vq_model = load_vision_tokenizer(options.model)

@@ -72,7 +72,7 @@ def main():
         "--decay_share", type=float, default=0.4, help="share of the steps in which the rate falls to 0"
     )
     parser.add_argument("--model", help="start from the weights of this run")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output_dir")
+    parser.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in --output_dir")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--bf16", action="store_true", help="thrice as fast where the processor has bfloat16 units")

@@ -21,11 +21,11 @@ from .commands.options import Device, Dtype, Model, default_model
 from .commands.serving import serve
 from .commands.training import evaluate_run, init, recipes, train
 from .evaluation.suites import SUITES
-from .utils.atomic_files import write_anyway
+from .utils.atomic_files import write_with_fallback
 from .utils.image_files import regular_file
 from .utils.interrupts import end_on_termination
-from .utils.one_line_errors import DEBUG, errors_in_one_line, tells_what_is_kept
-from .utils.output_files import check_apart, check_image_format, check_output_file, check_output_folder
+from .utils.one_line_errors import DEBUG, errors_in_one_line, note_on_interrupt
+from .utils.output_files import check_distinct_paths, check_image_format, check_output_file, check_output_folder
 from .utils.version import __version__
 
 
@@ -44,9 +44,9 @@ app = typer.Typer(
 )
 
 # The limit for an image that is enlarged for viewing: a quarter of a gigabyte.
-MOST_PIXELS = 2**26
+MAX_PIXELS = 2**26
 # How many paths of results are checked before the work; a pipeline draws no more images in a call.
-MOST_CHECKED = 1024
+MAX_CHECKED = 1024
 # Whether the current command writes into image files what drew them.
 ADDS_PROVENANCE = ContextVar("adds_provenance", default=True)
 VIDEO_EXTENSIONS = (".gif", ".mp4")
@@ -69,17 +69,17 @@ Each takes --model FOLDER, a folder or a repository of the Hub. {model}
 Output = Annotated[Path, typer.Option(help="File of the image; several images are numbered.")]
 GuidanceScale = Annotated[float | None, typer.Option(help="1 is no guidance; default: the checkpoint's own.")]
 NumImages = Annotated[int, typer.Option(help="Images for each prompt.")]
-NumCandidates = Annotated[int, typer.Option(help="Drawn for each image that is kept, the best one.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32, help="Of the first image; the next ones count on from it.")]
+NumCandidates = Annotated[int, typer.Option(help="Candidates drawn for each image; only the best one is kept.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32, help="Seed of the first image; each next image adds 1.")]
 Decoder = Annotated[
     str,
     typer.Option(
-        help="Of codes into pixels: pixel, or the folder or repository of a diffusion decoder, which sharpens; "
+        help="What decodes codes to pixels: pixel, or the folder or repository of a diffusion decoder, which sharpens; "
         "diffusion is that of a pipeline's folder."
     ),
 ]
-DecoderSteps = Annotated[int | None, typer.Option(min=1, help="Of a diffusion decoder; default: its own.")]
-Scale = Annotated[int, typer.Option(min=1, help="Enlarge each pixel so many times, for viewing.")]
+DecoderSteps = Annotated[int | None, typer.Option(min=1, help="Steps of the diffusion decoder; default: its own.")]
+Scale = Annotated[int, typer.Option(min=1, help="Factor by which every pixel is enlarged, for viewing.")]
 Pixels = Annotated[int | None, typer.Option(help="Pixels; default: the input image's, or the model's largest square.")]
 
 
@@ -151,7 +151,7 @@ def generate(
             stages.append(callback_kwargs["preview"])
 
         start = time.perf_counter()
-        drawn = pipeline(
+        result = pipeline(
             prompts,
             negative_prompt=negative_prompt,
             height=height,
@@ -168,12 +168,12 @@ def generate(
         )
         seconds = time.perf_counter() - start
 
-        paths = _save(drawn.images, output, scale)
+        paths = _save(result.images, output, scale)
         for number, stage in enumerate(stages, start=1):
             paths += _save(stage, _preview(previews, output, number), scale)
-    for thought in drawn.thoughts or []:
+    for thought in result.thoughts or []:
         typer.echo(f"Thought: {thought}")
-    _tell(seconds, paths)
+    _print_paths(seconds, paths)
 
 
 @app.command()
@@ -204,7 +204,7 @@ def edit(
         pipeline = _load_pipeline(model, device, dtype, decoder)
         _check_enlarged(pipeline, scale, output, decoder, height, width)
         start = time.perf_counter()
-        drawn = pipeline(
+        result = pipeline(
             instruction,
             image=[str(path) for path in images],
             mask_image=str(mask) if mask else None,
@@ -219,8 +219,8 @@ def edit(
             generator=_generators(pipeline, seed, num_images * num_candidates),
         )
         seconds = time.perf_counter() - start
-        paths = _save(drawn.images, output, scale)
-    _tell(seconds, paths)
+        paths = _save(result.images, output, scale)
+    _print_paths(seconds, paths)
 
 
 @app.command()
@@ -251,7 +251,7 @@ def vary(
         pipeline = _load_pipeline(model, device, dtype, decoder)
         _check_enlarged(pipeline, scale, output, decoder)
         start = time.perf_counter()
-        drawn = pipeline(
+        result = pipeline(
             prompt,
             image=str(image),
             num_kept_scales=keep_scales,
@@ -262,8 +262,8 @@ def vary(
             generator=_generators(pipeline, seed, num_images),
         )
         seconds = time.perf_counter() - start
-        paths = _save(drawn.images, output, scale)
-    _tell(seconds, paths)
+        paths = _save(result.images, output, scale)
+    _print_paths(seconds, paths)
 
 
 @app.command()
@@ -289,12 +289,12 @@ def video(
         from .video_processing_nextflow import check_video_path, write_frames
 
         check_video_path(output)
-        check_apart([("--output", output)], ("--first-frame", first_frame))
+        check_distinct_paths([("--output", output)], ("--first-frame", first_frame))
         _check_files([first_frame] if first_frame else [])
         pipeline = _load_pipeline(model, device, dtype, decoder)
         _check_enlarged(pipeline, scale, output, decoder, height, width)
         start = time.perf_counter()
-        drawn = pipeline.video(
+        result = pipeline.video(
             texts[0] if len(texts) == 1 else [texts],
             image=str(first_frame) if first_frame else None,
             num_frames=num_frames,
@@ -305,10 +305,10 @@ def video(
             generator=_generators(pipeline, seed, 1),
         )
         seconds = time.perf_counter() - start
-        write_frames([_enlarge(frame, scale) for frame in drawn.frames[0]], output, frames_per_second)
-    for number, text in enumerate(drawn.transitions[0], start=2):
+        write_frames([_enlarge(frame, scale) for frame in result.frames[0]], output, frames_per_second)
+    for number, text in enumerate(result.transitions[0], start=2):
         typer.echo(f"Frame {number}: {text}")
-    _tell(seconds, [output])
+    _print_paths(seconds, [output])
 
 
 @app.command()
@@ -362,7 +362,7 @@ def evaluate(
 ):
     """Score a checkpoint; prints suite, category and score."""
     with errors_in_one_line():
-        check_apart([("--json", json_file)], ("--sheets", sheets))
+        check_distinct_paths([("--json", json_file)], ("--sheets", sheets))
         if json_file is not None:
             check_output_file(json_file)
         if sheets is not None:
@@ -413,16 +413,16 @@ def _check_files(paths: list[Path]):
         regular_file(path, "video" if path.suffix.lower() in VIDEO_EXTENSIONS else "image")
 
 
-def _tell(seconds: float, paths: list[Path]):
+def _print_paths(seconds: float, paths: list[Path]):
     typer.echo(f"Drawn in {seconds:.2f} s:")
     typer.echo("\n".join(map(str, paths)))
 
 
 def _check_image_path(output: Path, count: int, *others: tuple[str, Path | None]):
     """Check before drawing that images can be written and do not replace the `others`, so no drawing is lost."""
-    check_apart([("--output", path) for path in _numbered(output, min(count, MOST_CHECKED))], *others)
+    check_distinct_paths([("--output", path) for path in _numbered(output, min(count, MAX_CHECKED))], *others)
     check_image_format(output)
-    for path in _numbered(output, min(count, MOST_CHECKED)):
+    for path in _numbered(output, min(count, MAX_CHECKED)):
         check_output_file(path)
 
 
@@ -438,10 +438,10 @@ def _preview(folder: Path, output: Path, number: int) -> Path:
 def _save(images: list[Image.Image], output: Path, scale: int) -> list[Path]:
     """Save every image that can be saved. Raises an `OSError` that says where the others were saved."""
     paths, written, refused = _numbered(output, len(images)), [], []
-    with tells_what_is_kept(lambda: f"Written are {', '.join(map(str, written)) or 'none of the images'}."):
+    with note_on_interrupt(lambda: f"Images written: {', '.join(map(str, written)) or 'none'}."):
         for image, path in zip(images, paths):
             try:
-                write_anyway(path, _enlarge(image, scale).save)
+                write_with_fallback(path, _enlarge(image, scale).save)
                 written.append(path)
             except (OSError, ValueError) as error:
                 refused.append(str(error))
@@ -468,11 +468,11 @@ def _check_enlarged(
     factor = pipeline.diffusion_decoder.config.upsampling if by_diffusion else 1
     height, width = factor * (height or side), factor * (width or side)
     pixels = height * width
-    if pixels * scale**2 > MOST_PIXELS:
-        most = max(1, int((MOST_PIXELS / pixels) ** 0.5))
+    if pixels * scale**2 > MAX_PIXELS:
+        most = max(1, int((MAX_PIXELS / pixels) ** 0.5))
         raise ValueError(
-            f"--scale {scale} makes images of more than {MOST_PIXELS} pixels, a quarter of a gigabyte each; "
-            f"take {most} at most."
+            f"--scale {scale} makes images of more than {MAX_PIXELS} pixels, a quarter of a gigabyte each; "
+            f"use {most} at most."
         )
     if image_format := Image.registered_extensions().get(output.suffix.lower()):
         size = (width * scale, height * scale)
@@ -481,7 +481,7 @@ def _check_enlarged(
         except Exception as error:
             raise ValueError(
                 f"--scale {scale} makes images of {size[0]}x{size[1]} pixels, which {output.suffix} does not hold "
-                f"({error}); take less, or .png."
+                f"({error}); use less, or .png."
             ) from error
 
 

@@ -14,9 +14,9 @@ from transformers import AutoConfig, PreTrainedConfig, Qwen2_5_VLTextConfig
 from transformers.activations import ACT2FN
 
 from .scale_schedule import SQUARE_SIDES, ScaleSchedules, schedules_of
-from .utils.atomic_files import saved_whole
+from .utils.atomic_files import atomic_save
 from .utils.short_repr import short_repr
-from .utils.trained_on import TrainedOn
+from .utils.training_domain import TrainingDomain
 from .utils.typed_values import check_finite, check_types, is_of_type, read_typed
 
 
@@ -35,9 +35,9 @@ FROM_ONE = (
     "pixel_decoder_channels", "semantic_decoder_heads", "semantic_target_dim",
 )  # fmt: skip
 # Each layer is a module: a config with more layers would fill the memory before the model is built.
-MOST_LAYERS = 1000
+MAX_LAYERS = 1000
 # More channels rather fill the memory than are meant.
-MOST_CHANNELS = 2**20
+MAX_CHANNELS = 2**20
 LAYERS = ("pixel_num_res_blocks", "pixel_decoder_num_res_blocks", "semantic_decoder_depth")
 FROM_ZERO = (
     "pixel_num_res_blocks", "pixel_decoder_num_res_blocks", "semantic_decoder_depth", "semantic_distance_weight",
@@ -74,7 +74,7 @@ def value_errors(config_class: type) -> type:
             try:
                 init(self, *args, **kwargs)
             except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-                raise ValueError(f"{config_class.__name__} cannot be made of such values: {error}") from error
+                raise ValueError(f"{config_class.__name__} cannot be created from these values: {error}") from error
 
     @wraps(assign)
     def checked_assign(self, name: str, value: Any):
@@ -97,8 +97,8 @@ def config_from(value: Any, name: str, config_class: type) -> Any:
     """A config from a dict, or a config unchanged. Raises `ValueError` naming it for anything else."""
     if isinstance(value, dict):
         layers = value.get("num_hidden_layers")
-        if isinstance(layers, int) and layers > MOST_LAYERS:  # transformers makes a list of as many entries
-            raise ValueError(f"{name}.num_hidden_layers must be at most {MOST_LAYERS}, got {layers}.")
+        if isinstance(layers, int) and layers > MAX_LAYERS:  # transformers makes a list of as many entries
+            raise ValueError(f"{name}.num_hidden_layers must be at most {MAX_LAYERS}, got {layers}.")
         return config_class(**value)
     if not isinstance(value, config_class):
         raise ValueError(f"{name} must be a {config_class.__name__} or its values, got {short_repr(value)}.")
@@ -114,13 +114,13 @@ def _check_at_least(config: PreTrainedConfig, least: int, names: Sequence[str], 
 
 def _check_layers(config: PreTrainedConfig, names: Sequence[str], prefix: str = ""):
     for name in names:
-        if getattr(config, name) > MOST_LAYERS:
-            raise ValueError(f"{prefix}{name} must be at most {MOST_LAYERS}, got {getattr(config, name)}.")
+        if getattr(config, name) > MAX_LAYERS:
+            raise ValueError(f"{prefix}{name} must be at most {MAX_LAYERS}, got {getattr(config, name)}.")
 
 
 def _check_activation(name: str, value: str):
     if value not in ACT2FN:
-        raise ValueError(f"{name} {value!r} is no activation of transformers; take gelu_pytorch_tanh or silu.")
+        raise ValueError(f"{name} {value!r} is not an activation of transformers; use gelu_pytorch_tanh or silu.")
 
 
 def check_backbone(text: PreTrainedConfig):
@@ -137,8 +137,8 @@ def check_backbone(text: PreTrainedConfig):
     layer_types = getattr(text, "layer_types", None)  # Llama's config has none
     if layer_types is not None and len(layer_types) != text.num_hidden_layers:
         raise ValueError(
-            f"text_config.layer_types names {len(layer_types)} layers, of {text.num_hidden_layers} that there are by "
-            "num_hidden_layers."
+            f"text_config.layer_types names {len(layer_types)} layers, but num_hidden_layers is "
+            f"{text.num_hidden_layers}."
         )
     theta = text.rope_parameters.get("rope_theta", 1.0)
     if not is_of_type(theta, float) or not theta > 0:
@@ -184,7 +184,7 @@ class NextFlowVQConfig(PreTrainedConfig):
     """
 
     model_type = "nextflow_vq"
-    save_pretrained = saved_whole(PreTrainedConfig.save_pretrained)
+    save_pretrained = atomic_save(PreTrainedConfig.save_pretrained)
     base_config_key = "vq_config"
     sub_configs = {"semantic_config": AutoConfig}
 
@@ -273,7 +273,7 @@ class NextFlowVQConfig(PreTrainedConfig):
     def _check_tower(self):
         tower = self.semantic_config
         if not hasattr(type(tower), "patch_size") or not hasattr(tower, "num_attention_heads"):
-            raise ValueError(f"semantic_config is a {tower.model_type}, which is no vision tower of patches.")
+            raise ValueError(f"semantic_config is a {tower.model_type}, which is not a vision tower with patches.")
         for name in ("hidden_size", "intermediate_size", "num_attention_heads", "patch_size", "image_size"):
             value = getattr(tower, name, 1)
             if not isinstance(value, int) or value < 1:
@@ -296,7 +296,7 @@ class NextFlowVQConfig(PreTrainedConfig):
     def _check_convolutions(self, names: list[str]):
         if names and 2 ** (len(self.pixel_channel_multipliers) - 1) != self.patch_size:
             raise ValueError(
-                f"{len(self.pixel_channel_multipliers)} pixel_channel_multipliers bring an image down by "
+                f"{len(self.pixel_channel_multipliers)} pixel_channel_multipliers downsample an image by "
                 f"{2 ** (len(self.pixel_channel_multipliers) - 1)}, but patch_size is {self.patch_size}."
             )
         for name in names:
@@ -305,7 +305,7 @@ class NextFlowVQConfig(PreTrainedConfig):
                 if width < 1 or (width > NORM_GROUPS and width % NORM_GROUPS):
                     raise ValueError(
                         f"{name} {getattr(self, name)} times {multiplier} of pixel_channel_multipliers gives {width} "
-                        f"channels, which are normalised in {NORM_GROUPS} groups; take a multiple of {NORM_GROUPS}."
+                        f"channels, which are normalised in {NORM_GROUPS} groups; use a multiple of {NORM_GROUPS}."
                     )
 
     @property
@@ -334,12 +334,12 @@ class NextFlowConfig(PreTrainedConfig):
         accumulate_features: slots read the sum over all earlier scales (as in VAR) instead of only the scale before.
         rope_range: the range of the spatial coordinates of a square image, the paper's constant C (section 2.2).
         scale_loss_alpha: a token of an h x w grid has the weight (h*w)^-alpha in the loss (section 3.1).
-        trained_on: what the checkpoint was trained on, as the values of a `TrainedOn`: a pipeline warns of prompts and
-            images unlike it. Training the model further removes it.
+        trained_on: what the checkpoint was trained on, as the values of a `TrainingDomain`: a pipeline warns of prompts
+            and images unlike it. Training the model further removes it.
     """
 
     model_type = "nextflow"
-    save_pretrained = saved_whole(PreTrainedConfig.save_pretrained)
+    save_pretrained = atomic_save(PreTrainedConfig.save_pretrained)
     sub_configs = {"text_config": Qwen2_5_VLTextConfig, "vq_config": NextFlowVQConfig}
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
@@ -385,7 +385,7 @@ class NextFlowConfig(PreTrainedConfig):
                 "need full_attention in every layer; set text_config.use_sliding_window to False."
             )
         if self.trained_on is not None:
-            read_typed(TrainedOn, self.trained_on, "trained_on")
+            read_typed(TrainingDomain, self.trained_on, "trained_on")
         check_backbone(self.text_config)
         frequencies = self.text_config.hidden_size // self.text_config.num_attention_heads // 2
         sections = self.text_config.rope_parameters.get("mrope_section", MROPE_SECTION)
@@ -395,7 +395,7 @@ class NextFlowConfig(PreTrainedConfig):
             )
         if sum(sections) != frequencies:
             raise ValueError(
-                f"mrope_section {list(sections)} shares out {sum(sections)} frequencies, but heads of "
+                f"mrope_section {list(sections)} has {sum(sections)} frequencies, but heads of "
                 f"{2 * frequencies} channels have {frequencies}; correct text_config.rope_parameters."
             )
 

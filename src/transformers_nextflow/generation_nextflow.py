@@ -189,7 +189,7 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
             max_new_positions=[schedule.num_positions(self.config.read_last_scale) - 1 for schedule in schedules],
             pixel_values=pixel_values,
         )
-        scales = writer.draw(drawing, range(len(schedules)), callback, go_on=False)
+        scales = writer.draw(drawing, range(len(schedules)), callback, continues=False)
         return drawing.generated(scales)
 
     @in_evaluation_mode
@@ -324,7 +324,7 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
         given = {"": prompts, "negative_": negative, "unconditional_": unconditional}
         for name, part in given.items():
             if part.attention_mask is not None and not bool(part.attention_mask[:, -1].all()):
-                raise ValueError(f"{name}input_ids are padded on the right; what goes on is padded on the left.")
+                raise ValueError(f"{name}input_ids are padded on the right; pad them on the left.")
         if prompts.image_tokens is None and pixel_values is not None:
             # Checked before the images are encoded, which takes the most time.
             read = self.model.schedules_of(prompts.image_grids)
@@ -339,7 +339,7 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
 
     def _context(self, name: str, context: Prompts, prompts: Prompts, max_new_positions: torch.Tensor) -> Prompts:
         if context.input_ids is None:
-            raise ValueError(f"Guidance needs {name}_input_ids; take {REMEDIES[name]}.")
+            raise ValueError(f"Guidance needs {name}_input_ids; use {REMEDIES[name]}.")
         self._check_at_boi(f"{name}_input_ids", context.input_ids)
         if len(context.input_ids) != len(prompts.input_ids):
             raise ValueError(f"{len(prompts.input_ids)} prompts came with {len(context.input_ids)} {name}_input_ids.")

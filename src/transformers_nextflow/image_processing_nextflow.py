@@ -11,8 +11,8 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling, SizeDict, is_torch_tensor
 from transformers.processing_utils import Unpack
 
-from .scale_schedule import SQUARE_SIDES, ScaleSchedule, ScaleSchedules, most_frames, schedules_of
-from .utils.atomic_files import saved_whole
+from .scale_schedule import SQUARE_SIDES, ScaleSchedule, ScaleSchedules, max_frames_of_level, schedules_of
+from .utils.atomic_files import atomic_save
 from .utils.image_files import read_image
 from .utils.known_names import check_names
 from .utils.short_repr import short_repr
@@ -77,7 +77,7 @@ class NextFlowImageProcessor(PilBackend):
 
     model_input_names = ["pixel_values", "image_grids"]
     valid_kwargs = NextFlowImageProcessorKwargs
-    save_pretrained = saved_whole(PilBackend.save_pretrained)
+    save_pretrained = atomic_save(PilBackend.save_pretrained)
 
     do_convert_rgb = True
     do_resize = True
@@ -110,8 +110,8 @@ class NextFlowImageProcessor(PilBackend):
 
     @property
     def max_frames(self) -> int:
-        """How many frames of a video file are read, see `most_frames`."""
-        return most_frames(self.level or self.scale_schedules.resolutions[-1])
+        """How many frames of a video file are read, see `max_frames_of_level`."""
+        return max_frames_of_level(self.level or self.scale_schedules.resolutions[-1])
 
     @property
     def pixel_range(self) -> tuple[float, float]:
@@ -221,7 +221,9 @@ class NextFlowImageProcessor(PilBackend):
         marked = np.asarray(mask)[None] > 127
         region = self._cover(255 * marked.astype(np.uint8), height, width, PILImageResampling.NEAREST)[0] > 127
         if not region.any():
-            raise ValueError("The mask marks nothing; make it light, above 127 of 255, where is to be drawn.")
+            raise ValueError(
+                "The mask marks no pixels; make it bright (above 127 of 255) where the image is to be drawn."
+            )
         return region
 
     def postprocess(self, images, output_type: str = "pil") -> list:
@@ -275,7 +277,7 @@ class NextFlowImageProcessor(PilBackend):
         holds_floats, return_tensors=None, **kwargs,
     ) -> BatchFeature:  # fmt: skip
         if not images:
-            raise ValueError("There is no image in the list; pass images=None for text alone.")
+            raise ValueError("There is no image in the list; pass images=None for text without images.")
         schedules, processed, grids = self.scale_schedules, [], []
         for index, (image, is_float) in enumerate(zip(images, holds_floats)):
             try:
@@ -348,7 +350,7 @@ def _rescale_factor(is_float: bool, do_rescale: bool, rescale_factor: float) -> 
         return rescale_factor if do_rescale else 1
     if do_rescale and not math.isclose(rescale_factor, RESCALE_FACTOR):
         raise ValueError(
-            f"it holds floats in [0, 1], for which there is no rescale_factor of {rescale_factor}; take "
+            f"it holds floats in [0, 1], for which there is no rescale_factor of {rescale_factor}; use "
             "do_rescale=False, or give 8-bit values."
         )
     return RESCALE_FACTOR
@@ -390,7 +392,7 @@ def _array_to_pil(array: np.ndarray, channels_first: bool, strict: bool) -> Imag
     if array.ndim == 2:
         return Image.fromarray(np.ascontiguousarray(_as_uint8(array)))
     if array.ndim != 3:
-        raise ValueError(f"an array of shape {array.shape} has not 2 or 3 axes, (height, width) and channels.")
+        raise ValueError(f"an array of shape {array.shape} does not have 2 or 3 axes, (height, width) and channels.")
     first, last = array.shape[0] in (1, 2, 3, 4), array.shape[-1] in (1, 2, 3, 4)
     if not strict and first != last:
         channels_first = first
@@ -405,7 +407,7 @@ def _as_uint8(array: np.ndarray) -> np.ndarray:
     if array.dtype == np.uint8:
         return array
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"{array.dtype} values are no brightness; give uint8, or floats in [0, 1].")
+        raise ValueError(f"{array.dtype} values are not pixel values; give uint8, or floats in [0, 1].")
     if array.dtype == np.uint16:
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
     is_float = np.issubdtype(array.dtype, np.floating)

@@ -40,10 +40,10 @@ from .sequence.loss import (
 from .sequence.packed_attention import packed_causal_mask
 from .sequence.padding import pad_codes
 from .sequence.scale_sdpa import ScaleAttentionMixin, ScaleMaskedMixin, check_cache, is_empty, plan_attention
-from .utils.atomic_files import saved_whole
+from .utils.atomic_files import atomic_save
 from .utils.model_cards import ModelCardMixin, with_card
 from .utils.offloading import ExecutionDeviceMixin
-from .utils.older_transformers import CACHE, takes_the_cache
+from .utils.older_transformers import CACHE_KEYWORD, accepts_cache_keyword
 from .utils.saved_adapters import FOLDER as ADAPTERS
 from .utils.saved_adapters import load_adapters
 from .utils.strict_loading import StrictLoadingMixin
@@ -132,7 +132,7 @@ class NextFlowPreTrainedModel(ModelCardMixin, StrictLoadingMixin, ExecutionDevic
 
     config: NextFlowConfig
     # Adapters in the folder belong to the weights that are replaced, so they are replaced too.
-    save_pretrained = with_card(saved_whole(PreTrainedModel.save_pretrained, replaced=[ADAPTERS]))
+    save_pretrained = with_card(atomic_save(PreTrainedModel.save_pretrained, replaced=[ADAPTERS]))
     base_model_prefix = "model"
     input_modalities, output_modalities = ("image", "text"), ("image", "text")
     # Whether `generate_images` takes a `region` outside of which an image is kept.
@@ -174,7 +174,7 @@ class NextFlowPreTrainedModel(ModelCardMixin, StrictLoadingMixin, ExecutionDevic
 
 
 class NextFlowAttention(ScaleAttentionMixin, Qwen2_5_VLAttention):
-    """Qwen2.5-VL's attention with the argument `both_ways`."""
+    """Qwen2.5-VL's attention with the argument `bidirectional`."""
 
 
 class NextFlowTextModel(ScaleMaskedMixin, Qwen2_5_VLTextModel):
@@ -333,7 +333,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             check_num_positions(int(layout.position_ids.max()) + 1, self.config)
         return layout
 
-    @takes_the_cache
+    @accepts_cache_keyword
     @can_return_tuple
     def forward(
         self,
@@ -369,7 +369,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
                 on from a cache that holds images.
         """
         if seq_idx is not None and past_key_values is not None:
-            raise ValueError("Packed rows (seq_idx) cannot be continued: a cache does not know its samples apart.")
+            raise ValueError("Packed rows (seq_idx) cannot be continued: a cache does not tell their samples apart.")
         check_cache(past_key_values, self.language_model.config)
         if layout is not None:
             _check_prepared(layout, input_ids, image_tokens)
@@ -396,11 +396,11 @@ class NextFlowModel(NextFlowPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **{CACHE: past_key_values},
+            **{CACHE_KEYWORD: past_key_values},
             use_cache=use_cache,
             **kwargs,
         )
-        if holds_images and (cache := outputs.get(CACHE)) is not None:
+        if holds_images and (cache := outputs.get(CACHE_KEYWORD)) is not None:
             cache.holds_images = True
         return outputs
 
@@ -420,7 +420,7 @@ class NextFlowModel(NextFlowPreTrainedModel):
             config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            **{CACHE: past_key_values},
+            **{CACHE_KEYWORD: past_key_values},
             block_sequence_ids=block_ids,
             # Whether the mask can be skipped depends on its values, for which a decoding step must not wait.
             allow_is_causal_skip=attention_mask is None or is_empty(past_key_values),
@@ -490,7 +490,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
     ) -> list[torch.Tensor]:
         return self.model.decode_image_tokens(image_tokens, image_grids)
 
-    @takes_the_cache
+    @accepts_cache_keyword
     @can_return_tuple
     def forward(
         self,
@@ -596,7 +596,7 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
             logits = (self.visual_head if codes_only else self.head)(hidden_states[:, kept, :])
         return NextFlowCausalLMOutputWithPast(
             logits=logits,
-            **{CACHE: outputs.get(CACHE)},
+            **{CACHE_KEYWORD: outputs.get(CACHE_KEYWORD)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             **losses,

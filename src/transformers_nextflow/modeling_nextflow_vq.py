@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_nextflow import NextFlowVQConfig
 from .scale_schedule import Grid, ScaleSchedule
-from .utils.atomic_files import saved_whole
+from .utils.atomic_files import atomic_save
 from .utils.model_cards import TOKENIZER_USE, ModelCardMixin, with_card
 from .utils.offloading import ExecutionDeviceMixin
 from .utils.strict_loading import StrictLoadingMixin
@@ -20,7 +20,7 @@ from .vision_tokenizer.multiscale_quantizer import (
     NextFlowVQQuantizer,
     SelfCorrection,
     check_float32,
-    outside_of_autocast,
+    without_autocast,
 )
 from .vision_tokenizer.pixel_branches import PIXEL_BRANCHES
 from .vision_tokenizer.resampling import resample
@@ -72,7 +72,7 @@ class NextFlowVQPreTrainedModel(ModelCardMixin, StrictLoadingMixin, ExecutionDev
     """What vision tokenizers share: loading, placement on devices, and initial weights."""
 
     config: NextFlowVQConfig
-    save_pretrained = with_card(saved_whole(PreTrainedModel.save_pretrained))
+    save_pretrained = with_card(atomic_save(PreTrainedModel.save_pretrained))
     card_title, card_pipeline_tag, card_use = "Vision tokenizer of NextFlow", None, TOKENIZER_USE
     base_model_prefix = "vq_model"
     main_input_name = "pixel_values"
@@ -184,7 +184,7 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
             model_type = cls.config_class.get_config_dict(pretrained_model_name_or_path, **kwargs)[0].get("model_type")
             if model_type not in (None, cls.config_class.model_type):
                 raise ValueError(
-                    f"{pretrained_model_name_or_path} holds a {model_type} model, not a vision tokenizer alone; the "
+                    f"{pretrained_model_name_or_path} holds a {model_type} model, not only a vision tokenizer; the "
                     "tokenizer of a NextFlow is taken out by transformers_nextflow.data.load_vision_tokenizer(folder)."
                 )
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -202,10 +202,10 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         if only is None:
             return self.config.scale_schedules.for_size(*size)
         if size != (only, only):
-            raise ValueError(f"This tokenizer reads images of {only}x{only} pixels alone, got {size[0]}x{size[1]}.")
+            raise ValueError(f"This tokenizer reads only images of {only}x{only} pixels, got {size[0]}x{size[1]}.")
         return self.config.scale_schedules.build()
 
-    @outside_of_autocast
+    @without_autocast
     def encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Continuous latents (B, C, h, w), the semantic channels first, computed in float32 also under autocast.
 
@@ -381,4 +381,4 @@ def _check_pixels(pixel_values: torch.Tensor):
     if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
         raise ValueError(f"pixel_values must be (batch, 3, height, width), got {tuple(pixel_values.shape)}.")
     if not torch.isfinite(pixel_values).all():
-        raise ValueError("pixel_values hold NaN or infinite values; look at the images they were made from.")
+        raise ValueError("pixel_values hold NaN or infinite values; check the images they were made from.")

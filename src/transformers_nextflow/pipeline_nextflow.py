@@ -22,20 +22,20 @@ from .modeling_nextflow import NextFlowForConditionalGeneration
 from .pipelines.auto_pipelines import AutoPipelinesMixin
 from .pipelines.calls import CALLBACK_KWARGS, PipelineCallsMixin
 from .pipelines.conversations import ConversationMixin
-from .pipelines.decoding import DecodingMixin, load_diffusion_decoder, of_decoder, of_rows
+from .pipelines.decoding import DecodingMixin, decoder_provenance, generators_of_rows, load_diffusion_decoder
 from .pipelines.loras import LoraMixin
+from .pipelines.notebook_display import ScalePreviews
+from .pipelines.out_of_domain_warnings import OutOfDomainWarningsMixin
 from .pipelines.requests import ImageInput, ImageRequest, check_options, checked_scores
-from .pipelines.showing import Growth
-from .pipelines.trained_on_warnings import OutsideWarningsMixin
 from .processing_nextflow import NextFlowProcessor
 from .sequence.padding import pad_codes
-from .utils.atomic_files import check_named, write_into
+from .utils.atomic_files import atomic_folder_write, check_path
 from .utils.checkpoint_checks import loading_errors
 from .utils.devices import usable_device
 from .utils.known_names import checks_names
-from .utils.model_cards import CARD, card_first
+from .utils.model_cards import CARD, upload_card_if_missing
 from .utils.saved_adapters import FOLDER as ADAPTERS
-from .utils.saved_adapters import HUB_OPTIONS, is_adapted, unwrapped, with_adapters_beside
+from .utils.saved_adapters import HUB_OPTIONS, is_adapted, unwrap_peft, with_adapters_beside
 from .utils.short_repr import short_repr
 from .utils.typed_values import is_of_type
 from .utils.user_warnings import warn_user
@@ -83,7 +83,7 @@ class NextFlowPipeline(
     ConversationMixin,
     DecodingMixin,
     LoraMixin,
-    OutsideWarningsMixin,
+    OutOfDomainWarningsMixin,
     PipelineCallsMixin,
     DiffusionPipeline,
 ):
@@ -118,7 +118,7 @@ class NextFlowPipeline(
         diffusion_decoder: NextFlowDiffusionDecoder | None = None,
     ):
         super().__init__()
-        own = unwrapped(model)  # raises for kinds of adapters that do not support drawing
+        own = unwrap_peft(model)  # raises for kinds of adapters that do not support drawing
         for name, part, method in (("model", own, "generate_images"), ("processor", processor, "drawing_inputs")):
             if not hasattr(part, method):
                 raise ValueError(
@@ -155,7 +155,7 @@ class NextFlowPipeline(
                 f"{short_repr(pretrained_model_name_or_path)}."
             )
         if "subfolder" in kwargs:
-            raise ValueError(f"A pipeline is a whole folder, got subfolder={kwargs['subfolder']!r}; load its parts.")
+            raise ValueError(f"A pipeline has no subfolder of its own, got {kwargs['subfolder']!r}; load its parts.")
         if isinstance(kwargs.get("quantization_config"), PipelineQuantizationConfig):
             mapping = kwargs.pop("quantization_config")
             chosen = mapping._resolve_quant_config(is_diffusers=False, module_name="model")
@@ -204,15 +204,15 @@ class NextFlowPipeline(
         Raises:
             ValueError: for adapters that are merged into weights and not unloaded, and for those of a quantised model.
         """
-        check_named(save_directory)
+        check_path(save_directory)
         pipeline, model = self, self.unwrapped_model
         if kwargs.get("push_to_hub"):
-            card_first(self, kwargs.get("repo_id", os.path.basename(save_directory)), kwargs.get("token"))
+            upload_card_if_missing(self, kwargs.get("repo_id", os.path.basename(save_directory)), kwargs.get("token"))
         has_card = os.path.exists(os.path.join(save_directory, CARD))
         if is_adapted(model):
             pipeline = copy.copy(self)
             pipeline.model = with_adapters_beside(model)
-        with write_into(save_directory, replaced=[f"model/{ADAPTERS}"]) as folder:
+        with atomic_folder_write(save_directory, replaced=[f"model/{ADAPTERS}"]) as folder:
             # First, so that they are there when the folder is uploaded.
             (folder / "pipeline.py").write_text(PIPELINE_FILE)
             if not has_card:
@@ -223,7 +223,7 @@ class NextFlowPipeline(
         """As in diffusers. Raises `ValueError` for a device that cannot be used, and for a dtype that is no float."""
         for dtype in (one for one in (*args, *kwargs.values()) if isinstance(one, torch.dtype)):
             if not dtype.is_floating_point:
-                raise ValueError(f"The weights cannot be {dtype}; take torch.float32, torch.bfloat16 or torch.float16.")
+                raise ValueError(f"The weights cannot be {dtype}; use torch.float32, torch.bfloat16 or torch.float16.")
         places = [one for one in (*args, *kwargs.values()) if not isinstance(one, torch.dtype | bool | None)]
         with usable_device(places[0] if places else "cpu"):
             super().to(*args, **kwargs)
@@ -242,7 +242,7 @@ class NextFlowPipeline(
     @property
     def unwrapped_model(self) -> NextFlowForConditionalGeneration:
         """The model without a wrapper of PEFT around it; its adapters are inside of it and still act."""
-        return unwrapped(self.model)
+        return unwrap_peft(self.model)
 
     def check_inputs(
         self,
@@ -259,7 +259,7 @@ class NextFlowPipeline(
         contexts = sampling.contexts(counts)
         if any(request.negative_prompts) and not contexts:
             raise ValueError(
-                "A negative_prompt works through guidance alone, and guidance_scale is 1 at all scales; give another "
+                "A negative_prompt works only through guidance, and guidance_scale is 1 at all scales; give another "
                 "guidance_scale, or no negative_prompt."
             )
         if request.images is None and "unconditional" in contexts:
@@ -285,7 +285,7 @@ class NextFlowPipeline(
             raise ValueError(f"output_type must be one of {(*OUTPUT_TYPES, 'latent')}, got {output_type!r}.")
         if output_type in ("np", "pt") and len(set(request.schedules)) > 1:
             raise ValueError(
-                f"Images of different sizes cannot be one array; take output_type='pil', not {output_type!r}."
+                f"Images of different sizes cannot be one array; use output_type='pil', not {output_type!r}."
             )
         wanted = callback_on_step_end_tensor_inputs
         if not isinstance(wanted, list | tuple) or not all(name in self._callback_tensor_inputs for name in wanted):
@@ -316,7 +316,7 @@ class NextFlowPipeline(
     def _check_reads(self, purpose: str):
         """Raises `ValueError` if the model can only draw, as TokenFlow-t2i."""
         if not hasattr(self.processor, "caption_request"):
-            raise ValueError(f"{purpose} takes a model that reads images; {type(self.model).__name__} draws alone.")
+            raise ValueError(f"{purpose} takes a model that reads images; {type(self.model).__name__} only draws.")
 
     def _check_interleaves(self, purpose: str):
         """Raises `ValueError` if the model cannot continue a sequence after an image that it has drawn."""
@@ -324,7 +324,7 @@ class NextFlowPipeline(
         if not hasattr(self.unwrapped_model, "generate_interleaved"):
             raise ValueError(
                 f"{purpose} takes a model that reads what it draws; {type(self.unwrapped_model).__name__} draws, edits "
-                "and answers in calls apart."
+                "and answers in separate calls."
             )
 
     @checks_names
@@ -431,60 +431,62 @@ class NextFlowPipeline(
         settings = self._diffusion_settings(decoder, decoder_steps, decoder_guidance_scale, request.schedules)
         if output_type == "latent" and (settings is not None or paste_back):
             given = "paste_back" if settings is None else "decoder"
-            raise ValueError(f"output_type='latent' gives codes, which no decoder has read; leave out {given}.")
+            raise ValueError(f"output_type='latent' gives codes, which are not decoded; leave out {given}.")
         self.check_hooks()
         self._warn_of_request(request)
         if num_candidates > 1 and candidate_scorer is None:
             self._check_interleaves("To rank candidates without a candidate_scorer")
         request = request.repeat(num_images_per_prompt * num_candidates)
 
-        growth = Growth() if preview else None
+        scale_previews = ScalePreviews() if preview else None
         with self._call():
             # 2. The scale loop
             with self.progress_bar(total=max(schedule.num_scales for schedule in request.schedules)) as progress_bar:
                 after_scale = self._after_scale(
-                    progress_bar, growth, callback_on_step_end, callback_on_step_end_tensor_inputs, output_type
+                    progress_bar, scale_previews, callback_on_step_end, callback_on_step_end_tensor_inputs, output_type
                 )
                 options = {"sampling": sampling, "generator": generator, "callback": after_scale}
                 answer = self.processor.think_prefix if think else None
                 inputs, thoughts = self._drawing_inputs(request, sampling, answer), None
                 if think:
-                    drawn, thoughts = self._think(request, inputs, max_thought_tokens, thought_temperature, options)
+                    sampled, thoughts = self._think(request, inputs, max_thought_tokens, thought_temperature, options)
                 else:
-                    drawn = self.model.generate_images(**inputs, **options)
+                    sampled = self.model.generate_images(**inputs, **options)
 
             # 3. The best candidates
-            rows, scores = self._best_candidates(drawn, request, num_candidates, candidate_scorer)
-            image_tokens, grids, request = drawn.image_tokens[rows], drawn.image_grids[rows], request.select(rows)
+            rows, scores = self._best_candidates(sampled, request, num_candidates, candidate_scorer)
+            image_tokens, grids, request = sampled.image_tokens[rows], sampled.image_grids[rows], request.select(rows)
             thoughts = None if thoughts is None else [thoughts[index] for index in rows]
             if num_kept_scales is not None and not self.interrupt:
-                self._warn_of_copies(request, image_tokens, num_images_per_prompt)
+                self._warn_of_duplicates(request, image_tokens, num_images_per_prompt)
 
             # 4. Pixels
             images, flags = image_tokens, None
             if output_type != "latent":
-                pixels = self._decoded(image_tokens, grids, settings, of_rows(generator, rows), request.prompts)
+                pixels = self._decoded(
+                    image_tokens, grids, settings, generators_of_rows(generator, rows), request.prompts
+                )
                 if paste_back:
-                    pixels = self._pasted(request, pixels)
+                    pixels = self._paste_back_pixels(request, pixels)
                 pixels, flags = self._checked(pixels)
                 images = self._images(pixels, output_type)
             if output_type == "pil":
-                told = {"num_kept_scales": num_kept_scales} | of_decoder(settings)
-                images = self._with_provenance(images, rows, generator, sampling, **told)
-            previews = growth.rows if growth is not None else None
+                provenance = {"num_kept_scales": num_kept_scales} | decoder_provenance(settings)
+                images = self._with_provenance(images, rows, generator, sampling, **provenance)
+            previews = scale_previews.rows if scale_previews is not None else None
             output = NextFlowPipelineOutput(images, image_tokens, thoughts, scores, flags, previews)
         # Annotated without the tuple, which few calls want, so that editors and type checkers know the fields.
         return output if return_dict else cast(NextFlowPipelineOutput, output.to_tuple())
 
     def _best_candidates(
-        self, drawn: ImageGenerationOutput, request: ImageRequest, count: int, scorer: CandidateScorer | None
+        self, sampled: ImageGenerationOutput, request: ImageRequest, count: int, scorer: CandidateScorer | None
     ) -> tuple[list[int], torch.Tensor | None]:
         """For each group of `count` images the row of the best, and the scores (B, count) if they were asked for."""
-        first = list(range(0, len(drawn.image_tokens), count))
+        first = list(range(0, len(sampled.image_tokens), count))
         if count == 1 or self.interrupt:
             return first, None
-        scores = (scorer or caption_scorer)(self, drawn.image_tokens, drawn.image_grids, request.prompts)
-        scores = checked_scores(scores, len(drawn.image_tokens)).view(-1, count)
+        scores = (scorer or caption_scorer)(self, sampled.image_tokens, sampled.image_grids, request.prompts)
+        scores = checked_scores(scores, len(sampled.image_tokens)).view(-1, count)
         return [start + best for start, best in zip(first, scores.argmax(1).tolist())], scores
 
     def _drawing_inputs(self, request: ImageRequest, sampling: ImageSampling, answer: str | None = None) -> dict:
@@ -518,7 +520,7 @@ class NextFlowPipeline(
         encode, device = self.model.vq_model.encode, self._execution_device
         return [encode(pixels[None].to(device)).image_tokens[0] for pixels in request.pixels]
 
-    def _warn_of_copies(self, request: ImageRequest, image_tokens: torch.Tensor, count: int):
+    def _warn_of_duplicates(self, request: ImageRequest, image_tokens: torch.Tensor, count: int):
         """Warn of prompts whose `count` variations are all the same, or whose only one is the image itself."""
         first = image_tokens[::count] if count > 1 else self._own_codes(request)
         for number, (codes, other) in enumerate(zip(image_tokens.unflatten(0, (-1, count)), first)):
@@ -527,7 +529,7 @@ class NextFlowPipeline(
                 same = "are the same image" if count > 1 else "is the image itself"
                 warn_user(
                     f"{found} for prompt {number} {same}: the first {request.num_kept_scales} scales, which are kept, "
-                    "leave little to chance. Keep fewer scales, give a higher temperature, or take another seed.",
+                    "leave little to chance. Keep fewer scales, give a higher temperature, or use another seed.",
                 )
 
     def _think(

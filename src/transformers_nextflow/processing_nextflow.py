@@ -13,10 +13,10 @@ from .configuration_nextflow import NextFlowConfig
 from .image_processing_nextflow import IMAGE_SETTINGS, flatten_images
 from .scale_schedule import ScaleSchedule
 from .sequence.chat_encoding import (
-    check_spells_out_no_special_tokens,
+    check_has_no_special_tokens,
+    check_rendered,
     check_text,
     check_texts,
-    check_written,
     encode_chats,
     encode_text,
     gather_special_tokens,
@@ -24,7 +24,7 @@ from .sequence.chat_encoding import (
 )
 from .sequence.padding import pad_left
 from .tokenization_nextflow import CHAT_TEMPLATE, add_image_tokens
-from .utils.atomic_files import saved_whole
+from .utils.atomic_files import atomic_save
 from .utils.known_names import check_names
 from .utils.older_transformers import SANITIZES_CONTROL_TOKENS
 from .utils.short_repr import short_repr
@@ -93,7 +93,7 @@ class NextFlowProcessor(DrawingInputsMixin, ProcessorMixin):
         caption_request: the request to describe an image with which the model was trained.
     """
 
-    save_pretrained = saved_whole(ProcessorMixin.save_pretrained)
+    save_pretrained = atomic_save(ProcessorMixin.save_pretrained)
     text_kwargs = {"padding_side": "left"}
 
     def __init__(
@@ -166,13 +166,13 @@ class NextFlowProcessor(DrawingInputsMixin, ProcessorMixin):
         with template_errors():
             rendered = super().apply_chat_template(conversation, chat_template, *args, tokenize=False, **kwargs)
         is_one = isinstance(rendered, str)
-        check_written([conversation] if is_one else conversation, [rendered] if is_one else rendered, self.image_token)
+        check_rendered([conversation] if is_one else conversation, [rendered] if is_one else rendered, self.image_token)
         if not tokenize:
             return rendered
         if SANITIZES_CONTROL_TOKENS:
             kwargs.setdefault("sanitize_control_tokens", True)
         else:
-            check_spells_out_no_special_tokens(self.tokenizer, conversation)
+            check_has_no_special_tokens(self.tokenizer, conversation)
         with template_errors():
             output = super().apply_chat_template(
                 conversation, chat_template, *args, tokenize=tokenize, return_dict=return_dict, **kwargs

@@ -27,11 +27,11 @@ BASE_GRIDS: tuple[Grid, ...] = (
     (25, 10), (26, 9), (27, 9), (28, 9), (29, 8), (30, 8), (31, 8), (32, 8),
 )  # fmt: skip
 MAX_ASPECT_RATIO = 4.0
-MOST_KEPT = 64
+MAX_CACHED = 64
 _KEPT: dict[str, ScaleSchedules] = {}
 # From each level on, the largest number of frames of a video (paper, section 5.4). Images below the 512 level have a
 # quarter of its codes, so four times as many frames cost as much.
-MOST_FRAMES_AT = ((1024, 3), (512, 5), (0, 20))
+MAX_FRAMES_OF_LEVELS = ((1024, 3), (512, 5), (0, 20))
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def schedules_of(settings) -> ScaleSchedules:
     key = repr((scales, settings.patch_size, levels))
     # Cached by value, since every image needs its schedule, and a config may change.
     if key not in _KEPT:
-        if len(_KEPT) >= MOST_KEPT:
+        if len(_KEPT) >= MAX_CACHED:
             _KEPT.clear()
         _KEPT[key] = ScaleSchedules(scales, settings.patch_size, () if levels is None else levels)
     return _KEPT[key]
@@ -257,6 +257,6 @@ def _schedule(sides: Sequence[int], base_grid: Grid) -> ScaleSchedule:
     return ScaleSchedule(((1, 1),) + tuple(grid(side) for side in sides[1:]))
 
 
-def most_frames(level: int) -> int:
+def max_frames_of_level(level: int) -> int:
     """How many frames of a video file a model reads or trains on at a level, the side of a square image in pixels."""
-    return next(most for lowest, most in MOST_FRAMES_AT if level >= lowest)
+    return next(most for lowest, most in MAX_FRAMES_OF_LEVELS if level >= lowest)

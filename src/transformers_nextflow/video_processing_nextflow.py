@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageSequence
 
-from .utils.atomic_files import write_anyway
+from .utils.atomic_files import write_with_fallback
 from .utils.image_files import check_pixels, regular_file
 from .utils.output_files import check_output_file
 from .utils.short_repr import short_path, short_repr
@@ -20,7 +20,7 @@ from .utils.short_repr import short_path, short_repr
 
 Video = Sequence[Image.Image] | str | os.PathLike
 # The limit for all frames of a file together: 3 GiB, since they are in memory at once.
-MOST_PIXELS = 2**30
+MAX_PIXELS = 2**30
 # Files that ffmpeg reads; others are images of several frames.
 FFMPEG_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 # The time between the frames that are read from longer files (paper, section 5.4).
@@ -86,12 +86,12 @@ def write_frames(frames: Sequence[Image.Image], path: str | os.PathLike, frames_
         first, *others = _without_repetitions([_of_full_colour(frame) for frame in frames])
         duration = 10 * round(100 / frames_per_second)
         options = {"save_all": True, "append_images": others, "duration": duration, "loop": 0}
-        write_anyway(path, lambda partial: first.save(partial, **options))
+        write_with_fallback(path, lambda partial: first.save(partial, **options))
     else:
         # With the default blocks of 16 pixels the encoder would resize small images.
         arrays = [np.asarray(frame.convert("RGB")) for frame in frames]
         options = {"fps": frames_per_second, "macro_block_size": 1}
-        write_anyway(path, lambda partial: _imageio().mimwrite(partial, arrays, **options))
+        write_with_fallback(path, lambda partial: _imageio().mimwrite(partial, arrays, **options))
 
 
 def _without_repetitions(frames: Sequence[Image.Image]) -> list[Image.Image]:
@@ -149,17 +149,15 @@ def _read_file(path: Path, max_frames: int | None) -> list[Image.Image]:
         for frame in _frames_of(path, max_frames):
             check_pixels(*frame.size, f"A frame of {path}")
             pixels += frame.width * frame.height
-            if pixels > MOST_PIXELS:
-                raise ValueError(
-                    f"its frames have more than {MOST_PIXELS} pixels together; cut it, or make it smaller."
-                )
+            if pixels > MAX_PIXELS:
+                raise ValueError(f"its frames have more than {MAX_PIXELS} pixels together; cut it, or make it smaller.")
             frames.append(frame)
     except ImportError:
         raise
     except Exception as error:  # decoders of broken files raise what comes
-        told = str(error).strip().splitlines() or [type(error).__name__]
+        reason = str(error).strip().splitlines() or [type(error).__name__]
         # ffmpeg says what it is and all that it does, and in the last line what is wrong.
-        raise ValueError(f"{path} cannot be read as a video: {told[-1]}") from error
+        raise ValueError(f"{path} cannot be read as a video: {reason[-1]}") from error
     return frames
 
 

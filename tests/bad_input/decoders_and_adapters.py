@@ -132,8 +132,8 @@ DECODER_CASES = [
     _config("pixel_cell", 0, "pixel_cell", "0"),
     _config("scheduler", 5, "scheduler", "5"),
     _config("scheduler", {}, "scheduler"),
-    _config("scheduler", {"_class_name": "FlowMatchNone"}, "FlowMatchNone", "no scheduler"),
-    _config("scheduler", {"_class_name": "DiffusionPipeline"}, "DiffusionPipeline", "no scheduler"),
+    _config("scheduler", {"_class_name": "FlowMatchNone"}, "FlowMatchNone", "not a scheduler"),
+    _config("scheduler", {"_class_name": "DiffusionPipeline"}, "DiffusionPipeline", "not a scheduler"),
     _config("scheduler", _flow(shift="x"), "scheduler"),
     _config("scheduler", _flow(shift=NAN), "scheduler.shift", "nan"),
     _config("scheduler", _flow(num_train_timesteps=0), "scheduler"),
@@ -154,7 +154,7 @@ DECODER_CASES = [
     _small("patch_cell", 1, "'patch_cell'", "patch_size"),
     _base("no scheduler", {"unet": INDEX["unet"]}, "model_index.json", "scheduler"),
     _base("a unet that is none", INDEX | {"unet": None}, "model_index.json", "unet"),
-    _base("a scheduler of another kind", INDEX | {"scheduler": ["os", "system"]}, "'system'", "no scheduler"),
+    _base("a scheduler of another kind", INDEX | {"scheduler": ["os", "system"]}, "'system'", "not a scheduler"),
     _base(
         "NaN in its weights", INDEX, "NaN", damage=lambda folder: _weights(lambda t: t * NAN)(folder / "unet"),
     ),
@@ -194,7 +194,7 @@ def _marking(mark):
 
 def _checking(name: str, answer) -> Case:
     return _hooked(
-        f"a checker that gives {name}", "safety_checker gives images and flags",
+        f"a checker that gives {name}", "safety_checker must return",
         safety_checker=lambda images, clip_input: answer(images),
     )  # fmt: skip
 
@@ -328,7 +328,7 @@ ADAPTER_CASES = [
     _loaded("lora_alpha NaN", _adapter_config(lora_alpha=NAN), "lora_alpha", "nan"),
     _loaded("r=10^9", _adapter_config(r=10**9), "r=1000000000"),
     _loaded("a name twice", _twice("adapter_config.json"), "adapter_config.json", "'repeated'", "twice"),
-    _loaded("no JSON", lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json"),
+    _loaded("not valid JSON", lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json"),
     _loaded("no type", lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json", "peft_type"),
     *(_loaded(f"called {name!r}", _nothing, "name", given=(name,)) for name in ("", "a/b", "/tmp/a", "\ud800")),
     _case(ADAPTERS, "adapter: None", lambda p: _pipe(p).load_lora_weights(None), "None", "folder"),

@@ -22,7 +22,7 @@ from transformers import modeling_utils
 
 from transformers_nextflow import NextFlowPipeline
 from transformers_nextflow.evaluation.results import write_result
-from transformers_nextflow.utils.atomic_files import write_whole
+from transformers_nextflow.utils.atomic_files import atomic_write
 
 
 FOLDERS, OUTPUTS, IMAGES = "folders are swapped", "outputs are looked at first", "one door for images"
@@ -40,7 +40,7 @@ def _linked_final(place: Place):
     (place.folder / "disk" / "final").mkdir(parents=True)
     place.file("disk/final/old", "1")
     os.symlink(place.folder / "disk" / "final", "final")
-    with write_whole("final") as partial:
+    with atomic_write("final") as partial:
         Path(partial).mkdir(exist_ok=True)
         (partial / "new").write_text("2")
     assert os.path.islink("final") and _content(place.folder / "disk") == {"final/new": b"2"}, "the link was destroyed"
@@ -69,7 +69,7 @@ def _never_without(place: Place):
     with (
         mock.patch.object(shutil, "rmtree", look(shutil.rmtree)),
         mock.patch.object(Path, "rename", look(Path.rename)),
-        write_whole("final") as partial,
+        atomic_write("final") as partial,
     ):
         partial.mkdir()
     assert not any(missing), "for a moment there was no folder"
@@ -236,11 +236,11 @@ def _lost_image(place: Place):
 
 OUTPUT_CASES = [
     _generate("out.png", "out.png is a folder", before=_folder("out.png")),
-    *(_generate(f"out{extension}", extension, "take .png") for extension in (".wmf", ".h5", ".xbm", ".grib", ".doc")),
+    *(_generate(f"out{extension}", extension, "use .png") for extension in (".wmf", ".h5", ".xbm", ".grib", ".doc")),
     _generate("out", "no extension"),
-    _generate("file/out.png", "is no folder", before=lambda place: place.file("file")),
+    _generate("file/out.png", "is not a folder", before=lambda place: place.file("file")),
     _generate("/proc/out.png", "cannot be written"),
-    _generate("/dev/null/out.png", "is no folder"),
+    _generate("/dev/null/out.png", "is not a folder"),
     _generate("a" * 300 + ".png", "cannot be written", "too long", name="a name of 300 characters"),
     _generate("a/" * 2500 + "out.png", "cannot be written", name="a path of 5,000 characters"),
     _generate("link.png", "is a device", before=lambda place: os.symlink("/dev/full", "link.png"), name="a device"),
@@ -248,12 +248,12 @@ OUTPUT_CASES = [
     _with("--previews", "file", "file is a file", before=lambda place: place.file("file")),
     _with("--previews", "file/in", "cannot be written", before=lambda place: place.file("file")),
     _with("--output", "out.png", "is a folder", before=_folder("out.png"), command=("edit", "a", "--image", "i.png")),
-    _with("--output", "out.wmf", "take .png", command=("vary", "a", "--image", "i.png")),
+    _with("--output", "out.wmf", "use .png", command=("vary", "a", "--image", "i.png")),
     _with("--output", "out.gif", "is a folder", before=_folder("out.gif"), command=("video", "a", "b")),
-    _with("--output", "file/out.gif", "no folder", before=lambda p: p.file("file"), command=("video", "a", "b")),
+    _with("--output", "file/out.gif", "not a folder", before=lambda p: p.file("file"), command=("video", "a", "b")),
     _with("--output", "out.avi", ".gif or .mp4", command=("video", "a", "b")),
     _evaluate("--json", "out", "is a folder", before=_folder("out")),
-    _evaluate("--json", "file/out.json", "is no folder", before=lambda place: place.file("file")),
+    _evaluate("--json", "file/out.json", "is not a folder", before=lambda place: place.file("file")),
     _evaluate("--json", "/proc/out.json", "cannot be written"),
     _evaluate("--sheets", "file", "is a file", before=lambda place: place.file("file")),
     Case(
@@ -404,7 +404,7 @@ IMAGE_CASES = [
     _api("number", lambda place: 5, "5"),
     _api("dict", lambda place: {"image": 1}, "not a PIL image"),
     _api("array of one axis", lambda place: np.zeros(16), "2 or 3 axes"),
-    _api("array of objects", lambda place: np.array([[None] * 16] * 16), "no brightness"),
+    _api("array of objects", lambda place: np.array([[None] * 16] * 16), "not pixel values"),
     _api("array of nothing", lambda place: np.zeros((0, 0, 3)), "at least 1 pixel"),
     _api("empty list", lambda place: [], "no image"),
     Case(IMAGES, "API: a list of None", lambda p: p.pipe("a red circle", image=[None]), ("None",)),

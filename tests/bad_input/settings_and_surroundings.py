@@ -233,7 +233,7 @@ DEVICE_CASES = [
 
 
 def _interrupted_saving(place: Place):
-    with broken(cli, "write_anyway", KeyboardInterrupt(), after=1):
+    with broken(cli, "write_with_fallback", KeyboardInterrupt(), after=1):
         return place.draw("--num-images", 3)
 
 
@@ -251,7 +251,7 @@ OUTPUT_CASES = [
         OUTPUTS, "a preview whose name is too long",
         lambda p: p.draw("--output", "s" * 248 + ".png", "--previews", "previews"), "too long",
     ),
-    _case(OUTPUTS, "recipes into a file", lambda p: p.run("recipes", "--copy", p.file("f") / "r"), "is no folder"),
+    _case(OUTPUTS, "recipes into a file", lambda p: p.run("recipes", "--copy", p.file("f") / "r"), "is not a folder"),
 ]  # fmt: skip
 
 

@@ -24,9 +24,9 @@ from transformers_nextflow.conversion.siglip2 import convert_siglip2
 KILLS = 20
 TASKS = {
     "save_pretrained": """
-from transformers_nextflow.utils.atomic_files import saved_whole
+from transformers_nextflow.utils.atomic_files import atomic_save
 class Saved:
-    @saved_whole
+    @atomic_save
     def save_pretrained(self, folder):
         for name in ("config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
             with open(folder + "/" + name, "w") as file:
@@ -37,9 +37,9 @@ def work(number):
     Saved().save_pretrained("save_pretrained")
 """,
     "final": """
-from transformers_nextflow.utils.atomic_files import write_whole
+from transformers_nextflow.utils.atomic_files import atomic_write
 def work(number):
-    with write_whole("final") as folder:
+    with atomic_write("final") as folder:
         folder.mkdir()
         for name in "abc":
             (folder / name).write_text(number)

@@ -147,23 +147,23 @@ CALL_CASES = [
 
 
 def _silent_reward(place: Place):
-    from transformers_nextflow.trainers.rl.checked_reward import checked
+    from transformers_nextflow.trainers.rl.checked_reward import validated_reward
 
     async def reward(completions, **columns):
         await asyncio.sleep(60)
 
-    return asyncio.run(checked(reward, timeout=0.1)(completions=[1]))
+    return asyncio.run(validated_reward(reward, timeout=0.1)(completions=[1]))
 
 
 def _long_video(place: Place):
     frames = [Image.new("L", (16, 16), shade) for shade in range(8)]
     frames[0].save("long.gif", save_all=True, append_images=frames[1:])
-    with mock.patch.object(video_processing_nextflow, "MOST_PIXELS", 1000, create=True):
+    with mock.patch.object(video_processing_nextflow, "MAX_PIXELS", 1000, create=True):
         return place.run("describe", "long.gif", "--model", place.model)
 
 
 BOUND_CASES = [
-    Case(BOUNDS, "--scale 3000", lambda p: p.draw("--scale", 3000), ("--scale 3000", "take")),
+    Case(BOUNDS, "--scale 3000", lambda p: p.draw("--scale", 3000), ("--scale 3000", "use")),
     Case(
         BOUNDS, "video --scale 5000", lambda p: p.run("video", "a", "b", "--model", p.model, "--scale", 5000),
         ("--scale 5000",),
@@ -217,7 +217,7 @@ def _within(place: Place):
     circle = pipe("a red circle and two blue squares", generator=_seeded()).images[0]
     pipe("make the red circle green", image=circle, generator=_seeded())
     pipe.chat([user("how many red circles are there? say it plainly.")], max_images=0, max_new_tokens=1)
-    assert not pipe._told_outside
+    assert not pipe._warned_kinds
 
 
 def _once(place: Place):

@@ -46,7 +46,7 @@ def test_a_key_table_is_read_in_both_directions():
 def test_a_key_table_names_what_it_does_not_know():
     with pytest.raises(ValueError, match="no rows for model.other, model.norm.x"):
         KEYS.forward({"model.other": 0, "model.norm": 1, "model.norm.x": 2})
-    with pytest.raises(ValueError, match="Two keys of the file stand for 'norm'"):
+    with pytest.raises(ValueError, match="Two keys of the file map to 'norm'"):
         KeyMap({"a": "norm", "b": "norm"}).forward({"a": 0, "b": 1})
     with pytest.raises(ValueError, match="as many"):
         KeyMap({"a.*": "b"})
@@ -77,7 +77,7 @@ def test_a_pickle_is_read_if_it_holds_tensors_alone(tmp_path):
     torch.save({"a": Code()}, tmp_path / "code.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Code()))
     for name in ("code.pt", "plain.pt"):
-        with pytest.raises(ValueError, match="no pickle of tensors alone"):
+        with pytest.raises(ValueError, match="not a pickle of only tensors"):
             read_state_dict(tmp_path / name)
 
 
@@ -85,7 +85,7 @@ def test_a_pickle_is_read_if_it_holds_tensors_alone(tmp_path):
 def test_what_came_in_place_of_a_file_is_not_called_unsafe(tmp_path, content):
     for name in ("a.pt", "a.safetensors"):
         (tmp_path / name).write_text(content)
-        with pytest.raises(ValueError, match=f"{name} cannot be read; is it whole"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read; is it complete"):
             read_state_dict(tmp_path / name)
 
 
@@ -96,7 +96,7 @@ def test_a_file_that_is_not_whole_is_refused(tmp_path):
         whole = (tmp_path / name).read_bytes()
         for length in (10, 1000, len(whole) - 100, len(whole) - 1):
             (tmp_path / name).write_bytes(whole[:length])
-            with pytest.raises(ValueError, match=f"{name} cannot be read; is it whole"):
+            with pytest.raises(ValueError, match=f"{name} cannot be read; is it complete"):
                 read_state_dict(tmp_path / name)
     with pytest.raises(ValueError, match="There is no file"):
         read_state_dict(tmp_path / "none.pt")
@@ -225,4 +225,4 @@ def test_inspect_reads_the_tensors_of_a_training_checkpoint_and_refuses_code(tmp
             report(tmp_path / name)
     torch.save(Code(), tmp_path / "b.pt")
     result = CliRunner().invoke(app, ["inspect", str(tmp_path / "b.pt")])
-    assert result.exit_code == 2 and "no pickle of tensors alone" in result.stderr
+    assert result.exit_code == 2 and "not a pickle of only tensors" in result.stderr

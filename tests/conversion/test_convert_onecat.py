@@ -156,7 +156,7 @@ def test_a_killed_run_goes_on_and_one_from_other_weights_does_not(model, tmp_pat
         raise Killed
 
     with monkeypatch.context() as context:
-        context.setattr(converter, "check_written", killed)
+        context.setattr(converter, "check_rendered", killed)
         with pytest.raises(Killed):
             convert(tmp_path / "released", tmp_path / "released" / VAE, tmp_path / "ours", "50KB")
     shard = next((tmp_path / "ours.partial").glob("model-00001-*"))
@@ -167,7 +167,7 @@ def test_a_killed_run_goes_on_and_one_from_other_weights_does_not(model, tmp_pat
     assert not list((tmp_path / "ours").glob(".*"))
     (tmp_path / "ours").rename(tmp_path / "ours.partial")
     (tmp_path / "ours.partial" / "conversion.json").write_text(json.dumps({"source": "another"}))
-    with pytest.raises(ValueError, match="begun from other files"):
+    with pytest.raises(ValueError, match="started from other files"):
         convert(tmp_path / "released", tmp_path / "released" / VAE, tmp_path / "ours", "50KB")
 
 
@@ -229,7 +229,7 @@ def check_refused(folder, message, vae=VAE):
     ("change", "message"),
     [
         (lambda vae: without(vae, "decoder.conv_in.conv.weight"), "missing: decoder.conv_in.weight"),
-        (lambda vae: without(vae, "encoder.conv_in.conv.weight"), "no vision tokenizer of Infinity's kind"),
+        (lambda vae: without(vae, "encoder.conv_in.conv.weight"), "not a vision tokenizer of Infinity's kind"),
         (lambda vae: vae | {"decoder.more": torch.zeros(1)}, "not expected: decoder.more"),
         (lambda vae: vae | {"decoder.conv_in.conv.bias": torch.zeros(3)}, "of another shape: decoder.conv_in.bias"),
         (lambda vae: vae | {"decoder.conv_in.conv.bias": torch.full((32,), torch.inf)}, "NaN or infinite"),
@@ -283,7 +283,7 @@ def test_a_text_tokenizer_without_the_models_tokens_and_converted_folders_are_re
     tiny_tokenizer().save_pretrained(tmp_path / "released")
     check_refused(tmp_path, "The tokenizer lacks <img>")
     (tmp_path / "released" / "tokenizer.json").write_text("{")
-    check_refused(tmp_path, "The tokenizer in .*released cannot be read; is it whole")
+    check_refused(tmp_path, "The tokenizer in .*released cannot be read; is it complete")
     (tmp_path / "released" / "tokenizer.json").unlink()
     check_refused(tmp_path, "released holds no tokenizer")
 

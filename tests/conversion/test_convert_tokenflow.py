@@ -185,9 +185,9 @@ def test_a_tokenizer_reads_its_own_size_in_its_own_scales(name, size, sides):
 
 def test_what_the_model_cannot_take_is_refused():
     model = empty_model(tokenflow_config("siglip_384"))
-    with pytest.raises(ValueError, match="384x384 pixels alone, got 432x432"):
+    with pytest.raises(ValueError, match="only images of 384x384 pixels, got 432x432"):
         model.schedule_of(torch.empty(1, 3, 432, 432))
-    with pytest.raises(ValueError, match=r"grid \(27, 27\) alone"):
+    with pytest.raises(ValueError, match=r"only for the grid \(27, 27\)"):
         model.semantic_decoder.positions(torch.empty(1, 4, 1152), (2, 2))
     with pytest.raises(ValueError, match="tokenizers .*, got 'clipl'"):
         tokenflow_config("clipl")
@@ -310,8 +310,8 @@ def damaged(state: dict[str, torch.Tensor], fault: str) -> dict:
         ("misshapen", "of another shape: encoder.conv_blocks.2.res.0.conv1.weight"),
         ("NaN", "'encoder.conv_blocks.2.res.0.conv1.weight' holds NaN"),
         ("integers", "integers: quant_conv.bias"),
-        ("truncated", "is it whole"),
-        ("code", "no pickle of tensors alone"),
+        ("truncated", "is it complete"),
+        ("code", "not a pickle of only tensors"),
         ("no tokenizer", "no tensors under 'ema' or 'model'"),
         ("heads", "do not fit together"),
         ("no heads", "semantic_decoder_heads must be at least 1, got 0"),
@@ -335,8 +335,8 @@ def test_a_faulty_file_is_refused_and_nothing_is_written(fault, message, tmp_pat
 def test_what_is_there_already_is_kept(files, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "back.pt").write_text("mine")
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         convert_tokenflow(files["clipb"], tmp_path / "model", **HEADS)
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         export_tokenflow(tmp_path / "model", tmp_path / "back.pt")
     assert (tmp_path / "back.pt").read_text() == "mine"

@@ -165,7 +165,7 @@ def test_a_killed_run_goes_on_and_one_from_other_weights_does_not(model, vq_fold
         raise Killed
 
     with monkeypatch.context() as context:
-        context.setattr(converter, "check_written", killed)
+        context.setattr(converter, "check_rendered", killed)
         with pytest.raises(Killed):
             convert(tmp_path / "released", vq_folder, tmp_path / "ours", "50KB")
     shard = next((tmp_path / "ours.partial").glob("model-00001-*"))
@@ -175,7 +175,7 @@ def test_a_killed_run_goes_on_and_one_from_other_weights_does_not(model, vq_fold
 
     (tmp_path / "ours").rename(tmp_path / "ours.partial")
     (tmp_path / "ours.partial" / "conversion.json").write_text(json.dumps({"source": "another"}))
-    with pytest.raises(ValueError, match="begun from other files"):
+    with pytest.raises(ValueError, match="started from other files"):
         convert(tmp_path / "released", vq_folder, tmp_path / "ours", "50KB")
     weights = next(path for path in (tmp_path / "released").iterdir() if path.suffix in (".bin", ".safetensors"))
     before = fingerprint(tmp_path / "released")
@@ -258,7 +258,7 @@ def test_truncated_shards_and_an_index_that_lies_are_refused(model, vq_folder, t
     index.write_text(json.dumps(told))
     shard = tmp_path / "released" / told["weight_map"][keys[0]]
     shard.write_bytes(shard.read_bytes()[:-100])
-    check_refused(tmp_path, vq_folder, "is it whole")
+    check_refused(tmp_path, vq_folder, "is it complete")
 
 
 def test_a_pickle_with_code_in_it_is_not_opened(model, vq_folder, tmp_path, capsys):
@@ -355,6 +355,6 @@ def test_the_script_converts_and_says_in_one_line_what_is_wrong(model, vq_folder
 def test_a_target_that_is_there_is_left_alone(model, vq_folder, tmp_path):
     write_released(tmp_path / "released", model, "safe")
     (tmp_path / "ours").mkdir()
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         convert(tmp_path / "released", vq_folder, tmp_path / "ours")
     assert not list((tmp_path / "ours").iterdir())

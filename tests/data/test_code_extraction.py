@@ -21,7 +21,7 @@ from transformers_nextflow.cli import app
 from transformers_nextflow.data import check_codes, code_extraction, extract_codes, open_rows, tokenizer_fingerprint
 from transformers_nextflow.data.validation import validate_source
 from transformers_nextflow.trainers import NextFlowCollator
-from transformers_nextflow.utils.atomic_files import write_whole
+from transformers_nextflow.utils.atomic_files import atomic_write
 
 
 SIZES = ((16, 16), (8, 32), (32, 8))
@@ -144,7 +144,7 @@ def test_a_shard_is_the_encoding_of_its_images_under_its_own_seed(tmp_path):
 def test_nearest_codes_do_not_depend_on_the_batches(batch_size, tmp_path, monkeypatch):
     make_source(tmp_path)
     extract(tmp_path, "expected", token_share=0.0, shard_size=100)
-    monkeypatch.setattr(code_extraction, "MOST_WAITING", 1)
+    monkeypatch.setattr(code_extraction, "MAX_WAITING", 1)
     extract(tmp_path, token_share=0.0, shard_size=100, batch_size=batch_size)
     assert rows_of(tmp_path / "codes") == rows_of(tmp_path / "expected")
 
@@ -166,7 +166,7 @@ def test_lost_and_damaged_shards_are_found_and_made_again_alone(tmp_path):
     whole = contents(codes)
     (codes / "codes-000000.parquet").write_bytes(whole["codes-000000.parquet"][:-1])
     (codes / "codes-000002.json").write_text("{")
-    with pytest.raises(ValueError, match="codes-000000.parquet, codes-000002.parquet lack or are damaged"):
+    with pytest.raises(ValueError, match="codes-000000.parquet, codes-000002.parquet are missing or damaged"):
         check_codes(codes)
     untouched = (codes / "codes-000001.parquet").stat().st_mtime_ns
     assert extract(tmp_path)["found"] == 1
@@ -202,15 +202,15 @@ def test_a_full_disk_loses_nothing_and_the_same_command_goes_on(tmp_path, monkey
 def test_what_is_written_whole_takes_its_place_at_the_end_alone(tmp_path):
     file, folder = tmp_path / "new" / "sheet.png", tmp_path / "final"
     for content in ("old", "new"):
-        with write_whole(file) as partial:
+        with atomic_write(file) as partial:
             partial.write_text(content)
             # Writers read the format from the name.
             assert partial.name == file.name and partial != file
-        with write_whole(folder) as partial:
+        with atomic_write(folder) as partial:
             partial.mkdir()
             (partial / content).touch()
     for path in (file, folder):
-        with pytest.raises(OSError, match="No space left"), write_whole(path) as partial:
+        with pytest.raises(OSError, match="No space left"), atomic_write(path) as partial:
             partial.write_text("half")
             raise OSError(errno.ENOSPC, "No space left on device")
     assert file.read_text() == "new" and [path.name for path in folder.iterdir()] == ["new"]
@@ -266,7 +266,7 @@ def test_bad_images_stop_it_or_are_skipped_and_counted(tmp_path):
     with pytest.raises(ValueError, match=r"row 4, messages\[0\].content\[1\].image: the image cannot be read"):
         extract(tmp_path)
     # The first shard was done; other settings would mix two kinds of data.
-    with pytest.raises(ValueError, match="was begun with on_bad_image 'stop', now it is 'skip'"):
+    with pytest.raises(ValueError, match="was begun with on_bad_image='stop', but now it is 'skip'"):
         extract(tmp_path, on_bad_image="skip")
     totals = extract(tmp_path, "skipped", on_bad_image="skip")
     assert totals == {"rows": 6, "skipped": 2, "shards": 3, "found": 0}
@@ -278,7 +278,7 @@ def test_bad_images_stop_it_or_are_skipped_and_counted(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"shard_size": 0}, "shard_size and batch_size start at 1, got 0 and 16"),
+        ({"shard_size": 0}, "shard_size and batch_size must be at least 1, got 0 and 16"),
         ({"token_share": 2.0}, "token_share in"),
         ({"on_bad_image": "ignore"}, "on_bad_image must be one of"),
         ({"level": 17}, "17"),
@@ -296,7 +296,7 @@ def test_a_folder_of_rows_of_another_format_is_not_continued(tmp_path):
     settings = json.loads((tmp_path / "codes" / "extraction.json").read_text())
     del settings["row_format"]
     (tmp_path / "codes" / "extraction.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="was begun with row_format None, now it is 3; take .* an empty folder"):
+    with pytest.raises(ValueError, match="was begun with row_format=None, but now it is 3; use .* an empty folder"):
         extract(tmp_path)
     assert check_codes(tmp_path / "codes")["rows"] == 2
 
@@ -332,7 +332,7 @@ def test_the_commands_extract_and_check(tmp_path):
     assert checked.exit_code == 0 and checked.stdout == "8 rows in 3 shards, 0 rows skipped\n"
     (tmp_path / "codes" / "codes-000001.parquet").unlink()
     checked = CliRunner().invoke(app, ["check-codes", str(tmp_path / "codes")])
-    assert checked.exit_code == 2 and "codes-000001.parquet lack or are damaged" in checked.stderr
+    assert checked.exit_code == 2 and "codes-000001.parquet are missing or damaged" in checked.stderr
 
 
 def test_actors_of_ray_write_the_shards_that_processes_do(tmp_path):
@@ -359,7 +359,7 @@ def test_actors_of_ray_write_the_shards_that_processes_do(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"processes": 0}, "processes start at 1, got 0"), ({"device": "nonsense"}, "nonsense")],
+    [({"processes": 0}, "processes must be at least 1, got 0"), ({"device": "nonsense"}, "nonsense")],
     ids=str,
 )
 @pytest.mark.parametrize("engine", ["local", "ray"])

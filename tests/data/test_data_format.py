@@ -159,7 +159,7 @@ def test_the_validator_checks_codes():
     expected = [
         "row 2, image_tokens[0]: the grid [4, 4] takes 30 codes, got 29",
         "row 3, image_labels[0]: codes run from 0 to 31, got",
-        "row 4, image_grids[0]: [4, 40] is no final grid",
+        "row 4, image_grids[0]: [4, 40] is not a final grid",
         f"row 5, tokenizer_fingerprint: the codes come from the tokenizer {'0' * 16}, the model's is {fingerprint}",
     ]
     assert report.num_problems == 4
@@ -175,7 +175,7 @@ def test_the_command_validates_files_and_datasets(folder):
     (folder / "rows.jsonl").write_text((folder / "rows.jsonl").read_text() + "\n{'a'}\n" + json.dumps(rows[1]))
     bad = CliRunner().invoke(app, ["validate-data", str(folder / "rows.jsonl"), "--on-bad-image", "skip"])
     assert bad.exit_code == 1 and bad.stdout == "3 rows, 2 images, 1 rows skipped, 1 problems\n"
-    assert "row 1, row: is no JSON" in bad.stderr
+    assert "row 1, row: is not valid JSON" in bad.stderr
     images = [{"bytes": (folder / name).read_bytes(), "path": None} for name in ("red.png", "broken.png")]
     string = datasets.Value("string")
     messages = [{"role": string, "content": [{"type": string, "text": string}]}]
@@ -276,7 +276,7 @@ def test_the_trainer_refuses_codes_of_another_tokenizer(tmp_path):
     model, other = tiny_model(), tiny_model(seed=1)
     row = drawing("one", 1) | {"tokenizer_fingerprint": tokenizer_fingerprint(model.vq_model)}
     make_trainer(tmp_path, model, [row], max_steps=1).train()
-    with pytest.raises(BadRowError, match="the codes come from the tokenizer .* extract them anew"):
+    with pytest.raises(BadRowError, match="the codes come from the tokenizer .* extract them again"):
         make_trainer(tmp_path, other, [row], max_steps=1).train()
 
 

@@ -367,7 +367,7 @@ def test_a_template_that_leaves_images_out_is_told():
 
 def test_a_line_that_nests_without_end_is_no_row(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"messages": ' + "[" * 100_000 + "\n")
-    with pytest.raises(BadRowError, match="row: is no JSON"):
+    with pytest.raises(BadRowError, match="row: is not valid JSON"):
         JsonLines(tmp_path / "rows.jsonl")[0]
 
 

@@ -159,9 +159,9 @@ def test_images_without_captions_are_rows_only_where_no_text_is_needed(tmp_path)
 @pytest.mark.parametrize(
     "columns, message",
     [
-        (Columns(image="photos"), r"--image-column 'photos' is no column; there are photo, prompt"),
-        (Columns(caption="texts"), r"--caption-column 'texts' is no column"),
-        (Columns(edited_image="after"), r"--edited-image-column 'after' is no column"),
+        (Columns(image="photos"), r"--image-column 'photos' is not a column; the columns are photo, prompt"),
+        (Columns(caption="texts"), r"--caption-column 'texts' is not a column"),
+        (Columns(edited_image="after"), r"--edited-image-column 'after' is not a column"),
     ],
 )
 def test_columns_that_are_not_there_are_refused_with_those_that_are(columns, message, tmp_path):
@@ -189,7 +189,7 @@ def test_what_lacks_in_a_row_is_told_by_row_and_column(tmp_path):
 @pytest.mark.parametrize("name", ["nowhere", "no where/data", "a/b/c"])
 def test_what_is_neither_there_nor_a_name_of_the_hub_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="There is no file or folder .* names no data set of the Hub"):
+    with pytest.raises(ValueError, match="There is no file or folder .* it is not the name of a data set of the Hub"):
         open_rows(name)
 
 

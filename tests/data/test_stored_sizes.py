@@ -27,7 +27,7 @@ from transformers_nextflow.data.stored_sizes import (
     rows_of_sizes,
     stored_size,
 )  # fmt: skip
-from transformers_nextflow.data.views import VIEWS, viewed
+from transformers_nextflow.data.views import VIEWS, apply_view
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer, PackedStream, collator
 from transformers_nextflow.trainers.recipe_data import StageRows
 
@@ -82,7 +82,7 @@ def test_sizes_are_those_of_the_row_that_is_read_in_every_view(folder):
     measured = NextFlowCollator(processor)
     for row in open_rows(folder / "codes")[0]:
         for view in VIEWS:
-            own = viewed(row, view, processor.caption_request)
+            own = apply_view(row, view, processor.caption_request)
             plain = {name: value for name, value in own.items() if name not in SIZES}
             assert measured.knows_size(own) and not measured.knows_size(plain)
             assert measured.size(own) == measured.size(plain)
@@ -100,7 +100,7 @@ def test_packs_by_stored_sizes_are_those_of_rows_that_are_read(place, folder, tm
     plain = without_sizes(folder / "codes", tmp_path / "plain")
     read = trainer_of(StageRows(open_rows(plain)[0], tiny_processor(), **SHARES), tmp_path / "read").train_dataset
     encoded.clear()
-    monkeypatch.setattr("transformers_nextflow.trainers.nextflow_trainer.LOOKED_AT_ROWS", 0)
+    monkeypatch.setattr("transformers_nextflow.trainers.nextflow_trainer.NUM_EXAMINED_ROWS", 0)
     rows = StageRows(open_rows(source)[0], tiny_processor(), **SHARES)
     monkeypatch.setattr(StageRows, "__getitem__", lambda self, index: pytest.fail("a row is read"))
     stored = trainer_of(rows, tmp_path / "stored").train_dataset
@@ -146,7 +146,7 @@ def test_a_row_that_is_not_used_is_told_as_where_it_is_read(folder, tmp_path):
     write_lines(tmp_path / "rows.jsonl", rows)
     extract_codes(tmp_path / "rows.jsonl", folder / "model", tmp_path / "codes")
     rows = StageRows(open_rows(tmp_path / "codes")[0], tiny_processor())
-    with pytest.raises(ValueError, match="[Rr]ow 1, messages: nothing is learned from them"):
+    with pytest.raises(ValueError, match="[Rr]ow 1, messages: none of them is trained on"):
         trainer_of(rows, tmp_path / "out")
 
 

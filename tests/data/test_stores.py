@@ -13,7 +13,7 @@ from test_code_extraction import SETTINGS, contents
 from tiny import tiny_model
 
 from transformers_nextflow.data import check_codes, extract_codes, open_rows
-from transformers_nextflow.data.stores import folder_at
+from transformers_nextflow.data.stores import open_folder
 from transformers_nextflow.utils.extras import import_extra
 
 
@@ -71,17 +71,17 @@ def test_codes_in_a_store_are_those_of_a_folder_and_are_finished_where_they_lack
     output = f"{store}/made/here"
     arguments = (sources / "images", sources / "tokenizer", output)
     assert extract_codes(*arguments, **SETTINGS)["found"] == 0
-    folder, expected = folder_at(output), contents(sources / "codes")
+    folder, expected = open_folder(output), contents(sources / "codes")
     assert set(folder.names()) == {*expected, "extraction.json"}
     assert {name: folder.read(name) for name in expected} == expected
     folder.system.rm_file(f"{folder.place}/codes-000000.parquet")
     folder.system.pipe_file(f"{folder.place}/codes-000001.json", b"{")
-    with pytest.raises(ValueError, match="codes-000000.parquet, codes-000001.parquet lack or are damaged"):
+    with pytest.raises(ValueError, match="codes-000000.parquet, codes-000001.parquet are missing or damaged"):
         check_codes(output)
     assert extract_codes(*arguments, **SETTINGS) == {"rows": 5, "skipped": 0, "shards": 2, "found": 0}
     assert {name: folder.read(name) for name in expected} == expected
     assert extract_codes(*arguments, **SETTINGS)["found"] == 2
-    with pytest.raises(ValueError, match="was begun with top_k 4, now it is 2"):
+    with pytest.raises(ValueError, match="was begun with top_k=4, but now it is 2"):
         extract_codes(*arguments, **SETTINGS | {"top_k": 2})
     rows, _ = open_rows(output)
     assert len(rows) == 5 and rows[4]["source_row"] == 4
@@ -112,9 +112,9 @@ def test_an_image_that_lacks_in_a_store_is_told_or_skipped(sources, store, tmp_p
         ('{"file_name": 5, "text": "one"}', "row 0, file_name: must be the name of an image"),
         (
             '{"file_name": "0.png", "text": "one", "text": "two"}',
-            "row 0, row: is no JSON: The name 'text' is there twice",
+            "row 0, row: is not valid JSON: The name 'text' occurs twice",
         ),
-        ("[", "row 0, row: is no JSON"),
+        ("[", "row 0, row: is not valid JSON"),
     ],
 )
 def test_a_line_of_a_store_that_names_no_image_is_told(sources, store, tmp_path, line, message):

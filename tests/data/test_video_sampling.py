@@ -8,7 +8,7 @@ from tiny import tiny_processor
 
 from transformers_nextflow import NextFlowImageProcessor
 from transformers_nextflow.data import read_row
-from transformers_nextflow.scale_schedule import SQUARE_SIDES, most_frames
+from transformers_nextflow.scale_schedule import SQUARE_SIDES, max_frames_of_level
 from transformers_nextflow.trainers import NextFlowCollator
 from transformers_nextflow.video_processing_nextflow import frame_times, read_frames, write_frames
 
@@ -40,7 +40,7 @@ def test_frames_are_two_seconds_apart_or_spread_evenly_over_a_longer_video():
 
 
 def test_the_paper_says_how_many_frames_a_level_takes():
-    assert [most_frames(level) for level in (1024, 512, 256, 16)] == [3, 5, 20, 20]
+    assert [max_frames_of_level(level) for level in (1024, 512, 256, 16)] == [3, 5, 20, 20]
     processor = NextFlowImageProcessor(SQUARE_SIDES, 16, LEVELS)
     assert processor.max_frames == 3
     processor.level = 512

@@ -149,13 +149,13 @@ BAD = {
     "an edit without words": (lambda p: actions.edit(p, "", painted(SQUARE), 1, 0, None), "no prompt"),
     "nothing to vary": (lambda p: actions.vary(p, "one", None, 1, 1, 0), "no image to vary"),
     "variations that cannot differ": (lambda p: actions.vary(p, "one", SQUARE, NUM_SCALES, 2, 0), "Keep fewer scales"),
-    "an image without words": (lambda p: iter(actions.chat(p, [], " ", [SQUARE], 0)), "needs words"),
+    "an image without words": (lambda p: iter(actions.chat(p, [], " ", [SQUARE], 0)), "is empty"),
 }
 
 
 @pytest.mark.parametrize("called, told", BAD.values(), ids=BAD)
 def test_bad_input_is_told_to_the_person(pipe, called, told, caplog):
-    event = page.for_people(lambda: called(pipe))
+    event = page.shows_errors(lambda: called(pipe))
     with pytest.raises(gr.Error) as raised:
         list(event())
     assert told in raised.value.message and not raised.value.print_exception
@@ -167,7 +167,7 @@ def test_a_defect_is_told_and_logged(caplog):
         yield from [][1]
 
     with pytest.raises(gr.Error, match="IndexError"):
-        list(page.for_people(fails)())
+        list(page.shows_errors(fails)())
     assert caplog.records[0].exc_info
 
 

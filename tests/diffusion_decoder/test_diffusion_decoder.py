@@ -215,7 +215,7 @@ def test_twice_as_large_begins_with_each_condition_spread_over_four_cells(vq_mod
     vector = torch.randn(1, 16)
     small, large = decoder.projection(vector).view(16, 2, 2), larger.projection(vector).view(16, 4, 4)
     assert torch.equal(large, small.repeat_interleave(2, 1).repeat_interleave(2, 2))
-    with pytest.raises(ValueError, match="twice as large already"):
+    with pytest.raises(ValueError, match="already gives images twice as large"):
         larger.upsampled()
 
 
@@ -277,7 +277,7 @@ def test_bases_without_layers_of_a_kind_and_with_a_list_of_layers_are_made(vq_mo
         ({"upsampling": 3}, "upsampling must be one of"),
         ({"predicts": "noise"}, "does not go with flow matching; take velocity or image"),
         ({"pixel_cell": 3}, "which does not divide it"),
-        ({"lora_rank": 2}, "UNet2DModel takes no LoRA"),
+        ({"lora_rank": 2}, "UNet2DModel does not support LoRA"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, message, vq_model):
@@ -287,7 +287,7 @@ def test_settings_that_do_not_fit_are_refused(settings, message, vq_model):
 
 def test_a_base_without_a_known_visual_branch_is_refused():
     base = {"_class_name": UNet1DModel.__name__}
-    with pytest.raises(ValueError, match="UNet1DModel is no base of a diffusion decoder, since no visual branch"):
+    with pytest.raises(ValueError, match="UNet1DModel is not supported as the base of a diffusion decoder"):
         NextFlowDiffusionDecoder(base, condition_channels=4, patch_size=4)
 
 

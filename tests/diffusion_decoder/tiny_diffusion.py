@@ -14,7 +14,7 @@ from diffusers import (
 )
 
 from transformers_nextflow.diffusion_decoder import NextFlowDiffusionDecoder, small_decoder
-from transformers_nextflow.diffusion_decoder.starting import config_of, of_tokenizer
+from transformers_nextflow.diffusion_decoder.initialization import config_of, tokenizer_arguments
 
 
 def tiny_vae():
@@ -70,7 +70,7 @@ def tiny_decoder(vq_model, kind="small", seed=0, **settings) -> NextFlowDiffusio
         settings = {"lora_rank": rank, "predicts": "velocity" if is_flow else "noise"} | settings
         return NextFlowDiffusionDecoder(
             base=config_of(base), vae=config_of(vae), scheduler=config_of(scheduler), base_model=base,
-            vae_model=vae, **of_tokenizer(vq_model), **settings,
+            vae_model=vae, **tokenizer_arguments(vq_model), **settings,
         ).eval()  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Rows on one key-value cache: what they forget, which of them stay, and who reads, against passes without a cache."""
+"""Rows on one key-value cache: rolled back, selected and masked, compared with passes without a cache."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_a_row_that_forgets_goes_on_as_if_it_had_never_read(model, padded):
     sequences, rows = read_prompts(model, padded)
     columns, position = sequences.cache.get_seq_length(), sequences.position
     sequences.read_tokens(torch.tensor([[30, 31], [32, 33]]))
-    sequences.forget(torch.tensor([False, True]), columns, position)
+    sequences.roll_back(torch.tensor([False, True]), columns, position)
     found = sequences.read_tokens(torch.tensor([[40, 41], [42, 43]]))[:, -1]
     for row, text in enumerate(([*rows[0], 30, 31, 40, 41], [*rows[1], 42, 43])):
         torch.testing.assert_close(found[row], expected_states(model, text), atol=1e-5, rtol=0)

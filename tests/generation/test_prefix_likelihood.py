@@ -53,7 +53,7 @@ def draw(model, processor, sampling: ImageSampling, edits: bool = False, sizes=S
     drawing, seen = ImageCodes(model, schedules, sampling, torch.Generator().manual_seed(0)), []
     with torch.no_grad():
         writer = SequenceWriter(model, prompts, contexts)
-        writer.draw(drawing, range(2), lambda _, scale, state: seen.append(state.logits), go_on=False)
+        writer.draw(drawing, range(2), lambda _, scale, state: seen.append(state.logits), continues=False)
     return prompts, contexts, drawing, seen
 
 
@@ -112,7 +112,7 @@ def test_a_prompt_that_images_share_is_read_once_and_each_gets_what_it_gets_alon
     prompts, empty = (prompts_of(processor, model, texts=own) for own in (texts, [""] * 3))
     with torch.no_grad():
         writer = SequenceWriter(model, prompts, [empty])
-        writer.draw(drawing, range(3), lambda _, scale, state: drawn_from.append(state.logits), go_on=False)
+        writer.draw(drawing, range(3), lambda _, scale, state: drawn_from.append(state.logits), continues=False)
 
         backbone = model.model.register_forward_pre_hook(
             lambda _, args, kwargs: seen.append(len(kwargs["inputs_embeds"])), with_kwargs=True
@@ -125,7 +125,7 @@ def test_a_prompt_that_images_share_is_read_once_and_each_gets_what_it_gets_alon
             own = [prompts_of(processor, model, texts=[part]) for part in (text, "")]
             logits = []
             SequenceWriter(model, own[0], own[1:]).draw(
-                alone, range(1), lambda _, scale, state, kept=logits: kept.append(state.logits), go_on=False
+                alone, range(1), lambda _, scale, state, kept=logits: kept.append(state.logits), continues=False
             )
             for scale, expected in enumerate(logits):
                 torch.testing.assert_close(drawn_from[scale][row], expected[0], atol=2e-5, rtol=1e-4)

@@ -84,7 +84,7 @@ def test_text_goes_on_from_a_static_cache_that_holds_images():
     [
         ({"cache_implementation": "offloaded"}, "'offloaded' moves the cache of a GPU to the CPU"),
         ({"cache_implementation": "offloaded_static"}, "'offloaded_static' moves"),
-        ({"prefill_chunk_size": 4}, "prefill_chunk_size would cut images"),
+        ({"prefill_chunk_size": 4}, "prefill_chunk_size would split images"),
         ({"assistant_early_exit": 1}, "does not take assistant_early_exit=1"),
         ({"token_healing": True}, "does not take token_healing=True"),
         ({"codes_only": True}, "does not take codes_only"),
@@ -186,7 +186,7 @@ def test_assistants_that_cannot_follow_are_refused():
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     qwen = Qwen2ForCausalLM(Qwen2Config(vocab_size=320, num_key_value_heads=2, **sizes))
     for assistant in (qwen, tiny_model(text_config={"vocab_size": 330})):
-        with pytest.raises(ValueError, match="take a NextFlow with a text vocabulary of 320"):
+        with pytest.raises(ValueError, match="use a NextFlow with a text vocabulary of 320"):
             written(model, rows, assistant_model=assistant)
     with_fewer_codes = tiny_model(seed=1, vq_config={"codebook_size": 16})
     assert torch.equal(written(model, rows, assistant_model=with_fewer_codes), expected_of(model, rows))

@@ -85,7 +85,7 @@ def test_a_config_of_onecat_is_refused_or_built(part):
 
 def test_a_backbone_of_tokenflow_t2i_that_cannot_be_built_is_refused():
     for name, value in (("num_attention_heads", 0), ("rope_parameters", {"rope_type": "default", "rope_theta": "x"})):
-        with pytest.raises(ValueError, match=f"text_config.{name}|cannot be made of such values"):
+        with pytest.raises(ValueError, match=f"text_config.{name}|cannot be created from these values"):
             tiny_t2i_config(text_config={name: value})
 
 

@@ -222,9 +222,9 @@ def test_a_config_with_a_number_that_is_not_finite_is_refused_by_name(folder, ch
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "generation_config.json is no JSON"),
-        ('{"image_sampling": {"guidance_scale": 2.0}', "generation_config.json is no JSON"),
-        ("\xff", "generation_config.json is no JSON"),
+        ("", "generation_config.json is not valid JSON"),
+        ('{"image_sampling": {"guidance_scale": 2.0}', "generation_config.json is not valid JSON"),
+        ("\xff", "generation_config.json is not valid JSON"),
         ("[]", "generation_config.json holds a list"),
         ("null", "generation_config.json holds a NoneType"),
         ({"image_sampling": []}, r"image_sampling in .* are a dict, got \[\]"),

@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 from transformers_nextflow.generation.cached_sequences import Prompts
 from transformers_nextflow.generation.sequence_writer import SequenceWriter
 from transformers_nextflow.sequence.layout import layout_batch
-from transformers_nextflow.utils.older_transformers import CACHE
+from transformers_nextflow.utils.older_transformers import CACHE_KEYWORD
 
 
 aten = torch.ops.aten
@@ -114,7 +114,7 @@ def test_no_decoding_step_waits_for_the_device(implementation, with_mask):
             outputs = model(**step)
             # As `generate` prepares it, with images that were read before.
             prepared_step = model.prepare_inputs_for_generation(
-                step["input_ids"], next_sequence_length=1, **{CACHE: cache}, use_cache=True, **images
+                step["input_ids"], next_sequence_length=1, **{CACHE_KEYWORD: cache}, use_cache=True, **images
             )
         assert outputs.logits.isfinite().all() and not set(images) & set(prepared_step)
 

@@ -174,11 +174,11 @@ def test_values_outside_their_range_are_refused(processor):
     ("image", "message"),
     [
         (np.zeros((64, 64, 7), dtype=np.uint8), "no axis of 1 to 4 channels"),
-        (np.zeros(64), r"shape \(64,\) has not 2 or 3 axes"),
-        (np.zeros((1, 1, 3, 64, 64)), r"shape \(1, 1, 3, 64, 64\) has not 2 or 3 axes"),
+        (np.zeros(64), r"shape \(64,\) does not have 2 or 3 axes"),
+        (np.zeros((1, 1, 3, 64, 64)), r"shape \(1, 1, 3, 64, 64\) does not have 2 or 3 axes"),
         (np.full((64, 64), np.nan), "go from nan to nan"),
-        (np.zeros((64, 64), dtype=complex), "complex128 values are no brightness"),
-        (np.full((64, 64), "a"), "<U1 values are no brightness"),
+        (np.zeros((64, 64), dtype=complex), "complex128 values are not pixel values"),
+        (np.full((64, 64), "a"), "<U1 values are not pixel values"),
         (np.zeros((0, 64)), "at least 1 pixel, got 0x64"),
         ([[0.5] * 64] * 64, "it is 0.5, not a PIL image"),
         (None, "it is None, not a PIL image"),
@@ -229,7 +229,7 @@ def test_floats_have_their_values_with_rescaling_and_without_it(processor, kind)
         found = processor(image, do_normalize=do_normalize, do_rescale=False, return_tensors="np")["pixel_values"]
         assert np.array_equal(found, expected) and found.max() == 1
     for factor in (1.0, 1 / 127.5, float("nan")):
-        with pytest.raises(ValueError, match="Image 0 cannot be used: it holds floats .* take do_rescale=False"):
+        with pytest.raises(ValueError, match="Image 0 cannot be used: it holds floats .* use do_rescale=False"):
             processor(image, rescale_factor=factor)
     with pytest.raises(ValueError, match="from 0 to 1 would be normalised to -1 to -0.99"):
         processor(image, image_mean=[127.5] * 3, image_std=[127.5] * 3)

@@ -14,7 +14,7 @@ from transformers_nextflow import ImageSampling, NextFlowPipeline
 from transformers_nextflow.generation.likelihood import score_answers, score_images
 from transformers_nextflow.trainers import NextFlowCollator
 from transformers_nextflow.trainers.rl.rollouts import generate_rollouts
-from transformers_nextflow.utils.older_transformers import CACHE
+from transformers_nextflow.utils.older_transformers import CACHE_KEYWORD
 
 
 SAMPLING = ImageSampling(guidance_scale=2.0)
@@ -84,7 +84,7 @@ def test_a_loop_of_ones_own_on_a_cache_ends_at_the_limit(padded):
     model = tiny_model(text_config={"max_position_embeddings": 8})
     ids = torch.tensor([[20, 21, 22, 23, 24, 25]] * 2)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]] * 2) if padded else None
-    cache = model(ids, attention_mask=mask).get(CACHE)
+    cache = model(ids, attention_mask=mask).get(CACHE_KEYWORD)
     for _ in range(4 if padded else 2):
         mask = mask if mask is None else torch.nn.functional.pad(mask, (0, 1), value=1)
         model(ids[:, :1], attention_mask=mask, past_key_values=cache)

@@ -125,7 +125,7 @@ def test_drawing_on_the_cache_equals_the_reference_that_reads_all_anew(model, pr
 def test_edits_guide_as_the_original_mixes_its_three_passes(model, processor, released, monkeypatch):
     images, cfg_text, cfg_image = [[RED], [WIDE]], 3.0, 1.5
     monkeypatch.setattr("transformers_nextflow.onecat.image_processing_onecat.REFERENCE_SIDES", {64: 56})
-    monkeypatch.setattr("transformers_nextflow.onecat.image_processing_onecat.FEWEST_PIXELS", 0)
+    monkeypatch.setattr("transformers_nextflow.onecat.image_processing_onecat.MIN_PIXELS", 0)
     inputs = inputs_of(processor, images=images)
     sampling = BitwiseEditingSampling(
         guidance_scale=cfg_text, image_guidance_scale=cfg_text / (1 + cfg_image), temperature=0
@@ -406,7 +406,7 @@ def test_read_images_are_normalised_as_imagenets(processor):
 def test_a_tokenizer_without_the_models_tokens_is_refused(processor):
     from tiny import tiny_tokenizer
 
-    with pytest.raises(ValueError, match="lacks <img>, .*take the one that was released with OneCAT"):
+    with pytest.raises(ValueError, match="lacks <img>, .*use the one that was released with OneCAT"):
         OneCatProcessor(processor.image_processor, tiny_tokenizer())
 
 
@@ -454,7 +454,7 @@ def test_images_and_placeholders_that_do_not_match_are_refused(model):
         ({"vq_config": {"levels": "many"}}, "levels"),
         ({"vq_config": {"channels": 20}}, "no multiple of the 32 groups"),
         ({"drawing_frequencies": "float16"}, "must be one of"),
-        ({"reader_image_size": 60}, "no multiple of reader_patch_size"),
+        ({"reader_image_size": 60}, "not a multiple of reader_patch_size"),
         ({"image_token_id": 320}, "outside of the vocabulary"),
         ({"num_scale_embeddings": 12}, "at least 13"),
     ],

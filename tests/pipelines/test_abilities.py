@@ -563,7 +563,7 @@ MASK = Image.new("L", (16, 16), 255)
         ({"mask_image": MASK}, "give image="),
         ({"mask_image": MASK, "image": [make_image(), make_image()]}, "give image="),
         ({"mask_image": MASK, "image": make_image(size=(32, 8))}, "16x16 pixels, its image 32x8"),
-        ({"mask_image": Image.new("L", (16, 16)), "image": make_image()}, "marks nothing"),
+        ({"mask_image": Image.new("L", (16, 16)), "image": make_image()}, "marks no pixels"),
         ({"mask_image": MASK, "image": make_image(), "height": 8, "width": 32}, "its size cannot change"),
         ({"paste_back": True, "image": make_image()}, "give mask_image"),
         ({"num_kept_scales": 5, "image": make_image()}, "from 1 to the 4 scales, got 5"),
@@ -588,7 +588,7 @@ MASK = Image.new("L", (16, 16), 255)
         ({"negative_prompt": [torch.zeros(99)]}, r"must be a string, got <Tensor of shape \(99,\)>"),
         ({"num_candidates": 0}, "num_candidates must be a whole number from 1, got 0"),
         ({"image_guidance_scale": 2.0}, "give image=, or leave it at 1"),
-        ({"think": True, "image": make_image(), "num_kept_scales": 1}, "think goes without"),
+        ({"think": True, "image": make_image(), "num_kept_scales": 1}, "think cannot be combined with"),
     ],
 )
 def test_bad_requests_are_refused(pipe, arguments, message):
@@ -618,7 +618,7 @@ def test_thinking_is_refused_where_it_was_not_trained():
         ({"prompt": ["one"], "num_frames": 3, "image": [[make_image(), make_image()]]}, "one first frame, got 2"),
         ({"prompt": "one", "num_frames": 2, "image": make_image(), "height": 8, "width": 32}, "its size cannot change"),
         ({"prompt": "one", "num_frames": 2, "image_guidance_scale": 2.0}, "give image=, or leave it at 1"),
-        ({"prompt": "one", "num_frames": 2, "negative_prompt": "a", "guidance_scale": 1.0}, "through guidance alone"),
+        ({"prompt": "one", "num_frames": 2, "negative_prompt": "a", "guidance_scale": 1.0}, "only through guidance"),
     ],
 )
 def test_bad_videos_are_refused(pipe, arguments, message):

@@ -59,7 +59,7 @@ def test_the_next_scale_reads_the_codes_that_a_callback_returns(pipe):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (7, "returns None or its callback_kwargs, got 7"),
+        (7, "must return None or its callback_kwargs, got 7"),
         ({"image_tokens": torch.zeros(2, 9, dtype=torch.long)}, r"whole numbers \(1, 1\)"),
         ({"image_tokens": torch.zeros(1, 1)}, "whole numbers"),
         ({"image_tokens": torch.tensor([[32]])}, "lie from 0 to 31"),

@@ -197,7 +197,7 @@ def test_diffusion_pipeline_loads_it(pipe, tmp_path, monkeypatch):
         ({"decoder": "pixel", "decoder_steps": 4}, "the pixel decoder has none"),
         ({"decoder_steps": 0}, "decoder_steps must be a whole number from 1 to 1000, got 0"),
         ({"decoder_guidance_scale": float("inf")}, "decoder_guidance_scale must be a number from 0"),
-        ({"output_type": "latent"}, "which no decoder has read"),
+        ({"output_type": "latent"}, "which are not decoded"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_drawn(pipe, options, message, monkeypatch):

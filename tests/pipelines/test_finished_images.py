@@ -58,7 +58,7 @@ def test_an_image_that_is_found_safe_is_left_to_the_bit(pipe):
 
 def test_a_checker_of_another_shape_is_refused(pipe):
     pipe.safety_checker = lambda images, clip_input: (images[0], [])
-    with pytest.raises(ValueError, match="safety_checker gives images and flags"):
+    with pytest.raises(ValueError, match="safety_checker must return as many images and flags"):
         pipe("one")
 
 

@@ -144,9 +144,9 @@ def test_a_module_that_an_adapter_holds_whole_is_switched_fused_and_taken_away_w
     pipe.disable_lora()
     assert torch.equal(draw(pipe), plain)
     pipe.enable_lora()
-    with pytest.raises(ValueError, match="hold the same module whole; take one"):
+    with pytest.raises(ValueError, match="replace the same module; use one"):
         pipe.set_adapters(["one", "two"])
-    with pytest.raises(ValueError, match="hold the same module whole; fuse one"):
+    with pytest.raises(ValueError, match="replace the same module; fuse one"):
         pipe.fuse_lora(adapter_names=["one", "two"])
     assert torch.equal(draw(pipe), drawn["one"])
     pipe.fuse_lora(adapter_names=["two"])

@@ -204,7 +204,7 @@ def test_an_adapters_folder_is_loaded_with_its_base(tmp_path):
 
 
 def test_a_subfolder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="a whole folder, got subfolder='model'"):
+    with pytest.raises(ValueError, match="no subfolder of its own, got 'model'"):
         NextFlowPipeline.from_pretrained(tmp_path, subfolder="model")
 
 
@@ -256,7 +256,8 @@ def test_the_pipeline_file_is_there_before_the_folder_is_uploaded(pipe, tmp_path
     seen, repositories = [], []
     monkeypatch.setattr(DiffusionPipeline, "save_pretrained", lambda self, folder, **_: seen.extend(os.listdir(folder)))
     monkeypatch.setattr(
-        "transformers_nextflow.pipeline_nextflow.card_first", lambda pipe, repo_id, token: repositories.append(repo_id)
+        "transformers_nextflow.pipeline_nextflow.upload_card_if_missing",
+        lambda pipe, repo_id, token: repositories.append(repo_id),
     )
     pipe.save_pretrained(tmp_path / "saved", push_to_hub=True)
     assert sorted(seen) == ["README.md", "pipeline.py"] and repositories == ["saved"]
@@ -315,7 +316,7 @@ def test_an_offloaded_pipeline_draws_and_goes_back_to_the_cpu(pipe):
         ({"generator": [seeded()], "num_images_per_prompt": 2}, "1 generators came with a batch of 2"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number from 1"),
         ({"negative_prompt": ["a", "b"]}, "1 prompts came with 2 negative ones"),
-        ({"negative_prompt": "a", "guidance_scale": 1.0}, "works through guidance"),
+        ({"negative_prompt": "a", "guidance_scale": 1.0}, "works only through guidance"),
         ({"output_type": "latents"}, "output_type must be one of .* got 'latents'"),
         ({"callback_on_step_end_tensor_inputs": ["latents"]}, r"got \['latents'\]"),
         ({"callback_on_step_end_tensor_inputs": "preview"}, "is a list of .* got 'preview'"),

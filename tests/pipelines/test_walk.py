@@ -15,7 +15,7 @@ from transformers_nextflow import NextFlowPipeline
 PACKAGE = f"{Path(transformers_nextflow.__file__).parent}/"
 PAGE = Path(__file__).parents[2] / "docs" / "architecture.md"
 # More than these, and nobody follows a prompt any more.
-MOST_FILES = 10
+MAX_FILES = 10
 
 
 def drawn_files() -> tuple[set[str], set[str]]:
@@ -57,6 +57,6 @@ def test_a_prompt_passes_the_drawn_files_and_returns_to_none():
     pipe = NextFlowPipeline(tiny_model(), tiny_processor())
     paths = paths_of(lambda: pipe("a red circle", guidance_scale=2.0, generator=torch.Generator().manual_seed(0)))
     assert {file for path in paths for file in path} == walk | asked
-    assert len(walk) <= MOST_FILES
+    assert len(walk) <= MAX_FILES
     assert not [path for path in paths if len(set(path)) < len(path)]
     assert not {pair for path in paths for pair in pairwise(path) if pair[0] in asked and pair[1] in walk}

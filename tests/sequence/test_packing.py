@@ -185,7 +185,7 @@ def test_packs_of_a_stream_come_before_the_stream_ends():
 @pytest.mark.parametrize("kind", [PackedDataset, PackedStream])
 def test_a_budget_below_one_sample_is_refused_and_names_it(kind):
     rows = [{"cost": 10}, {"cost": 31}]
-    with pytest.raises(ValueError, match="Row 1 alone costs 31, more than the packing_budget of 30; give a budget"):
+    with pytest.raises(ValueError, match="Row 1 costs 31, more than the packing_budget of 30; give a budget"):
         list(kind(rows, lambda row: row["cost"], 30))
 
 

@@ -11,7 +11,7 @@ from tiny import tiny_model, tiny_processor
 
 from transformers_nextflow import ImageSampling
 from transformers_nextflow.sequence import scale_sdpa
-from transformers_nextflow.sequence.scale_sdpa import SCALE_SDPA, plan_attention, plan_behind
+from transformers_nextflow.sequence.scale_sdpa import SCALE_SDPA, plan_attention, plan_cached
 
 
 CALLS = ["many calls", "one call a sample", "as it costs"]
@@ -116,7 +116,7 @@ def test_short_rows_of_unequal_length_are_read_at_once_and_long_ones_run_by_run(
     config = tiny_model().model.language_model.config
     config.hidden_size = 512
     for columns, is_planned in ((16, False), (8192, True)):
-        plan = plan_behind(config, [0, 1, 2, 3], columns // 2, columns, False, torch.device("cpu"))
+        plan = plan_cached(config, [0, 1, 2, 3], columns // 2, columns, False, torch.device("cpu"))
         assert (plan is not None) == is_planned
 
 

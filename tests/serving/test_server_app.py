@@ -17,7 +17,7 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 from starlette.testclient import TestClient  # noqa: E402
 
 from transformers_nextflow.serving.app import create_app  # noqa: E402
-from transformers_nextflow.serving.body_limits import BodyLimits, BodyRefused  # noqa: E402
+from transformers_nextflow.serving.body_limits import BodyLimits, RequestBodyError  # noqa: E402
 from transformers_nextflow.serving.jobs import END, ChatJob, Finished, ImageJob, Partial  # noqa: E402
 from transformers_nextflow.serving.loading import load_pipeline  # noqa: E402
 from transformers_nextflow.serving.schemas import region_of  # noqa: E402
@@ -363,8 +363,8 @@ def test_a_body_that_is_announced_too_long_is_not_waited_for():
         await receive()
 
     scope = {"type": "http", "headers": [(b"content-length", b"99999999999")]}
-    with pytest.raises(BodyRefused) as refused:
-        asyncio.run(BodyLimits(read, most_bytes=10, seconds=30)(scope, never, None))
+    with pytest.raises(RequestBodyError) as refused:
+        asyncio.run(BodyLimits(read, max_bytes=10, seconds=30)(scope, never, None))
     assert refused.value.status == 413
 
 
@@ -490,8 +490,8 @@ def test_a_body_that_does_not_arrive_is_not_waited_for():
     async def read(scope, receive, send):
         await receive()
 
-    with pytest.raises(BodyRefused) as refused:
-        asyncio.run(BodyLimits(read, most_bytes=10, seconds=0.01)({"type": "http"}, receive, None))
+    with pytest.raises(RequestBodyError) as refused:
+        asyncio.run(BodyLimits(read, max_bytes=10, seconds=0.01)({"type": "http"}, receive, None))
     assert refused.value.status == 408
 
 

@@ -223,7 +223,7 @@ def test_the_pipeline_takes_settings_and_keeps_the_checkpoints_refinement(proces
     ids=["candidates", "video", "score", "chat"],
 )
 def test_what_reads_images_is_refused(call, pipe):
-    with pytest.raises(ValueError, match="takes a model that reads images; TokenFlowT2I.* draws alone"):
+    with pytest.raises(ValueError, match="takes a model that reads images; TokenFlowT2I.* only draws"):
         call(pipe)
 
 
@@ -296,7 +296,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(model, tmp_path):
         ({"prompt": " "}, "Prompt 0 is empty"),
         ({"prompt": "a " * 200}, "The prompt 'a a a .*more than the 128"),
         ({"negative_prompt": "b " * 200}, "The prompt 'b b b .*more than the 128"),
-        ({"height": 8, "width": 32}, "16x16 pixels alone, got 8x32"),
+        ({"height": 8, "width": 32}, "only images of 16x16 pixels, got 8x32"),
         ({"guidance_scale": -1.0}, "at least 0"),
         ({"generator": [seeded()] * 2}, "2 generators came with a batch of 1"),
     ],
@@ -335,7 +335,7 @@ def test_codes_and_images_of_another_size_are_refused(model, processor):
         model(**inputs, image_tokens=torch.zeros(2, 14).long())
     with pytest.raises(ValueError, match="Codes run from 0 to 31"):
         model(**inputs, image_tokens=torch.full((2, NUM_TOKENS), -1))
-    with pytest.raises(ValueError, match="pixels alone"):
+    with pytest.raises(ValueError, match="only images of"):
         model.get_image_tokens(torch.zeros(1, 3, 8, 32))
     with pytest.raises(ValueError, match="final grid"):
         model.decode_image_tokens(torch.zeros(1, NUM_TOKENS).long(), torch.tensor([[2, 8]]))

@@ -114,7 +114,7 @@ def test_a_few_steps_are_left_out_where_asked_for_and_change_nothing(tmp_path):
 
     trainer = make_trainer(tmp_path, tiny_model(), rows(), **options)
     spoil_outputs(trainer, [1, 2, 3])
-    with pytest.raises(ValueError, match=r"Step 3: loss is not finite. 2 such steps were left out before"):
+    with pytest.raises(ValueError, match=r"Step 3: loss is not finite. 2 such steps were skipped before"):
         trainer.train()
 
 
@@ -180,7 +180,7 @@ def test_weights_that_are_not_finite_are_saved_nowhere(make, tmp_path):
 def test_a_training_neither_begins_nor_ends_with_weights_that_are_not_finite(tmp_path):
     model = tiny_model()
     model.model.language_model.norm.weight.data[0] = NAN
-    message = "At the start 1 weights are not finite, model.language_model.norm.weight among them; look at"
+    message = "Before the first step 1 weights are not finite, model.language_model.norm.weight among them; check"
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, model, rows()).train()
     trainer = make_trainer(tmp_path, tiny_model(), rows(), max_steps=1)

@@ -27,7 +27,7 @@ from transformers_nextflow.trainers import ImageGrids, NextFlowGRPOConfig, NextF
 from transformers_nextflow.trainers.rl.checked_reward import check_rewards  # noqa: E402
 from transformers_nextflow.trainers.rl.grpo_config import LIKELIHOODS  # noqa: E402
 from transformers_nextflow.trainers.rl.grpo_trainer import _value_of_prefix  # noqa: E402
-from transformers_nextflow.trainers.rl.rollouts import as_drawn, generate_rollouts  # noqa: E402
+from transformers_nextflow.trainers.rl.rollouts import generate_rollouts, likelihood_inputs  # noqa: E402
 
 
 TEXTS = ["a red circle", "two blue squares and a green star", "how many circles are there?", "one"]
@@ -273,7 +273,7 @@ def test_the_reference_stays_where_training_began(adapted, tmp_path):
     trainer.train()
     inputs = first_batch(trainer)
     processor = tiny_processor()
-    expected = as_drawn(inputs["rollouts"], before, processor, trainer.sampling)
+    expected = likelihood_inputs(inputs["rollouts"], before, processor, trainer.sampling)
     with torch.no_grad():
         reference = prefix_log_probabilities(before, *expected, 3)
         policy = trainer._log_probabilities(trainer.model, inputs["rollouts"]).values
@@ -482,7 +482,7 @@ def test_rewards_are_lists_tensors_and_arrays_of_any_kind_of_number():
         (1.0, "must return a list .* got float"),
         (torch.tensor(1.0), "must return a list .* got Tensor"),
         (low_codes, "must return a list .* got function"),
-        (["1", "0"], "'broken' is a str for image 0: a text is no number"),
+        (["1", "0"], "'broken' is a str for image 0: a text is not a number"),
         ([0.0, [1.0]], "'broken' is a list for image 1"),
         (torch.ones(2, 2), "'broken' is a Tensor for image 0"),
         (np.ones((2, 2)), "'broken' is a ndarray for image 0"),
@@ -510,7 +510,7 @@ def test_rewards_of_any_size_teach_the_same(size, tmp_path):
 def test_weights_that_bring_rewards_out_of_range_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"reward_weights\[0\] must be a finite number, got inf"):
         make_trainer(tmp_path, reward_weights=[float("inf")])
-    with pytest.raises(ValueError, match="reward_weights .* bring rewards beyond .* make them smaller"):
+    with pytest.raises(ValueError, match="reward_weights .* make rewards exceed .* make them smaller"):
         first_batch(make_trainer(tmp_path, reward_weights=[1e30]))
 
 
@@ -633,7 +633,7 @@ def test_a_model_that_draws_nothing_is_refused(tmp_path):
         ({"importance_sampling_level": "sequence"}, "importance_sampling_level must be one of"),
         ({"max_advantage": 0.0}, "max_advantage must be positive"),
         ({"temperature": 0.5}, "temperature=0.5 has no meaning for images"),
-        ({"save_strategy": "steps", "save_steps": 1, "num_iterations": 2}, "take a multiple of 2"),
+        ({"save_strategy": "steps", "save_steps": 1, "num_iterations": 2}, "use a multiple of 2"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_training(options, message, tmp_path):

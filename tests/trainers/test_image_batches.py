@@ -21,7 +21,7 @@ from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowVQMo
 from transformers_nextflow.trainers.recipe_data import BucketedImages
 from transformers_nextflow.trainers.recipe_trainers import make_trainer as trainer_of
 from transformers_nextflow.trainers.recipes import Recipe, load_recipe, run_recipe
-from transformers_nextflow.trainers.tokenizer.codebook_care import revive_dead_codes
+from transformers_nextflow.trainers.tokenizer.codebook_maintenance import revive_dead_codes
 from transformers_nextflow.trainers.tokenizer.image_batches import OneSizeSampler
 from transformers_nextflow.trainers.tokenizer.vq_trainer import NextFlowVQTrainer
 

@@ -1,4 +1,4 @@
-"""What keeps a long run healthy: averaged weights, spikes of the gradient, weights of losses, logs of the pace."""
+"""What keeps a long run healthy: averaged weights, spikes of the gradient, weights of losses, throughput."""
 
 import json
 import math
@@ -13,10 +13,10 @@ from tiny import tiny_model, tiny_processor
 from transformers_nextflow import NextFlowForConditionalGeneration
 from transformers_nextflow.sequence.loss import LossWeights
 from transformers_nextflow.trainers import NextFlowCollator
-from transformers_nextflow.trainers.pace import Pace
 from transformers_nextflow.trainers.packing import CostModel
 from transformers_nextflow.trainers.runs import gradient_spikes
 from transformers_nextflow.trainers.runs.gradient_spikes import GradientSpikes
+from transformers_nextflow.trainers.throughput import ThroughputMeter
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -113,7 +113,7 @@ def spiking_trainer(folder, steps, rule, factor=20.0, size=1e4, **options):
 
 
 def test_a_spike_that_is_counted_changes_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(gradient_spikes, "FEWEST", 3)
+    monkeypatch.setattr(gradient_spikes, "MIN_NORMS", 3)
     counted = spiking_trainer(tmp_path / "counted", [6], "count")
     plain = spiking_trainer(tmp_path / "plain", [6], "skip", factor=1e12)
     for trainer in (counted, plain):
@@ -124,7 +124,7 @@ def test_a_spike_that_is_counted_changes_nothing_else(tmp_path, monkeypatch):
 
 
 def test_a_run_with_a_spike_and_a_nan_left_out_ends_as_one_that_never_takes_these_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr(gradient_spikes, "FEWEST", 3)
+    monkeypatch.setattr(gradient_spikes, "MIN_NORMS", 3)
     handled = spiking_trainer(tmp_path / "handled", [6], "skip", max_nonfinite_steps=1)
     spoil_outputs(handled, [10], "text_loss")
     plain = spiking_trainer(tmp_path / "plain", [], "skip")
@@ -133,7 +133,7 @@ def test_a_run_with_a_spike_and_a_nan_left_out_ends_as_one_that_never_takes_thes
     def leaving_out(model, grad_norm=None):
         norm = left_out(model, grad_norm)
         if plain.state.global_step + 1 in (6, 10):
-            plain._leave_out(model)
+            plain._skip_step(model)
         return norm
 
     plain._get_grad_norm = leaving_out
@@ -145,7 +145,7 @@ def test_a_run_with_a_spike_and_a_nan_left_out_ends_as_one_that_never_takes_thes
 
 
 def test_a_rewound_run_goes_on_from_its_checkpoint_without_the_steps_since(tmp_path, monkeypatch):
-    monkeypatch.setattr(gradient_spikes, "FEWEST", 3)
+    monkeypatch.setattr(gradient_spikes, "MIN_NORMS", 3)
     rewound = spiking_trainer(tmp_path / "rewound", [7], "rewind", lr_scheduler_type="linear")
     plain = spiking_trainer(tmp_path / "plain", [], "skip", lr_scheduler_type="linear")
     taken = plain._get_grad_norm
@@ -153,7 +153,7 @@ def test_a_rewound_run_goes_on_from_its_checkpoint_without_the_steps_since(tmp_p
     def leaving_out(model, grad_norm=None):
         norm = taken(model, grad_norm)
         if plain.state.global_step + 1 in (5, 6, 7):
-            plain._leave_out(model)
+            plain._skip_step(model)
         return norm
 
     plain._get_grad_norm = leaving_out
@@ -168,7 +168,7 @@ def test_a_rewound_run_goes_on_from_its_checkpoint_without_the_steps_since(tmp_p
 
 
 def test_counts_and_norms_are_resumed_and_a_spike_before_the_first_checkpoint_is_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(gradient_spikes, "FEWEST", 3)
+    monkeypatch.setattr(gradient_spikes, "MIN_NORMS", 3)
     trainer = spiking_trainer(tmp_path, [4], "rewind", save_steps=8)
     before = weights(trainer.model)
     trainer.train()
@@ -258,7 +258,7 @@ def test_the_trainer_passes_the_weights_on_in_training_and_in_evaluation(tmp_pat
         assert trainer.evaluate(rows())["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-# The pace -------------------------------------------------------------------------------------------------------------
+# The throughput -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("packing", ["padding", "length", "compute"])
@@ -285,9 +285,9 @@ def test_padding_of_a_pack_is_no_sample(monkeypatch):
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     batch = NextFlowCollator(tiny_processor(), pad_to_multiple_of=64)([[text_row(), text_row("one")]])
     length = sum(NextFlowCollator(tiny_processor()).size(row).length for row in (text_row(), text_row("one")))
-    pace = Pace(tiny_model().config, "length", 200)
-    assert list(pace.timed(iter([batch]))) == [batch]
-    pace.stop()
-    logs = pace.take(lambda own: torch.stack([own, own]), torch.device("cpu"))
+    throughput = ThroughputMeter(tiny_model().config, "length", 200)
+    assert list(throughput.time_batches(iter([batch]))) == [batch]
+    throughput.stop()
+    logs = throughput.pop_metrics(lambda own: torch.stack([own, own]), torch.device("cpu"))
     assert logs == pytest.approx({"tokens_per_second": 2 * length / 4, "fill": length / 200, "data_wait": 1.5 / 4})
-    assert pace.take(lambda own: own, torch.device("cpu")) == {}
+    assert throughput.pop_metrics(lambda own: own, torch.device("cpu")) == {}

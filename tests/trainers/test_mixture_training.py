@@ -89,7 +89,7 @@ def test_other_weights_or_workers_are_another_training(data):
         (["mixture={images: 0}"], "weights above 0"),
         (["mixture={}"], "weights above 0"),
         (["max_steps=-1"], "has no end: set max_steps"),
-        (["mixture={image: 1}"], "There is no file or folder image, and it names no data set of the Hub"),
+        (["mixture={image: 1}"], "There is no file or folder image, and it is not the name of a data set of the Hub"),
         (["mixture=[images]"], "mixture must be"),
     ],
 )

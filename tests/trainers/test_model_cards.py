@@ -13,7 +13,7 @@ from tiny_diffusion import save_pipeline_folder
 
 from transformers_nextflow import NextFlowDiffusionDecoder, NextFlowForConditionalGeneration, NextFlowPipeline
 from transformers_nextflow.utils import model_cards
-from transformers_nextflow.utils.model_cards import head_after, told_by
+from transformers_nextflow.utils.model_cards import derived_card_metadata, read_card_metadata
 
 
 FOREIGN = ("None", "More Information Needed", "time machine", "Trainer has been", "needed")
@@ -81,8 +81,8 @@ def test_licence_language_and_base_are_told_on_and_folders_are_not(start, tmp_pa
     NextFlowForConditionalGeneration.from_pretrained(start).save_pretrained(tmp_path / "again")
     data = card_of(tmp_path / "again").data
     assert (data.license, data.language, data.base_model) == ("apache-2.0", "en", "someone/base")
-    assert head_after("someone/other") == {"license": "unknown", "base_model": "someone/other"}
-    assert told_by(tmp_path) == {}
+    assert derived_card_metadata("someone/other") == {"license": "unknown", "base_model": "someone/other"}
+    assert read_card_metadata(tmp_path) == {}
 
 
 def test_what_a_training_leaves_says_what_it_is(start, photos, tmp_path):
@@ -132,7 +132,7 @@ def test_the_card_of_a_diffusion_decoder_says_what_it_draws_and_tells_its_bases_
     assert card_of(tmp_path / "again", "of the same size").data.license == "apache-2.0"
 
 
-@pytest.mark.filterwarnings("ignore:An adapter draws nothing that its tokenizer")  # which nothing has trained
+@pytest.mark.filterwarnings("ignore:An adapter cannot draw what its tokenizer")  # which nothing has trained
 def test_the_card_of_an_adapter_says_so_and_how_to_load_it(start, photos, tmp_path):
     pytest.importorskip("peft")
     (start / "README.md").write_text(HEAD)

@@ -18,7 +18,7 @@ from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowPipe
 from transformers_nextflow.cli import app
 from transformers_nextflow.data import tokenizer_fingerprint
 from transformers_nextflow.trainers import recipe_trainers
-from transformers_nextflow.trainers.beginnings import Machine, begin, look_at
+from transformers_nextflow.trainers.new_model import Machine, create_model, examine_rows
 from transformers_nextflow.trainers.recipe_trainers import has_new_codes, make_trainer
 from transformers_nextflow.trainers.recipes import load_recipe
 
@@ -63,11 +63,14 @@ def test_a_folder_becomes_a_lora_that_draws_its_images(photos, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     told = run("init", "--data", photos, "--preset", "tiny", "--output", "start")
     assert "16 pixels" in told and "train tokenizer --model start" in told
-    assert "It is not fit for these images" in run("inspect", "start", "--data", photos)
+    assert "It does not reconstruct these images well enough" in run("inspect", "start", "--data", photos)
     steps = changes(max_steps=200, learning_rate=4e-3, disable_tqdm="true", save_strategy="'no'")
     run("train", "tokenizer", "--model", "start", "--data", photos, "--output", "tokenizer", *steps)
     fitting = run("inspect", "tokenizer/final", "--data", photos, "--sheet", "sheet.png")
-    assert "It is fit for these images" in fitting and Image.open("sheet.png").size == (4 * 20 + 4, 2 * 20 + 4)
+    assert "It reconstructs these images well enough" in fitting and Image.open("sheet.png").size == (
+        4 * 20 + 4,
+        2 * 20 + 4,
+    )
     steps = changes(max_steps=250, learning_rate=2e-2, disable_tqdm="true", save_strategy="'no'")
     run("train", "--lora", "--model", "tokenizer/final", "--data", photos, "--output", "lora", *steps)
     # An adapter, and the parts that read and write the codes, which were new to the transformer.
@@ -83,7 +86,7 @@ def test_a_folder_becomes_a_lora_that_draws_its_images(photos, tmp_path, monkeyp
 
 
 def test_init_chooses_what_fits_data_and_machine_and_says_why(photos, tmp_path):
-    choices = begin(photos, tmp_path / "small", "small", machine=CPU)
+    choices = create_model(photos, tmp_path / "small", "small", machine=CPU)
     model = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "small")
     vq_config = model.config.vq_config
     assert list(vq_config.scales) == [1, 2, 3, 4] and vq_config.scale_schedules.resolutions == (32,)  # of 48 pixels
@@ -95,10 +98,10 @@ def test_init_chooses_what_fits_data_and_machine_and_says_why(photos, tmp_path):
     assert recipe.arguments["warmup_steps"] == 30 and recipe.arguments["max_steps"] == 600
     for told in ("32 pixels: half of the images have 48", "64 codes", "batches of 4 on 2 CPU cores", "lora: 200 steps"):
         assert any(told in choice for choice in choices), choices
-    begin(photos, tmp_path / "again", "small", machine=CPU)
+    create_model(photos, tmp_path / "again", "small", machine=CPU)
     names = [path.relative_to(tmp_path / "small") for path in (tmp_path / "small").rglob("*") if path.is_file()]
     assert all((tmp_path / "again" / name).read_bytes() == (tmp_path / "small" / name).read_bytes() for name in names)
-    begin(photos, tmp_path / "gpu", "small", machine=GPU)
+    create_model(photos, tmp_path / "gpu", "small", machine=GPU)
     values = yaml.safe_load((tmp_path / "gpu" / "recipes" / "transformer.yaml").read_text())
     assert values["arguments"]["bf16"] and "use_cpu" not in values["arguments"]
 
@@ -110,7 +113,7 @@ def test_init_names_columns_in_the_recipes_that_it_writes(tmp_path):
     run(*command, "--image-column", "photo", "--caption-column", "title")
     columns = load_recipe("transformer", model=tmp_path / "start").columns
     assert (columns.image, columns.caption) == ("photo", "title")
-    assert look_at(tmp_path / "rows.jsonl", columns).ratios == [1.5]
+    assert examine_rows(tmp_path / "rows.jsonl", columns).ratios == [1.5]
     assert load_recipe("transformer", model=tmp_path / "start", caption_column="other").columns.caption == "other"
 
 
@@ -119,7 +122,7 @@ def test_init_names_columns_in_the_recipes_that_it_writes(tmp_path):
     [
         (["--preset", "huge"], "preset must be one of ('tiny', 'small', 'base'), got 'huge'"),
         (["--data", "nowhere"], "There is no file or folder nowhere"),
-        (["--output", "."], ". is there already; name a new folder"),
+        (["--output", "."], ". already exists; name a new folder"),
     ],
 )
 def test_init_tells_in_one_line_what_is_wrong(arguments, message, photos, tmp_path, monkeypatch):
@@ -172,7 +175,7 @@ def test_a_tokenizer_by_itself_stays_one(photos, tmp_path):
     assert NextFlowVQModel.from_pretrained(tmp_path / "new" / "final")
 
 
-@pytest.mark.filterwarnings("ignore:An adapter draws nothing that its tokenizer")  # which nothing has trained
+@pytest.mark.filterwarnings("ignore:An adapter cannot draw what its tokenizer")  # which nothing has trained
 def test_adapters_are_what_lora_trains_and_named_parts_are_saved_whole_with_them(start, photos, tmp_path):
     for parts, whole in (("[backbone]", set()), ("[backbone, visual_embedding]", {"visual_embedding"})):
         recipe = load_recipe("lora", [f"train={parts}", "report_to=none", "use_cpu=true"])
@@ -188,7 +191,7 @@ def test_adapters_are_what_lora_trains_and_named_parts_are_saved_whole_with_them
 
 def test_a_lora_on_images_that_the_tokenizer_cannot_hold_warns(start, photos, tmp_path):
     recipe = load_recipe("lora", ["report_to=none", "use_cpu=true"])
-    with pytest.warns(UserWarning, match="draws nothing that its tokenizer cannot hold, and .* dB on average"):
+    with pytest.warns(UserWarning, match="cannot draw what its tokenizer cannot reconstruct, and .* dB on average"):
         make_trainer(recipe, start, photos, tmp_path / "out")
 
 
@@ -256,11 +259,11 @@ def test_rl_from_the_command_line_takes_prompts_captions_and_rewards_of_ones_own
         (["lora", "--rl"], "The recipe lora is of the kind 'transformer'; --rl takes one of the kind 'rl'"),
         (["tokenizer", "--lora"], "lora_rank is for the transformer"),
         (["--reward", "reading"], "A reward is for the kind 'rl'"),
-        (["--rl", "--reward", "beauty"], "There is no reward 'beauty'; there is: reading, shapes"),
+        (["--rl", "--reward", "beauty"], "There is no reward 'beauty'; choose one of reading, shapes"),
         (["--rl", "--reward", "none.py:f"], "There is no file none.py with a reward"),
         (["tokenizer", "--streaming"], "A tokenizer training needs its rows by number"),
         (["--set", "lora_rank=-1"], "starts at 1; got -1"),
-        (["--caption-column", "title"], "--caption-column 'title' is no column; there are image, text"),
+        (["--caption-column", "title"], "--caption-column 'title' is not a column; the columns are image, text"),
     ],
 )
 def test_trainings_that_make_no_sense_are_refused_in_one_line(arguments, message, start, photos, tmp_path):

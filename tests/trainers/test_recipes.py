@@ -131,7 +131,7 @@ def test_a_drawing_turned_round_is_a_caption_of_the_uncorrected_image():
     assert batch["image_tokens"].tolist() == batch["image_labels"].tolist() == [codes(3)]
     assert as_caption(drawing("one", 1), "what?")["image_tokens"] == [codes(1)]
     # Labels are nearest to what the sampled codes left over: they are no codes of the image.
-    with pytest.raises(BadRowError, match=r"image_tokens\[0\]: differ from image_labels, .* extract the codes anew"):
+    with pytest.raises(BadRowError, match=r"image_tokens\[0\]: differ from image_labels, .* extract the codes again"):
         as_caption(row | {"image_clean_tokens": None}, "describe the picture.")
     for other in (question("how many?", "one", 2), drawing("", 1)):
         assert as_caption(other, "describe the picture.") is other

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: what has to be the same, when a training is finished, and whose folder it is."""
+"""Resuming from a checkpoint: what has to be the same, when a training is finished, and whose folder it is."""
 
 import logging
 import shutil
@@ -25,7 +25,7 @@ from transformers_nextflow.cli import app
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer
 from transformers_nextflow.trainers.runs.atomic_checkpoints import SUPERSEDED
 from transformers_nextflow.trainers.runs.training_record import RECORD_FILE
-from transformers_nextflow.utils.folder_lock import LOCK_FILE, hold_folder
+from transformers_nextflow.utils.folder_lock import LOCK_FILE, lock_folder
 
 
 STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 1}
@@ -113,7 +113,9 @@ def test_so_is_one_that_counts_in_epochs_and_a_part_of_one(tmp_path):
 
 
 def test_a_longer_training_goes_on_where_it_is_asked_for(folder):
-    with pytest.raises(ValueError, match="checkpoint-4 would not end as .*: max_steps was 4 and is 6. Resume with"):
+    with pytest.raises(
+        ValueError, match="checkpoint-4 would give another result .*: max_steps was 4 and is 6. Resume with"
+    ):
         make(folder, max_steps=6).train(resume_from_checkpoint=True)
     output = make(folder, max_steps=6, resume_with_changes=True).train(resume_from_checkpoint=True)
     assert output.global_step == 6 and (folder / "checkpoint-6").exists()
@@ -172,7 +174,7 @@ OTHER = question("how many circles are there?", "two", 2)
 def test_a_training_that_would_end_otherwise_is_refused_by_what_has_changed(options, message, folder):
     before = sorted(folder.rglob("*"))
     for checkpoint in (True, str(folder / "checkpoint-2")):
-        with pytest.raises(ValueError, match=f"would not end as the training that wrote it: .*{message}"):
+        with pytest.raises(ValueError, match=f"would give another result than the training that wrote it: .*{message}"):
             make(folder, **options).train(resume_from_checkpoint=checkpoint)
     assert sorted(folder.rglob("*")) == before
 
@@ -215,7 +217,7 @@ def test_changes_that_are_asked_for_take_effect_at_once(options, folder, caplog)
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_part_of_the_state_that_is_missing_is_told(name, folder):
     (folder / "checkpoint-4" / name).unlink()
-    with pytest.raises(ValueError, match=f"would not end as .*: {name} is missing"):
+    with pytest.raises(ValueError, match=f"would give another result .*: {name} is missing"):
         make(folder).train(resume_from_checkpoint=True)
     (folder / "checkpoint-2" / name).unlink()
     trainer = make(folder, resume_with_changes=True)
@@ -242,9 +244,9 @@ def test_a_checkpoint_of_weights_only_or_without_a_record_is_told(folder, tmp_pa
 
 
 def test_what_is_no_checkpoint_is_told(tmp_path):
-    with pytest.raises(ValueError, match="There is no checkpoint in .* to go on from"):
+    with pytest.raises(ValueError, match="There is no checkpoint in .* to resume from"):
         make(tmp_path).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="nowhere is no checkpoint to go on from; it has no trainer_state.json"):
+    with pytest.raises(ValueError, match="nowhere is not a checkpoint to resume from; it has no trainer_state.json"):
         make(tmp_path).train(resume_from_checkpoint=str(tmp_path / "nowhere"))
 
 
@@ -381,7 +383,7 @@ def test_a_checkpoint_of_an_earlier_training_in_the_folder_is_not_taken(folder, 
     killed.add_callback(KillAt(4))
     with caplog.at_level(logging.WARNING), pytest.raises(Killed):
         killed.train()
-    assert "checkpoint-2, checkpoint-4 in" in caplog.text and "are not of the training that begins here" in caplog.text
+    assert "checkpoint-2, checkpoint-4 in" in caplog.text and "belong to an earlier training" in caplog.text
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "checkpoint-3"]
 
     other = make(folder, save_steps=2)
@@ -389,7 +391,7 @@ def test_a_checkpoint_of_an_earlier_training_in_the_folder_is_not_taken(folder, 
     with pytest.raises(Killed):
         other.train()
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "checkpoint-3"]
-    with pytest.raises(ValueError, match="checkpoint-3 is of an earlier training in this folder than the one"):
+    with pytest.raises(ValueError, match="checkpoint-3 is of an earlier training in this folder than the latest one"):
         make(folder).train(resume_from_checkpoint=True)
     make(folder).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     assert [(folder / f"checkpoint-{step}" / SUPERSEDED).exists() for step in (2, 3, 4)] == [False, True, False]
@@ -426,7 +428,7 @@ def test_a_checkpoint_of_another_folder_begins_a_line_of_its_own(folder, tmp_pat
 
 def test_a_folder_in_use_is_refused_and_free_again_afterwards(folder):
     for checkpoint in (None, True):
-        with hold_folder(folder), pytest.raises(ValueError, match="is in use by process .*; wait until that has ended"):
+        with lock_folder(folder), pytest.raises(ValueError, match="is in use by process .*; wait until that has ended"):
             make(folder).train(resume_from_checkpoint=checkpoint)
     trainer = make(folder)
     nested, refused = make(folder), []
@@ -441,7 +443,7 @@ def test_a_folder_in_use_is_refused_and_free_again_afterwards(folder):
     trainer.add_callback(Nested())
     trainer.train()
     assert len(refused) == 4 and not (folder / LOCK_FILE).exists()
-    with hold_folder(folder):
+    with lock_folder(folder):
         assert make(folder).evaluate(DATA)["eval_loss"] > 0
     nested.train()
 

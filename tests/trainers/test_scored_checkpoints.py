@@ -116,12 +116,12 @@ def test_the_command_scores_what_is_there(suite, tmp_path):
     result = CliRunner().invoke(app, ["evaluate-run", str(tmp_path), "--suite", "counted", "--once"])
     assert result.exit_code == 0 and "checkpoint-1" in result.output, result.output
     result = CliRunner().invoke(app, ["evaluate-run", str(tmp_path / "none"), "--once"])
-    assert result.exit_code == 2 and "none is no folder" in result.output
+    assert result.exit_code == 2 and "none is not a folder" in result.output
 
 
 def test_a_checkpoint_in_parts_is_refused_by_name(suite, tmp_path):
     (tmp_path / "checkpoint-3" / "pytorch_model_fsdp_0").mkdir(parents=True)
-    with pytest.raises(ValueError, match="checkpoint-3 holds weights in parts.*FULL_STATE_DICT"):
+    with pytest.raises(ValueError, match="checkpoint-3 holds sharded weights.*FULL_STATE_DICT"):
         list(CheckpointScores(tmp_path, "counted").update())
 
 

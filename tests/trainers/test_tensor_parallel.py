@@ -12,7 +12,7 @@ from tiny import free_port, tiny_model, tiny_processor
 
 from transformers_nextflow import NextFlowForConditionalGeneration, modeling_nextflow
 from transformers_nextflow.trainers import ImageGrids, nextflow_trainer
-from transformers_nextflow.utils.older_transformers import SAVES_DIVIDED
+from transformers_nextflow.utils.older_transformers import SAVES_TENSOR_PARALLEL
 
 
 OPTIONS = {"max_steps": 3, "per_device_train_batch_size": 2, "max_grad_norm": 1.0, "ema_decay": 0.9}
@@ -49,7 +49,7 @@ def logged(trainer) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if "loss" in entry for name in names]
 
 
-@pytest.mark.skipif(not SAVES_DIVIDED, reason="refused with a transformers that cannot save it")
+@pytest.mark.skipif(not SAVES_TENSOR_PARALLEL, reason="refused with a transformers that cannot save it")
 def test_matrices_of_backbone_and_heads_are_divided_and_the_training_is_that_of_one(tmp_path):
     tiny_model().save_pretrained(tmp_path / "start")
     in_two_processes(divided, free_port(), str(tmp_path))
@@ -74,21 +74,21 @@ def test_matrices_of_backbone_and_heads_are_divided_and_the_training_is_that_of_
 
 
 def test_a_divided_model_is_refused_where_it_could_not_be_saved_or_drawn_with(tmp_path, monkeypatch):
-    monkeypatch.setattr(nextflow_trainer, "SAVES_DIVIDED", False)
+    monkeypatch.setattr(nextflow_trainer, "SAVES_TENSOR_PARALLEL", False)
     model = tiny_model()
     model._tp_size = 2
-    with pytest.raises(ValueError, match="divided among 2 processes.*cannot save it"):
+    with pytest.raises(ValueError, match="sharded over 2 processes.*cannot save it"):
         make(tmp_path, model)
     pytest.importorskip("trl")
-    with pytest.raises(ValueError, match="divided among 2 processes.*which RL does not draw with.*fsdp2.yaml"):
+    with pytest.raises(ValueError, match="sharded over 2 processes.*which RL does not draw with.*fsdp2.yaml"):
         make_grpo(tmp_path, model=model)
 
 
 def test_muon_is_refused_where_matrices_are_in_parts(tmp_path):
     trainer = make(tmp_path, muon=True)
     trainer.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="muon needs whole matrices.*set optim"):
+    with pytest.raises(ValueError, match="muon needs complete weight matrices.*set optim"):
         trainer.create_optimizer()
     trainer.is_fsdp_enabled, trainer.model._tp_size = False, 2
-    with pytest.raises(ValueError, match="muon needs whole matrices"):
+    with pytest.raises(ValueError, match="muon needs complete weight matrices"):
         trainer.create_optimizer()

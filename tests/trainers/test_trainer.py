@@ -182,7 +182,7 @@ def test_a_row_of_which_nothing_is_learned_is_refused(pack):
     silent["messages"][1]["train"] = False
     for row in (silent, {"messages": silent["messages"][:1]}):
         data = [drawing("one", 1), row | {"image_tokens": [], "image_grids": []}]
-        with pytest.raises(ValueError, match="messages: nothing is learned from them"):
+        with pytest.raises(ValueError, match="messages: none of them is trained on"):
             NextFlowCollator(tiny_processor())([data] if pack else data)
 
 

@@ -16,9 +16,9 @@ from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.evaluation.image_metrics import psnr
 from transformers_nextflow.modeling_nextflow_vq import codebook_statistics
 from transformers_nextflow.trainers import NextFlowVQTrainer, NextFlowVQTrainingArguments, PatchDiscriminator
-from transformers_nextflow.trainers.tokenizer import codebook_care
+from transformers_nextflow.trainers.tokenizer import codebook_maintenance
 from transformers_nextflow.trainers.tokenizer.adversarial import Adversary
-from transformers_nextflow.trainers.tokenizer.codebook_care import initialize_codebook, revive_dead_codes
+from transformers_nextflow.trainers.tokenizer.codebook_maintenance import initialize_codebook, revive_dead_codes
 
 
 BRANCHES = {"semantic_encoder", "semantic_projection", "pixel_encoder"}
@@ -283,7 +283,7 @@ def undivided(model, pixels, seed, most) -> torch.Tensor:
         vectors = vectors.flatten(0, 2)
         drawn = vectors[torch.randperm(len(vectors), generator=generator)[:most]]
         own = drawn[torch.randperm(len(drawn), generator=generator)[:8]].clone()
-        for _ in range(codebook_care.KMEANS_STEPS):
+        for _ in range(codebook_maintenance.KMEANS_STEPS):
             assigned = quantizer.distances(drawn, own).argmin(-1)
             for code in assigned.unique():
                 own[code] = drawn[assigned == code].mean(0)
@@ -299,7 +299,7 @@ def undivided(model, pixels, seed, most) -> torch.Tensor:
 @pytest.mark.parametrize("normalize", [True, False], ids=["unit length", "Euclidean"])
 @pytest.mark.parametrize("size", [1, 5, 24])
 def test_k_means_in_batches_is_the_undivided_one(size, normalize, monkeypatch):
-    monkeypatch.setattr(codebook_care, "MAX_VECTORS", 60)  # fewer than the vectors of the last scales
+    monkeypatch.setattr(codebook_maintenance, "MAX_VECTORS", 60)  # fewer than the vectors of the last scales
     model, pixels = tiny_vq_model(normalize_codes=normalize), make_images(24)
     expected = undivided(model, pixels, seed=3, most=60)
     initialize_codebook(model, iter(pixels.split(size)), seed=3)

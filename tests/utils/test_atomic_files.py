@@ -10,7 +10,7 @@ from transformers import AutoProcessor, modeling_utils
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowPipeline, NextFlowProcessor
 from transformers_nextflow.utils import atomic_files
-from transformers_nextflow.utils.atomic_files import write_anyway, write_into, write_whole
+from transformers_nextflow.utils.atomic_files import atomic_folder_write, atomic_write, write_with_fallback
 
 
 @pytest.fixture(params=["in one step", "in two steps"])
@@ -36,7 +36,7 @@ def fail():
 
 def test_a_folder_takes_the_place_of_one_whose_files_go(tmp_path, swap):
     make(tmp_path / "final", {"old": "1", "both": "1"})
-    with write_whole(tmp_path / "final") as partial:
+    with atomic_write(tmp_path / "final") as partial:
         make(partial, {"both": "2"})
         assert content(tmp_path / "final") == {"old": "1", "both": "1"}
     assert content(tmp_path) == {"final/both": "2"}
@@ -45,21 +45,21 @@ def test_a_folder_takes_the_place_of_one_whose_files_go(tmp_path, swap):
 def test_a_link_stays_one_and_what_it_names_is_written(tmp_path, swap):
     make(tmp_path / "disk" / "final", {"old": "1"})
     (tmp_path / "final").symlink_to(tmp_path / "disk" / "final")
-    with write_whole(tmp_path / "final") as partial:
+    with atomic_write(tmp_path / "final") as partial:
         make(partial, {"new": "2"})
     assert (tmp_path / "final").is_symlink() and content(tmp_path / "disk") == {"final/new": "2"}
 
     (tmp_path / "link.json").symlink_to(tmp_path / "disk" / "scores.json")
-    with write_whole(tmp_path / "link.json") as partial:
+    with atomic_write(tmp_path / "link.json") as partial:
         partial.write_text("3")
     assert (tmp_path / "link.json").is_symlink() and (tmp_path / "disk" / "scores.json").read_text() == "3"
 
 
 def test_a_file_and_a_folder_do_not_take_each_others_place(tmp_path):
     make(tmp_path, {"folder/old": "1", "file": "1"})
-    with pytest.raises(OSError, match="folder"), write_whole(tmp_path / "folder") as partial:
+    with pytest.raises(OSError, match="folder"), atomic_write(tmp_path / "folder") as partial:
         partial.write_text("2")
-    with pytest.raises(OSError, match="is a file"), write_whole(tmp_path / "file") as partial:
+    with pytest.raises(OSError, match="is a file"), atomic_write(tmp_path / "file") as partial:
         make(partial, {"new": "2"})
     assert content(tmp_path) == {"folder/old": "1", "file": "1"}
 
@@ -69,7 +69,7 @@ def test_where_the_new_folder_cannot_take_its_place_the_old_one_comes_back(tmp_p
     monkeypatch.setattr(atomic_files, "_swap_in_one_step", lambda *_: False)
     rename = Path.rename
     monkeypatch.setattr(Path, "rename", lambda own, to: fail() if to.name == "final" == own.name else rename(own, to))
-    with pytest.raises(OSError, match="No space left"), write_whole(tmp_path / "final") as partial:
+    with pytest.raises(OSError, match="No space left"), atomic_write(tmp_path / "final") as partial:
         make(partial, {"new": "2"})
     assert content(tmp_path) == {"final/old": "1"}
 
@@ -83,11 +83,11 @@ def test_what_is_written_into_a_folder_comes_whole_and_the_rest_stays(tmp_path, 
     elif place == "with another folder in it":
         make(target, {"runs/log": "1"})
         expected["runs/log"] = "1"
-    with pytest.raises(OSError, match="No space left"), write_into(target) as partial:
+    with pytest.raises(OSError, match="No space left"), atomic_folder_write(target) as partial:
         make(partial, {"config.json": "2"})
         fail()
     assert content(target)["config.json"] == "1" and len(list(tmp_path.iterdir())) == 1
-    with write_into(target) as partial:
+    with atomic_folder_write(target) as partial:
         assert partial.name == target.name
         make(partial, {"config.json": "2", "model.safetensors": "2"})
     assert content(target) == expected and len(list(tmp_path.iterdir())) == 1
@@ -95,11 +95,11 @@ def test_what_is_written_into_a_folder_comes_whole_and_the_rest_stays(tmp_path, 
 
 def test_folders_that_do_not_stay_go(tmp_path):
     target = make(tmp_path / "pipe", {"model/config.json": "1", "model/notes": "1", "model/adapters/a/weights": "1"})
-    with write_into(target, replaced=["model/adapters"]) as partial:
+    with atomic_folder_write(target, replaced=["model/adapters"]) as partial:
         make(partial, {"model/config.json": "2"})
     assert content(target) == {"model/config.json": "2", "model/notes": "1"}
     make(target, {"model/adapters/a/weights": "1", "other/file": "1"})
-    with write_into(target, replaced=["model/adapters"]) as partial:
+    with atomic_folder_write(target, replaced=["model/adapters"]) as partial:
         make(partial, {"model/config.json": "3"})
     assert content(target) == {"model/config.json": "3", "model/notes": "1", "other/file": "1"}
 
@@ -108,14 +108,14 @@ def test_a_result_that_cannot_be_written_is_kept_beside_and_the_message_says_whe
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scores.json").mkdir()
     with pytest.raises(OSError, match=r"scores.json cannot be written .* kept in .*scores.1.json"):
-        write_anyway(tmp_path / "scores.json", lambda path: path.write_text("1"))
+        write_with_fallback(tmp_path / "scores.json", lambda path: path.write_text("1"))
     assert (tmp_path / "scores.1.json").read_text() == "1"
     (tmp_path / "file").write_text("1")
     with pytest.raises(OSError, match=r"kept in .*scores.2.json"):
-        write_anyway(tmp_path / "file" / "scores.json", lambda path: path.write_text("2"))
+        write_with_fallback(tmp_path / "file" / "scores.json", lambda path: path.write_text("2"))
     assert (tmp_path / "scores.2.json").read_text() == "2"
     with pytest.raises(OSError, match="^No space left on device$"):
-        write_anyway(tmp_path / "other.json", lambda path: fail())
+        write_with_fallback(tmp_path / "other.json", lambda path: fail())
 
 
 @pytest.mark.parametrize("kind", ["model", "processor", "pipeline"])

@@ -71,7 +71,7 @@ def test_a_diffusion_decoder_is_named_or_the_one_of_the_pipelines_folder(checkpo
     assert_refused(run("generate", "a", "--model", checkpoint, "--decoder-steps", 2), "decoder_steps")
     # 16 pixels a side, and 32 by this decoder.
     large = run("generate", "a", "--model", checkpoint, "--decoder", tmp_path / "decoder", "--scale", 257)
-    assert_refused(large, "take 256 at most")
+    assert_refused(large, "use 256 at most")
 
 
 def test_help_lists_all_commands():
@@ -319,4 +319,4 @@ def test_recipes_are_named_and_copied(tmp_path):
     assert result.exit_code == 0 and "sft" in result.output.split()
     assert (tmp_path / "mine" / "accelerate" / "fsdp2.yaml").is_file() and (tmp_path / "mine" / "sft.yaml").is_file()
     result = run("recipes", "--copy", str(tmp_path / "mine"))
-    assert result.exit_code == 2 and "is there already" in result.output
+    assert result.exit_code == 2 and "already exists" in result.output

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from transformers_nextflow.utils import folder_lock
-from transformers_nextflow.utils.folder_lock import LOCK_FILE, hold_folder
+from transformers_nextflow.utils.folder_lock import LOCK_FILE, lock_folder
 
 
 # Loads the module by its file: the package would take seconds.
@@ -18,7 +18,7 @@ import importlib.util, os, sys, time
 spec = importlib.util.spec_from_file_location("folder_lock", {folder_lock.__file__!r})
 folder_lock = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(folder_lock)
-with folder_lock.hold_folder(sys.argv[1]):
+with folder_lock.lock_folder(sys.argv[1]):
     if sys.argv[2] == "fork" and os.fork() == 0:
         os.write(1, b"%d\\n" % os.getpid())
         time.sleep(60)
@@ -36,9 +36,9 @@ def holder(folder: Path, kind: str = "plain") -> subprocess.Popen:
 def test_a_folder_is_held_by_one_block_at_a_time_and_nothing_of_it_stays(tmp_path):
     folder = tmp_path / "run"
     for _ in range(2):
-        with hold_folder(folder):
+        with lock_folder(folder):
             message = f"{folder} is in use by process {os.getpid()} on .*; wait until that has ended"
-            with pytest.raises(ValueError, match=message), hold_folder(folder):
+            with pytest.raises(ValueError, match=message), lock_folder(folder):
                 pass
             assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
         assert not list(folder.iterdir())
@@ -47,12 +47,12 @@ def test_a_folder_is_held_by_one_block_at_a_time_and_nothing_of_it_stays(tmp_pat
 def test_a_killed_process_leaves_no_lock_behind(tmp_path):
     process = holder(tmp_path)
     assert process.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match=f"in use by process {process.pid} on"), hold_folder(tmp_path):
+    with pytest.raises(ValueError, match=f"in use by process {process.pid} on"), lock_folder(tmp_path):
         pass
     process.kill()
     process.wait()
     assert (tmp_path / LOCK_FILE).exists()
-    with hold_folder(tmp_path):
+    with lock_folder(tmp_path):
         pass
     assert not (tmp_path / LOCK_FILE).exists()
 
@@ -65,14 +65,14 @@ def test_a_worker_that_outlives_its_killed_training_does_not_keep_the_lock(tmp_p
         process.kill()
         process.wait()
         os.kill(worker, 0)  # raises if it has ended
-        with hold_folder(tmp_path):
+        with lock_folder(tmp_path):
             pass
     finally:
         os.kill(worker, signal.SIGKILL)
 
 
 def test_a_file_that_its_holder_removes_meanwhile_is_not_taken_for_the_lock(tmp_path, monkeypatch):
-    with hold_folder(tmp_path):
+    with lock_folder(tmp_path):
         stale = os.open(tmp_path / LOCK_FILE, os.O_RDWR)
     opened, real = [], os.open
 
@@ -81,9 +81,9 @@ def test_a_file_that_its_holder_removes_meanwhile_is_not_taken_for_the_lock(tmp_
         return stale if len(opened) == 1 else real(path, *args, **kwargs)
 
     monkeypatch.setattr(folder_lock.os, "open", open_stale_first)
-    with hold_folder(tmp_path):
+    with lock_folder(tmp_path):
         assert len(opened) == 2
-        with pytest.raises(ValueError, match="in use"), hold_folder(tmp_path):
+        with pytest.raises(ValueError, match="in use"), lock_folder(tmp_path):
             pass
 
 
@@ -92,8 +92,8 @@ def test_where_there_are_no_locks_nothing_is_held(tmp_path, monkeypatch):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(folder_lock.fcntl, "flock", unsupported)
-    with hold_folder(tmp_path), hold_folder(tmp_path):
+    with lock_folder(tmp_path), lock_folder(tmp_path):
         pass
     monkeypatch.setattr(folder_lock, "fcntl", None)
-    with hold_folder(tmp_path), hold_folder(tmp_path):
+    with lock_folder(tmp_path), lock_folder(tmp_path):
         pass

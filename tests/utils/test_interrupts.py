@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 
-from transformers_nextflow.utils.atomic_files import write_whole
+from transformers_nextflow.utils.atomic_files import atomic_write
 from transformers_nextflow.utils.interrupts import end_on_termination, uninterrupted
 
 
@@ -89,7 +89,7 @@ def test_a_request_while_a_partial_file_is_cleared_away_leaves_nothing(tmp_path,
 
     monkeypatch.setattr(shutil, "rmtree", slow)
     with pytest.raises(KeyboardInterrupt):
-        with write_whole(tmp_path / "file") as partial:
+        with atomic_write(tmp_path / "file") as partial:
             partial.write_text("new")
         wait()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -11,7 +11,7 @@ from transformers_nextflow import NextFlowPipeline
 from transformers_nextflow.worlds.emoji import RATIOS, Scene, Sticker, evaluation, random_scene, render
 from transformers_nextflow.worlds.emoji.evaluation import EmojiEvaluation, evaluate_emoji
 from transformers_nextflow.worlds.emoji.judge import (
-    MOST_CELLS,
+    MAX_CELLS,
     SIDE,
     Judge,
     Vocabulary,
@@ -82,7 +82,7 @@ def test_training_looks_have_the_classes_of_their_scene():
     looks, classes = training_looks(rng(), scene, WORLD, vocabulary)
     assert looks.shape == (3, 3, SIDE, SIDE)
     assert classes["grids"].tolist() == [GRIDS.index((2, 2)), -100, -100]
-    assert classes["cells"][0].tolist() == [0, 1, 1, 0, *[-1] * (MOST_CELLS - 4)] and (classes["cells"][1:] == -1).all()
+    assert classes["cells"][0].tolist() == [0, 1, 1, 0, *[-1] * (MAX_CELLS - 4)] and (classes["cells"][1:] == -1).all()
     assert [vocabulary.concepts[i] for i in classes["concepts"][1:]] == [key("dog"), key("cat")]
     assert classes["concepts"][0] == -100
 

@@ -111,7 +111,7 @@ def test_painting_and_skin_tones_change_the_image():
     assert not np.array_equal(render(plain, world), render(painted, world))
     dark, light = (Scene((Sticker(key("thumbs up"), "3d", tone=tone),)) for tone in ("dark", "light"))
     assert render(dark, world).mean() < render(light, world).mean()
-    with pytest.raises(ValueError, match="no ruling colour"):
+    with pytest.raises(ValueError, match="no main colour"):
         render(Scene((Sticker(key("wolf"), "flat", color="red"),)), world)
 
 
@@ -292,5 +292,5 @@ def test_something_beside_what_was_asked_is_wrong():
 def test_requirements_travel_as_json():
     asked = Requirement((Item(DOG.concept, "3d", color="", count=2), Item(CAT.concept)), "left", "pink", None)
     assert Requirement.from_json(asked.to_json()) == asked
-    with pytest.raises(ValueError, match="no requirement"):
+    with pytest.raises(ValueError, match="not a requirement"):
         Requirement.from_json("{}")

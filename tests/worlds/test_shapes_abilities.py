@@ -35,7 +35,7 @@ from transformers_nextflow.worlds.shapes import (
 from transformers_nextflow.worlds.shapes.analogies import CHANGES
 from transformers_nextflow.worlds.shapes.cases import same
 from transformers_nextflow.worlds.shapes.edits import edit_kinds, follow_up_edit
-from transformers_nextflow.worlds.shapes.events import happen
+from transformers_nextflow.worlds.shapes.events import apply_event
 from transformers_nextflow.worlds.shapes.language import parse_located_caption
 from transformers_nextflow.worlds.shapes.text_tasks import TASKS
 from transformers_nextflow.worlds.shapes.thoughts import (
@@ -363,7 +363,7 @@ def test_thinking_scores_the_thought_beside_the_image():
     ],
 )
 def test_a_plan_that_leaves_something_open_is_no_scene(text):
-    with pytest.raises(ValueError, match="no full description"):
+    with pytest.raises(ValueError, match="not a full description"):
         parse_located_caption(text, WORLD)
 
 
@@ -382,13 +382,13 @@ def test_what_happens_is_read_from_its_sentence():
         ("the red circle goes to row 4 column 2", Scene((Object("circle", "red", 3, 1), star))),
         ("a green ring comes in row 1 column 2", Scene((*scene.objects, Object("ring", "green", 0, 1)))),
     ):
-        assert happen(sentence, scene, WORLD) == expected, sentence
+        assert apply_event(sentence, scene, WORLD) == expected, sentence
     for sentence in (
         "the green circle goes away", "the red circle moves up", "a ring of gold comes", "the red circle dances",
         "the red circle goes to row 3 column 3", "the red circle turns pink", "the background turns pink", "",
     ):  # fmt: skip
         with pytest.raises(ValueError):
-            happen(sentence, scene, WORLD)
+            apply_event(sentence, scene, WORLD)
 
 
 def test_stories_count_what_is_true_of_their_images():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from transformers_nextflow.utils.trained_on import TrainedOn
+from transformers_nextflow.utils.training_domain import TrainingDomain
 from transformers_nextflow.utils.typed_values import read_typed
 from transformers_nextflow.worlds.shapes import ABILITIES, World, texts_of, training_case
 from transformers_nextflow.worlds.shapes.statement import trained_on
@@ -18,8 +18,8 @@ BUNDLED = Path(__file__).parents[2] / "checkpoints" / "nextflow-shapes" / "confi
 
 
 @pytest.fixture(scope="module")
-def stated() -> TrainedOn:
-    return read_typed(TrainedOn, json.loads(BUNDLED.read_text())["trained_on"], "trained_on")
+def stated() -> TrainingDomain:
+    return read_typed(TrainingDomain, json.loads(BUNDLED.read_text())["trained_on"], "trained_on")
 
 
 def test_the_bundled_checkpoint_says_what_its_world_says():
@@ -30,7 +30,7 @@ def test_no_prompt_of_the_training_lies_outside(stated):
     rng = np.random.default_rng(1)
     for ability in ABILITIES:
         texts = [text for _ in range(100) for text in texts_of(training_case(rng, WORLD, ability).exchange.asked)]
-        assert not stated.unknown_words(texts) and not stated.other_counts(texts), ability
+        assert not stated.unknown_words(texts) and not stated.unseen_counts(texts), ability
 
 
 @pytest.mark.parametrize(
@@ -46,12 +46,12 @@ def test_no_prompt_of_the_training_lies_outside(stated):
     ],
 )
 def test_words_and_numbers_outside_are_named(stated, text, words, phrases):
-    assert stated.unknown_words([text]) == words and stated.other_counts([text]) == phrases
+    assert stated.unknown_words([text]) == words and stated.unseen_counts([text]) == phrases
 
 
 def test_sizes_and_images_outside_are_told(stated):
-    assert stated.other_sizes([(64, 64), (32, 128)]) == ["32x128"]
-    assert stated.is_other_image(12.0) and not stated.is_other_image(26.0)
+    assert stated.unseen_sizes([(64, 64), (32, 128)]) == ["32x128"]
+    assert stated.is_out_of_domain(12.0) and not stated.is_out_of_domain(26.0)
 
 
 def test_a_statement_is_typed():

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..utils.one_line_errors import errors_in_one_line
-from ..utils.output_files import check_apart, check_image_format, check_output_file, check_output_folder
+from ..utils.output_files import check_distinct_paths, check_image_format, check_output_file, check_output_folder
 from .options import CaptionColumn, EditedImageColumn, ImageColumn, OnBadImage, Source
 
 
@@ -34,32 +34,33 @@ def inspect(
         from transformers import AutoConfig
 
         from ..data.columns import Columns
-        from ..data.fitness import fit_of, pixels_of
+        from ..data.reconstruction_quality import measure_reconstruction, pixels_of
         from ..data.sources import open_rows
         from ..data.vision_tokenizer import load_vision_tokenizer
         from ..evaluation.image_metrics import contact_sheet
         from ..image_processing_nextflow import NextFlowImageProcessor
-        from ..utils.atomic_files import write_anyway
+        from ..utils.atomic_files import write_with_fallback
 
         if sheet is not None:
             check_image_format(sheet)
-            check_apart([("--sheet", sheet)], ("--data", data))
+            check_distinct_paths([("--sheet", sheet)], ("--data", data))
             check_output_file(sheet)
         rows, root = open_rows(data, Columns(image_column, None, edited_image_column), needs_texts=False)
         vq_model = load_vision_tokenizer(file)
         config = vq_model.config
         processor = NextFlowImageProcessor(config.scales, config.patch_size, config.levels)
         stated = getattr(AutoConfig.from_pretrained(file), "trained_on", None) or {}
-        fit = fit_of(vq_model, pixels_of(rows, root, processor, limit), stated.get("lowest_psnr"))
+        quality = measure_reconstruction(vq_model, pixels_of(rows, root, processor, limit), stated.get("lowest_psnr"))
         if sheet is not None:
-            write_anyway(sheet, contact_sheet(list(zip(*fit.pairs))).save)
-    typer.echo(f"In {file} {fit}.")
-    if fit.is_fit:
-        typer.echo("It is fit for these images: train a LoRA, or the transformer.")
+            write_with_fallback(sheet, contact_sheet(list(zip(*quality.pairs))).save)
+    typer.echo(f"In {file} {quality}.")
+    if quality.is_sufficient:
+        typer.echo("It reconstructs these images well enough: train a LoRA, or the transformer.")
     else:
         typer.echo(
-            f"It is not fit for these images, below {fit.least:.0f} dB: nothing trained on top of it draws them "
-            f"better. Train it on them first: transformers-nextflow train tokenizer --model {file} --data {data} …"
+            f"It does not reconstruct these images well enough, below {quality.min_psnr:.0f} dB, and no model on top "
+            "of it can draw them better. Train it on them first: transformers-nextflow train tokenizer "
+            f"--model {file} --data {data} …"
         )
     if sheet is not None:
         typer.echo(sheet)
@@ -118,7 +119,9 @@ def extract_codes(
 
         place = without_file_scheme(output)
         if not is_address(place):
-            check_apart([("--output", place)], ("the data", without_file_scheme(source)), ("--tokenizer", tokenizer))
+            check_distinct_paths(
+                [("--output", place)], ("the data", without_file_scheme(source)), ("--tokenizer", tokenizer)
+            )
             check_output_folder(place)
         settings = {"shard_size": shard_size, "level": level, "top_k": top_k, "token_share": token_share, "seed": seed}
         settings |= {"batch_size": batch_size, "on_bad_image": on_bad_image, "image_column": image_column}

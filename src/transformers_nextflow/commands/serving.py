@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..utils.one_line_errors import errors_in_one_line, tells_what_is_kept
+from ..utils.one_line_errors import errors_in_one_line, note_on_interrupt
 from .options import Device, Dtype
 
 
@@ -22,7 +22,7 @@ def serve(
     gpus: Annotated[float | None, typer.Option(help="GPUs of a replica; default: 1 on a GPU; 0.5 shares one.")] = None,
     max_batch_size: Annotated[int, typer.Option(min=1, help="The largest number of images in a batch.")] = 16,
     batch_wait: Annotated[float, typer.Option(min=0, help="Seconds that an idle replica waits for more.")] = 0.05,
-    max_waiting: Annotated[int, typer.Option(min=1, help="Most requests that a replica accepts at once.")] = 64,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Largest number of requests that a replica accepts.")] = 64,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 300.0,
     max_upload: Annotated[int, typer.Option(min=1, help="The largest request in bytes.")] = 32 * 2**20,
     metrics_port: Annotated[int | None, typer.Option(help="Port of Prometheus' metrics; default: any.")] = None,
@@ -30,7 +30,7 @@ def serve(
     dtype: Dtype = "auto",
 ):
     """Serve a model over HTTP with OpenAI's API; see docs/serving.md."""
-    with errors_in_one_line(), tells_what_is_kept(lambda: "The server has ended."):
+    with errors_in_one_line(), note_on_interrupt(lambda: "The server has ended."):
         from ..serving import ray_serve
         from ..serving.loading import load_pipeline
         from ..serving.settings import ServingSettings

@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 
 from ..evaluation.suites import SUITES
-from ..utils.atomic_files import write_whole
-from ..utils.one_line_errors import errors_in_one_line, tells_what_is_kept
-from ..utils.output_files import check_apart, check_output_folder
+from ..utils.atomic_files import atomic_write
+from ..utils.one_line_errors import errors_in_one_line, note_on_interrupt
+from ..utils.output_files import check_distinct_paths, check_output_folder
 from .options import CaptionColumn, Data, Device, EditedImageColumn, ImageColumn
 
 
@@ -30,13 +30,13 @@ def init(
     """Create a model of your own: schedule, tokenizer, sizes and recipes that fit your data and this machine."""
     with errors_in_one_line():
         from ..data.columns import Columns
-        from ..trainers.beginnings import begin
+        from ..trainers.new_model import create_model
 
         if output.exists():
-            raise ValueError(f"{output} is there already; name a new folder.")
+            raise ValueError(f"{output} already exists; name a new folder.")
         check_output_folder(output)
         columns = Columns(image_column, caption_column, edited_image_column)
-        choices = begin(data, output, preset, columns, seed)
+        choices = create_model(data, output, preset, columns, seed)
     for choice in choices:
         typer.echo(f"- {choice}")
     typer.echo(
@@ -70,7 +70,7 @@ def train(
     with errors_in_one_line():
         from ..trainers.recipes import load_recipe, run_recipe
 
-        check_apart([("--output", output)], ("--model", model), ("--data", data))
+        check_distinct_paths([("--output", output)], ("--model", model), ("--data", data))
         check_output_folder(output)
         name = recipe or ("rl" if rl else "lora" if lora else "transformer")
         given = {"image_column": image_column, "caption_column": caption_column, "reward": reward}
@@ -93,8 +93,8 @@ def evaluate_run(
     output: Annotated[Path | None, typer.Option(help="Folder for scores; default: evaluation/SUITE in RUN.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The largest number of cases of each kind.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 4,
-    every: Annotated[float, typer.Option(min=1, max=86400, help="Seconds until the folder is looked at again.")] = 60,
-    once: Annotated[bool, typer.Option("--once", help="Score what is there, and do not wait for more.")] = False,
+    every: Annotated[float, typer.Option(min=1, max=86400, help="Seconds between checks for new checkpoints.")] = 60,
+    once: Annotated[bool, typer.Option("--once", help="Score the existing checkpoints and do not wait.")] = False,
     device: Device = None,
 ):
     """Score the checkpoints of a training while it runs, until it is finished: scores, sheets, a curve."""
@@ -103,8 +103,8 @@ def evaluate_run(
 
         evaluator = CheckpointScores(run, suite, output, limit, seeds, device)
         if once:
-            evaluator.check_begun()
-        with tells_what_is_kept(evaluator.kept):
+            evaluator.check_has_checkpoints()
+        with note_on_interrupt(evaluator.progress_note):
             for step in evaluator.update() if once else evaluator.watch(every):
                 typer.echo(evaluator.output / f"checkpoint-{step}")
 
@@ -117,7 +117,7 @@ def recipes(copy: Annotated[Path | None, typer.Option(help="Folder to which they
         if copy is not None:
             check_output_folder(copy)
             if copy.exists():
-                raise ValueError(f"{copy} is there already; name a new folder.")
-            with write_whole(copy) as partial:
+                raise ValueError(f"{copy} already exists; name a new folder.")
+            with atomic_write(copy) as partial:
                 shutil.copytree(RECIPES, partial, dirs_exist_ok=True)
     typer.echo("\n".join(recipe_names()))

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from ..configuration_nextflow import NextFlowVQConfig
 from ..utils.checkpoint_checks import FLOATS, is_finite, read_json
-from ..utils.model_cards import INHERITED, told_by, write_card
-from ..utils.one_line_errors import tells_what_is_kept
+from ..utils.model_cards import INHERITED, read_card_metadata, write_card
+from ..utils.one_line_errors import note_on_interrupt
 from ..utils.short_repr import short_repr
 from ..utils.weight_files import State, read_state_dict, safetensors_errors
 
@@ -100,11 +100,13 @@ def _renamed_state(state: Mapping[str, torch.Tensor], rename: Callable[[str], st
             unknown.append(key)
             continue
         if name in renamed:
-            raise ValueError(f"Two keys of the file stand for {name!r}, {key!r} is one of them; remove one.")
+            raise ValueError(f"Two keys of the file map to {name!r}, {key!r} is one of them; remove one.")
         if name is not None:
             renamed[name] = tensor
     if unknown:
-        raise ValueError(f"The key table has no rows for {_some(unknown)}; does the file come from another model?")
+        raise ValueError(
+            f"The key table has no rows for {_first_names(unknown)}; does the file come from another model?"
+        )
     return renamed
 
 
@@ -131,9 +133,11 @@ def check_state(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.
         if name in state and getattr(value, "dtype", torch.long).is_floating_point > state[name].is_floating_point()
     ]
     faults = {"missing": missing, "not expected": extra, "of another shape": misshapen, "integers": integers}
-    told = [f"{kind}: {_some(names)}" for kind, names in faults.items() if names]
-    if told:
-        raise ValueError(f"The tensors do not fit the model. {'; '.join(told)}. Do file and config belong together?")
+    problems = [f"{kind}: {_first_names(names)}" for kind, names in faults.items() if names]
+    if problems:
+        raise ValueError(
+            f"The tensors do not fit the model. {'; '.join(problems)}. Do file and config belong together?"
+        )
     for name, tensor in state.items():
         check_finite(name, tensor)
 
@@ -153,7 +157,7 @@ def widest_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
-def _some(names: list[str], most: int = 8) -> str:
+def _first_names(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -183,8 +187,8 @@ def config_errors(folder: Path | str) -> Iterator[None]:
     try:
         yield
     except (StrictDataclassError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{Path(folder) / 'config.json'} does not describe its model; correct it. {told}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{Path(folder) / 'config.json'} does not describe its model; correct it. {reason}") from error
 
 
 class ShardedCheckpoint(Mapping):
@@ -209,7 +213,9 @@ class ShardedCheckpoint(Mapping):
     def _weight_map(self) -> dict[str, str]:
         files = read_json(self.folder / self.index).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-            raise ValueError(f"{self.folder / self.index} is no index of shards: it has no weight_map, name to file.")
+            raise ValueError(
+                f"{self.folder / self.index} is not an index of shards: it has no weight_map from names to files."
+            )
         return files
 
     def _layout_of(self, name: str) -> State:
@@ -219,13 +225,17 @@ class ShardedCheckpoint(Mapping):
         names = sorted(set(self.files.values()))
         absent = [name for name in names if Path(name).name != name or not (self.folder / name).is_file()]
         if absent:
-            raise ValueError(f"The index of {self.folder} names {_some(absent)}, but there is no such file; fetch it.")
+            raise ValueError(
+                f"The index of {self.folder} names {_first_names(absent)}, but there is no such file; fetch it."
+            )
         found: State = {}
         for name in names:
             layout = self._layout_of(name)
             wrong = sorted(layout.keys() ^ {key for key, file in self.files.items() if file == name})
             if wrong:
-                raise ValueError(f"The index of {self.folder} and {name} disagree on {_some(wrong)}; fetch both again.")
+                raise ValueError(
+                    f"The index of {self.folder} and {name} disagree on {_first_names(wrong)}; fetch both again."
+                )
             found |= layout
         return {key: found[key] for key in self.files}
 
@@ -311,7 +321,7 @@ def new_folder(target: Path | str, plan: dict | None = None) -> Iterator[Path]:
     """A folder to write into, `TARGET.partial`, which is renamed to `target` when the block ends without an error.
 
     A `ValueError` in the block removes it. It stays after a kill or on a full disk; a later run with the same `plan`
-    continues in it, and a run without a plan begins anew.
+    continues in it, and a run without a plan starts again.
 
     Args:
         target: the final folder.
@@ -323,25 +333,29 @@ def new_folder(target: Path | str, plan: dict | None = None) -> Iterator[Path]:
     """
     target = Path(target)
     if target.exists():
-        raise ValueError(f"{target} is there already; remove it or choose another folder.")
+        raise ValueError(f"{target} already exists; remove it or choose another folder.")
     partial = target.with_name(target.name + ".partial")
     described, unfinished = json.dumps(plan), partial / f"{PLAN}.unfinished"
     if (partial / PLAN).is_file():
         if (partial / PLAN).read_text() != described:
-            raise ValueError(f"{partial} was begun from other files or with other settings; remove it to begin anew.")
+            raise ValueError(
+                f"{partial} was started from other files or with other settings; remove it to start again."
+            )
         if plan is None:
             shutil.rmtree(partial)
     elif partial.exists() and any(path != unfinished for path in partial.iterdir()):
-        raise ValueError(f"{partial} is there, but not from a conversion; move it away, files go there first.")
+        raise ValueError(
+            f"{partial} exists, but not from a conversion; move it away, since files are written there first."
+        )
     partial.mkdir(parents=True, exist_ok=True)
     for left in partial.glob(".tmp*"):  # files that safetensors was writing when a run was killed
         left.unlink()
     unfinished.write_text(described)
     unfinished.replace(partial / PLAN)
-    then = "begins anew" if plan is None else "goes on"
+    then = "starts again" if plan is None else "continues"
     kept = f"What is written is kept in {partial}, where the same command {then}."
     try:
-        with tells_what_is_kept(lambda: kept):
+        with note_on_interrupt(lambda: kept):
             yield partial
     except ValueError:
         shutil.rmtree(partial)
@@ -402,7 +416,7 @@ def check_written(folder: Path, layout: Mapping[str, torch.Tensor], make: Callab
     for key in tqdm(layout, desc=f"checking {folder.stem}", unit="tensor"):
         expected, found = make(key), written[key]
         if expected.dtype != found.dtype or not torch.equal(expected, found):
-            raise ValueError(f"{key} was not written as it was converted; is the disk sound? Convert again.")
+            raise ValueError(f"{key} was not written as it was converted; check the disk and convert again.")
 
 
 def fingerprint(folder: Path | str) -> list:
@@ -417,7 +431,9 @@ def check_repository(name: str | None):
         try:
             validate_repo_id(name)
         except ValueError as error:
-            raise ValueError(f"base_model {short_repr(name)} names no repository of the Hub: {error}") from error
+            raise ValueError(
+                f"base_model {short_repr(name)} is not the name of a repository of the Hub: {error}"
+            ) from error
 
 
 def write_model_card(
@@ -444,8 +460,8 @@ def write_model_card(
     check_repository(base_model)
     source = Path(source).absolute()  # and not resolved: files of the Hub's cache are links into another folder
     folder_of_source = source.parent if source.is_file() else source
-    told = told_by(folder_of_source)
-    data = {"license": "unknown"} | {name: told[name] for name in INHERITED if name in told}
+    inherited = read_card_metadata(folder_of_source)
+    data = {"license": "unknown"} | {name: inherited[name] for name in INHERITED if name in inherited}
     cached = [part.removeprefix("models--").replace("--", "/") for part in source.parts if part.startswith("models--")]
     write_card(
         folder,

@@ -101,7 +101,7 @@ def onecat_config(released: dict, vq_config: BitwiseVQConfig, **token_ids: int) 
     """The released config and the tokenizers' → ours. Raises `ValueError` if they do not fit."""
     text, reader = released.get("llm_config"), released.get("patch_vision_config")
     if not isinstance(text, dict) or not isinstance(reader, dict):
-        raise ValueError("The config has no llm_config and patch_vision_config; is it OneCAT's released one?")
+        raise ValueError("The config has no llm_config and patch_vision_config; is it the released config of OneCAT?")
     for given, fixed, place in ((released, FIXED_FIELDS, ""), (text, FIXED_TEXT_FIELDS, "llm_config.")):
         for name, expected in fixed.items():
             if given.get(name, expected) != expected:
@@ -111,12 +111,14 @@ def onecat_config(released: dict, vq_config: BitwiseVQConfig, **token_ids: int) 
     if released.get("vae_embed_dim") != vq_config.code_bits:
         raise ValueError(
             f"The model draws codes of {released.get('vae_embed_dim')} bits (vae_embed_dim), but the vision tokenizer "
-            f"has {vq_config.code_bits}; take {VISION_TOKENIZER}."
+            f"has {vq_config.code_bits}; use {VISION_TOKENIZER}."
         )
     # transformers writes the second form since its version 5.
     given = text.get("rope_parameters") or {}
     if not isinstance(given, dict):
-        raise ValueError(f"The config says rope_parameters={short_repr(given)}, which are no names with values.")
+        raise ValueError(
+            f"The config says rope_parameters={short_repr(given)}, which is not a mapping of names to values."
+        )
     rope = {"rope_type": "default", "rope_theta": text.get("rope_theta", 10000.0)} | given
     if rope["rope_type"] != "default":
         raise ValueError(f"The config says rope_type={rope['rope_type']!r}; OneCAT has 'default'.")
@@ -143,8 +145,8 @@ def released_config(config: OneCatConfig) -> dict:
     text = {name: getattr(config.text_config, name) for name in TEXT_FIELDS}
     text |= FIXED_TEXT_FIELDS | {"rope_theta": config.text_config.rope_parameters["rope_theta"]}
     reader = {name: getattr(config, f"reader_{name}") for name in ("hidden_size", "image_size", "patch_size")}
-    told = {"architectures": ["OneCatVLModel"], "llm_config": text, "patch_vision_config": reader}
-    return config.released_config or FIXED_FIELDS | told | {"vae_embed_dim": config.vq_config.code_bits}
+    values = {"architectures": ["OneCatVLModel"], "llm_config": text, "patch_vision_config": reader}
+    return config.released_config or FIXED_FIELDS | values | {"vae_embed_dim": config.vq_config.code_bits}
 
 
 def read_vision_tokenizer(file: Path) -> tuple[BitwiseVQConfig, State]:
@@ -158,7 +160,7 @@ def read_vision_tokenizer(file: Path) -> tuple[BitwiseVQConfig, State]:
     state = found.get("vae") if isinstance(found, dict) else None
     tensors = state.items() if isinstance(state, dict) else [(None, None)]
     if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors):
-        raise ValueError(f'{file} has no tensors under the key "vae"; take {VISION_TOKENIZER} of Infinity.')
+        raise ValueError(f'{file} has no tensors under the key "vae"; use {VISION_TOKENIZER} of Infinity.')
     state = VQ_KEYS.forward(state)
     config = bitwise_vq_config(state, file)
     with torch.device("meta"):
@@ -177,7 +179,7 @@ def bitwise_vq_config(state: State, source: Path | str = "the file") -> BitwiseV
         multipliers = [width // channels for width in widths]
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         lacks = f"it lacks {error}" if isinstance(error, KeyError) else f"its tensors tell no sizes ({error})"
-        raise ValueError(f"{source} is no vision tokenizer of Infinity's kind: {lacks}.") from error
+        raise ValueError(f"{source} is not a vision tokenizer of Infinity's kind: {lacks}.") from error
     return BitwiseVQConfig(
         code_bits=bits, channels=channels, num_res_blocks=blocks,
         channel_multipliers=multipliers,
@@ -202,11 +204,14 @@ def convert_onecat(
             surplus, misshapen or not finite, or files are damaged. Then nothing is left behind.
     """
     check_repository(base_model)
-    told, released = read_config(source, FIXED_FIELDS["model_type"]), open_checkpoint(source)
+    source_config, released = read_config(source, FIXED_FIELDS["model_type"]), open_checkpoint(source)
     vq_config, vq_state = read_vision_tokenizer(vision_tokenizer)
     processor = make_processor(source, vq_config)
     config = onecat_config(
-        told, vq_config, image_token_id=processor.image_token_id, reference_token_id=processor.reference_token_id
+        source_config,
+        vq_config,
+        image_token_id=processor.image_token_id,
+        reference_token_id=processor.reference_token_id,
     )
     processor.check_fits(config)
     # Also checks for two names of one tensor.
@@ -250,7 +255,10 @@ def export_onecat(source: Path, target: Path, max_shard_size: str = "2GB"):
         raise ValueError(f"{source} is a released OneCAT already, not a converted one.")
     config, ours = OneCatConfig.from_pretrained(source), ShardedCheckpoint(source)
     if config.drawing_only:
-        raise ValueError(f"{source} was saved with drawing_only=True and lacks what reads and writes; convert it anew.")
+        raise ValueError(
+            f"{source} was saved with drawing_only=True and has no weights for reading and writing text; convert "
+            "it again."
+        )
     check_state(ours.layout, expected_layout(config))
     with loading_errors(source):
         tokenizer = OneCatProcessor.from_pretrained(source).tokenizer

@@ -116,7 +116,7 @@ def convert_qwen2_5_vl(
         vq_config = vq_model.config
     with config_errors(source):
         config = nextflow_config(qwen_config, tokenizer, vq_config or NextFlowConfig.nextflow_7b().vq_config)
-    start = NextFlowStart(open_checkpoint(source), config, rows, vq_model, seed)
+    start = NextFlowInitialWeights(open_checkpoint(source), config, rows, vq_model, seed)
     config.dtype = widest_dtype(start.layout[key] for key in start.source_keys)
     if (source / "generation_config.json").is_file():
         generation_config = GenerationConfig.from_pretrained(source)
@@ -174,7 +174,7 @@ def _check_chat_template(processor: NextFlowProcessor, folder: Path):
     if "{% generation %}" not in processor.chat_template:
         warn_user(
             f"The chat template of {folder} is not of Qwen2.5-VL's form: it is kept as it is and marks no answers, as "
-            "training on answers alone needs it.",
+            "training on only the answers needs it.",
         )
 
 
@@ -218,7 +218,7 @@ def nextflow_chat_template(template: str | None) -> str | None:
     return template.replace(closing, "{% endset %}" + choice + closing)
 
 
-class NextFlowStart(Mapping):
+class NextFlowInitialWeights(Mapping):
     """The tensors of a NextFlow that starts from a Qwen2.5-VL; each is made on access.
 
     Args:
@@ -250,7 +250,7 @@ class NextFlowStart(Mapping):
         self.source_keys = {name: key for key in source if (name := QWEN_KEYS.forward_key(key)) is not None}
         if config.tie_word_embeddings:
             del expected[HEAD]
-            self._leave_out_tied_head(given)
+            self._drop_tied_head(given)
         backbone = {key: value for key, value in expected.items() if key.startswith(BACKBONE)}
         check_state(given, {key: _first_rows(key, value, rows) for key, value in backbone.items()})
         dtype = given[EMBEDDING].dtype
@@ -260,7 +260,7 @@ class NextFlowStart(Mapping):
             for key, value in expected.items()
         }
 
-    def _leave_out_tied_head(self, given: State):
+    def _drop_tied_head(self, given: State):
         # Some trainers save the head although it is tied to the embeddings.
         if HEAD in given and EMBEDDING in given:
             if not torch.equal(self.source[self.source_keys[HEAD]], self.source[self.source_keys[EMBEDDING]]):

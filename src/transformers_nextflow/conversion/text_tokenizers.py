@@ -26,4 +26,4 @@ def read_tokenizer(folder: Path, config: PreTrainedConfig | None = None) -> PreT
     try:
         return AutoTokenizer.from_pretrained(folder, config=config)
     except Exception as error:  # tokenizers in Rust have their own kinds of errors
-        raise ValueError(f"The tokenizer in {folder} cannot be read; is it whole? {error}") from error
+        raise ValueError(f"The tokenizer in {folder} cannot be read; is it complete? {error}") from error

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ..configuration_nextflow import NextFlowVQConfig
 from ..modeling_nextflow_vq import NextFlowVQModel
-from ..utils.atomic_files import write_whole
+from ..utils.atomic_files import atomic_write
 from .checkpoints import (
     KeyMap,
     State,
@@ -183,7 +183,7 @@ def config_of(
     channels, levels = shape("encoder.conv_in.weight", 4)[0], count(r"encoder\.conv_blocks\.(\d+)\.")
     widths = [shape(f"encoder.conv_blocks.{level}.res.0.conv2.weight", 4)[0] for level in range(levels)]
     if any(width % channels for width in widths):
-        raise ValueError(f"The widths {widths} of the pixel encoder are no multiples of its first, {channels}.")
+        raise ValueError(f"The widths {widths} of the pixel encoder are not multiples of the first, {channels}.")
     codebook_size, semantic_code_dim = shape("quantize.embedding_vqkd.weight", 2)
     values = {
         "codebook_size": codebook_size,
@@ -365,7 +365,7 @@ def interpolate_positions(released: Mapping[str, torch.Tensor], side: int = INTE
     """
     tables = ("encoder_vqkd.positional_embedding", "decoder_vqkd.pos_embed")
     if any(name not in released for name in tables):
-        raise ValueError("Only positions of the clipb tokenizer are interpolated; this file is none.")
+        raise ValueError("Only positions of the clipb tokenizer are interpolated; this file is not one.")
     state = dict(released)
     for name in tables:
         # (1 + n*n, D), the class token's first; in the decoder with one more dimension of size one.
@@ -474,23 +474,23 @@ def export_tokenflow(source: Path | str, target: Path | str):
     """
     target = Path(target)
     if target.exists():
-        raise ValueError(f"{target} is there already; remove it or choose another file.")
+        raise ValueError(f"{target} already exists; remove it or choose another file.")
     read_config(source, NextFlowVQConfig.model_type)
     model = NextFlowVQModel.from_pretrained(source)
     released = to_tokenflow(model.state_dict(), model.config)
-    _check_layout_tells(model.config, released)
-    with write_whole(target) as partial:
+    _check_layout_is_lossless(model.config, released)
+    with atomic_write(target) as partial:
         torch.save({"model": {name: tensor.contiguous() for name, tensor in released.items()}}, partial)
         check_equal(read_tokenflow(partial), released)
 
 
-def _check_layout_tells(config: NextFlowVQConfig, released: State):
+def _check_layout_is_lossless(config: NextFlowVQConfig, released: State):
     """Raises `ValueError` naming settings of a tokenizer that would be lost in the released layout."""
     own = _settings(config)
     read = _settings(config_of(released, config.semantic_config.num_attention_heads, config.semantic_decoder_heads))
     lost = {name: value for name, value in own.items() if read[name] != value}
     if lost:
-        raise ValueError(f"TokenFlow's layout cannot tell {lost}: read back this would be another tokenizer.")
+        raise ValueError(f"TokenFlow's layout cannot store {lost}: the file would be read as another tokenizer.")
 
 
 def _settings(config: NextFlowVQConfig) -> dict:
@@ -507,4 +507,4 @@ def check_equal(written: Mapping[str, torch.Tensor], expected: Mapping[str, torc
     check_state(written, expected)
     different = [name for name in expected if not torch.equal(written[name], expected[name])]
     if different:
-        raise ValueError(f"What was written differs from its source in {different}; is the disk sound?")
+        raise ValueError(f"What was written differs from its source in {different}; check the disk.")

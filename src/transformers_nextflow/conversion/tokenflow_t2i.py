@@ -117,8 +117,8 @@ def released_config(config: TokenFlowT2IConfig) -> dict:
     """
     text = {name: getattr(config.text_config, name) for name in TEXT_FIELDS}
     theta = config.text_config.rope_parameters["rope_theta"]
-    told = FIXED_FIELDS | text | {"rope_theta": theta, "vq_codebook_size": config.vq_config.codebook_size}
-    return config.released_config or told
+    values = FIXED_FIELDS | text | {"rope_theta": theta, "vq_codebook_size": config.vq_config.codebook_size}
+    return config.released_config or values
 
 
 def vision_tokenizer_config(folder: Path) -> NextFlowVQConfig:

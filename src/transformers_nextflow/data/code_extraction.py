@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ..image_processing_nextflow import NextFlowImageProcessor
 from ..utils.devices import on_device
 from ..utils.extras import import_extra
-from ..utils.one_line_errors import tells_what_is_kept
+from ..utils.one_line_errors import note_on_interrupt
 from ..utils.typed_values import read_typed
 from ..utils.unique_names import load_json
 from ..vision_tokenizer.fingerprint import tokenizer_fingerprint
@@ -38,7 +38,7 @@ from .row_encoding import read_pixels
 from .rows import Sample, read_row
 from .sources import open_rows
 from .stored_sizes import PROCESSOR, SIZES, processor_fingerprint
-from .stores import Folder, LocalFolder, folder_at, is_address, without_file_scheme
+from .stores import Folder, LocalFolder, is_address, open_folder, without_file_scheme
 from .validation import check_on_bad_image, usable_rows
 from .views import size_fields
 from .vision_tokenizer import load_processor, load_vision_tokenizer
@@ -48,11 +48,11 @@ SETTINGS = "extraction.json"
 # 1 had codes sampled for self-correction for images of all turns, and no clean ones; 2 had no sizes.
 ROW_FORMAT = 3
 # Batches of images that are held at once; their sizes are many.
-MOST_WAITING = 8
+MAX_WAITING = 8
 # The largest seed, since seeds of shards, which are computed from it, have 64 bits.
-MOST_SEED = 2**32
+MAX_SEED = 2**32
 # The largest number of tasks that Ray manages at once.
-MOST_BLOCKS = 10_000
+MAX_BLOCKS = 10_000
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,11 @@ class Extraction:
         self.self_correction  # raises for invalid values
         check_on_bad_image(self.on_bad_image)
         if min(self.shard_size, self.batch_size) < 1:
-            raise ValueError(f"shard_size and batch_size start at 1, got {self.shard_size} and {self.batch_size}.")
-        if abs(self.seed) > MOST_SEED:
-            raise ValueError(f"seed must lie between -{MOST_SEED} and {MOST_SEED}, got {self.seed}.")
+            raise ValueError(
+                f"shard_size and batch_size must be at least 1, got {self.shard_size} and {self.batch_size}."
+            )
+        if abs(self.seed) > MAX_SEED:
+            raise ValueError(f"seed must lie between -{MAX_SEED} and {MAX_SEED}, got {self.seed}.")
 
     @property
     def columns(self) -> Columns:
@@ -160,11 +162,13 @@ def extract_codes(
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {tuple(ENGINES)}, got {engine!r}.")
     if processes < 1:
-        raise ValueError(f"processes start at 1, got {processes}.")
+        raise ValueError(f"processes must be at least 1, got {processes}.")
     for name, place in (("source", source), ("output", output)):
         if str(place).startswith("memory://") and (engine != "local" or processes > 1):
-            raise ValueError(f"{name} {place} is the memory of this process, which the others do not see.")
-    model, folder = load_vision_tokenizer(tokenizer), folder_at(output)
+            raise ValueError(
+                f"{name} {place} is in the memory of this process, which the other processes cannot read; use a folder."
+            )
+    model, folder = load_vision_tokenizer(tokenizer), open_folder(output)
     # Other processes and machines may have another working folder.
     source, tokenizer = (_absolute(without_file_scheme(place)) for place in (source, tokenizer))
     processor = load_processor(tokenizer)
@@ -176,9 +180,9 @@ def extract_codes(
     if engine == "local" or not device.startswith("cuda"):  # a cluster may have GPUs that this machine lacks
         on_device(torch.empty(0), device)  # raises if there is no such device
     _begin(extraction, folder)
-    missing = [shard for shard in extraction.shards if not _is_whole(folder, shard)]
+    missing = [shard for shard in extraction.shards if not _is_complete(folder, shard)]
     progress = tqdm(total=len(extraction.shards), initial=len(extraction.shards) - len(missing), unit="shard")
-    with tells_what_is_kept(lambda: _kept(output, progress.n, progress.total)), progress:
+    with note_on_interrupt(lambda: _kept(output, progress.n, progress.total)), progress:
         for _ in ENGINES[engine](missing, extraction, folder, device, processes) if missing else ():
             progress.update()
     return check_codes(output) | {"found": len(extraction.shards) - len(missing)}
@@ -190,17 +194,19 @@ def check_codes(output: str | os.PathLike) -> dict[str, int]:
     Raises:
         ValueError: naming the shards that are missing or damaged.
     """
-    folder = folder_at(output)
+    folder = open_folder(output)
     if SETTINGS not in folder.names():
         raise ValueError(f"{folder} holds no {SETTINGS}; is it a folder of extract-codes?")
     shards = read_typed(Extraction, _read_json(folder, SETTINGS), f"{folder}/{SETTINGS}").shards
-    bad = [_shard(shard) for shard in shards if not _is_whole(folder, shard)]
+    bad = [_shard(shard) for shard in shards if not _is_complete(folder, shard)]
     if bad:
-        raise ValueError(f"{folder}: {', '.join(bad)} lack or are damaged; extract once more, the others stay.")
+        raise ValueError(
+            f"{folder}: {', '.join(bad)} are missing or damaged; extract once more, which keeps the others."
+        )
     notes = [_read_json(folder, _note(shard)) for shard in shards]
     for shard, note in zip(shards, notes):
         if not all(isinstance(note.get(name), int) for name in ("rows", "skipped")):
-            raise ValueError(f"{folder}/{_note(shard)} does not count its rows; remove it, and extract once more.")
+            raise ValueError(f"{folder}/{_note(shard)} has no numbers of rows; remove it, and extract once more.")
     return {name: sum(note[name] for note in notes) for name in ("rows", "skipped")} | {"shards": len(notes)}
 
 
@@ -212,15 +218,15 @@ def _begin(extraction: Extraction, folder: Folder):
             shutil.rmtree(partial)  # left by a call that was killed
     if SETTINGS not in names:
         if any(name.startswith("codes-") for name in names):
-            raise ValueError(f"{folder} holds codes without {SETTINGS}; take an empty folder.")
+            raise ValueError(f"{folder} holds codes without {SETTINGS}; use an empty folder.")
         folder.write(SETTINGS, lambda path: path.write_text(json.dumps(asdict(extraction), indent=2) + "\n"))
     begun = _read_json(folder, SETTINGS)
     for name, value in asdict(extraction).items():
         # The tokenizer may be in another folder now: its fingerprint says whether it is the same.
         if begun.get(name) != value and name != "tokenizer":
             raise ValueError(
-                f"{folder} was begun with {name} {begun.get(name)!r}, now it is {value!r}; take the same, or an empty "
-                "folder."
+                f"{folder} was begun with {name}={begun.get(name)!r}, but now it is {value!r}; use the same, or an "
+                "empty folder."
             )
 
 
@@ -255,10 +261,10 @@ def _write_by_ray(
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     if device.startswith("cuda") and not ray.cluster_resources().get("GPU"):
         raise ValueError(
-            f"device {device} needs a GPU, and the Ray cluster has none; take cpu."
+            f"device {device} needs a GPU, and the Ray cluster has none; use cpu."
         )  # without this check Ray would wait for a GPU
     data.DataContext.get_current().enable_progress_bars = False  # there is a bar for shards already
-    numbers = data.from_items([{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), MOST_BLOCKS))
+    numbers = data.from_items([{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), MAX_BLOCKS))
     written = numbers.map_batches(
         _ShardWriter,
         fn_constructor_args=(extraction, device, folder),
@@ -286,7 +292,7 @@ class _ShardWriter:
         (shard,) = map(int, batch["shard"])
         error = b""
         try:
-            if not _is_whole(self.folder, shard):  # an actor that was killed afterwards may have written it
+            if not _is_complete(self.folder, shard):  # an actor that was killed afterwards may have written it
                 self.encoder.write(shard, self.folder)
         except (OSError, ValueError) as raised:
             error = pickle.dumps(raised)
@@ -357,7 +363,7 @@ class _Encoder:
                 waiting.setdefault(kind, []).append((images, index, image))
                 if len(waiting[kind]) == extraction.batch_size:
                     self._encode_group(trained, waiting.pop(kind), generator)
-            if sum(map(len, waiting.values())) > MOST_WAITING * extraction.batch_size:
+            if sum(map(len, waiting.values())) > MAX_WAITING * extraction.batch_size:
                 kind = next(iter(waiting))
                 self._encode_group(kind[0], waiting.pop(kind), generator)
         for (trained, _), group in waiting.items():
@@ -429,7 +435,7 @@ def _absolute(place: str | os.PathLike) -> str:
 
 
 def _kept(output: str | os.PathLike, done: int, count: int) -> str:
-    return f"{done} of {count} shards are kept in {output}; the same command goes on with the others."
+    return f"{done} of {count} shards are kept in {output}; the same command continues with the others."
 
 
 def _shard(shard: int) -> str:
@@ -440,7 +446,7 @@ def _note(shard: int) -> str:
     return f"codes-{shard:06d}.json"
 
 
-def _is_whole(folder: Folder, shard: int) -> bool:
+def _is_complete(folder: Folder, shard: int) -> bool:
     try:
         return _read_json(folder, _note(shard)).get("sha256") == _hash(folder.read(_shard(shard)))
     except (FileNotFoundError, ValueError):  # `ValueError` for a note that is no JSON
@@ -451,9 +457,9 @@ def _read_json(folder: Folder, name: str) -> dict:
     try:
         content = load_json(folder.read(name))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{folder}/{name} is no JSON; is it whole? {error}") from error
+        raise ValueError(f"{folder}/{name} is not valid JSON; is it complete? {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{folder}/{name} holds no object; is it whole?")
+        raise ValueError(f"{folder}/{name} holds no object; is it complete?")
     return content
 
 

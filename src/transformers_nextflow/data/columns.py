@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..utils.field_errors import shown
+from ..utils.field_errors import abbreviate
 from .row_errors import BadImageError, BadRowError
 from .rows import check_is_row
 
@@ -50,7 +50,9 @@ class Columns:
         """
         for option, name in (("image", self.image), ("caption", self.caption), ("edited-image", self.edited_image)):
             if name is not None and name.partition(".")[0] not in names:
-                raise ValueError(f"--{option}-column {name!r} is no column; there are {', '.join(sorted(names))}.")
+                raise ValueError(
+                    f"--{option}-column {name!r} is not a column; the columns are {', '.join(sorted(names))}."
+                )
         found = replace(
             self,
             edited_image=self.edited_image or _first(EDITED_IMAGES, names),
@@ -78,7 +80,7 @@ class Columns:
         if classes is not None and isinstance(text, int):
             text = classes[text]
         if not isinstance(text, str):
-            raise BadRowError(str(self.caption), f"must be a text, got {shown(text)}")
+            raise BadRowError(str(self.caption), f"must be a text, got {abbreviate(text)}")
         asked = [{"type": "text", "text": text}]
         if self.edited_image is None:
             return _exchange(asked, self._image(row, self.image))

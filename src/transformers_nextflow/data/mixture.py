@@ -64,7 +64,7 @@ class Source:
         if len(self.rows) < shares:
             raise ValueError(
                 f"{self.name} has {len(self.rows)} rows for {shares} readers (processes times dataloader_num_workers); "
-                "take fewer, or leave it out of the mixture."
+                "use fewer, or leave it out of the mixture."
             )
         table = self._table
         if table is None:
@@ -124,7 +124,7 @@ class StreamedSource:
         if self.rows.num_shards < shares:
             raise ValueError(
                 f"{self.name} has {self.rows.num_shards} files for {shares} readers (processes times "
-                "dataloader_num_workers), which each read their own; take fewer readers, or divide it into more files."
+                "dataloader_num_workers), which each read their own; use fewer readers, or divide it into more files."
             )
 
     def stream(self, share: int, shares: int, seed: int) -> Iterator[tuple[str, dict]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.extras import import_extra
-from .stores import is_address, opened
+from .stores import is_address, open_store
 
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def parquet_files(source: str) -> list[str]:
     """
     if is_address(source):
         pattern = source if source.endswith(".parquet") else f"{source.rstrip('/')}/*.parquet"
-        system, place = opened(pattern)
+        system, place = open_store(pattern)
         return sorted(system.unstrip_protocol(path) for path in system.glob(place))
     path = Path(source)
     if path.is_dir():
@@ -112,7 +112,7 @@ def _open(file: str):
     place = file
     if is_address(file):
         arrow = import_extra("pyarrow.fs")
-        system, place = opened(file)
+        system, place = open_store(file)
         system = arrow.PyFileSystem(arrow.FSSpecHandler(system))
     try:
         return parquet.ParquetFile(place, filesystem=system)

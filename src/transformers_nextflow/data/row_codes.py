@@ -10,7 +10,7 @@ import numpy as np
 
 from ..modeling_nextflow_vq import NextFlowVQEncoderOutput
 from ..scale_schedule import Grid, ScaleSchedule, ScaleSchedules
-from ..utils.field_errors import shown
+from ..utils.field_errors import abbreviate
 from ..utils.plain_values import as_list, plain
 from .row_errors import BadRowError
 
@@ -58,7 +58,7 @@ class RowCodes:
         """
         if None not in (fingerprint, self.fingerprint) and fingerprint != self.fingerprint:
             those = f"the codes come from the tokenizer {self.fingerprint}, the model's is {fingerprint}"
-            raise BadRowError(FINGERPRINT, f"{those}; extract them anew")
+            raise BadRowError(FINGERPRINT, f"{those}; extract them again")
         for index, grid in enumerate(self.grids):
             place = f"{GRIDS}[{index}]"
             expected = None if schedules is None else schedule_of(schedules, grid, place).num_tokens
@@ -103,14 +103,14 @@ def read_codes(row: dict, trained: list[bool]) -> RowCodes | None:
         return None
     fingerprint = row.get(FINGERPRINT)
     if not isinstance(fingerprint, str | None):
-        raise BadRowError(FINGERPRINT, f"must be a string, got {shown(fingerprint)}")
+        raise BadRowError(FINGERPRINT, f"must be a string, got {abbreviate(fingerprint)}")
     tokens, grids = _arrays(row, TOKENS, len(trained)), read_grids(row, len(trained))
     labels, clean = (
         [None] * len(trained) if row.get(name) is None else _arrays(row, name, len(trained), optional=True)
         for name in (LABELS, CLEAN_TOKENS)
     )
     for index, own in enumerate(zip(tokens, labels, clean, trained)):
-        _check_fellows(index, *own)
+        _check_equal_lengths(index, *own)
     return RowCodes(tokens, labels, clean, grids, trained, fingerprint)
 
 
@@ -123,7 +123,9 @@ def read_grids(row: dict, count: int | None = None) -> list[Grid]:
     grids = _arrays(row, GRIDS, count)
     for index, grid in enumerate(grids):
         if len(grid) != 2 or grid.min() < 1:
-            raise BadRowError(f"{GRIDS}[{index}]", f"must be height and width in cells, got {shown(grid.tolist())}")
+            raise BadRowError(
+                f"{GRIDS}[{index}]", f"must be height and width in cells, got {abbreviate(grid.tolist())}"
+            )
     return [tuple(grid.tolist()) for grid in grids]
 
 
@@ -132,7 +134,7 @@ def schedule_of(schedules: ScaleSchedules, grid: Grid, place: str) -> ScaleSched
     try:
         return schedules.for_size(*(side * schedules.patch_size for side in grid))
     except ValueError as error:
-        raise BadRowError(place, f"{list(grid)} is no final grid: {error}") from error
+        raise BadRowError(place, f"{list(grid)} is not a final grid: {error}") from error
 
 
 def _arrays(row: dict, name: str, count: int | None, optional: bool = False) -> list[np.ndarray | None]:
@@ -144,7 +146,7 @@ def _arrays(row: dict, name: str, count: int | None, optional: bool = False) -> 
         return []
     entries = as_list(value)
     if entries is None:
-        raise BadRowError(name, f"must be a list with an entry for each image, got {shown(value)}")
+        raise BadRowError(name, f"must be a list with an entry for each image, got {abbreviate(value)}")
     if count is not None and len(entries) != count:
         raise BadRowError(name, f"the messages hold {count} images, but there are {len(entries)} here")
     return [
@@ -163,13 +165,13 @@ def _whole_numbers(value: Any, place: str) -> np.ndarray:
             kind for kind in set(map(type, value)) if not issubclass(kind, int | np.integer) or kind is bool
         ]:
             found = next(entry for entry in value if type(entry) in strange)
-            raise BadRowError(place, f"must hold whole numbers, got {shown(found)}")
+            raise BadRowError(place, f"must hold whole numbers, got {abbreviate(found)}")
         try:
             return np.array(value, dtype=np.int64)
         except OverflowError as error:
             raise BadRowError(place, f"holds numbers beyond any codebook: {error}") from error
     if not isinstance(value, np.ndarray):
-        raise BadRowError(place, f"must be a list of whole numbers, got {shown(value)}")
+        raise BadRowError(place, f"must be a list of whole numbers, got {abbreviate(value)}")
     if value.ndim != 1 or value.dtype.kind not in "iu":
         raise BadRowError(place, f"must be one list of whole numbers, got {value.dtype} of shape {value.shape}")
     if value.size and int(value.max()) > np.iinfo(np.int64).max:
@@ -177,20 +179,22 @@ def _whole_numbers(value: Any, place: str) -> np.ndarray:
     return np.ascontiguousarray(value, dtype=np.int64)
 
 
-def _check_fellows(index: int, tokens: np.ndarray, labels: np.ndarray | None, clean: np.ndarray | None, trained: bool):
+def _check_equal_lengths(
+    index: int, tokens: np.ndarray, labels: np.ndarray | None, clean: np.ndarray | None, trained: bool
+):
     """Check that the lists of one image fit together."""
     for name, codes in ((LABELS, labels), (CLEAN_TOKENS, clean)):
         if codes is not None and len(codes) != len(tokens):
             raise BadRowError(f"{name}[{index}]", f"holds {len(codes)} codes, but {TOKENS}[{index}] {len(tokens)}")
     if clean is not None and labels is None:
         raise BadRowError(
-            f"{LABELS}[{index}]", f"lacks; where {CLEAN_TOKENS} stand, {TOKENS} are sampled and not what is written"
+            f"{LABELS}[{index}]", f"is missing; beside {CLEAN_TOKENS}, {TOKENS} are sampled and cannot be the labels"
         )
     if not trained and clean is None and labels is not None and not np.array_equal(tokens, labels):
         raise BadRowError(
             f"{TOKENS}[{index}]",
             f"differ from {LABELS}, so they are sampled for self-correction, but the image is not trained on and is "
-            f"read as it is; give its codes as {CLEAN_TOKENS}, or extract the codes anew",
+            f"read as it is; give its codes as {CLEAN_TOKENS}, or extract the codes again",
         )
 
 

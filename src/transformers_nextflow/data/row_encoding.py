@@ -15,7 +15,7 @@ from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import Grid, ScaleSchedules
 from ..sequence.loss import IGNORE_INDEX
 from .row_errors import BadImageError, BadRowError
-from .rows import Sample, load_image, nothing_learned
+from .rows import Sample, load_image, no_target_error
 from .segments import encode_messages
 
 
@@ -43,7 +43,7 @@ class EncodedRow:
     def check_learned(self):
         """Raises `BadRowError` if nothing is learned from it."""
         if not self.num_trained:
-            raise nothing_learned()
+            raise no_target_error()
 
 
 def encode_sample(

@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from ..scale_schedule import most_frames
+from ..scale_schedule import max_frames_of_level
 from ..sequence.messages import read_message
-from ..utils.field_errors import FieldError, shown
+from ..utils.field_errors import FieldError, abbreviate
 from ..utils.image_files import read_image
 from ..utils.plain_values import as_list
 from ..video_processing_nextflow import read_frames
@@ -57,15 +57,15 @@ class Sample:
         """Raises `BadRowError` if nothing in it is trained on: no part, and no end of an answer."""
         ends = (message.get("train", True) for message in self.messages if message["role"] == "assistant")
         if not any(ends) and not any(on and part.get("text") != "" for part, on in self._parts()):
-            raise nothing_learned()
+            raise no_target_error()
 
     def _parts(self) -> Iterator[tuple[dict, bool]]:
         return ((part, is_trained(message, part)) for message in self.messages for part in message["content"])
 
 
-def nothing_learned() -> BadRowError:
+def no_target_error() -> BadRowError:
     """The error for a row in which nothing is trained on."""
-    return BadRowError("messages", 'nothing is learned from them; give an answer or "train": true')
+    return BadRowError("messages", 'none of them is trained on; give an answer or "train": true')
 
 
 def is_trained(message: dict, part: dict) -> bool:
@@ -74,7 +74,7 @@ def is_trained(message: dict, part: dict) -> bool:
 
 
 def read_row(
-    row: dict, root: str | os.PathLike = ".", with_codes: bool = True, max_frames: int = most_frames(0)
+    row: dict, root: str | os.PathLike = ".", with_codes: bool = True, max_frames: int = max_frames_of_level(0)
 ) -> Sample:
     """Read a row; paths of images are relative to `root`, unless the row names its own. Image files must exist, but are
     not decoded.
@@ -92,11 +92,11 @@ def read_row(
     for number, message in enumerate(messages):
         parts: list[dict] = []
         for index, part in enumerate(message["content"]):
-            parts += _take_part(sample, part, f"messages[{number}].content[{index}]", Path(root), max_frames)
+            parts += _read_part(sample, part, f"messages[{number}].content[{index}]", Path(root), max_frames)
         sample.messages.append(message | {"content": parts})
     if not any(part["type"] == "text" for message in sample.messages for part in message["content"]):
         raise BadRowError("messages", 'there is no text part; an unconditional sample has one with "text": ""')
-    _take_images(sample, row.get("images"), Path(root))
+    _fill_in_images(sample, row.get("images"), Path(root))
     sample.codes = read_codes(row, sample.trained_images) if with_codes else None
     missing = [place for place, image in zip(sample.fields, sample.images) if image is None]
     if sample.codes is None and missing:
@@ -116,7 +116,7 @@ def read_messages(row: dict) -> list[dict]:
     check_is_row(row)
     messages = as_list(row.get("messages"))
     if not messages:
-        raise BadRowError("messages", f"must be a list of at least one message, got {shown(row.get('messages'))}")
+        raise BadRowError("messages", f"must be a list of at least one message, got {abbreviate(row.get('messages'))}")
     try:
         return [read_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
     except FieldError as error:
@@ -171,7 +171,7 @@ class NumberedRows:
         return None if stored is None else (row | {ROW_NUMBER: index} for index, row in enumerate(stored))
 
 
-def _take_part(sample: Sample, part: dict, place: str, root: Path, max_frames: int) -> list[dict]:
+def _read_part(sample: Sample, part: dict, place: str, root: Path, max_frames: int) -> list[dict]:
     """The parts of the sample for a part of a row; adds its images to the sample."""
     kind = part["type"]
     if kind == "text":
@@ -221,11 +221,11 @@ def _locate(image: Any, place: str, root: Path):
     return path
 
 
-def _take_images(sample: Sample, given: Any, root: Path):
+def _fill_in_images(sample: Sample, given: Any, root: Path):
     """Read images in a list beside the messages, as in TRL."""
     images = [] if given is None else as_list(given)
     if images is None:
-        raise BadRowError("images", f"must be a list of images, got {shown(given)}")
+        raise BadRowError("images", f"must be a list of images, got {abbreviate(given)}")
     free = [number for number, image in enumerate(sample.images) if image is None]
     if images and len(images) != len(free):
         raise BadRowError("images", f"holds {len(images)} images for {len(free)} image parts without one")

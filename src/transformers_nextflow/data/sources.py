@@ -19,7 +19,7 @@ from ..utils.unique_names import load_json
 from .columns import CLASS, Columns, ConversationRows
 from .parquet_rows import ParquetRows
 from .row_errors import BadRowError
-from .stores import METADATA, StoredImages, files_of, is_address, without_file_scheme
+from .stores import METADATA, StoredImages, is_address, list_store_files, without_file_scheme
 
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # What `datasets` says of sources without rows, and what it means.
-TOLD = {
+CLEARER_ERRORS = {
     "corresponds to no data": "it holds no images.",
     "Must pass at least one table": "it holds no files of rows.",
 }
@@ -73,7 +73,7 @@ def open_rows(
 
 def _stored_rows(source: str, columns: Columns, streaming: bool, needs_texts: bool):
     """Rows in a store: Parquet files are read row group by row group, images one by one; `datasets` downloads tars."""
-    kind, files = files_of(source)
+    kind, files = list_store_files(source)
     if kind != "webdataset":
         rows = ParquetRows(files) if kind == "parquet" else StoredImages(source)
         return _file_of_rows(rows, columns, needs_texts)
@@ -87,7 +87,7 @@ def _file_of_rows(rows: Sequence[dict], columns: Columns, needs_texts: bool) -> 
         first = rows[0] if len(rows) else {}
     except BadRowError:
         first = {}
-    names = list(first) if isinstance(first, dict) else []  # told with its number, where the row is used
+    names = list(first) if isinstance(first, dict) else []  # the error follows, with the number, where the row is used
     if not columns.are_named and ("messages" in names or not names):
         return rows
     try:
@@ -104,7 +104,9 @@ def _kind_of(source: str | os.PathLike, path: Path) -> tuple[str, Any]:
     """The reader of `datasets` for a source, and its argument. Raises `ValueError` if there is none."""
     if not os.path.exists(path):
         if not HUB_NAME.fullmatch(str(source)):
-            raise ValueError(f"There is no file or folder {short_path(path)}, and it names no data set of the Hub.")
+            raise ValueError(
+                f"There is no file or folder {short_path(path)}, and it is not the name of a data set of the Hub."
+            )
         return "hub", str(source)
     is_folder = path.is_dir()
     if is_folder and (path / "dataset_info.json").is_file():
@@ -144,9 +146,9 @@ def _load(datasets: ModuleType, kind: str, files: Any, streaming: bool, name: st
     except Exception as error:
         while type(error).__name__ == "DatasetGenerationError" and isinstance(error.__cause__, Exception):
             error = error.__cause__
-        told = next((ours for theirs, ours in TOLD.items() if theirs in str(error)), str(error))
-        told = f"it lacks {error}" if isinstance(error, KeyError) else told
-        raise ValueError(f"{name} cannot be read as rows: {told}") from error
+        reason = next((ours for theirs, ours in CLEARER_ERRORS.items() if theirs in str(error)), str(error))
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else reason
+        raise ValueError(f"{name} cannot be read as rows: {reason}") from error
     finally:
         datasets.logging.set_verbosity(level)
 
@@ -227,7 +229,7 @@ class JsonLines:
             try:
                 return load_json(file.readline())
             except (ValueError, RecursionError) as error:
-                raise BadRowError("row", f"is no JSON that can be used: {error}") from error
+                raise BadRowError("row", f"is not valid JSON: {error}") from error
 
     def __iter__(self) -> Iterator[dict]:
         return (self[index] for index in range(len(self)))

@@ -19,10 +19,10 @@ from .row_codes import FINGERPRINT, GRIDS
 # For each view of a row the number of its positions, and of those that are trained on; null where it cannot be used.
 SIZES = LENGTHS, TRAINED = "lengths", "trained_positions"
 PROCESSOR = "processor_fingerprint"
-# All that the size of a sample is told by.
+# All columns that describe the size of a sample.
 COLUMNS = (*SIZES, PROCESSOR, GRIDS, FINGERPRINT)
 # Of the way in which rows are written as positions here; another one makes stored sizes those of another processor.
-WAY = 1
+ENCODING_VERSION = 1
 # Rows that are read at once.
 BATCH = 10_000
 
@@ -33,7 +33,7 @@ def processor_fingerprint(processor: NextFlowProcessor) -> str:
     """
     words = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     words |= {"padding": None, "truncation": None}  # of the last call
-    settings = [WAY, processor.chat_template, processor.read_last_scale, processor.caption_request]
+    settings = [ENCODING_VERSION, processor.chat_template, processor.read_last_scale, processor.caption_request]
     settings += [processor.tokenizer.special_tokens_map, processor.image_token, words]
     settings += [getattr(processor.image_processor, name) for name in ("scales", "patch_size", "levels")]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

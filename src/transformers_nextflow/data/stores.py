@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..utils.atomic_files import write_whole
+from ..utils.atomic_files import atomic_write
 from ..utils.extras import import_extra
 from ..utils.short_repr import short_path
 from ..utils.unique_names import load_json
@@ -30,10 +30,10 @@ def is_address(place: object) -> bool:
 
 def without_file_scheme(place: Any) -> Any:
     """A place; for a file:// address its path."""
-    return opened(place)[1] if str(place).startswith("file://") else place
+    return open_store(place)[1] if str(place).startswith("file://") else place
 
 
-def opened(address: object) -> tuple[Any, str]:
+def open_store(address: object) -> tuple[Any, str]:
     """The store of an address, and the place in it.
 
     Raises:
@@ -46,15 +46,15 @@ def opened(address: object) -> tuple[Any, str]:
         raise ValueError(f"{short_path(str(address))} cannot be opened: {error}") from error
 
 
-def files_of(source: str) -> tuple[str, list[str]]:
+def list_store_files(source: str) -> tuple[str, list[str]]:
     """The kind of an address ("parquet", "webdataset" or "images"), and the addresses of its files.
 
     Raises:
         ValueError: for anything else, and for a store that cannot be reached.
     """
-    system, place = opened(source)
+    system, place = open_store(source)
     kinds = {".parquet": "parquet", ".tar": "webdataset"}
-    with told(source, ValueError):
+    with store_errors(source, ValueError):
         if PurePosixPath(place).suffix in kinds:
             found = [place] if system.exists(place) else system.glob(place)
         else:
@@ -68,7 +68,7 @@ def files_of(source: str) -> tuple[str, list[str]]:
 
 
 @contextmanager
-def told(address: str, kind: type[Exception]) -> Iterator[None]:
+def store_errors(address: str, kind: type[Exception]) -> Iterator[None]:
     """Turns the errors of stores, which are of many kinds, into one kind that names the address."""
     try:
         yield
@@ -87,8 +87,8 @@ class StoredImages(Sequence):
 
     def __init__(self, address: str):
         self.address = address.rstrip("/")
-        self.system, self.place = opened(self.address)
-        with told(address, ValueError):
+        self.system, self.place = open_store(self.address)
+        with store_errors(address, ValueError):
             lines = self.system.cat_file(f"{self.place}/{METADATA}").splitlines()
         self.lines = [line for line in lines if line.strip()]
 
@@ -99,11 +99,11 @@ class StoredImages(Sequence):
         try:
             row = load_json(self.lines[index])
         except (ValueError, RecursionError) as error:
-            raise BadRowError("row", f"is no JSON: {error}") from error
+            raise BadRowError("row", f"is not valid JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(name := row.get("file_name"), str):
             raise BadRowError("file_name", "must be the name of an image")
         try:
-            with told(f"{self.address}/{name}", OSError):
+            with store_errors(f"{self.address}/{name}", OSError):
                 content = self.system.cat_file(str(PurePosixPath(self.place, name)))
         except FileNotFoundError as error:
             raise BadImageError("file_name", f"There is no image {self.address}/{name}") from error
@@ -130,7 +130,7 @@ class LocalFolder:
 
     def write(self, name: str, write: Callable[[Path], object]):
         """Write a file atomically: `write` writes it to the path that it is given."""
-        with write_whole(self.path / name) as partial:
+        with atomic_write(self.path / name) as partial:
             write(partial)
 
 
@@ -139,25 +139,25 @@ class StoredFolder:
 
     def __init__(self, address: str):
         self.address = address.rstrip("/")
-        self.system, self.place = opened(self.address)
+        self.system, self.place = open_store(self.address)
 
     def __str__(self) -> str:
         return self.address
 
     def names(self) -> list[str]:
         self.system.invalidate_cache()
-        with told(self.address, OSError):
+        with store_errors(self.address, OSError):
             try:
                 return sorted(PurePosixPath(path).name for path in self.system.ls(self.place, detail=False))
             except FileNotFoundError:
                 return []
 
     def read(self, name: str) -> bytes:
-        with told(f"{self.address}/{name}", OSError):
+        with store_errors(f"{self.address}/{name}", OSError):
             return self.system.cat_file(f"{self.place}/{name}")
 
     def write(self, name: str, write: Callable[[Path], object]):
-        with tempfile.TemporaryDirectory() as folder, told(f"{self.address}/{name}", OSError):
+        with tempfile.TemporaryDirectory() as folder, store_errors(f"{self.address}/{name}", OSError):
             write(Path(folder) / name)
             self.system.makedirs(self.place, exist_ok=True)
             self.system.put_file(str(Path(folder) / name), f"{self.place}/{name}")
@@ -166,7 +166,7 @@ class StoredFolder:
 Folder = LocalFolder | StoredFolder
 
 
-def folder_at(place: Any) -> Folder:
+def open_folder(place: Any) -> Folder:
     """The folder of a path or an address. Raises `ValueError` for an address that cannot be opened."""
     place = without_file_scheme(place)
     return StoredFolder(str(place)) if is_address(place) else LocalFolder(place)

@@ -25,7 +25,7 @@ from .vision_tokenizer import load_processor, load_vision_tokenizer
 
 ON_BAD_IMAGE = ("stop", "skip")
 # The largest number of problems that a report names; it counts all of them.
-MOST_NAMED = 20
+MAX_NAMED = 20
 
 
 @dataclass
@@ -35,7 +35,7 @@ class ValidationReport:
     Args:
         rows, images: how many were checked.
         skipped: number of rows that training would skip because of an image.
-        problems: the first `MOST_NAMED` problems of rows that cannot be used, such as "row 3, messages[0].role: …";
+        problems: the first `MAX_NAMED` problems of rows that cannot be used, such as "row 3, messages[0].role: …";
             `skipped_because` has the same for skipped rows.
         num_problems: the number of all problems.
     """
@@ -106,7 +106,7 @@ def validate_rows(
         image_processor = NextFlowImageProcessor(schedules.sides, schedules.patch_size, schedules.levels)
     else:
         image_processor = NextFlowImageProcessor()
-    report, kinds = ValidationReport(), _OneKind()
+    report, kinds = ValidationReport(), _ConsistentCodes()
     for number, row in enumerate(_rows_or_errors(rows)):
         report.rows += 1
         try:
@@ -125,7 +125,7 @@ def validate_rows(
             named = report.skipped_because if skip else report.problems
             report.skipped += skip
             report.num_problems += not skip
-            if len(named) < MOST_NAMED:
+            if len(named) < MAX_NAMED:
                 named.append(f"row {number}, {error}")
     return report
 
@@ -151,7 +151,7 @@ def validate_source(
     )  # fmt: skip
 
 
-class _OneKind:
+class _ConsistentCodes:
     """Checks that all rows with images have codes or none has, since a batch must be of one kind."""
 
     def __init__(self):

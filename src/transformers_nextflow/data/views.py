@@ -10,10 +10,10 @@ from .rows import read_messages, read_row
 from .stored_sizes import SIZES
 
 
-AS_IT_IS, AS_CAPTION, WITHOUT_PROMPT = VIEWS = range(3)
+UNCHANGED, AS_CAPTION, WITHOUT_PROMPT = VIEWS = range(3)
 
 
-def viewed(row: dict, view: int, caption_request: str) -> dict:
+def apply_view(row: dict, view: int, caption_request: str) -> dict:
     """The row in one of `VIEWS`, with what is stored of its size in this one.
 
     Raises:
@@ -37,19 +37,19 @@ def size_fields(row: dict, processor: NextFlowProcessor) -> dict[str, list[int |
     """What is to be stored of the sizes of a row that holds codes, see `stored_sizes.py`."""
     lengths, trained, known = [], [], {}
     for view in VIEWS:
-        own = viewed(row, view, processor.caption_request)
+        own = apply_view(row, view, processor.caption_request)
         if id(own) not in known:  # most rows have one view only
-            known[id(own)] = own, _counts(own, processor)
+            known[id(own)] = own, _count_positions(own, processor)
         length, count = known[id(own)][1]
         lengths.append(length)
         trained.append(count)
     return dict(zip(SIZES, (lengths, trained)))
 
 
-def _counts(row: dict, processor: NextFlowProcessor) -> tuple[int, int] | tuple[None, None]:
+def _count_positions(row: dict, processor: NextFlowProcessor) -> tuple[int, int] | tuple[None, None]:
     try:
         encoded = encode_sample(read_row(row), processor)
-    except BadRowError:  # told where it is trained on
+    except BadRowError:  # the error follows where the row is trained on
         return None, None
     return len(encoded.ids), encoded.num_trained
 
@@ -73,7 +73,7 @@ def as_caption(row: dict, request: str) -> dict:
 
 
 def without_prompt(row: dict) -> dict:
-    """A row that is answered by an image alone with its texts left empty, images kept. Others as they are."""
+    """A row that is answered by only an image, with its texts left empty and its images kept; others are unchanged."""
     turns = prompt_and_image(row)
     if turns is None:
         return row
@@ -84,14 +84,14 @@ def without_prompt(row: dict) -> dict:
 def prompt_and_image(row: dict) -> tuple[list[dict], list[dict]] | None:
     """The user's parts, and the answer's, in a row of one turn each that is answered by one image; `None` for others.
 
-    Rows that say what is trained on are left alone.
+    Rows that say what is trained on are not changed.
     """
     messages = read_messages(row)
     if [message["role"] for message in messages] != ["user", "assistant"]:
         return None
-    asked, drawn = (message["content"] for message in messages)
-    flagged = any("train" in holder for holder in (*messages, *asked, *drawn))
-    return None if flagged or [part["type"] for part in drawn] != ["image"] else (asked, drawn)
+    asked, answered = (message["content"] for message in messages)
+    flagged = any("train" in holder for holder in (*messages, *asked, *answered))
+    return None if flagged or [part["type"] for part in answered] != ["image"] else (asked, answered)
 
 
 def _with_turns(row: dict, question: list[dict], answer: list[dict]) -> dict:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..utils.one_line_errors import MENDABLE, one_line
+from ..utils.one_line_errors import USER_ERRORS, one_line
 
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ DEFAULT_SIZE = "default"
 
 
 @dataclass
-class Shown:
+class DrawingState:
     """What the page shows of a drawing.
 
     Args:
@@ -51,7 +51,7 @@ def sizes(pipe: NextFlowPipeline) -> list[str]:
     return [DEFAULT_SIZE, *(f"{width} x {height}" for height, width in every)]
 
 
-def draw(pipe: NextFlowPipeline, prompt: str, size: str, count, seed, guidance) -> Iterator[Shown]:
+def draw(pipe: NextFlowPipeline, prompt: str, size: str, count, seed, guidance) -> Iterator[DrawingState]:
     """Draw candidates for a prompt and give them after each scale; finally, the one with the best score comes first.
 
     Args:
@@ -64,9 +64,9 @@ def draw(pipe: NextFlowPipeline, prompt: str, size: str, count, seed, guidance) 
         ValueError: for inputs that the pipeline refuses.
     """
     if size not in sizes(pipe):
-        raise ValueError(f"No image is drawn in the size {size!r}; choose one of the list.")
+        raise ValueError(f"Images are not drawn in the size {size!r}; choose one of the list.")
     asked = {} if size == DEFAULT_SIZE else dict(zip(("width", "height"), map(int, size.split(" x "))))
-    for shown in _growing(pipe, prompt, count, seed, guidance_scale=guidance, **asked):
+    for shown in _stream_scales(pipe, prompt, count, seed, guidance_scale=guidance, **asked):
         if shown.is_finished and len(shown.images) > 1 and hasattr(pipe.unwrapped_model, "generate_interleaved"):
             images = [image for image, _ in shown.images]
             scores = pipe.score(images, [prompt] * len(images)).text_given_image.tolist()
@@ -75,7 +75,7 @@ def draw(pipe: NextFlowPipeline, prompt: str, size: str, count, seed, guidance) 
         yield shown
 
 
-def edit(pipe: NextFlowPipeline, prompt: str, painted: dict | None, count, seed, guidance) -> Iterator[Shown]:
+def edit(pipe: NextFlowPipeline, prompt: str, painted: dict | None, count, seed, guidance) -> Iterator[DrawingState]:
     """Edit an image as a prompt says, inside of the painted area, or everywhere if nothing was painted.
 
     Args:
@@ -85,22 +85,22 @@ def edit(pipe: NextFlowPipeline, prompt: str, painted: dict | None, count, seed,
         ValueError: without an image, and for what the pipeline refuses.
     """
     if not painted or painted.get("background") is None:
-        raise ValueError("There is no image to edit; upload one, or take one that was drawn.")
+        raise ValueError("There is no image to edit; upload one, or use one that was drawn.")
     image = shrunk(pipe, painted["background"])
     mask = mask_of(painted["layers"], image.size)
     regions = {} if mask is None else {"mask_image": mask, "paste_back": True}
-    return _growing(pipe, prompt, count, seed, image=image, guidance_scale=guidance, **regions)
+    return _stream_scales(pipe, prompt, count, seed, image=image, guidance_scale=guidance, **regions)
 
 
-def vary(pipe: NextFlowPipeline, prompt: str, image: Image.Image | None, kept, count, seed) -> Iterator[Shown]:
+def vary(pipe: NextFlowPipeline, prompt: str, image: Image.Image | None, kept, count, seed) -> Iterator[DrawingState]:
     """Draw variations of an image, with its first `kept` scales.
 
     Raises:
         ValueError: without an image, and for what the pipeline refuses.
     """
     if image is None:
-        raise ValueError("There is no image to vary; upload one, or take one that was drawn.")
-    return _growing(pipe, prompt, count, seed, image=shrunk(pipe, image), num_kept_scales=_whole(kept, "kept"))
+        raise ValueError("There is no image to vary; upload one, or use one that was drawn.")
+    return _stream_scales(pipe, prompt, count, seed, image=shrunk(pipe, image), num_kept_scales=_whole(kept, "kept"))
 
 
 def chat(pipe: NextFlowPipeline, conversation: list[dict], text: str, images: list[Image.Image], seed) -> list[dict]:
@@ -110,7 +110,7 @@ def chat(pipe: NextFlowPipeline, conversation: list[dict], text: str, images: li
         ValueError: for a question without words, and for inputs that the pipeline refuses.
     """
     if not text.strip():
-        raise ValueError("A message needs words; write some.")
+        raise ValueError("The message is empty; write some text.")
     content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
     asked = [*conversation, {"role": "user", "content": content}]
     drawing = {}
@@ -119,9 +119,9 @@ def chat(pipe: NextFlowPipeline, conversation: list[dict], text: str, images: li
     return [*asked, pipe.chat(asked, **drawing)]
 
 
-def explained(error: Exception) -> str:
+def explain(error: Exception) -> str:
     """The message for an error; an unexpected error is also logged with its traceback."""
-    if not isinstance(error, (*MENDABLE, MemoryError, torch.OutOfMemoryError)):
+    if not isinstance(error, (*USER_ERRORS, MemoryError, torch.OutOfMemoryError)):
         logger.error("The demo failed.", exc_info=error)
     return one_line(error).removeprefix("Error: ")
 
@@ -153,7 +153,7 @@ def mask_of(layers: list[Image.Image], size: tuple[int, int]) -> Image.Image | N
     return mask.resize(size, Image.Resampling.BOX)
 
 
-def _growing(pipe: NextFlowPipeline, prompt: str, count, seed, **settings) -> Iterator[Shown]:
+def _stream_scales(pipe: NextFlowPipeline, prompt: str, count, seed, **settings) -> Iterator[DrawingState]:
     """Call the pipeline in a thread, and yield the images after each scale; closing the iterator stops the drawing."""
     if not (prompt or "").strip():
         raise ValueError("There is no prompt; say what is to be drawn.")
@@ -161,12 +161,12 @@ def _growing(pipe: NextFlowPipeline, prompt: str, count, seed, **settings) -> It
     pipe.check_batch_size(count)  # before `count` generators are made
     generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
     captions = [f"seed {seed + index}" for index in range(count)]
-    told, growth, is_left = SimpleQueue(), [], threading.Event()
+    updates, growth, is_closed = SimpleQueue(), [], threading.Event()
 
     def after_scale(pipe, step: int, scale: int, values: dict):
         growth.append((values["preview"][0], f"scale {scale + 1}"))
-        told.put(Shown(list(zip(values["preview"], captions)), list(growth)))
-        pipe._interrupt = is_left.is_set()
+        updates.put(DrawingState(list(zip(values["preview"], captions)), list(growth)))
+        pipe._interrupt = is_closed.is_set()
 
     def call():
         try:
@@ -177,21 +177,21 @@ def _growing(pipe: NextFlowPipeline, prompt: str, count, seed, **settings) -> It
                     callback_on_step_end_tensor_inputs=["preview"], **settings,
                 ).images  # fmt: skip
             own = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
-            told.put(Shown(list(zip(images, captions)), growth, is_finished=True, warnings=own))
+            updates.put(DrawingState(list(zip(images, captions)), growth, is_finished=True, warnings=own))
         except Exception as error:
-            told.put(error)
+            updates.put(error)
 
     threading.Thread(target=call, daemon=True).start()
     try:
         while True:
-            shown = told.get()
+            shown = updates.get()
             if isinstance(shown, Exception):
                 raise shown
             yield shown
             if shown.is_finished:
                 return
     finally:
-        is_left.set()
+        is_closed.set()
 
 
 def _whole(value, name: str) -> int:

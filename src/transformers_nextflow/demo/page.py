@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from . import actions
-from .actions import Shown
+from .actions import DrawingState
 
 
 try:
@@ -40,7 +40,7 @@ def make_page(pipe: NextFlowPipeline) -> gr.Blocks:
         gr.Markdown(f"# {TITLE}\nImages scale by scale.")
         with gr.Tabs() as tabs:
             with gr.Tab("Draw", id="draw"):
-                drawn, to_edit, to_vary = _draw_tab(pipe)
+                drawn_images, to_edit, to_vary = _draw_tab(pipe)
             if not reads:
                 to_edit.visible = to_vary.visible = False
                 return page
@@ -51,10 +51,10 @@ def make_page(pipe: NextFlowPipeline) -> gr.Blocks:
             with gr.Tab("Chat", id="chat"):
                 _chat_tab(pipe)
         chosen = gr.State(0)
-        drawn.change(lambda: 0, outputs=chosen, show_progress="hidden")
-        drawn.select(_index, outputs=chosen, show_progress="hidden")
-        to_edit.click(_taken("edit", _as_painted), [drawn, chosen], [painted, tabs])
-        to_vary.click(_taken("vary", lambda image: image), [drawn, chosen], [varied, tabs])
+        drawn_images.change(lambda: 0, outputs=chosen, show_progress="hidden")
+        drawn_images.select(_index, outputs=chosen, show_progress="hidden")
+        to_edit.click(_send_to_tab("edit", _as_painted), [drawn_images, chosen], [painted, tabs])
+        to_vary.click(_send_to_tab("vary", lambda image: image), [drawn_images, chosen], [varied, tabs])
     return page
 
 
@@ -69,7 +69,7 @@ def launch(pipe: NextFlowPipeline, **options):
     return make_page(pipe).queue().launch(**({"css": css, "footer_links": []} | options))
 
 
-def for_people(function: Callable) -> Callable:
+def shows_errors(function: Callable) -> Callable:
     """An event handler whose errors become messages on the page."""
 
     @functools.wraps(function)
@@ -77,7 +77,7 @@ def for_people(function: Callable) -> Callable:
         try:
             yield from function(*values)
         except Exception as error:
-            raise gr.Error(actions.explained(error), print_exception=False) from error
+            raise gr.Error(actions.explain(error), print_exception=False) from error
 
     return event
 
@@ -93,7 +93,7 @@ def _draw_tab(pipe):
         to_edit = gr.Button("Edit the chosen image", min_width=120)
         to_vary = gr.Button("Vary the chosen image", min_width=120)
 
-    @for_people
+    @shows_errors
     def draw(prompt, size, count, seed, guidance):
         yield from map(_outputs, actions.draw(pipe, prompt, size, count, seed, guidance))
 
@@ -113,7 +113,7 @@ def _edit_tab(pipe):
         count, seed, guidance = _settings("Images")
     images, growth = _shown("Edited images")
 
-    @for_people
+    @shows_errors
     def edit(prompt, painted, count, seed, guidance):
         yield from map(_outputs, actions.edit(pipe, prompt, painted, count, seed, guidance))
 
@@ -134,7 +134,7 @@ def _vary_tab(pipe):
         count, seed, _ = _settings("Variations", of=4, has_guidance=False)
     images, growth = _shown("Variations")
 
-    @for_people
+    @shows_errors
     def vary(prompt, image, kept, count, seed):
         yield from map(_outputs, actions.vary(pipe, prompt, image, kept, count, seed))
 
@@ -151,7 +151,7 @@ def _chat_tab(pipe):
     )  # fmt: skip
     seed = gr.Number(label="Seed", value=0, precision=0, minimum=0)
 
-    @for_people
+    @shows_errors
     def send(conversation, message, seed):
         images = [Image.open(path) for path in message["files"]]
         conversation = actions.chat(pipe, conversation, message["text"], images, seed)
@@ -184,7 +184,7 @@ def _on_enter(function: Callable, prompt, button, inputs: list, outputs: list):
     gr.on([prompt.submit, button.click], function, inputs, outputs, show_progress="minimal", **QUEUE)
 
 
-def _outputs(shown: Shown):
+def _outputs(shown: DrawingState):
     for warning in shown.warnings:
         gr.Warning(warning)
     return _files(shown.images), _files(shown.growth)
@@ -214,14 +214,14 @@ def _index(event: gr.SelectData) -> int:
     return event.index
 
 
-def _taken(tab: str, brought: Callable) -> Callable:
+def _send_to_tab(tab: str, convert: Callable) -> Callable:
     """An event handler that puts the chosen image into another tab and opens that tab."""
 
-    @for_people
+    @shows_errors
     def take(images, index):
         if not images:
             raise ValueError("Nothing was drawn yet; draw an image first.")
-        yield brought(images[min(index, len(images) - 1)][0]), gr.Tabs(selected=tab)
+        yield convert(images[min(index, len(images) - 1)][0]), gr.Tabs(selected=tab)
 
     return take
 

@@ -8,9 +8,9 @@ except ImportError as error:
 from .bases import BASES, PromptEmbeddings
 from .condition import code_condition, condition_fingerprint
 from .decoding import decode_codes
+from .initialization import decoder_on_base, small_decoder
 from .modeling_diffusion_decoder import NextFlowDiffusionDecoder
 from .settings import DiffusionSettings
-from .starting import decoder_on_base, small_decoder
 
 
 __all__ = [

@@ -133,22 +133,19 @@ BASES = {
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-def base_of(config: dict) -> Base:
+def find_base(config: dict) -> Base:
     """The kind of a denoiser with this config. Raises `ValueError` for a kind that is not in `BASES`."""
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in BASES:
-        raise ValueError(
-            f"{name} is no base of a diffusion decoder, since no visual branch of it is known that could take the "
-            f"condition; there are {', '.join(BASES)}."
-        )
+        raise ValueError(f"{name} is not supported as the base of a diffusion decoder; use one of {', '.join(BASES)}.")
     if config.get("addition_embed_type"):
-        raise ValueError(f"A {name} with addition_embed_type reads more than a prompt; take a base without it.")
+        raise ValueError(f"A {name} with addition_embed_type reads more than a prompt; use a base without it.")
     return BASES[name]
 
 
 def make_base(config: dict) -> nn.Module:
     """A denoiser with this config and random weights."""
-    base_of(config)
+    find_base(config)
     return getattr(diffusers, config["_class_name"]).from_config(dict(config))
 
 

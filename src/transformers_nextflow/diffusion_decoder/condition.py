@@ -9,7 +9,7 @@ import torch
 from ..configuration_nextflow import NextFlowVQConfig
 from ..modeling_nextflow_vq import NextFlowVQModel
 from ..scale_schedule import ScaleSchedule
-from ..utils.offloading import onloaded
+from ..utils.offloading import onload_weights
 from ..vision_tokenizer.fingerprint import tokenizer_fingerprint
 
 
@@ -37,7 +37,7 @@ def condition_fingerprint(vq_model: NextFlowVQModel) -> str:
     The semantic decoder's weights are rounded to bfloat16 first, so a model in half precision has the same fingerprint.
     """
     digest = hashlib.sha256(tokenizer_fingerprint(vq_model).encode())
-    with onloaded(vq_model.modules()):
+    with onload_weights(vq_model.modules()):
         for name, weight in sorted(vq_model.semantic_decoder.state_dict().items()):
             digest.update(name.encode())
             digest.update(weight.detach().cpu().to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())

@@ -16,7 +16,7 @@ from .settings import DiffusionSettings
 
 
 # The largest number of pixels that are denoised in one batch: four images of 1024 x 1024.
-MOST_PIXELS = 2**22
+MAX_PIXELS = 2**22
 
 
 @torch.no_grad()
@@ -43,14 +43,14 @@ def decode_codes(
     """
     shapes = [decoder.sample_shape(schedule.final_grid) for schedule in schedules]
     device = vq_model.device
-    noise = [drawn.to(device) for drawn in _draw_noise(shapes, generator)]
+    noise = [own.to(device) for own in _draw_noise(shapes, generator)]
     counts = (image_tokens >= 0).sum(1).tolist()
     kinds = list(zip(schedules, counts))
     batches = []
     for schedule, count in dict.fromkeys(kinds):
         same = [index for index, kind in enumerate(kinds) if kind == (schedule, count)]
         height, width = schedule.image_size(decoder.config.patch_size * decoder.config.upsampling)
-        at_once = max(1, MOST_PIXELS // (height * width))
+        at_once = max(1, MAX_PIXELS // (height * width))
         for chosen in (same[start : start + at_once] for start in range(0, len(same), at_once)):
             batches.append((chosen, code_condition(vq_model, image_tokens[chosen, :count], schedule)))
     images: list[torch.Tensor | None] = [None] * len(kinds)

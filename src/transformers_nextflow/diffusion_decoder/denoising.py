@@ -14,7 +14,7 @@ from .schedulers import make_scheduler, set_steps
 
 # An error of the image has the weight 1 / time² (then it is an error of the velocity), but at times below this one the
 # weight does not grow any more: there the noisy image determines most, and the decoder is to learn from the codes.
-LEAST_TIME = 0.5
+MIN_TIME = 0.5
 
 
 def diffusion_loss(
@@ -32,20 +32,20 @@ def diffusion_loss(
         call: the decoder, possibly wrapped by a trainer.
     """
     call, scheduler = call or decoder, make_scheduler(decoder.config.scheduler)
-    noise, drawn = torch.randn_like(clean), torch.rand(len(clean), device=clean.device)
+    noise, uniform = torch.randn_like(clean), torch.rand(len(clean), device=clean.device)
     if not decoder.is_flow_matching:
-        steps = (drawn * scheduler.config.num_train_timesteps).long()
+        steps = (uniform * scheduler.config.num_train_timesteps).long()
         noisy = scheduler.add_noise(clean, noise, steps)
         return F.mse_loss(call(noisy, steps / TIMESTEPS, condition, prompt).float(), noise)
     # Times in (0, 1], shifted if the scheduler has a shift.
     shift = scheduler.shift
-    time = 1 - drawn
+    time = 1 - uniform
     time = shift * time / (1 + (shift - 1) * time)
     at = time.view(-1, 1, 1, 1)
     predicted = call((1 - at) * clean + at * noise, time, condition, prompt).float()
     if decoder.config.predicts == "velocity":
         return F.mse_loss(predicted, noise - clean)
-    return ((predicted - clean) / at.clamp_min(LEAST_TIME)).square().mean()
+    return ((predicted - clean) / at.clamp_min(MIN_TIME)).square().mean()
 
 
 @torch.no_grad()
@@ -80,6 +80,6 @@ def denoise(
     if not bool(pixels.isfinite().all()):
         raise ValueError(
             f"The diffusion decoder gives NaN or infinity with guidance_scale={guidance_scale} as {decoder.dtype}: its "
-            "weights are damaged or the type is too small for it; take float32, less guidance, or decoder='pixel'."
+            "weights are damaged or the type is too small for it; use float32, less guidance, or decoder='pixel'."
         )
     return pixels

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from ..utils.atomic_files import check_named
+from ..utils.atomic_files import check_path
 from ..utils.checkpoint_checks import (
     check_complete,
     check_floats,
@@ -21,9 +21,9 @@ from ..utils.checkpoint_checks import (
     check_weights,
     loading_errors,
 )
-from ..utils.model_cards import DECODER_USE, ModelCardMixin, in_words, with_card
-from .bases import PromptEmbeddings, add_lora, base_of, make_base
-from .config_checks import check_config, made
+from ..utils.model_cards import DECODER_USE, ModelCardMixin, format_count, with_card
+from .bases import PromptEmbeddings, add_lora, find_base, make_base
+from .config_checks import check_config, make_module
 from .schedulers import is_flow_matching
 
 
@@ -89,11 +89,11 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
     ):
         super().__init__()
         check_config(self.config, type(self).__init__)
-        self.kind = base_of(base)
-        self.denoiser = base_model if base_model is not None else made(make_base, base, "base")
+        self.kind = find_base(base)
+        self.denoiser = base_model if base_model is not None else make_module(make_base, base, "base")
         self.autoencoder = vae_model
         if vae_model is None and vae is not None:
-            self.autoencoder = made(AutoencoderKL.from_config, vae, "vae")
+            self.autoencoder = make_module(AutoencoderKL.from_config, vae, "vae")
         if self.autoencoder is not None:
             self.autoencoder.eval().requires_grad_(False)
         self._check_settings()
@@ -122,10 +122,10 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
         if config.predicts not in (("velocity", "image") if is_flow else ("noise",)):
             raise ValueError(
                 f"predicts={config.predicts!r} does not go with {'flow matching' if is_flow else 'this scheduler'}; "
-                f"take {'velocity or image' if is_flow else 'noise'}."
+                f"use {'velocity or image' if is_flow else 'noise'}."
             )
         if config.lora_rank is not None and not self.kind.takes_lora:
-            raise ValueError(f"{config.base['_class_name']} takes no LoRA; leave lora_rank out.")
+            raise ValueError(f"{config.base['_class_name']} does not support LoRA; leave lora_rank out.")
         if config.patch_size * config.upsampling % self.pixels_per_cell:
             raise ValueError(
                 f"A code covers {config.patch_size * config.upsampling} pixels a side, and a cell of the denoiser "
@@ -167,14 +167,14 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
             own = " and ".join("x".join(map(str, one)) for one in trained)
             raise ValueError(
                 f"This diffusion decoder was trained on images of {own} pixels (height x width), got "
-                f"{size[0]}x{size[1]}; draw one of those, or take decoder='pixel'."
+                f"{size[0]}x{size[1]}; draw one of those, or use decoder='pixel'."
             )
         height, width = (side * self.cells_per_code for side in grid)
         multiple = self.kind.multiple(self.denoiser)
         if height % multiple or width % multiple:
             raise ValueError(
                 f"The base of this diffusion decoder takes sides that are multiples of {multiple} cells, and an image "
-                f"of {size[0]}x{size[1]} pixels has {height}x{width}; take decoder='pixel' for this size."
+                f"of {size[0]}x{size[1]} pixels has {height}x{width}; use decoder='pixel' for this size."
             )
         return self._channels, height, width
 
@@ -184,7 +184,7 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
         if own is not None and own != fingerprint:
             raise ValueError(
                 f"This diffusion decoder was trained on the codes of the tokenizer {own}, and the model's is "
-                f"{fingerprint}; take the decoder of this model, or decoder='pixel'."
+                f"{fingerprint}; use the decoder of this model, or decoder='pixel'."
             )
 
     # Its card ---------------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
         text += (
             f"image {size}, which need not be strictly what the pixel decoder draws. A {config.base['_class_name']} "
         )
-        text += f"that predicts {config.predicts}; {in_words(self.num_parameters())} parameters"
+        text += f"that predicts {config.predicts}; {format_count(self.num_parameters())} parameters"
         text += f", of which adapters of rank {config.lora_rank} were trained" if config.lora_rank else ""
         text += f"; {config.num_inference_steps} steps by default"
         return text + (f"; for images of {sizes} pixels (height x width)." if sizes else ".")
@@ -262,7 +262,7 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> NextFlowDiffusionDecoder:
         """As in diffusers. Raises `ValueError` naming tensors that are missing, or that are no finite floats."""
         with_info = kwargs.pop("output_loading_info", False)
-        check_named(pretrained_model_name_or_path)
+        check_path(pretrained_model_name_or_path)
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         with loading_errors(pretrained_model_name_or_path):
             check_settings(folder)
@@ -279,7 +279,7 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
         with the condition of the cell that covered it.
         """
         if self.config.upsampling != 1:
-            raise ValueError("This diffusion decoder gives images twice as large already.")
+            raise ValueError("This diffusion decoder already gives images twice as large.")
         settings = {name: value for name, value in self.config.items() if not name.startswith("_")}
         larger = type(self)(**settings | {"upsampling": 2})
         weights, (old, new) = self.state_dict(), (self.cells_per_code, larger.cells_per_code)

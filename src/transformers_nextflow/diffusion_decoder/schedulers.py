@@ -26,7 +26,7 @@ def scheduler_class(name: object) -> type:
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise ValueError(
-            f"{short_repr(name)} is no scheduler of diffusers; name one, as FlowMatchEulerDiscreteScheduler."
+            f"{short_repr(name)} is not a scheduler of diffusers; name one, as FlowMatchEulerDiscreteScheduler."
         )
     return kind
 

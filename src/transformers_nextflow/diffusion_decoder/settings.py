@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..generation.sampling import MOST_GUIDANCE
+from ..generation.sampling import MAX_GUIDANCE
 from ..utils.short_repr import short_repr
 from ..utils.typed_values import is_of_type
 from .bases import TIMESTEPS
@@ -34,9 +34,9 @@ class DiffusionSettings:
         steps, scale = self.num_inference_steps, self.guidance_scale
         if not is_of_type(steps, int) or not 1 <= steps <= TIMESTEPS:
             raise ValueError(f"decoder_steps must be a whole number from 1 to {TIMESTEPS}, got {short_repr(steps)}.")
-        if not is_of_type(scale, float) or not 0 <= scale <= MOST_GUIDANCE:
+        if not is_of_type(scale, float) or not 0 <= scale <= MAX_GUIDANCE:
             raise ValueError(
-                f"decoder_guidance_scale must be a number from 0 (1 is no guidance) to {MOST_GUIDANCE}, got "
+                f"decoder_guidance_scale must be a number from 0 (1 is no guidance) to {MAX_GUIDANCE}, got "
                 f"{short_repr(scale)}."
             )
         # Frozen, and numpy's numbers are none of JSON, which tells what drew an image.

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..utils.atomic_files import write_anyway
+from ..utils.atomic_files import write_with_fallback
 from ..utils.user_warnings import warn_user
 
 
@@ -67,6 +67,6 @@ def contact_sheet(rows: Sequence[Sequence[Image.Image]], margin: int = 4) -> Ima
 def save_sheet(rows: Sequence[Sequence[Image.Image]], path: Path):
     """Write a contact sheet. If that fails there is only a warning, so that the scores are not lost."""
     try:
-        write_anyway(path, contact_sheet(rows).save)
+        write_with_fallback(path, contact_sheet(rows).save)
     except OSError as error:
         warn_user(str(error))

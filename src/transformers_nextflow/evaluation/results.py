@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from ..utils.atomic_files import write_anyway
+from ..utils.atomic_files import write_with_fallback
 
 
 def write_result(path: Path | str, values: dict, device: str = "cpu") -> Path:
@@ -25,7 +25,7 @@ def write_result(path: Path | str, values: dict, device: str = "cpu") -> Path:
     path = Path(path)
     script = ["python", sys.argv[0]] if sys.argv[0].endswith(".py") else [Path(sys.argv[0]).name]
     origin = {"command": shlex.join([*script, *sys.argv[1:]]), "commit": commit(), "machine": machine(device)}
-    write_anyway(path, lambda partial: partial.write_text(json.dumps(values | origin, indent=2) + "\n"))
+    write_with_fallback(path, lambda partial: partial.write_text(json.dumps(values | origin, indent=2) + "\n"))
     return path
 
 

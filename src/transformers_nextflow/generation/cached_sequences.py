@@ -12,8 +12,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_caus
 
 from ..sequence.layout import check_new_positions
 from ..sequence.padding import pad_codes
-from ..sequence.scale_sdpa import plan_behind
-from ..utils.older_transformers import CACHE
+from ..sequence.scale_sdpa import plan_cached
+from ..utils.older_transformers import CACHE_KEYWORD
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,9 @@ class CachedSequences:
         readers = rows.flatten()
         occupied = readers.new_ones(len(readers), count) if occupied is None else occupied
         hidden_states = self._read(
-            self._among_all(embeds, readers),
-            self._among_all(position_ids.transpose(0, 1), readers).transpose(0, 1),
-            self._among_all(occupied, readers),
+            self._scatter_rows(embeds, readers),
+            self._scatter_rows(position_ids.transpose(0, 1), readers).transpose(0, 1),
+            self._scatter_rows(occupied, readers),
         )
         return hidden_states[rows]
 
@@ -203,7 +203,7 @@ class CachedSequences:
         embeds = self.model.language_model.embed_tokens(input_ids)
         return self._read(embeds, positions.expand(3, -1, -1), occupied, is_causal=True)
 
-    def forget(self, row_mask: torch.Tensor, start: int, position: torch.Tensor):
+    def roll_back(self, row_mask: torch.Tensor, start: int, position: torch.Tensor):
         """Return rows (R,) bool to the state in which they had read `start` columns and were at `position` (R, 1)."""
         if self.valid is None:
             self.valid = row_mask.new_ones(len(row_mask), self.cache.get_seq_length(), dtype=torch.long)
@@ -221,7 +221,7 @@ class CachedSequences:
         if self.padding is not None:
             self.padding = [self.padding[row] for row in rows.tolist()]
 
-    def _among_all(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def _scatter_rows(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Values (r, …) of some rows as (R, …), with zeros for the other rows."""
         return values.new_zeros(len(self.position), *values.shape[1:]).index_copy(0, rows, values)
 
@@ -245,9 +245,9 @@ class CachedSequences:
             inputs_embeds=embeds,
             attention_mask={"full_attention": self._mask(embeds, is_causal)},
             position_ids=position_ids,
-            **{CACHE: self.cache},
+            **{CACHE_KEYWORD: self.cache},
             use_cache=True,
-            both_ways=True,  # causal passes have a mask
+            bidirectional=True,  # causal passes have a mask
             **options,
         )
         return outputs.last_hidden_state
@@ -259,7 +259,7 @@ class CachedSequences:
         is_causal = is_causal and count > 1
         if self.padding is not None and (self.valid is not None or is_causal):
             columns = self.cache.get_seq_length() + count
-            plan = plan_behind(config, self.padding, count, columns, is_causal, embeds.device)
+            plan = plan_cached(config, self.padding, count, columns, is_causal, embeds.device)
             if plan is not None:
                 return plan
         if is_causal or form not in (sdpa_mask, eager_mask):
@@ -270,7 +270,7 @@ class CachedSequences:
                 config=config,
                 inputs_embeds=embeds,
                 attention_mask=torch.ones_like(blocks) if self.valid is None else self.valid,
-                **{CACHE: self.cache},
+                **{CACHE_KEYWORD: self.cache},
                 block_sequence_ids=None if is_causal else blocks,
             )
         if self.valid is None:

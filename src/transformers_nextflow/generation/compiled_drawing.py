@@ -21,7 +21,7 @@ from transformers.utils import logging
 from ..scale_schedule import ScaleSchedule
 from ..sequence.ragged_keys import RaggedKeys
 from ..sequence.scale_sdpa import SCALE_SDPA
-from ..utils.older_transformers import CACHE
+from ..utils.older_transformers import CACHE_KEYWORD
 from .cached_sequences import CachedSequences
 from .sampling import ImageSampling
 from .scale_loop import ImageCodes
@@ -31,7 +31,7 @@ logger = logging.get_logger(__name__)
 # Prompts share recordings up to each of these lengths; longer prompts take the next multiple of the last one.
 PROMPT_COLUMNS = (64, 128, 256, 512, 1024)
 # How many kinds of drawings are kept with their recordings and buffers; the least recently used one is dropped first.
-KEPT_KINDS = 4
+MAX_KINDS = 4
 WARM_UPS = 2
 
 
@@ -60,7 +60,7 @@ class Recording:
             with torch.cuda.graph(self.graph, pool=pool):
                 self.result = run()
 
-    def play(self) -> torch.Tensor:
+    def replay(self) -> torch.Tensor:
         if self.graph is None:
             return self.run()
         self.graph.replay()
@@ -86,7 +86,7 @@ class Buffers:
                 buffer[:, :, self.left - states.shape[2] : self.left].copy_(states)
 
 
-class BuffersOfScale:
+class ScaleCache:
     """The buffers as the cache of one pass over the first `rows` rows, which writes columns from `start` on."""
 
     def __init__(self, buffers: Buffers, rows: int, start: int):
@@ -103,7 +103,7 @@ class BuffersOfScale:
 
 
 @dataclass(frozen=True)
-class Kind:
+class RecordingKey:
     """The properties of a drawing on which its recording depends."""
 
     schedules: tuple[ScaleSchedule, ...]
@@ -115,9 +115,9 @@ class Kind:
 
 
 class RecordedScales:
-    """The scales of one kind of drawing; the interface is that of `PlainScales`."""
+    """The scales of one kind of drawing; the interface is that of `EagerScales`."""
 
-    def __init__(self, model: nn.Module, backbone: Callable, kind: Kind, cache):
+    def __init__(self, model: nn.Module, backbone: Callable, kind: RecordingKey, cache):
         self.model, self.backbone, self.kind = model, backbone, kind
         (schedule,) = set(kind.schedules)
         self.codes = ImageCodes(model, kind.schedules, ImageSampling())
@@ -141,9 +141,9 @@ class RecordedScales:
         key = (scale, self.contexts)
         if key not in self.recordings:
             self.recordings[key] = Recording(lambda: self._pass(*key), self.kind.device, self.pool)
-        return self.recordings[key].play()
+        return self.recordings[key].replay()
 
-    def leave_contexts(self):
+    def drop_contexts(self):
         """Continue without the rows that only guidance needs."""
         self.contexts = 1
 
@@ -158,9 +158,9 @@ class RecordedScales:
             inputs_embeds=embeds.expand(contexts, -1, -1, -1).flatten(0, 1),
             attention_mask={"full_attention": ragged},
             position_ids=(self.origins[:, :contexts] + coordinates).flatten(1, 2),
-            **{CACHE: BuffersOfScale(self.buffers, rows, start)},
+            **{CACHE_KEYWORD: ScaleCache(self.buffers, rows, start)},
             use_cache=True,
-            both_ways=True,
+            bidirectional=True,
         )
         return outputs.last_hidden_state.unflatten(0, (contexts, -1))
 
@@ -177,7 +177,7 @@ class CompiledDrawing:
         self.model = model
         language_model = model.model.language_model
         self.backbone = torch.compile(language_model, dynamic=True) if fuse else language_model
-        self.kinds: OrderedDict[Kind, RecordedScales] = OrderedDict()
+        self.kinds: OrderedDict[RecordingKey, RecordedScales] = OrderedDict()
         self._lock = threading.Lock()
 
     @contextmanager
@@ -185,7 +185,7 @@ class CompiledDrawing:
         self, drawing: ImageCodes, sequences: CachedSequences, rows: torch.Tensor
     ) -> Iterator[RecordedScales | None]:
         """The recorded scales of a drawing; `None`, with a message in the log, if it cannot be recorded."""
-        reason = self._reason_against(drawing, sequences, rows)
+        reason = self._unsupported_reason(drawing, sequences, rows)
         if reason is None and not self._lock.acquire(blocking=False):
             reason = "another thread draws on them"
         if reason is not None:
@@ -199,7 +199,7 @@ class CompiledDrawing:
         finally:
             self._lock.release()
 
-    def _reason_against(self, drawing: ImageCodes, sequences: CachedSequences, rows: torch.Tensor) -> str | None:
+    def _unsupported_reason(self, drawing: ImageCodes, sequences: CachedSequences, rows: torch.Tensor) -> str | None:
         if len(drawing.groups) > 1:
             return "its images differ in size"
         if sequences.padding is None:
@@ -217,9 +217,9 @@ class CompiledDrawing:
         weight = next(self.model.model.language_model.parameters())
         left = prompt_columns(sequences.cache.get_seq_length())
         # A graph reads weights at fixed addresses, which change when the model is moved or cast.
-        kind = Kind(drawing.schedules, contexts, left, weight.device, weight.dtype, weight.data_ptr())
+        kind = RecordingKey(drawing.schedules, contexts, left, weight.device, weight.dtype, weight.data_ptr())
         if kind not in self.kinds:
-            while len(self.kinds) >= KEPT_KINDS:
+            while len(self.kinds) >= MAX_KINDS:
                 self.kinds.popitem(last=False)
             self.kinds[kind] = RecordedScales(self.model, self.backbone, kind, sequences.cache)
         self.kinds.move_to_end(kind)

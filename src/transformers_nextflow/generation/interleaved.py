@@ -133,24 +133,24 @@ class InterleavedLoop:
         self.stop = StopStringCriteria(tokenizer, text.stop_strings) if text.stop_strings is not None else None
 
         self.written: list[list[int]] = [[] for _ in range(self.batch)]
-        self.drawn = [0] * self.batch
+        self.num_images = [0] * self.batch
         self.ended = [False] * self.batch
         self.is_interrupted = False
         # Rows that may not write any more, but have images to draw before they end.
-        self.is_due = [False] * self.batch
+        self.must_draw = [False] * self.batch
         self.starts = [len(ids) for ids in self.writer.tokens]
-        self.pieces: list[list[Segment]] = [[] for _ in range(self.batch)]
+        self.segments: list[list[Segment]] = [[] for _ in range(self.batch)]
 
     def run(self) -> InterleavedGenerationOutput:
         for row in self.writer.rows_at_boi():
-            if self.drawn[row] >= self.max_images:
+            if self.num_images[row] >= self.max_images:
                 raise ValueError(
                     f"Row {row} ends with <boi> and may draw {self.max_images} images; raise max_images, or end the "
                     "prompt before <boi>."
                 )
             self.starts[row] -= 1
         for row in range(self.batch):
-            self._look_at_limits(row)
+            self._end_if_at_limit(row)
         while not all(self.ended):
             at_boi = [row for row in self.writer.rows_at_boi() if not self.ended[row]]
             writing = [row for row in range(self.batch) if not self.ended[row] and row not in at_boi]
@@ -162,12 +162,12 @@ class InterleavedLoop:
             self.streamer.end()
         return self._output()
 
-    def _look_at_limits(self, row: int, is_stopped: bool = False):
+    def _end_if_at_limit(self, row: int, is_stopped: bool = False):
         """End a row that may not write any more, once it has drawn enough images."""
         at_boi = self.writer.tokens[row][-1] == self.config.boi_token_id
-        if not at_boi and (is_stopped or self.is_due[row] or len(self.written[row]) >= self.max_new_tokens):
-            self.is_due[row] = self.drawn[row] < self.min_images
-            self.ended[row] = not self.is_due[row]
+        if not at_boi and (is_stopped or self.must_draw[row] or len(self.written[row]) >= self.max_new_tokens):
+            self.must_draw[row] = self.num_images[row] < self.min_images
+            self.ended[row] = not self.must_draw[row]
 
     def _write(self, rows: list[int]):
         """Write one token of text in each of the rows."""
@@ -175,7 +175,7 @@ class InterleavedLoop:
         for row, token in zip(rows, self._next_tokens(rows)):
             appended[row] = [token]
             if token == self.config.boi_token_id:
-                self._cut(row)
+                self._end_segment(row)
             else:
                 self.written[row].append(token)
                 if self.streamer is not None:
@@ -184,7 +184,7 @@ class InterleavedLoop:
         ending = [row for row in rows if self.written[row] and self.written[row][-1] in self.end_ids]
         for row in rows:
             if appended[row] != [self.config.boi_token_id]:
-                self._look_at_limits(row, row in stopped or row in ending)
+                self._end_if_at_limit(row, row in stopped or row in ending)
         if all(self.ended):
             # They are not read into the cache, since nothing follows.
             for row, ids in enumerate(appended):
@@ -195,15 +195,15 @@ class InterleavedLoop:
     def _next_tokens(self, rows: list[int]) -> list[int]:
         boi = self.config.boi_token_id
         # Rows that must draw an image next use no random number, as in a batch of one.
-        free = [row for row in rows if not self.is_due[row]]
+        free = [row for row in rows if not self.must_draw[row]]
         if not free:
             return [boi] * len(rows)
         logits = self.writer.text_logits[free]
         logits[:, [self.config.eoi_token_id, self.config.image_token_id]] = -torch.inf
         for index, row in enumerate(free):
-            if self.drawn[row] >= self.max_images:
+            if self.num_images[row] >= self.max_images:
                 logits[index, boi] = -torch.inf
-            if self.drawn[row] < self.min_images:
+            if self.num_images[row] < self.min_images:
                 logits[index, self.end_ids] = -torch.inf
         tokens = sample_codes(logits, self.temperature, **self.truncation, generator=self._generator_of(free)).tolist()
         tokens = dict(zip(free, tokens))
@@ -223,10 +223,10 @@ class InterleavedLoop:
         drawing = ImageCodes(self.model, [self.schedules[row] for row in rows], self.sampling, self._generator_of(rows))
         self.writer.draw(drawing, rows, self._after_scale)
         for row in rows:
-            self.drawn[row] += 1
+            self.num_images[row] += 1
             # Counted from the row's first image; `_output` adds the number of images in the rows before.
-            self._cut(row, image=len(self.writer.image_tokens[row]) - 1)
-            self._look_at_limits(row)
+            self._end_segment(row, image=len(self.writer.image_tokens[row]) - 1)
+            self._end_if_at_limit(row)
         if self.is_interrupted:
             self.ended = [True] * self.batch
 
@@ -237,19 +237,19 @@ class InterleavedLoop:
             self.is_interrupted = self.callback(model, scale, state) is False
         return not self.is_interrupted
 
-    def _cut(self, row: int, image: int | None = None):
+    def _end_segment(self, row: int, image: int | None = None):
         """End the current piece of a row; `<boi>` belongs to the image."""
         stop = len(self.writer.tokens[row])
         if stop > self.starts[row]:
-            self.pieces[row].append(Segment(self.starts[row], stop, image))
+            self.segments[row].append(Segment(self.starts[row], stop, image))
         self.starts[row] = stop
 
     def _output(self) -> InterleavedGenerationOutput:
         for row in range(self.batch):
-            self._cut(row)
+            self._end_segment(row)
         finished = self.writer.finished()
         longest, above, segments = finished.input_ids.shape[1], 0, []
-        for row, pieces in enumerate(self.pieces):
+        for row, pieces in enumerate(self.segments):
             shift = longest - len(self.writer.tokens[row])
             segments.append(
                 [Segment(p.start + shift, p.stop + shift, None if p.image is None else p.image + above) for p in pieces]

@@ -16,7 +16,7 @@ from transformers.masking_utils import create_causal_mask
 
 from ..scale_schedule import ScaleSchedule
 from ..sequence.scale_sdpa import plan_attention
-from ..utils.older_transformers import CACHE
+from ..utils.older_transformers import CACHE_KEYWORD
 from .cached_sequences import Prompts, join_prompts
 from .sampling import guide_over_contexts, truncate_logits
 from .scale_loop import ImageCodes
@@ -104,12 +104,12 @@ def prefix_log_probabilities(
 
     def likelihoods(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         logits = _prefix_logits(model, prompts, contexts, drawing, min(num_scales, drawing.num_scales))
-        return _of_drawn_codes(logits, columns, drawing, truncate)
+        return _of_sampled_codes(logits, columns, drawing, truncate)
 
     return PrefixLogProbabilities(*(forward or model)(inside=likelihoods), columns)
 
 
-def _of_drawn_codes(
+def _of_sampled_codes(
     logits: torch.Tensor, columns: PrefixColumns, drawing: ImageCodes, truncate: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and entropies (B, n) of the sampled codes, from logits (C, B, n', codes) before guidance."""
@@ -193,7 +193,11 @@ def _read(model, embeds, positions, blocks, masks, count, cache) -> torch.Tensor
     attention_mask = plan_attention(config, mask - 1, block_ids, embeds.shape[1])
     if attention_mask is None:
         attention_mask = create_causal_mask(
-            config=config, inputs_embeds=embeds, attention_mask=mask, **{CACHE: cache}, block_sequence_ids=block_ids
+            config=config,
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            **{CACHE_KEYWORD: cache},
+            block_sequence_ids=block_ids,
         )
     return model.forward(  # not `model(…)`: this already runs within a call that wrappers see
         inputs_embeds=embeds,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..scale_schedule import ScaleSchedule
-from ..vision_tokenizer.multiscale_quantizer import outside_of_autocast
+from ..vision_tokenizer.multiscale_quantizer import without_autocast
 from ..vision_tokenizer.resampling import resample
 
 
@@ -62,7 +62,7 @@ class KeptRegion:
                 for latents, schedule in zip(self.latents, schedules)
             ]
 
-    @outside_of_autocast
+    @without_autocast
     def condition(
         self, logits: torch.Tensor, codes_before: torch.Tensor, rows: slice | Sequence[int], schedule: ScaleSchedule
     ) -> torch.Tensor:
@@ -72,7 +72,7 @@ class KeptRegion:
         """
         quantizer, scale = self.quantizer, schedule.offsets.index(codes_before.shape[1])
         grid = schedule.grids[scale]
-        rest = self._rest(codes_before, rows, schedule)
+        rest = self._residual(codes_before, rows, schedule)
         fine_cells = schedule.final_grid[0] * schedule.final_grid[1] / (grid[0] * grid[1])
         outside = (F.adaptive_max_pool2d(self._regions(rows), schedule.final_grid) == 0).float()
         share = resample(outside, grid, "area").flatten(1)[..., None]
@@ -93,7 +93,7 @@ class KeptRegion:
         grid = schedule.grids[schedule.offsets.index(codes_before.shape[1])]
         # A cell belongs to the region if any pixel of it does.
         inside = F.adaptive_max_pool2d(self._regions(rows), grid).flatten(1) > 0
-        return torch.where(inside, drawn, self.quantizer.nearest(self._rest(codes_before, rows, schedule), grid))
+        return torch.where(inside, drawn, self.quantizer.nearest(self._residual(codes_before, rows, schedule), grid))
 
     def _regions(self, rows: slice | Sequence[int]) -> torch.Tensor:
         return torch.stack([self.regions[row] for row in self._numbers(rows)])[:, None].float()
@@ -101,7 +101,9 @@ class KeptRegion:
     def _numbers(self, rows: slice | Sequence[int]) -> Sequence[int]:
         return range(len(self.latents))[rows] if isinstance(rows, slice) else rows
 
-    def _rest(self, codes_before: torch.Tensor, rows: slice | Sequence[int], schedule: ScaleSchedule) -> torch.Tensor:
+    def _residual(
+        self, codes_before: torch.Tensor, rows: slice | Sequence[int], schedule: ScaleSchedule
+    ) -> torch.Tensor:
         """The residual (b, C, h, w) of the images after the codes before."""
         latents = torch.stack([self.latents[row] for row in self._numbers(rows)]).float()
         return latents - self.quantizer.decode(codes_before, schedule) if codes_before.shape[1] else latents
@@ -109,6 +111,6 @@ class KeptRegion:
     def _noise(self, rows: slice | Sequence[int], schedule: ScaleSchedule, scale: int) -> torch.Tensor:
         """σ² (b,) of the residual that the tokenizer's own codes leave after a scale, per channel and cell."""
         own = torch.stack([self.own_codes[row][: schedule.offsets[scale + 1]] for row in self._numbers(rows)])
-        squares = self._rest(own, rows, schedule).square().movedim(1, -1)
+        squares = self._residual(own, rows, schedule).square().movedim(1, -1)
         weights = self.quantizer.distance_weights.to(squares.device)
         return NOISE_SHARE * (squares * weights).mean((1, 2, 3)).clamp_min(1e-6)

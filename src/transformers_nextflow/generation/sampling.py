@@ -17,7 +17,7 @@ from ..utils.typed_values import is_finite_number, is_of_type
 Generators = torch.Generator | Sequence[torch.Generator] | None
 PerScale = Real | Sequence[Real]
 # With stronger guidance, differences of logits leave the range of half precision.
-MOST_GUIDANCE = 1000
+MAX_GUIDANCE = 1000
 STRENGTH = "at least 0 (1 is no guidance), at most 1000"
 
 
@@ -54,14 +54,16 @@ class ImageSampling:
 
     def __post_init__(self):
         for part in ("guidance_scale", "image_guidance_scale"):
-            self._check(part, lambda v: 0 <= v <= MOST_GUIDANCE, STRENGTH)
+            self._check(part, lambda v: 0 <= v <= MAX_GUIDANCE, STRENGTH)
         unguided = self.num_unguided_scales
         if not is_of_type(unguided, float) or not is_finite_number(unguided) or unguided < 0 or unguided % 1:
             raise ValueError(f"num_unguided_scales must be a whole number from 0, got {short_repr(unguided)}.")
         if not isinstance(self.guidance_ramp, bool):
             raise ValueError(f"guidance_ramp must be True or False, got {short_repr(self.guidance_ramp)}.")
         if self.guidance_ramp and is_per_scale(self.guidance_scale):
-            raise ValueError("guidance_ramp goes with a single guidance_scale; a sequence already says each scale's.")
+            raise ValueError(
+                "guidance_ramp goes with a single guidance_scale; a sequence already has a value for each scale."
+            )
         self._check("temperature", lambda v: v >= 0, "at least 0 (0 takes the likeliest code)")
         self._check(
             "top_k", lambda v: v >= 1 and v == int(v), "a whole number from 1, or None for all codes", or_none=True
@@ -197,7 +199,7 @@ def sampled_probabilities(
     # One NaN or infinity turns its whole row into NaN.
     if probabilities.device.type == "cpu" and not bool(probabilities[..., 0].isfinite().all()):
         raise ValueError(
-            "The model's logits hold NaN or infinity, so nothing can be drawn from them; take a smaller "
+            "The model's logits hold NaN or infinity, so nothing can be sampled from them; use a smaller "
             "guidance_scale, dtype=float32, or another checkpoint."
         )
     return probabilities

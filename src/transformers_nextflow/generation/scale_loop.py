@@ -108,11 +108,12 @@ class ImageCodes:
         self.image_tokens = torch.full(
             (len(schedules), max(schedule.num_tokens for schedule in schedules)), -1, device=device
         )
-        self._num_given = self._take_given(given_image_tokens)
+        self._num_given = self._store_given(given_image_tokens)
         self._scale_counts = torch.tensor([[schedule.num_scales] for schedule in schedules], device=device)
         self._scale_numbers = torch.arange(self.num_scales + 2, device=device).unbind()
         self.guidance = [
-            tuple(self._over_images(part, scale) for part in sampling.guided_parts) for scale in range(self.num_scales)
+            tuple(self._guidance_per_image(part, scale) for part in sampling.guided_parts)
+            for scale in range(self.num_scales)
         ]
         guided = [any(torch.is_tensor(part) or part != 1 for part in parts) for parts in self.guidance]
         self.last_guided_scale = max((scale for scale, is_guided in enumerate(guided) if is_guided), default=-1)
@@ -122,7 +123,7 @@ class ImageCodes:
         slots, device = batch_slots(self.schedules, self.model.config.rope_range), self.image_tokens.device
         return [tuple(None if part is None else part.to(device) for part in scale) for scale in slots]
 
-    def _take_given(self, given: torch.Tensor | None) -> list[int]:
+    def _store_given(self, given: torch.Tensor | None) -> list[int]:
         """Store given codes; returns how many each image has."""
         if given is None:
             return [0] * len(self.schedules)
@@ -139,13 +140,13 @@ class ImageCodes:
             if count not in schedule.offsets or bool((given[row, :count] < 0).any()):
                 raise ValueError(
                     f"given_image_tokens of image {row} hold {count} codes, which do not fill its first scales: "
-                    f"whole ones end at {', '.join(map(str, schedule.offsets[1:]))}."
+                    f"complete scales end at {', '.join(map(str, schedule.offsets[1:]))}."
                 )
         width = max(counts)
         self.image_tokens[:, :width] = given[:, :width].to(self.image_tokens)
         return counts
 
-    def _over_images(self, part: str, scale: int) -> float | torch.Tensor:
+    def _guidance_per_image(self, part: str, scale: int) -> float | torch.Tensor:
         values = [
             self.sampling.guidance_at(scale, schedule.num_scales, part) if scale < schedule.num_scales else 1.0
             for schedule in self.groups
@@ -189,7 +190,7 @@ class ImageCodes:
                 scale_ids[rows] = scale_numbers[schedule]
         return embedding(joined, scale_ids, self._scale_counts), coordinates, occupied
 
-    def draw(self, scale: int, logits: torch.Tensor, round_: int = 0):
+    def sample(self, scale: int, logits: torch.Tensor, round_: int = 0):
         """Sample the codes of a scale from logits (B, n, V), for the images whose codes of this scale are not given."""
         for schedule, rows in self.groups.items():
             if scale < schedule.num_scales:
@@ -197,7 +198,7 @@ class ImageCodes:
                 rows = self._without_given(rows, stop)
                 if rows:
                     own = logits if rows == slice(None) else logits[rows, : stop - start]
-                    self.image_tokens[rows, start:stop] = self._draw(scale, own, rows, schedule, self.rounds[round_])
+                    self.image_tokens[rows, start:stop] = self._sample(scale, own, rows, schedule, self.rounds[round_])
 
     def _without_given(self, rows: slice | list[int], stop: int) -> slice | list[int]:
         """The rows of a group whose codes up to `stop` are not all given."""
@@ -207,19 +208,19 @@ class ImageCodes:
         missing = [row for row in members if self._num_given[row] < stop]
         return rows if len(missing) == len(members) else missing
 
-    def _draw(self, scale: int, logits: torch.Tensor, rows, schedule: ScaleSchedule, sampling: ImageSampling):
+    def _sample(self, scale: int, logits: torch.Tensor, rows, schedule: ScaleSchedule, sampling: ImageSampling):
         if self.region is not None:
             codes_before = self.image_tokens[rows, : schedule.offsets[scale]]
             logits = self.region.condition(logits, codes_before, rows, schedule)
         sources = self.generator
         if isinstance(sources, Sequence) and isinstance(rows, list):
             sources = [sources[row] for row in rows]
-        drawn = self._sampled(logits, **sampling.drawing_at(scale, schedule.num_scales), generator=sources)
+        codes = self._sample_codes(logits, **sampling.drawing_at(scale, schedule.num_scales), generator=sources)
         if self.region is not None:
-            drawn = self.region.keep_outside(drawn, codes_before, rows, schedule)
-        return drawn
+            codes = self.region.keep_outside(codes, codes_before, rows, schedule)
+        return codes
 
-    def _sampled(self, logits: torch.Tensor, **options) -> torch.Tensor:
+    def _sample_codes(self, logits: torch.Tensor, **options) -> torch.Tensor:
         """Codes (B, n), sampled from logits by `sample_codes`."""
         return sample_codes(logits, **options)
 
@@ -245,7 +246,7 @@ def check_drawing(sampling: ImageSampling | None, callback: ScaleCallback | None
         check_function(callback, 3, "callback")
 
 
-class PlainScales:
+class EagerScales:
     """The scales of images (B), read uncompiled by the rows `rows` (C, B) of `sequences`."""
 
     def __init__(self, drawing: ImageCodes, sequences: CachedSequences, rows: torch.Tensor):
@@ -258,7 +259,7 @@ class PlainScales:
         read = self.sequences.read_slots if round_ == 0 else self.sequences.read_slots_again
         return read(embeds, self.origins + coordinates, occupied, self.rows)
 
-    def leave_contexts(self):
+    def drop_contexts(self):
         """Continue without the rows that only guidance needs."""
         self.sequences.keep(self.rows[0])
         self.rows = torch.arange(self.rows.shape[1], device=self.rows.device)[None]
@@ -272,7 +273,7 @@ def draw_scales(
     hidden_states: torch.Tensor,
     rows: torch.Tensor,
     callback: ScaleCallback | None = None,
-    go_on: bool = True,
+    continues: bool = True,
 ) -> int:
     """Draw images (B) after the tokens that `sequences` have read.
 
@@ -280,23 +281,23 @@ def draw_scales(
         hidden_states: (C, B, 1, D) of the tokens that open the images, under each context that guidance compares.
         rows: (C, B) int64, the rows of `sequences` to which they belong.
         callback: `callback(model, scale, state)` after each scale, counted from 0; `False` stops the drawing.
-        go_on: whether anything is read afterwards. If not, rows that only guidance needs leave the cache after the last
-            guided scale, and the scales may be compiled ones.
+        continues: whether anything is read afterwards. If not, rows that only guidance needs leave the cache after the
+            last guided scale, and the scales may be compiled ones.
 
     Returns:
         The number of scales drawn; fewer than all if the callback stopped the drawing.
     """
-    compiled = None if go_on else getattr(model, "compiled_drawing", None)
+    compiled = None if continues else getattr(model, "compiled_drawing", None)
     with nullcontext() if compiled is None else compiled.scales(drawing, sequences, rows) as recorded:
-        scales = recorded or PlainScales(drawing, sequences, rows)
+        scales = recorded or EagerScales(drawing, sequences, rows)
         for scale in range(drawing.num_scales):
             for round_ in range(drawing.num_rounds(scale)):
                 if scale > 0:
                     hidden_states = scales.read(scale, round_)
                 logits = guide_over_contexts(model.visual_head(hidden_states).float(), drawing.guidance[scale])
-                drawing.draw(scale, logits, round_)
+                drawing.sample(scale, logits, round_)
             if callback is not None and callback(model, scale, drawing.state(scale, logits)) is False:
                 return scale + 1
-            if not go_on and scale == drawing.last_guided_scale < drawing.num_scales - 1:
-                scales.leave_contexts()
+            if not continues and scale == drawing.last_guided_scale < drawing.num_scales - 1:
+                scales.drop_contexts()
     return drawing.num_scales

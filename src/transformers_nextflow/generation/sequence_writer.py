@@ -17,7 +17,7 @@ class SequenceWriter:
 
     Args:
         model: the [`NextFlowForConditionalGeneration`] that writes.
-        prompts: the beginnings of the rows. Rows that draw first end with `<boi>`.
+        prompts: the new_model of the rows. Rows that draw first end with `<boi>`.
         contexts: the prompts that guidance compares with, the most conditioned first, each with B rows that end
             with `<boi>`. Every image of a row is compared with the same ones.
 
@@ -35,7 +35,7 @@ class SequenceWriter:
         batch = len(self.tokens)
         self.image_grids: list[list[tuple[int, int]]] = [[] for _ in range(batch)]
         self.image_tokens: list[list[torch.Tensor]] = [[] for _ in range(batch)]
-        self._take_images(prompts)
+        self._split_prompt_images(prompts)
 
         joined, places = join_prompts((prompts, *contexts)), None
         if batch > 1:  # a single prompt differs from its contexts
@@ -49,7 +49,7 @@ class SequenceWriter:
         self._rows = torch.arange(len(self._last), device=model.device).view(-1, batch)
         self._start = joined.input_ids.shape[1], self.sequences.position, self._last
 
-    def _take_images(self, prompts: Prompts):
+    def _split_prompt_images(self, prompts: Prompts):
         if prompts.image_grids is None:
             return
         images = zip(prompts.image_tokens, self.model.model.schedules_of(prompts.image_grids))
@@ -87,15 +87,15 @@ class SequenceWriter:
         self._last = last if occupied is None else torch.where(occupied[:, -1:, None] > 0, last, self._last)
 
     def draw(
-        self, drawing: ImageCodes, rows: Sequence[int], callback: ScaleCallback | None = None, go_on: bool = True
+        self, drawing: ImageCodes, rows: Sequence[int], callback: ScaleCallback | None = None, continues: bool = True
     ) -> int:
         """Draw one image in each of `rows`, which must be at `<boi>`, and close it with `<eoi>`.
 
         Args:
             drawing: the images to draw, one for each of `rows`.
             callback: `callback(model, scale, state)` after each scale, counted from 0; `False` stops the drawing.
-            go_on: whether anything follows. If not, the images are not closed, rows that only guidance needs leave the
-                cache after the last guided scale, and nothing can be written afterwards.
+            continues: whether anything follows. If not, the images are not closed, rows that only guidance needs leave
+                the cache after the last guided scale, and nothing can be written afterwards.
 
         Returns:
             The number of scales drawn; fewer than all if the callback stopped the drawing: then the images are kept as
@@ -105,13 +105,13 @@ class SequenceWriter:
         readers = self._rows[:, images]
         if len(readers) > 1:
             self._refresh_contexts(images)
-        scales = draw_scales(self.model, drawing, self.sequences, self._last[readers], readers, callback, go_on)
-        self._take(drawing, rows)
-        if go_on and scales == drawing.num_scales:
-            self._close(drawing, rows)
+        scales = draw_scales(self.model, drawing, self.sequences, self._last[readers], readers, callback, continues)
+        self._append_images(drawing, rows)
+        if continues and scales == drawing.num_scales:
+            self._close_images(drawing, rows)
         return scales
 
-    def _take(self, drawing: ImageCodes, rows: Sequence[int]):
+    def _append_images(self, drawing: ImageCodes, rows: Sequence[int]):
         """Add the images, closed with `<eoi>`, to the tokens of the rows."""
         for row, schedule, codes in zip(rows, drawing.schedules, drawing.image_tokens):
             self.tokens[row] += [self.config.image_token_id] * schedule.num_slots(self.config.read_last_scale)
@@ -126,10 +126,10 @@ class SequenceWriter:
             return
         stale = torch.zeros(self._rows.numel(), dtype=torch.bool, device=self._rows.device)
         stale[self._rows[1:, images]] = True
-        self.sequences.forget(stale, columns, position)
+        self.sequences.roll_back(stale, columns, position)
         self._last = torch.where(stale[:, None, None], last, self._last)
 
-    def _close(self, drawing: ImageCodes, rows: Sequence[int]):
+    def _close_images(self, drawing: ImageCodes, rows: Sequence[int]):
         """Read `<eoi>`, and before it the last scale if the model reads it."""
         read_last = self.config.read_last_scale
         places = torch.tensor(rows, device=self._rows.device)

@@ -12,12 +12,12 @@ from ..configuration_nextflow import NextFlowConfig
 from ..sequence.layout import check_num_positions, layout_sequence, text_ids
 from ..sequence.scale_sdpa import check_cache, is_empty
 from ..utils.evaluation_mode import in_evaluation_mode
-from ..utils.older_transformers import CACHE, SEARCHES_BEAMS_IN_TEXT_ALONE, TextAlone
+from ..utils.older_transformers import BEAM_SEARCH_EXPECTS_TEXT_LOGITS, CACHE_KEYWORD, TextVocabularyLogitsProcessor
 
 
 IMAGE_INPUTS = ("pixel_values", "image_tokens", "image_grids")
 # Inputs of `forward` for a single pass, which the passes of `generate` cannot share.
-INPUTS_OF_ONE_PASS = ("layout", "seq_idx", "labels", "image_labels", "codes_only", "num_items_in_batch")
+SINGLE_PASS_INPUTS = ("layout", "seq_idx", "labels", "image_labels", "codes_only", "num_items_in_batch")
 REFUSED_SETTINGS = {
     "assistant_early_exit": "no layer but the last is trained to predict tokens",
     "use_mtp": "there is no module that predicts several tokens",
@@ -26,7 +26,7 @@ REFUSED_SETTINGS = {
 }
 
 
-class WrittenText(LogitsProcessor):
+class TextOnlyLogitsProcessor(LogitsProcessor):
     """Excludes codes and the tokens around images from scores (B, V), so that only text is written."""
 
     supports_continuous_batching = True
@@ -78,7 +78,7 @@ class TextGenerationMixin(GenerationMixin):
         return super().generate(inputs, generation_config, logits_processor, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs):
-        refused = [name for name in INPUTS_OF_ONE_PASS if model_kwargs.get(name) is not None]
+        refused = [name for name in SINGLE_PASS_INPUTS if model_kwargs.get(name) is not None]
         if refused:
             raise ValueError(f"generate does not take {', '.join(refused)}: each of its passes has its own.")
         super()._validate_model_kwargs(model_kwargs)
@@ -98,19 +98,19 @@ class TextGenerationMixin(GenerationMixin):
         config, size = self.config, self.config.text_config.vocab_size
         if not isinstance(assistant, TextGenerationMixin) or assistant.config.text_config.vocab_size != size:
             raise ValueError(
-                "An assistant reads the same tokens, images and positions; take a NextFlow with a text vocabulary of "
+                "An assistant reads the same tokens, images and positions; use a NextFlow with a text vocabulary of "
                 f"{size}, not this {type(assistant).__name__}."
             )
         if do_sample and assistant.config.vocab_size != config.vocab_size:
             raise ValueError(
                 f"Sampling compares probabilities of {config.vocab_size} classes, text and codes, with an assistant's "
-                f"of {assistant.config.vocab_size}; take do_sample=False, or a NextFlow with as many."
+                f"of {assistant.config.vocab_size}; use do_sample=False, or a NextFlow with as many."
             )
 
     def _get_logits_processor(self, generation_config, *args, logits_processor=None, **kwargs):
-        processors = LogitsProcessorList([WrittenText(self.config), *(logits_processor or [])])
-        if SEARCHES_BEAMS_IN_TEXT_ALONE and (generation_config.num_beams or 1) > 1:
-            processors.append(TextAlone(self.config.text_config.vocab_size))
+        processors = LogitsProcessorList([TextOnlyLogitsProcessor(self.config), *(logits_processor or [])])
+        if BEAM_SEARCH_EXPECTS_TEXT_LOGITS and (generation_config.num_beams or 1) > 1:
+            processors.append(TextVocabularyLogitsProcessor(self.config.text_config.vocab_size))
         return super()._get_logits_processor(generation_config, *args, logits_processor=processors, **kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
@@ -119,12 +119,12 @@ class TextGenerationMixin(GenerationMixin):
             input_ids = text_ids(inputs_embeds, *(model_kwargs.get(name) for name in IMAGE_INPUTS))
         else:
             input_ids = model_kwargs.get("input_ids", inputs_tensor)
-        cache = model_kwargs.get(CACHE)
+        cache = model_kwargs.get(CACHE_KEYWORD)
         if cache is not None and input_ids.shape[1] <= cache.get_seq_length():
             # Images take fewer positions than slots, and the number of images in the cache is not known.
             raise ValueError(
                 f"{input_ids.shape[1]} tokens came with a cache of {int(cache.get_seq_length())}; give generate the "
-                "whole sequence, what is in the cache included."
+                "whole sequence, including what is in the cache."
             )
         mask = model_kwargs.get("attention_mask")
         return layout_sequence(input_ids, mask, self.model.schedules_of(image_grids), self.config).position_ids
@@ -139,14 +139,16 @@ class TextGenerationMixin(GenerationMixin):
                 "it out."
             )
         if generation_config.prefill_chunk_size is not None and model_kwargs.get("image_grids") is not None:
-            raise ValueError("prefill_chunk_size would cut images, whose scales see both ways; leave it out.")
+            raise ValueError(
+                "prefill_chunk_size would split images, whose scales attend in both directions; leave it out."
+            )
         position = position_ids[0] if position_ids.ndim == 3 else position_ids
         num_new_tokens = max_cache_length + 1 - position.shape[-1]
         check_num_positions(int(position.max()) + 1 + num_new_tokens, self.config)
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        check_cache(model_kwargs.get(CACHE), self.model.language_model.config)
+        check_cache(model_kwargs.get(CACHE_KEYWORD), self.model.language_model.config)
 
     def prepare_inputs_for_generation(
         self,
@@ -157,7 +159,7 @@ class TextGenerationMixin(GenerationMixin):
         is_first_iteration=False,
         **kwargs,
     ):
-        cache, images = kwargs.get(CACHE), {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
+        cache, images = kwargs.get(CACHE_KEYWORD), {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -202,7 +204,7 @@ class TextGenerationMixin(GenerationMixin):
             raise ValueError(f"Continuous batching reads no images, got {', '.join(images)}; call generate.")
         mask = kwargs.get("attention_mask")
         if mask is not None and not bool(mask.all()):
-            raise ValueError("Continuous batching takes rows as they are, without padding; give generate_batch lists.")
+            raise ValueError("Continuous batching takes rows without padding; pass lists to generate_batch.")
         for input_ids in inputs:
             self._check_request(input_ids, kwargs.get("max_new_tokens"))
         return super().generate_batch(inputs, *args, **kwargs)

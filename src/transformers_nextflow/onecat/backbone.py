@@ -17,8 +17,8 @@ from transformers.utils.generic import maybe_autocast, merge_with_config_default
 from transformers.utils.output_capturing import capture_outputs
 
 from ..sequence.scale_sdpa import ScaleAttentionMixin, ScaleMaskedMixin
-from ..utils.older_transformers import takes_the_cache
-from .schedules import MOST_SCALES
+from ..utils.older_transformers import accepts_cache_keyword
+from .schedules import MAX_SCALES
 
 
 # Kinds of tokens with an expert of their own; slots have the number of their scale, counted from 0.
@@ -56,8 +56,8 @@ class ScaleAdaptedLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, rank: int):
         super().__init__(in_features, out_features, bias=False)
         self.rank = rank
-        self.adapter_in = nn.Parameter(torch.empty(rank * MOST_SCALES, in_features))
-        self.adapter_out = nn.Parameter(torch.empty(out_features, rank * MOST_SCALES))
+        self.adapter_in = nn.Parameter(torch.empty(rank * MAX_SCALES, in_features))
+        self.adapter_out = nn.Parameter(torch.empty(out_features, rank * MAX_SCALES))
 
     def forward(self, hidden_states: torch.Tensor, scale: int) -> torch.Tensor:
         own = slice(scale * self.rank, (scale + 1) * self.rank)
@@ -80,7 +80,7 @@ class DrawingMLP(nn.Module):
 
 
 class OneCatAttention(ScaleAttentionMixin, Qwen2Attention):
-    """Qwen2's attention with the argument `both_ways`."""
+    """Qwen2's attention with the argument `bidirectional`."""
 
 
 class OneCatDecoderLayer(GradientCheckpointingLayer):
@@ -133,8 +133,8 @@ def rotary_embeddings(
     with maybe_autocast(position_ids.device.type, enabled=False):
         angles = position_ids[..., None].float() * frequencies
         if position_ids.ndim == 3:
-            of_rows = torch.arange(len(frequencies), device=angles.device) // 2 % 2 == 0
-            angles = torch.where(of_rows, angles[0], angles[1])
+            generators_of_rows = torch.arange(len(frequencies), device=angles.device) // 2 % 2 == 0
+            angles = torch.where(generators_of_rows, angles[0], angles[1])
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -178,7 +178,7 @@ class OneCatTextModel(ScaleMaskedMixin, Qwen2PreTrainedModel):
             init.normal_(module.adapter_in, std=self.config.initializer_range)
             init.zeros_(module.adapter_out)
 
-    @takes_the_cache
+    @accepts_cache_keyword
     @merge_with_config_defaults
     @capture_outputs
     def forward(

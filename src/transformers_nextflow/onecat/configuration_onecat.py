@@ -8,17 +8,17 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, Qwen2Config
 
 from ..configuration_nextflow import (
-    MOST_CHANNELS,
-    MOST_LAYERS,
+    MAX_CHANNELS,
+    MAX_LAYERS,
     NORM_GROUPS,
     check_backbone,
     config_from,
     value_errors,
 )
 from ..generation.sampling import ImageSampling
-from ..utils.atomic_files import saved_whole
+from ..utils.atomic_files import atomic_save
 from ..utils.typed_values import check_finite
-from .schedules import MOST_SCALES, OneCatSchedules, checked_levels, schedules_of_levels
+from .schedules import MAX_SCALES, OneCatSchedules, checked_levels, schedules_of_levels
 
 
 FREQUENCIES = ("float32", "bfloat16")
@@ -38,7 +38,7 @@ class BitwiseVQConfig(PreTrainedConfig):
 
     model_type = "bitwise_vq"
     base_config_key = "vq_config"
-    save_pretrained = saved_whole(PreTrainedConfig.save_pretrained)
+    save_pretrained = atomic_save(PreTrainedConfig.save_pretrained)
     # Read by the function that computes how many images are decoded at once.
     pixel_encoder_type, pixel_decoder_type = "convolutional", None
 
@@ -55,13 +55,13 @@ class BitwiseVQConfig(PreTrainedConfig):
         # The sign bit and the value -1, which is padding, must stay free.
         if not 1 <= self.code_bits <= 62:
             raise ValueError(f"code_bits must be from 1 to 62, got {self.code_bits}.")
-        if not 1 <= self.num_res_blocks <= MOST_LAYERS:
-            raise ValueError(f"num_res_blocks must be from 1 to {MOST_LAYERS}, got {self.num_res_blocks}.")
+        if not 1 <= self.num_res_blocks <= MAX_LAYERS:
+            raise ValueError(f"num_res_blocks must be from 1 to {MAX_LAYERS}, got {self.num_res_blocks}.")
         for multiplier in self.channel_multipliers:
-            if not 1 <= (width := self.channels * multiplier) <= MOST_CHANNELS or width % NORM_GROUPS:
+            if not 1 <= (width := self.channels * multiplier) <= MAX_CHANNELS or width % NORM_GROUPS:
                 raise ValueError(
                     f"channels {self.channels} times {multiplier} of channel_multipliers gives {width}, which is no "
-                    f"multiple of the {NORM_GROUPS} groups of the norms, up to {MOST_CHANNELS}."
+                    f"multiple of the {NORM_GROUPS} groups of the norms, up to {MAX_CHANNELS}."
                 )
         if self.initializer_range < 0:
             raise ValueError(f"initializer_range must be at least 0, got {self.initializer_range}.")
@@ -103,7 +103,7 @@ class OneCatConfig(PreTrainedConfig):
     """
 
     model_type = "onecat"
-    save_pretrained = saved_whole(PreTrainedConfig.save_pretrained)
+    save_pretrained = atomic_save(PreTrainedConfig.save_pretrained)
     sub_configs = {"text_config": Qwen2Config, "vq_config": BitwiseVQConfig}
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
@@ -157,8 +157,8 @@ class OneCatConfig(PreTrainedConfig):
                 "not."
             )
         for name in ("adapter_rank", "reader_hidden_size", "reader_patch_size"):
-            if not 1 <= getattr(self, name) <= MOST_CHANNELS:
-                raise ValueError(f"{name} must be from 1 to {MOST_CHANNELS}, got {getattr(self, name)}.")
+            if not 1 <= getattr(self, name) <= MAX_CHANNELS:
+                raise ValueError(f"{name} must be from 1 to {MAX_CHANNELS}, got {getattr(self, name)}.")
         if self.initializer_range < 0:
             raise ValueError(f"initializer_range must be at least 0, got {self.initializer_range}.")
         if self.image_token_id == self.reference_token_id:
@@ -168,11 +168,11 @@ class OneCatConfig(PreTrainedConfig):
                 ImageSampling.from_dict(getattr(self, name))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-        if self.num_scale_embeddings < MOST_SCALES:
-            raise ValueError(f"num_scale_embeddings must be at least {MOST_SCALES}, got {self.num_scale_embeddings}.")
+        if self.num_scale_embeddings < MAX_SCALES:
+            raise ValueError(f"num_scale_embeddings must be at least {MAX_SCALES}, got {self.num_scale_embeddings}.")
         if self.reader_image_size < self.reader_patch_size or self.reader_image_size % self.reader_patch_size:
             raise ValueError(
-                f"reader_image_size {self.reader_image_size} is no multiple of reader_patch_size "
+                f"reader_image_size {self.reader_image_size} is not a multiple of reader_patch_size "
                 f"{self.reader_patch_size}."
             )
         if self.drawing_frequencies not in FREQUENCIES:

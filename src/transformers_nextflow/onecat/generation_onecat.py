@@ -12,9 +12,9 @@ from torch import nn
 from ..generation.cached_sequences import CachedSequences, Prompts, join_prompts
 from ..generation.sampling import Generators, ImageSampling, sampled_probabilities
 from ..generation.scale_loop import (
+    EagerScales,
     ImageCodes,
     ImageGenerationOutput,
-    PlainScales,
     ScaleCallback,
     check_drawing,
     draw_scales,
@@ -65,13 +65,13 @@ def sample_bits(
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = sampled_probabilities(logits, temperature, top_k, top_p)
-    return (probabilities / _waiting_times(probabilities.shape, generator, logits.device)).argmax(-1)
+    return (probabilities / _exponential_noise(probabilities.shape, generator, logits.device)).argmax(-1)
 
 
-def _waiting_times(shape: Sequence[int], generator: Generators, device: torch.device) -> torch.Tensor:
+def _exponential_noise(shape: Sequence[int], generator: Generators, device: torch.device) -> torch.Tensor:
     """Exponentially distributed numbers: the class is sampled whose number, divided by its probability, is smaller."""
     if isinstance(generator, Sequence):
-        return torch.stack([_waiting_times(shape[1:], source, device) for source in generator])
+        return torch.stack([_exponential_noise(shape[1:], source, device) for source in generator])
     source_device = device if generator is None else generator.device
     return torch.empty(shape, device=source_device).exponential_(generator=generator).to(device)
 
@@ -133,7 +133,7 @@ class BitwiseImageCodes(ImageCodes):
             occupied[rows, : own.shape[1]] = 1
         return self.model.embed_slots(features, scale), places[:, None], occupied
 
-    def _sampled(self, logits: torch.Tensor, **options) -> torch.Tensor:
+    def _sample_codes(self, logits: torch.Tensor, **options) -> torch.Tensor:
         return self.model.vq_model.quantizer.to_tokens(sample_bits(logits.unflatten(-1, (-1, 2)), **options))
 
 
@@ -203,8 +203,8 @@ class OneCatDrawingMixin:
         sequences.read_prompts(joined, pixel_values, pixel_sizes)
         if places is not None:
             sequences.keep(places)
-        hidden_states = PlainScales(drawing, sequences, rows).read(0)
-        scales = draw_scales(self, drawing, sequences, hidden_states, rows, callback, go_on=False)
+        hidden_states = EagerScales(drawing, sequences, rows).read(0)
+        scales = draw_scales(self, drawing, sequences, hidden_states, rows, callback, continues=False)
         return drawing.generated(scales)
 
     @property

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers.processing_utils import Unpack
 
 from ..image_processing_nextflow import NextFlowImageProcessor, NextFlowImageProcessorKwargs
-from ..utils.atomic_files import saved_whole
+from ..utils.atomic_files import atomic_save
 from ..utils.short_repr import short_repr
 from .schedules import TABLES, OneCatSchedules, checked_levels, schedules_of_levels
 
@@ -19,8 +19,8 @@ SIDES = tuple(grid[0] for grid in TABLES[1.0])
 # Pixels per side of a token of an input image: two patches of 14.
 UNIT = 28
 # An input image has from 576 to 4,000 tokens, as far as whole tokens allow.
-FEWEST_PIXELS, MOST_PIXELS = 576 * UNIT**2, 4000 * UNIT**2
-MOST_ELONGATED = 200
+MIN_PIXELS, MAX_PIXELS = 576 * UNIT**2, 4000 * UNIT**2
+MAX_ELONGATION = 200
 # Means and deviations of ImageNet.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The size of the second view of an image in a chat.
@@ -37,7 +37,7 @@ class OneCatImageProcessor(NextFlowImageProcessor):
         patch_size, levels: as in [`BitwiseVQConfig`].
     """
 
-    save_pretrained = saved_whole(NextFlowImageProcessor.save_pretrained)
+    save_pretrained = atomic_save(NextFlowImageProcessor.save_pretrained)
 
     def __init__(
         self,
@@ -80,10 +80,10 @@ def size_of_chat(height: int, width: int) -> tuple[int, int]:
     """
     _check_elongation(height, width)
     sides = [max(UNIT, round(side / UNIT) * UNIT) for side in (height, width)]
-    if sides[0] * sides[1] > MOST_PIXELS:
-        factor, whole = 1 / math.sqrt(height * width / MOST_PIXELS), math.floor
-    elif sides[0] * sides[1] < FEWEST_PIXELS:
-        factor, whole = math.sqrt(FEWEST_PIXELS / (height * width)), math.ceil
+    if sides[0] * sides[1] > MAX_PIXELS:
+        factor, whole = 1 / math.sqrt(height * width / MAX_PIXELS), math.floor
+    elif sides[0] * sides[1] < MIN_PIXELS:
+        factor, whole = math.sqrt(MIN_PIXELS / (height * width)), math.ceil
     else:
         return sides[0], sides[1]
     return tuple(max(UNIT, whole(side * factor / UNIT) * UNIT) for side in (height, width))
@@ -110,7 +110,7 @@ def num_tokens(size: tuple[int, int]) -> int:
 
 
 def _check_elongation(height: int, width: int):
-    if max(height, width) > MOST_ELONGATED * min(height, width):
+    if max(height, width) > MAX_ELONGATION * min(height, width):
         raise ValueError(
-            f"An image of {height}x{width} pixels is more elongated than 1:{MOST_ELONGATED}; crop it first."
+            f"An image of {height}x{width} pixels is more elongated than 1:{MAX_ELONGATION}; crop it first."
         )

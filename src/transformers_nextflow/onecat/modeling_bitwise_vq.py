@@ -12,7 +12,7 @@ from ..modeling_nextflow_vq import (
     leave_out_of_sharding,
 )
 from ..scale_schedule import ScaleSchedule
-from ..vision_tokenizer.multiscale_quantizer import check_float32, outside_of_autocast
+from ..vision_tokenizer.multiscale_quantizer import check_float32, without_autocast
 from ..vision_tokenizer.resampling import resample
 from .configuration_onecat import BitwiseVQConfig
 
@@ -179,7 +179,7 @@ class BitwiseVQModel(NextFlowVQPreTrainedModel):
         """The schedule of images (B, 3, H, W). Raises `ValueError` for a size that no schedule draws."""
         return self.config.scale_schedules.for_size(*pixel_values.shape[-2:])
 
-    @outside_of_autocast
+    @without_autocast
     def encode_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Latents (B, bits, h, w) of images (B, 3, H, W) in [-1, 1], in float32. Raises `ValueError` for other ones."""
         check_float32(self.encoder)

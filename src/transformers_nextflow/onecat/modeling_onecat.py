@@ -21,8 +21,8 @@ from ..scale_schedule import ScaleSchedule
 from ..sequence.layout import check_num_positions
 from ..sequence.padding import check_left_padded
 from ..utils.evaluation_mode import in_evaluation_mode
-from ..utils.offloading import onloaded
-from ..utils.older_transformers import CACHE, takes_the_cache
+from ..utils.offloading import onload_weights
+from ..utils.older_transformers import CACHE_KEYWORD, accepts_cache_keyword
 from ..vision_tokenizer.resampling import resample
 from .backbone import READ, TEXT, OneCatTextModel, TokenKinds
 from .configuration_onecat import OneCatConfig
@@ -115,8 +115,8 @@ class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin
         """
         if kwargs.get("quantization_config") is not None:
             raise ValueError(
-                "OneCAT is not quantised: its drawing expert has a part for each scale, which quantised layers lack. "
-                "Load it in bfloat16, with drawing_only=True or a device_map that leaves experts on the CPU."
+                "OneCAT is not quantised: its drawing expert has a part for each scale, which quantised layers do not "
+                "have. Load it in bfloat16, with drawing_only=True or a device_map that leaves experts on the CPU."
             )
         return super().from_pretrained(*args, **kwargs)
 
@@ -195,7 +195,7 @@ class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin
             raise ValueError(f"The prompts hold {count} placeholders of images; give pixel_values and pixel_sizes.")
         if config.drawing_only:
             raise ValueError("This model was loaded with drawing_only=True and reads no images; load it without.")
-        with onloaded([self.reader]):
+        with onload_weights([self.reader]):
             images = [pixels[:, :h, :w] for pixels, (h, w) in zip(pixel_values, pixel_sizes.tolist(), strict=True)]
             features = torch.cat([self.reader(image) for image in images])
         if len(features) != count:
@@ -206,18 +206,18 @@ class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin
     def slot_features(self, image_tokens: torch.Tensor, schedule: ScaleSchedule, scale: int) -> torch.Tensor:
         """Features (B, h*w, bits) of the slots of a scale, counted from 0, from codes (B, n) of the scales before."""
         if scale == 0:
-            with onloaded([self.first_feature]):
+            with onload_weights([self.first_feature]):
                 return self.first_feature.weight.expand(len(image_tokens), -1, -1)
         total = self.vq_model.quantizer.decode(image_tokens[:, : schedule.offsets[scale]], schedule)
         return resample(total, schedule.grids[scale], "bilinear").flatten(2).transpose(1, 2)
 
     def embed_slots(self, features: torch.Tensor, scale: int) -> torch.Tensor:
         """Features (B, n, bits) of the slots of a scale, counted from 0 → embeddings (B, n, D)."""
-        with onloaded([self.scale_embedding]):
+        with onload_weights([self.scale_embedding]):
             embeds = self.connector(features.to(self.scale_embedding.weight.dtype))
             return embeds + self.scale_embedding.weight[scale]
 
-    @takes_the_cache
+    @accepts_cache_keyword
     @can_return_tuple
     def forward(
         self,
@@ -269,7 +269,7 @@ class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return OneCatCausalLMOutputWithPast(
             logits=self.lm_head(outputs.last_hidden_state[:, kept, :]),
-            **{CACHE: past_key_values},
+            **{CACHE_KEYWORD: past_key_values},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -302,7 +302,7 @@ class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin
             attention_mask=prepared,
             position_ids=position_ids,
             kinds=kinds,
-            **{CACHE: past_key_values},
+            **{CACHE_KEYWORD: past_key_values},
             use_cache=use_cache,
             **kwargs,
         )
@@ -312,7 +312,7 @@ class OneCatForConditionalGeneration(NextFlowPreTrainedModel, OneCatDrawingMixin
             config=self.language_model.config,
             inputs_embeds=embeds,
             attention_mask=attention_mask,
-            **{CACHE: past_key_values},
+            **{CACHE_KEYWORD: past_key_values},
             block_sequence_ids=block_ids,
         )
 

@@ -14,7 +14,7 @@ from ..processing_nextflow import DrawingInputsMixin, check_prompts
 from ..sequence.chat_encoding import check_text, check_texts, encode_chats, template_errors
 from ..sequence.messages import IMAGE_NAMES, check_conversation
 from ..sequence.padding import pad_left
-from ..utils.atomic_files import saved_whole
+from ..utils.atomic_files import atomic_save
 from ..utils.short_repr import short_repr
 from .configuration_onecat import OneCatConfig
 from .image_processing_onecat import THUMBNAIL, num_tokens, size_of_chat, size_of_reference
@@ -82,7 +82,7 @@ class OneCatProcessor(DrawingInputsMixin, ProcessorMixin):
         ValueError: for a tokenizer that lacks one of them.
     """
 
-    save_pretrained = saved_whole(ProcessorMixin.save_pretrained)
+    save_pretrained = atomic_save(ProcessorMixin.save_pretrained)
     # `None`, since the model was not trained to reason before it draws.
     think_prefix = None
     caption_request = "Describe the image."
@@ -90,7 +90,7 @@ class OneCatProcessor(DrawingInputsMixin, ProcessorMixin):
     def __init__(self, image_processor, tokenizer, chat_template: str | None = None):
         known = tokenizer.get_vocab()
         if missing := [token for token in MARKERS if token not in known]:
-            raise ValueError(f"The tokenizer lacks {', '.join(missing)}; take the one that was released with OneCAT.")
+            raise ValueError(f"The tokenizer lacks {', '.join(missing)}; use the one that was released with OneCAT.")
         # Made special tokens if the released file does not, so that no prompt can spell them out.
         own = [AddedToken(t, special=True, normalized=False) for t in (*MARKERS, *DRAWN_MARKERS) if t in known]
         tokenizer.add_tokens(own, special_tokens=True)

@@ -34,7 +34,7 @@ TABLES: dict[float, tuple[Grid, ...]] = {
 # Ratios with their inverses after them; in a tie the first one wins.
 INVERSES = {1.25: 0.8, 1.333: 0.75, 1.5: 0.666, 1.75: 0.571, 2.0: 0.5, 2.5: 0.4, 3.0: 0.333}
 RATIOS = (1.0, *(ratio for pair in INVERSES.items() for ratio in pair))
-MOST_SCALES = 13
+MAX_SCALES = 13
 # Sides of the square images of all levels, and their numbers of scales; the released scripts offer the second and the
 # last level.
 LEVELS = {256: 7, 512: 10, 768: 12, 1024: 13}
@@ -56,7 +56,7 @@ class OneCatSchedules:
         levels = tuple(sorted((int(resolution), int(count)) for resolution, count in self.levels))
         sides = [grid[0] for grid in TABLES[1.0]]
         for resolution, count in levels:
-            if not 1 <= count <= MOST_SCALES or sides[count - 1] * self.patch_size != resolution:
+            if not 1 <= count <= MAX_SCALES or sides[count - 1] * self.patch_size != resolution:
                 allowed = [[side * self.patch_size, number] for number, side in enumerate(sides, start=1)]
                 raise ValueError(f"Level [{resolution}, {count}] is none of OneCAT's; these are {allowed}.")
         if not levels:

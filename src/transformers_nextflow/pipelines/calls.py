@@ -12,10 +12,10 @@ import torch
 
 from ..generation.scale_loop import ScaleState
 from ..sequence.padding import pad_codes
-from ..utils.offloading import is_onloaded, one_after_the_other, onloaded
+from ..utils.offloading import is_onloaded, one_thread_if_offloaded, onload_weights
 from ..utils.saved_adapters import unwrapped
 from ..utils.short_repr import short_repr
-from .showing import Growth
+from .notebook_display import ScalePreviews
 
 
 CALLBACK_KWARGS = ("image_tokens", "preview")
@@ -82,12 +82,12 @@ class PipelineCallsMixin:
             calls.pop()
         calls.append(_Call(self._stops))
         try:
-            with one_after_the_other(self.model):
+            with one_thread_if_offloaded(self.model):
                 is_within_another = is_onloaded(self.model)
                 try:
                     # Offloading moves a model when its `forward` is called, but the pipeline mostly calls other
                     # methods.
-                    with onloaded([self.model]):
+                    with onload_weights([self.model]):
                         yield
                 finally:
                     if not is_within_another:
@@ -99,17 +99,22 @@ class PipelineCallsMixin:
                 calls[-1].interrupted, calls[-1].is_over = self.interrupt, True
 
     def _after_scale(
-        self, progress_bar, growth: Growth | None, callback: Callable | None, wanted: Sequence[str], output_type: str
+        self,
+        progress_bar,
+        previews: ScalePreviews | None,
+        callback: Callable | None,
+        wanted: Sequence[str],
+        output_type: str,
     ) -> Callable[[torch.nn.Module, int, ScaleState], bool]:
         """The function that the scale loop calls after each scale; the loop stops if it returns `False`."""
 
         def after_scale(model, scale: int, state: ScaleState) -> bool:
             progress_bar.update()
-            if growth is not None:
-                growth.add(self._callback_kwargs(state, ["preview"], "pil")["preview"])
+            if previews is not None:
+                previews.add(self._callback_kwargs(state, ["preview"], "pil")["preview"])
             if callback is not None:
                 returned = callback(self, scale, scale, self._callback_kwargs(state, wanted, output_type))
-                take_changes(state, returned, unwrapped(self.model).config.vq_config.codebook_size)
+                apply_callback_changes(state, returned, unwrapped(self.model).config.vq_config.codebook_size)
             return not self.interrupt
 
         return after_scale
@@ -124,7 +129,7 @@ class PipelineCallsMixin:
         return {name: make[name]() for name in names}
 
 
-def take_changes(state: ScaleState, returned: dict | None, codebook_size: int):
+def apply_callback_changes(state: ScaleState, returned: dict | None, codebook_size: int):
     """Replace the codes so far by those that a callback returns; the next scale reads them.
 
     Args:
@@ -137,18 +142,20 @@ def take_changes(state: ScaleState, returned: dict | None, codebook_size: int):
     if returned is None:
         return
     if not isinstance(returned, dict):
-        raise ValueError(f"callback_on_step_end returns None or its callback_kwargs, got {short_repr(returned)}.")
+        raise ValueError(f"callback_on_step_end must return None or its callback_kwargs, got {short_repr(returned)}.")
     if unknown := [name for name in returned if name not in CALLBACK_KWARGS]:
         raise ValueError(
-            f"callback_on_step_end returns callback_kwargs, whose names are {', '.join(CALLBACK_KWARGS)}, got "
+            f"callback_on_step_end must return callback_kwargs, whose names are {', '.join(CALLBACK_KWARGS)}, got "
             f"{short_repr(unknown[0])}."
         )
     codes, own = returned.get("image_tokens"), pad_codes(state.image_tokens)
     if codes is None:
         return
     if not torch.is_tensor(codes) or codes.dtype not in WHOLE_NUMBERS or codes.shape != own.shape:
-        raise ValueError(f"The image_tokens that a callback returns are whole numbers {tuple(own.shape)}, as given.")
+        raise ValueError(
+            f"The image_tokens that a callback returns must be whole numbers {tuple(own.shape)}, as given."
+        )
     if bool((((codes < 0) | (codes >= codebook_size)) & (own >= 0).to(codes.device)).any()):
-        raise ValueError(f"The image_tokens that a callback returns lie from 0 to {codebook_size - 1}.")
+        raise ValueError(f"The image_tokens that a callback returns must lie from 0 to {codebook_size - 1}.")
     for row, new in zip(state.image_tokens, codes):
         row.copy_(new[: len(row)])

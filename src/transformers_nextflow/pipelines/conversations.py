@@ -23,10 +23,10 @@ from ..utils.evaluation_mode import evaluation_mode
 from ..utils.known_names import check_names, checks_names
 from ..utils.short_repr import short_repr
 from ..utils.typed_values import check_types, is_of_type
-from .decoding import of_decoder, of_rows, of_size
+from .decoding import decoder_provenance, generators_of_rows, resized_like
+from .notebook_display import video_as_html
+from .out_of_domain_warnings import texts_of_messages
 from .requests import ImageInput, ImageRequest, pixels_of_size, requested_schedule
-from .showing import video_as_html
-from .trained_on_warnings import texts_of_messages
 
 
 @dataclass
@@ -59,7 +59,7 @@ class NextFlowScores:
     text_given_image: torch.Tensor
 
 
-MOST_FRAMES = 1024
+MAX_FRAMES = 1024
 # The settings that `video` takes.
 SAMPLING_NAMES = [f.name for f in fields(ImageSampling)]
 VIDEO_NAMES = (
@@ -149,13 +149,13 @@ class ConversationMixin:
                         max_new_tokens=max_transition_tokens * num_frames,
                     )  # fmt: skip
             rows = [row for row in range(len(scripts)) for _ in range(length)]
-            noise, texts = of_rows(generator, rows), [prompts[row] for row in rows]
-            drawn = self._decoded(finished.image_tokens, finished.image_grids, settings, noise, texts)
-            images = self.processor.post_process_images(self._checked(drawn)[0])
-            images = iter(self._with_provenance(images, rows, generator, sampling, **of_decoder(settings)))
+            noise, texts = generators_of_rows(generator, rows), [prompts[row] for row in rows]
+            pixels = self._decoded(finished.image_tokens, finished.image_grids, settings, noise, texts)
+            images = self.processor.post_process_images(self._checked(pixels)[0])
+            images = iter(self._with_provenance(images, rows, generator, sampling, **decoder_provenance(settings)))
             videos = [[next(images) for _ in range(length)] for _ in scripts]
             if given:
-                videos = [[of_size(first, video[1]), *video[1:]] for first, video in zip(firsts, videos)]
+                videos = [[resized_like(first, video[1]), *video[1:]] for first, video in zip(firsts, videos)]
             transitions = [script[1:] for script in scripts] if is_scripted else self._texts_between(finished, given)
         return NextFlowVideoOutput(videos, transitions)
 
@@ -255,7 +255,7 @@ class ConversationMixin:
             max_images = 0
         max_images = 1 if max_images is None else max_images
         if not is_of_type(max_images, int) or not is_of_type(min_images, int):
-            raise ValueError(f"min_images and max_images are whole numbers, got {min_images!r} and {max_images!r}.")
+            raise ValueError(f"min_images and max_images must be whole numbers, got {min_images!r} and {max_images!r}.")
         # Guidance compares with a prompt without text and without images.
         if sampling is not None and not isinstance(sampling, ImageSampling):
             raise ValueError(f"sampling must be an ImageSampling, got {short_repr(sampling)}.")
@@ -285,7 +285,7 @@ class ConversationMixin:
         with self._call():
             inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
             if not interleaves:
-                answers = self._written(inputs, max_new_tokens, kwargs)
+                answers = self._generate_text(inputs, max_new_tokens, kwargs)
                 return answers if is_batch else answers[0]
             if "pixel_values" in inputs:
                 self._warn_of_images(self._images_of(inputs["pixel_values"], inputs["image_grids"]))
@@ -297,10 +297,10 @@ class ConversationMixin:
             answers = [self._message(output, row, settings, generator, sampling) for row in range(len(conversations))]
         return answers if is_batch else answers[0]
 
-    def _written(self, inputs: dict, max_new_tokens: int | None, options: dict) -> list[dict]:
+    def _generate_text(self, inputs: dict, max_new_tokens: int | None, options: dict) -> list[dict]:
         """The assistant's messages of a model that answers only with text."""
         options = options if max_new_tokens is None else options | {"max_new_tokens": max_new_tokens}
-        _check_written(options, inputs)
+        _check_text_options(options, inputs)
         written = self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
         texts = [self.processor.decode(ids, skip_special_tokens=True).strip() for ids in written]
         return [{"role": "assistant", "content": [{"type": "text", "text": text}]} for text in texts]
@@ -322,10 +322,10 @@ class ConversationMixin:
                     content.append({"type": "text", "text": text})
             else:
                 chosen = [piece.image]
-                drawn = output.image_tokens[chosen], output.image_grids[chosen]
-                pixels = self._decoded(*drawn, settings, of_rows(generator, [row]))
+                tokens_and_grids = output.image_tokens[chosen], output.image_grids[chosen]
+                pixels = self._decoded(*tokens_and_grids, settings, generators_of_rows(generator, [row]))
                 images = self.processor.post_process_images(self._checked(pixels)[0])
-                [image] = self._with_provenance(images, [row], generator, sampling, **of_decoder(settings))
+                [image] = self._with_provenance(images, [row], generator, sampling, **decoder_provenance(settings))
                 content.append({"type": "image", "image": image})
         return {"role": "assistant", "content": content}
 
@@ -363,7 +363,7 @@ class ConversationMixin:
             )
 
 
-def _check_written(options: dict, inputs: dict):
+def _check_text_options(options: dict, inputs: dict):
     """Raises `ValueError` for settings of transformers' `generate` that are of another type or out of range, and for
     those with which a chat would not be answered by one text.
     """
@@ -380,9 +380,9 @@ def _check_written(options: dict, inputs: dict):
 
 def _scripts(prompt, num_frames: int | None) -> list[list[str]]:
     """Of each video its prompt, and the texts between its frames where they are given."""
-    if num_frames is not None and (not is_of_type(num_frames, int) or num_frames > MOST_FRAMES):
+    if num_frames is not None and (not is_of_type(num_frames, int) or num_frames > MAX_FRAMES):
         raise ValueError(
-            f"num_frames must be a whole number from 2 to {MOST_FRAMES}, since every frame is drawn after all earlier "
+            f"num_frames must be a whole number from 2 to {MAX_FRAMES}, since every frame is drawn after all earlier "
             f"ones; got {short_repr(num_frames)}."
         )
     if not isinstance(prompt, str) and not (isinstance(prompt, list | tuple) and prompt):
@@ -414,6 +414,6 @@ def _first_frames(processor, request: ImageRequest) -> list[Image.Image]:
     """The given first frames as the model reads them."""
     for row in request.images:
         if len(row) != 1:
-            raise ValueError(f"A video goes on from one first frame, got {len(row)}; call the pipeline for several.")
+            raise ValueError(f"A video continues from one first frame, got {len(row)}; call the pipeline for several.")
     pixels = pixels_of_size(processor, [row[0] for row in request.images], request.schedules)
     return processor.post_process_images(pixels)

@@ -89,13 +89,14 @@ class DecodingMixin:
         if decoder == "pixel":
             if steps is not None or guidance_scale is not None:
                 raise ValueError(
-                    "decoder_steps and decoder_guidance_scale are of decoder='diffusion'; the pixel decoder has none."
+                    "decoder_steps and decoder_guidance_scale are only for decoder='diffusion'; the pixel decoder has "
+                    "none."
                 )
             return None
         if self.diffusion_decoder is None:
             raise ValueError(
                 "This pipeline has no diffusion decoder; load it with from_pretrained(..., diffusion_decoder=folder), "
-                "on the command line name it by --decoder folder, or take decoder='pixel'."
+                "on the command line name it by --decoder folder, or use decoder='pixel'."
             )
         for schedule in set(schedules):
             self.diffusion_decoder.sample_shape(schedule.final_grid)
@@ -117,7 +118,7 @@ class DecodingMixin:
         sizes = [schedules.for_size(*(side * patch_size for side in grid)) for grid in image_grids.tolist()]
         return decode_codes(self.diffusion_decoder, vq_model, image_tokens, sizes, settings, generator, prompts)
 
-    def _pasted(self, request, pixels: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _paste_back_pixels(self, request, pixels: list[torch.Tensor]) -> list[torch.Tensor]:
         """Images with the request's own pixels outside of its regions, enlarged if the decoder enlarges."""
         pasted = []
         for region, image, own in zip(request.regions, pixels, request.pixels):
@@ -132,7 +133,7 @@ class DecodingMixin:
         self.check_hooks()
         pixels, flags = list(pixels), None
         if self.safety_checker is not None:
-            pairs = [self._ask_checker(image) for image in pixels]
+            pairs = [self._run_safety_checker(image) for image in pixels]
             pixels, flags = [image for image, _ in pairs], [flag for _, flag in pairs]
         if self.watermark is not None:
             pixels = [self._watermarked(image) for image in pixels]
@@ -154,12 +155,12 @@ class DecodingMixin:
         marked = self.watermark.apply_watermark(image[None])
         if not torch.is_tensor(marked) or marked.shape != image[None].shape or not bool(marked.isfinite().all()):
             raise ValueError(
-                f"watermark gives a finite tensor of the shape that it takes, {tuple(image[None].shape)}, got "
+                f"watermark must return a finite tensor of the shape that it gets, {tuple(image[None].shape)}, got "
                 f"{short_repr(marked)}."
             )
         return marked[0].to(image)
 
-    def _ask_checker(self, image: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    def _run_safety_checker(self, image: torch.Tensor) -> tuple[torch.Tensor, bool]:
         values = self.processor.post_process_images([image], "np")[0][None]
         clip_input = None
         if self.feature_extractor is not None:
@@ -172,13 +173,13 @@ class DecodingMixin:
             is_unsafe, *others = (is_flag(flag) for flag in flags)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                "safety_checker gives images and flags as many as it takes, a flag being True where one is unsafe; got "
+                "safety_checker must return as many images and flags as it gets, a flag being True if unsafe; got "
                 f"{short_repr(answer)}."
             ) from error
         if others or kept.shape != values.shape[1:] or not (bool(kept.min() >= 0) and bool(kept.max() <= 1)):
             raise ValueError(
-                f"safety_checker gives images and flags as many as it takes, images as floats in [0, 1] of the shape "
-                f"{values.shape}, got {short_repr(answer)}."
+                f"safety_checker must return as many images and flags as it gets, images as floats in [0, 1] of the "
+                f"shape {values.shape}, got {short_repr(answer)}."
             )
         same = returned is values and not is_unsafe
         return image if same else (kept.to(image).permute(2, 0, 1) * 2 - 1), is_unsafe
@@ -207,17 +208,17 @@ class DecodingMixin:
         return {"pil": list, "np": np.stack, "pt": torch.stack}[output_type](images)
 
 
-def of_size(image: Image.Image, like: Image.Image) -> Image.Image:
+def resized_like(image: Image.Image, like: Image.Image) -> Image.Image:
     """An image, resized to the size of another one."""
     return image if image.size == like.size else image.resize(like.size, Image.Resampling.BICUBIC)
 
 
-def of_rows(generator: Generators, rows: Sequence[int]) -> Generators:
+def generators_of_rows(generator: Generators, rows: Sequence[int]) -> Generators:
     """The generators of the given rows, if every row has its own; else the one generator."""
     return [generator[row] for row in rows] if isinstance(generator, Sequence) else generator
 
 
-def of_decoder(settings: DiffusionSettings | None) -> dict[str, str | int | float]:
+def decoder_provenance(settings: DiffusionSettings | None) -> dict[str, str | int | float]:
     """The entries about the decoder in the provenance of an image; none for the tokenizer's own decoder."""
     if settings is None:
         return {}

@@ -8,17 +8,17 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from ..utils.atomic_files import write_into
+from ..utils.atomic_files import atomic_folder_write
 from ..utils.checkpoint_checks import loading_errors
 from ..utils.known_names import check_names, checks_names
 from ..utils.saved_adapters import (
     HUB_OPTIONS,
-    activate,
     active_adapters,
     adapted_parts,
     add_saved_adapter,
     delete_adapters,
     save_adapter,
+    set_active_adapters,
     set_scale,
     swap_adapter,
     without_adapters,
@@ -66,17 +66,17 @@ class LoraMixin:
             with loading_errors(path):
                 swap_adapter(self.unwrapped_model, name, path, subfolder, **kwargs)
             if self._lora_rank is None:  # else what was recorded reads the same tensors
-                self._compile_again()
+                self._discard_recordings()
             return
         if adapter_name is None:
             numbers = range(len(names) + 1)
             adapter_name = next(name for name in (f"default_{number}" for number in numbers) if name not in names)
         if adapter_name in names:
-            raise ValueError(f"There is an adapter {adapter_name!r} already; take another name, or delete it first.")
+            raise ValueError(f"There is an adapter {adapter_name!r} already; use another name, or delete it first.")
         with loading_errors(path):
             add_saved_adapter(self.unwrapped_model, adapter_name, path, subfolder, self._lora_rank, **kwargs)
         self.unwrapped_model.eval().requires_grad_(False)
-        self._compile_again()
+        self._discard_recordings()
 
     def enable_lora_hotswap(self, target_rank: int = 128):
         """Make room in adapters that are loaded from now on, so that others up to a rank take their place by
@@ -102,7 +102,7 @@ class LoraMixin:
             adapter_name: default: the only one.
         """
         name = self._named_or_only(adapter_name)
-        with write_into(save_directory) as folder:
+        with atomic_folder_write(save_directory) as folder:
             save_adapter(self.unwrapped_model, name, folder)
 
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None):
@@ -124,7 +124,7 @@ class LoraMixin:
             raise ValueError(f"{len(names)} adapters came with {len(weights)} weights; give one for each.")
         self._check_adapters(names)
         self._check_not_fused("set_adapters")
-        activate(self.unwrapped_model, names)
+        set_active_adapters(self.unwrapped_model, names)
         for layer in self._lora_layers():
             for name, weight in zip(names, weights):
                 set_scale(layer, name, weight)
@@ -149,25 +149,27 @@ class LoraMixin:
         self._check_not_fused("fuse_lora")
         if any(part.disable_adapters for part in adapted_parts(self.unwrapped_model)):
             raise ValueError("The adapters are switched off; call enable_lora before fuse_lora.")
-        fused = {part: [name for name in names if _has(part, name)] for part in adapted_parts(self.unwrapped_model)}
-        if any(len(own) > 1 for part, own in fused.items() if _is_whole(part)):
-            raise ValueError(f"Two of the adapters {names} hold the same module whole; fuse one of them.")
+        fused = {
+            part: [name for name in names if _has_adapter(part, name)] for part in adapted_parts(self.unwrapped_model)
+        }
+        if any(len(own) > 1 for part, own in fused.items() if _is_module_to_save(part)):
+            raise ValueError(f"Two of the adapters {names} replace the same module; fuse one of them.")
         for layer in self._lora_layers():
             layer.scaling_before_fusing = {name: float(scaling) for name, scaling in layer.scaling.items()}
             for name in (name for name in names if name in layer.scaling):
                 layer.scaling[name] = layer.scaling[name] * lora_scale
         for part, own in fused.items():
-            if _is_whole(part):
+            if _is_module_to_save(part):
                 part.merged_adapters, part.active_before_fusing = own, list(part.active_adapters)
                 part.set_adapter(own)
             elif hasattr(part, "merge"):
                 part.merge(safe_merge=safe_fusing, adapter_names=own)
-        self._compile_again()
+        self._discard_recordings()
 
     def unfuse_lora(self):
         """Take adapters out of the weights again."""
         for part in adapted_parts(self.unwrapped_model):
-            if _is_whole(part) and part.merged_adapters:
+            if _is_module_to_save(part) and part.merged_adapters:
                 part.set_adapter(part.active_before_fusing)
                 part.merged_adapters = []
             elif getattr(part, "merged", False):
@@ -175,12 +177,12 @@ class LoraMixin:
                 for name, scaling in getattr(part, "scaling_before_fusing", {}).items():
                     held = part.scaling[name]
                     part.scaling[name] = held.fill_(scaling) if torch.is_tensor(held) else scaling
-        self._compile_again()
+        self._discard_recordings()
 
     def unload_lora_weights(self):
         """Remove all adapters; the model is the plain one again. Merged adapters stay in the weights."""
         self.register_modules(model=without_adapters(self.unwrapped_model))
-        self._compile_again()
+        self._discard_recordings()
 
     def delete_adapters(self, adapter_names: str | Sequence[str]):
         """Remove some adapters."""
@@ -192,7 +194,7 @@ class LoraMixin:
         else:
             delete_adapters(self.unwrapped_model, names)
             self.unwrapped_model.requires_grad_(False)
-            self._compile_again()
+            self._discard_recordings()
 
     def set_lora_device(self, adapter_names: str | Sequence[str], device: torch.device | str | int):
         """Move adapters to another device, as those that are not in use to the CPU. Those that are active must be where
@@ -216,11 +218,11 @@ class LoraMixin:
 
     def enable_lora(self):
         """Switch the active adapters on (again)."""
-        self._switch(True)
+        self._set_enabled(True)
 
     def disable_lora(self):
         """Switch all adapters off; they stay loaded."""
-        self._switch(False)
+        self._set_enabled(False)
 
     def get_active_adapters(self) -> list[str]:
         """Names of the adapters that act."""
@@ -230,18 +232,18 @@ class LoraMixin:
         """Names of all adapters by component; the only component is "model"."""
         return {"model": list(getattr(self.unwrapped_model, "peft_config", {}))}
 
-    def _switch(self, on: bool):
+    def _set_enabled(self, on: bool):
         for part in adapted_parts(self.unwrapped_model):
             part.enable_adapters(on)
         self.unwrapped_model.requires_grad_(False)
-        self._compile_again()
+        self._discard_recordings()
 
     def _check_adapters(self, names: Sequence[str]):
         known = self.get_list_adapters()["model"]
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"There is no adapter {unknown[0]!r}; the model has {known or 'none'}.")
         if len(set(names)) < len(names):
-            raise ValueError(f"An adapter is named once, got {short_repr(list(names))}.")
+            raise ValueError(f"An adapter must be named only once, got {short_repr(list(names))}.")
 
     def _check_not_fused(self, what: str):
         """Raises `ValueError` while adapters are fused: with another strength they could not be taken out again."""
@@ -259,7 +261,7 @@ class LoraMixin:
     def _lora_layers(self) -> Iterator[nn.Module]:
         return (part for part in adapted_parts(self.unwrapped_model) if hasattr(part, "set_scale"))
 
-    def _compile_again(self):
+    def _discard_recordings(self):
         """Discard recorded scales, which hold the layers as they were before."""
         if getattr(self.unwrapped_model, "compiled_drawing", None) is not None:
             self.unwrapped_model.compile_drawing()
@@ -281,10 +283,10 @@ def _as_list(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def _has(part: nn.Module, name: str) -> bool:
+def _has_adapter(part: nn.Module, name: str) -> bool:
     return any(name in getattr(part, kind, ()) for kind in part.adapter_layer_names)
 
 
-def _is_whole(part: nn.Module) -> bool:
+def _is_module_to_save(part: nn.Module) -> bool:
     """Whether a part is one that adapters hold whole."""
     return "modules_to_save" in part.adapter_layer_names

@@ -9,7 +9,7 @@ import torch
 from diffusers.utils import BaseOutput
 from PIL import Image
 
-from .showing import as_html, to_pil
+from .notebook_display import as_html, to_pil
 
 
 Images = list[Image.Image] | np.ndarray | torch.Tensor

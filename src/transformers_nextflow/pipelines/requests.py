@@ -137,7 +137,7 @@ def _check_combination(processor, images, keeps: bool, mask_image, think: bool, 
     if think and processor.think_prefix is None:
         raise ValueError("This checkpoint was not trained to think before it draws; leave think out.")
     if think and keeps:
-        raise ValueError("think goes without mask_image and num_kept_scales; leave one of them out.")
+        raise ValueError("think cannot be combined with mask_image or num_kept_scales; leave one of them out.")
 
 
 def requested_schedule(processor, size: tuple[int | None, int | None], image: Image.Image | None) -> ScaleSchedule:
@@ -196,7 +196,9 @@ def check_options(think: bool, max_thought_tokens: int, thought_temperature: flo
     if not is_of_type(thought_temperature, float) or not 0 <= thought_temperature < float("inf"):
         raise ValueError(f"thought_temperature must be a number from 0, got {short_repr(thought_temperature)}.")
     if thought_temperature and not think:
-        raise ValueError(f"thought_temperature={thought_temperature} is of a thought; add think, or leave it at 0.")
+        raise ValueError(
+            f"thought_temperature={thought_temperature} is only for thoughts; add think, or leave it at 0."
+        )
     for name, function in called.items():
         if function is not None:
             check_function(function, 4, name)

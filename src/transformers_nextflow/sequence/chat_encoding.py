@@ -57,12 +57,12 @@ def encode_chats(
     special = _special_tokens(tokenizer)
     with template_errors():
         rendered, spans = render_jinja_template(
-            conversations=[_marked(_gathered(list(chat), special), special) for chat in chats],
+            conversations=[_mark_special_tokens(_gather_tokens(list(chat), special), special) for chat in chats],
             chat_template=chat_template,
             return_assistant_tokens_mask=with_answers,
             **tokenizer.special_tokens_map | template_kwargs,
         )
-    check_written(chats, rendered, image_token)
+    check_rendered(chats, rendered, image_token)
     return [_encode(tokenizer, text, own) for text, own in zip(rendered, spans or [[]] * len(rendered))]
 
 
@@ -75,7 +75,7 @@ def template_errors() -> Iterator[None]:
         raise ValueError(f"The conversation cannot be written by the chat template: {error}") from error
 
 
-def check_written(chats: Sequence[list[dict]], rendered: Sequence[str], image_token: str | None):
+def check_rendered(chats: Sequence[list[dict]], rendered: Sequence[str], image_token: str | None):
     """Raises `ValueError` for a text that is no answer, or an image, that the template left out of the rendered
     conversations.
     """
@@ -92,12 +92,12 @@ def check_written(chats: Sequence[list[dict]], rendered: Sequence[str], image_to
                 if message.get("role") != "assistant" and " ".join(said.split()) not in words:
                     raise ValueError(
                         f"The chat template leaves out the prompt {short_repr(said)}, so the model would not read it; "
-                        "take the template that the checkpoint came with."
+                        "use the template that the checkpoint came with."
                     )
         if image_token and (found := written.count(image_token)) < num_images:
             raise ValueError(
                 f"The chat template writes {image_token} {found} times for {num_images} images, so the model would not "
-                "read them all; take the template that the checkpoint came with."
+                "read them all; use the template that the checkpoint came with."
             )
 
 
@@ -121,17 +121,17 @@ def check_text(text: str, name: str = "The text"):
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text outside of a template, such as a given answer."""
-    return _encode(tokenizer, _marked(text, _special_tokens(tokenizer)), []).ids
+    return _encode(tokenizer, _mark_special_tokens(text, _special_tokens(tokenizer)), []).ids
 
 
 def gather_special_tokens(tokenizer: PreTrainedTokenizerBase, conversation: Any) -> Any:
     """Messages, or lists of them, in which no special token is spread over several text parts, such as "<|im_" and
     "end|>": it is moved into the part in which it begins.
     """
-    return _gathered(conversation, _special_tokens(tokenizer))
+    return _gather_tokens(conversation, _special_tokens(tokenizer))
 
 
-def check_spells_out_no_special_tokens(tokenizer: PreTrainedTokenizerBase, value: Any):
+def check_has_no_special_tokens(tokenizer: PreTrainedTokenizerBase, value: Any):
     """Raises `ValueError` for a special token in any string of a conversation."""
     if found := _special_tokens(tokenizer).search("\n".join(_strings(value))):
         raise ValueError(
@@ -176,22 +176,22 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def _marked(value: Any, special: re.Pattern) -> Any:
+def _mark_special_tokens(value: Any, special: re.Pattern) -> Any:
     """The messages with marks around the special tokens in every string."""
     if isinstance(value, str):
         check_text(value)
         return special.sub(rf"{OPEN}\g<0>{CLOSE}", value)
     if isinstance(value, dict):
-        return {key: _marked(inner, special) for key, inner in value.items()}
-    return [_marked(inner, special) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: _mark_special_tokens(inner, special) for key, inner in value.items()}
+    return [_mark_special_tokens(inner, special) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _gathered(value: Any, special: re.Pattern) -> Any:
+def _gather_tokens(value: Any, special: re.Pattern) -> Any:
     if isinstance(value, dict):
-        return {key: _gathered(inner, special) for key, inner in value.items()}
+        return {key: _gather_tokens(inner, special) for key, inner in value.items()}
     if not isinstance(value, list | tuple):
         return value
-    parts = [_gathered(inner, special) for inner in value]
+    parts = [_gather_tokens(inner, special) for inner in value]
     texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
     for first, text in enumerate(texts):
         # Parts that are rendered next to each other.

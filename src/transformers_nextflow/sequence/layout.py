@@ -272,7 +272,7 @@ def check_num_positions(count: int, config: PreTrainedConfig):
     if count > limit:
         raise ValueError(
             f"The sequence takes {count} positions, but the model has {limit} (max_position_embeddings); a token takes "
-            "one, an image one for each scale. Take a shorter text, fewer images or frames, or a smaller "
+            "one, an image one for each scale. Use a shorter text, fewer images or frames, or a smaller "
             "max_new_tokens."
         )
 

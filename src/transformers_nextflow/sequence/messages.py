@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..utils.field_errors import FieldError, shown
+from ..utils.field_errors import FieldError, abbreviate
 from ..utils.plain_values import as_list
 from .chat_encoding import text_fault
 
@@ -20,7 +20,9 @@ def check_conversation(messages: Any, place: str = "messages"):
     """Raises `FieldError` naming what is wrong in the messages of a chat, in which each part has its own image."""
     given = as_list(messages)
     if not given:
-        raise FieldError(place, f"must be a list of at least one message with role and content, got {shown(messages)}")
+        raise FieldError(
+            place, f"must be a list of at least one message with role and content, got {abbreviate(messages)}"
+        )
     for number, message in enumerate(given):
         parts = read_message(message, f"{place}[{number}]", IMAGE_NAMES)["content"]
         for index, part in enumerate(parts):
@@ -39,15 +41,15 @@ def read_message(message: Any, place: str, image_names: tuple[str, ...] = ("imag
         FieldError: for invalid messages or parts, and for entries that a training or a model would ignore.
     """
     if not isinstance(message, dict):
-        raise FieldError(place, f"must be an object with role and content, got {shown(message)}")
+        raise FieldError(place, f"must be an object with role and content, got {abbreviate(message)}")
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or role not in ROLES:
-        raise FieldError(f"{place}.role", f"must be one of {ROLES}, got {shown(role)}")
+        raise FieldError(f"{place}.role", f"must be one of {ROLES}, got {abbreviate(role)}")
     _check_names(message, ("role", "content"), place, "message")
     if isinstance(content, str):
         parts = [{"type": "text", "text": _text(content, f"{place}.content")}]
     elif not (given := as_list(content)):
-        raise FieldError(f"{place}.content", f"must be a text or a list of parts, got {shown(content)}")
+        raise FieldError(f"{place}.content", f"must be a text or a list of parts, got {abbreviate(content)}")
     else:
         parts = [_read_part(part, f"{place}.content[{number}]", image_names) for number, part in enumerate(given)]
     return {"role": role, "content": parts} | _train_flag(message, place)
@@ -56,7 +58,7 @@ def read_message(message: Any, place: str, image_names: tuple[str, ...] = ("imag
 def _read_part(part: Any, place: str, image_names: tuple[str, ...]) -> dict:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(kind, str) or kind not in ("text", "image", "video"):
-        raise FieldError(f"{place}.type", f"must be text, image or video, got {shown(part)}")
+        raise FieldError(f"{place}.type", f"must be text, image or video, got {abbreviate(part)}")
     names = image_names if kind == "image" else (kind,)
     _check_names(part, ("type", *names), place, f"part of type {kind}")
     if kind == "text":
@@ -74,12 +76,12 @@ def _check_names(holder: dict, names: tuple[str, ...], place: str, kind: str):
     for name, value in holder.items():
         if name not in (*names, "train") and value is not None and not (isinstance(value, str | list) and not value):
             allowed = ", ".join((*names, "train"))
-            raise FieldError(f"{place}.{name}", f"a {kind} holds {allowed} and nothing else, got {shown(value)}")
+            raise FieldError(f"{place}.{name}", f"a {kind} holds {allowed} and nothing else, got {abbreviate(value)}")
 
 
 def _text(text: Any, place: str) -> str:
     if not isinstance(text, str):
-        raise FieldError(place, f"must be a string, got {shown(text)}")
+        raise FieldError(place, f"must be a string, got {abbreviate(text)}")
     if fault := text_fault(text):
         raise FieldError(place, fault)
     return text
@@ -88,5 +90,5 @@ def _text(text: Any, place: str) -> str:
 def _train_flag(holder: dict, place: str) -> dict:
     flag = holder.get("train")
     if flag is not None and not isinstance(flag, bool | np.bool_):
-        raise FieldError(f"{place}.train", f"must be true or false, got {shown(flag)}")
+        raise FieldError(f"{place}.train", f"must be true or false, got {abbreviate(flag)}")
     return {} if flag is None else {"train": bool(flag)}

@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ..utils.older_transformers import CACHE
+from ..utils.older_transformers import CACHE_KEYWORD
 from .ragged_keys import RaggedKeys, attend_ragged
 
 
@@ -103,7 +103,7 @@ def plan_attention(
     return plan_rows(config, rows, block_ids) if all(row is not None for row in rows) else None
 
 
-def plan_behind(
+def plan_cached(
     config: PreTrainedConfig, padding: Sequence[int], num_queries: int, columns: int, is_causal: bool, device
 ) -> AttentionPlan | None:
     """The plan of rows in which the last `num_queries` of `columns` attend to all but `padding` columns on the left.
@@ -199,7 +199,7 @@ def _attend_by_plan(module, query, key, value, plan: AttentionPlan, **kwargs) ->
     counts = [count for count, _ in plan.groups]
     parts = zip(*(states.split(counts) for states in (query, key, value)), plan.groups, plan.masks)
     outputs = [_attend_row(module, q, k, v, row, masks, **kwargs) for q, k, v, (_, row), masks in parts]
-    return _joined(outputs, 0)
+    return _concatenate(outputs, 0)
 
 
 def _attend_row(module, query, key, value, row: Row, masks, **kwargs) -> torch.Tensor:
@@ -207,7 +207,7 @@ def _attend_row(module, query, key, value, row: Row, masks, **kwargs) -> torch.T
     queries = query.split([sample.queries for sample in row], dim=2)
     keys, values = (states.split([sample.keys for sample in row], dim=2) for states in (key, value))
     samples = zip(queries, keys, values, row, masks)
-    return _joined([_attend_sample(module, *states, **kwargs) for states in samples if states[0].shape[2]], 1)
+    return _concatenate([_attend_sample(module, *states, **kwargs) for states in samples if states[0].shape[2]], 1)
 
 
 def _attend_sample(module, query, key, value, sample: Sample, mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
@@ -217,7 +217,7 @@ def _attend_sample(module, query, key, value, sample: Sample, mask: torch.Tensor
         return query.transpose(1, 2).new_zeros(query.transpose(1, 2).shape)
     parts = zip(query.split([run.queries for run in sample.runs], dim=2), sample.runs)
     outputs = [_attend(module, q, key[:, :, : run.keys], value[:, :, : run.keys], run, **kwargs) for q, run in parts]
-    return _joined(outputs, 1)
+    return _concatenate(outputs, 1)
 
 
 def _attend(module, query, key, value, run: Run, **kwargs) -> torch.Tensor:
@@ -230,19 +230,19 @@ def _attend(module, query, key, value, run: Run, **kwargs) -> torch.Tensor:
     return sdpa_attention_forward(module, query, key, value, None, is_causal=run.is_causal, **kwargs)[0]
 
 
-def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+def _concatenate(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 class ScaleAttentionMixin:
-    """Adds `both_ways` to an attention module of transformers: its queries attend to all keys that are not masked.
+    """Adds `bidirectional` to an attention module of transformers: its queries attend to all keys that are not masked.
 
     transformers' own `is_causal=False` does the same, but the backbone writes that argument into its config during the
-    call. All calls on the model, also in other threads, share the config; `both_ways` does not change it.
+    call. All calls on the model, also in other threads, share the config; `bidirectional` does not change it.
     """
 
-    def forward(self, *args, both_ways: bool = False, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if both_ways:
+    def forward(self, *args, bidirectional: bool = False, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if bidirectional:
             kwargs["is_causal"] = False
         return super().forward(*args, **kwargs)
 
@@ -262,9 +262,9 @@ class ScaleMaskedMixin:
         """Hidden states (B, L, D) through all layers and the norm; `attention_mask` as transformers prepares it."""
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states, attention_mask=attention_mask["full_attention"], **{CACHE: cache}, **kwargs
+                hidden_states, attention_mask=attention_mask["full_attention"], **{CACHE_KEYWORD: cache}, **kwargs
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_KEYWORD: cache})
 
     def get_correct_attn_implementation(self, requested_attention: str | None, *args, **kwargs) -> str:
         """As in transformers, but the default is "scale_sdpa" in place of "sdpa".

@@ -20,9 +20,9 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from ..utils.unique_names import load_json
-from .body_limits import BodyLimits, BodyRefused
+from .body_limits import BodyLimits, RequestBodyError
 from .jobs import ChatJob, Finished, ImageJob, Job, Partial
-from .schemas import MOST_IMAGES, Body, ChatBody, EditBody, ImageBody, UploadedImages, region_of
+from .schemas import MAX_IMAGES, Body, ChatBody, EditBody, ImageBody, UploadedImages, region_of
 from .usage import chat_usage, image_usage
 from .worker import TooManyRequests, Worker
 
@@ -43,9 +43,9 @@ def create_app(worker: Worker, on_answer: OnAnswer = lambda path, status: None) 
     """
     settings = worker.settings
     app = FastAPI(title=settings.name, docs_url=None, redoc_url=None)
-    app.add_middleware(BodyLimits, most_bytes=settings.max_upload, seconds=settings.timeout)
-    app.add_middleware(_CountedAnswers, on_answer=on_answer)
-    _answer_errors(app)
+    app.add_middleware(BodyLimits, max_bytes=settings.max_upload, seconds=settings.timeout)
+    app.add_middleware(_StatusReporter, on_answer=on_answer)
+    _add_error_handlers(app)
 
     @app.get("/health")
     async def health() -> dict:
@@ -88,11 +88,11 @@ def create_app(worker: Worker, on_answer: OnAnswer = lambda path, status: None) 
             messages=messages, seed=body.seed, options=body.options, is_streamed=body.stream,
             partial_images=body.partial_images,
         )  # fmt: skip
-        answers = await _started(worker, job)
+        answers = await _start_answers(worker, job)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": settings.name}
         processor = worker.pipeline.processor
         if body.stream:
-            usage = partial(chat_usage, processor, job) if body.tells_usage else None
+            usage = partial(chat_usage, processor, job) if body.includes_usage else None
             return _events(_chat_chunks(answers, head, usage))
         given = [answer async for answer in answers]
         text, finished = "".join(a for a in given if isinstance(a, str)), [a for a in given if isinstance(a, Finished)]
@@ -104,7 +104,7 @@ def create_app(worker: Worker, on_answer: OnAnswer = lambda path, status: None) 
     return app
 
 
-class _CountedAnswers:
+class _StatusReporter:
     """ASGI middleware that reports the status of each answer."""
 
     def __init__(self, app: Callable, on_answer: OnAnswer):
@@ -119,7 +119,7 @@ class _CountedAnswers:
         await self.app(scope, receive, counted if scope["type"] == "http" else send)
 
 
-async def _started(worker: Worker, job: Job) -> AsyncIterator[Answer]:
+async def _start_answers(worker: Worker, job: Job) -> AsyncIterator[Answer]:
     """The answers of a job, after the first one has arrived, so that refusals come before a status is sent."""
     await run_in_threadpool(worker.check, job)
     answers = worker.answers(job)
@@ -138,7 +138,7 @@ async def _started(worker: Worker, job: Job) -> AsyncIterator[Answer]:
 
 
 async def _images(worker: Worker, job: ImageJob, body: ImageBody, event: str) -> Response:
-    answers = await _started(worker, job)
+    answers = await _start_answers(worker, job)
     if body.stream:
         return _events(_image_events(answers, body, event))
     finished = [answer async for answer in answers]
@@ -153,7 +153,7 @@ async def _images(worker: Worker, job: ImageJob, body: ImageBody, event: str) ->
 
 async def _image_events(answers: AsyncIterator[Answer], body: ImageBody, event: str) -> AsyncIterator[str]:
     common = {"output_format": body.output_format, "quality": "auto", "background": "opaque"}
-    async for answer in _told_errors(answers):
+    async for answer in _errors_as_bodies(answers):
         if isinstance(answer, dict):
             yield _event(answer, "error")
             return
@@ -180,7 +180,7 @@ async def _chat_chunks(
         return _event(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]})
 
     yield chunk({"role": "assistant", "content": ""})
-    async for answer in _told_errors(answers):
+    async for answer in _errors_as_bodies(answers):
         if isinstance(answer, dict):
             yield _event(answer)
             return
@@ -193,7 +193,7 @@ async def _chat_chunks(
     yield "data: [DONE]\n\n"
 
 
-async def _told_errors(answers: AsyncIterator[Answer]) -> AsyncIterator[Answer | dict]:
+async def _errors_as_bodies(answers: AsyncIterator[Answer]) -> AsyncIterator[Answer | dict]:
     """The answers; errors after the status was sent become bodies of errors."""
     try:
         async for answer in answers:
@@ -235,14 +235,14 @@ def _repeated(names: list[str]) -> str:
 
 def _uploads(files: list[tuple[str, bytes]]) -> tuple[list[Image.Image], Image.Image | None]:
     """Images and mask of a form."""
-    images, masks, uploads = [], [], UploadedImages(MOST_IMAGES + 1)  # one more for the mask
+    images, masks, uploads = [], [], UploadedImages(MAX_IMAGES + 1)  # one more for the mask
     for name, content in files:
         if name.removesuffix("[]") not in ("image", "mask"):
             raise ValueError(f"{name[:40]!r} is not known; the files of an edit are image and mask.")
         (masks if name == "mask" else images).append(uploads.read(content, name))
     if not images or len(masks) > 1:
         raise ValueError(f"An edit has at least one image and at most one mask, got {len(images)} and {len(masks)}.")
-    if len(images) > (most := 1 if masks else MOST_IMAGES):
+    if len(images) > (most := 1 if masks else MAX_IMAGES):
         raise ValueError(f"An edit has at most {most} images{' where it has a mask' * bool(masks)}, got {len(images)}.")
     return images, region_of(masks[0]) if masks else None
 
@@ -251,7 +251,7 @@ async def _json(request: Request) -> dict:
     try:
         body = load_json(await request.body())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"The request's body is no JSON: {error}") from error
+        raise ValueError(f"The request's body is not valid JSON: {error}") from error
     if not isinstance(body, dict):
         raise ValueError("The request's body must be an object.")
     return body
@@ -271,14 +271,14 @@ def _error_of(error: Exception) -> tuple[int, dict]:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         param = ".".join(map(str, first["loc"]))
-        told = first["msg"].removeprefix("Value error, ")  # pydantic's, before our own words
-        told = "this field is not known" if first["type"] == "extra_forbidden" else told
-        status, message = 400, f"{param}: {told}"
+        reason = first["msg"].removeprefix("Value error, ")  # pydantic's, before our own words
+        reason = "this field is not known" if first["type"] == "extra_forbidden" else reason
+        status, message = 400, f"{param}: {reason}"
     elif isinstance(error, TooManyRequests):
         status, message = 429, str(error)
     elif isinstance(error, TimeoutError):
         status, message = 504, "The answer took longer than the server's time limit."
-    elif isinstance(error, BodyRefused):
+    elif isinstance(error, RequestBodyError):
         status, message = error.status, str(error)
     elif isinstance(error, HTTPException):
         status, message = error.status_code, str(error.detail)
@@ -292,11 +292,11 @@ def _error_of(error: Exception) -> tuple[int, dict]:
     return status, {"error": {"message": message, "type": kind, "param": param, "code": None}}
 
 
-def _answer_errors(app: FastAPI):
+def _add_error_handlers(app: FastAPI):
     async def answer(request: Request, error: Exception) -> JSONResponse:
         status, body = _error_of(error)
         headers = {"Retry-After": str(error.retry_after)} if isinstance(error, TooManyRequests) else None
         return JSONResponse(body, status, headers)
 
-    for kind in (ValueError, HTTPException, TooManyRequests, TimeoutError, BodyRefused, Exception):
+    for kind in (ValueError, HTTPException, TooManyRequests, TimeoutError, RequestBodyError, Exception):
         app.add_exception_handler(kind, answer)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 APPLICATION = "nextflow"
 # How many more requests a replica receives than it admits: those to answer with 429, and health checks.
-MOST_REFUSED_AT_ONCE = 256
+MAX_REFUSED_AT_ONCE = 256
 SECONDS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
 
 
@@ -116,7 +116,7 @@ def deployment(settings: ServingSettings, replicas: int, max_replicas: int, cpus
         serve.ingress(build)(),
         name="model",
         ray_actor_options=options,
-        max_ongoing_requests=settings.max_waiting + MOST_REFUSED_AT_ONCE,
+        max_ongoing_requests=settings.max_waiting + MAX_REFUSED_AT_ONCE,
         health_check_period_s=5,
         **scaling,
     ).bind()

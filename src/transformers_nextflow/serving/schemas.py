@@ -16,19 +16,19 @@ from ..sequence.chat_encoding import text_fault
 from ..utils.image_files import read_image
 
 
-MOST_SEEDS = 2**32
-MOST_CHARACTERS = 32_000
+MAX_SEEDS = 2**32
+MAX_CHARACTERS = 32_000
 # The largest number of characters of all texts of a conversation.
-MOST_CHAT_CHARACTERS = 400_000
+MAX_CHAT_CHARACTERS = 400_000
 # The largest number of images that a request may hold.
-MOST_DRAWN, MOST_IMAGES = 1024, 16
+MAX_DRAWN, MAX_IMAGES = 1024, 16
 # The largest number of pixels of all images of a request, however small the files are; and the accepted formats, by
 # PIL's names: some formats of PIL run other programs.
-MOST_PIXELS = 2**26
+MAX_PIXELS = 2**26
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 # Of texts at which an answer ends.
-MOST_STOPS, LONGEST_STOP = 16, 100
+MAX_STOPS, LONGEST_STOP = 16, 100
 Guidance = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
 
@@ -38,7 +38,7 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = None
-    seed: Annotated[int, Field(ge=0, lt=MOST_SEEDS)] = Field(default_factory=lambda: secrets.randbelow(MOST_SEEDS))
+    seed: Annotated[int, Field(ge=0, lt=MAX_SEEDS)] = Field(default_factory=lambda: secrets.randbelow(MAX_SEEDS))
     stream: bool = False
     # For the client's own bookkeeping; ignored.
     user: str | None = None
@@ -66,9 +66,9 @@ class StreamOptions(BaseModel):
 class ImageBody(Body):
     """Body of `/v1/images/generations`."""
 
-    prompt: Annotated[str, Field(min_length=1, max_length=MOST_CHARACTERS)]
-    negative_prompt: Annotated[str, Field(max_length=MOST_CHARACTERS)] = ""
-    n: Annotated[int, Field(ge=1, le=MOST_DRAWN)] = 1
+    prompt: Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS)]
+    negative_prompt: Annotated[str, Field(max_length=MAX_CHARACTERS)] = ""
+    n: Annotated[int, Field(ge=1, le=MAX_DRAWN)] = 1
     size: str = "auto"
     partial_images: Annotated[int, Field(ge=0, le=16)] = 0
     output_format: Literal["png", "jpeg", "webp"] = "png"
@@ -89,7 +89,7 @@ class ImageBody(Body):
     @classmethod
     def _is_followed(cls, compression: int | None, info: ValidationInfo) -> int | None:
         if info.data.get("output_format") == "png" and compression not in (None, 100):
-            raise ValueError("PNG loses nothing; output_format webp or jpeg takes it")
+            raise ValueError("PNG is lossless; use output_format webp or jpeg")
         return compression
 
     @field_validator("prompt", "negative_prompt")
@@ -108,7 +108,7 @@ class ImageBody(Body):
 
     @property
     def seeds(self) -> list[int]:
-        return [(self.seed + number) % MOST_SEEDS for number in range(self.n)]
+        return [(self.seed + number) % MAX_SEEDS for number in range(self.n)]
 
 
 class EditBody(ImageBody):
@@ -131,7 +131,7 @@ class ChatBody(Body):
     modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1)] = ["text", "image"]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_images: Annotated[int, Field(ge=0, le=MOST_IMAGES)] = 1
+    max_images: Annotated[int, Field(ge=0, le=MAX_IMAGES)] = 1
     size: str = "auto"
     partial_images: Annotated[int, Field(ge=0, le=16)] = 0
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
@@ -151,7 +151,7 @@ class ChatBody(Body):
     @classmethod
     def _is_only_limit(cls, limit: int | None, info: ValidationInfo) -> int | None:
         if limit is not None and info.data.get("max_tokens") not in (None, limit):
-            raise ValueError("max_tokens, its older name, says something else; give one of them")
+            raise ValueError("max_tokens, its older name, has another value; give one of them")
         return limit
 
     @field_validator("stream_options")
@@ -162,7 +162,7 @@ class ChatBody(Body):
         return options
 
     @property
-    def tells_usage(self) -> bool:
+    def includes_usage(self) -> bool:
         """Whether a stream ends with the number of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -172,10 +172,10 @@ class ChatBody(Body):
         stops = [stop] if isinstance(stop, str) else stop
         if stop is not None and not (
             isinstance(stops, list)
-            and 1 <= len(stops) <= MOST_STOPS
+            and 1 <= len(stops) <= MAX_STOPS
             and all(isinstance(one, str) and 1 <= len(one) <= LONGEST_STOP and not text_fault(one) for one in stops)
         ):
-            raise ValueError(f"a text, or 1 to {MOST_STOPS} texts, of 1 to {LONGEST_STOP} characters each")
+            raise ValueError(f"a text, or 1 to {MAX_STOPS} texts, of 1 to {LONGEST_STOP} characters each")
         return stop
 
     @property
@@ -218,17 +218,17 @@ class UploadedImages:
     """Reads the images and counts the texts of one request, within the limits of a request.
 
     Args:
-        most_images: the largest number of images.
+        max_images: the largest number of images.
     """
 
-    def __init__(self, most_images: int = MOST_IMAGES):
-        self.images_left, self.pixels_left, self.characters_left = most_images, MOST_PIXELS, MOST_CHAT_CHARACTERS
+    def __init__(self, max_images: int = MAX_IMAGES):
+        self.images_left, self.pixels_left, self.characters_left = max_images, MAX_PIXELS, MAX_CHAT_CHARACTERS
 
     def read(self, content: bytes | str, place: str) -> Image.Image:
         """The image in bytes or a `data:` URL. Raises `ValueError` naming `place`."""
         self.images_left -= 1
         if self.images_left < 0:
-            raise ValueError(f"{place}: at most {MOST_IMAGES} images are read of a request.")
+            raise ValueError(f"{place}: at most {MAX_IMAGES} images are read of a request.")
         try:
             image = read_image(content, self.pixels_left, FORMATS)
         except ValueError as error:
@@ -240,7 +240,7 @@ class UploadedImages:
         """Returns the text. Raises `ValueError` if all texts together are too long."""
         self.characters_left -= len(text) if isinstance(text, str) else 0
         if self.characters_left < 0:
-            raise ValueError(f"messages have more than the {MOST_CHAT_CHARACTERS} characters that are read.")
+            raise ValueError(f"messages have more than the {MAX_CHAT_CHARACTERS} characters that are read.")
         return text
 
 

@@ -12,7 +12,7 @@ from ..utils.typed_values import check_types, hints_of
 
 
 # Of a name.
-MOST_CHARACTERS = 200
+MAX_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class ServingSettings:
             raise ValueError(f"batch_wait must be a number of seconds from 0 to timeout, got {self.batch_wait!r}.")
         if not self.model:
             raise ValueError("No model is named; name a folder, or a repository of the Hub.")
-        if len(self.name) > MOST_CHARACTERS or not (self.name.isprintable() and text_fault(self.name) is None):
+        if len(self.name) > MAX_CHARACTERS or not (self.name.isprintable() and text_fault(self.name) is None):
             raise ValueError(
-                f"name must be of up to {MOST_CHARACTERS} characters that can be printed, got {short_repr(self.name)}."
+                f"name must be of up to {MAX_CHARACTERS} characters that can be printed, got {short_repr(self.name)}."
             )
         if not self.name:
             # The dataclass is frozen, so the name is set in this way.

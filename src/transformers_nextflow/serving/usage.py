@@ -10,9 +10,14 @@ from .jobs import ChatJob, Finished, ImageJob
 
 def image_usage(processor: NextFlowProcessor, job: ImageJob, finished: Sequence[Finished]) -> dict:
     """`usage` of drawn images: tokens of the prompt, and codes."""
-    text, drawn = _count(processor, job.prompt), sum(image.num_tokens for image in finished)
-    details = {"text_tokens": text, "image_tokens": 0}
-    return {"input_tokens": text, "output_tokens": drawn, "total_tokens": text + drawn, "input_tokens_details": details}
+    text_tokens, image_tokens = _count(processor, job.prompt), sum(image.num_tokens for image in finished)
+    details = {"text_tokens": text_tokens, "image_tokens": 0}
+    return {
+        "input_tokens": text_tokens,
+        "output_tokens": image_tokens,
+        "total_tokens": text_tokens + image_tokens,
+        "input_tokens_details": details,
+    }
 
 
 def chat_usage(processor: NextFlowProcessor, job: ChatJob, text: str, finished: Sequence[Finished]) -> dict:

@@ -35,7 +35,7 @@ class TooManyRequests(Exception):
         self.retry_after = retry_after
 
 
-class ClientLeft(Exception):
+class ClientDisconnected(Exception):
     """The client has disconnected."""
 
 
@@ -138,7 +138,7 @@ class Worker:
         start = time.perf_counter()
         try:
             self._draw(jobs) if isinstance(jobs[0], ImageJob) else self._chat(jobs)
-        except ClientLeft:
+        except ClientDisconnected:
             return
         except Exception as error:
             if len(jobs) > 1:  # each job is tried in its own call, which shows which of them failed
@@ -173,14 +173,14 @@ class Worker:
                     if scale in shown:
                         job.put(Partial(image, shown.index(scale), number))
 
-        drawn = self.pipeline(
+        output = self.pipeline(
             **inputs,
             **jobs[0].options,
             generator=[_generator(job.seeds[number]) for job, number in owners],
             callback_on_step_end=after_scale,
             callback_on_step_end_tensor_inputs=["preview"] if with_previews else [],
         )
-        for (job, number), image, tokens in zip(owners, drawn.images, drawn.image_tokens):
+        for (job, number), image, tokens in zip(owners, output.images, output.image_tokens):
             job.put(Finished(image, job.seeds[number], int((tokens >= 0).sum())))
 
     def _chat(self, jobs: list[ChatJob]):
@@ -213,7 +213,7 @@ class _Streamer(InterleavedStreamer):
 
     def put(self, value):
         if self.job.abandoned:
-            raise ClientLeft
+            raise ClientDisconnected
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False):

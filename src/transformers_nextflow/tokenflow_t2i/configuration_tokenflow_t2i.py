@@ -9,7 +9,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from ..configuration_nextflow import NextFlowVQConfig, check_backbone, config_from, value_errors
 from ..scale_schedule import ScaleSchedule
-from ..utils.atomic_files import saved_whole
+from ..utils.atomic_files import atomic_save
 
 
 @value_errors
@@ -29,7 +29,7 @@ class TokenFlowT2IConfig(PreTrainedConfig):
     """
 
     model_type = "tokenflow_t2i"
-    save_pretrained = saved_whole(PreTrainedConfig.save_pretrained)
+    save_pretrained = atomic_save(PreTrainedConfig.save_pretrained)
     sub_configs = {"text_config": LlamaConfig, "vq_config": NextFlowVQConfig}
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
 

@@ -133,7 +133,7 @@ class TokenFlowT2IDrawingMixin:
         """
         given = sorted(name for name, value in unknown.items() if value is not None)
         if given:
-            raise ValueError(f"TokenFlow-t2i draws from text alone and does not take {', '.join(given)}.")
+            raise ValueError(f"TokenFlow-t2i draws only from text and does not take {', '.join(given)}.")
         check_drawing(sampling, callback)
         sampling = sampling or self.default_image_sampling
         schedules = [self.config.schedule] * len(input_ids)
@@ -149,7 +149,7 @@ class TokenFlowT2IDrawingMixin:
         sequences, joined = PromptedSequences(self), join_prompts(prompts)
         rows = torch.arange(len(joined.input_ids), device=input_ids.device).view(len(prompts), -1)
         hidden_states = sequences.read(joined)[:, -1:].unflatten(0, rows.shape)
-        scales = draw_scales(self, drawing, sequences, hidden_states, rows, callback, go_on=False)
+        scales = draw_scales(self, drawing, sequences, hidden_states, rows, callback, continues=False)
         return drawing.generated(scales)
 
     @property
@@ -167,12 +167,12 @@ class TokenFlowT2IDrawingMixin:
         for other in image_sizes or []:
             if tuple(other) != size:
                 raise ValueError(
-                    f"TokenFlow-t2i draws images of {size[0]}x{size[1]} pixels alone, got {other[0]}x{other[1]}."
+                    f"TokenFlow-t2i draws only images of {size[0]}x{size[1]} pixels, got {other[0]}x{other[1]}."
                 )
         if image_sizes is not None and len(image_sizes) != count:
             raise ValueError(f"{count} prompts came with {len(image_sizes)} image_sizes; give one for each.")
         if any(part.input_ids is None for part in prompts):
-            raise ValueError("Guidance needs negative_input_ids; take an empty prompt, or guidance_scale=1.")
+            raise ValueError("Guidance needs negative_input_ids; use an empty prompt, or guidance_scale=1.")
         for part in prompts:
             if len(part.input_ids) != count:
                 raise ValueError(f"{count} prompts came with {len(part.input_ids)} negative ones.")

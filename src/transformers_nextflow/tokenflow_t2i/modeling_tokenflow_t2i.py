@@ -19,8 +19,8 @@ from ..modeling_nextflow_vq import frozen_vision_tokenizer
 from ..sequence.layout import check_num_positions
 from ..sequence.padding import check_left_padded
 from ..sequence.scale_sdpa import ScaleAttentionMixin, ScaleMaskedMixin
-from ..utils.offloading import onloaded
-from ..utils.older_transformers import CACHE, takes_the_cache
+from ..utils.offloading import onload_weights
+from ..utils.older_transformers import CACHE_KEYWORD, accepts_cache_keyword
 from ..vision_tokenizer.resampling import resample
 from .configuration_tokenflow_t2i import TokenFlowT2IConfig
 from .generation_tokenflow_t2i import TokenFlowT2IDrawingMixin
@@ -62,7 +62,7 @@ class TokenFlowT2ITextModel(ScaleMaskedMixin, LlamaModel):
         )
         self.post_init()
 
-    @takes_the_cache
+    @accepts_cache_keyword
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -135,7 +135,7 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
         """Codes (B, N) of images (B, 3, H, W) in [-1, 1] of the model's size."""
         if tuple(pixel_values.shape[-2:]) != self.config.image_size:
             raise ValueError(
-                f"TokenFlow-t2i has images of {self.config.image_size} pixels alone, got "
+                f"TokenFlow-t2i has only images of {self.config.image_size} pixels, got "
                 f"{tuple(pixel_values.shape[-2:])}."
             )
         return self.vq_model.encode(pixel_values).image_tokens
@@ -150,18 +150,18 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
         """
         grid = self.config.schedule.final_grid
         if image_grids is not None and set(map(tuple, image_grids.tolist())) != {grid}:
-            raise ValueError(f"TokenFlow-t2i has images with the final grid {grid} alone, got {image_grids.tolist()}.")
+            raise ValueError(f"TokenFlow-t2i has only images with the final grid {grid}, got {image_grids.tolist()}.")
         return list(self.vq_model.decode(image_tokens, self.config.schedule))
 
     def visual_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The codes' part of the head: hidden states (…, D) → logits (…, codes)."""
         start = self.config.image_token_start
-        with onloaded([self.lm_head]):
+        with onload_weights([self.lm_head]):
             return F.linear(hidden_states, self.lm_head.weight[start : start + self.config.vq_config.codebook_size])
 
     def embed_prompts(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """Prompts (B, L), left padded → embeddings (B, L, D); the last token is the first slot as well."""
-        with onloaded([self, self.scale_embedding]):
+        with onload_weights([self, self.scale_embedding]):
             embeds = self.language_model.embed_tokens(input_ids) + self.scale_embedding.weight[0]
             return torch.cat([embeds[:, :-1], embeds[:, -1:] + self.position_embedding[0]], dim=1)
 
@@ -182,7 +182,7 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
             total = resample(total, grid, upsample) + vector
         features = resample(total, schedule.grids[scale], upsample).flatten(2).transpose(1, 2)
         embeds = self.connector(features.to(self.scale_embedding.weight.dtype))
-        with onloaded([self, self.scale_embedding]):
+        with onload_weights([self, self.scale_embedding]):
             embeds = embeds + self.scale_embedding.weight[scale + 1]
             return embeds + self.position_embedding[schedule.offsets[scale] : schedule.offsets[scale + 1]]
 
@@ -220,14 +220,14 @@ class TokenFlowT2IForConditionalGeneration(NextFlowPreTrainedModel, TokenFlowT2I
             config=self.language_model.config,
             inputs_embeds=embeds,
             attention_mask=mask if attention_mask is not None else None,
-            **{CACHE: past_key_values},
+            **{CACHE_KEYWORD: past_key_values},
             block_sequence_ids=block_ids,
         )
         return self.language_model(
             inputs_embeds=embeds,
             attention_mask={"full_attention": prepared},
             position_ids=position_ids,
-            **{CACHE: past_key_values},
+            **{CACHE_KEYWORD: past_key_values},
             use_cache=use_cache,
             **kwargs,
         )

@@ -9,7 +9,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from ..processing_nextflow import DrawingInputsMixin, check_prompts
 from ..sequence.padding import pad_left
-from ..utils.atomic_files import saved_whole
+from ..utils.atomic_files import atomic_save
 
 
 class TokenFlowT2IProcessor(DrawingInputsMixin, ProcessorMixin):
@@ -28,7 +28,7 @@ class TokenFlowT2IProcessor(DrawingInputsMixin, ProcessorMixin):
         begin, text = tokenizer("").input_ids, tokenizer("a").input_ids
         if len(begin) != 1 or text[:1] != begin:
             raise ValueError(
-                f"The tokenizer reads an empty text as {begin} and 'a' as {text}; take one that begins texts with <s> "
+                f"The tokenizer reads an empty text as {begin} and 'a' as {text}; use one that begins texts with <s> "
                 "and adds nothing behind."
             )
         if tokenizer.pad_token_id is None:
@@ -36,7 +36,7 @@ class TokenFlowT2IProcessor(DrawingInputsMixin, ProcessorMixin):
         self.max_text_tokens = max_text_tokens
         super().__init__(image_processor, tokenizer)
 
-    save_pretrained = saved_whole(ProcessorMixin.save_pretrained)
+    save_pretrained = atomic_save(ProcessorMixin.save_pretrained)
     # The model reads no images and writes no text.
     think_prefix = None
 
@@ -63,7 +63,7 @@ class TokenFlowT2IProcessor(DrawingInputsMixin, ProcessorMixin):
             ValueError: for no prompts, one that is no string, an empty one, one that is too long, and for images.
         """
         if images is not None:
-            raise ValueError("TokenFlow-t2i draws from text alone; leave image out.")
+            raise ValueError("TokenFlow-t2i draws only from text; leave image out.")
         prompts = check_prompts(prompts, allow_empty)
         rows = self.tokenizer(prompts, split_special_tokens=True).input_ids
         for prompt, row in zip(prompts, rows):

@@ -67,7 +67,9 @@ class NextFlowCollator:
     def __call__(self, rows: list[dict] | list[list[dict]]) -> dict[str, torch.Tensor]:
         packed = bool(rows) and isinstance(rows[0], list)
         if packed and len(rows) > 1:
-            raise ValueError(f"A batch is one pack, got {len(rows)}; set per_device_train_batch_size to 1.")
+            raise ValueError(
+                f"With packing, a batch is one pack, got {len(rows)}; set per_device_train_batch_size to 1."
+            )
         encoded = [self._encode_to_train(row) for row in (rows[0] if packed else rows)]
         return (self._packed if packed else self._padded)(encoded) | self._images(encoded)
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from ..evaluation.image_metrics import contact_sheet
 from ..generation.sampling import ImageSampling
 from ..processing_nextflow import NextFlowProcessor
-from ..utils.atomic_files import write_whole
+from ..utils.atomic_files import atomic_write
 from .rl.rollouts import generate_rollouts
 from .runs.trained_weights import gathered_weights, is_sharded
 
@@ -74,7 +74,7 @@ class ImageGrids(TrainerCallback):
         folder = Path(self.folder or Path(args.output_dir) / "image_grids")
         starts = range(0, len(images), self.num_images)
         sheet = contact_sheet([images[start : start + self.num_images] for start in starts])
-        with write_whole(folder / f"step_{state.global_step:05d}.png") as partial:
+        with atomic_write(folder / f"step_{state.global_step:05d}.png") as partial:
             sheet.save(partial)
 
     def _draw(self, model: nn.Module) -> list[Image.Image]:

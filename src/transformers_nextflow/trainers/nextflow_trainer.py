@@ -20,8 +20,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
 from ..configuration_nextflow import NextFlowConfig
-from ..data.fitness import fit_of, pixels_of
 from ..data.mixture import Mixture
+from ..data.reconstruction_quality import measure_reconstruction, pixels_of
 from ..data.row_codes import TOKENS
 from ..data.row_errors import BadRowError
 from ..data.rows import NumberedRows
@@ -30,31 +30,31 @@ from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedule
 from ..sequence.loss import IGNORE_INDEX, LossWeights
-from ..utils.older_transformers import SAVES_DIVIDED
+from ..utils.older_transformers import SAVES_TENSOR_PARALLEL
 from ..utils.user_warnings import warn_user
 from ..vision_tokenizer.fingerprint import tokenizer_fingerprint
 from .collator import NextFlowCollator
 from .device_settings import CheckpointedLayers, choose_attention, compile_layers, use_liger
+from .metric_means import MetricMeans, batch_metrics
 from .optimizers import MuonWithAdamW
-from .pace import Pace
 from .packing import PACKINGS, CostModel, PackedDataset, PackedStream
 from .runs.averaged_weights import AveragedWeightsMixin
 from .runs.checked_arguments import NOT_NEGATIVE, CheckedArguments, Rule
-from .runs.epochs import TellsEpochs
+from .runs.epochs import SetEpochCallback
 from .runs.finite_training import FiniteTrainingMixin
 from .runs.resumable_training import ResumableTrainingMixin
 from .runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights, prepare_sharding
 from .runs.training_card import TrainingCardMixin
 from .runs.training_record import processor_differences
-from .trained_means import TrainedMeans, parts_of
+from .throughput import ThroughputMeter
 from .unsupported_arguments import check_trainer_arguments, check_training_arguments
 
 
 logger = logging.get_logger(__name__)
 # How many rows are examined to choose the fastest attention.
-LOOKED_AT_ROWS = 64
+NUM_EXAMINED_ROWS = 64
 # How many images are reconstructed before an adapter is trained on them.
-FITTED_ROWS = 8
+NUM_RECONSTRUCTED_ROWS = 8
 
 
 @dataclass
@@ -155,7 +155,7 @@ def _sizes_of(rows, collator: NextFlowCollator) -> Iterable[dict] | None:
 
 def _schedules_of(rows, collator: NextFlowCollator) -> list[ScaleSchedule]:
     """The schedules of the images in the first rows; empty for a stream, of which no rows are read."""
-    count = min(len(rows), LOOKED_AT_ROWS) if hasattr(rows, "__len__") else 0
+    count = min(len(rows), NUM_EXAMINED_ROWS) if hasattr(rows, "__len__") else 0
     return [schedule for index in range(count) for schedule in collator.size(rows[index]).schedules]
 
 
@@ -164,15 +164,18 @@ def _warn_of_images(model: nn.Module, rows, collator: NextFlowCollator):
     config, image_processor = model.config, collator.processor.image_processor
     stated = config.trained_on or {}
     try:
-        sample = [rows[index] for index in range(min(len(rows), FITTED_ROWS))]
+        sample = [rows[index] for index in range(min(len(rows), NUM_RECONSTRUCTED_ROWS))]
         sample = [row for row in sample if row.get(TOKENS) is None]
-        images = list(pixels_of(sample, collator.root, image_processor, FITTED_ROWS))
+        images = list(pixels_of(sample, collator.root, image_processor, NUM_RECONSTRUCTED_ROWS))
     except BadRowError:
         return  # an error with the row's number follows when the row is trained on
-    if images and not (fit := fit_of(model.vq_model, images, stated.get("lowest_psnr"))).is_fit:
+    if not images:
+        return
+    quality = measure_reconstruction(model.vq_model, images, stated.get("lowest_psnr"))
+    if not quality.is_sufficient:
         warn_user(
-            f"An adapter draws nothing that its tokenizer cannot hold, and {fit}. Train the tokenizer on such images "
-            "first, by the recipe tokenizer (docs/own_images.md).",
+            f"An adapter cannot draw what its tokenizer cannot reconstruct, and {quality}. Train the tokenizer on such "
+            "images first, by the recipe tokenizer (docs/own_images.md).",
         )
 
 
@@ -229,7 +232,9 @@ class NextFlowTrainer(
         config, unless an adapter is trained, which does not change the model.
         """
         if not is_peft_model(self.model) and getattr(self.model.config, "trained_on", None) is not None:
-            logger.warning("What the config says the model was trained on (trained_on) is taken out: no longer true.")
+            logger.warning(
+                "What the config says the model was trained on (trained_on) is removed, since it no longer holds."
+            )
             self.model.config.trained_on = None
         return super().train(*args, **kwargs)
 
@@ -240,9 +245,9 @@ class NextFlowTrainer(
                 f"{type(args).__name__}."
             )
         check_trainer_arguments(args, kwargs)
-        if (model.tp_size or 1) > 1 and not SAVES_DIVIDED:
+        if (model.tp_size or 1) > 1 and not SAVES_TENSOR_PARALLEL:
             raise ValueError(
-                f"The model is divided among {model.tp_size} processes (tensor parallel), and transformers "
+                f"The model is sharded over {model.tp_size} processes (tensor parallel), and transformers "
                 f"{transformers.__version__} cannot save it after a training; install a newer transformers."
             )
         collator = kwargs["data_collator"] = kwargs.get("data_collator") or _collator_of(kwargs.get("processing_class"))
@@ -279,14 +284,14 @@ class NextFlowTrainer(
                 "for each with torchrun or accelerate launch, or show it one by CUDA_VISIBLE_DEVICES."
             )
         if isinstance(self.train_dataset, NumberedRows):
-            # Packs are not told: their rows are those that were measured.
-            self.add_callback(TellsEpochs(self.train_dataset))
+            # Packs have no epochs: their rows are those that were measured.
+            self.add_callback(SetEpochCallback(self.train_dataset))
         if args.checkpoint_every > 1:
             self.add_callback(CheckpointedLayers(args.checkpoint_every))
-        self._trained, self._evaluated = TrainedMeans(), TrainedMeans()
+        self._trained, self._evaluated = MetricMeans(), MetricMeans()
         config = model.config
         args.loss_weights.check_levels(config)
-        self._pace = Pace(config, args.packing, args.packing_budget)
+        self._throughput = ThroughputMeter(config, args.packing, args.packing_budget)
         self._new_rows = math.inf
         evaluated = self.eval_dataset
         for rows in evaluated.values() if isinstance(evaluated, dict) else [evaluated]:
@@ -327,7 +332,7 @@ class NextFlowTrainer(
         if self.args.muon and self.optimizer is None:
             if self.is_fsdp_enabled or self.get_tp_size() > 1:
                 raise ValueError(
-                    "muon needs whole matrices, and these are in parts (FSDP, tensor parallel); set optim."
+                    "muon needs complete weight matrices, and these are sharded (FSDP, tensor parallel); set optim."
                 )
             model = self.accelerator.unwrap_model(self.model)
             self.optimizer = MuonWithAdamW(
@@ -348,7 +353,7 @@ class NextFlowTrainer(
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = inputs | {"loss_weights": self.args.loss_weights}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        losses = {name: part for name, part in parts_of(outputs).items() if name.endswith("_loss")}
+        losses = {name: part for name, part in batch_metrics(outputs).items() if name.endswith("_loss")}
         # The mean of nothing is NaN.
         self.note({name: mean.where(count > 0, 0) for name, (mean, count) in losses.items()})
         (self._trained if self.model.training else self._evaluated).add(outputs)
@@ -357,15 +362,15 @@ class NextFlowTrainer(
     def log(self, logs: dict[str, float], start_time: float | None = None):
         if "loss" in logs:
             # `Trainer`'s own loss is the mean of the steps'.
-            logs = self._trained.take(self.accelerator.gather) | logs
-            logs |= self._pace.take(self.accelerator.gather, self.args.device)
+            logs = self._trained.pop(self.accelerator.gather) | logs
+            logs |= self._throughput.pop_metrics(self.accelerator.gather, self.args.device)
         super().log(logs, start_time)
 
     def get_batch_samples(self, epoch_iterator, *args, **kwargs):
-        return super().get_batch_samples(self._pace.timed(epoch_iterator), *args, **kwargs)
+        return super().get_batch_samples(self._throughput.time_batches(epoch_iterator), *args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
-        self._pace.stop()
+        self._throughput.stop()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # Evaluation -------------------------------------------------------------------------------------------------------
@@ -378,8 +383,8 @@ class NextFlowTrainer(
     def _check_evaluated(self, rows):
         if self._num_shares > 1 and isinstance(rows, IterableDataset):
             raise ValueError(
-                "A stream cannot be evaluated in several processes: nobody knows which rows fill up its last batch and "
-                "would count twice. Give an eval_dataset with a length."
+                "A stream cannot be evaluated in several processes: it is not known which rows fill up its last batch "
+                "and would count twice. Give an eval_dataset with a length."
             )
 
     @contextmanager
@@ -402,9 +407,9 @@ class NextFlowTrainer(
         """The metrics are means over all trained positions of the dataset, whatever the size of its batches."""
         self._check_evaluated(dataloader.dataset)
         self._new_rows = len(dataloader.dataset) if self._num_shares > 1 else math.inf
-        self._evaluated = TrainedMeans()  # an earlier evaluation may have been interrupted
+        self._evaluated = MetricMeans()  # an earlier evaluation may have been interrupted
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = self._evaluated.take(self.accelerator.gather)
+        means = self._evaluated.pop(self.accelerator.gather)
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
         return output
 

@@ -1,4 +1,4 @@
-"""Sizes of models that `init` creates; within a size, settings are chosen to fit the data (`beginnings.py`)."""
+"""Sizes of models that `init` creates; within a size, settings are chosen to fit the data (`new_model.py`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Preset:
         patch_size: side in pixels of a cell of the finest grid.
         sides: sides of the square grids, of which a level has the first ones.
         levels: resolutions to choose from.
-        most_codes, most_words: the largest sizes of the codebook and of the text vocabulary.
+        max_codes, max_words: the largest sizes of the codebook and of the text vocabulary.
         batch_size: rows of a step.
         semantic, pixel, text: settings of the semantic encoder, the tokenizer and the backbone.
     """
@@ -25,8 +25,8 @@ class Preset:
     patch_size: int
     sides: tuple[int, ...]
     levels: tuple[int, ...]
-    most_codes: int
-    most_words: int
+    max_codes: int
+    max_words: int
     batch_size: int
     semantic: dict
     pixel: dict
@@ -39,8 +39,8 @@ PRESETS = {
         patch_size=4,
         sides=(1, 2, 3, 4),
         levels=(16,),
-        most_codes=64,
-        most_words=320,
+        max_codes=64,
+        max_words=320,
         batch_size=4,
         semantic={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
         pixel={
@@ -59,8 +59,8 @@ PRESETS = {
         patch_size=8,
         sides=(1, 2, 3, 4, 6, 8),
         levels=(32, 64),
-        most_codes=1024,
-        most_words=2048,
+        max_codes=1024,
+        max_words=2048,
         batch_size=16,
         semantic={"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
         pixel={
@@ -78,8 +78,8 @@ PRESETS = {
         patch_size=16,
         sides=SQUARE_SIDES[:12],
         levels=(64, 128, 256),
-        most_codes=16384,
-        most_words=16384,
+        max_codes=16384,
+        max_words=16384,
         batch_size=64,
         semantic={"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 6, "num_attention_heads": 6},
         pixel={

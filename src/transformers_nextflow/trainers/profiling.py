@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 from transformers import TrainerCallback
 
-from ..utils.atomic_files import write_whole
+from ..utils.atomic_files import atomic_write
 
 
 SKIPPED_STEPS, MEASURED_STEPS = 3, 3
@@ -46,7 +46,7 @@ class ProfiledSteps(TrainerCallback):
     def _write(self, measured: profile):
         self.folder.mkdir(parents=True, exist_ok=True)
         order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        with write_whole(self.folder / "operations.txt") as partial:
+        with atomic_write(self.folder / "operations.txt") as partial:
             partial.write_text(measured.key_averages().table(sort_by=order, row_limit=ROWS) + "\n")
-        with write_whole(self.folder / "trace.json") as partial:
+        with atomic_write(self.folder / "trace.json") as partial:
             measured.export_chrome_trace(str(partial))

@@ -17,10 +17,10 @@ from ..data.row_codes import GRIDS, read_grids, schedule_of
 from ..data.row_errors import BadImageError, BadRowError
 from ..data.rows import ROW_NUMBER, NumberedRows, Sample, check_is_row, load_image, read_row
 from ..data.stored_sizes import rows_of_sizes
-from ..data.views import AS_CAPTION, AS_IT_IS, WITHOUT_PROMPT, sizes_of_view, viewed
+from ..data.views import AS_CAPTION, UNCHANGED, WITHOUT_PROMPT, apply_view, sizes_of_view
 from ..image_processing_nextflow import NextFlowImageProcessor
 from ..processing_nextflow import NextFlowProcessor
-from ..scale_schedule import most_frames
+from ..scale_schedule import max_frames_of_level
 from ..utils.image_files import open_image
 
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 # Orientations of files whose height is the width of what is stored.
-SIDEWAYS = {5, 6, 7, 8}
+ROTATED_ORIENTATIONS = {5, 6, 7, 8}
 
 
 class StageRows(Dataset):
@@ -88,7 +88,7 @@ class StageRows(Dataset):
         """A row, changed for the stage; `index` is its number or name."""
         check_is_row(row)
         self._check_level(index, row)
-        return viewed(row, self._view(index), self.processor.caption_request)
+        return apply_view(row, self._view(index), self.processor.caption_request)
 
     def rows_of_sizes(self) -> Iterator[dict] | None:
         """What is stored of the sizes of the rows as the stage takes them, see `rows_of_sizes` of `data`."""
@@ -100,10 +100,10 @@ class StageRows(Dataset):
         return sizes_of_view(row, self._view(index))
 
     def _view(self, index: int | str) -> int:
-        drawn = random.Random(f"{self.seed} {index}" + (f" {self.epoch}" if self.epoch else "")).random()
-        if drawn < self.caption_share:
+        uniform = random.Random(f"{self.seed} {index}" + (f" {self.epoch}" if self.epoch else "")).random()
+        if uniform < self.caption_share:
             return AS_CAPTION
-        return WITHOUT_PROMPT if drawn < self.caption_share + self.empty_share else AS_IT_IS
+        return WITHOUT_PROMPT if uniform < self.caption_share + self.empty_share else UNCHANGED
 
     def _check_level(self, index: int | str, row: dict):
         if self.level is None:
@@ -137,7 +137,7 @@ class StageImages(Dataset):
             for position, (place, own) in enumerate(zip(sample.fields, sample.images)):
                 self.images.append((number, position, place, own if isinstance(own, Path) else None))
         if not self.images:
-            raise ValueError(f"The rows in {root} give no images; a tokenizer is not trained on codes.")
+            raise ValueError(f"The rows in {root} hold no images; a tokenizer is not trained on codes.")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -145,7 +145,7 @@ class StageImages(Dataset):
     def _read(self, number: int) -> Sample:
         row = self.rows[number]
         try:
-            return read_row(row, self.root, max_frames=most_frames(self.level))
+            return read_row(row, self.root, max_frames=max_frames_of_level(self.level))
         except BadRowError as error:
             raise error.of_row(number) from error
 
@@ -220,7 +220,7 @@ class BucketedImages(StageImages):
                 image = open_image(io.BytesIO(image) if isinstance(image, bytes) else image)
             height, width = image.height, image.width
             # Pillow turns TIFFs itself.
-            if image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS:
+            if image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in ROTATED_ORIENTATIONS:
                 height, width = width, height
             schedule = self.processor.scale_schedules.nearest(height, width, level)
         except ValueError as error:

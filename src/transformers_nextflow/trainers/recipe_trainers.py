@@ -13,8 +13,8 @@ from transformers.utils import logging
 
 from ..adapters import lora_config
 from ..configuration_nextflow import NextFlowConfig
-from ..data.fitness import Fit, fit_of
 from ..data.mixture import Mixture, open_source
+from ..data.reconstruction_quality import ReconstructionQuality, measure_reconstruction
 from ..data.sources import open_rows
 from ..data.views import prompt_and_image
 from ..evaluation.image_metrics import contact_sheet
@@ -35,12 +35,12 @@ from .tokenizer.from_recipe import tokenizer_trainer
 
 logger = logging.get_logger(__name__)
 # Parts of the transformer that are trained whole beside an adapter, with their modules.
-WHOLE = {"visual_embedding": ["visual_embedding"], "heads": ["lm_head", "visual_head"]}
+FULLY_TRAINED = {"visual_embedding": ["visual_embedding"], "heads": ["lm_head", "visual_head"]}
 # How many images are reconstructed to measure a new tokenizer.
-LOOKED_AT = 64
+NUM_RECONSTRUCTED = 64
 # The numbers of reconstructions, of prompts, and of images for each prompt that cards show.
 RECONSTRUCTIONS, SAMPLES = "reconstructions.png", "samples.png"
-SHOWN, SHOWN_PROMPTS, OF_EACH = 12, 4, 4
+MAX_SHOWN, MAX_SHOWN_PROMPTS, IMAGES_PER_PROMPT = 12, 4, 4
 
 
 def make_trainer(
@@ -67,17 +67,17 @@ def make_trainer(
     return trainer
 
 
-def save_outcome(trainer: Trainer, recipe: Recipe, start: str | os.PathLike, folder: str | os.PathLike):
+def save_result(trainer: Trainer, recipe: Recipe, start: str | os.PathLike, folder: str | os.PathLike):
     """Write the trained model, with a sheet of samples, or of reconstructions, that its card shows. A tokenizer that
     was taken from a model is written as that model with the new tokenizer; if the codes have changed, its visual
     embedding starts from the new codebooks.
     """
-    is_written_alone = trainer.args.should_save and not is_sharded(trainer.accelerator.unwrap_model(trainer.model))
-    if recipe.kind == "tokenizer" and is_written_alone:
+    has_full_model = trainer.args.should_save and not is_sharded(trainer.accelerator.unwrap_model(trainer.model))
+    if recipe.kind == "tokenizer" and has_full_model:
         _save_tokenizer(trainer, start, Path(folder))
         return
     trainer.save_model(str(folder))
-    if not is_written_alone:
+    if not has_full_model:
         return
     try:
         draw = _draw_decoded if recipe.kind == "diffusion_decoder" else _draw_samples
@@ -90,32 +90,32 @@ def save_outcome(trainer: Trainer, recipe: Recipe, start: str | os.PathLike, fol
 def _save_tokenizer(trainer: Trainer, start: str | os.PathLike, folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     vq_model, images = trainer.accelerator.unwrap_model(trainer.model), trainer.train_dataset
-    shown = range(min(len(images), LOOKED_AT))
-    fit = fit_of(vq_model.eval(), (images[index]["pixel_values"] for index in shown))
-    contact_sheet(list(zip(*fit.pairs[:SHOWN]))).save(folder / RECONSTRUCTIONS)
+    shown = range(min(len(images), NUM_RECONSTRUCTED))
+    quality = measure_reconstruction(vq_model.eval(), (images[index]["pixel_values"] for index in shown))
+    contact_sheet(list(zip(*quality.pairs[:MAX_SHOWN]))).save(folder / RECONSTRUCTIONS)
     trainer.card_images = {RECONSTRUCTIONS: "images of the training above their reconstructions"}
-    trainer.card_results = {"psnr": round(fit.mean, 2)}
+    trainer.card_results = {"psnr": round(quality.mean, 2)}
     with loading_errors(start):
         is_whole = AutoConfig.from_pretrained(start).model_type == NextFlowConfig.model_type
     if not is_whole:
         trainer.save_model(str(folder))
         return
-    model = _save_around(start, vq_model, fit, folder)
+    model = _save_full_model(start, vq_model, quality, folder)
     trainer.write_training_card(folder, model)
     if trainer.args.ema_decay:
         with trainer.averaged_weights():
-            averaged = fit_of(vq_model, (images[index]["pixel_values"] for index in shown))
-            _save_around(start, vq_model, averaged, folder / EMA_FOLDER)
+            averaged = measure_reconstruction(vq_model, (images[index]["pixel_values"] for index in shown))
+            _save_full_model(start, vq_model, averaged, folder / EMA_FOLDER)
 
 
-def _save_around(
-    start: str | os.PathLike, vq_model: NextFlowVQModel, fit: Fit, folder: Path
+def _save_full_model(
+    start: str | os.PathLike, vq_model: NextFlowVQModel, quality: ReconstructionQuality, folder: Path
 ) -> NextFlowForConditionalGeneration:
     """Write the model that the tokenizer was taken out of with the tokenizer in it, and its processor."""
     model = with_vision_tokenizer(start, vq_model)
     model.config.trained_on = {
         "domain": "images like those that its vision tokenizer was trained on",
-        "lowest_psnr": round(min(fit.psnr), 2),
+        "lowest_psnr": round(min(quality.psnr), 2),
     }
     model.save_pretrained(folder)
     with loading_errors(start):
@@ -129,22 +129,26 @@ def _draw_samples(trainer: Trainer, folder: Path):
     if not prompts:
         return
     base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    rows = [{"prompt": prompt} for prompt in prompts for _ in range(OF_EACH)]
-    generators = [torch.Generator().manual_seed(seed) for _ in prompts for seed in range(OF_EACH)]
+    rows = [{"prompt": prompt} for prompt in prompts for _ in range(IMAGES_PER_PROMPT)]
+    generators = [torch.Generator().manual_seed(seed) for _ in prompts for seed in range(IMAGES_PER_PROMPT)]
     with evaluation_mode(model):
         processor, sampling = trainer.processing_class, base_model.default_image_sampling
         _, images = generate_rollouts(base_model, processor, rows, sampling, generator=generators)
-    contact_sheet([images[start : start + OF_EACH] for start in range(0, len(images), OF_EACH)]).save(folder / SAMPLES)
+    contact_sheet(
+        [images[start : start + IMAGES_PER_PROMPT] for start in range(0, len(images), IMAGES_PER_PROMPT)]
+    ).save(folder / SAMPLES)
     trainer.card_prompts = tuple(prompts)
-    trainer.card_images = {SAMPLES: f"{OF_EACH} images of each of the prompts {', '.join(prompts)}"}
+    trainer.card_images = {SAMPLES: f"{IMAGES_PER_PROMPT} images of each of the prompts {', '.join(prompts)}"}
 
 
 def _draw_decoded(trainer: Trainer, folder: Path):
-    from .diffusion.from_recipe import decoded_beside_pixels
+    from .diffusion.from_recipe import decoder_comparison
 
-    images = [trainer.train_dataset[index]["pixel_values"] for index in range(min(len(trainer.train_dataset), SHOWN))]
+    images = [
+        trainer.train_dataset[index]["pixel_values"] for index in range(min(len(trainer.train_dataset), MAX_SHOWN))
+    ]
     with trainer.averaged_weights():
-        contact_sheet(decoded_beside_pixels(trainer, images)).save(folder / RECONSTRUCTIONS)
+        contact_sheet(decoder_comparison(trainer, images)).save(folder / RECONSTRUCTIONS)
     trainer.card_images = {RECONSTRUCTIONS: "images of the training; of the pixel decoder; of this one"}
 
 
@@ -153,7 +157,7 @@ def _first_prompts(rows) -> list[str]:
     found: dict[str, None] = {}
     if not hasattr(rows, "__len__"):
         return []
-    for number in range(min(len(rows), LOOKED_AT)):
+    for number in range(min(len(rows), NUM_RECONSTRUCTED)):
         row = rows[number]
         if isinstance(row, list):
             return []
@@ -164,7 +168,7 @@ def _first_prompts(rows) -> list[str]:
             parts = [] if turns is None else turns[0]
         if [part["type"] for part in parts] == ["text"] and parts[0]["text"]:
             found.setdefault(parts[0]["text"])
-        if len(found) == SHOWN_PROMPTS:
+        if len(found) == MAX_SHOWN_PROMPTS:
             break
     return list(found)
 
@@ -204,19 +208,19 @@ def train_only(model: NextFlowForConditionalGeneration, parts: tuple[str, ...]):
             module.requires_grad_(True)
 
 
-def _adapted(recipe: Recipe, model: NextFlowForConditionalGeneration) -> nn.Module:
+def _with_lora(recipe: Recipe, model: NextFlowForConditionalGeneration) -> nn.Module:
     """The model with an adapter around its backbone, and with copies of the parts that are trained whole."""
     config = lora_config(model, recipe.lora_rank)  # its error names the missing package peft
     import peft
 
-    parts = [part for part in recipe.train if part in WHOLE]
-    if has_new_codes(model) and set(parts) != set(WHOLE):
+    parts = [part for part in recipe.train if part in FULLY_TRAINED]
+    if has_new_codes(model) and set(parts) != set(FULLY_TRAINED):
         logger.warning(
             "The transformer was never trained on the codes of its vision tokenizer: their embedding and the heads are "
-            "trained whole, and saved with the adapter."
+            "fully trained, and saved with the adapter."
         )
-        parts = list(WHOLE)
-    whole = [name for part in parts for name in WHOLE[part]]
+        parts = list(FULLY_TRAINED)
+    whole = [name for part in parts for name in FULLY_TRAINED[part]]
     if model.config.tie_word_embeddings and "lm_head" in whole:
         whole.remove("lm_head")  # tied to the text embedding, which is not trained
     if whole:
@@ -239,7 +243,7 @@ def _transformer_trainer(recipe: Recipe, folder, data, output) -> NextFlowTraine
     model, processor = _load(recipe, folder)
     if recipe.lora_rank:
         torch.manual_seed(args.seed)  # adapters start from random weights
-        model = _adapted(recipe, model)
+        model = _with_lora(recipe, model)
     else:
         train_only(model, recipe.train)
     rows, root = _rows_of(recipe, data, processor, args.seed)
@@ -265,11 +269,11 @@ def _rl_trainer(recipe: Recipe, folder, data, output) -> Trainer:
     from .rl.grpo_config import NextFlowGRPOConfig
     from .rl.grpo_trainer import NextFlowGRPOTrainer
     from .rl.prompt_rows import read_prompts
-    from .rl.rewards.named import reward_named
+    from .rl.rewards.named import find_reward
 
     args = NextFlowGRPOConfig(output_dir=str(output), **recipe.arguments)
     model, processor = _load(recipe, folder)
-    reward = reward_named(str(recipe.reward), model, processor)
+    reward = find_reward(str(recipe.reward), model, processor)
     if recipe.lora_rank:
         torch.manual_seed(args.seed)
     else:

@@ -13,9 +13,9 @@ import yaml
 
 from ..data.columns import Columns
 from ..data.mixture import check_weights
-from ..utils.atomic_files import write_whole
+from ..utils.atomic_files import atomic_write
 from ..utils.known_names import check_names
-from ..utils.one_line_errors import tells_what_is_kept
+from ..utils.one_line_errors import note_on_interrupt
 from ..utils.registry import Registry
 from ..utils.short_repr import short_path, short_repr
 from ..utils.typed_values import check_types, hints_of, is_of_type, read_typed
@@ -38,7 +38,7 @@ KINDS = Registry(
 OWN_RECIPES = "recipes"
 PARTS = ("visual_embedding", "heads", "text_embedding", "backbone")
 # Fields that only some kinds of training follow.
-OF_KINDS = {
+FIELDS_OF_KINDS = {
     "train": ("transformer", "rl"),
     "attention": ("transformer", "rl"),
     "caption_share": ("transformer",),
@@ -60,23 +60,23 @@ class Recipe:
         kind: one of `KINDS`, which says what is trained; "rl" trains the transformer on rewards of its images.
         arguments: arguments of `NextFlowTrainingArguments`, `NextFlowVQTrainingArguments`, `NextFlowGRPOConfig` or
             `NextFlowDiffusionTrainingArguments`.
-        train: which of `PARTS` of the transformer are trained; the others rest. The vision tokenizer always rests.
+        train: which of `PARTS` of the transformer are trained; the others are frozen, as is the vision tokenizer.
         lora_rank: above 0 the backbone is trained by adapters of this rank; what else `train` names, other than the
-            text embedding, is trained whole and saved with them. RL with adapters trains nothing else.
-        reward: of the kind "rl": a name of `REWARDS`, or "file.py:function".
+            text embedding, is fully trained and saved with them. RL with adapters trains nothing else.
+        reward: for the kind "rl": a name of `REWARDS`, or "file.py:function".
         level: resolution of all images; `None` leaves the transformer's rows as they are, and is the tokenizer's
             largest.
-        levels: of the tokenizer, in place of `level`: each image comes at one of them, which one is drawn by the seed.
-        cut_square: of the tokenizer: whether images are cut square. Else each keeps its ratio, as a model reads it, and
+        levels: for the tokenizer, in place of `level`: each image has one of them, sampled by the seed.
+        cut_square: for the tokenizer: whether images are cropped to squares. Otherwise each keeps its aspect ratio, and
             batches have images of one size.
-        caption_share: share of the drawings that are turned round into captions (paper, section 3.2).
-        empty_share: share of the rows answered by an image alone whose prompt is left empty, for guidance. The two
-            shares come to 1 at most.
-        decoder_width: the tokenizer's pixel decoder starts anew, so many times as wide; 1 keeps it.
-        perceptual: of the tokenizer, with a `perceptual_weight` above 0: file or folder with the weights of LPIPS, see
+        caption_share: share of the drawings that are turned into captions (paper, section 3.2).
+        empty_share: share of the rows answered by only an image whose prompt is left empty, for guidance. The two
+            shares add up to at most 1.
+        decoder_width: factor by which the tokenizer's pixel decoder is widened and trained anew; 1 keeps it.
+        perceptual: for the tokenizer, with a `perceptual_weight` above 0: file or folder with the weights of LPIPS, see
             `load_perceptual`.
-        discriminator: of the tokenizer, with an `adversarial_weight` above 0: settings of [`PatchDiscriminator`].
-        decoder: what a diffusion decoder begins from and is made of, see `diffusion.from_recipe.make_decoder`.
+        discriminator: for the tokenizer, with an `adversarial_weight` above 0: settings of [`PatchDiscriminator`].
+        decoder: the start and the settings of a diffusion decoder, see `diffusion.from_recipe.make_decoder`.
         attention: implementation of the transformer's attention, such as "eager", which is faster than fused kernels in
             the backward pass of small models on CPUs; `None` for transformers' own choice.
         image_column, caption_column, edited_image_column: columns of the data, see [`Columns`].
@@ -113,7 +113,7 @@ class Recipe:
         check_names(self.arguments, [f.name for f in fields(known) if f.init], f"{known.__name__}, or arguments,")
         check_types(self.arguments, hints_of(known), "arguments")
         if unknown := sorted(set(self.train) - set(PARTS)):
-            raise ValueError(f"train names parts of {PARTS}, got {unknown}.")
+            raise ValueError(f"train must name parts of {PARTS}, got {unknown}.")
         shares = (self.caption_share, self.empty_share, self.caption_share + self.empty_share)
         if not all(0 <= share <= 1 for share in shares):
             raise ValueError(
@@ -122,7 +122,7 @@ class Recipe:
             )
         if "output_dir" in self.arguments:
             raise ValueError("output_dir is the folder that the training is given; leave it out of arguments.")
-        for name, kinds in OF_KINDS.items():
+        for name, kinds in FIELDS_OF_KINDS.items():
             own = next(f for f in fields(self) if f.name == name)
             default = own.default_factory() if own.default is MISSING else own.default
             if self.kind not in kinds and getattr(self, name) != default:
@@ -131,7 +131,7 @@ class Recipe:
                     f"of the kind {self.kind}; leave it out."
                 )
         if self.arguments.get("resume_from_checkpoint") is not None:
-            raise ValueError("resume_from_checkpoint is not followed in a recipe; call train with --resume.")
+            raise ValueError("resume_from_checkpoint has no effect in a recipe; call train with --resume.")
         if self.decoder_width < 1:
             raise ValueError(f"decoder_width must be at least 1, got {self.decoder_width}.")
         if self.lora_rank < 0 or (self.lora_rank and self.kind in ("tokenizer", "diffusion_decoder")):
@@ -193,27 +193,27 @@ def load_recipe(
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no recipe, since it is no text in UTF-8: {error}.") from error
+        raise ValueError(f"{path} is not a recipe, since it is not UTF-8 text: {error}.") from error
     values = _from_yaml(text, str(path))
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is no recipe; it must hold `kind` and `arguments`.")
+        raise ValueError(f"{path} is not a recipe; it must hold `kind` and `arguments`.")
     values |= {name: value for name, value in given.items() if value is not None}
     if values.get("arguments") is None:
         values["arguments"] = {}
     for change in changes:
         name, separator, value = change.partition("=")
         if not separator:
-            raise ValueError(f"A change is written name=value, got {short_repr(change)}.")
+            raise ValueError(f"A change must be written name=value, got {short_repr(change)}.")
         target = values if name in {f.name for f in fields(Recipe)} else values["arguments"]
         if not isinstance(target, dict):
             break  # an error follows below
         target[name] = _from_yaml(value, f"The change {short_repr(change)}")
     if isinstance(values["arguments"], dict) and values.get("kind") in tuple(KINDS):
-        values["arguments"] = _with_numbers(values["arguments"], KINDS[values["kind"]])
-    return read_typed(Recipe, _with_numbers(values, Recipe), str(path))
+        values["arguments"] = _parse_numbers(values["arguments"], KINDS[values["kind"]])
+    return read_typed(Recipe, _parse_numbers(values, Recipe), str(path))
 
 
-def _with_numbers(values: dict[str, Any], kind: type) -> dict[str, Any]:
+def _parse_numbers(values: dict[str, Any], kind: type) -> dict[str, Any]:
     hints = hints_of(kind)
     return {name: _number(value, hints.get(name)) for name, value in values.items()}
 
@@ -235,7 +235,7 @@ def _from_yaml(text: str, what: str) -> Any:
     try:
         return load_yaml(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ValueError(f"{what} is no YAML that can be used: {error}") from error
+        raise ValueError(f"{what} is not valid YAML: {error}") from error
 
 
 def run_recipe(recipe: Recipe, model, data, output, resume: bool = False, profile: bool = False):
@@ -246,23 +246,23 @@ def run_recipe(recipe: Recipe, model, data, output, resume: bool = False, profil
         resume: continue from the newest checkpoint.
         profile: measure some steps and write them to `output/profile`, see [`ProfiledSteps`].
     """
-    from .recipe_trainers import make_trainer, save_outcome
+    from .recipe_trainers import make_trainer, save_result
 
     trainer = make_trainer(recipe, model, data, output)
     if profile:
         trainer.add_callback(ProfiledSteps(Path(output) / "profile"))
-    with tells_what_is_kept(lambda: _newest(trainer)):
+    with note_on_interrupt(lambda: _newest_checkpoint(trainer)):
         trainer.train(resume_from_checkpoint=resume or None)
     final = Path(output) / "final"
     # All processes must take part in saving, but only some write.
-    with write_whole(final) if trainer.args.should_save else nullcontext(final) as folder:
-        save_outcome(trainer, recipe, model, folder)
+    with atomic_write(final) if trainer.args.should_save else nullcontext(final) as folder:
+        save_result(trainer, recipe, model, folder)
         if trainer.args.should_save and (own := Path(model) / OWN_RECIPES).is_dir():
             shutil.copytree(own, Path(folder) / OWN_RECIPES)
 
 
-def _newest(trainer) -> str:
+def _newest_checkpoint(trainer) -> str:
     checkpoint = trainer.last_checkpoint()
     if checkpoint is None:
         return "No checkpoint had been written."
-    return f"The newest checkpoint is {checkpoint}; the same command with --resume goes on from it."
+    return f"The newest checkpoint is {checkpoint}; the same command with --resume continues from it."

@@ -16,6 +16,6 @@ def check_can_listen(host: str, port: int):
         socket.create_server((host, port), family=family).close()
     except (OSError, OverflowError, UnicodeError) as error:
         raise ValueError(
-            f"Nothing can listen at {short_repr(host)}, port {port}: {error}. Take 127.0.0.1, or 0.0.0.0 for all "
+            f"Nothing can listen at {short_repr(host)}, port {port}: {error}. Use 127.0.0.1, or 0.0.0.0 for all "
             "addresses of this machine, and a port that is free."
         ) from error

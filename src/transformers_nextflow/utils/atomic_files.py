@@ -23,7 +23,7 @@ SWAP = 2
 
 
 @contextmanager
-def write_whole(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path to write to, which is renamed to `path`, a file or a folder, when the block ends without an
     error.
 
@@ -31,13 +31,13 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
     Missing parent folders are made. After a kill a hidden folder `.NAME.…` with the unfinished or the old files may
     stay beside it.
 
-    >>> with write_whole("image.png") as partial:
+    >>> with atomic_write("image.png") as partial:
     ...     image.save(partial)
 
     Raises:
         OSError: if a file would replace a folder, or a folder a file.
     """
-    check_named(path)
+    check_path(path)
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # In a hidden folder, so that the file keeps its name, from which writers of images and videos take the format.
@@ -51,7 +51,7 @@ def write_whole(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def write_into(folder: str | os.PathLike, replaced: Collection[str] = ()) -> Iterator[Path]:
+def atomic_folder_write(folder: str | os.PathLike, replaced: Collection[str] = ()) -> Iterator[Path]:
     """An empty folder of the same name to write into; its files replace those in `folder` when the block ends without
     an error.
 
@@ -65,26 +65,26 @@ def write_into(folder: str | os.PathLike, replaced: Collection[str] = ()) -> Ite
     Raises:
         ValueError: for a path that is a file.
     """
-    check_named(folder)
+    check_path(folder)
     if os.path.isfile(folder):
         raise ValueError(f"{folder} is a file; name a folder to save to.")
     target = Path(os.path.realpath(folder))
     target.mkdir(parents=True, exist_ok=True)
-    parent = target.parent if _may_be_swapped(target) else target
+    parent = target.parent if _can_be_swapped(target) else target
     with _hidden_folder(target, parent) as hidden:
         new = hidden / target.name
         new.mkdir()
         yield new
-        if parent == target.parent and _link_what_stays(target, new, replaced):
+        if parent == target.parent and _link_unchanged_files(target, new, replaced):
             swap_folders(new, target)
         else:
             _move_files(new, target, replaced)
 
 
-def check_named(path: object):
+def check_path(path: object):
     """Raises `ValueError` for anything but a path, and for an empty path."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise ValueError(f"{path!r:.80} names no file or folder; give a path.")
+        raise ValueError(f"{path!r:.80} is not a path; name a file or folder.")
 
 
 def swap_folders(new: Path, old: Path):
@@ -96,7 +96,7 @@ def swap_folders(new: Path, old: Path):
         OSError: if `old` is a file.
     """
     if not old.is_dir():
-        raise NotADirectoryError(f"{old} is a file; remove it, or take another folder.")
+        raise NotADirectoryError(f"{old} is a file; remove it, or use another folder.")
     if not _swap_in_one_step(new, old):
         aside = new.with_name(f"{new.name}.old")
         old.rename(aside)
@@ -108,7 +108,7 @@ def swap_folders(new: Path, old: Path):
         aside.rename(new)
 
 
-def write_anyway(path: str | os.PathLike, write: Callable[[Path], object]):
+def write_with_fallback(path: str | os.PathLike, write: Callable[[Path], object]):
     """Write the result of long work: `write(partial)` writes the file `path`, or if that fails a file somewhere else.
 
     Raises:
@@ -116,13 +116,13 @@ def write_anyway(path: str | os.PathLike, write: Callable[[Path], object]):
     """
     path = Path(path)
     try:
-        with write_whole(path) as partial:
+        with atomic_write(path) as partial:
             write(partial)
     except (OSError, ValueError) as error:
         for folder in (path.parent, Path.cwd(), Path(tempfile.gettempdir())):
             rescued = _free_name(folder / path.name)
             try:
-                with write_whole(rescued) as partial:
+                with atomic_write(rescued) as partial:
                     write(partial)
             except (OSError, ValueError):
                 continue
@@ -130,16 +130,16 @@ def write_anyway(path: str | os.PathLike, write: Callable[[Path], object]):
         raise
 
 
-def saved_whole(save_pretrained: Callable, replaced: Collection[str] = ()) -> Callable:
-    """Wraps a library's `save_pretrained` so that the folder does not change until all is written; see `write_into`,
-    also for `replaced`.
+def atomic_save(save_pretrained: Callable, replaced: Collection[str] = ()) -> Callable:
+    """Wraps a library's `save_pretrained` so that the folder does not change until all is written; see
+    `atomic_folder_write`, also for `replaced`.
 
     The method raises `ValueError` for a path that is a file.
     """
 
     @wraps(save_pretrained)
     def save(self, save_directory: str | os.PathLike, *args, **kwargs):
-        check_named(save_directory)
+        check_path(save_directory)
         if os.path.isfile(save_directory):
             raise ValueError(f"{save_directory} is a file; name a folder to save to.")
         # Several processes write into one folder together.
@@ -147,7 +147,7 @@ def saved_whole(save_pretrained: Callable, replaced: Collection[str] = ()) -> Ca
             for name in replaced if kwargs.get("is_main_process", True) else ():
                 shutil.rmtree(Path(save_directory) / name, ignore_errors=True)
             return save_pretrained(self, save_directory, *args, **kwargs)
-        with write_into(save_directory, replaced) as folder:
+        with atomic_folder_write(save_directory, replaced) as folder:
             written = save_pretrained(self, str(folder), *args, **kwargs)
         if isinstance(written, list | tuple):
             written = type(written)(str(path).replace(str(folder), str(save_directory)) for path in written)
@@ -175,27 +175,27 @@ def _swap_in_one_step(first: Path, second: Path) -> bool:
         return False
 
 
-def _may_be_swapped(folder: Path) -> bool:
+def _can_be_swapped(folder: Path) -> bool:
     is_current = Path.cwd().is_relative_to(folder)
     return not (is_current or os.path.ismount(folder)) and os.access(folder.parent, os.W_OK)
 
 
-def _link_what_stays(old: Path, new: Path, replaced: Collection[str]) -> bool:
+def _link_unchanged_files(old: Path, new: Path, replaced: Collection[str]) -> bool:
     """Link the files that stay into the new folder; returns whether all could be linked."""
     folders = [path for path in old.iterdir() if _is_folder(path) and path.name not in replaced]
     if any(not (new / path.name).is_dir() for path in folders):
         return False
     try:
-        for path in _staying(old, new, replaced):
+        for path in _unchanged_files(old, new, replaced):
             os.link(path, new / path.name, follow_symlinks=False)
     except (OSError, NotImplementedError):
         return False
-    return all(_link_what_stays(path, new / path.name, _inside(replaced, path.name)) for path in folders)
+    return all(_link_unchanged_files(path, new / path.name, _inside(replaced, path.name)) for path in folders)
 
 
 def _move_files(new: Path, old: Path, replaced: Collection[str]):
     written = {path.name for path in new.iterdir()}
-    kept = {path.name for path in _staying(old, new, replaced)} | written
+    kept = {path.name for path in _unchanged_files(old, new, replaced)} | written
     for path in sorted(new.iterdir()):
         if _is_folder(path):
             (old / path.name).mkdir(exist_ok=True)
@@ -210,7 +210,7 @@ def _move_files(new: Path, old: Path, replaced: Collection[str]):
             shutil.rmtree(path)
 
 
-def _staying(old: Path, new: Path, replaced: Collection[str]) -> list[Path]:
+def _unchanged_files(old: Path, new: Path, replaced: Collection[str]) -> list[Path]:
     """The files of the old folder that are not written anew, nor replaced."""
     weights = {_weights(path.name) for path in new.iterdir()} - {None}
     return [

@@ -27,7 +27,7 @@ SAFETENSORS_FLOATS = dict(zip(("F64", "F32", "BF16", "F16"), FLOATS))
 # Entries of pipelines' and models' configs that are no values of the config.
 LOADING_NAMES = ("model", "processor", "diffusion_decoder", "dtype", "torch_dtype", "device_map", "revision", "token")
 # The largest number of tensors that an error names.
-MOST_NAMED = 5
+MAX_NAMED = 5
 
 
 @contextmanager
@@ -56,9 +56,10 @@ def loading_errors(folder: object) -> Iterator[None]:
 
 def damaged(folder: object, error: Exception) -> ValueError:
     """The error in place of a library's error that a user would not understand."""
-    told = " ".join(f"{type(error).__name__}: {error}".split())
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
     return ValueError(
-        f"{short_path(folder)} cannot be loaded: a file in it is damaged, or its config belongs to other files. {told}"
+        f"{short_path(folder)} cannot be loaded: a file in it is damaged, or its config belongs to other files. "
+        f"{reason}"
     )
 
 
@@ -66,8 +67,8 @@ def unsafe_pickle(path: object, error: Exception) -> str:
     """The message for a pickle that holds more than tensors; torch's own message advises to open it nevertheless."""
     found = re.search(r"GLOBAL (\S+)", str(error))
     return (
-        f"{short_path(path)} is no pickle of tensors alone and was not opened: it holds {found[1] if found else 'more'}"
-        ". Where you trust it, save its tensors as safetensors."
+        f"{short_path(path)} is not a pickle of only tensors and was not opened: it holds "
+        f"{found[1] if found else 'more'}. If you trust it, save its tensors as safetensors."
     )
 
 
@@ -83,9 +84,13 @@ def check_index(folder: str | os.PathLike):
     for file in Path(folder).glob("*.index*.json"):
         names = read_json(file).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise ValueError(f"{file} is no index of weights: it has no weight_map, name to file; fetch it again.")
+            raise ValueError(
+                f"{file} is not an index of weights: it has no weight_map from names to files; fetch it again."
+            )
         if outside := sorted({name for name in names.values() if not name or os.path.basename(name) != name}):
-            raise ValueError(f"{file} names {_some(outside)}, outside of its folder; fetch it again from its source.")
+            raise ValueError(
+                f"{file} names {_first_of(outside)}, outside of its folder; fetch it again from its source."
+            )
 
 
 def check_shapes(model: nn.Module, files: Iterable[str]):
@@ -104,7 +109,7 @@ def check_shapes(model: nn.Module, files: Iterable[str]):
                 if name in expected and shape != list(expected[name].shape):
                     wrong.append(f"{name} {tuple(shape)} instead of {tuple(expected[name].shape)}")
     if wrong:
-        raise ValueError(f"The checkpoint holds {_some(wrong)}; does the config belong to it?")
+        raise ValueError(f"The checkpoint holds {_first_of(wrong)}; does the config belong to it?")
     needed = sum(parameter.numel() for parameter in model.parameters())
     if 2 * stored < needed:
         raise ValueError(
@@ -115,7 +120,7 @@ def check_shapes(model: nn.Module, files: Iterable[str]):
 def check_complete(missing: Collection[str]):
     """Raises `ValueError` naming the tensors that a checkpoint lacks."""
     if missing:
-        raise ValueError(f"The checkpoint lacks {_some(missing)}; is it complete, and does its config fit?")
+        raise ValueError(f"The checkpoint lacks {_first_of(missing)}; is it complete, and does its config fit?")
 
 
 def check_weights(model: nn.Module):
@@ -128,8 +133,8 @@ def check_weights(model: nn.Module):
     finite = {name: is_finite(tensor) for name, tensor in weights.items()}
     if broken := [name for name, value in finite.items() if not bool(value)]:
         raise ValueError(
-            f"There are NaN or infinite values in {_some(broken)}, as {weights[broken[0]].dtype}; the checkpoint is "
-            "damaged, its training went wrong, or the type is too small for it."
+            f"There are NaN or infinite values in {_first_of(broken)}, as {weights[broken[0]].dtype}; the checkpoint "
+            "is damaged, its training went wrong, or the type is too small for it."
         )
 
 
@@ -147,7 +152,7 @@ def check_floats(stored: Iterable[str] | Mapping[str, torch.Tensor], unused: Col
         types = {name: dtype for file in stored for name, dtype in _stored_types(Path(file)).items()}
     if found := [name for name, dtype in types.items() if dtype not in FLOATS and name not in unused]:
         raise ValueError(
-            f"The checkpoint holds {types[found[0]]} in {_some(found)}; save floats of 16 bits or more, or load it "
+            f"The checkpoint holds {types[found[0]]} in {_first_of(found)}; save floats of 16 bits or more, or load it "
             "with the quantization_config that made them."
         )
 
@@ -160,7 +165,7 @@ def read_json(path: Path | str) -> dict:
     try:
         content = load_json(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON that can be used; is it whole? {error}") from error
+        raise ValueError(f"{path} is not valid JSON; is it complete? {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__} in place of an object; fetch it again.")
     return content
@@ -185,6 +190,6 @@ def _stored_types(file: Path) -> dict[str, torch.dtype | str]:
     return {name: tensor.dtype for name, tensor in tensors.items() if torch.is_tensor(tensor)}
 
 
-def _some(names: Collection[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more tensors" if len(names) > MOST_NAMED else ""
-    return ", ".join(sorted(names)[:MOST_NAMED]) + more
+def _first_of(names: Collection[str]) -> str:
+    more = f" and {len(names) - MAX_NAMED} more tensors" if len(names) > MAX_NAMED else ""
+    return ", ".join(sorted(names)[:MAX_NAMED]) + more

@@ -36,9 +36,9 @@ def usable_device(device: str | int | torch.device) -> Iterator[None]:
     try:
         asked = torch.device(device)
         if asked.type == "meta":
-            raise ValueError("it holds no numbers; take cpu or cuda:0.")
+            raise ValueError("it holds no numbers; use cpu or cuda:0.")
         if asked.type == "cpu" and asked.index:  # torch would accept any number
-            raise ValueError("there is one cpu; take cpu.")
+            raise ValueError("there is one cpu; use cpu.")
         yield
     except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):

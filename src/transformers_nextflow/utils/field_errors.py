@@ -21,7 +21,7 @@ class FieldError(ValueError):
         self.field, self.problem = field, problem
 
 
-def shown(value: Any) -> str:
+def abbreviate(value: Any) -> str:
     """A value for an error message: in one line, and shortened if it is long."""
     try:
         return " ".join(_REPR.repr(value).split())

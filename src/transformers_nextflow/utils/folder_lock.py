@@ -22,7 +22,7 @@ _held: set[int] = set()
 
 
 @contextmanager
-def hold_folder(folder: str | os.PathLike) -> Iterator[None]:
+def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
     """Locks `folder`, which is made if it is missing, for this process until the block ends.
 
     It is a lock of the kernel on the file `.in_use` in the folder: it ends with the process at the latest, and forked
@@ -59,7 +59,7 @@ def _acquire(path: Path) -> int | None:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 return None
             raise ValueError(
-                f"{path.parent} is in use by {holder or 'another process'}; wait until that has ended, or take another "
+                f"{path.parent} is in use by {holder or 'another process'}; wait until that has ended, or use another "
                 "folder."
             ) from None
         if _is_still_there(descriptor, path):

@@ -21,24 +21,24 @@ from .short_repr import short_path, short_repr
 
 IMAGE_KINDS = "a PIL image, a path, a URL, bytes, an open file, base64"
 # Limits for a file from the web.
-MOST_SECONDS, MOST_BYTES = 60, 2**28
+MAX_SECONDS, MAX_BYTES = 60, 2**28
 # A text of at least this length that is no file counts as base64.
 SHORTEST_BASE64 = 64
 
 
-def read_image(source: Any, most_pixels: int | None = None, formats: tuple[str, ...] | None = None) -> Image.Image:
+def read_image(source: Any, max_pixels: int | None = None, formats: tuple[str, ...] | None = None) -> Image.Image:
     """A decoded image as it is stored: in its own mode and orientation, and the first of several frames.
 
     Args:
         source: a PIL image, a path, an http(s) URL, bytes, an open file, or base64 with or without `data:image/…`.
-        most_pixels: the largest number of pixels of a file; default: `PIL.Image.MAX_IMAGE_PIXELS`.
+        max_pixels: the largest number of pixels of a file; default: `PIL.Image.MAX_IMAGE_PIXELS`.
         formats: allowed formats of files, by PIL's names; default: all that PIL reads.
 
     Raises:
         ValueError: naming it, for a source that does not exist, is no image, is damaged, is a folder, a pipe or a
-            device, has more pixels than `most_pixels`, or has another type.
+            device, has more pixels than `max_pixels`, or has another type.
     """
-    limits = (most_pixels, formats)
+    limits = (max_pixels, formats)
     if isinstance(source, Image.Image):
         return _decoded(source, short_path(getattr(source, "filename", "") or "the image"), *limits)
     if isinstance(source, bytes | bytearray | memoryview):
@@ -58,7 +58,7 @@ def read_image(source: Any, most_pixels: int | None = None, formats: tuple[str, 
 def open_image(source: str | os.PathLike | BinaryIO) -> Image.Image:
     """The image in a file, not decoded. Raises `ValueError`, naming it, for anything else."""
     if not (hasattr(source, "read") or isinstance(source, str | os.PathLike)):
-        raise ValueError(f"{short_repr(source)} is no path and no open file; name the file of an image.")
+        raise ValueError(f"{short_repr(source)} is neither a path nor an open file; name the file of an image.")
     name = short_path(getattr(source, "name", "the open file") if hasattr(source, "read") else source)
     try:
         return Image.open(source if hasattr(source, "read") else regular_file(source))
@@ -95,14 +95,14 @@ def check_pixels(width: int, height: int, name: str, most: int | None = None):
 
 
 def _decoded(
-    source: Image.Image | io.BytesIO | Path, name: str, most_pixels: int | None, formats: tuple[str, ...] | None
+    source: Image.Image | io.BytesIO | Path, name: str, max_pixels: int | None, formats: tuple[str, ...] | None
 ) -> Image.Image:
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source, formats=formats)
         if getattr(image, "format", None) == "EPS":
             raise ValueError("EPS is drawn by another program, which is not run; save it as PNG")
         if image is not source:
-            check_pixels(*image.size, name, most_pixels)
+            check_pixels(*image.size, name, max_pixels)
         image.load()
         # Otherwise the file would stay open.
         return image.copy() if getattr(image, "is_animated", False) else image
@@ -130,16 +130,16 @@ def _seekable(file: Any) -> io.BytesIO | Any:
 
 
 def _fetched(url: str) -> bytes:
-    end, content = time.monotonic() + MOST_SECONDS, b""
+    end, content = time.monotonic() + MAX_SECONDS, b""
     try:
         if not url.lower().startswith(("http://", "https://")):
             raise ValueError("only http and https are")
         request = Request(url, headers={"User-Agent": "transformers-nextflow"})
-        with urlopen(request, timeout=MOST_SECONDS) as response:
+        with urlopen(request, timeout=MAX_SECONDS) as response:
             while part := response.read(2**20):
                 content += part
-                if len(content) > MOST_BYTES or time.monotonic() > end:
-                    raise ValueError(f"it takes more than {MOST_BYTES} bytes or {MOST_SECONDS} seconds")
+                if len(content) > MAX_BYTES or time.monotonic() > end:
+                    raise ValueError(f"it takes more than {MAX_BYTES} bytes or {MAX_SECONDS} seconds")
     except (OSError, HTTPException, ValueError) as error:
         raise ValueError(f"{short_path(url)} cannot be fetched as an image: {error}.") from error
     return content

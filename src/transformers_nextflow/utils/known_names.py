@@ -16,7 +16,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # Names of other libraries for our arguments, and what ours have in place of theirs.
-ELSEWHERE: dict[str, str] = {
+NAMES_ELSEWHERE: dict[str, str] = {
     "seed": "generator",
     "random_seed": "generator",
     "num_inference_steps": "the number of scales, which follows from height and width",
@@ -56,7 +56,7 @@ ELSEWHERE: dict[str, str] = {
 def nearest_name(name: object, known: Iterable[str]) -> str | None:
     """The known name that was probably meant, if there is one, or a description of the replacement."""
     known = list(known)
-    stands_for = ELSEWHERE.get(str(name))
+    stands_for = NAMES_ELSEWHERE.get(str(name))
     # What is no name itself begins with one, or is said of any call.
     if stands_for is not None and re.split("[ ,]", stands_for)[0] in (*known, "the"):
         return stands_for
@@ -88,7 +88,7 @@ def check_function(function: object, count: int, name: str):
     try:
         signature.bind(*range(count))
     except TypeError as error:
-        raise ValueError(f"{name} is called with {count} arguments, and takes {signature}: {error}.") from error
+        raise ValueError(f"{name} is called with {count} arguments, but takes {signature}: {error}.") from error
 
 
 def checks_names(function: Callable[P, R]) -> Callable[P, R]:

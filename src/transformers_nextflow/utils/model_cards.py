@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers.utils import cached_file
 
-from .atomic_files import write_whole
+from .atomic_files import atomic_write
 
 
 CARD = "README.md"
@@ -51,7 +51,7 @@ MODEL is a model with the vision tokenizer that the decoder was trained on; anot
 EXAMPLE_PROMPT = "a red circle"
 
 
-def told_by(source: str | os.PathLike) -> dict[str, Any]:
+def read_card_metadata(source: str | os.PathLike) -> dict[str, Any]:
     """The head of the card of a folder, or of a repository of the Hub whose card is in the cache; empty without one.
 
     Raises:
@@ -70,22 +70,22 @@ def told_by(source: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"The head of {path} cannot be read; correct or remove it. {error}") from error
 
 
-def head_after(source: str | os.PathLike | None, **data) -> dict[str, Any]:
+def derived_card_metadata(source: str | os.PathLike | None, **data) -> dict[str, Any]:
     """The head of the card of a model made from a source: a folder, which is never named, or a repository of the Hub.
 
     Args:
         source: `None` or empty for random weights.
         data: entries of the head, which replace inherited ones; entries that are `None` or empty are left out.
     """
-    told: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     base = None
     if source:
         try:
-            told = told_by(source)
+            metadata = read_card_metadata(source)
         except ValueError:
-            told = {}  # a broken card of the source must not keep the model from being saved
-        base = told.get("base_model") if os.path.exists(source) else str(source)
-    head = {"license": "unknown", "base_model": base} | {name: told[name] for name in INHERITED if name in told}
+            metadata = {}  # a broken card of the source must not keep the model from being saved
+        base = metadata.get("base_model") if os.path.exists(source) else str(source)
+    head = {"license": "unknown", "base_model": base} | {name: metadata[name] for name in INHERITED if name in metadata}
     return {name: value for name, value in (head | data).items() if value not in (None, [], "")}
 
 
@@ -94,11 +94,11 @@ def write_card(folder: str | os.PathLike, title: str, sections: Sequence[str], *
 
     Args:
         sections: Markdown, one after the other.
-        data: entries of the head, as arguments of `ModelCardData`; see `head_after`.
+        data: entries of the head, as arguments of `ModelCardData`; see `derived_card_metadata`.
     """
     card = ModelCardData(**data)
     text = "\n\n".join(section.strip() for section in sections)
-    with write_whole(Path(folder) / CARD) as partial:
+    with atomic_write(Path(folder) / CARD) as partial:
         partial.write_text(f"---\n{card.to_yaml()}\n---\n\n# {title}\n\n{text}\n", encoding="utf-8")
 
 
@@ -113,7 +113,7 @@ def with_card(save_pretrained: Callable) -> Callable:
     @wraps(save_pretrained)
     def save(self, save_directory, *args, **kwargs):
         if kwargs.get("push_to_hub"):
-            card_first(self, kwargs.get("repo_id", Path(save_directory).name), kwargs.get("token"))
+            upload_card_if_missing(self, kwargs.get("repo_id", Path(save_directory).name), kwargs.get("token"))
         written = save_pretrained(self, save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True) and not (Path(save_directory) / CARD).exists():
             self.write_model_card(save_directory)
@@ -132,7 +132,7 @@ class ModelCardMixin:
     card_use = USE
 
     def push_to_hub(self, repo_id: str, **kwargs):
-        card_first(self, repo_id, kwargs.get("token"), kwargs.get("private"))
+        upload_card_if_missing(self, repo_id, kwargs.get("token"), kwargs.get("private"))
         return super().push_to_hub(repo_id, **kwargs)
 
     def card_text(self) -> str:
@@ -143,9 +143,9 @@ class ModelCardMixin:
         sizes = " and ".join(map(str, schedules.resolutions))
         largest = schedules.for_size(schedules.resolutions[-1], schedules.resolutions[-1])
         text = f"{self.card_title} ({self.card_origin}). "
-        text += f"It has {in_words(self.num_parameters())} parameters, "
+        text += f"It has {format_count(self.num_parameters())} parameters, "
         if vq_model is not self:
-            text += f"{in_words(vq_model.num_parameters())} of them in the vision tokenizer, "
+            text += f"{format_count(vq_model.num_parameters())} of them in the vision tokenizer, "
         text += f"for images of {sizes} pixels in up to {largest.num_scales} scales, of "
         text += f"{vq_config.codebook_size} codes."
         stated = getattr(self.config, "trained_on", None)
@@ -159,12 +159,12 @@ class ModelCardMixin:
             data: entries of the card's head that replace the model's.
         """
         data = {"library_name": self.card_library, "pipeline_tag": self.card_pipeline_tag, "tags": list(TAGS)} | data
-        head = head_after(self.name_or_path, **data)
+        head = derived_card_metadata(self.name_or_path, **data)
         use = self.card_use.format(prompt=EXAMPLE_PROMPT, extras="pipelines")
         write_card(folder, self.card_title, [self.card_text(), "## Use", use], **head)
 
 
-def card_first(model, repo_id: str, token: str | None = None, private: bool | None = None):
+def upload_card_if_missing(model, repo_id: str, token: str | None = None, private: bool | None = None):
     """Upload the model's card to a repository of the Hub without one; the repository is made if it does not exist."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -181,7 +181,7 @@ def table(columns: tuple[str, str], values: dict[str, Any]) -> str:
     return "\n".join([f"| {columns[0]} | {columns[1]} |", "|---|---|", *rows])
 
 
-def in_words(number: int) -> str:
+def format_count(number: int) -> str:
     """A number of parameters, as people say it."""
     return f"{number / 1e6:.1f} million" if number >= 1e6 else f"{number:,}"
 

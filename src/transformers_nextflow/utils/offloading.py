@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 
-class _Onloaded:
+class _OnloadedHook:
     """Replaces a module's hook while its weights stay on the device that computes."""
 
     no_grad = False
@@ -25,30 +25,30 @@ class _Onloaded:
 
 
 @contextmanager
-def onloaded(modules: Iterable[nn.Module]) -> Iterator[None]:
+def onload_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
     """During the block the own weights of these modules, without those of their children, are on the device that
     computes.
 
     Code that reads a weight without calling its module needs this. For modules without offloading, and for those that
-    are onloaded already, it does nothing.
+    are onload_weights already, it does nothing.
     """
-    hooks = {module: hook for module in modules if not isinstance(hook := _hook(module), _Onloaded | NoneType)}
+    hooks = {module: hook for module in modules if not isinstance(hook := _hook(module), _OnloadedHook | NoneType)}
     with ExitStack() as stack:
         for module, hook in hooks.items():
             stack.callback(_offload, module, hook)
             hook.pre_forward(module)
             # Otherwise a call of the module would offload its weights again.
-            module._hf_hook = _Onloaded()
+            module._hf_hook = _OnloadedHook()
         yield
 
 
 def is_onloaded(module: nn.Module) -> bool:
-    """Whether `onloaded` currently keeps the weights of an offloaded module on the device."""
-    return isinstance(_hook(module), _Onloaded)
+    """Whether `onload_weights` currently keeps the weights of an offloaded module on the device."""
+    return isinstance(_hook(module), _OnloadedHook)
 
 
 @contextmanager
-def one_after_the_other(model: nn.Module) -> Iterator[None]:
+def one_thread_if_offloaded(model: nn.Module) -> Iterator[None]:
     """If the model is offloaded, only one thread at a time runs the block, since weights are moved for each."""
     with _GUARD:
         lock = _LOCKS.setdefault(model, RLock())

@@ -15,37 +15,39 @@ SANITIZES_CONTROL_TOKENS = (
     "sanitize_control_tokens" in inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
 )
 # In beam search transformers 5.17 assumes that the output has as many classes as the text vocabulary.
-SEARCHES_BEAMS_IN_TEXT_ALONE = "vocab_size" in inspect.signature(GenerationMixin._get_top_k_continuations).parameters
+BEAM_SEARCH_EXPECTS_TEXT_LOGITS = "vocab_size" in inspect.signature(GenerationMixin._get_top_k_continuations).parameters
 # Whether `Trainer` saves a model whose matrices are divided among processes; transformers 5.17 hangs there.
-SAVES_DIVIDED = hasattr(PreTrainedModel, "is_distributed_loading_by_transformers")
+SAVES_TENSOR_PARALLEL = hasattr(PreTrainedModel, "is_distributed_loading_by_transformers")
 # What transformers calls the key-value cache in keywords and outputs: `past_key_values` before 5.24.
-CACHE = next(name for name in ("cache", "past_key_values") if name in BaseModelOutputWithPast.__dataclass_fields__)
+CACHE_KEYWORD = next(
+    name for name in ("cache", "past_key_values") if name in BaseModelOutputWithPast.__dataclass_fields__
+)
 
 
-def takes_the_cache(forward):
+def accepts_cache_keyword(forward):
     """Lets `forward` accept its `past_key_values` also under the name of the installed transformers.
 
     Before 5.24 nothing changes: there `cache` is the paged cache of continuous batching, and is passed to the
     attention.
     """
-    if CACHE == "past_key_values":
+    if CACHE_KEYWORD == "past_key_values":
         return forward
 
     @functools.wraps(forward)
     def forward_with_cache(*args, **kwargs):
-        if CACHE in kwargs:
-            kwargs["past_key_values"] = kwargs.pop(CACHE)
+        if CACHE_KEYWORD in kwargs:
+            kwargs["past_key_values"] = kwargs.pop(CACHE_KEYWORD)
         return forward(*args, **kwargs)
 
     # `generate` reads the names of the model's arguments there.
     parameters = inspect.signature(forward).parameters.values()
     forward_with_cache.__signature__ = inspect.Signature(
-        [each.replace(name=CACHE) if each.name == "past_key_values" else each for each in parameters]
+        [each.replace(name=CACHE_KEYWORD) if each.name == "past_key_values" else each for each in parameters]
     )
     return forward_with_cache
 
 
-class TextAlone(LogitsProcessor):
+class TextVocabularyLogitsProcessor(LogitsProcessor):
     """Cuts the codes off the scores (B, V): (B, `vocab_size`)."""
 
     def __init__(self, vocab_size: int):

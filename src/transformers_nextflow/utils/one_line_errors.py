@@ -18,10 +18,10 @@ from yaml import YAMLError
 # If this variable is set, errors keep their tracebacks.
 DEBUG = "TRANSFORMERS_NEXTFLOW_DEBUG"
 # Errors that a user can correct, besides errors of the system; libraries have their own classes for broken files.
-MENDABLE = (ImportError, OSError, SafetensorError, StrictDataclassError, TemplateError, ValueError, YAMLError)
+USER_ERRORS = (ImportError, OSError, SafetensorError, StrictDataclassError, TemplateError, ValueError, YAMLError)
 # Left to typer.
-PASSED = (BrokenPipeError, typer.Abort, typer.BadParameter, typer.Exit)
-MOST_CHARACTERS = 1000
+HANDLED_BY_TYPER = (BrokenPipeError, typer.Abort, typer.BadParameter, typer.Exit)
+MAX_CHARACTERS = 1000
 
 
 @contextmanager
@@ -33,12 +33,12 @@ def errors_in_one_line() -> Iterator[None]:
     """
     try:
         yield
-    except PASSED:
+    except HANDLED_BY_TYPER:
         raise
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get(DEBUG):
             raise
-        if isinstance(error, KeyboardInterrupt) or _bars():
+        if isinstance(error, KeyboardInterrupt) or _open_progress_bars():
             print(file=sys.stderr)  # after the terminal's own ^C, or the bar of the work
         print(one_line(error), file=sys.stderr)
         raise typer.Exit(_exit_code(error)) from error
@@ -46,22 +46,24 @@ def errors_in_one_line() -> Iterator[None]:
 
 def one_line(error: BaseException) -> str:
     """The line for the user; for an unexpected error it names the class and how to see the traceback."""
-    told = " ".join(part for part in [str(error), *getattr(error, "__notes__", ())] if part)
+    message = " ".join(part for part in [str(error), *getattr(error, "__notes__", ())] if part)
     # Halves of surrogate pairs, which names of files may hold, cannot be printed.
-    told = " ".join(told.encode("utf-8", "backslashreplace").decode().split()) or type(error).__name__
-    if len(told) > MOST_CHARACTERS:
-        told = f"{told[: MOST_CHARACTERS // 2]} … {told[-MOST_CHARACTERS // 2 :]}"
+    message = " ".join(message.encode("utf-8", "backslashreplace").decode().split()) or type(error).__name__
+    if len(message) > MAX_CHARACTERS:
+        message = f"{message[: MAX_CHARACTERS // 2]} … {message[-MAX_CHARACTERS // 2 :]}"
     if isinstance(error, KeyboardInterrupt):
         return f"Interrupted. {' '.join(getattr(error, '__notes__', ())) or 'Nothing was written.'}"
-    if _is_of_memory(error):
-        return f"Error: The memory is full: {told}; take fewer or smaller images, a smaller batch, or another device."
-    if isinstance(error, MENDABLE):
-        return f"Error: {told}"
-    return f"Error: {type(error).__name__}: {told} (unexpected; {DEBUG}=1 shows where)"
+    if _is_out_of_memory(error):
+        return (
+            f"Error: The memory is full: {message}; take fewer or smaller images, a smaller batch, or another device."
+        )
+    if isinstance(error, USER_ERRORS):
+        return f"Error: {message}"
+    return f"Error: {type(error).__name__}: {message} (unexpected; {DEBUG}=1 shows where)"
 
 
 @contextmanager
-def tells_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
+def note_on_interrupt(kept: Callable[[], str]) -> Iterator[None]:
     """If the block is interrupted, such as by Ctrl-C, adds a note to the exception that says what is kept of its
     work.
     """
@@ -72,7 +74,7 @@ def tells_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
         raise
 
 
-def _bars() -> Collection:
+def _open_progress_bars() -> Collection:
     """The bars of work that is not done, which leave the cursor at the end of their line."""
     return getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())
 
@@ -80,9 +82,9 @@ def _bars() -> Collection:
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 128 + (error.args[0] if error.args else signal.SIGINT)
-    return 2 if isinstance(error, MENDABLE) or _is_of_memory(error) else 1
+    return 2 if isinstance(error, USER_ERRORS) or _is_out_of_memory(error) else 1
 
 
-def _is_of_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     # Torch's own class is compared by name, since commands that need no torch do not import it.
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

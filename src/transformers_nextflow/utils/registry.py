@@ -20,7 +20,7 @@ class Registry(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         """Raises `ValueError` for a name that is not in the table."""
         if name not in self.places:
-            raise ValueError(f"There is no {self.kind} {name!r}; there is: {', '.join(self.places)}.")
+            raise ValueError(f"There is no {self.kind} {name!r}; choose one of {', '.join(self.places)}.")
         module, _, attribute = self.places[name].partition(":")
         return getattr(import_module(module), attribute)
 

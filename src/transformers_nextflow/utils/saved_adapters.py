@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import cached_file
 
-from .atomic_files import check_named, write_whole
+from .atomic_files import atomic_write, check_path
 from .checkpoint_checks import FLOATS, is_finite, read_json
 from .short_repr import short_repr
 from .typed_values import check_finite, check_types
@@ -44,7 +44,7 @@ INSTALL = "pip install transformers-nextflow[peft]"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap_peft(model: nn.Module) -> nn.Module:
     """The model inside of PEFT's wrapper, in which adapters act.
 
     Raises:
@@ -54,7 +54,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
         return model
     for name, config in model.peft_config.items():
         if config.is_prompt_learning:
-            raise ValueError(f"The adapter {name!r} is of type {config.peft_type.value}, which cannot draw; take LoRA.")
+            raise ValueError(
+                f"The adapter {name!r} is of type {config.peft_type.value}, which is not supported for drawing; "
+                "use LoRA."
+            )
     return model.get_base_model()
 
 
@@ -106,7 +109,7 @@ def _save_adapters(model: nn.Module, folder: Path):
         return
     for name in names:
         save_adapter(model, name, folder / FOLDER / name)
-    with write_whole(folder / FOLDER / INDEX) as partial_file:
+    with atomic_write(folder / FOLDER / INDEX) as partial_file:
         partial_file.write_text(json.dumps({"names": names, "active": active_adapters(model)}, indent=2) + "\n")
 
 
@@ -114,7 +117,8 @@ def save_adapter(model: nn.Module, name: str, folder: Path):
     """Write one adapter of an unwrapped model in PEFT's format."""
     folder.mkdir(parents=True, exist_ok=True)
     state_dict = {
-        PREFIX + key: _of_own_rank(model, name, key, value).contiguous() for key, value in _weights(model, name).items()
+        PREFIX + key: _padded_to_rank(model, name, key, value).contiguous()
+        for key, value in _weights(model, name).items()
     }
     save_file(state_dict, folder / FILES[0], metadata={"format": "pt"})
     config = copy.copy(model.peft_config[name])
@@ -151,7 +155,7 @@ def add_saved_adapter(model: nn.Module, name: str, path, subfolder: str = "", ra
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
             inject_adapter_in_model(config, model, name)
         model._hf_peft_config_loaded = True
-        _fill(model, name, weights)
+        _load_adapter_weights(model, name, weights)
         if rank is not None:
             from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 
@@ -162,9 +166,9 @@ def add_saved_adapter(model: nn.Module, name: str, path, subfolder: str = "", ra
         else:
             if name in model.peft_config:
                 delete_adapters(model, [name])
-            activate(model, before)
+            set_active_adapters(model, before)
         raise
-    activate(model, [name])
+    set_active_adapters(model, [name])
 
 
 def swap_adapter(model: nn.Module, name: str, path, subfolder: str = "", **hub_options):
@@ -184,7 +188,7 @@ def swap_adapter(model: nn.Module, name: str, path, subfolder: str = "", **hub_o
     old = model.peft_config[name]
     check_hotswap_configs_compatible(old, config)
     own = _weights(model, name)
-    saved = _of_parts_that_are_there(model, own, saved)
+    saved = _without_ignored_parts(model, own, saved)
     odd = (saved.keys() - own.keys()) | {key for key in own.keys() - saved.keys() if _rank_axis(key) is None}
     refused = f"{path} cannot take the place of the adapter {name!r}: "
     if odd or old.trainable_token_indices != config.trainable_token_indices:
@@ -231,7 +235,7 @@ def adapted_parts(model: nn.Module) -> Iterator[nn.Module]:
         yield from (part for part in model.modules() if isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper)))
 
 
-def activate(model: nn.Module, names: Sequence[str]):
+def set_active_adapters(model: nn.Module, names: Sequence[str]):
     """Make adapters of an unwrapped model the active ones.
 
     Raises:
@@ -240,13 +244,11 @@ def activate(model: nn.Module, names: Sequence[str]):
     names, chosen = list(names), []
     for part in adapted_parts(model):
         own = names
-        if _holds_whole(part):
+        if _is_module_to_save(part):
             try:
                 name = part.check_set_adapter(names) if names else None
             except ValueError as error:
-                raise ValueError(
-                    f"Two of the adapters {names} hold the same module whole; take one of them."
-                ) from error
+                raise ValueError(f"Two of the adapters {names} replace the same module; use one of them.") from error
             own = [] if name is None else [name]
         chosen.append((part, own))
     for part, own in chosen:
@@ -261,11 +263,11 @@ def delete_adapters(model: nn.Module, names: Sequence[str]):
 
     kept = [name for name in model.peft_config if name not in names]
     active = [name for name in _chosen_adapters(model) if name in kept]
-    activate(model, kept[:1])  # PEFT warns where it has to choose
+    set_active_adapters(model, kept[:1])  # PEFT warns where it has to choose
     for name in names:
         delete_adapter(model, name, prefix=f"{model.peft_config[name].peft_type.value.lower()}_")
         del model.peft_config[name]
-    activate(model, active or kept[:1])
+    set_active_adapters(model, active or kept[:1])
 
 
 def check_adapter_name(name: object):
@@ -310,12 +312,12 @@ def load_adapters(model: nn.Module, path, subfolder: str = "", **kwargs):
     if unknown := [name for name in saved.get("active", ()) if name not in saved.get("names", ())]:
         raise ValueError(f"{index} has the adapter {unknown[0]!r} active, which is none of its names.")
     if missing := [name for name in ("names", "active") if name not in saved]:
-        raise ValueError(f"{index} lacks {missing[0]}; save the model anew.")
+        raise ValueError(f"{index} lacks {missing[0]}; save the model again.")
     for name in saved["names"]:
         add_saved_adapter(model, name, path, f"{place}/{name}", **options)
     model.eval().requires_grad_(False)
     if saved["active"]:
-        activate(model, saved["active"])
+        set_active_adapters(model, saved["active"])
     else:
         for part in adapted_parts(model):
             part.enable_adapters(False)
@@ -327,7 +329,7 @@ def _read_adapter(path, subfolder: str, **hub_options) -> tuple[PeftConfig, dict
         from peft import PeftConfig
     except ImportError as error:
         raise ValueError(f"{path} holds an adapter, which needs peft: {INSTALL}.") from error
-    check_named(path)
+    check_path(path)
     weights, file = (cached_file(path, file, subfolder=subfolder, **hub_options) for file in FILES)
     settings = read_json(file)
     if not isinstance(settings.get("peft_type"), str):
@@ -335,12 +337,14 @@ def _read_adapter(path, subfolder: str, **hub_options) -> tuple[PeftConfig, dict
     check_finite(settings)
     saved = {key.removeprefix(PREFIX): value for key, value in load_file(weights).items()}
     if broken := [key for key, value in saved.items() if value.dtype not in FLOATS or not bool(is_finite(value))]:
-        raise ValueError(f"{weights} holds {saved[broken[0]].dtype} that are no finite floats in {broken[0]}.")
+        raise ValueError(f"{weights} holds {saved[broken[0]].dtype} that are not finite floats in {broken[0]}.")
     config = PeftConfig.from_pretrained(Path(file).parent)
     # What is made for it is made at random, before its weights come into it.
     largest = max((side for value in saved.values() for side in value.shape), default=0)
     if getattr(config, "r", 0) > largest:
-        raise ValueError(f"{file} says r={config.r}, and no side of the adapter's weights is larger than {largest}.")
+        raise ValueError(
+            f"{file} has r={config.r}, but no dimension of the adapter's weights is larger than {largest}."
+        )
     return config, saved
 
 
@@ -356,7 +360,7 @@ def _has_room(key: str, own: torch.Tensor, saved: torch.Tensor) -> bool:
     return own.dim() == saved.dim() and all(a == b for a, b in sizes) and is_low_enough
 
 
-def _of_own_rank(model: nn.Module, name: str, key: str, value: torch.Tensor) -> torch.Tensor:
+def _padded_to_rank(model: nn.Module, name: str, key: str, value: torch.Tensor) -> torch.Tensor:
     """An adapter's weight without what it was padded with; with zeros where a swapped one left out a layer of a lower
     rank.
     """
@@ -375,18 +379,18 @@ def _weights(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
 
 
-def _of_parts_that_are_there(model: nn.Module, own, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _without_ignored_parts(model: nn.Module, own, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The saved weights without those for parts that the model leaves out, such as OneCAT with `drawing_only`."""
     left_out = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()) or "(?!)")
     return {key: value for key, value in saved.items() if key in own or not left_out.search(key)}
 
 
-def _fill(model: nn.Module, name: str, saved: dict[str, torch.Tensor]):
+def _load_adapter_weights(model: nn.Module, name: str, saved: dict[str, torch.Tensor]):
     """Replace an adapter's weights by saved ones, in the saved dtype, which may be wider than that of the adapted
     weights.
     """
     own = _weights(model, name)
-    saved = _of_parts_that_are_there(model, own, saved)
+    saved = _without_ignored_parts(model, own, saved)
     if odd := sorted(own.keys() ^ saved.keys()):
         raise ValueError(
             f"The adapter {name!r} does not fit {type(model).__name__}: only one of them has {odd[0]}; load the model "
@@ -413,9 +417,9 @@ def _chosen_adapters(model: nn.Module) -> list[str]:
 
 
 def _first_layer(model: nn.Module) -> nn.Module:
-    return next(part for part in adapted_parts(model) if not _holds_whole(part))
+    return next(part for part in adapted_parts(model) if not _is_module_to_save(part))
 
 
-def _holds_whole(part: nn.Module) -> bool:
+def _is_module_to_save(part: nn.Module) -> bool:
     """Whether a part is PEFT's wrapper around a module that adapters hold whole, or rows of it."""
     return hasattr(part, "check_set_adapter")

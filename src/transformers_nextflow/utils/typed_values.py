@@ -57,7 +57,7 @@ def check_types(values: Mapping[str, Any], hints: Mapping[str, Any], what: str):
     """Raises `ValueError` naming a value that does not have the type of its name in `hints`."""
     for name, value in values.items():
         if name in hints and not is_of_type(value, hints[name]):
-            raise ValueError(f"{what}: {name} must be {_in_words(hints[name])}, got {short_repr(value)}.")
+            raise ValueError(f"{what}: {name} must be {_describe_type(hints[name])}, got {short_repr(value)}.")
 
 
 def is_of_type(value: Any, hint: Any) -> bool:
@@ -110,15 +110,15 @@ def _with_tuples(value: Any, hint: Any) -> Any:
     return tuple(value) if is_tuple and isinstance(value, list) else value
 
 
-def _in_words(hint: Any) -> str:
+def _describe_type(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "nothing"}
     if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_in_words(one) for one in get_args(hint))
+        return " or ".join(_describe_type(one) for one in get_args(hint))
     if get_origin(hint) in (list, tuple, Sequence):
         several = {int: "whole numbers", float: "numbers", str: "texts"}
         return "a list" + "".join(f" of {several[one]}" for one in get_args(hint)[:1] if one in several)
     if get_origin(hint) is dict or hint is dict:
-        kinds = [_in_words(one) for one in get_args(hint) if one is not Any]
+        kinds = [_describe_type(one) for one in get_args(hint) if one is not Any]
         return "names with values" + (f", {kinds[1]} for {kinds[0]} each" if len(kinds) == 2 else "")
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"

@@ -25,12 +25,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(_twice(next(name for name in names if names.count(name) > 1)))
+        raise ValueError(_repeated_name(next(name for name in names if names.count(name) > 1)))
     return found
 
 
-def _twice(name: object) -> str:
-    return f"The name {short_repr(name)} is there twice; keep one of them."
+def _repeated_name(name: object) -> str:
+    return f"The name {short_repr(name)} occurs twice; keep one of them."
 
 
 class _UniqueLoader(yaml.SafeLoader):
@@ -40,6 +40,6 @@ class _UniqueLoader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key_node.tag != "tag:yaml.org,2002:merge":
                 if key in seen:
-                    raise ValueError(_twice(key))
+                    raise ValueError(_repeated_name(key))
                 seen.add(key)
         return super().construct_mapping(node, deep)

@@ -40,11 +40,11 @@ def read_state_dict(path: Path | str, allowed: Iterable[type] = ()) -> State:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "GLOBAL" not in str(error) and not _begins_as_pickle(path):
-            raise ValueError(f"{path} cannot be read; is it whole, or a pointer of Git LFS?") from error
+            raise ValueError(f"{path} cannot be read; is it complete, or a pointer of Git LFS?") from error
         raise ValueError(unsafe_pickle(path, error)) from error
     except (RuntimeError, EOFError, OSError, LookupError, ValueError, AttributeError) as error:
         # torch takes what is no archive for an old pickle, and stumbles over its bytes in many ways.
-        raise ValueError(f"{path} cannot be read; is it whole? {error}") from error
+        raise ValueError(f"{path} cannot be read; is it complete? {error}") from error
 
 
 def _begins_as_pickle(path: Path) -> bool:
@@ -58,4 +58,4 @@ def safetensors_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read; is it whole? {error}") from error
+        raise ValueError(f"{path} cannot be read; is it complete? {error}") from error

@@ -8,7 +8,7 @@ import json
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..utils.offloading import onloaded
+from ..utils.offloading import onload_weights
 
 
 # The modules that decide which code an image gets: always in float32, whatever the precision of the rest of the model.
@@ -43,7 +43,7 @@ def tokenizer_fingerprint(vq_model: PreTrainedModel) -> str:
     if resizes_pixels or not {config.downsample, config.upsample} <= KEPT_RESAMPLINGS:
         settings |= RESAMPLED_BY
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    with onloaded(vq_model.modules()):
+    with onload_weights(vq_model.modules()):
         weights = vq_model.state_dict()
     for name, weight in sorted(weights.items()):
         if name.split(".")[0] in CODE_PARTS:

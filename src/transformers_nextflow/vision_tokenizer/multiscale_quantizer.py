@@ -13,7 +13,7 @@ from transformers.utils.generic import maybe_autocast
 
 from ..configuration_nextflow import NextFlowVQConfig
 from ..scale_schedule import Grid, ScaleSchedule
-from ..utils.offloading import onloaded
+from ..utils.offloading import onload_weights
 from .resampling import resample
 
 
@@ -58,7 +58,7 @@ class QuantizerOutput:
     commitment_loss: torch.Tensor
 
 
-def outside_of_autocast(method: Callable) -> Callable:
+def without_autocast(method: Callable) -> Callable:
     """A method that computes in the precision of its tensors, also under autocast."""
 
     @wraps(method)
@@ -80,7 +80,7 @@ def check_float32(module: nn.Module):
             kind = weight.dtype if is_whole else f"a {type(weight).__name__} of {weight.dtype}"
             raise ValueError(
                 f"{type(module).__name__}.{name} is {kind}, but codes are made in float32 from whole weights; "
-                "load the vision tokenizer anew, and leave it out of sharding, quantisation and casts of its parts."
+                "load the vision tokenizer again, and leave it out of sharding, quantisation and casts of its parts."
             )
 
 
@@ -101,7 +101,7 @@ class NextFlowVQQuantizer(nn.Module):
             ValueError: for codebooks that are not float32, or sharded.
         """
         check_float32(self)
-        with onloaded(self.modules()):
+        with onload_weights(self.modules()):
             vectors = torch.cat([self.semantic_codebook.weight, self.pixel_codebook.weight], dim=-1)
         return self.normalize(vectors) if self.config.normalize_codes else vectors
 
@@ -110,7 +110,7 @@ class NextFlowVQQuantizer(nn.Module):
         halves = vectors.split([self.config.semantic_code_dim, self.config.pixel_code_dim], dim=-1)
         return torch.cat([F.normalize(half, dim=-1) for half in halves], dim=-1)
 
-    @outside_of_autocast
+    @without_autocast
     def encode(
         self,
         latents: torch.Tensor,
@@ -133,9 +133,9 @@ class NextFlowVQQuantizer(nn.Module):
         tokens, labels, codebook_loss, commitment_loss = [], [], 0.0, 0.0
         for scale, grid in enumerate(schedule.grids):
             target, compared = self.targets(residual, grid)
-            drawn, nearest = self._pick(compared.flatten(0, 2), codebook, self_correction, generator)
-            drawn, nearest = drawn.view(target.shape[:-1]), nearest.view(target.shape[:-1])
-            vectors = F.embedding(drawn, codebook)
+            sampled, nearest = self._pick(compared.flatten(0, 2), codebook, self_correction, generator)
+            sampled, nearest = sampled.view(target.shape[:-1]), nearest.view(target.shape[:-1])
+            vectors = F.embedding(sampled, codebook)
             codebook_loss = codebook_loss + F.mse_loss(vectors, compared.detach())
             commitment_loss = commitment_loss + F.mse_loss(compared, vectors.detach())
 
@@ -147,7 +147,7 @@ class NextFlowVQQuantizer(nn.Module):
             if num_scales is not None:
                 contribution = contribution * (num_scales > scale).view(-1, 1, 1, 1)
             total = total + contribution
-            tokens.append(drawn.flatten(1))
+            tokens.append(sampled.flatten(1))
             labels.append(nearest.flatten(1))
         return QuantizerOutput(
             image_tokens=torch.cat(tokens, dim=1),
@@ -157,7 +157,7 @@ class NextFlowVQQuantizer(nn.Module):
             commitment_loss=commitment_loss / schedule.num_scales,
         )
 
-    @outside_of_autocast
+    @without_autocast
     def targets(self, residual: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
         """A residual (B, C, h, w), downsampled to the grid (h_k, w_k) of a scale: vectors (B, h_k, w_k, C), and these
         vectors normalised as for the comparison with the codes.
@@ -170,7 +170,7 @@ class NextFlowVQQuantizer(nn.Module):
         compared = self.targets(residual.float(), grid)[1]
         return self._pick(compared.flatten(0, 2), self.codebook, None, None)[0].view(len(residual), -1)
 
-    @outside_of_autocast
+    @without_autocast
     def truncate(self, latents: torch.Tensor, schedule: ScaleSchedule, num_scales: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) reduced to the first `num_scales` (B,) scales of each image, without quantisation."""
         residual, total = latents, torch.zeros_like(latents)
@@ -219,9 +219,9 @@ class NextFlowVQQuantizer(nn.Module):
         nearest = candidates[:, 0]
         probabilities = (-distances / self_correction.temperature).softmax(-1)
         choice = torch.multinomial(probabilities, 1, generator=generator)
-        drawn = candidates.gather(1, choice).squeeze(1)
+        sampled = candidates.gather(1, choice).squeeze(1)
         replaced = torch.rand(len(vectors), generator=generator, device=vectors.device) < self_correction.token_share
-        return torch.where(replaced, drawn, nearest), nearest
+        return torch.where(replaced, sampled, nearest), nearest
 
     @property
     def distance_weights(self) -> torch.Tensor:
@@ -231,7 +231,7 @@ class NextFlowVQQuantizer(nn.Module):
         weights += [config.pixel_distance_weight] * config.pixel_code_dim
         return torch.tensor(weights)
 
-    @outside_of_autocast
+    @without_autocast
     @torch.no_grad()
     def distances(self, vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
         """The weighted sum (n, V) of the two squared distances, without the vectors' own norms, the same for all

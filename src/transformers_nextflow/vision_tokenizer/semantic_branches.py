@@ -10,7 +10,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 from ..configuration_nextflow import NextFlowVQConfig
 from ..scale_schedule import Grid
-from ..utils.offloading import onloaded
+from ..utils.offloading import onload_weights
 from .resampling import resample
 
 
@@ -22,7 +22,7 @@ def read_semantics(
     if config.image_size is None:
         pixel_values = resample(pixel_values, (grid[0] * tower.patch_size, grid[1] * tower.patch_size), "bicubic")
     # transformers' vision models read some weights, such as position embeddings, without calling their module.
-    with onloaded(encoder.modules()):
+    with onload_weights(encoder.modules()):
         outputs = encoder(**_inputs_of(tower, pixel_values, grid), output_hidden_states=layer != -1)
     features = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
     if layer == -1 and tower.model_type == "clip_vision_model":
@@ -98,7 +98,7 @@ class LearnedPositions(nn.Module):
         """(B, h*w, D) → (B, 1 + h*w, D), the class token first. Raises `ValueError` for another grid."""
         if tuple(grid) != self.grid:
             raise ValueError(
-                f"The semantic decoder learned positions of the grid {self.grid} alone, got {tuple(grid)}."
+                f"The semantic decoder learned positions only for the grid {self.grid}, got {tuple(grid)}."
             )
         class_token = self.class_token.expand(len(hidden_states), -1, -1)
         return torch.cat([class_token, hidden_states], dim=1) + self.positions

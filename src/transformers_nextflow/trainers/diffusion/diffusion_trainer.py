@@ -85,5 +85,5 @@ class NextFlowDiffusionTrainer(
                 self._core.save_pretrained(output_dir or self.args.output_dir)
             self.write_training_card(output_dir or self.args.output_dir)
 
-    def decisive_extras(self) -> dict:
+    def record_extras(self) -> dict:
         return {"tokenizer": self._tokenizer}

@@ -77,7 +77,7 @@ def make_decoder(vq_model: NextFlowVQModel, settings: dict[str, Any], level: int
 
 
 @torch.no_grad()
-def decoded_beside_pixels(trainer: NextFlowDiffusionTrainer, images: Sequence[torch.Tensor]) -> list[list[Image.Image]]:
+def decoder_comparison(trainer: NextFlowDiffusionTrainer, images: Sequence[torch.Tensor]) -> list[list[Image.Image]]:
     """Three rows of images: some (3, H, W) in [-1, 1] of the decoder's size; what the pixel decoder makes of their
     codes; and what the diffusion decoder does.
     """

@@ -133,7 +133,7 @@ class NextFlowGRPOConfig(CheckedArguments, GRPOConfig):
         if self.save_strategy == "steps" and self.save_steps >= 1 and saved % cycle:
             raise ValueError(
                 f"save_steps={self.save_steps} would save between the steps that share one batch of rollouts, from "
-                f"where no run can go on exactly; take a multiple of {cycle} / gradient_accumulation_steps steps."
+                f"which no run can be resumed exactly; use a multiple of {cycle} / gradient_accumulation_steps steps."
             )
         ImageSampling.from_dict(self.image_sampling or {})  # raises for invalid values
 

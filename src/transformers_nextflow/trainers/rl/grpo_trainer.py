@@ -30,11 +30,11 @@ from ..runs.trained_weights import (
     prepare_sharding,
 )
 from ..runs.training_card import TrainingCardMixin
-from .checked_reward import LARGEST_REWARD, checked
+from .checked_reward import LARGEST_REWARD, validated_reward
 from .grpo_config import NextFlowGRPOConfig
 from .prefix_objective import Box, box_mask, kl_to_reference, policy_terms, scale_shares
-from .prompt_rows import check_dataset, check_rows, with_texts
-from .rollouts import Rollout, as_drawn, check_lengths, continue_rollouts, generate_rollouts
+from .prompt_rows import check_dataset, check_rows, prompts_as_texts
+from .rollouts import Rollout, check_lengths, continue_rollouts, generate_rollouts, likelihood_inputs
 
 
 try:
@@ -47,7 +47,7 @@ except ImportError as error:
 
 IMAGE_COLUMNS = ("image", "images")
 # The paper's m, of 18 scales.
-MOST_PREFIX_SCALES = 8
+MAX_PREFIX_SCALES = 8
 
 
 class PromptSampler(RepeatSampler):
@@ -116,9 +116,9 @@ class NextFlowGRPOTrainer(
             processing_class = processing_class or AutoProcessor.from_pretrained(model)
             model = NextFlowForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
         if train_dataset is not None:
-            train_dataset = with_texts(train_dataset)
+            train_dataset = prompts_as_texts(train_dataset)
         if kwargs.get("eval_dataset") is not None:
-            kwargs["eval_dataset"] = with_texts(kwargs["eval_dataset"])
+            kwargs["eval_dataset"] = prompts_as_texts(kwargs["eval_dataset"])
         # A copy, in which missing settings are filled in to fit the model.
         args = copy.copy(args or NextFlowGRPOConfig(output_dir="nextflow-grpo"))
         if not isinstance(processing_class, NextFlowProcessor):
@@ -131,7 +131,7 @@ class NextFlowGRPOTrainer(
             )
         if (base_model.tp_size or 1) > 1:
             raise ValueError(
-                f"The model is divided among {base_model.tp_size} processes (tensor parallel), which RL does not draw "
+                f"The model is sharded over {base_model.tp_size} processes (tensor parallel), which RL does not draw "
                 "with; load it without tp_plan, and shard it by FSDP2 (recipes/accelerate/fsdp2.yaml)."
             )
         processing_class.check_fits(base_model.config)
@@ -146,7 +146,7 @@ class NextFlowGRPOTrainer(
         self._inputs: list[dict] = []
         self._rollouts: list[Rollout] = []
         self._rewards: torch.Tensor | None = None
-        self._counted: list[torch.Tensor] | None = None
+        self._counted_codes: list[torch.Tensor] | None = None
 
         if peft_config is None:
             check_trained_weights(model, args)
@@ -159,8 +159,9 @@ class NextFlowGRPOTrainer(
         beta, args.beta = args.beta, args.beta if is_adapted else 0.0
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         super().__init__(
-            model=model, reward_funcs=[checked(function, args.reward_timeout) for function in reward_funcs], args=args,
-            train_dataset=train_dataset, processing_class=processing_class, peft_config=peft_config, **kwargs,
+            model=model, reward_funcs=[validated_reward(function, args.reward_timeout) for function in reward_funcs],
+            args=args, train_dataset=train_dataset, processing_class=processing_class, peft_config=peft_config,
+            **kwargs,
         )  # fmt: skip
         self.beta = args.beta = beta
         if args.deepspeed_plugin is None:
@@ -192,7 +193,7 @@ class NextFlowGRPOTrainer(
             epoch=lambda: int(self.state.epoch or 0),
         )
 
-    def decisive_extras(self) -> dict:
+    def record_extras(self) -> dict:
         boxes = None if self.boxes_func is None else getattr(self.boxes_func, "__name__", "")
         return {"reference": self.ref_model, "rewards": self.reward_func_names, "boxes_func": boxes}
 
@@ -205,18 +206,18 @@ class NextFlowGRPOTrainer(
         hidden = [{name: value for name, value in row.items() if name not in IMAGE_COLUMNS} for row in inputs]
         output = super()._generate_and_score_completions(hidden)
         limit, advantages = self.args.max_advantage, output["advantages"].clone()
-        advantages[self._in_flat_groups()] = 0
+        advantages[self._in_groups_without_variance()] = 0
         self._log_diversity()
         if self.args.kl_logging_steps is not None and self.state.global_step % self.args.kl_logging_steps == 0:
             self._log_kl_of_scales()
         kept = {name: output[name] for name in ("old_per_token_logps", "ref_per_token_logps") if name in output}
-        if self._counted is not None:
-            kept["counted"] = self._counted
+        if self._counted_codes is not None:
+            kept["counted"] = self._counted_codes
         return {"advantages": advantages.clamp(-limit, limit), "rollouts": self._rollouts} | kept
 
     def _generate(self, prompts: list[str]):
         self.check_weights()  # no code can be sampled with weights that are not finite
-        with self._drawing_model() as model:
+        with self._generation_model() as model:
             self._rollouts, images = generate_rollouts(
                 model, self.processing_class, self._inputs, self.sampling, self.args.max_prompt_length
             )
@@ -224,7 +225,7 @@ class NextFlowGRPOTrainer(
         return prompt_ids, _codes(self._rollouts), None, images, None, {}, None, []
 
     @contextmanager
-    def _drawing_model(self):
+    def _generation_model(self):
         """The policy for drawing, with all weights on every process, since images of different sizes take different
         numbers of passes. It is in evaluation mode, since gradient checkpointing would drop the cache.
         """
@@ -246,13 +247,13 @@ class NextFlowGRPOTrainer(
         rewards = [super()._calculate_rewards(rows, prompts, completions, completion_ids_list)]
         for _ in range(self.args.num_continuations - 1):
             begun = [replace(rollout, image_tokens=self._prefix(rollout)) for rollout in self._rollouts]
-            with self._drawing_model() as model:
+            with self._generation_model() as model:
                 others, images = continue_rollouts(model, self.processing_class, begun, self.sampling)
             rewards.append(super()._calculate_rewards(rows, prompts, images, _codes(others)))
         self._rewards = _value_of_prefix(torch.stack(rewards), self.args.continuation_eta)
         if bool(((self._rewards * self.reward_weights.to(self._rewards)).abs() > LARGEST_REWARD).any()):
             raise ValueError(
-                f"reward_weights {self.reward_weights.tolist()} bring rewards beyond ±{LARGEST_REWARD:.0e}; make them "
+                f"reward_weights {self.reward_weights.tolist()} make rewards exceed ±{LARGEST_REWARD:.0e}; make them "
                 "smaller."
             )
         for name, column in zip(self.reward_func_names, self._rewards.T):
@@ -260,7 +261,7 @@ class NextFlowGRPOTrainer(
         if self.boxes_func is not None:
             columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
             columns |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids_list}
-            self._counted = self._codes_in_boxes(self.boxes_func(**columns))
+            self._counted_codes = self._codes_in_boxes(self.boxes_func(**columns))
         return self._rewards
 
     def _codes_in_boxes(self, boxes: Sequence[Sequence[Box] | None]) -> list[torch.Tensor]:
@@ -272,7 +273,7 @@ class NextFlowGRPOTrainer(
             for own, r in zip(boxes, self._rollouts)
         ]
 
-    def _in_flat_groups(self) -> torch.Tensor:
+    def _in_groups_without_variance(self) -> torch.Tensor:
         """A mask of this process's images in groups with equal rewards, which advantages may not show after
         rounding.
         """
@@ -316,7 +317,7 @@ class NextFlowGRPOTrainer(
         self, model: nn.Module, rollouts: Sequence[Rollout], num_scales: int | None = None
     ) -> PrefixLogProbabilities:
         base_model = _base_model(self.accelerator.unwrap_model(model))
-        prompts, contexts, drawing = as_drawn(rollouts, base_model, self.processing_class, self.sampling)
+        prompts, contexts, drawing = likelihood_inputs(rollouts, base_model, self.processing_class, self.sampling)
         return prefix_log_probabilities(
             base_model,
             prompts,
@@ -437,9 +438,9 @@ def _prefix(asked: int | None, model: nn.Module, sampling: ImageSampling) -> int
     scale at temperature 0.
     """
     most = len(model.config.vq_config.scales)
-    count = min(MOST_PREFIX_SCALES, most) if asked is None else asked
+    count = min(MAX_PREFIX_SCALES, most) if asked is None else asked
     if count > most:
-        raise ValueError(f"num_prefix_scales is {count}, but the model draws in {most}; take at most so many.")
+        raise ValueError(f"num_prefix_scales is {count}, but the model draws in {most}; use at most {most}.")
     for _, num_scales in model.config.vq_config.scale_schedules.levels:
         certain = [scale for scale in range(min(count, num_scales)) if not sampling.is_sampled_at(scale, num_scales)]
         if certain and (asked is not None or certain[0] == 0):

@@ -99,10 +99,10 @@ def check_rows(name: str, rows: Sequence[dict]):
     _check_texts(name, [row["prompt"] for row in rows])
 
 
-def with_texts(rows):
+def prompts_as_texts(rows):
     """A dataset, or a dict of them, in which prompts that are conversations of one user's turn become texts."""
     if isinstance(rows, dict):
-        return {name: with_texts(part) for name, part in rows.items()}
+        return {name: prompts_as_texts(part) for name, part in rows.items()}
     first = next(iter(rows), None)
     is_conversation = first is not None and isinstance(first.get("prompt"), list)
     return rows.map(lambda row: {"prompt": text_of_prompt(row["prompt"])}) if is_conversation else rows

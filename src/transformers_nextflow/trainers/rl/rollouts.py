@@ -101,7 +101,7 @@ def continue_rollouts(
     given = pad_codes([rollout.image_tokens for rollout in begun])
     drawing = ImageCodes(model, schedules, sampling, generator, given)
     writer = SequenceWriter(model, *_prompts_and_contexts(begun, processor, model.device))
-    writer.draw(drawing, range(len(begun)), go_on=False)
+    writer.draw(drawing, range(len(begun)), continues=False)
     grids = torch.tensor([schedule.final_grid for schedule in schedules])
     images = processor.post_process_images(model.decode_image_tokens(drawing.image_tokens, grids))
     rollouts = [
@@ -121,7 +121,7 @@ def check_lengths(prompts: Sequence[str], rows: Sequence[list[int]], limit: int 
             )
 
 
-def as_drawn(
+def likelihood_inputs(
     rollouts: Sequence[Rollout], model: nn.Module, processor: NextFlowProcessor, sampling: ImageSampling
 ) -> tuple[Prompts, list[Prompts], ImageCodes]:
     """Prompts, contexts and images of finished rollouts, as arguments of `prefix_log_probabilities`."""

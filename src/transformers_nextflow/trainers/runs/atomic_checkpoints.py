@@ -68,7 +68,7 @@ class AtomicCheckpointMixin:
             # It is renamed first, so that a partly removed folder does not look like a checkpoint.
             checkpoint.rename(run_dir / PARTIAL / f"surplus-{checkpoint.name}")
 
-    def supersede_checkpoints(self, start: Path | None) -> list[str]:
+    def mark_superseded(self, start: Path | None) -> list[str]:
         """Mark the checkpoints that are no part of the training that now begins, or continues from `start`.
 
         Returns the names of those that were not marked before.

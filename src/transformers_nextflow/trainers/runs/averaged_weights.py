@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .sharded_checkpoints import ShardedCheckpointMixin
-from .trained_weights import is_sharded, own_part
+from .trained_weights import is_sharded, local_shard
 
 
 logger = logging.get_logger(__name__)
@@ -41,8 +41,10 @@ class AveragedWeightsMixin(ShardedCheckpointMixin):
         self._num_averaged = 0
         if self.args.ema_decay:
             if self.is_deepspeed_enabled:
-                raise ValueError(f"ema_decay={self.args.ema_decay}: DeepSpeed keeps weights to itself; set it to 0.")
-            self.add_callback(_AfterEachStep(self._take_in))
+                raise ValueError(
+                    f"ema_decay={self.args.ema_decay}: DeepSpeed does not expose its weights; set it to 0."
+                )
+            self.add_callback(_AfterEachStepCallback(self._update_averages))
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -50,11 +52,11 @@ class AveragedWeightsMixin(ShardedCheckpointMixin):
         if not self._averages:
             yield
             return
-        self._exchange()
+        self._swap_with_averages()
         try:
             yield
         finally:
-            self._exchange()
+            self._swap_with_averages()
 
     @torch.no_grad()
     def restart_averages(self, prefix: str, rows: torch.Tensor | None = None):
@@ -117,23 +119,23 @@ class AveragedWeightsMixin(ShardedCheckpointMixin):
                 yield name, weight.detach()
 
     @torch.no_grad()
-    def _take_in(self):
-        if not self._left_out:
-            weights = [own_part(weight) for _, weight in self._trained_weights()]
+    def _update_averages(self):
+        if not self._skips_step:
+            weights = [local_shard(weight) for _, weight in self._trained_weights()]
             decay = min(self.args.ema_decay, (1 + self._num_averaged) / (10 + self._num_averaged))
-            torch._foreach_lerp_([own_part(average) for average in self._averages.values()], weights, 1 - decay)
+            torch._foreach_lerp_([local_shard(average) for average in self._averages.values()], weights, 1 - decay)
             self._num_averaged += 1
 
     @torch.no_grad()
-    def _exchange(self):
+    def _swap_with_averages(self):
         for name, weight in self._trained_weights():
-            weight, average = own_part(weight), own_part(self._averages[name])
+            weight, average = local_shard(weight), local_shard(self._averages[name])
             held = weight.clone()
             weight.copy_(average)
             average.copy_(held)
 
 
-class _AfterEachStep(TrainerCallback):
+class _AfterEachStepCallback(TrainerCallback):
     def __init__(self, call):
         self.call = call
 

@@ -1,4 +1,4 @@
-"""What rows and samplers that differ by epochs are told."""
+"""A callback that sets the epoch of rows and samplers that differ by epochs."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Protocol
 from transformers import TrainerCallback
 
 
-class DiffersByEpochs(Protocol):
+class SupportsSetEpoch(Protocol):
     """Rows or a sampler."""
 
     def set_epoch(self, epoch: int): ...
 
 
-class TellsEpochs(TrainerCallback):
+class SetEpochCallback(TrainerCallback):
     """Tells rows or a sampler which epoch begins, also where a training is resumed within one.
 
     accelerate tells samplers that it finds, which it does not in several processes, and data sets in one process only.
     """
 
-    def __init__(self, told: DiffersByEpochs):
-        self.told = told
+    def __init__(self, target: SupportsSetEpoch):
+        self.target = target
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.told.set_epoch(int((state.epoch or 0) + 1e-6))
+        self.target.set_epoch(int((state.epoch or 0) + 1e-6))

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ...utils.typed_values import check_finite
 from .gradient_spikes import WINDOW, GradientSpikes
-from .trained_weights import own_part
+from .trained_weights import local_shard
 
 
 logger = logging.get_logger(__name__)
@@ -40,13 +40,13 @@ class FiniteTrainingMixin:
         for name in ("max_nonfinite_steps", "spike_factor"):
             if (value := getattr(self.args, name)) and self.is_deepspeed_enabled:
                 raise ValueError(
-                    f"{name}={value}: DeepSpeed takes its steps before a gradient can be looked at; leave it out."
+                    f"{name}={value}: DeepSpeed takes its steps before a gradient can be checked; leave it out."
                 )
         self._noted: list[tuple[str, torch.Tensor]] = []
         self._num_nonfinite_steps = self._num_spikes = 0
         self._spikes = GradientSpikes(self.args.spike_factor) if self.args.spike_factor else None
         # Whether the current step is skipped.
-        self._left_out = False
+        self._skips_step = False
 
     def note(self, terms: dict[str, torch.Tensor]):
         """Note named terms of the current loss, each of which must be finite; does nothing in evaluation."""
@@ -61,13 +61,13 @@ class FiniteTrainingMixin:
     def _get_grad_norm(self, model, grad_norm=None):
         # The last method that `Trainer` calls before the optimizer's step.
         norm = super()._get_grad_norm(model, grad_norm)
-        noted, self._noted, self._left_out = self._noted, [], False
-        if norm is not None and not self._is_scaled_down():
+        noted, self._noted, self._skips_step = self._noted, [], False
+        if norm is not None and not self._has_loss_scale():
             whole = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
             noted.append((GRADIENT_NORM, whole))
         finite = torch.stack([value.float().sum().to(self.args.device) for _, value in noted]).isfinite()
         if self._on_any_process(~finite.all()):
-            self._leave_out_or_end(model, [name for (name, _), is_finite in zip(noted, finite) if not is_finite])
+            self._skip_step_or_raise(model, [name for (name, _), is_finite in zip(noted, finite) if not is_finite])
         elif self._spikes is not None and noted[-1][0] == GRADIENT_NORM:
             is_spike = self._spikes.is_spike(float(noted[-1][1]))
             if self._on_any_process(torch.tensor(is_spike, device=self.args.device)):
@@ -83,19 +83,19 @@ class FiniteTrainingMixin:
             f"{statistics.median(before):.3g}."
         )
         if rule == "count":
-            logger.warning(f"{what} It is taken all the same.")
+            logger.warning(f"{what} The step is taken, as on_spike='count' says.")
             return
-        self._leave_out(model)
+        self._skip_step(model)
         checkpoint = self.last_checkpoint() if rule == "rewind" else None
         if checkpoint is None:
-            logger.warning(f"{what} It is left out{'; there is no checkpoint yet' if rule == 'rewind' else ''}.")
+            logger.warning(f"{what} The step is skipped{'; there is no checkpoint yet' if rule == 'rewind' else ''}.")
             return
         self._rewind(checkpoint)
-        logger.warning(f"{what} It goes on with the weights of {checkpoint}.")
+        logger.warning(f"{what} The step is skipped, and training continues with the weights of {checkpoint}.")
 
-    def _leave_out(self, model: nn.Module):
+    def _skip_step(self, model: nn.Module):
         model.zero_grad()  # the optimizer does not change weights without a gradient
-        self._left_out = True
+        self._skips_step = True
 
     def _rewind(self, checkpoint: Path):
         """Load weights and states of the optimizer from the checkpoint; the learning rate does not change."""
@@ -122,12 +122,12 @@ class FiniteTrainingMixin:
             self._spikes.norms = deque(state.get("norms", ()), maxlen=WINDOW)
         return prepared
 
-    def _is_scaled_down(self) -> bool:
+    def _has_loss_scale(self) -> bool:
         """Whether float16 gradients overflow only because of their scale; then the scaler skips the step itself."""
         scaler = getattr(self.accelerator, "scaler", None)
         return scaler is not None and scaler.get_scale() > 1
 
-    def _leave_out_or_end(self, model: nn.Module, names: list[str]):
+    def _skip_step_or_raise(self, model: nn.Module, names: list[str]):
         step, limit = self.state.global_step + 1, self.args.max_nonfinite_steps
         names = list(dict.fromkeys(gather_object(names)))
         # The total loss and the gradient add nothing to the names of the terms.
@@ -135,13 +135,13 @@ class FiniteTrainingMixin:
         what = f"Step {step}: {' and '.join(names)} {'is' if len(names) == 1 else 'are'} not finite."
         self._num_nonfinite_steps += 1
         if self._num_nonfinite_steps > limit:
-            before = f" {limit} such steps were left out before (max_nonfinite_steps)." if limit else ""
+            before = f" {limit} such steps were skipped before (max_nonfinite_steps)." if limit else ""
             raise ValueError(
                 f"{what}{before} {self._last_good_checkpoint()} Look at the rows of this step, or lower the learning "
-                "rate; max_nonfinite_steps leaves out a few such steps."
+                "rate; max_nonfinite_steps skips a few such steps."
             )
-        logger.warning(f"{what} It is left out, the {self._num_nonfinite_steps}. of {limit} at most.")
-        self._leave_out(model)
+        logger.warning(f"{what} It is skipped, number {self._num_nonfinite_steps} of at most {limit}.")
+        self._skip_step(model)
 
     def _last_good_checkpoint(self) -> str:
         checkpoint = self.last_checkpoint()
@@ -158,7 +158,7 @@ class FiniteTrainingMixin:
             names = [name for name, weight in weights if not are_finite([weight])]
             what = f"{len(names)} weights are not finite, {', '.join(names[:3])} among them"
             if at_start:
-                raise ValueError(f"At the start {what}; look at what they were loaded from.")
+                raise ValueError(f"Before the first step {what}; check the checkpoint that they were loaded from.")
             raise ValueError(
                 f"After step {self.state.global_step} {what}; they are not saved. {self._last_good_checkpoint()} "
                 "Lower the learning rate."
@@ -185,7 +185,7 @@ def are_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether all numbers of all tensors are finite; of sharded ones those of this process."""
     flags = []
     for tensor in tensors:
-        tensor = own_part(tensor)
+        tensor = local_shard(tensor)
         if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel() and not tensor.is_meta:
             # NaN becomes both extremes, and no temporary tensor of the same size is needed.
             flags.append(torch.stack(tensor.detach().aminmax()).isfinite().all())

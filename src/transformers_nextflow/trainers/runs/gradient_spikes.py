@@ -7,7 +7,7 @@ from collections import deque
 
 
 # How many norms have the median with which a step is compared, and the smallest number of them.
-WINDOW, FEWEST = 100, 10
+WINDOW, MIN_NORMS = 100, 10
 SPIKE_RULES = ("count", "skip", "rewind")
 
 
@@ -26,7 +26,7 @@ class GradientSpikes:
 
     def is_spike(self, norm: float) -> bool:
         """Adds the norm of a step, and returns whether it is a spike compared with those before."""
-        enough = len(self.norms) >= FEWEST
+        enough = len(self.norms) >= MIN_NORMS
         found = enough and norm > self.factor * statistics.median(self.norms)
         self.norms.append(norm)
         return found

@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from ...utils.folder_lock import hold_folder
+from ...utils.folder_lock import lock_folder
 from ...utils.typed_values import check_finite
 from .atomic_checkpoints import PARTIAL, AtomicCheckpointMixin, checkpoints_in, is_superseded
 from .training_record import changes_since, training_record, write_record
@@ -44,7 +44,7 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
         self._start: Path | None = None
         self._has_changed = False
 
-    def decisive_extras(self) -> dict[str, Any]:
+    def record_extras(self) -> dict[str, Any]:
         """What a training's result depends on, besides arguments, data, model and processor, by name."""
         return {}
 
@@ -57,9 +57,9 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
                 finite.
         """
         self.args.check_values()
-        with self._hold_output_dir():
+        with self._lock_output_dir():
             self._start = self._checkpoint(resume_from_checkpoint)
-            self._has_changed = self._compare_with_start()
+            self._has_changed = self._compare_with_checkpoint()
             try:
                 output = super().train(None if self._start is None else str(self._start), *args, **kwargs)
             except _AlreadyFinished:
@@ -68,13 +68,13 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
             return output
 
     @contextmanager
-    def _hold_output_dir(self) -> Iterator[None]:
+    def _lock_output_dir(self) -> Iterator[None]:
         """Lock the folder for all processes of a training; the process that writes holds the lock."""
         with ExitStack() as held:
             refusal = None
             try:
                 if self.args.should_save:
-                    held.enter_context(hold_folder(self.args.output_dir))
+                    held.enter_context(lock_folder(self.args.output_dir))
             except ValueError as error:
                 refusal = str(error)
             if refusals := [text for text in gather_object([refusal]) if text is not None]:
@@ -89,37 +89,40 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
             return None
         if asked is not True:
             if not (Path(asked) / TRAINER_STATE_NAME).is_file():
-                raise ValueError(f"{asked} is no checkpoint to go on from; it has no {TRAINER_STATE_NAME}.")
+                raise ValueError(f"{asked} is not a checkpoint to resume from; it has no {TRAINER_STATE_NAME}.")
             return Path(asked)
         found = checkpoints_in(self.args.output_dir)
         if not found:
-            raise ValueError(f"There is no checkpoint in {self.args.output_dir} to go on from; train without resuming.")
+            raise ValueError(
+                f"There is no checkpoint in {self.args.output_dir} to resume from; train without resuming."
+            )
         if is_superseded(found[-1]):
             raise ValueError(
-                f"{found[-1]} is of an earlier training in this folder than the one that was begun last; remove it, or "
-                "name the checkpoint to go on from."
+                f"{found[-1]} is of an earlier training in this folder than the latest one; remove it, or "
+                "name the checkpoint to resume from."
             )
         return found[-1]
 
-    def _compare_with_start(self) -> bool:
+    def _compare_with_checkpoint(self) -> bool:
         """Make the record; returns whether changes since the checkpoint, which were allowed, will change the result.
 
         Only the first process does so, since others may have no rows yet.
         """
         changes: tuple[list[str], list[str]] = ([], [])
         if self.args.should_save or self.is_world_process_zero():
-            extras = {"optimizer": self._given_optimizer} | self.decisive_extras()
+            extras = {"optimizer": self._given_optimizer} | self.record_extras()
             self._record = training_record(self, extras)
             if self._start is not None:
                 changes = changes_since(self._start, self._record)
         decisive, harmless = broadcast_object_list([changes])[0]
         if decisive and not self.args.resume_with_changes:
             raise ValueError(
-                f"Going on from {self._start} would not end as the training that wrote it: {'; '.join(decisive)}. "
-                "Resume with what it had, begin anew, or set resume_with_changes=True to go on with the changes."
+                f"Resuming from {self._start} would give another result than the training that wrote it: "
+                f"{'; '.join(decisive)}. Resume with what it had, start a new training, or set "
+                "resume_with_changes=True to resume with the changes."
             )
         if decisive or harmless:
-            logger.warning(f"Going on from {self._start} with changes: {'; '.join(decisive + harmless)}.")
+            logger.warning(f"Resuming from {self._start} with changes: {'; '.join(decisive + harmless)}.")
         return bool(decisive)
 
     def _prepare_for_training(self, *args, **kwargs):
@@ -129,9 +132,9 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
             raise _AlreadyFinished
         check_finite({"optimizer": _settings_of(self.optimizer)})
         self.check_weights(at_start=True)
-        if self.args.should_save and (superseded := self.supersede_checkpoints(self._start)):
+        if self.args.should_save and (superseded := self.mark_superseded(self._start)):
             logger.warning(
-                f"{', '.join(superseded)} in {self.args.output_dir} are not of the training that begins here; new ones "
+                f"{', '.join(superseded)} in {self.args.output_dir} belong to an earlier training; new ones "
                 "take their places."
             )
         return prepared
@@ -141,7 +144,9 @@ class ResumableTrainingMixin(AtomicCheckpointMixin):
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
         losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
-        logger.warning(f"The training stands at its last step, {self.state.global_step}; there is nothing to train.")
+        logger.warning(
+            f"The training is already at its last step, {self.state.global_step}; there is nothing to train."
+        )
         return TrainOutput(self.state.global_step, statistics.fmean(losses) if losses else math.nan, {})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None):

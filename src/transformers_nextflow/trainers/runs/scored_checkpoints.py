@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from ...evaluation.results import write_result
 from ...evaluation.suites import SUITES
-from ...utils.atomic_files import write_whole
+from ...utils.atomic_files import atomic_write
 from ...utils.checkpoint_checks import read_json
 from ...utils.typed_values import check_types
 from .atomic_checkpoints import checkpoints_in, is_superseded, step_of
@@ -52,7 +52,7 @@ class CheckpointScores:
         device: str | None = None,
     ):
         if not Path(run).is_dir():
-            raise ValueError(f"{run} is no folder; name that of a training (--output), which holds its checkpoints.")
+            raise ValueError(f"{run} is not a folder; name that of a training (--output), which holds its checkpoints.")
         self.run, self.evaluate, self.device = Path(run), SUITES[suite], device
         self.output = Path(output) if output is not None else self.run / "evaluation" / suite
         self.settings = {"suite": suite, "limit": limit, "seeds": seeds}
@@ -91,15 +91,15 @@ class CheckpointScores:
                 found[step_of(folder)] = stored["scores"]
         return found
 
-    def check_begun(self):
+    def check_has_checkpoints(self):
         """Raises `ValueError` where there is no checkpoint."""
         if not self._checkpoints():
             raise ValueError(f"{self.run} holds no checkpoint-STEP; name the folder of a training (--output).")
 
-    def kept(self) -> str:
-        """What is there, for whoever interrupts."""
+    def progress_note(self) -> str:
+        """The note on an interrupt: how many checkpoints have been scored."""
         count = len(self.scores())
-        return f"The scores of {count} checkpoints are kept in {self.output}; the same command goes on."
+        return f"The scores of {count} checkpoints are kept in {self.output}; the same command continues."
 
     def _checkpoints(self) -> list[Path]:
         return [checkpoint for checkpoint in checkpoints_in(self.run) if not is_superseded(checkpoint)]
@@ -114,10 +114,10 @@ class CheckpointScores:
     def _score(self, checkpoint: Path):
         if (checkpoint / PARTS).exists():
             raise ValueError(
-                f"{checkpoint} holds weights in parts, which no one process reads; train with "
+                f"{checkpoint} holds sharded weights, which a single process cannot read; train with "
                 "fsdp_state_dict_type=FULL_STATE_DICT to have its checkpoints scored, or score its final."
             )
-        with write_whole(self.output / checkpoint.name) as partial:
+        with atomic_write(self.output / checkpoint.name) as partial:
             partial.mkdir()
             written = _written(checkpoint)
             options = {name: self.settings[name] for name in ("limit", "seeds")}
@@ -133,11 +133,11 @@ class CheckpointScores:
     def _write_curve(self):
         rows = {step: dict(_flat(scores)) for step, scores in self.scores().items()}
         names = list(dict.fromkeys(name for row in rows.values() for name in row))
-        with write_whole(self.output / f"{CURVE}.csv") as partial, open(partial, "w", newline="") as file:
+        with atomic_write(self.output / f"{CURVE}.csv") as partial, open(partial, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["step", *names])
             writer.writerows([step, *(row.get(name, "") for name in names)] for step, row in rows.items())
-        with write_whole(self.output / f"{CURVE}.png") as partial:
+        with atomic_write(self.output / f"{CURVE}.png") as partial:
             _curves(rows, [name for name in names if _is_share(name, rows)]).save(partial)
 
 

@@ -30,6 +30,7 @@ class ShardedCheckpointMixin(AtomicCheckpointMixin):
         if self.is_fsdp_enabled and not (Path(resume_from_checkpoint) / wanted).exists():
             raise ValueError(
                 f"{resume_from_checkpoint} holds no {wanted}, which fsdp_state_dict_type="
-                f"{self.accelerator.state.fsdp_plugin.state_dict_type.name} reads; go on as the training that wrote it."
+                f"{self.accelerator.state.fsdp_plugin.state_dict_type.name} reads; resume with the type of the "
+                "training that wrote it."
             )
         super()._load_from_checkpoint(resume_from_checkpoint, model)

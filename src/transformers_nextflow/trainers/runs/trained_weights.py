@@ -24,7 +24,7 @@ def check_trained_weights(model: nn.Module, args: TrainingArguments):
             raise ValueError(
                 f"{name} is {str(parameter.dtype).removeprefix('torch.')}, and small steps would be rounded away: "
                 "weights that are trained are float32, under mixed precision too. Load the model with "
-                "from_pretrained(..., dtype=torch.float32), or freeze what rests."
+                "from_pretrained(..., dtype=torch.float32), or freeze the rest."
             )
 
 
@@ -33,7 +33,7 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(weight, "placements") or hasattr(weight, "ds_id") for weight in model.parameters())
 
 
-def own_part(weight: torch.Tensor) -> torch.Tensor:
+def local_shard(weight: torch.Tensor) -> torch.Tensor:
     """What this process has of a weight, in the same memory."""
     return weight.to_local() if hasattr(weight, "to_local") else weight
 

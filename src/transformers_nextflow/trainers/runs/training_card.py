@@ -11,7 +11,7 @@ from accelerate.utils import is_peft_model
 from huggingface_hub import EvalResult
 from transformers import __version__ as transformers_version
 
-from ...utils.model_cards import EXAMPLE_PROMPT, TAGS, head_after, table, write_card
+from ...utils.model_cards import EXAMPLE_PROMPT, TAGS, derived_card_metadata, table, write_card
 from ...utils.short_repr import short_repr
 from .training_record import HARMLESS, HARMLESS_FAMILIES, NOT_RECORDED
 
@@ -51,12 +51,12 @@ class TrainingCardMixin:
         """
         model = around or self.accelerator.unwrap_model(self.model)
         base = model.get_base_model() if is_peft_model(model) else model
-        title, what = self._card_what(model, base)
+        title, what = self._card_description(model, base)
         prompt = (self.card_prompts or (EXAMPLE_PROMPT,))[0]
         extras = "pipelines,peft" if is_peft_model(model) else "pipelines"
         sections = [what, self._card_rows()]
-        images = {name: told for name, told in self.card_images.items() if (Path(folder) / name).is_file()}
-        sections += [f"![{told}]({name})" for name, told in images.items()]
+        images = {name: caption for name, caption in self.card_images.items() if (Path(folder) / name).is_file()}
+        sections += [f"![{caption}]({name})" for name, caption in images.items()]
         sections += ["## Use", base.card_use.replace("{prompt}", prompt.replace('"', "'")).replace("{extras}", extras)]
         if losses := self._card_losses():
             sections += ["## Losses", "The last that were logged.", table(("", "value"), losses)]
@@ -66,7 +66,7 @@ class TrainingCardMixin:
         sections += ["## Training", f"Settings that differ from the defaults of `{type(self.args).__name__}`:"]
         sections += [table(("setting", "value"), self._card_settings()), f"transformers {transformers_version}."]
         name, set_of_rows = self.dataset_name or "local", self.dataset_name or "the training's own evaluation"
-        head = head_after(
+        head = derived_card_metadata(
             base.name_or_path,
             library_name="peft" if is_peft_model(model) else base.card_library,
             pipeline_tag=base.card_pipeline_tag,
@@ -85,7 +85,7 @@ class TrainingCardMixin:
         )
         write_card(folder, title, sections, **head)
 
-    def _card_what(self, model, base) -> tuple[str, str]:
+    def _card_description(self, model, base) -> tuple[str, str]:
         """Title, and the paragraph that says what the weights are."""
         steps = f"{self.state.global_step} of {self.state.max_steps} steps" if self.state.max_steps > 0 else "no step"
         by = (

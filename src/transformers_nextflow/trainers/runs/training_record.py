@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ...data.rows import ROW_ROOT
-from .trained_weights import own_part
+from .trained_weights import local_shard
 
 
 RECORD_FILE = "training_record.json"
@@ -83,7 +83,7 @@ def training_record(trainer, extras: dict[str, Any]) -> dict[str, Any]:
         "versions": {"torch": str(torch.__version__), "transformers": transformers.__version__},
     }
     record |= {name: _extra(value) for name, value in extras.items()}
-    return _as_read(record)
+    return _json_round_trip(record)
 
 
 def write_record(record: dict, checkpoint: Path):
@@ -139,17 +139,17 @@ def _dataset(rows: Any, seed: int) -> dict[str, Any]:
     while inner is not None:
         described |= getattr(inner, "settings", {})
         inner = getattr(inner, "rows", None)
-    with undisturbed_chance(seed):
+    with seeded_random_states(seed):
         if hasattr(rows, "__len__"):
             numbers = np.unique(np.linspace(0, len(rows) - 1, NUM_ROWS).round().astype(int)) if len(rows) else []
             return described | {"rows": len(rows), "content": digest([_row(rows, int(number)) for number in numbers])}
         source = getattr(rows, "rows", rows)
         if rows is None or iter(source) is iter(source):  # no rows, or a stream that can be read only once
             return described
-        return described | {"content": digest([_placeless(row) for row in islice(iter(source), NUM_ROWS)])}
+        return described | {"content": digest([_without_root(row) for row in islice(iter(source), NUM_ROWS)])}
 
 
-def _placeless(row: Any) -> Any:
+def _without_root(row: Any) -> Any:
     """The row without the folder to which its paths are relative."""
     return {name: value for name, value in row.items() if name != ROW_ROOT} if isinstance(row, dict) else row
 
@@ -163,7 +163,7 @@ def _row(rows: Any, number: int) -> Any:
 
 def processor_differences(some: Any, other: Any) -> list[str]:
     """The names of settings in which two processors differ."""
-    records = [_as_read(_processor(processor)) for processor in (some, other)]
+    records = [_json_round_trip(_processor(processor)) for processor in (some, other)]
     return [".".join(path) for path, _, _ in _differences(*records)]
 
 
@@ -203,7 +203,7 @@ def _extra(value: Any) -> Any:
     return _named(value)["class"] if callable(value) else value
 
 
-def _as_read(record: dict) -> dict:
+def _json_round_trip(record: dict) -> dict:
     """The record as it is read from its file."""
     return json.loads(json.dumps(record, default=_plain))
 
@@ -216,7 +216,7 @@ def _plain(value: Any) -> Any:
 
 
 @contextmanager
-def undisturbed_chance(seed: int) -> Iterator[None]:
+def seeded_random_states(seed: int) -> Iterator[None]:
     """During the block the random states of Python, numpy and torch start from the seed; afterwards they are
     restored.
     """
@@ -242,7 +242,7 @@ def digest(value: Any, sampled: bool = False) -> str:
 def _update(hasher, value: Any, sampled: bool):
     if isinstance(value, torch.Tensor):
         value = value.detach()
-        value = own_part(value)
+        value = local_shard(value)
         hasher.update(f"{value.dtype}{list(value.shape)}".encode())
         value = value.flatten()[:: max(1, value.numel() // NUM_WEIGHTS)] if sampled else value
         hasher.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -23,7 +23,7 @@ from .vq_trainer import NextFlowVQTrainer, NextFlowVQTrainingArguments
 def tokenizer_trainer(recipe, folder: str | os.PathLike, data: str | os.PathLike, output: str | os.PathLike):
     """The trainer of a recipe of kind "tokenizer"; `folder` holds the tokenizer, or a model with one."""
     args = NextFlowVQTrainingArguments(output_dir=str(output), **recipe.arguments)
-    judges = judges_of(recipe, args)
+    judges = loss_networks(recipe, args)
     model = load_vision_tokenizer(folder)
     teacher = Teacher(model) if STAGES[args.stage].learns_codes and args.semantic_weight else None
     if recipe.decoder_width != 1:
@@ -38,12 +38,12 @@ def tokenizer_trainer(recipe, folder: str | os.PathLike, data: str | os.PathLike
         if judge.smallest_side > smallest:
             remedy = "set discriminator: {layers: 2}, or fewer" if name == "discriminator" else "leave it out"
             raise ValueError(
-                f"Images have sides of {smallest} pixels, and {name} takes {judge.smallest_side} at least; {remedy}."
+                f"Images have sides of {smallest} pixels, and {name} needs at least {judge.smallest_side}; {remedy}."
             )
     return NextFlowVQTrainer(model, args, train_dataset=images, teacher=teacher, **judges)
 
 
-def judges_of(recipe, args: NextFlowVQTrainingArguments) -> dict[str, nn.Module]:
+def loss_networks(recipe, args: NextFlowVQTrainingArguments) -> dict[str, nn.Module]:
     """The perceptual distance and the discriminator that a recipe asks for, by the names of the trainer's arguments.
 
     Raises:
@@ -56,9 +56,9 @@ def judges_of(recipe, args: NextFlowVQTrainingArguments) -> dict[str, nn.Module]
             "weights (docs/tokenizer.md)."
         )
     if recipe.perceptual is not None and not args.perceptual_weight:
-        raise ValueError(f"perceptual {recipe.perceptual} counts for nothing: set perceptual_weight above 0.")
+        raise ValueError(f"perceptual {recipe.perceptual} has no effect: set perceptual_weight above 0.")
     if recipe.discriminator and not args.adversarial_weight:
-        raise ValueError(f"discriminator {recipe.discriminator} counts for nothing: set adversarial_weight above 0.")
+        raise ValueError(f"discriminator {recipe.discriminator} has no effect: set adversarial_weight above 0.")
     if recipe.perceptual is not None:
         judges["perceptual"] = load_perceptual(recipe.perceptual)
     if args.adversarial_weight:

@@ -96,7 +96,7 @@ def load_perceptual(path: str | os.PathLike) -> PerceptualDistance:
     try:
         return PerceptualDistance(state)
     except ValueError as error:
-        raise ValueError(f"{short_path(place)} is no perceptual distance of a VGG16: {error}") from error
+        raise ValueError(f"{short_path(place)} is not a perceptual distance of a VGG16: {error}") from error
 
 
 def _known(found: State) -> State:
@@ -114,9 +114,9 @@ def _taken(state: State, name: str, shape: tuple[int | None, ...]) -> torch.Tens
     """A weight of a shape, `None` for any size, in float32."""
     tensor = state.get(name)
     if tensor is None:
-        raise ValueError(f"{name} lacks; give VGG16's convolutions, and the weights of LPIPS on them.")
+        raise ValueError(f"{name} is missing; give VGG16's convolutions, and the weights of LPIPS on them.")
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or not is_finite(tensor):
-        raise ValueError(f"{name} is no tensor of finite floats.")
+        raise ValueError(f"{name} is not a tensor of finite floats.")
     if len(tensor.shape) != len(shape) or any(b is not None and a != b for a, b in zip(tensor.shape, shape)):
         wanted = tuple("any" if size is None else size for size in shape)
         raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, and {wanted} is needed.")

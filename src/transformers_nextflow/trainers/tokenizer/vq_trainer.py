@@ -16,16 +16,16 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ...evaluation.image_metrics import contact_sheet, psnr, ssim, to_uint8
 from ...modeling_nextflow_vq import NextFlowVQModel, NextFlowVQOutput, codebook_statistics, leave_out_of_sharding
-from ...utils.atomic_files import write_whole
+from ...utils.atomic_files import atomic_write
 from ..runs.averaged_weights import AveragedWeightsMixin
 from ..runs.checked_arguments import FROM_ONE, NOT_NEGATIVE, SHARE, CheckedArguments
-from ..runs.epochs import TellsEpochs
+from ..runs.epochs import SetEpochCallback
 from ..runs.finite_training import FiniteTrainingMixin
 from ..runs.resumable_training import ResumableTrainingMixin
 from ..runs.trained_weights import TrainedInFloat32Mixin, check_trained_weights
 from ..runs.training_card import TrainingCardMixin
 from .adversarial import Adversary
-from .codebook_care import initialize_codebook, revive_dead_codes
+from .codebook_maintenance import initialize_codebook, revive_dead_codes
 from .image_batches import OneSizeSampler
 from .stages import STAGES
 
@@ -153,7 +153,7 @@ class NextFlowVQTrainer(
             return super()._get_train_sampler(train_dataset)
         # Of the loader: `auto_find_batch_size` makes it smaller than the arguments'.
         sampler = OneSizeSampler(sizes, self._train_batch_size, self.args.world_size, self.args.seed)
-        self.add_callback(TellsEpochs(sampler))
+        self.add_callback(SetEpochCallback(sampler))
         return sampler
 
     # Which losses -----------------------------------------------------------------------------------------------------
@@ -207,9 +207,9 @@ class NextFlowVQTrainer(
         if not self.stage.learns_codes or not self.model.training:
             return None
         num_scales = self._core.schedule_of(pixels).num_scales
-        drawn = torch.randint(1, num_scales + 1, (len(pixels),), device=pixels.device)
+        sampled = torch.randint(1, num_scales + 1, (len(pixels),), device=pixels.device)
         dropped = torch.rand(len(pixels), device=pixels.device) < self.args.scale_dropout
-        return torch.where(dropped, drawn, num_scales)
+        return torch.where(dropped, sampled, num_scales)
 
     # Care of the codebook ---------------------------------------------------------------------------------------------
 
@@ -257,7 +257,7 @@ class NextFlowVQTrainer(
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
-    def decisive_extras(self) -> dict:
+    def record_extras(self) -> dict:
         extras = {"teacher": self.teacher, "perceptual": self.perceptual}
         if self.adversary:
             # Its weights are those of the checkpoint.
@@ -321,7 +321,7 @@ class NextFlowVQTrainer(
             metrics |= codebook_statistics(torch.cat(tokens), model.schedule_of(pixels), model.config.codebook_size)
         if self.is_world_process_zero():
             path = Path(self.args.output_dir) / "contact_sheets" / f"step_{self.state.global_step}.png"
-            with write_whole(path) as partial:
+            with atomic_write(path) as partial:
                 contact_sheet([[Image.fromarray(image) for image in row] for row in sheet]).save(partial)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))

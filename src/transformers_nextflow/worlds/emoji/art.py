@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ...utils.atomic_files import write_whole
+from ...utils.atomic_files import atomic_write
 from .coloring import Paint, ruling_paint
 from .concepts import TONES, Concept, key_of, keys_by_slug, match_icons, read_concepts
 from .packages import ART, KEYWORDS, NAMES, Package, notice, read_json, read_members
@@ -22,7 +22,7 @@ from .packages import ART, KEYWORDS, NAMES, Package, notice, read_json, read_mem
 
 SIDE = 104  # side of a drawing in the archive: that of the largest place in a scene of 128 pixels
 QUALITY = 90
-LEAST_STYLES = 4
+MIN_STYLES = 4
 INDEX, NOTICE = "art.json", "NOTICE"
 
 
@@ -102,7 +102,7 @@ def make_art(
     output: Path | str,
     side: int = SIDE,
     sources: Sequence[Package] = ART,
-    least_styles: int = LEAST_STYLES,
+    least_styles: int = MIN_STYLES,
 ) -> dict[str, int]:
     """Render the drawings of the fetched packages into an archive; returns how many there are, by style.
 
@@ -122,7 +122,7 @@ def make_art(
     kept = [c for c in concepts if sum(c.key in one.icons for one in sets) >= least_styles]
     counts = {source.style: 0 for source in sources}
     index = []
-    with write_whole(output) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+    with atomic_write(output) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         for concept in tqdm(kept, desc="drawings"):
             drawings = {}
             for one in sets:

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ...utils.atomic_files import write_whole
+from ...utils.atomic_files import atomic_write
 from .coloring import HUES
 from .concepts import TONES
 from .scene import (
@@ -37,7 +37,7 @@ from .scene import (
 
 
 SIDE = 64  # side in pixels to which the network's looks are resized
-MOST_CELLS = max(rows * columns for rows, columns in GRIDS)
+MAX_CELLS = max(rows * columns for rows, columns in GRIDS)
 BATCH_SIZE = 256
 # Head → the attribute of a sticker that it predicts.
 ATTRIBUTES = {"concepts": "concept", "styles": "style", "colors": "color", "tones": "tone", "turns": "turn"}
@@ -62,7 +62,7 @@ class Vocabulary:
     @property
     def heads(self) -> dict[str, int]:
         """Sizes of the heads: of a look at a place, and of one at the whole image."""
-        return {name: len(getattr(self, name)) for name in ATTRIBUTES} | {"grids": len(GRIDS), "cells": MOST_CELLS}
+        return {name: len(getattr(self, name)) for name in ATTRIBUTES} | {"grids": len(GRIDS), "cells": MAX_CELLS}
 
 
 class Judge(nn.Module):
@@ -165,7 +165,7 @@ class Judge(nn.Module):
             "width": self.width,
             "seed": self.seed,
         }
-        with write_whole(folder) as partial:
+        with atomic_write(folder) as partial:
             partial.mkdir()
             save_file({name: weight.contiguous() for name, weight in self.state_dict().items()}, partial / WEIGHTS)
             (partial / SETTINGS).write_text(json.dumps(settings))
@@ -242,7 +242,7 @@ def training_looks(
     looks = [look(image)] + [look(image, scene.grid, sticker.cell) for sticker in scene.stickers]
     classes = {name: torch.full((len(looks),), -100) for name in vocabulary.heads if name != "cells"}
     classes["grids"][0] = GRIDS.index(scene.grid)
-    cells = torch.full((len(looks), MOST_CELLS), -1.0)
+    cells = torch.full((len(looks), MAX_CELLS), -1.0)
     taken = {sticker.cell for sticker in scene.stickers}
     for i, cell in enumerate(scene.cells):
         cells[0, i] = float(cell in taken)

@@ -11,7 +11,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...utils.atomic_files import write_whole
+from ...utils.atomic_files import atomic_write
 
 
 REGISTRY = "https://registry.npmjs.org"
@@ -175,7 +175,7 @@ def fetch(folder: Path | str, packages: tuple[Package, ...] = PACKAGES) -> list[
             with urllib.request.urlopen(package.url, timeout=120) as response:
                 content = response.read()
             check_integrity(package, content)
-            with write_whole(path) as partial:
+            with atomic_write(path) as partial:
                 partial.write_bytes(content)
         else:
             check_integrity(package, path.read_bytes())

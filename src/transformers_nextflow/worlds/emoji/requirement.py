@@ -89,7 +89,7 @@ class Requirement:
         """The inverse of `to_json`. Raises `ValueError` for anything else."""
         values = json.loads(text)
         if not isinstance(values, dict) or set(values) != {field.name for field in fields(cls)}:
-            raise ValueError(f"{text[:80]!r} is no requirement that `to_json` wrote.")
+            raise ValueError(f"{text[:80]!r} is not a requirement that `to_json` wrote.")
         return cls(**(values | {"items": tuple(Item(**item) for item in values["items"])}))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ...scale_schedule import BASE_SIDE, ScaleSchedules
-from ...utils.atomic_files import write_whole
+from ...utils.atomic_files import atomic_write
 from ..held_out import is_reserved
 from .art import Art, Drawing
 from .coloring import HUES, recolor
@@ -169,7 +169,7 @@ class World:
     def save(self, file: Path | str):
         """Write all fields but the drawings, as JSON."""
         values = {name.name: getattr(self, name.name) for name in fields(self) if name.name != "art"}
-        with write_whole(file) as partial:
+        with atomic_write(file) as partial:
             partial.write_text(json.dumps(values))
 
     @classmethod
@@ -259,7 +259,7 @@ def box(grid: Cell, cell: Cell, size: tuple[int, int]) -> tuple[int, int, int]:
 def _recolored(art: Art, concept: str, style: str, color: str) -> np.ndarray:
     paint = art.drawings[concept, style].paint
     if paint is None:
-        raise ValueError(f"{concept} in style {style} has no ruling colour, so it stays as it is.")
+        raise ValueError(f"{concept} in style {style} has no main colour, so it cannot be recoloured.")
     return recolor(art.sprite(concept, style), paint, color)
 
 

@@ -17,7 +17,7 @@ from ..conversations import Exchange, Part, images_of, texts_of
 from ..held_out import is_reserved
 from ..score_tables import Score
 from .checker import read
-from .events import happen
+from .events import apply_event
 from .language import is_full_caption, located_caption, parse_caption, parse_located_caption
 from .questions import verdict
 from .requirement import Requirement, check
@@ -163,7 +163,7 @@ class StoryCase(Case):
         first = bool(frames) and (
             _alike(frames[0], self.opening) if not self.located else same(frames[0], self.opening)
         )
-        true = [came_true(text, a, b, world) for text, a, b in zip(texts, frames, frames[1:])]
+        true = [is_true_of(text, a, b, world) for text, a, b in zip(texts, frames, frames[1:])]
         told = len(texts) == self.num_frames - 1 and self.events in (None, tuple(texts))
         whole = len(frames) == self.num_frames and len(texts) == self.num_frames - 1
         share = sum(true) / (self.num_frames - 1) if len(true) < self.num_frames else 0.0
@@ -196,7 +196,7 @@ class VideoCase(Case):
         pairs = list(zip(shown, self.frames, self.path))[skip:]
         near = [self._holds(image, item) for image, _, item in pairs]
         rest = [_without(image, self._looks()) == _without(frame, self._looks()) for image, frame, _ in pairs]
-        true = [came_true(text, a, b, world) for text, a, b in zip(texts, shown, shown[1:])]
+        true = [is_true_of(text, a, b, world) for text, a, b in zip(texts, shown, shown[1:])]
         return {
             "right": float(len(shown) == count and self._in_order(shown)),
             "position": sum(near) / (count - skip),
@@ -225,9 +225,9 @@ class VideoCase(Case):
         return reached[0] == 0 and reached[-1] == len(stages) - 1 and -1 not in reached and reached == sorted(reached)
 
 
-def came_true(sentence: str, before: Scene, after: Scene, world: World) -> bool:
+def is_true_of(sentence: str, before: Scene, after: Scene, world: World) -> bool:
     """Whether a sentence tells what happens between two images."""
-    told = _reads(sentence, lambda text: happen(text, before, world))
+    told = _reads(sentence, lambda text: apply_event(text, before, world))
     return told is not None and same(told, after)
 
 

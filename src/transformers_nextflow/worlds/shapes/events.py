@@ -1,7 +1,7 @@
 """Events from one image to the next, as sentences that are both written and read.
 
-Stories and videos consist of them; `happen` computes the next scene, so that a sentence can be compared with the image
-after it.
+Stories and videos consist of them; `apply_event` computes the next scene, so that a sentence can be compared with the
+image after it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def next_size(item: Object, world: World) -> Object:
     return replace(item, size=min(larger, key=world.palette_of_sizes.get)) if larger else item
 
 
-def happen(sentence: str, scene: Scene, world: World) -> Scene:
+def apply_event(sentence: str, scene: Scene, world: World) -> Scene:
     """The scene after what a sentence tells.
 
     Raises `ValueError` for any other sentence, and for one that cannot be true of the scene: its object is missing or
@@ -95,7 +95,7 @@ def happen(sentence: str, scene: Scene, world: World) -> Scene:
     match = re.fullmatch(r"the (\w+) (\w+) (moves|turns|grows|goes away|goes to)(?: (.+))?", sentence)
     named = [item for item in scene.objects if match and (item.color, item.shape) == match.groups()[:2]]
     if len(named) != 1:
-        raise ValueError(f"{sentence!r} tells nothing of exactly one of the objects {scene.objects}.")
+        raise ValueError(f"{sentence!r} does not tell of exactly one of the objects {scene.objects}.")
     item, verb, detail = named[0], match[3], match[4]
     if verb == "goes away" and detail is None:
         return exchange(scene, item, None)

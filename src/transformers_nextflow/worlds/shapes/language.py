@@ -205,7 +205,7 @@ def parse_located_caption(text: str, world: World) -> Scene:
     said = parse_caption(text, world)
     if said.background is None or any(None in (i.color, i.cell) or i.count > 1 for i in said.items):
         raise ValueError(
-            f"{text!r} is no full description: it needs a background, and of each object colour and place."
+            f"{text!r} is not a full description: it must name the background, and colour and place of each object."
         )
     objects = [Object(i.shape, i.color, *i.cell, **({"size": i.size} if i.size else {})) for i in said.items]
     return Scene(tuple(objects), said.background)

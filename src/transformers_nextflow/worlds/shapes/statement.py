@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 
-from ...utils.trained_on import number_of, words_of
+from ...utils.training_domain import number_of, words_of
 from ..conversations import texts_of
 from .abilities import ABILITIES, training_case
 from .language import plural

@@ -12,7 +12,7 @@ import numpy as np
 from ..conversations import sequence
 from .cases import StoryCase
 from .edits import free_cell, named_objects
-from .events import background_turns, comes, goes_to, happen, leaves, turns
+from .events import apply_event, background_turns, comes, goes_to, leaves, turns
 from .language import caption, located_caption
 from .scene import Scene, World, choose, random_object, random_scene
 
@@ -57,7 +57,7 @@ def story_case(rng: np.random.Generator, world: World, *, allow_held_out: bool =
         sentence = _event(rng, frames[-1], world, allow_held_out)
         if sentence is not None:
             sentences.append(sentence)
-            frames.append(happen(sentence, frames[-1], world))
+            frames.append(apply_event(sentence, frames[-1], world))
     # The events of a told story name places, which may be occupied already if the prompt does not say what is where.
     located = kind == "told" or bool(rng.random() < 0.5)
     opening = located_caption(frames[0], world) if located else caption(None, frames[0], world)

@@ -31,7 +31,7 @@ REWARDS = Registry(
 )
 
 
-def reward_named(name: str, model: NextFlowForConditionalGeneration, processor: NextFlowProcessor) -> Callable:
+def find_reward(name: str, model: NextFlowForConditionalGeneration, processor: NextFlowProcessor) -> Callable:
     """A reward of `REWARDS`, or your own function as "file.py:function", whose file is run.
 
     Raises:
@@ -46,7 +46,7 @@ def reward_named(name: str, model: NextFlowForConditionalGeneration, processor: 
         )
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     if spec is None or spec.loader is None:
-        raise ValueError(f"{file} is no file of Python; give file.py:function.")
+        raise ValueError(f"{file} is not a Python file; give file.py:function.")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

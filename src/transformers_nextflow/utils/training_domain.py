@@ -23,7 +23,7 @@ MARGIN = 5.0
 
 
 @dataclass(frozen=True)
-class TrainedOn:
+class TrainingDomain:
     """The statement that a config may hold as `trained_on`.
 
     Args:
@@ -65,11 +65,11 @@ class TrainedOn:
         found = [word for words in said for word in words if number_of(word) is None]
         return [word for word in dict.fromkeys(found) if word not in set(self.words)]
 
-    def other_counts(self, texts: Iterable[str]) -> list[str]:
+    def unseen_counts(self, texts: Iterable[str]) -> list[str]:
         """Phrases in texts whose number the training did not have (1 to `most`), such as "five red stars"."""
-        return [phrase for text in texts if self.most is not None for phrase in self._other_counts(words_of(text))]
+        return [phrase for text in texts if self.most is not None for phrase in self._unseen_counts(words_of(text))]
 
-    def _other_counts(self, words: list[str]) -> Iterable[str]:
+    def _unseen_counts(self, words: list[str]) -> Iterable[str]:
         for start, word in enumerate(words):
             number = number_of(word)
             is_other = number is not None and number not in range(1, self.most + 1)
@@ -80,13 +80,13 @@ class TrainedOn:
                     yield " ".join(words[start : stop + 1])
                     break
 
-    def other_sizes(self, sizes: Iterable[tuple[int, int]]) -> list[str]:
+    def unseen_sizes(self, sizes: Iterable[tuple[int, int]]) -> list[str]:
         """Sizes (height, width) that no image of the training had, such as "32x128"."""
         if self.sizes is None:
             return []
         return [f"{h}x{w}" for h, w in dict.fromkeys(sizes) if [h, w] not in [list(size) for size in self.sizes]]
 
-    def is_other_image(self, psnr: float) -> bool:
+    def is_out_of_domain(self, psnr: float) -> bool:
         """Whether the tokenizer reconstructs an image so much worse than its own that it must be of another kind."""
         return self.lowest_psnr is not None and psnr < self.lowest_psnr - MARGIN
 

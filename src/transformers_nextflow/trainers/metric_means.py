@@ -9,7 +9,7 @@ import torch
 from ..modeling_nextflow import NextFlowCausalLMOutputWithPast
 
 
-class TrainedMeans:
+class MetricMeans:
     """Means of the losses and accuracies of batches over all their trained positions."""
 
     def __init__(self):
@@ -18,13 +18,13 @@ class TrainedMeans:
 
     def add(self, outputs: NextFlowCausalLMOutputWithPast):
         """Adds a batch, without copying from its device."""
-        parts = parts_of(outputs)
+        parts = batch_metrics(outputs)
         self.names = list(parts)
         means, counts = (torch.stack([part[index].float() for part in parts.values()]) for index in (0, 1))
         # The mean of nothing is NaN.
         self.batches.append(torch.stack([torch.where(counts > 0, means * counts, 0), counts]))
 
-    def take(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+    def pop(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """The means so far, by their names in the log, NaN for means over no positions; then counting begins anew.
 
         Args:
@@ -37,7 +37,7 @@ class TrainedMeans:
         return dict(zip(self.names, (sums / counts).tolist()))
 
 
-def parts_of(outputs: NextFlowCausalLMOutputWithPast) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def batch_metrics(outputs: NextFlowCausalLMOutputWithPast) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The metrics of a batch by their names in the log: a mean () and the number () of its positions."""
     text, scales = outputs.num_trained[0], outputs.num_trained[1:]
     parts = {

@@ -14,17 +14,17 @@ from PIL import Image
 
 
 # Small images are shown enlarged, pixel by pixel; more images than these are only counted.
-SHOWN_WIDTH, MOST_SHOWN = 128, 64
+SHOWN_WIDTH, MAX_SHOWN = 128, 64
 
 
 def as_html(rows: Sequence[Sequence[Image.Image]]) -> str:
     """Rows of images as HTML."""
-    parts, left = [], MOST_SHOWN
+    parts, left = [], MAX_SHOWN
     for row in rows:
         parts.append(f"<div>{''.join(_tag(_png(image), image.width) for image in row[:left])}</div>")
         left = max(0, left - len(row))
     count = sum(map(len, rows))
-    return "".join(parts) + (f"<div>… {count} images in all</div>" if count > MOST_SHOWN else "")
+    return "".join(parts) + (f"<div>… {count} images in all</div>" if count > MAX_SHOWN else "")
 
 
 def video_as_html(frames: Sequence[Image.Image], text: str) -> str:
@@ -46,7 +46,7 @@ def to_pil(images) -> list[Image.Image] | None:
     return [Image.fromarray((image * 255).round().astype(np.uint8)) for image in images]
 
 
-class Growth:
+class ScalePreviews:
     """The images after each scale, shown in a notebook while they are drawn."""
 
     def __init__(self):

@@ -8,17 +8,17 @@ import torch
 
 from ..evaluation.image_metrics import psnr
 from ..utils.saved_adapters import is_adapted, unwrapped
-from ..utils.trained_on import TrainedOn
+from ..utils.training_domain import TrainingDomain
 from ..utils.typed_values import read_typed
 from ..utils.user_warnings import warn_user
 from .requests import ImageRequest
 
 
 # The largest number of unknown words that a warning names.
-MOST_NAMED = 5
+MAX_NAMED = 5
 
 
-class OutsideWarningsMixin:
+class OutOfDomainWarningsMixin:
     """Gives the user of a [`NextFlowPipeline`] one warning of each kind. There are none for checkpoints without a
     statement, and for models with adapters, which were trained on more.
     """
@@ -34,19 +34,19 @@ class OutsideWarningsMixin:
         if stated is None:
             return
         if words := stated.unknown_words(texts):
-            named = ", ".join(map(repr, words[:MOST_NAMED])) + (" and more" if len(words) > MOST_NAMED else "")
-            self._warn_outside(
-                "words", f"The prompt has words that this checkpoint has never seen: {named}. {_knows(stated)}, and "
-                "draws something of it whatever else is asked for.",
+            named = ", ".join(map(repr, words[:MAX_NAMED])) + (" and more" if len(words) > MAX_NAMED else "")
+            self._warn_once(
+                "words", f"The prompt has words that this checkpoint has never seen: {named}. {_known_domain(stated)}, "
+                "and draws something of it whatever else is asked for.",
             )  # fmt: skip
-        if phrases := stated.other_counts(texts):
-            self._warn_outside(
+        if phrases := stated.unseen_counts(texts):
+            self._warn_once(
                 "count", f"The prompt asks for {phrases[0]!r}, and this checkpoint has only ever "
                 f"seen from 1 to {stated.most} of one kind; it will draw another number.",
             )  # fmt: skip
-        if others := stated.other_sizes(sizes):
+        if others := stated.unseen_sizes(sizes):
             own = " and ".join("x".join(map(str, size)) for size in stated.sizes)
-            self._warn_outside(
+            self._warn_once(
                 "size", f"The image has {others[0]} pixels (height x width), and all those of its training "
                 f"had {own}; what this checkpoint draws in other sizes may be wrong.",
             )  # fmt: skip
@@ -54,16 +54,16 @@ class OutsideWarningsMixin:
     def _warn_of_images(self, images: Sequence[torch.Tensor]):
         """Warn of input images (3, H, W) in [-1, 1] that the tokenizer cannot reconstruct well."""
         stated, vq_model = self._trained_on(), unwrapped(self.model).vq_model
-        if stated is None or stated.lowest_psnr is None or "image" in self._told_outside:
+        if stated is None or stated.lowest_psnr is None or "image" in self._warned_kinds:
             return
         for number, image in enumerate(images):
             pixels = image[None].to(vq_model.device, torch.float32)
             reached = psnr(vq_model.reconstruct(pixels) / 2 + 0.5, pixels / 2 + 0.5).item()
-            if stated.is_other_image(reached):
-                self._warn_outside(
+            if stated.is_out_of_domain(reached):
+                self._warn_once(
                     "image", f"Image {number} is of another kind than those that this checkpoint was trained on: its "
                     f"own tokenizer reproduces it at {reached:.0f} dB, and its own images at {stated.lowest_psnr:.0f} "
-                    f"and more. {_knows(stated)}, and reads nothing else.",
+                    f"and more. {_known_domain(stated)}, and reads nothing else.",
                 )  # fmt: skip
                 return
 
@@ -73,22 +73,22 @@ class OutsideWarningsMixin:
         sizes = (image_grids * patch_size).tolist()
         return [image[:, :height, :width] for image, (height, width) in zip(pixel_values, sizes)]
 
-    def _trained_on(self) -> TrainedOn | None:
+    def _trained_on(self) -> TrainingDomain | None:
         model = unwrapped(self.model)
         stated = getattr(model.config, "trained_on", None)
-        return None if stated is None or is_adapted(model) else read_typed(TrainedOn, stated, "trained_on")
+        return None if stated is None or is_adapted(model) else read_typed(TrainingDomain, stated, "trained_on")
 
     @property
-    def _told_outside(self) -> set[str]:
-        return self.__dict__.setdefault("_kinds_told_outside", set())
+    def _warned_kinds(self) -> set[str]:
+        return self.__dict__.setdefault("_kinds_warned_of", set())
 
-    def _warn_outside(self, kind: str, message: str):
-        if kind not in self._told_outside:
-            self._told_outside.add(kind)
+    def _warn_once(self, kind: str, message: str):
+        if kind not in self._warned_kinds:
+            self._warned_kinds.add(kind)
             warn_user(message)
 
 
-def _knows(stated: TrainedOn) -> str:
+def _known_domain(stated: TrainingDomain) -> str:
     return f"It knows only {stated.domain}"
 
 

@@ -12,18 +12,18 @@ from PIL import Image
 from ..evaluation.image_metrics import psnr, to_uint8
 from ..image_processing_nextflow import NextFlowImageProcessor
 from ..modeling_nextflow_vq import NextFlowVQModel
-from ..utils.trained_on import MARGIN
+from ..utils.training_domain import MARGIN
 from .row_encoding import read_pixels
 from .row_errors import BadRowError
 from .rows import read_row
 
 
 # Of any tokenizer, whatever it makes of its own images. A rule of thumb: photographs of 64 pixels are recognised above.
-LEAST_PSNR = 18.0
+MIN_PSNR = 18.0
 
 
 @dataclass
-class Fit:
+class ReconstructionQuality:
     """A tokenizer's reconstructions of images.
 
     Args:
@@ -41,13 +41,13 @@ class Fit:
         return sum(self.psnr) / len(self.psnr)
 
     @property
-    def least(self) -> float:
-        """The mean from which on it counts as fit."""
-        return LEAST_PSNR if self.own is None else max(LEAST_PSNR, self.own - MARGIN)
+    def min_psnr(self) -> float:
+        """The smallest mean in dB with which it is sufficient."""
+        return MIN_PSNR if self.own is None else max(MIN_PSNR, self.own - MARGIN)
 
     @property
-    def is_fit(self) -> bool:
-        return self.mean >= self.least
+    def is_sufficient(self) -> bool:
+        return self.mean >= self.min_psnr
 
     def __str__(self) -> str:
         own = "it says nothing of its own" if self.own is None else f"its own at {self.own:.1f} dB and more"
@@ -58,21 +58,23 @@ class Fit:
 
 
 @torch.no_grad()
-def fit_of(vq_model: NextFlowVQModel, images: Iterable[torch.Tensor], own: float | None = None) -> Fit:
+def measure_reconstruction(
+    vq_model: NextFlowVQModel, images: Iterable[torch.Tensor], own: float | None = None
+) -> ReconstructionQuality:
     """Reconstruct images (3, H, W) in [-1, 1] of any sizes of the scale schedules.
 
     Raises:
         ValueError: for no images.
     """
-    fit = Fit(own=own)
+    quality = ReconstructionQuality(own=own)
     for image in images:
         pixels = image[None].to(vq_model.device, torch.float32)
         restored = vq_model.reconstruct(pixels).float()
-        fit.psnr.append(psnr(restored / 2 + 0.5, pixels / 2 + 0.5).item())
-        fit.pairs.append(tuple(Image.fromarray(to_uint8(one[0])) for one in (pixels, restored)))
-    if not fit.psnr:
-        raise ValueError("There are no images to reconstruct; rows that hold codes only give none.")
-    return fit
+        quality.psnr.append(psnr(restored / 2 + 0.5, pixels / 2 + 0.5).item())
+        quality.pairs.append(tuple(Image.fromarray(to_uint8(one[0])) for one in (pixels, restored)))
+    if not quality.psnr:
+        raise ValueError("There are no images to reconstruct; rows that hold only codes have none.")
+    return quality
 
 
 def pixels_of(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ...modeling_nextflow_vq import NextFlowVQModel
-from ...vision_tokenizer.multiscale_quantizer import outside_of_autocast
+from ...vision_tokenizer.multiscale_quantizer import without_autocast
 from ...vision_tokenizer.resampling import resample
 
 
@@ -17,7 +17,7 @@ MAX_VECTORS = 32768
 BATCH = 256
 
 
-class _LeftOver:
+class _Residuals:
     """What codes have not said yet of a batch of images: latents (B, C, h, w), less what each scale has taken."""
 
     def __init__(self, model: NextFlowVQModel, pixel_values: torch.Tensor):
@@ -42,7 +42,7 @@ class _LeftOver:
         self.residual = self.residual - upsampled
 
 
-@outside_of_autocast
+@without_autocast
 @torch.no_grad()
 def initialize_codebook(
     model: NextFlowVQModel,
@@ -63,7 +63,7 @@ def initialize_codebook(
         ValueError: if the shares are not one for each scale of the largest image, or do not add up to the codebook.
     """
     batches = images.split(BATCH) if isinstance(images, torch.Tensor) else images
-    left = [_LeftOver(model, pixel_values.to(model.device)) for pixel_values in batches]
+    left = [_Residuals(model, pixel_values.to(model.device)) for pixel_values in batches]
     generator = torch.Generator(model.device).manual_seed(seed)
     size = model.config.codebook_size
     count = max(batch.schedule.num_scales for batch in left)
@@ -73,26 +73,26 @@ def initialize_codebook(
     centers: list[torch.Tensor] = []
     for scale, share in enumerate(shares):
         having = [batch for batch in left if scale < batch.schedule.num_scales]
-        centers.append(_kmeans(model, _draw_of(having, scale, generator), share, generator))
+        centers.append(_kmeans(model, _sample_scale_vectors(having, scale, generator), share, generator))
         for batch in having:
             batch.take(scale, torch.cat(centers))
     _write(model, torch.arange(size, device=model.device), torch.cat(centers))
 
 
-def _draw_of(batches: Sequence[_LeftOver], scale: int, generator: torch.Generator) -> torch.Tensor:
+def _sample_scale_vectors(batches: Sequence[_Residuals], scale: int, generator: torch.Generator) -> torch.Tensor:
     """At most `MAX_VECTORS` of the vectors of a scale of all batches, in the order in which they are drawn."""
     counts = [batch.count(scale) for batch in batches]
     chosen = torch.randperm(sum(counts), generator=generator, device=generator.device)[:MAX_VECTORS]
-    drawn, start = [], 0
+    sampled, start = [], 0
     for batch, count in zip(batches, counts):
         places = ((chosen >= start) & (chosen < start + count)).nonzero().squeeze(1)
-        drawn.append((places, batch.vectors(scale)[chosen[places] - start]))
+        sampled.append((places, batch.vectors(scale)[chosen[places] - start]))
         start += count
-    places, vectors = (torch.cat(parts) for parts in zip(*drawn))
+    places, vectors = (torch.cat(parts) for parts in zip(*sampled))
     return vectors[places.argsort()]
 
 
-@outside_of_autocast
+@without_autocast
 @torch.no_grad()
 def revive_dead_codes(model: NextFlowVQModel, pixel_values: torch.Tensor, dead: torch.Tensor, seed: int = 0) -> int:
     """Moves the codes marked in `dead` (V,) to vectors of the images (B, 3, H, W); returns how many were moved.
@@ -103,20 +103,20 @@ def revive_dead_codes(model: NextFlowVQModel, pixel_values: torch.Tensor, dead: 
     if count == 0:
         return 0
     generator = torch.Generator(pixel_values.device).manual_seed(seed)
-    left, candidates = _LeftOver(model, pixel_values), []
+    left, candidates = _Residuals(model, pixel_values), []
     for scale in range(left.schedule.num_scales):
         vectors = left.vectors(scale)
         # As many from each scale: fine scales have by far the most cells, coarse codes matter as much.
-        candidates.append(_draw(vectors, min(len(vectors), count), generator))
+        candidates.append(_sample_vectors(vectors, min(len(vectors), count), generator))
         left.take(scale, model.quantizer.codebook)
-    replacements = _draw(torch.cat(candidates), count, generator)
+    replacements = _sample_vectors(torch.cat(candidates), count, generator)
     if torch.distributed.is_initialized():
-        replacements = _of_first_process(replacements)
+        replacements = _broadcast_from_first(replacements)
     _write(model, dead.nonzero().squeeze(1)[: len(replacements)], replacements)
     return len(replacements)
 
 
-def _of_first_process(vectors: torch.Tensor) -> torch.Tensor:
+def _broadcast_from_first(vectors: torch.Tensor) -> torch.Tensor:
     """The vectors (n, D) of the first process, whose images may have another size and give another number of them."""
     count = torch.tensor(len(vectors), device=vectors.device)
     torch.distributed.broadcast(count, src=0)
@@ -126,7 +126,7 @@ def _of_first_process(vectors: torch.Tensor) -> torch.Tensor:
     return vectors
 
 
-def _draw(vectors: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+def _sample_vectors(vectors: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
     return vectors[torch.randperm(len(vectors), generator=generator, device=vectors.device)[:count]]
 
 
@@ -137,7 +137,7 @@ def _nearest(model: NextFlowVQModel, vectors: torch.Tensor, centers: torch.Tenso
 
 def _kmeans(model: NextFlowVQModel, vectors: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
     """Lloyd's algorithm under the quantiser's own distance; empty clusters start anew from random vectors."""
-    centers = _draw(vectors, count, generator).clone()
+    centers = _sample_vectors(vectors, count, generator).clone()
     while len(centers) < count:
         noise = torch.randn(centers.shape, generator=generator, device=vectors.device)
         centers = torch.cat([centers, centers + 1e-3 * noise])[:count]

@@ -10,14 +10,14 @@ import diffusers
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel
 
 from ..modeling_nextflow_vq import NextFlowVQModel
-from ..utils.atomic_files import check_named
+from ..utils.atomic_files import check_path
 from ..utils.checkpoint_checks import check_weights, loading_errors
 from ..utils.known_names import check_names
 from ..utils.short_repr import short_repr
 from ..utils.typed_values import check_types
-from .bases import base_of
+from .bases import find_base
 from .condition import condition_channels, condition_fingerprint
-from .config_checks import MOST_CHANNELS, MOST_LAYERS
+from .config_checks import MAX_CHANNELS, MAX_LAYERS
 from .modeling_diffusion_decoder import NextFlowDiffusionDecoder
 from .schedulers import is_flow_matching, scheduler_class
 
@@ -27,7 +27,7 @@ DENOISERS = ("transformer", "unet")
 NORM_GROUPS = 8
 
 
-def of_tokenizer(vq_model: NextFlowVQModel) -> dict[str, Any]:
+def tokenizer_arguments(vq_model: NextFlowVQModel) -> dict[str, Any]:
     """The arguments of a decoder that follow from its tokenizer."""
     return {
         "condition_channels": condition_channels(vq_model.config),
@@ -60,8 +60,10 @@ def small_decoder(
     check_names(settings, sorted(known), "small_decoder")
     if not channels or min(channels) < 1 or any(width % NORM_GROUPS for width in channels):
         raise ValueError(f"channels are multiples of {NORM_GROUPS}, one for each level, got {short_repr(channels)}.")
-    if not (1 <= pixel_cell <= MOST_CHANNELS and 1 <= layers <= MOST_LAYERS):
-        raise ValueError(f"pixel_cell and layers start at 1, got {short_repr(pixel_cell)} and {short_repr(layers)}.")
+    if not (1 <= pixel_cell <= MAX_CHANNELS and 1 <= layers <= MAX_LAYERS):
+        raise ValueError(
+            f"pixel_cell and layers must be at least 1, got {short_repr(pixel_cell)} and {short_repr(layers)}."
+        )
     own = 3 * pixel_cell**2
     base = UNet2DModel(
         in_channels=own,
@@ -73,7 +75,7 @@ def small_decoder(
         norm_num_groups=NORM_GROUPS,
         add_attention=False,
     )
-    settings = {"predicts": "image"} | of_tokenizer(vq_model) | settings
+    settings = {"predicts": "image"} | tokenizer_arguments(vq_model) | settings
     return NextFlowDiffusionDecoder(base=config_of(base), pixel_cell=pixel_cell, **settings)
 
 
@@ -88,7 +90,7 @@ def decoder_on_base(vq_model: NextFlowVQModel, base: str | os.PathLike, **settin
     Raises:
         ValueError: for a pipeline without a denoiser whose visual branch is known, and for weights that are not finite.
     """
-    check_named(base)
+    check_path(base)
     with loading_errors(base):
         parts = DiffusionPipeline.load_config(base)
         classes = {name: part[1] for name, part in parts.items() if isinstance(part, list) and len(part) == 2}
@@ -98,7 +100,7 @@ def decoder_on_base(vq_model: NextFlowVQModel, base: str | os.PathLike, **settin
                 f"{base} has no denoiser, or no scheduler; its model_index.json names one of {', '.join(DENOISERS)}, "
                 "and a scheduler, each with its class."
             )
-        base_of({"_class_name": classes[name]})  # raises before weights are loaded
+        find_base({"_class_name": classes[name]})  # raises before weights are loaded
         denoiser = getattr(diffusers, classes[name]).from_pretrained(base, subfolder=name)
         vae = AutoencoderKL.from_pretrained(base, subfolder="vae") if classes.get("vae") else None
         scheduler = scheduler_class(classes["scheduler"]).from_pretrained(base, subfolder="scheduler")
@@ -106,7 +108,7 @@ def decoder_on_base(vq_model: NextFlowVQModel, base: str | os.PathLike, **settin
             if part is not None:
                 check_weights(part)
     is_flow = is_flow_matching(type(scheduler).__name__)
-    settings = {"predicts": "velocity" if is_flow else "noise"} | of_tokenizer(vq_model) | settings
+    settings = {"predicts": "velocity" if is_flow else "noise"} | tokenizer_arguments(vq_model) | settings
     decoder = NextFlowDiffusionDecoder(
         base=config_of(denoiser), vae=None if vae is None else config_of(vae), scheduler=config_of(scheduler),
         base_model=denoiser, vae_model=vae, **settings,

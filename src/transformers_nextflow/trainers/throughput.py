@@ -13,7 +13,7 @@ from ..sequence.loss import IGNORE_INDEX
 from .packing import CostModel
 
 
-class Pace:
+class ThroughputMeter:
     """Counts positions and time of the steps since the last entry of the log.
 
     Args:
@@ -24,20 +24,20 @@ class Pace:
     def __init__(self, config: NextFlowConfig, packing: str = "padding", budget: int | None = None):
         self.config, self.packing, self.budget = config, packing, budget
         self.cost_model = CostModel.from_config(config)
-        self._begun: float | None = None
-        self._clear()
+        self._step_start: float | None = None
+        self._reset()
 
-    def _clear(self):
-        self.seconds = self.waited = self.filled = 0.0
+    def _reset(self):
+        self.seconds = self.data_wait = self.fill = 0.0
         self.positions = self.batches = 0
 
-    def timed(self, batches: Iterator[dict]) -> Iterator[dict]:
+    def time_batches(self, batches: Iterator[dict]) -> Iterator[dict]:
         """Begins a step and yields its batches; counts the waiting time and the positions of each."""
-        self._begun = time.perf_counter()
+        self._step_start = time.perf_counter()
         while True:
             start = time.perf_counter()
             batch = next(batches, None)
-            self.waited += time.perf_counter() - start
+            self.data_wait += time.perf_counter() - start
             if batch is None:
                 return
             self._add(batch)
@@ -45,25 +45,25 @@ class Pace:
 
     def stop(self):
         """Ends a step."""
-        if self._begun is not None:
-            self.seconds += time.perf_counter() - self._begun
-            self._begun = None
+        if self._step_start is not None:
+            self.seconds += time.perf_counter() - self._step_start
+            self._step_start = None
 
     def _add(self, batch: dict):
-        lengths, count = lengths_of(batch)
+        lengths, count = sample_lengths(batch)
         self.positions += sum(lengths)
         self.batches += 1
         if self.packing == "padding":
-            self.filled += sum(lengths) / count
+            self.fill += sum(lengths) / count
         elif self.packing == "length":
-            self.filled += sum(lengths) / self.budget
+            self.fill += sum(lengths) / self.budget
         else:
             trained = int((batch["labels"] != IGNORE_INDEX).sum())
             schedules = schedules_of(batch.get("image_grids"), self.config)
             cost = self.cost_model.of_pack(lengths, trained, schedules, self.config.read_last_scale)
-            self.filled += cost / self.budget
+            self.fill += cost / self.budget
 
-    def take(self, gather: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> dict[str, float]:
+    def pop_metrics(self, gather: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> dict[str, float]:
         """Returns `tokens_per_second` of all processes, without padding; `fill`, the share of the budget, or of padded
         batches, that samples take; and `data_wait`, the share of the time spent waiting for batches. Then counting
         begins anew.
@@ -71,17 +71,17 @@ class Pace:
         Args:
             gather: joins the tensors (5,) of all processes.
         """
-        values = [self.seconds, self.waited, self.filled, self.positions, self.batches]
-        self._clear()
-        of_all = gather(torch.tensor(values, device=device)).view(-1, len(values)).cpu().double()
-        seconds, waited, filled, positions, batches = of_all.sum(0).tolist()
+        values = [self.seconds, self.data_wait, self.fill, self.positions, self.batches]
+        self._reset()
+        of_processes = gather(torch.tensor(values, device=device)).view(-1, len(values)).cpu().double()
+        seconds, data_wait, fill, positions, batches = of_processes.sum(0).tolist()
         if not batches:
             return {}
-        speed = positions / (seconds / len(of_all))
-        return {"tokens_per_second": speed, "fill": filled / batches, "data_wait": waited / seconds}
+        speed = positions / (seconds / len(of_processes))
+        return {"tokens_per_second": speed, "fill": fill / batches, "data_wait": data_wait / seconds}
 
 
-def lengths_of(batch: dict) -> tuple[list[int], int]:
+def sample_lengths(batch: dict) -> tuple[list[int], int]:
     """The positions of each sample of a collator's batch, and of the batch with its padding."""
     count = batch["input_ids"].numel()
     if "seq_idx" in batch:
