@@ -27,6 +27,7 @@ from .utils.evaluation_mode import in_evaluation_mode
 from .utils.known_names import checks_names, nearest_name
 from .utils.short_repr import short_repr
 from .utils.typed_values import check_types
+from .utils.user_warnings import warn_user
 
 
 logger = logging.get_logger(__name__)
@@ -48,6 +49,11 @@ REMEDIES = {
     "negative": "an empty prompt, or guidance_scale=1",
     "unconditional": "the negative prompt without images, or image_guidance_scale=1",
 }
+
+
+def _unused_settings(config: GenerationConfig | None) -> set[str]:
+    """The settings of a generation config with which `generate_interleaved` does not write."""
+    return set() if config is None else config.to_diff_dict().keys() - set(TEXT_SETTINGS) - OTHER_SETTINGS
 
 
 def _with_nearest(name: str) -> str:
@@ -90,7 +96,6 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
             enabled: `False` draws uncompiled again, and frees recordings and buffers.
             fuse: compile the backbone with `torch.compile`, inside of the graphs; default: on CUDA.
         """
-        fuse = self.device.type == "cuda" if fuse is None else fuse
         self.compiled_drawing = CompiledDrawing(self, fuse) if enabled else None
 
     def generate(
@@ -241,7 +246,8 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
             sampling: settings of images; default: the checkpoint's own, from its generation config.
             generator: one for all, or one for each row; then a row depends only on its own seed.
             generation_config, kwargs: settings of text: `do_sample`, `temperature`, `top_k`, `top_p`, `stop_strings`,
-                `eos_token_id`.
+                `eos_token_id`; default: the model's generation config. A warning names settings of it that are not
+                used.
             tokenizer: needed for `stop_strings`.
             callback: as in `generate_images`, for each round of drawing; `False` ends all rows as they are.
             streamer: gets text and scales while they are generated; for one row.
@@ -252,12 +258,15 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
                 where prompts, `max_new_tokens` and `max_images` together take more positions than the model has.
         """
         check_types({"generation_config": generation_config}, {"generation_config": GenerationConfig | None}, "Text")
-        given = {} if generation_config is None else generation_config.to_diff_dict()
-        unknown = sorted((set(kwargs) - set(TEXT_SETTINGS)) | (set(given) - set(TEXT_SETTINGS) - OTHER_SETTINGS))
-        if unknown:
+        if unknown := sorted((set(kwargs) - set(TEXT_SETTINGS)) | _unused_settings(generation_config)):
             raise ValueError(
                 f"Text is not written with {', '.join(map(_with_nearest, unknown))}: its settings are "
                 f"{', '.join(TEXT_SETTINGS)}. How images are drawn is sampling=ImageSampling(…)."
+            )
+        if generation_config is None and (unused := sorted(_unused_settings(self.generation_config))):
+            warn_user(
+                f"The model's generation config sets {', '.join(unused)}, which generate uses and generate_interleaved "
+                "does not: the two may answer differently; remove them from model.generation_config."
             )
         text = copy.deepcopy(generation_config or self.generation_config)
         text.update(**kwargs)
