@@ -60,7 +60,7 @@ class Recipe:
         kind: one of `KINDS`, which says what is trained; "rl" trains the transformer on rewards of its images.
         arguments: arguments of `NextFlowTrainingArguments`, `NextFlowVQTrainingArguments`, `NextFlowGRPOConfig` or
             `NextFlowDiffusionTrainingArguments`.
-        train: which of `PARTS` of the transformer are trained; the others rest. The vision tokenizer always rests.
+        train: which of `PARTS` of the transformer are trained; the others, and always the vision tokenizer, are frozen.
         lora_rank: above 0 the backbone is trained by adapters of this rank; what else `train` names, other than the
             text embedding, is trained whole and saved with them. RL with adapters trains nothing else.
         reward: of the kind "rl": a name of `REWARDS`, or "file.py:function".
@@ -70,7 +70,7 @@ class Recipe:
         cut_square: of the tokenizer: whether images are cut square. Else each keeps its ratio, as a model reads it, and
             batches have images of one size.
         caption_share: share of the drawings that are turned round into captions (paper, section 3.2).
-        empty_share: share of the rows answered by an image alone whose prompt is left empty, for guidance. The two
+        empty_share: share of the rows answered by only an image whose prompt is left empty, for guidance. The two
             shares come to 1 at most.
         decoder_width: the tokenizer's pixel decoder starts anew, so many times as wide; 1 keeps it.
         perceptual: of the tokenizer, with a `perceptual_weight` above 0: file or folder with the weights of LPIPS, see
