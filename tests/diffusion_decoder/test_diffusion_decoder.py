@@ -244,9 +244,9 @@ def test_every_scheduler_trains_and_decodes_the_same_noise_and_a_seed_fixes_the_
 @pytest.mark.parametrize(
     "kind, settings, message",
     [
-        ("EDMEulerScheduler", {}, "EDMEulerScheduler is not supported; use a scheduler of flow matching, or one with b"),
-        ("DDIMScheduler", {"prediction_type": "sample"}, "prediction_type 'sample' is not supported; use epsilon or v_"),
-        ("DDIMScheduler", {"prediction_type": "v_prediction"}, "predicts='noise' does not go with this scheduler; use"),
+        ("EDMEulerScheduler", {}, "EDMEulerScheduler is not supported; use a scheduler of flow matching, or"),
+        ("DDIMScheduler", {"prediction_type": "sample"}, "prediction_type 'sample' is not supported; use epsilon"),
+        ("DDIMScheduler", {"prediction_type": "v_prediction"}, "predicts='noise' does not go with this scheduler"),
     ],
 )
 def test_schedulers_of_another_noise_or_prediction_are_refused(kind, settings, message, vq_model):

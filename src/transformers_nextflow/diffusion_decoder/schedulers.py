@@ -20,8 +20,8 @@ PREDICTIONS = {"epsilon": "noise", "v_prediction": "velocity"}
 def make_scheduler(config: dict[str, Any] | None) -> FlowMatchEulerDiscreteScheduler | DDIMScheduler:
     """A scheduler with the noise of `config`; default: flow matching. Raises `ValueError` for one that is not usable.
 
-    Only the noise is that of `config`. The steps are Euler's with flow matching and DDIM's otherwise: they add no noise,
-    so that a seed fixes an image, and their noisy images have the variance of those that `diffusion_loss` trains.
+    Only the noise is that of `config`. The steps are Euler's with flow matching and DDIM's otherwise: they add no
+    noise, so that a seed fixes an image, and their noisy images have the variance of those in training.
     """
     if config is None:
         return FlowMatchEulerDiscreteScheduler()
@@ -45,7 +45,7 @@ def predictions(config: dict[str, Any] | None) -> tuple[str, ...]:
 
 
 def scheduler_class(name: object) -> type:
-    """A class of diffusers by its name. Raises `ValueError` for one that is no scheduler of flow matching or of betas."""
+    """A class of diffusers by its name. Raises `ValueError` unless it is a scheduler of flow matching or with betas."""
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise ValueError(
