@@ -187,7 +187,7 @@ def test_a_recipe_trains_with_both_judges_and_goes_on_exactly_after_a_kill(data)
         ({"adversarial_weight": 0.0}, "discriminator .* has no effect: set adversarial_weight above 0"),
         ({"discriminator": {"layer": 1}}, "layer"),
         ({"discriminator": {"layers": 0}}, "channels and layers must be at least 1"),
-        ({"discriminator": {}}, "Images have sides of 16 pixels, and discriminator takes 24 at least; set"),
+        ({"discriminator": {}}, "Images have sides of 16 pixels, and discriminator needs at least 24; set"),
         ({"perceptual": "none.pt"}, "There is no file none.pt"),
     ],
 )

@@ -49,7 +49,7 @@ def size_fields(row: dict, processor: NextFlowProcessor) -> dict[str, list[int |
 def _count_positions(row: dict, processor: NextFlowProcessor) -> tuple[int, int] | tuple[None, None]:
     try:
         encoded = encode_sample(read_row(row), processor)
-    except BadRowError:  # told where it is trained on
+    except BadRowError:  # the error follows where the row is trained on
         return None, None
     return len(encoded.ids), encoded.num_trained
 
@@ -73,7 +73,7 @@ def as_caption(row: dict, request: str) -> dict:
 
 
 def without_prompt(row: dict) -> dict:
-    """A row that is answered by only an image, with empty texts and its images; other rows are returned unchanged."""
+    """A row that is answered by only an image, with its texts left empty and its images kept; others are unchanged."""
     turns = prompt_and_image(row)
     if turns is None:
         return row

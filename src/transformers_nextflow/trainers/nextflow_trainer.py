@@ -291,7 +291,7 @@ class NextFlowTrainer(
                 "for each with torchrun or accelerate launch, or show it one by CUDA_VISIBLE_DEVICES."
             )
         if isinstance(self.train_dataset, NumberedRows):
-            # Packs are not told: their rows are those that were measured.
+            # Packs have no epochs: their rows are those that were measured.
             self.add_callback(SetEpochCallback(self.train_dataset))
         if args.checkpoint_every > 1:
             self.add_callback(CheckpointedLayers(args.checkpoint_every))
