@@ -19,8 +19,8 @@ from tqdm import trange
 
 from transformers_nextflow import ImageSampling, NextFlowForConditionalGeneration
 from transformers_nextflow.evaluation.results import write_result
-from transformers_nextflow.generation.image_codes import ImageCodes
-from transformers_nextflow.generation.prompts import Prompts
+from transformers_nextflow.generation.cached_sequences import Prompts
+from transformers_nextflow.generation.scale_loop import ImageCodes
 from transformers_nextflow.generation.sequence_writer import SequenceWriter
 from transformers_nextflow.scale_schedule import SQUARE_SIDES
 

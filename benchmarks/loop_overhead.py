@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from transformers_nextflow import ImageSampling, NextFlowForConditionalGeneration
 from transformers_nextflow.evaluation.results import write_result
-from transformers_nextflow.generation import image_codes, scale_loop, sequence_writer
+from transformers_nextflow.generation import scale_loop, sequence_writer
 from transformers_nextflow.generation.cached_sequences import CachedSequences
-from transformers_nextflow.generation.image_codes import ImageCodes
+from transformers_nextflow.generation.scale_loop import ImageCodes
 from transformers_nextflow.modeling_nextflow import NextFlowModel
 from transformers_nextflow.scale_schedule import SQUARE_SIDES, ScaleSchedules
 
@@ -79,7 +79,7 @@ OTHER_PARTS = [
     (NextFlowModel, "layout_batch", "prefill: layout"),
     (sequence_writer, "join_prompts", "join of both prompts"),
     (scale_loop, "guide_over_contexts", "guidance"),
-    (image_codes, "sample_codes", "draw of codes"),
+    (scale_loop, "sample_codes", "draw of codes"),
     (ScaleSchedules, "for_size", "schedule of the size"),
 ]
 

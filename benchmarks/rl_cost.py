@@ -22,9 +22,9 @@ from backbone import RANDOM_BACKBONES, RESULTS, load_model, random_prompt
 
 from transformers_nextflow import ImageSampling
 from transformers_nextflow.evaluation.results import write_result
-from transformers_nextflow.generation.image_codes import ImageCodes
+from transformers_nextflow.generation.cached_sequences import Prompts
 from transformers_nextflow.generation.prefix_likelihood import prefix_log_probabilities
-from transformers_nextflow.generation.prompts import Prompts
+from transformers_nextflow.generation.scale_loop import ImageCodes
 from transformers_nextflow.scale_schedule import SQUARE_SIDES
 from transformers_nextflow.trainers.rl.prefix_objective import scale_shares
 

@@ -17,10 +17,10 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_nextflow import NextFlowConfig, NextFlowVQConfig
-from .generation.image_codes import ImageGenerationOutput, ScaleState
 from .generation.interleaved import InterleavedGenerationOutput, InterleavedStreamer, Segment
 from .generation.region_editing import KeptRegion
 from .generation.sampling import ImageSampling
+from .generation.scale_loop import ImageGenerationOutput, ScaleState
 from .image_processing_nextflow import NextFlowImageProcessor
 from .modeling_nextflow import NextFlowForConditionalGeneration, NextFlowModel
 from .modeling_nextflow_vq import NextFlowVQModel

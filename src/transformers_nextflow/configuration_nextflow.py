@@ -15,10 +15,9 @@ from transformers.activations import ACT2FN
 
 from .scale_schedule import SQUARE_SIDES, ScaleSchedules, schedules_of
 from .utils.atomic_files import atomic_save
-from .utils.finite_numbers import check_finite
 from .utils.short_repr import short_repr
 from .utils.training_domain import TrainingDomain
-from .utils.typed_values import check_types, is_of_type, read_typed
+from .utils.typed_values import check_finite, check_types, is_of_type, read_typed
 
 
 RESAMPLINGS = ("area", "bicubic", "bilinear", "nearest", "rotary")

@@ -11,13 +11,12 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .generation.cached_sequences import Prompts
 from .generation.compiled_drawing import CompiledDrawing
-from .generation.image_codes import ImageCodes, ImageGenerationOutput
 from .generation.interleaved import InterleavedGenerationOutput, InterleavedLoop, InterleavedStreamer
-from .generation.prompts import Prompts
 from .generation.region_editing import KeptRegion
 from .generation.sampling import Generators, ImageSampling
-from .generation.scale_loop import ScaleCallback, check_drawing
+from .generation.scale_loop import ImageCodes, ImageGenerationOutput, ScaleCallback, check_drawing
 from .generation.sequence_writer import SequenceWriter
 from .generation.stored_sampling import SAMPLINGS, StoredSamplingMixin
 from .generation.text import TextGenerationMixin
@@ -343,7 +342,7 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
             prompts = replace(prompts, image_tokens=self.get_image_tokens(pixel_values, prompts.image_grids))
         # A context is only ever followed by one image at a time.
         images = torch.tensor([s.num_positions(self.config.read_last_scale) - 1 for s in schedules], device=device)
-        names = sampling.contexts(schedule.num_scales for schedule in schedules)
+        names = sampling.contexts([schedule.num_scales for schedule in schedules])
         contexts = [self._context(name, given[f"{name}_"], prompts, images) for name in names]
         return SequenceWriter(self, prompts, contexts)
 

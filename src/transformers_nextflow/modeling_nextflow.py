@@ -14,11 +14,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttenti
 from transformers.utils import can_return_tuple
 
 from .configuration_nextflow import NextFlowConfig
-from .generation.cached_sequences import check_cache, is_empty
 from .generation_nextflow import NextFlowGenerationMixin
 from .modeling_nextflow_vq import NextFlowVQModel, frozen_vision_tokenizer, images_at_once
 from .scale_schedule import ScaleSchedule
-from .sequence.attention_backends import ScaleAttentionMixin, ScaleMaskedMixin
 from .sequence.fused_cross_entropy import called_cross_entropy, fused_cross_entropy
 from .sequence.layout import (
     SequenceLayout,
@@ -41,7 +39,7 @@ from .sequence.loss import (
 )
 from .sequence.packed_attention import packed_causal_mask
 from .sequence.padding import pad_codes
-from .sequence.scale_sdpa import plan_attention
+from .sequence.scale_sdpa import ScaleAttentionMixin, ScaleMaskedMixin, check_cache, is_empty, plan_attention
 from .utils.atomic_files import atomic_save
 from .utils.model_cards import ModelCardMixin, with_card
 from .utils.offloading import ExecutionDeviceMixin

@@ -9,29 +9,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Self, cast
 
-import numpy as np
 import torch
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 from transformers.utils import cached_file
 
-from .generation.guidance import PerScale
-from .generation.image_codes import ImageGenerationOutput, ScaleState
 from .generation.likelihood import score_answers
 from .generation.region_editing import KeptRegion
-from .generation.sampling import ImageSampling, check_generators
+from .generation.sampling import ImageSampling, PerScale, check_generators
+from .generation.scale_loop import ImageGenerationOutput
 from .image_processing_nextflow import OUTPUT_TYPES
 from .modeling_nextflow import NextFlowForConditionalGeneration
 from .pipelines.auto_pipelines import AutoPipelinesMixin
-from .pipelines.callbacks import CALLBACK_KWARGS, apply_callback_changes
-from .pipelines.checked_options import check_options, checked_scores, dtype_of
-from .pipelines.concurrent_calls import PipelineCallsMixin
+from .pipelines.calls import CALLBACK_KWARGS, PipelineCallsMixin
 from .pipelines.conversations import ConversationMixin
 from .pipelines.decoding import DecodingMixin, decoder_provenance, generators_of_rows, load_diffusion_decoder
-from .pipelines.finished_images import FinishedImagesMixin
 from .pipelines.loras import LoraMixin
 from .pipelines.notebook_display import ScalePreviews
 from .pipelines.out_of_domain_warnings import OutOfDomainWarningsMixin
-from .pipelines.requests import ImageInput, ImageRequest
+from .pipelines.requests import ImageInput, ImageRequest, check_options, checked_scores
 from .processing_nextflow import NextFlowProcessor
 from .sequence.padding import pad_codes
 from .utils.atomic_files import atomic_folder_write, check_path
@@ -50,7 +45,7 @@ try:
     from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
     from .diffusion_decoder import NextFlowDiffusionDecoder
-    from .pipelines.outputs import Images, NextFlowPipelineOutput
+    from .pipelines.outputs import NextFlowPipelineOutput
 except ImportError as error:
     raise ImportError("NextFlowPipeline needs diffusers: pip install transformers-nextflow[pipelines]") from error
 
@@ -70,9 +65,21 @@ def caption_scorer(pipe: NextFlowPipeline, image_tokens, image_grids, prompts: l
     return scores.text / scores.num_text_tokens
 
 
+def dtype_of(component: str, dtype):
+    """The part of a component, of the model or the diffusion decoder, in a `dtype` that names components."""
+    for one in dtype.values() if isinstance(dtype, dict) else [dtype]:
+        known = getattr(torch, one, None) if isinstance(one, str) else one
+        if one not in (None, "auto") and not isinstance(known, torch.dtype):
+            raise ValueError(f"dtype must be a type of torch, such as torch.bfloat16, got {short_repr(one)}.")
+    if not isinstance(dtype, dict):
+        return dtype
+    if unknown := sorted(dtype.keys() - {"model", "processor", "diffusion_decoder", "default"}):
+        raise ValueError(f"A dict of dtype names model, processor, diffusion_decoder or default, got {unknown[0]!r}.")
+    return dtype.get(component, dtype.get("default", torch.float32))
+
+
 class NextFlowPipeline(
     AutoPipelinesMixin,
-    FinishedImagesMixin,
     ConversationMixin,
     DecodingMixin,
     LoraMixin,
@@ -471,27 +478,6 @@ class NextFlowPipeline(
         # Annotated without the tuple, which few calls want, so that editors and type checkers know the fields.
         return output if return_dict else cast(NextFlowPipelineOutput, output.to_tuple())
 
-    def _after_scale(
-        self,
-        progress_bar,
-        previews: ScalePreviews | None,
-        callback: Callable | None,
-        wanted: Sequence[str],
-        output_type: str,
-    ) -> Callable[[torch.nn.Module, int, ScaleState], bool]:
-        """The function that the scale loop calls after each scale; the loop stops if it returns `False`."""
-
-        def after_scale(model, scale: int, state: ScaleState) -> bool:
-            progress_bar.update()
-            if previews is not None:
-                previews.add(self._callback_kwargs(state, ["preview"], "pil")["preview"])
-            if callback is not None:
-                returned = callback(self, scale, scale, self._callback_kwargs(state, wanted, output_type))
-                apply_callback_changes(state, returned, self.unwrapped_model.config.vq_config.codebook_size)
-            return not self.interrupt
-
-        return after_scale
-
     def _best_candidates(
         self, sampled: ImageGenerationOutput, request: ImageRequest, count: int, scorer: CandidateScorer | None
     ) -> tuple[list[int], torch.Tensor | None]:
@@ -507,7 +493,7 @@ class NextFlowPipeline(
         """Arguments of `generate_images`; or, with an `answer` that begins with text, of `generate_interleaved`."""
         device, patch_size = self.model.device, self.processor.image_processor.patch_size
         start = {} if answer is None else {"answer": answer}
-        contexts = sampling.contexts(schedule.num_scales for schedule in request.schedules)
+        contexts = sampling.contexts([schedule.num_scales for schedule in request.schedules])
         inputs = self.processor.drawing_inputs(
             request.prompts, request.negative_prompts, request.images, contexts, request.schedules, **start
         )
@@ -566,16 +552,3 @@ class NextFlowPipeline(
         given = {name: value for name, value in given.items() if value is not None}
         own = self.model.default_editing_sampling if after_images else self.model.default_image_sampling
         return replace(own, **given)
-
-    def _images(self, pixels: list[torch.Tensor], output_type: str) -> Images:
-        images = self.processor.post_process_images(pixels, output_type)
-        return {"pil": list, "np": np.stack, "pt": torch.stack}[output_type](images)
-
-    def _callback_kwargs(self, state: ScaleState, names: Sequence[str], output_type: str) -> dict:
-        make = {
-            "image_tokens": lambda: pad_codes(state.image_tokens),
-            "preview": lambda: self._images(
-                self._checked(state.preview())[0], "pil" if output_type == "latent" else output_type
-            ),
-        }
-        return {name: make[name]() for name in names}

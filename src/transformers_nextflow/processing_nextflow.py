@@ -15,6 +15,7 @@ from .scale_schedule import ScaleSchedule
 from .sequence.chat_encoding import (
     check_has_no_special_tokens,
     check_rendered,
+    check_text,
     check_texts,
     encode_chats,
     encode_text,
@@ -22,7 +23,7 @@ from .sequence.chat_encoding import (
     template_errors,
 )
 from .sequence.padding import pad_left
-from .tokenization_nextflow import CHAT_TEMPLATE, add_image_tokens, check_text
+from .tokenization_nextflow import CHAT_TEMPLATE, add_image_tokens
 from .utils.atomic_files import atomic_save
 from .utils.known_names import check_names
 from .utils.older_transformers import SANITIZES_CONTROL_TOKENS

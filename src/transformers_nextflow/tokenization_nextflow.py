@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .utils.short_repr import short_repr
-
 
 PAD_TOKEN = "<|endoftext|>"
 EOS_TOKEN = "<|im_end|>"
@@ -16,8 +14,6 @@ EOS_TOKEN = "<|im_end|>"
 IMAGE_TOKENS = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<|image_pad|>"}
 # The beginning of an answer that reasons in text before it draws (paper, section 6.4).
 THINK_PREFIX = "think:"
-# Marks around parts of texts: noncharacters of Unicode, which texts for interchange do not contain.
-OPEN, CLOSE = "\ufdd0", "\ufdd1"
 
 # Qwen's chat format without its default system message, and with only `<|image_pad|>` for an image, since the
 # processor writes `<boi>` and `<eoi>` around it. `generation` marks the answers, on which a model is trained.
@@ -52,24 +48,6 @@ CHAT_TEMPLATE = """
     {{- "<|im_start|>assistant\\n" -}}
 {%- endif -%}
 """.strip()
-
-
-def text_fault(text: str) -> str | None:
-    """The reason why no tokenizer can read a text, such as "holds …"; `None` if it can be read."""
-    if OPEN in text or CLOSE in text:
-        return f"holds U+FDD0 or U+FDD1, which are no characters: {short_repr(text)}"
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"holds one half of a surrogate pair at {error.start}, which is no character: {short_repr(text)}"
-        return f"{half}; it may come from bytes that are not UTF-8"
-    return None
-
-
-def check_text(text: str, name: str = "The text"):
-    """Raises `ValueError` for a text that no tokenizer can read."""
-    if fault := text_fault(text):
-        raise ValueError(f"{name} {fault}.")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool = False) -> PreTrainedTokenizerFast:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from transformers_nextflow.generation.cached_sequences import CachedSequences
+from transformers_nextflow.generation.cached_sequences import CachedSequences, Prompts
 
 
 @pytest.fixture(scope="module")
@@ -17,10 +17,9 @@ def read_prompts(model, padded: bool) -> tuple[CachedSequences, list[list[int]]]
     rows = [[20, 21, 22], [23]] if padded else [[20, 21, 22], [23, 24, 25]]
     missing = [3 - len(row) for row in rows]
     sequences = CachedSequences(model)
-    sequences.read(
-        torch.tensor([[0] * count + row for count, row in zip(missing, rows)]),
-        torch.tensor([[0] * count + [1] * len(row) for count, row in zip(missing, rows)]),
-    )
+    ids = torch.tensor([[0] * count + row for count, row in zip(missing, rows)])
+    mask = torch.tensor([[0] * count + [1] * len(row) for count, row in zip(missing, rows)])
+    sequences.read(Prompts(ids, mask))
     return sequences, rows
 
 

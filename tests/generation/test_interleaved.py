@@ -13,8 +13,8 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import GenerationConfig
 
 from transformers_nextflow import ImageSampling, InterleavedStreamer, ScaleState
-from transformers_nextflow.generation.image_codes import ImageCodes
-from transformers_nextflow.generation.prompts import Prompts
+from transformers_nextflow.generation.cached_sequences import Prompts
+from transformers_nextflow.generation.scale_loop import ImageCodes
 from transformers_nextflow.generation.sequence_writer import SequenceWriter
 
 

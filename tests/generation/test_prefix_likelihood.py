@@ -6,14 +6,14 @@ from PIL import Image
 from tiny import tiny_model, tiny_processor
 
 from transformers_nextflow import ImageSampling
-from transformers_nextflow.generation.image_codes import ImageCodes
+from transformers_nextflow.generation.cached_sequences import Prompts
 from transformers_nextflow.generation.prefix_likelihood import (
     PrefixColumns,
     code_log_probabilities,
     prefix_log_probabilities,
 )
-from transformers_nextflow.generation.prompts import Prompts
 from transformers_nextflow.generation.sampling import truncate_logits
+from transformers_nextflow.generation.scale_loop import ImageCodes
 from transformers_nextflow.generation.sequence_writer import SequenceWriter
 
 

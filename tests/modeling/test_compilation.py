@@ -9,7 +9,7 @@ from tiny import tiny_model, tiny_processor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
-from transformers_nextflow.generation.prompts import Prompts
+from transformers_nextflow.generation.cached_sequences import Prompts
 from transformers_nextflow.generation.sequence_writer import SequenceWriter
 from transformers_nextflow.sequence.layout import layout_batch
 from transformers_nextflow.utils.older_transformers import CACHE_KEYWORD

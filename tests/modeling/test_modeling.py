@@ -12,7 +12,7 @@ from tiny import tiny_config, tiny_model
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from transformers_nextflow import ImageSampling, NextFlowConfig, NextFlowForConditionalGeneration
-from transformers_nextflow.generation.image_codes import ImageCodes
+from transformers_nextflow.generation.scale_loop import ImageCodes
 
 
 ATTENTIONS = ("sdpa", "eager", "flex_attention")

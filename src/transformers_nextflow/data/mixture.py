@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..utils.finite_numbers import is_finite_number
 from ..utils.short_repr import short_repr
-from ..utils.typed_values import check_types
+from ..utils.typed_values import check_types, is_finite_number
 from .columns import Columns, ConversationRows
 from .parquet_rows import ParquetRows, parquet_files
 from .rows import ROW_NUMBER, ROW_ROOT

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 
 from ..processing_nextflow import NextFlowProcessor
-from ..sequence.chat_encoding import EncodedChat, encode_chats
-from ..tokenization_nextflow import CLOSE, OPEN
+from ..sequence.chat_encoding import CLOSE, OPEN, EncodedChat, encode_chats
 from .rows import is_trained
 
 

@@ -7,9 +7,8 @@ from typing import Any, get_type_hints
 
 from torch import nn
 
-from ..utils.finite_numbers import check_finite
 from ..utils.short_repr import short_repr
-from ..utils.typed_values import check_types
+from ..utils.typed_values import check_finite, check_types
 from .schedulers import check_scheduler
 from .settings import DiffusionSettings
 

@@ -9,8 +9,8 @@ import diffusers
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
-from ..utils.finite_numbers import check_finite
 from ..utils.short_repr import short_repr
+from ..utils.typed_values import check_finite
 
 
 # What a base predicts, by the `prediction_type` of its scheduler.

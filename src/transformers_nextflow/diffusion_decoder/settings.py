@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..generation.guidance import MAX_GUIDANCE
+from ..generation.sampling import MAX_GUIDANCE
 from ..utils.short_repr import short_repr
 from ..utils.typed_values import is_of_type
 from .bases import TIMESTEPS

@@ -2,33 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, eager_mask, sdpa_mask
 
 from ..sequence.layout import check_new_positions
+from ..sequence.padding import pad_codes
 from ..sequence.scale_sdpa import plan_cached
 from ..utils.older_transformers import CACHE_KEYWORD
 
 
-def is_empty(cache: Cache | None) -> bool:
-    """Whether a cache is certainly empty. A cache whose length is on the device counts as not empty, since reading the
-    length would wait for the device.
+@dataclass(frozen=True)
+class Prompts:
+    """Rows (B, L) of tokens, padded on the left, with the images in them, row by row.
 
-    The paged cache of continuous batching is not handled here: it comes with its own positions and masks.
+    Args:
+        input_ids: (B, L).
+        attention_mask: (B, L); `None` for no padding.
+        image_tokens: (num_images, N) codes.
+        image_grids: (num_images, 2) final grids.
+        max_new_positions: (B,) int64, the largest number of positions after each row; `None` for none.
     """
-    length = cache.get_seq_length() if isinstance(cache, Cache) else 0
-    return not torch.is_tensor(length) and length == 0
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    image_tokens: torch.Tensor | None = None
+    image_grids: torch.Tensor | None = None
+    max_new_positions: torch.Tensor | None = None
+
+    @classmethod
+    def from_inputs(cls, inputs: Mapping[str, torch.Tensor], prefix: str = "") -> Prompts:
+        """The prompts among the arguments of `generate_images`, whose names begin with `prefix`."""
+        names = ("input_ids", "attention_mask", "image_tokens", "image_grids")
+        return cls(*(inputs.get(prefix + name) for name in names))
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(B, L) int64, 1 for tokens, 0 for padding."""
+        return torch.ones_like(self.input_ids) if self.attention_mask is None else self.attention_mask
+
+    def rows(self) -> list[list[int]]:
+        """The tokens of each row, without padding."""
+        if self.attention_mask is None:
+            return self.input_ids.tolist()
+        return [ids[keep].tolist() for ids, keep in zip(self.input_ids, self.attention_mask.bool())]
+
+    def distinct(self) -> tuple[Prompts, torch.Tensor | None]:
+        """The prompts without repetitions, and the index (B,) of each row among them; `None` if no row is removed.
+
+        Images drawn from one prompt share it, and the negative prompt is mostly the same for all. Rows with images are
+        not compared.
+        """
+        if self.image_grids is not None:
+            return self, None
+        rows, places = torch.cat([self.input_ids, self.mask], dim=1).unique(dim=0, return_inverse=True)
+        if len(rows) == len(places):
+            return self, None
+        most = self.max_new_positions
+        if most is not None:
+            most = most.new_zeros(len(rows)).scatter_reduce(0, places, most, "amax")
+        return Prompts(*rows.chunk(2, dim=1), max_new_positions=most), places
 
 
-def check_cache(cache: Cache | None, config: PreTrainedConfig):
-    """Raises `ValueError` for a cache that the attention of `config` (the backbone's) cannot read."""
-    if isinstance(cache, Cache) and cache.is_compileable and config._attn_implementation == "flex_attention":
-        # Each layer computes the mask anew, after the first layer has already advanced the position of the queries.
-        raise ValueError("flex_attention cannot read a static cache; use another, or attn_implementation='sdpa'.")
+def join_prompts(parts: Sequence[Prompts]) -> Prompts:
+    """Several batches of prompts, also of different lengths, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    length = max(part.input_ids.shape[1] for part in parts)
+
+    def joined(name: str) -> torch.Tensor:
+        values = [getattr(part, name) for part in parts]
+        return torch.cat([nn.functional.pad(value, (length - value.shape[1], 0), value=0) for value in values])
+
+    images = [part for part in parts if part.image_grids is not None]
+    most = [part.max_new_positions for part in parts]
+    most = [torch.zeros_like(part.input_ids[:, 0]) if own is None else own for part, own in zip(parts, most)]
+    return Prompts(
+        joined("input_ids"),
+        joined("mask"),
+        pad_codes([row for part in images for row in part.image_tokens]),
+        torch.cat([part.image_grids for part in images]) if images else None,
+        torch.cat(most),
+    )
 
 
 class CachedSequences:
@@ -53,31 +112,24 @@ class CachedSequences:
         self.valid: torch.Tensor | None = None
         self.padding: list[int] | None = None
 
-    def read(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        image_tokens: torch.Tensor | None = None,
-        image_grids: torch.Tensor | None = None,
-        max_new_positions: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Read prompts (R, L), padded on the left, with whole images; returns hidden states (R, L, D).
+    def read(self, prompts: Prompts) -> torch.Tensor:
+        """Read prompts (R, L) with whole images; returns hidden states (R, L, D).
 
         Raises:
-            ValueError: if the prompts and the `max_new_positions` (R,) after them take more positions than the model
-                has.
+            ValueError: if the prompts and the `max_new_positions` after them take more positions than the model has.
         """
-        layout = self.model.layout_batch(input_ids, attention_mask, image_tokens=image_tokens, image_grids=image_grids)
+        input_ids, mask, images = prompts.input_ids, prompts.attention_mask, prompts.image_tokens
+        layout = self.model.layout_batch(input_ids, mask, image_tokens=images, image_grids=prompts.image_grids)
         self.position = layout.position_ids[0, :, -1:]
-        if max_new_positions is not None:
-            check_new_positions(layout, max_new_positions, self.model.config)
-        self._begin(len(input_ids), attention_mask)
+        if prompts.max_new_positions is not None:
+            check_new_positions(layout, prompts.max_new_positions, self.model.config)
+        self._begin(len(input_ids), mask)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=self.valid,
             position_ids=layout.position_ids,
             past_key_values=self.cache,
-            image_tokens=image_tokens,
+            image_tokens=images,
             layout=layout,
             use_cache=True,
         )

@@ -23,8 +23,8 @@ from ..sequence.ragged_keys import RaggedKeys
 from ..sequence.scale_sdpa import SCALE_SDPA
 from ..utils.older_transformers import CACHE_KEYWORD
 from .cached_sequences import CachedSequences
-from .image_codes import ImageCodes
 from .sampling import ImageSampling
+from .scale_loop import ImageCodes
 
 
 logger = logging.get_logger(__name__)

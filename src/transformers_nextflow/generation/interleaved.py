@@ -13,9 +13,8 @@ from transformers.utils import ModelOutput
 
 from ..scale_schedule import ScaleSchedule
 from ..sequence.padding import padded_rows
-from .image_codes import ImageCodes, ScaleState
 from .sampling import Generators, ImageSampling, check_generators, sample_codes
-from .scale_loop import ScaleCallback
+from .scale_loop import ImageCodes, ScaleCallback, ScaleState
 from .sequence_writer import SequenceWriter
 
 

@@ -14,7 +14,7 @@ from ..sequence.chat_encoding import encode_text
 from ..sequence.loss import IGNORE_INDEX, loss_targets
 from ..sequence.padding import padded_rows
 from ..utils.evaluation_mode import in_evaluation_mode
-from .cached_sequences import CachedSequences
+from .cached_sequences import CachedSequences, Prompts
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _read_images(
     following = places.new_tensor([len(ids) + count for ids, count in zip(asked, num_answer_tokens)])
     max_new_positions = following.new_zeros(len(distinct)).scatter_reduce(0, places, following, "amax")
     sequences = CachedSequences(model.model)
-    sequences.read(*rows, distinct[:, 2:], distinct[:, :2], max_new_positions)
+    sequences.read(Prompts(*rows, distinct[:, 2:], distinct[:, :2], max_new_positions))
     sequences.keep(places)
     return sequences, asked
 

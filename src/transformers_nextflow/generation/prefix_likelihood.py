@@ -17,10 +17,9 @@ from transformers.masking_utils import create_causal_mask
 from ..scale_schedule import ScaleSchedule
 from ..sequence.scale_sdpa import plan_attention
 from ..utils.older_transformers import CACHE_KEYWORD
-from .guidance import guide_over_contexts
-from .image_codes import ImageCodes
-from .prompts import Prompts, join_prompts
-from .sampling import truncate_logits
+from .cached_sequences import Prompts, join_prompts
+from .sampling import guide_over_contexts, truncate_logits
+from .scale_loop import ImageCodes
 
 
 @dataclass(frozen=True)

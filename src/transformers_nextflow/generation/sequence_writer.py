@@ -8,10 +8,8 @@ import torch
 from torch import nn
 
 from ..sequence.padding import pad_codes, padded_rows
-from .cached_sequences import CachedSequences
-from .image_codes import ImageCodes
-from .prompts import Prompts, join_prompts
-from .scale_loop import ScaleCallback, draw_scales
+from .cached_sequences import CachedSequences, Prompts, join_prompts
+from .scale_loop import ImageCodes, ScaleCallback, draw_scales
 
 
 class SequenceWriter:
@@ -43,9 +41,7 @@ class SequenceWriter:
         if batch > 1:  # a single prompt differs from its contexts
             joined, places = joined.distinct()
         self.sequences = CachedSequences(model.model)
-        self._last = self.sequences.read(
-            joined.input_ids, joined.attention_mask, joined.image_tokens, joined.image_grids, joined.max_new_positions
-        )[:, -1:]
+        self._last = self.sequences.read(joined)[:, -1:]
         if places is not None:
             self.sequences.keep(places)
             self._last = self._last[places]

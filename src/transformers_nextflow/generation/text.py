@@ -10,9 +10,9 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from ..configuration_nextflow import NextFlowConfig
 from ..sequence.layout import check_num_positions, layout_sequence, text_ids
+from ..sequence.scale_sdpa import check_cache, is_empty
 from ..utils.evaluation_mode import in_evaluation_mode
 from ..utils.older_transformers import BEAM_SEARCH_EXPECTS_TEXT_LOGITS, CACHE_KEYWORD, TextVocabularyLogitsProcessor
-from .cached_sequences import check_cache, is_empty
 
 
 IMAGE_INPUTS = ("pixel_values", "image_tokens", "image_grids")

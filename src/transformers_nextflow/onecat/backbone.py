@@ -16,7 +16,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Q
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..sequence.attention_backends import ScaleAttentionMixin, ScaleMaskedMixin
+from ..sequence.scale_sdpa import ScaleAttentionMixin, ScaleMaskedMixin
 from ..utils.older_transformers import accepts_cache_keyword
 from .schedules import MAX_SCALES
 

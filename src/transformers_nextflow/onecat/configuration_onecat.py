@@ -17,7 +17,7 @@ from ..configuration_nextflow import (
 )
 from ..generation.sampling import ImageSampling
 from ..utils.atomic_files import atomic_save
-from ..utils.finite_numbers import check_finite
+from ..utils.typed_values import check_finite
 from .schedules import MAX_SCALES, OneCatSchedules, checked_levels, schedules_of_levels
 
 

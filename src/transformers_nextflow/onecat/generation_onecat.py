@@ -9,11 +9,16 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ..generation.cached_sequences import CachedSequences
-from ..generation.image_codes import ImageCodes, ImageGenerationOutput
-from ..generation.prompts import Prompts, join_prompts
+from ..generation.cached_sequences import CachedSequences, Prompts, join_prompts
 from ..generation.sampling import Generators, ImageSampling, sampled_probabilities
-from ..generation.scale_loop import EagerScales, ScaleCallback, check_drawing, draw_scales
+from ..generation.scale_loop import (
+    EagerScales,
+    ImageCodes,
+    ImageGenerationOutput,
+    ScaleCallback,
+    check_drawing,
+    draw_scales,
+)
 from ..scale_schedule import ScaleSchedule
 from ..sequence.layout import check_num_positions
 from ..sequence.padding import check_left_padded
@@ -179,7 +184,7 @@ class OneCatDrawingMixin:
         is_edit = pixel_values is not None
         sampling = self._sampling(sampling, is_edit)
         schedules = self._schedules(image_sizes, len(input_ids))
-        contexts = sampling.contexts(schedule.num_scales for schedule in schedules)
+        contexts = sampling.contexts([schedule.num_scales for schedule in schedules])
         if "unconditional" in contexts and not is_edit:
             raise ValueError("image_guidance_scale leads towards input images; give pixel_values, or leave it at 1.")
         prompts = [Prompts(input_ids, attention_mask)]

@@ -11,10 +11,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..image_processing_nextflow import flatten_images
 from ..processing_nextflow import DrawingInputsMixin, check_prompts
-from ..sequence.chat_encoding import check_texts, encode_chats, template_errors
+from ..sequence.chat_encoding import check_text, check_texts, encode_chats, template_errors
 from ..sequence.messages import IMAGE_NAMES, check_conversation
 from ..sequence.padding import pad_left
-from ..tokenization_nextflow import check_text
 from ..utils.atomic_files import atomic_save
 from ..utils.short_repr import short_repr
 from .configuration_onecat import OneCatConfig

@@ -10,12 +10,11 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from ..diffusion_decoder.settings import DiffusionSettings
-from ..generation.guidance import PerScale
-from ..generation.image_codes import ImageCodes, ScaleState
+from ..generation.cached_sequences import Prompts
 from ..generation.interleaved import InterleavedStreamer
 from ..generation.likelihood import score_answers, score_images
-from ..generation.prompts import Prompts
-from ..generation.sampling import ImageSampling
+from ..generation.sampling import ImageSampling, PerScale
+from ..generation.scale_loop import ImageCodes, ScaleState
 from ..generation_nextflow import TEXT_TYPES, InterleavedGenerationOutput
 from ..processing_nextflow import check_prompts
 from ..sequence.chat_encoding import encode_text

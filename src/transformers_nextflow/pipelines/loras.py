@@ -10,7 +10,6 @@ from torch import nn
 
 from ..utils.atomic_files import atomic_folder_write
 from ..utils.checkpoint_checks import loading_errors
-from ..utils.finite_numbers import check_finite
 from ..utils.known_names import check_names, checks_names
 from ..utils.saved_adapters import (
     HUB_OPTIONS,
@@ -25,7 +24,7 @@ from ..utils.saved_adapters import (
     without_adapters,
 )
 from ..utils.short_repr import short_repr
-from ..utils.typed_values import check_types
+from ..utils.typed_values import check_finite, check_types
 
 
 class LoraMixin:

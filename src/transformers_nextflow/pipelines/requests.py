@@ -1,4 +1,4 @@
-"""Requests for images: prompts with their images, masks and sizes, checked and in one form."""
+"""What a call is given, checked: prompts with their images, masks and sizes in one form, options, and scores."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from PIL import Image
 
 from ..processing_nextflow import NextFlowProcessor, check_prompts
 from ..scale_schedule import ScaleSchedule
+from ..utils.known_names import check_function
 from ..utils.short_repr import short_repr
-from ..utils.typed_values import is_of_type
+from ..utils.typed_values import check_types, is_of_type
 
 
 ImageInput = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike | bytes | BinaryIO
@@ -181,3 +182,36 @@ def _regions(processor, mask_image, images: list[Image.Image], prompt) -> list[t
         raise ValueError(f"{len(images)} prompts came with {len(masks)} masks; give a list with one for each.")
     preprocess = processor.image_processor.preprocess_mask
     return [torch.from_numpy(preprocess(mask, image)) for mask, image in zip(masks, images)]
+
+
+def check_options(think: bool, max_thought_tokens: int, thought_temperature: float, flags: dict, **called):
+    """Raises `ValueError` for functions that are none, for `flags` and for `think` that are neither true nor false, and
+    for settings of a thought without one.
+    """
+    flags = flags | {"think": think}
+    given = flags | {"max_thought_tokens": max_thought_tokens}
+    check_types(given, dict.fromkeys(flags, bool) | {"max_thought_tokens": int}, "NextFlowPipeline")
+    if max_thought_tokens < 0:
+        raise ValueError(f"max_thought_tokens must be at least 0, got {max_thought_tokens}.")
+    if not is_of_type(thought_temperature, float) or not 0 <= thought_temperature < float("inf"):
+        raise ValueError(f"thought_temperature must be a number from 0, got {short_repr(thought_temperature)}.")
+    if thought_temperature and not think:
+        raise ValueError(
+            f"thought_temperature={thought_temperature} is only for thoughts; add think, or leave it at 0."
+        )
+    for name, function in called.items():
+        if function is not None:
+            check_function(function, 4, name)
+
+
+def checked_scores(scores: Sequence[float] | torch.Tensor, count: int) -> torch.Tensor:
+    """Raises `ValueError` for anything but a finite number for each candidate."""
+    try:
+        checked = torch.as_tensor(scores, dtype=torch.float32).flatten()
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"candidate_scorer must give a number for each candidate, got {short_repr(scores)}."
+        ) from error
+    if len(checked) != count or not bool(checked.isfinite().all()):
+        raise ValueError(f"candidate_scorer must give {count} finite numbers, got {short_repr(scores)}.")
+    return checked

@@ -13,8 +13,11 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..tokenization_nextflow import CLOSE, OPEN, check_text
 from ..utils.short_repr import short_repr
+
+
+# Marks around parts of texts: noncharacters of Unicode, which texts for interchange do not contain.
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,24 @@ def check_rendered(chats: Sequence[list[dict]], rendered: Sequence[str], image_t
                 f"The chat template writes {image_token} {found} times for {num_images} images, so the model would not "
                 "read them all; use the template that the checkpoint came with."
             )
+
+
+def text_fault(text: str) -> str | None:
+    """The reason why no tokenizer can read a text, such as "holds …"; `None` if it can be read."""
+    if OPEN in text or CLOSE in text:
+        return f"holds U+FDD0 or U+FDD1, which are no characters: {short_repr(text)}"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"holds one half of a surrogate pair at {error.start}, which is no character: {short_repr(text)}"
+        return f"{half}; it may come from bytes that are not UTF-8"
+    return None
+
+
+def check_text(text: str, name: str = "The text"):
+    """Raises `ValueError` for a text that no tokenizer can read."""
+    if fault := text_fault(text):
+        raise ValueError(f"{name} {fault}.")
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ..tokenization_nextflow import text_fault
 from ..utils.field_errors import FieldError, abbreviate
 from ..utils.plain_values import as_list
+from .chat_encoding import text_fault
 
 
 ROLES = ("system", "user", "assistant")

@@ -1,9 +1,10 @@
-"""Scaled dot product attention of the scales of images, without a mask: "scale_sdpa", the backbone's default.
+"""Attention of the scales of images: "scale_sdpa", the backbone's default, and the backends and caches it accepts.
 
-The queries of a scale attend to all keys of their sample up to the end of that scale. So attention over whole images,
-causal in text and bidirectional within a scale, is computed exactly by one call of a kernel without a mask for each run
-of text and each scale; padding and other samples of the row are never read. If many small calls would take longer than
-one call with a mask (short rows, small images), there is one call with a mask.
+"scale_sdpa" is scaled dot product attention without a mask. The queries of a scale attend to all keys of their sample
+up to the end of that scale. So attention over whole images, causal in text and bidirectional within a scale, is
+computed exactly by one call of a kernel without a mask for each run of text and each scale; padding and other samples
+of the row are never read. If many small calls would take longer than one call with a mask (short rows, small images),
+there is one call with a mask.
 
 An [`AttentionPlan`] takes the place of a mask. Without one, "scale_sdpa" is transformers' "sdpa".
 """
@@ -17,10 +18,12 @@ from itertools import groupby
 import torch
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from ..utils.older_transformers import CACHE_KEYWORD
 from .ragged_keys import RaggedKeys, attend_ragged
 
 
@@ -229,6 +232,72 @@ def _attend(module, query, key, value, run: Run, **kwargs) -> torch.Tensor:
 
 def _concatenate(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+class ScaleAttentionMixin:
+    """Adds `bidirectional` to an attention module of transformers: its queries attend to all keys that are not masked.
+
+    transformers' own `is_causal=False` does the same, but the backbone writes that argument into its config during the
+    call. All calls on the model, also in other threads, share the config; `bidirectional` does not change it.
+    """
+
+    def forward(self, *args, bidirectional: bool = False, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if bidirectional:
+            kwargs["is_causal"] = False
+        return super().forward(*args, **kwargs)
+
+
+class ScaleMaskedMixin:
+    """Masks and attention for the backbones of transformers. The implementation in the backbone's own config decides
+    the form of a mask; the config of the model around it may name another one.
+    """
+
+    _supports_flex_attn = True
+    # FlashAttention would silently drop the block mask of the scales.
+    _supports_flash_attn = False
+
+    def through_layers(
+        self, hidden_states: torch.Tensor, attention_mask: dict, cache: Cache | None, **kwargs
+    ) -> BaseModelOutputWithPast:
+        """Hidden states (B, L, D) through all layers and the norm; `attention_mask` as transformers prepares it."""
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states, attention_mask=attention_mask["full_attention"], **{CACHE_KEYWORD: cache}, **kwargs
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_KEYWORD: cache})
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, *args, **kwargs) -> str:
+        """As in transformers, but the default is "scale_sdpa" in place of "sdpa".
+
+        Raises `ValueError` for an implementation without a mask function.
+        """
+        implementation = super().get_correct_attn_implementation(requested_attention, *args, **kwargs)
+        if requested_attention is None and implementation == "sdpa":
+            return SCALE_SDPA
+        # transformers passes no mask to an implementation without a mask function. Continuous batching makes its own.
+        if implementation not in ALL_MASK_ATTENTION_FUNCTIONS and not implementation.startswith("paged|"):
+            raise ValueError(
+                f"attn_implementation={implementation!r} has no mask function, so it would not know the scales of "
+                "images; register one under its name with AttentionMaskInterface."
+            )
+        return implementation
+
+
+def is_empty(cache: Cache | None) -> bool:
+    """Whether a cache is certainly empty. A cache whose length is on the device counts as not empty, since reading the
+    length would wait for the device.
+
+    The paged cache of continuous batching is not handled here: it comes with its own positions and masks.
+    """
+    length = cache.get_seq_length() if isinstance(cache, Cache) else 0
+    return not torch.is_tensor(length) and length == 0
+
+
+def check_cache(cache: Cache | None, config: PreTrainedConfig):
+    """Raises `ValueError` for a cache that the attention of `config` (the backbone's) cannot read."""
+    if isinstance(cache, Cache) and cache.is_compileable and config._attn_implementation == "flex_attention":
+        # Each layer computes the mask anew, after the first layer has already advanced the position of the queries.
+        raise ValueError("flex_attention cannot read a static cache; take another, or attn_implementation='sdpa'.")
 
 
 AttentionInterface.register(SCALE_SDPA, scale_sdpa_attention_forward)

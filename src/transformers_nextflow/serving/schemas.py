@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from ..tokenization_nextflow import text_fault
+from ..sequence.chat_encoding import text_fault
 from ..utils.image_files import read_image
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from ..tokenization_nextflow import text_fault
+from ..sequence.chat_encoding import text_fault
 from ..utils.short_repr import short_repr
 from ..utils.typed_values import check_types, hints_of
 

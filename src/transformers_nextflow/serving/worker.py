@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from ..generation.image_codes import ScaleState
 from ..generation.interleaved import InterleavedStreamer
 from ..generation.sampling import ImageSampling
+from ..generation.scale_loop import ScaleState
 from ..pipeline_nextflow import NextFlowPipeline
 from ..pipelines.requests import ImageRequest
 from ..scale_schedule import ScaleSchedule

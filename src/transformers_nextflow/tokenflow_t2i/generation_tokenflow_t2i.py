@@ -7,11 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..generation.cached_sequences import CachedSequences
-from ..generation.image_codes import ImageCodes, ImageGenerationOutput
-from ..generation.prompts import Prompts, join_prompts
+from ..generation.cached_sequences import CachedSequences, Prompts, join_prompts
 from ..generation.sampling import Generators, ImageSampling
-from ..generation.scale_loop import ScaleCallback, check_drawing, draw_scales
+from ..generation.scale_loop import ImageCodes, ImageGenerationOutput, ScaleCallback, check_drawing, draw_scales
 from ..sequence.layout import check_num_positions
 from ..utils.evaluation_mode import in_evaluation_mode
 
@@ -47,12 +45,12 @@ class RefinedImageSampling(ImageSampling):
 class PromptedSequences(CachedSequences):
     """Prompts with one image each on one cache; slots follow the prompt's last token one by one."""
 
-    def read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Read prompts (R, L), padded on the left; returns hidden states (R, L, D)."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        self.position = mask.sum(-1, keepdim=True) - 1
-        self._begin(len(mask), mask)
-        return self.model.read(input_ids, attention_mask, past_key_values=self.cache, use_cache=True).last_hidden_state
+    def read(self, prompts: Prompts) -> torch.Tensor:
+        """Read prompts (R, L) without images; returns hidden states (R, L, D)."""
+        self.position = prompts.mask.sum(-1, keepdim=True) - 1
+        self._begin(len(prompts.mask), prompts.mask)
+        outputs = self.model.read(prompts.input_ids, prompts.attention_mask, past_key_values=self.cache, use_cache=True)
+        return outputs.last_hidden_state
 
     def slot_origins(self, rows: torch.Tensor) -> torch.Tensor:
         """The position of the last token of each prompt, (1, C, B, 1)."""
@@ -150,7 +148,7 @@ class TokenFlowT2IDrawingMixin:
         drawing = RefinedImageCodes(self, schedules, sampling, generator, given_image_tokens)
         sequences, joined = PromptedSequences(self), join_prompts(prompts)
         rows = torch.arange(len(joined.input_ids), device=input_ids.device).view(len(prompts), -1)
-        hidden_states = sequences.read(joined.input_ids, joined.attention_mask)[:, -1:].unflatten(0, rows.shape)
+        hidden_states = sequences.read(joined)[:, -1:].unflatten(0, rows.shape)
         scales = draw_scales(self, drawing, sequences, hidden_states, rows, callback, continues=False)
         return drawing.generated(scales)
 

@@ -16,9 +16,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..modeling_nextflow import NextFlowPreTrainedModel
 from ..modeling_nextflow_vq import frozen_vision_tokenizer
-from ..sequence.attention_backends import ScaleAttentionMixin, ScaleMaskedMixin
 from ..sequence.layout import check_num_positions
 from ..sequence.padding import check_left_padded
+from ..sequence.scale_sdpa import ScaleAttentionMixin, ScaleMaskedMixin
 from ..utils.offloading import onload_weights
 from ..utils.older_transformers import CACHE_KEYWORD, accepts_cache_keyword
 from ..vision_tokenizer.resampling import resample

@@ -26,9 +26,8 @@ from transformers.utils import cached_file
 
 from .atomic_files import atomic_write, check_path
 from .checkpoint_checks import FLOATS, is_finite, read_json
-from .finite_numbers import check_finite
 from .short_repr import short_repr
-from .typed_values import check_types
+from .typed_values import check_finite, check_types
 
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .finite_numbers import is_finite_number
 from .short_repr import short_repr
+from .typed_values import is_finite_number
 
 
 # Signs beyond Latin-1 that are no punctuation, such as emoji, count as words.

@@ -1,11 +1,12 @@
-"""Checks values from files against the types of a dataclass."""
+"""Checks values of files and arguments: against types, as of a dataclass, and for numbers that are not finite."""
 
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from enum import Enum
 from numbers import Integral, Real
@@ -89,6 +90,21 @@ def is_of_type(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
+def is_finite_number(value: Real) -> bool:
+    """Whether a number is neither NaN nor infinite, nor beyond all floats, as whole ones may be."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def check_finite(settings: dict[str, Any]):
+    """Raises `ValueError` that names a number in the settings, or in lists and dicts in them, that is not finite."""
+    for name, value in _numbers(settings):
+        if not is_finite_number(value):
+            raise ValueError(f"{name} must be a finite number, got {short_repr(value)}.")
+
+
 def _with_tuples(value: Any, hint: Any) -> Any:
     is_tuple = get_origin(hint) is tuple or any(get_origin(one) is tuple for one in get_args(hint))
     return tuple(value) if is_tuple and isinstance(value, list) else value
@@ -109,3 +125,14 @@ def _describe_type(hint: Any) -> str:
     if isinstance(hint, type) and issubclass(hint, Enum):
         return f"one of {', '.join(str(member.value) for member in hint)}"
     return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, Real]]:
+    if isinstance(value, Real):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _numbers(inner, f"{name}[{index}]")

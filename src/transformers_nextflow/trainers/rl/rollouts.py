@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ...generation.image_codes import ImageCodes
-from ...generation.prompts import Prompts
+from ...generation.cached_sequences import Prompts
 from ...generation.sampling import Generators, ImageSampling
+from ...generation.scale_loop import ImageCodes
 from ...generation.sequence_writer import SequenceWriter
 from ...pipelines.requests import requested_schedule
 from ...processing_nextflow import NextFlowProcessor, check_prompts
@@ -70,7 +70,7 @@ def generate_rollouts(
         requested_schedule(processor, (row.get("height"), row.get("width")), found[-1] if found else None)
         for row, found in zip(rows, images)
     ]
-    names, empty = sampling.contexts(schedule.num_scales for schedule in schedules), [""] * len(prompts)
+    names, empty = sampling.contexts([schedule.num_scales for schedule in schedules]), [""] * len(prompts)
     asked = [(prompts, images), *((empty, images if name == "negative" else None) for name in names)]
     encoded = [processor.apply_image_prompt(texts, shown, allow_empty=True) for texts, shown in asked]
     contexts = list(zip(*(Prompts(e["input_ids"], e["attention_mask"]).rows() for e in encoded)))

@@ -13,8 +13,8 @@ from transformers import SchedulerType
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from ...utils.finite_numbers import check_finite
 from ...utils.known_names import check_names
+from ...utils.typed_values import check_finite
 from .gradient_spikes import SPIKE_RULES
 
 

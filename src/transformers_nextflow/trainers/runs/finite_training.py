@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers.utils import logging
 
-from ...utils.finite_numbers import check_finite
+from ...utils.typed_values import check_finite
 from .gradient_spikes import WINDOW, GradientSpikes
 from .trained_weights import local_shard
 

@@ -15,8 +15,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from ...utils.finite_numbers import check_finite
 from ...utils.folder_lock import lock_folder
+from ...utils.typed_values import check_finite
 from .atomic_checkpoints import PARTIAL, AtomicCheckpointMixin, checkpoints_in, is_superseded
 from .training_record import changes_since, training_record, write_record
 
