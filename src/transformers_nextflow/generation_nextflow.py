@@ -42,6 +42,12 @@ TEXT_TYPES = {
 OTHER_SETTINGS = {
     "max_new_tokens", "bos_token_id", "pad_token_id", "transformers_version", *SAMPLINGS,
 }  # fmt: skip
+# Settings that change the text of `generate` only, with the value besides `None` and 0 that changes nothing.
+UNUSED_SETTINGS = {"num_beams": 1, "repetition_penalty": 1, "typical_p": 1, "guidance_scale": 1} | dict.fromkeys((
+    "min_length", "min_new_tokens", "min_p", "top_h", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size",
+    "bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
+    "forced_eos_token_id", "exponential_decay_length_penalty", "watermarking_config",
+))  # fmt: skip
 
 # What the user should do if a context of guidance is missing.
 REMEDIES = {
@@ -50,9 +56,14 @@ REMEDIES = {
 }
 
 
-def _unused_settings(config: GenerationConfig | None) -> set[str]:
-    """The settings of a generation config with which `generate_interleaved` does not write."""
-    return set() if config is None else config.to_diff_dict().keys() - set(TEXT_SETTINGS) - OTHER_SETTINGS
+def _warn_of_unused(config: GenerationConfig):
+    """Warn of settings of the model's own generation config that change the text of `generate` only."""
+    given = {name: getattr(config, name, None) for name in UNUSED_SETTINGS}
+    if unused := [name for name, value in given.items() if value and value != UNUSED_SETTINGS[name]]:
+        warn_user(
+            f"The model's generation config sets {', '.join(unused)}, which generate uses and generate_interleaved "
+            "does not: the two may answer differently; remove them from model.generation_config."
+        )
 
 
 def _with_nearest(name: str) -> str:
@@ -257,16 +268,15 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
                 where prompts, `max_new_tokens` and `max_images` together take more positions than the model has.
         """
         check_types({"generation_config": generation_config}, {"generation_config": GenerationConfig | None}, "Text")
-        if unknown := sorted((set(kwargs) - set(TEXT_SETTINGS)) | _unused_settings(generation_config)):
+        given = {} if generation_config is None else generation_config.to_diff_dict()
+        unknown = sorted((set(kwargs) - set(TEXT_SETTINGS)) | (set(given) - set(TEXT_SETTINGS) - OTHER_SETTINGS))
+        if unknown:
             raise ValueError(
                 f"Text is not written with {', '.join(map(_with_nearest, unknown))}: its settings are "
                 f"{', '.join(TEXT_SETTINGS)}. How images are drawn is sampling=ImageSampling(…)."
             )
-        if generation_config is None and (unused := sorted(_unused_settings(self.generation_config))):
-            warn_user(
-                f"The model's generation config sets {', '.join(unused)}, which generate uses and generate_interleaved "
-                "does not: the two may answer differently; remove them from model.generation_config."
-            )
+        if generation_config is None:
+            _warn_of_unused(self.generation_config)
         text = copy.deepcopy(generation_config or self.generation_config)
         text.update(**kwargs)
         _check_text_settings(text, max_new_tokens, streamer)

@@ -408,8 +408,10 @@ def test_settings_of_the_models_own_config_that_text_does_not_take_are_warned_of
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.generate_interleaved(**inputs)
-    model.generation_config.update(repetition_penalty=1.05, temperature=0.5, eos_token_id=2)
-    with pytest.warns(UserWarning, match="config sets repetition_penalty, which generate uses"):
+        model.generation_config.update(repetition_penalty=1.0, num_beams=1, min_length=0, temperature=0.5, top_k=50)
+        model.generate_interleaved(**inputs)
+    model.generation_config.update(repetition_penalty=1.05, min_p=0.1)
+    with pytest.warns(UserWarning, match="config sets repetition_penalty, min_p, which generate uses"):
         model.generate_interleaved(**inputs)
 
 
