@@ -104,8 +104,8 @@ def test_weights_that_make_no_distance_are_refused_by_name(tmp_path):
     network, weighing = weights()
     wide = {"features.5.weight": torch.zeros(3, 7, 3, 3)}
     wrong = {
-        "lin0.model.1.weight lacks": network,
-        "features.0.weight lacks": weighing,
+        "lin0.model.1.weight is missing": network,
+        "features.0.weight is missing": weighing,
         "features.5.weight has the shape": network | weighing | wide,
         "features.7.bias is not a tensor of finite floats": network
         | weighing
