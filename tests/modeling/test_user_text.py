@@ -26,9 +26,9 @@ def read(monkeypatch) -> list[int]:
     ids: list[int] = []
 
     def spy(method):
-        def record(self, input_ids, *args, **kwargs):
-            ids.extend(input_ids.flatten().tolist())
-            return method(self, input_ids, *args, **kwargs)
+        def record(self, given, *args, **kwargs):
+            ids.extend(getattr(given, "input_ids", given).flatten().tolist())
+            return method(self, given, *args, **kwargs)
 
         return record
 

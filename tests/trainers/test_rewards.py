@@ -150,7 +150,7 @@ def test_questions_on_one_image_are_scored_as_in_passes_of_their_own(has_end, mo
     questions, answers = ["how many circles are there?", "one", "two blue squares"], ["one", "a green star", "two"]
     images_read, read = [], CachedSequences.read
     monkeypatch.setattr(
-        CachedSequences, "read", lambda self, ids, *rest: images_read.append(len(ids)) or read(self, ids, *rest)
+        CachedSequences, "read", lambda self, rows: images_read.append(len(rows.input_ids)) or read(self, rows)
     )
     found = score_answers(model, processor, codes, grids, questions, answers)
     assert images_read == [2]
