@@ -26,6 +26,7 @@ from .utils.evaluation_mode import in_evaluation_mode
 from .utils.known_names import checks_names, nearest_name
 from .utils.short_repr import short_repr
 from .utils.typed_values import check_types
+from .utils.user_warnings import warn_user
 
 
 logger = logging.get_logger(__name__)
@@ -41,12 +42,28 @@ TEXT_TYPES = {
 OTHER_SETTINGS = {
     "max_new_tokens", "bos_token_id", "pad_token_id", "transformers_version", *SAMPLINGS,
 }  # fmt: skip
+# Settings that change the text of `generate` only, with the value besides `None` and 0 that changes nothing.
+UNUSED_SETTINGS = {"num_beams": 1, "repetition_penalty": 1, "typical_p": 1, "guidance_scale": 1} | dict.fromkeys((
+    "min_length", "min_new_tokens", "min_p", "top_h", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size",
+    "bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
+    "forced_eos_token_id", "exponential_decay_length_penalty", "watermarking_config",
+))  # fmt: skip
 
 # What the user should do if a context of guidance is missing.
 REMEDIES = {
     "negative": "an empty prompt, or guidance_scale=1",
     "unconditional": "the negative prompt without images, or image_guidance_scale=1",
 }
+
+
+def _warn_of_unused(config: GenerationConfig):
+    """Warn of settings of the model's own generation config that change the text of `generate` only."""
+    given = {name: getattr(config, name, None) for name in UNUSED_SETTINGS}
+    if unused := [name for name, value in given.items() if value and value != UNUSED_SETTINGS[name]]:
+        warn_user(
+            f"The model's generation config sets {', '.join(unused)}, which generate uses and generate_interleaved "
+            "does not: the two may answer differently; remove them from model.generation_config."
+        )
 
 
 def _with_nearest(name: str) -> str:
@@ -89,7 +106,6 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
             enabled: `False` draws uncompiled again, and frees recordings and buffers.
             fuse: compile the backbone with `torch.compile`, inside of the graphs; default: on CUDA.
         """
-        fuse = self.device.type == "cuda" if fuse is None else fuse
         self.compiled_drawing = CompiledDrawing(self, fuse) if enabled else None
 
     def generate(
@@ -240,7 +256,8 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
             sampling: settings of images; default: the checkpoint's own, from its generation config.
             generator: one for all, or one for each row; then a row depends only on its own seed.
             generation_config, kwargs: settings of text: `do_sample`, `temperature`, `top_k`, `top_p`, `stop_strings`,
-                `eos_token_id`.
+                `eos_token_id`; default: the model's generation config. A warning names settings of it that are not
+                used.
             tokenizer: needed for `stop_strings`.
             callback: as in `generate_images`, for each round of drawing; `False` ends all rows as they are.
             streamer: gets text and scales while they are generated; for one row.
@@ -258,6 +275,8 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
                 f"Text is not written with {', '.join(map(_with_nearest, unknown))}: its settings are "
                 f"{', '.join(TEXT_SETTINGS)}. How images are drawn is sampling=ImageSampling(…)."
             )
+        if generation_config is None:
+            _warn_of_unused(self.generation_config)
         text = copy.deepcopy(generation_config or self.generation_config)
         text.update(**kwargs)
         _check_text_settings(text, max_new_tokens, streamer)

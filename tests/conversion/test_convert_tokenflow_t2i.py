@@ -165,7 +165,7 @@ def test_a_killed_run_goes_on_and_one_from_other_weights_does_not(model, vq_fold
         raise Killed
 
     with monkeypatch.context() as context:
-        context.setattr(converter, "check_rendered", killed)
+        context.setattr(converter, "check_written", killed)
         with pytest.raises(Killed):
             convert(tmp_path / "released", vq_folder, tmp_path / "ours", "50KB")
     shard = next((tmp_path / "ours.partial").glob("model-00001-*"))

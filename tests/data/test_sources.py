@@ -5,17 +5,22 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from PIL import Image
 from tiny import tiny_processor
+from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 from transformers_nextflow.cli import app
-from transformers_nextflow.data import Columns, load_image, open_rows, read_row, validate_rows
+from transformers_nextflow.data import BadRowError, Columns, load_image, open_rows, read_row, row_errors, validate_rows
+from transformers_nextflow.data.rows import ROW_NUMBER
 from transformers_nextflow.trainers import NextFlowCollator
+from transformers_nextflow.trainers.recipe_data import StageRows
 
 
 CAPTIONS = ["a red photo", "a green photo", "a blue photo"]
@@ -111,6 +116,40 @@ def test_tables_stream_with_the_same_rows(make, tmp_path):
     stream, _ = open_rows(tmp_path / "data", streaming=True)
     assert isinstance(stream, datasets.IterableDataset)
     assert as_told(stream, root) == as_told(rows, root)
+
+
+def test_reading_tars_does_not_change_the_reader_of_others(tmp_path):
+    before = dict(WebDataset.DECODERS)
+    with_tar(tmp_path / "data")
+    for streaming in (False, True):
+        rows, root = open_rows(tmp_path / "data", streaming=streaming)
+        assert as_told(rows, root) == EXPECTED
+    assert before == WebDataset.DECODERS
+
+
+def _three_rows(files):
+    for file in files:
+        yield from ({"text": f"{file} {number}"} for number in range(3))
+
+
+def test_rows_of_a_stream_are_named_with_the_worker_that_counts_them():
+    stream = datasets.IterableDataset.from_generator(_three_rows, gen_kwargs={"files": [0, 1]})
+    rows = StageRows(stream, tiny_processor()).stream()
+    assert [row[ROW_NUMBER] for row in rows] == [0, 1, 2, 3, 4, 5]
+    loader = DataLoader(rows, batch_size=None, num_workers=2)
+    names = {row["text"]: row[ROW_NUMBER] for row in loader}
+    assert names == {f"{file} {number}": f"{number} of worker {file}" for file in range(2) for number in range(3)}
+
+
+def test_a_bad_row_of_a_table_that_is_streamed_is_named_with_its_worker(tmp_path, monkeypatch):
+    table = datasets.Dataset.from_dict({"image": [{"bytes": png("red"), "path": None}] * 2, "text": ["a", None]})
+    table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "part.parquet")
+    stream, _ = open_rows(tmp_path / "part.parquet", streaming=True)
+    with pytest.raises(BadRowError, match="^row 1, "):
+        list(stream)
+    monkeypatch.setattr(row_errors, "get_worker_info", lambda: SimpleNamespace(id=3))
+    with pytest.raises(BadRowError, match="^row 1 of worker 3, "):
+        list(stream)
 
 
 def test_a_file_of_image_and_text_lines_is_read_beside_its_images(tmp_path):

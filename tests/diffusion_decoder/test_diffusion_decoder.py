@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from diffusers import UNet1DModel
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    PNDMScheduler,
+    UNet1DModel,
+)
 from tiny import tiny_model
 from tiny_diffusion import KINDS, TRAINED_BASES, config_of, save_pipeline_folder, tiny_decoder, tiny_vae
 
@@ -16,7 +25,7 @@ from transformers_nextflow.diffusion_decoder import (
     decoder_on_base,
 )
 from transformers_nextflow.diffusion_decoder.denoising import diffusion_loss
-from transformers_nextflow.diffusion_decoder.schedulers import make_scheduler
+from transformers_nextflow.diffusion_decoder.schedulers import make_scheduler, predictions
 
 
 TWO_STEPS = DiffusionSettings(2, 1.0)
@@ -187,10 +196,11 @@ def knowing(decoder, clean):
         at = time.view(-1, 1, 1, 1)
         if decoder.config.predicts == "image":
             return clean
-        if decoder.config.predicts == "velocity":
+        if alphas is None:
             return (noisy - clean) / at
         alpha = alphas[(at * 1000).round().long()]
-        return (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+        noise = (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+        return noise if decoder.config.predicts == "noise" else alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
 
     return forward
 
@@ -206,6 +216,42 @@ def test_a_decoder_that_knows_the_image_has_no_loss_and_gives_it_in_any_number_o
     for steps in (1, 4):
         [image] = decode_codes(decoder, vq_model, codes, [schedule], DiffusionSettings(steps, 1.0))
         torch.testing.assert_close(image, decoder.decode_pixels(clean)[0], atol=1e-4, rtol=0)
+
+
+SCHEDULERS = {
+    DDPMScheduler: {"clip_sample": False}, EulerDiscreteScheduler: {}, DPMSolverMultistepScheduler: {},
+    PNDMScheduler: {"prediction_type": "v_prediction", "set_alpha_to_one": True},
+    FlowMatchEulerDiscreteScheduler: {"stochastic_sampling": True}, FlowMatchHeunDiscreteScheduler: {},
+    FlowMatchLCMScheduler: {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_every_scheduler_trains_and_decodes_the_same_noise_and_a_seed_fixes_the_image(kind, vq_model, monkeypatch):
+    noise = config_of(make_scheduler(config_of(kind(**SCHEDULERS[kind]))))
+    settings = {"scheduler": noise, "predicts": predictions(noise)[0], "lora_rank": None}
+    decoder, (codes, schedule) = tiny_decoder(vq_model, "text unet", **settings), codes_of(vq_model)
+    randomized(decoder)
+    images = [decode_codes(decoder, vq_model, codes, [schedule], TWO_STEPS, seeds(0))[0] for _ in range(2)]
+    assert torch.equal(*images)
+    clean = torch.randn(1, *decoder.sample_shape(schedule.final_grid), generator=seeds(1)[0])
+    monkeypatch.setattr(decoder, "forward", knowing(decoder, clean))
+    assert diffusion_loss(decoder, clean, code_condition(vq_model, codes, schedule)) < 1e-6
+    [image] = decode_codes(decoder, vq_model, codes, [schedule], DiffusionSettings(4, 1.0))
+    torch.testing.assert_close(image, decoder.decode_pixels(clean)[0], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "kind, settings, message",
+    [
+        ("EDMEulerScheduler", {}, "EDMEulerScheduler is not supported; use a scheduler of flow matching, or"),
+        ("DDIMScheduler", {"prediction_type": "sample"}, "prediction_type 'sample' is not supported; use epsilon"),
+        ("DDIMScheduler", {"prediction_type": "v_prediction"}, "predicts='noise' does not go with this scheduler"),
+    ],
+)
+def test_schedulers_of_another_noise_or_prediction_are_refused(kind, settings, message, vq_model):
+    with pytest.raises(ValueError, match=message):
+        tiny_decoder(vq_model, "text unet", scheduler={"_class_name": kind} | settings)
 
 
 def test_twice_as_large_begins_with_each_condition_spread_over_four_cells(vq_model):
@@ -275,7 +321,7 @@ def test_bases_without_layers_of_a_kind_and_with_a_list_of_layers_are_made(vq_mo
     "settings, message",
     [
         ({"upsampling": 3}, "upsampling must be one of"),
-        ({"predicts": "noise"}, "does not go with flow matching; take velocity or image"),
+        ({"predicts": "noise"}, "does not go with flow matching; use velocity or image"),
         ({"pixel_cell": 3}, "which does not divide it"),
         ({"lora_rank": 2}, "UNet2DModel does not support LoRA"),
     ],

@@ -67,10 +67,12 @@ def tiny_decoder(vq_model, kind="small", seed=0, **settings) -> NextFlowDiffusio
         denoiser, scheduler, rank = TRAINED_BASES[kind]
         base, vae, scheduler = denoiser(), tiny_vae(), scheduler()
         is_flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
-        settings = {"lora_rank": rank, "predicts": "velocity" if is_flow else "noise"} | settings
+        settings = {
+            "lora_rank": rank, "predicts": "velocity" if is_flow else "noise", "scheduler": config_of(scheduler),
+        } | settings  # fmt: skip
         return NextFlowDiffusionDecoder(
-            base=config_of(base), vae=config_of(vae), scheduler=config_of(scheduler), base_model=base,
-            vae_model=vae, **tokenizer_arguments(vq_model), **settings,
+            base=config_of(base), vae=config_of(vae), base_model=base, vae_model=vae,
+            **tokenizer_arguments(vq_model), **settings,
         ).eval()  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def inputs_of(config, rows):
     return prompts(config, rows) | negative(prompts(config, [[], [30, 31], [32]]))
 
 
-def bidirectional(model, schedules, inputs, **kwargs):
+def both_ways(model, schedules, inputs, **kwargs):
     expected = draw(model, schedules, inputs, **kwargs)
     model.compile_drawing()
     return expected, draw(model, schedules, inputs, **kwargs)
@@ -46,7 +46,7 @@ def test_codes_and_logits_are_those_of_the_plain_way(options, settings):
     model = tiny_model(**options)
     inputs, schedules = inputs_of(model.config, mixed_prompts(model.config)), schedules_of(model.config, SQUARES)
     sampling = ImageSampling(top_k=20, **settings)
-    expected, found = bidirectional(model, schedules, inputs, sampling=sampling)
+    expected, found = both_ways(model, schedules, inputs, sampling=sampling)
     assert_same(expected, found)
     # Other prompts, seeds and given codes on the same recordings.
     recorded = [*model.compiled_drawing.kinds.values()][0].recordings

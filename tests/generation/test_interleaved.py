@@ -1,5 +1,6 @@
 """Text and images in turn on one cache, against passes over the whole sequence without one."""
 
+import warnings
 from dataclasses import replace
 from threading import Thread
 
@@ -400,6 +401,28 @@ def test_a_generation_config_sets_what_text_takes():
 
     by_config = run(generation_config=GenerationConfig(**options))
     assert torch.equal(by_config.input_ids, run(**options).input_ids)
+
+
+def test_settings_of_the_models_own_config_that_text_does_not_take_are_warned_of():
+    model, inputs = tiny_model(), {"input_ids": torch.tensor([[20, 21]]), "max_images": 0, "max_new_tokens": 1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate_interleaved(**inputs)
+        model.generation_config.update(repetition_penalty=1.0, num_beams=1, min_length=0, temperature=0.5, top_k=50)
+        model.generate_interleaved(**inputs)
+    model.generation_config.update(repetition_penalty=1.05, min_p=0.1)
+    with pytest.warns(UserWarning, match="config sets repetition_penalty, min_p, which generate uses"):
+        model.generate_interleaved(**inputs)
+
+
+@pytest.mark.parametrize("ends", [None, []])
+def test_a_model_without_an_end_of_turn_writes_and_draws_up_to_its_limits(ends):
+    model = tiny_model(text_config={"eos_token_id": None})
+    model.generation_config.eos_token_id = ends
+    inputs = batch_of(model.config, [[20, 21]])
+    output = model.generate_interleaved(**inputs, min_images=1, max_new_tokens=3, sampling=GREEDY, do_sample=False)
+    assert sum(piece.stop - piece.start for piece in output.segments[0] if piece.image is None) == 3
+    assert len(output.image_tokens) == 1
 
 
 def test_a_streamer_takes_its_timeout_second_and_skips_nothing():

@@ -301,5 +301,5 @@ def test_a_decoder_of_another_kind_than_the_encoder_decodes_the_same_codes(tmp_p
 
 @pytest.mark.parametrize("kind", ["pixel_encoder_type", "pixel_decoder_type"])
 def test_only_convolutions_need_channels_for_every_level(kind):
-    with pytest.raises(ValueError, match="bring an image down by 16, but patch_size is 4"):
+    with pytest.raises(ValueError, match="downsample an image by 16, but patch_size is 4"):
         tiny_vq_config(**{kind: "convolutional"})

@@ -108,6 +108,14 @@ def test_adapters_are_switched_mixed_and_switched_off(pipe, saved):
     assert torch.equal(draw(pipe), plain)
 
 
+@pytest.mark.parametrize("fuse", [None, False, True])
+def test_compiled_drawing_stays_fused_or_not_where_adapters_come(pipe, saved, fuse):
+    pipe.model.compile_drawing(fuse=fuse)
+    before = pipe.model.compiled_drawing
+    pipe.load_lora_weights(saved[0] / "one")
+    assert pipe.model.compiled_drawing is not before and pipe.model.compiled_drawing.fuse is fuse
+
+
 def test_fused_weights_draw_the_same_and_can_be_parted_or_kept(pipe, saved):
     folder, drawn = saved
     plain = draw(pipe)

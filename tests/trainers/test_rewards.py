@@ -139,8 +139,12 @@ def test_own_reading_is_the_mean_probability_of_the_right_answers():
         assert value == pytest.approx(sum(probabilities) / len(probabilities), rel=1e-3)
 
 
-def test_questions_on_one_image_are_scored_as_in_passes_of_their_own(monkeypatch):
+@pytest.mark.parametrize("has_end", [True, False], ids=["with an end token", "without"])
+def test_questions_on_one_image_are_scored_as_in_passes_of_their_own(has_end, monkeypatch):
     model, processor = tiny_model(), tiny_processor()
+    end_of_answer = [processor.tokenizer.eos_token_id] if has_end else []
+    if not has_end:
+        processor.tokenizer.eos_token = None
     codes = torch.randint(32, (2, 30), generator=torch.Generator().manual_seed(0))[[0, 1, 0]]
     grids = torch.tensor([[4, 4]] * 3)
     questions, answers = ["how many circles are there?", "one", "two blue squares"], ["one", "a green star", "two"]
@@ -152,7 +156,7 @@ def test_questions_on_one_image_are_scored_as_in_passes_of_their_own(monkeypatch
     assert images_read == [2]
     for row, (question, answer) in enumerate(zip(questions, answers)):
         start = processor.prompt_ids([question], [[(4, 4)]])[0]
-        end = [*processor.tokenizer(answer, add_special_tokens=False)["input_ids"], processor.tokenizer.eos_token_id]
+        end = processor.tokenizer(answer, add_special_tokens=False)["input_ids"] + end_of_answer
         input_ids = torch.tensor([start + end])
         labels = torch.tensor([[-100] * len(start) + end])
         with torch.no_grad():

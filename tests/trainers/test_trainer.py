@@ -79,6 +79,13 @@ def test_batches_of_one_length_are_made_from_the_lengths_column(tmp_path):
     trainer.train()
 
 
+def test_metrics_that_are_never_logged_do_not_pile_up(tmp_path):
+    trainer = make_trainer(tmp_path, tiny_model(), rows(), max_steps=3, logging_strategy="no")
+    trainer.train()
+    means = trainer._trained
+    assert means.sums.shape == (2, len(means.names)) and means.sums[1, means.names.index("loss")] > 0
+
+
 # The collator ---------------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from transformers_nextflow import NextFlowVQModel
 from transformers_nextflow.evaluation.image_metrics import psnr
 from transformers_nextflow.modeling_nextflow_vq import codebook_statistics
 from transformers_nextflow.trainers import NextFlowVQTrainer, NextFlowVQTrainingArguments, PatchDiscriminator
-from transformers_nextflow.trainers.tokenizer import codebook_maintenance
+from transformers_nextflow.trainers.tokenizer import codebook_maintenance, vq_trainer
 from transformers_nextflow.trainers.tokenizer.adversarial import Adversary
 from transformers_nextflow.trainers.tokenizer.codebook_maintenance import initialize_codebook, revive_dead_codes
 
@@ -122,10 +122,12 @@ def test_losses_go_down(stage, steps, tmp_path):
         assert len(losses) == steps and losses[-1] < 0.8 * losses[0], name
 
 
-def test_the_joint_stage_begins_without_codes_and_then_starts_them_from_k_means(tmp_path):
+# Codes are used from step 2 on; 0.4 of 6 steps are no whole number of them.
+@pytest.mark.parametrize("share, steps", [(0.5, 4), (0.4, 6)])
+def test_the_joint_stage_begins_without_codes_and_then_starts_them_from_k_means(share, steps, tmp_path):
     model = tiny_vq_model()
     before = model.quantizer.codebook.detach().clone()
-    trainer = make_trainer(tmp_path, model, autoencoder_share=0.5, max_steps=4)
+    trainer = make_trainer(tmp_path, model, autoencoder_share=share, max_steps=steps)
     seen = []
 
     def look(module, args, kwargs):
@@ -133,8 +135,8 @@ def test_the_joint_stage_begins_without_codes_and_then_starts_them_from_k_means(
 
     model.register_forward_pre_hook(look, with_kwargs=True)
     trainer.train()
-    assert seen == [(False, False), (False, False), (True, True), (True, True)]
-    assert [loss > 0 for loss in logged(trainer, "codebook_loss")] == [False, False, True, True]
+    assert seen == [(False, False)] * 2 + [(True, True)] * (steps - 2)
+    assert [loss > 0 for loss in logged(trainer, "codebook_loss")] == [False] * 2 + [True] * (steps - 2)
 
 
 def test_the_semantic_loss_is_one_minus_the_cosine_to_the_teacher(tmp_path):
@@ -474,6 +476,31 @@ def test_the_adversary_joins_after_its_share_of_the_steps(tmp_path):
     steps = [entry["step"] for entry in trainer.state.log_history if "adversarial_loss" in entry]
     assert steps == [3, 4]
     assert any(not torch.equal(value, before[name]) for name, value in discriminator.state_dict().items())
+
+
+def test_a_step_of_several_batches_starts_codes_once_and_is_one_step_of_the_discriminator(tmp_path, monkeypatch):
+    started, gradients = [], []
+    start = vq_trainer.initialize_codebook
+    monkeypatch.setattr(vq_trainer, "initialize_codebook", lambda *a, **k: started.append(1) or start(*a, **k))
+    options = {"adversarial_weight": 0.1, "adversarial_start": 0.0, "scale_dropout": 0.0, "stage": "codebook"}
+    for size in (8, 4):
+        torch.manual_seed(0)
+        batches = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
+        discriminator = PatchDiscriminator(4, layers=1)
+        trainer = make_trainer(tmp_path, discriminator=discriminator, max_steps=1, **batches, **options)
+        trainer.train()
+        states = trainer.adversary.optimizer.state_dict()["state"].values()
+        assert {int(state["step"]) for state in states} == {1}
+        gradients.append(torch.cat([state["exp_avg"].flatten() for state in states]))
+    assert len(started) == 2
+    torch.testing.assert_close(*gradients)
+
+
+def test_losses_that_are_never_logged_do_not_pile_up(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=3, logging_strategy="no")
+    trainer.train()
+    total, count = trainer._losses["pixel_loss"]
+    assert total.shape == () and count == 3
 
 
 # Scores and checkpoints -----------------------------------------------------------------------------------------------

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from torch.utils.data import get_worker_info
+
 from ..utils.field_errors import FieldError
+
+
+def number_in_stream(index: int) -> int | str:
+    """The number of a row of a stream. Each worker of a data loader reads files of its own and counts only their rows;
+    a row is then named with its worker.
+    """
+    worker = get_worker_info()
+    return index if worker is None else f"{index} of worker {worker.id}"
 
 
 class BadRowError(FieldError):

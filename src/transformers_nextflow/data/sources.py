@@ -18,7 +18,7 @@ from ..utils.short_repr import short_path, short_repr
 from ..utils.unique_names import load_json
 from .columns import CLASS, Columns, ConversationRows
 from .parquet_rows import ParquetRows
-from .row_errors import BadRowError
+from .row_errors import BadRowError, number_in_stream
 from .stores import METADATA, StoredImages, is_address, list_store_files, without_file_scheme
 
 
@@ -155,9 +155,13 @@ def _load(datasets: ModuleType, kind: str, files: Any, streaming: bool, name: st
 
 def _loaded(datasets: ModuleType, kind: str, files: Any, streaming: bool) -> Dataset | IterableDataset:
     if kind == "webdataset":
-        # Its own reader of JSON keeps the last of repeated names, and does not tell.
-        decoders = import_extra("datasets.packaged_modules.webdataset.webdataset").WebDataset.DECODERS
-        decoders.update(json=load_json, jsn=load_json)
+        from .webdataset_tars import UniqueNamesWebDataset
+
+        reader = UniqueNamesWebDataset(data_files=files)
+        if streaming:
+            return reader.as_streaming_dataset(split="train")
+        reader.download_and_prepare()
+        return reader.as_dataset(split="train")
     if kind == "hub":
         return datasets.load_dataset(files, split="train", streaming=streaming)
     if kind == "saved":
@@ -197,7 +201,7 @@ def _conversation(columns: Columns, classes: Sequence[str] | None, row: dict, in
     try:
         return columns.conversation(row, classes)
     except BadRowError as error:
-        raise error.of_row(index) from error
+        raise error.of_row(number_in_stream(index)) from error
 
 
 def _check_texts(columns: Columns, needed: bool, names: Sequence[str]):

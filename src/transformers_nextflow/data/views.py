@@ -84,7 +84,7 @@ def without_prompt(row: dict) -> dict:
 def prompt_and_image(row: dict) -> tuple[list[dict], list[dict]] | None:
     """The user's parts, and the answer's, in a row of one turn each that is answered by one image; `None` for others.
 
-    Rows that say what is trained on are not changed.
+    It is also `None` for rows with `train` flags.
     """
     messages = read_messages(row)
     if [message["role"] for message in messages] != ["user", "assistant"]:

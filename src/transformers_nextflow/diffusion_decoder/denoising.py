@@ -36,7 +36,9 @@ def diffusion_loss(
     if not decoder.is_flow_matching:
         steps = (uniform * scheduler.config.num_train_timesteps).long()
         noisy = scheduler.add_noise(clean, noise, steps)
-        return F.mse_loss(call(noisy, steps / TIMESTEPS, condition, prompt).float(), noise)
+        is_noise = decoder.config.predicts == "noise"
+        target = noise if is_noise else scheduler.get_velocity(clean, noise, steps)
+        return F.mse_loss(call(noisy, steps / TIMESTEPS, condition, prompt).float(), target)
     # Times in (0, 1], shifted if the scheduler has a shift.
     shift = scheduler.shift
     time = 1 - uniform
@@ -64,14 +66,11 @@ def denoise(
     """
     scheduler, sample = make_scheduler(decoder.config.scheduler), noise.float()
     set_steps(scheduler, num_inference_steps, sample.shape[-2] * sample.shape[-1], sample.device)
-    if not decoder.is_flow_matching:
-        sample = sample * scheduler.init_noise_sigma
     for step in scheduler.timesteps:
         time = (step / TIMESTEPS).expand(len(sample))
-        inputs = sample if decoder.is_flow_matching else scheduler.scale_model_input(sample, step)
-        predicted = decoder(inputs, time, condition, prompt).float()
+        predicted = decoder(sample, time, condition, prompt).float()
         if guidance_scale != 1:
-            unconditional = decoder(inputs, time, None, prompt).float()
+            unconditional = decoder(sample, time, None, prompt).float()
             predicted = unconditional + guidance_scale * (predicted - unconditional)
         if decoder.config.predicts == "image":
             predicted = (sample - predicted) / time[0]

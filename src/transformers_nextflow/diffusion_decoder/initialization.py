@@ -19,7 +19,7 @@ from .bases import find_base
 from .condition import condition_channels, condition_fingerprint
 from .config_checks import MAX_CHANNELS, MAX_LAYERS
 from .modeling_diffusion_decoder import NextFlowDiffusionDecoder
-from .schedulers import is_flow_matching, scheduler_class
+from .schedulers import make_scheduler, predictions, scheduler_class
 
 
 # Names of the denoiser in pipelines of diffusers.
@@ -107,10 +107,11 @@ def decoder_on_base(vq_model: NextFlowVQModel, base: str | os.PathLike, **settin
         for part in (denoiser, vae):
             if part is not None:
                 check_weights(part)
-    is_flow = is_flow_matching(type(scheduler).__name__)
-    settings = {"predicts": "velocity" if is_flow else "noise"} | tokenizer_arguments(vq_model) | settings
+        # Only what is used of it: configs of others may hold infinite values (DPM-Solver's), which JSON does not have.
+        noise = config_of(make_scheduler(config_of(scheduler)))
+        settings = {"predicts": predictions(noise)[0]} | tokenizer_arguments(vq_model) | settings
     decoder = NextFlowDiffusionDecoder(
-        base=config_of(denoiser), vae=None if vae is None else config_of(vae), scheduler=config_of(scheduler),
+        base=config_of(denoiser), vae=None if vae is None else config_of(vae), scheduler=noise,
         base_model=denoiser, vae_model=vae, **settings,
     )  # fmt: skip
     decoder.register_to_config(_name_or_path=str(base))  # whose licence its card tells on

@@ -24,7 +24,7 @@ from ..utils.checkpoint_checks import (
 from ..utils.model_cards import DECODER_USE, ModelCardMixin, format_count, with_card
 from .bases import PromptEmbeddings, add_lora, find_base, make_base
 from .config_checks import check_config, make_module
-from .schedulers import is_flow_matching
+from .schedulers import is_flow_matching, predictions
 
 
 Predicts = Literal["velocity", "image", "noise"]
@@ -47,8 +47,10 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
         projection_hidden_size: hidden size of an MLP that projects the condition; default: a linear map.
         vae: config of an `AutoencoderKL` in whose latents the base denoises; default: it denoises pixels.
         pixel_cell: without a VAE, side of the squares of pixels that are one cell of the denoiser.
-        scheduler: config of a scheduler of diffusers, flow matching or one with alphas; default: flow matching.
-        predicts: what the base predicts: "velocity" or "image" with flow matching, "noise" with other schedulers.
+        scheduler: config of a scheduler of diffusers, whose noise is used: of flow matching, or one with betas that
+            predicts epsilon or v; default: flow matching.
+        predicts: what the base predicts: "velocity" or "image" with flow matching, "noise" with a scheduler that
+            predicts epsilon, "velocity" with one that predicts v.
         lora_rank: rank of the adapters that are trained in place of the base; default: the whole base is trained.
         fingerprint: `condition_fingerprint` of the tokenizer that it was trained on; default: any.
         trained_sizes: (height, width) of the tokenizer's images that it was trained on; default: any.
@@ -118,12 +120,10 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
         config = self.config
         if config.upsampling not in UPSAMPLING:
             raise ValueError(f"upsampling must be one of {UPSAMPLING}, got {config.upsampling!r}.")
-        is_flow = self.is_flow_matching
-        if config.predicts not in (("velocity", "image") if is_flow else ("noise",)):
-            raise ValueError(
-                f"predicts={config.predicts!r} does not go with {'flow matching' if is_flow else 'this scheduler'}; "
-                f"use {'velocity or image' if is_flow else 'noise'}."
-            )
+        possible = predictions(config.scheduler)
+        if config.predicts not in possible:
+            name = "flow matching" if self.is_flow_matching else "this scheduler"
+            raise ValueError(f"predicts={config.predicts!r} does not go with {name}; use {' or '.join(possible)}.")
         if config.lora_rank is not None and not self.kind.takes_lora:
             raise ValueError(f"{config.base['_class_name']} does not support LoRA; leave lora_rank out.")
         if config.patch_size * config.upsampling % self.pixels_per_cell:

@@ -2,32 +2,57 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 from ..utils.short_repr import short_repr
 from ..utils.typed_values import check_finite
 
 
-def make_scheduler(config: dict[str, Any] | None):
-    """A scheduler that nothing else steps; of no config one of flow matching. Raises `ValueError` for what is none."""
+# What a base predicts, by the `prediction_type` of its scheduler.
+PREDICTIONS = {"epsilon": "noise", "v_prediction": "velocity"}
+
+
+def make_scheduler(config: dict[str, Any] | None) -> FlowMatchEulerDiscreteScheduler | DDIMScheduler:
+    """A scheduler with the noise of `config`; default: flow matching. Raises `ValueError` for one that is not usable.
+
+    Only the noise is that of `config`. The steps are Euler's with flow matching and DDIM's otherwise: they add no
+    noise, so that a seed fixes an image, and their noisy images have the variance of those in training.
+    """
     if config is None:
         return FlowMatchEulerDiscreteScheduler()
+    named = scheduler_class(config.get("_class_name")).from_config(dict(config))
+    own = {name: value for name, value in named.config.items() if name != "_use_default_values"}
+    if is_flow_matching(type(named).__name__):
+        return FlowMatchEulerDiscreteScheduler.from_config(own, stochastic_sampling=False)
     # Few steps must begin at the last time, where there is noise only; many schedulers leave it out by default.
-    spacing = {"timestep_spacing": "trailing"} if "timestep_spacing" in config else {}
-    return scheduler_class(config.get("_class_name")).from_config(dict(config), **spacing)
+    return DDIMScheduler.from_config({"clip_sample": False} | own, timestep_spacing="trailing")
+
+
+def predictions(config: dict[str, Any] | None) -> tuple[str, ...]:
+    """What decoders with this scheduler can predict, its base's own prediction first. Raises `ValueError` for none."""
+    scheduler = make_scheduler(config)
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return "velocity", "image"
+    kind = scheduler.config.prediction_type
+    if kind not in PREDICTIONS:
+        raise ValueError(f"prediction_type {short_repr(kind)} is not supported; use {' or '.join(PREDICTIONS)}.")
+    return (PREDICTIONS[kind],)
 
 
 def scheduler_class(name: object) -> type:
-    """A class of diffusers by its name. Raises `ValueError` for one that is no scheduler."""
+    """A class of diffusers by its name. Raises `ValueError` unless it is a scheduler of flow matching or with betas."""
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise ValueError(
             f"{short_repr(name)} is not a scheduler of diffusers; name one, as FlowMatchEulerDiscreteScheduler."
         )
+    if not is_flow_matching(kind.__name__) and "beta_schedule" not in inspect.signature(kind).parameters:
+        raise ValueError(f"{kind.__name__} is not supported; use a scheduler of flow matching, or one with betas.")
     return kind
 
 
@@ -46,13 +71,14 @@ def check_scheduler(config: dict[str, Any] | None, count: int):
     """Raises `ValueError` for a config of no scheduler, or of one that does not take `count` steps."""
     check_finite({"scheduler": config or {}})
     try:
+        predictions(config)
         set_steps(make_scheduler(config), count, 1024)
     except Exception as error:  # schedulers take what comes, and fail at it
         raise ValueError(f"scheduler {short_repr(config)} cannot be used: {error}") from error
 
 
 def is_flow_matching(name: str) -> bool:
-    """Whether the class of a scheduler is one of flow matching, and not of noise with alphas."""
+    """Whether the class of a scheduler is one of flow matching, and not of noise with betas."""
     return name.startswith("FlowMatch")
 
 

@@ -170,13 +170,14 @@ class CompiledDrawing:
 
     Args:
         model: the [`NextFlowForConditionalGeneration`] that draws.
-        fuse: compile the backbone, so that its elementwise operations are fused inside of the graphs.
+        fuse: compile the backbone, so that its elementwise operations are fused inside of the graphs; default: on CUDA.
     """
 
-    def __init__(self, model: nn.Module, fuse: bool):
-        self.model = model
+    def __init__(self, model: nn.Module, fuse: bool | None):
+        self.model, self.fuse = model, fuse
         language_model = model.model.language_model
-        self.backbone = torch.compile(language_model, dynamic=True) if fuse else language_model
+        is_fused = model.device.type == "cuda" if fuse is None else fuse
+        self.backbone = torch.compile(language_model, dynamic=True) if is_fused else language_model
         self.kinds: OrderedDict[RecordingKey, RecordedScales] = OrderedDict()
         self._lock = threading.Lock()
 

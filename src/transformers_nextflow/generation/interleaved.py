@@ -129,7 +129,7 @@ class InterleavedLoop:
         self.truncation = {"top_k": text.top_k or None, "top_p": 1.0 if text.top_p is None else text.top_p}
         ImageSampling(**self.truncation)  # raises for values out of range
         ends = text.eos_token_id if text.eos_token_id is not None else self.config.text_config.eos_token_id
-        self.end_ids = list(ends) if isinstance(ends, list | tuple) else [ends]
+        self.end_ids = list(ends) if isinstance(ends, list | tuple) else [] if ends is None else [ends]
         self.stop = StopStringCriteria(tokenizer, text.stop_strings) if text.stop_strings is not None else None
 
         self.written: list[list[int]] = [[] for _ in range(self.batch)]

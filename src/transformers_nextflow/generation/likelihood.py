@@ -82,7 +82,8 @@ def score_answers(
     questions: Sequence[str],
     answers: Sequence[str],
 ) -> LogLikelihoods:
-    """Log-likelihoods of answers (B) to questions about images, the end of the answer included.
+    """Log-likelihoods of answers (B) to questions about images, the end of the answer included, if the tokenizer has
+    a token for it.
 
     An image that comes with several questions is read once.
 
@@ -96,7 +97,8 @@ def score_answers(
     _check_counts(image_grids, questions=questions, answers=answers)
     tokenizer = processor.tokenizer
     starts = processor.prompt_ids(questions, [[grid] for grid in image_grids.tolist()])
-    ends = [[*encode_text(tokenizer, answer), tokenizer.eos_token_id] for answer in answers]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ends = [[*encode_text(tokenizer, answer), *end] for answer in answers]
     sequences, asked = _read_images(model, processor, starts, image_tokens, image_grids, list(map(len, ends)))
     input_ids, occupied = padded_rows(
         [row + end for row, end in zip(asked, ends)], processor.tokenizer.pad_token_id, image_tokens.device

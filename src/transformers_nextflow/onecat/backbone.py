@@ -133,8 +133,8 @@ def rotary_embeddings(
     with maybe_autocast(position_ids.device.type, enabled=False):
         angles = position_ids[..., None].float() * frequencies
         if position_ids.ndim == 3:
-            generators_of_rows = torch.arange(len(frequencies), device=angles.device) // 2 % 2 == 0
-            angles = torch.where(generators_of_rows, angles[0], angles[1])
+            of_rows = torch.arange(len(frequencies), device=angles.device) // 2 % 2 == 0
+            angles = torch.where(of_rows, angles[0], angles[1])
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 

@@ -13,7 +13,7 @@ import torch
 from ..generation.scale_loop import ScaleState
 from ..sequence.padding import pad_codes
 from ..utils.offloading import is_onloaded, one_thread_if_offloaded, onload_weights
-from ..utils.saved_adapters import unwrapped
+from ..utils.saved_adapters import unwrap_peft
 from ..utils.short_repr import short_repr
 from .notebook_display import ScalePreviews
 
@@ -101,7 +101,7 @@ class PipelineCallsMixin:
     def _after_scale(
         self,
         progress_bar,
-        previews: ScalePreviews | None,
+        scale_previews: ScalePreviews | None,
         callback: Callable | None,
         wanted: Sequence[str],
         output_type: str,
@@ -110,11 +110,11 @@ class PipelineCallsMixin:
 
         def after_scale(model, scale: int, state: ScaleState) -> bool:
             progress_bar.update()
-            if previews is not None:
-                previews.add(self._callback_kwargs(state, ["preview"], "pil")["preview"])
+            if scale_previews is not None:
+                scale_previews.add(self._callback_kwargs(state, ["preview"], "pil")["preview"])
             if callback is not None:
                 returned = callback(self, scale, scale, self._callback_kwargs(state, wanted, output_type))
-                apply_callback_changes(state, returned, unwrapped(self.model).config.vq_config.codebook_size)
+                apply_callback_changes(state, returned, unwrap_peft(self.model).config.vq_config.codebook_size)
             return not self.interrupt
 
         return after_scale

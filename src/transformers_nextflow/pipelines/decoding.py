@@ -17,7 +17,7 @@ from ..generation.sampling import Generators, ImageSampling
 from ..modeling_nextflow_vq import NextFlowVQModel
 from ..scale_schedule import ScaleSchedule
 from ..utils.provenance import GeneratedImage
-from ..utils.saved_adapters import unwrapped
+from ..utils.saved_adapters import unwrap_peft
 from ..utils.short_repr import short_repr
 from ..vision_tokenizer.resampling import resample
 from .outputs import Images
@@ -113,7 +113,7 @@ class DecodingMixin:
         """Images (3, H, W) in [-1, 1] of codes (B, n) padded with -1."""
         if settings is None:
             return self.model.decode_image_tokens(image_tokens, image_grids)
-        vq_model = unwrapped(self.model).vq_model
+        vq_model = unwrap_peft(self.model).vq_model
         patch_size, schedules = vq_model.config.patch_size, vq_model.config.scale_schedules
         sizes = [schedules.for_size(*(side * patch_size for side in grid)) for grid in image_grids.tolist()]
         return decode_codes(self.diffusion_decoder, vq_model, image_tokens, sizes, settings, generator, prompts)
@@ -191,7 +191,7 @@ class DecodingMixin:
         if not self.adds_provenance:
             return list(images)
         # Not the path, which would reveal where the model is on the user's disk.
-        name = str(self.config.get("_name_or_path") or unwrapped(self.model).name_or_path)
+        name = str(self.config.get("_name_or_path") or unwrap_peft(self.model).name_or_path)
         checkpoint = os.path.basename(os.path.normpath(name)) if os.path.exists(name) else name
         settings = sampling.to_dict() | {key: value for key, value in more.items() if value is not None}
         result = []

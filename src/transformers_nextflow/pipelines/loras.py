@@ -263,8 +263,9 @@ class LoraMixin:
 
     def _discard_recordings(self):
         """Discard recorded scales, which hold the layers as they were before."""
-        if getattr(self.unwrapped_model, "compiled_drawing", None) is not None:
-            self.unwrapped_model.compile_drawing()
+        compiled = getattr(self.unwrapped_model, "compiled_drawing", None)
+        if compiled is not None:
+            self.unwrapped_model.compile_drawing(fuse=compiled.fuse)
 
 
 def _check(**given):

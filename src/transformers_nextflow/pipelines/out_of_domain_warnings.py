@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ..evaluation.image_metrics import psnr
-from ..utils.saved_adapters import is_adapted, unwrapped
+from ..utils.saved_adapters import is_adapted, unwrap_peft
 from ..utils.training_domain import TrainingDomain
 from ..utils.typed_values import read_typed
 from ..utils.user_warnings import warn_user
@@ -53,7 +53,7 @@ class OutOfDomainWarningsMixin:
 
     def _warn_of_images(self, images: Sequence[torch.Tensor]):
         """Warn of input images (3, H, W) in [-1, 1] that the tokenizer cannot reconstruct well."""
-        stated, vq_model = self._trained_on(), unwrapped(self.model).vq_model
+        stated, vq_model = self._trained_on(), unwrap_peft(self.model).vq_model
         if stated is None or stated.lowest_psnr is None or "image" in self._warned_kinds:
             return
         for number, image in enumerate(images):
@@ -69,12 +69,12 @@ class OutOfDomainWarningsMixin:
 
     def _images_of(self, pixel_values: torch.Tensor, image_grids: torch.Tensor) -> list[torch.Tensor]:
         """Images (3, H, W) from a batch (num_images, 3, height, width) in which they are padded."""
-        patch_size = unwrapped(self.model).config.vq_config.patch_size
+        patch_size = unwrap_peft(self.model).config.vq_config.patch_size
         sizes = (image_grids * patch_size).tolist()
         return [image[:, :height, :width] for image, (height, width) in zip(pixel_values, sizes)]
 
     def _trained_on(self) -> TrainingDomain | None:
-        model = unwrapped(self.model)
+        model = unwrap_peft(self.model)
         stated = getattr(model.config, "trained_on", None)
         return None if stated is None or is_adapted(model) else read_typed(TrainingDomain, stated, "trained_on")
 

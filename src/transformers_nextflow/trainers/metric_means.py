@@ -14,7 +14,8 @@ class MetricMeans:
 
     def __init__(self):
         self.names: list[str] = []
-        self.batches: list[torch.Tensor] = []
+        # (2, n): of each metric the sum over positions, and their number.
+        self.sums: torch.Tensor | None = None
 
     def add(self, outputs: NextFlowCausalLMOutputWithPast):
         """Adds a batch, without copying from its device."""
@@ -22,18 +23,21 @@ class MetricMeans:
         self.names = list(parts)
         means, counts = (torch.stack([part[index].float() for part in parts.values()]) for index in (0, 1))
         # The mean of nothing is NaN.
-        self.batches.append(torch.stack([torch.where(counts > 0, means * counts, 0), counts]))
+        batch = torch.stack([torch.where(counts > 0, means * counts, 0), counts])
+        # Apple's GPUs have no float64.
+        batch = batch if batch.device.type == "mps" else batch.double()
+        self.sums = batch if self.sums is None else self.sums + batch
 
     def pop(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """The means so far, by their names in the log, NaN for means over no positions; then counting begins anew.
 
         Args:
-            gather: joins the tensors (n, …) of all processes, each of which must have added as many batches.
+            gather: joins the tensors (1, …) of all processes; all of them must have added batches, or none.
         """
-        if not self.batches:
+        if self.sums is None:
             return {}
-        sums, counts = gather(torch.stack(self.batches)).cpu().double().sum(0)
-        self.batches.clear()
+        sums, counts = gather(self.sums[None]).cpu().double().sum(0)
+        self.sums = None
         return dict(zip(self.names, (sums / counts).tolist()))
 
 

@@ -195,6 +195,21 @@ def _collator_of(processor: NextFlowProcessor | None) -> NextFlowCollator:
     return NextFlowCollator(processor)
 
 
+def _fit_collator(collator: NextFlowCollator, model: nn.Module, args: TrainingArguments):
+    """Fill in the settings of a collator that follow from the model. Raises `ValueError` for a processor of another
+    model.
+    """
+    collator.processor.check_fits(model.config)
+    if collator.tokenizer_fingerprint is None:
+        # From the first process, since others may have no weights yet.
+        fingerprint = [tokenizer_fingerprint(model.vq_model) if args.process_index == 0 else None]
+        collator.tokenizer_fingerprint = broadcast_object_list(fingerprint)[0]
+    if collator.codebook_size is None:
+        collator.codebook_size = model.config.vq_config.codebook_size
+    if collator.max_positions is None:
+        collator.max_positions = model.config.text_config.max_position_embeddings
+
+
 def _processor_to_save(collator, processor: NextFlowProcessor | None) -> NextFlowProcessor | None:
     """The processor to save with the model, that of the collator: without one no pipeline loads a checkpoint."""
     own = getattr(collator, "processor", None)
@@ -253,7 +268,7 @@ class NextFlowTrainer(
         collator = kwargs["data_collator"] = kwargs.get("data_collator") or _collator_of(kwargs.get("processing_class"))
         kwargs["processing_class"] = _processor_to_save(collator, kwargs.get("processing_class"))
         if isinstance(collator, NextFlowCollator):
-            collator.processor.check_fits(model.config)
+            _fit_collator(collator, model, args)
         rows = kwargs.get("train_dataset")
         if rows is not None:
             check_trained_weights(model, args)
@@ -264,14 +279,6 @@ class NextFlowTrainer(
             compile_layers(model)
         elif on_cuda:
             use_liger(model)
-        if isinstance(collator, NextFlowCollator) and collator.tokenizer_fingerprint is None:
-            # From the first process, since others may have no weights yet.
-            fingerprint = [tokenizer_fingerprint(model.vq_model) if args.process_index == 0 else None]
-            collator.tokenizer_fingerprint = broadcast_object_list(fingerprint)[0]
-        if isinstance(collator, NextFlowCollator) and collator.codebook_size is None:
-            collator.codebook_size = model.config.vq_config.codebook_size
-        if isinstance(collator, NextFlowCollator) and collator.max_positions is None:
-            collator.max_positions = model.config.text_config.max_position_embeddings
         if is_peft_model(model) and isinstance(rows, NumberedRows) and isinstance(collator, NextFlowCollator):
             _warn_of_images(model, rows, collator)
         if args.packing != "padding" and rows is not None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from torch.utils.data import Dataset, IterableDataset
 
 from ..configuration_nextflow import NextFlowConfig
+from ..data.row_errors import number_in_stream
 from ..data.rows import ROW_NUMBER
 from ..scale_schedule import ScaleSchedule
 
@@ -117,6 +118,7 @@ def checked_costs(rows: Iterable[dict], cost: Callable[[dict], float], budget: f
     for number, row in enumerate(rows):
         value = cost(row)
         if value > budget:
+            number = number_in_stream(number)
             number = row.get(ROW_NUMBER, number) if isinstance(row, dict) else number
             raise ValueError(
                 f"Row {number} costs {math.ceil(value)}, more than the packing_budget of {budget}; give a budget "

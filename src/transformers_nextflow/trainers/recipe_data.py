@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset
 
 from ..data.row_codes import GRIDS, read_grids, schedule_of
-from ..data.row_errors import BadImageError, BadRowError
+from ..data.row_errors import BadImageError, BadRowError, number_in_stream
 from ..data.rows import ROW_NUMBER, NumberedRows, Sample, check_is_row, load_image, read_row
 from ..data.stored_sizes import rows_of_sizes
 from ..data.views import AS_CAPTION, UNCHANGED, WITHOUT_PROMPT, apply_view, sizes_of_view
@@ -75,14 +75,15 @@ class StageRows(Dataset):
         return self.stage_row(self.rows[index], index)
 
     def stream(self) -> IterableDataset:
-        """The same rows where they are a stream of `datasets`, each with its number."""
+        """The same rows where they are a stream of `datasets`, each with its number, see `number_in_stream`."""
         return self.rows.map(self._numbered, with_indices=True)
 
     def _numbered(self, row: dict, index: int) -> dict:
+        number = number_in_stream(index)
         try:
-            return self.stage_row(row, index) | {ROW_NUMBER: index}
+            return self.stage_row(row, number) | {ROW_NUMBER: number}
         except BadRowError as error:
-            raise error.of_row(index) from error
+            raise error.of_row(number) from error
 
     def stage_row(self, row: dict, index: int | str) -> dict:
         """A row, changed for the stage; `index` is its number or name."""

@@ -30,7 +30,7 @@ def onload_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
     computes.
 
     Code that reads a weight without calling its module needs this. For modules without offloading, and for those that
-    are onload_weights already, it does nothing.
+    are onloaded already, it does nothing.
     """
     hooks = {module: hook for module in modules if not isinstance(hook := _hook(module), _OnloadedHook | NoneType)}
     with ExitStack() as stack:

@@ -112,29 +112,14 @@ class NextFlowGRPOTrainer(
         boxes_func: Callable | None = None,
         **kwargs,
     ):
-        if isinstance(model, str | os.PathLike):
-            processing_class = processing_class or AutoProcessor.from_pretrained(model)
-            model = NextFlowForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
+        model, processing_class = _open_model(model, processing_class)
+        base_model = _base_model(model)
         if train_dataset is not None:
             train_dataset = prompts_as_texts(train_dataset)
         if kwargs.get("eval_dataset") is not None:
             kwargs["eval_dataset"] = prompts_as_texts(kwargs["eval_dataset"])
         # A copy, in which missing settings are filled in to fit the model.
         args = copy.copy(args or NextFlowGRPOConfig(output_dir="nextflow-grpo"))
-        if not isinstance(processing_class, NextFlowProcessor):
-            raise ValueError(f"processing_class must be a NextFlowProcessor, got {type(processing_class).__name__}.")
-        base_model = _base_model(model) if isinstance(model, nn.Module) else model
-        if not isinstance(base_model, NextFlowForConditionalGeneration):
-            raise ValueError(
-                "model must be a NextFlowForConditionalGeneration, or a PEFT model around it, got "
-                f"{type(base_model).__name__}."
-            )
-        if (base_model.tp_size or 1) > 1:
-            raise ValueError(
-                f"The model is sharded over {base_model.tp_size} processes (tensor parallel), which RL does not draw "
-                "with; load it without tp_plan, and shard it by FSDP2 (recipes/accelerate/fsdp2.yaml)."
-            )
-        processing_class.check_fits(base_model.config)
         self.sampling = base_model.default_image_sampling
         if args.image_sampling is not None:
             self.sampling = ImageSampling.from_dict(args.image_sampling)
@@ -421,6 +406,32 @@ def _value_of_prefix(rewards: torch.Tensor, eta: float) -> torch.Tensor:
     """Rewards (K, …) of images that continue the same prefix → the value of the prefix; of one image its reward."""
     best = rewards.amax(0)  # the others are relative to it, so that no quotient overflows
     return best + eta * (((rewards - best) / eta).logsumexp(0) - math.log(len(rewards)))
+
+
+def _open_model(
+    model: nn.Module | str | os.PathLike, processor: NextFlowProcessor | None
+) -> tuple[nn.Module, NextFlowProcessor]:
+    """The model and its processor; a folder or repository is loaded. Raises `ValueError` for a model that RL does not
+    train, and for the processor of another model.
+    """
+    if isinstance(model, str | os.PathLike):
+        processor = processor or AutoProcessor.from_pretrained(model)
+        model = NextFlowForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
+    if not isinstance(processor, NextFlowProcessor):
+        raise ValueError(f"processing_class must be a NextFlowProcessor, got {type(processor).__name__}.")
+    base_model = _base_model(model) if isinstance(model, nn.Module) else model
+    if not isinstance(base_model, NextFlowForConditionalGeneration):
+        raise ValueError(
+            "model must be a NextFlowForConditionalGeneration, or a PEFT model around it, got "
+            f"{type(base_model).__name__}."
+        )
+    if (base_model.tp_size or 1) > 1:
+        raise ValueError(
+            f"The model is sharded over {base_model.tp_size} processes (tensor parallel), which RL does not draw "
+            "with; load it without tp_plan, and shard it by FSDP2 (recipes/accelerate/fsdp2.yaml)."
+        )
+    processor.check_fits(base_model.config)
+    return model, processor
 
 
 def _base_model(model: nn.Module) -> nn.Module:

@@ -75,16 +75,19 @@ class Adversary:
         weights = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         return -torch.func.functional_call(self.discriminator, weights, (reconstruction,)).mean()
 
-    def step(self) -> dict[str, torch.Tensor]:
-        """Take one step of the discriminator on the images of the last `loss`, unless its gradient is not finite.
+    def step(self, num_batches: int = 1, is_last: bool = True) -> dict[str, torch.Tensor]:
+        """Take one step of the discriminator on the images of the last `loss`, unless its gradient is not finite. If
+        a step has `num_batches` batches, gradients are added up until the last one.
 
-        Returns its loss and the norm of its gradient, by their names.
+        Returns its loss and, with the last batch, the norm of its gradient, by their names.
         """
         assert self._pair is not None, "step comes after loss"
         fake, real = map(self.discriminator, self._pair)
-        self.optimizer.zero_grad()
         loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()).div(2)
-        loss.backward()
+        loss.div(num_batches).backward()
+        self._pair = None
+        if not is_last:
+            return {"discriminator_loss": loss.detach()}
         if torch.distributed.is_initialized():
             for parameter in self._parameters:
                 torch.distributed.all_reduce(parameter.grad)
@@ -92,7 +95,7 @@ class Adversary:
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self._parameters])
         if norm.isfinite():
             self.optimizer.step()
-        self._pair = None
+        self.optimizer.zero_grad()
         return {"discriminator_loss": loss.detach(), "discriminator_gradient_norm": norm}
 
     def state_dict(self) -> dict:

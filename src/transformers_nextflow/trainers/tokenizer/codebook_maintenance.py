@@ -18,24 +18,24 @@ BATCH = 256
 
 
 class _Residuals:
-    """What codes have not said yet of a batch of images: latents (B, C, h, w), less what each scale has taken."""
+    """The residuals of a batch of images: latents (B, C, h, w) without the codes of the scales so far."""
 
     def __init__(self, model: NextFlowVQModel, pixel_values: torch.Tensor):
         self.model, self.schedule = model, model.schedule_of(pixel_values)
         self.residual = model.encode_latents(pixel_values)
 
     def count(self, scale: int) -> int:
-        """How many vectors a scale compares."""
+        """The number of vectors that a scale quantises."""
         height, width = self.schedule.grids[scale]
         return len(self.residual) * height * width
 
     def vectors(self, scale: int) -> torch.Tensor:
-        """These vectors (n, C)."""
+        """The vectors (n, C) that a scale quantises: the residual, downsampled to its grid."""
         _, vectors = self.model.quantizer.targets(self.residual, self.schedule.grids[scale])
         return vectors.flatten(0, 2)
 
     def take(self, scale: int, centers: torch.Tensor):
-        """Take away what the nearest of the centers (V, C) say at a scale."""
+        """Subtract the nearest of the centers (V, C) at a scale from the residual."""
         height, width = self.schedule.grids[scale]
         codes = _nearest(self.model, self.vectors(scale), centers).view(len(self.residual), height, width, -1)
         upsampled = resample(codes.permute(0, 3, 1, 2), self.schedule.final_grid, self.model.config.upsample)
@@ -50,14 +50,14 @@ def initialize_codebook(
     shares: Sequence[int] | None = None,
     seed: int = 0,
 ):
-    """Starts both codebooks from k-means over what each scale of the images has to say.
+    """Starts both codebooks from k-means over the residuals of the images at each scale.
 
-    Every scale gets `shares[k]` of the codes (default: as many as any other), and leaves to the next ones what its
-    codes could not say. Of the images their latents are held, and in k-means `MAX_VECTORS` vectors of a scale.
+    Every scale gets `shares[k]` of the codes (default: as many as any other), and the next one quantises the residual
+    that they leave. The latents of all images are held in memory, and in k-means `MAX_VECTORS` vectors of a scale.
 
     Args:
         images: (B, 3, H, W), or batches of them, each of one size, that are asked for one after another. A scale has
-            the vectors of all images that are so large.
+            the vectors of all images that have so many scales.
 
     Raises:
         ValueError: if the shares are not one for each scale of the largest image, or do not add up to the codebook.

@@ -32,6 +32,7 @@ class Stage:
             model.get_submodule(name).requires_grad_(True)
 
     def first_quantized_step(self, autoencoder_share: float, max_steps: int) -> int:
+        """The step from which on images are quantised, and at which k-means starts the codebooks."""
         return round(autoencoder_share * max_steps) if self.after_autoencoder else 0
 
     def starts_codebook(self, autoencoder_share: float) -> bool:

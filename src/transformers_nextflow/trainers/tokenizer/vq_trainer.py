@@ -141,11 +141,11 @@ class NextFlowVQTrainer(
         if args.adversarial_weight:
             self.adversary = Adversary(discriminator.to(args.device), learning_rate=args.learning_rate)
         self.model_accepts_loss_kwargs = False
-        # Losses, which stay on the device until they are logged.
-        self._losses: dict[str, list[torch.Tensor | float]] = {}
-        # Codes in use since `_counted_from`, the step of the last revival.
+        # Sum and number of each loss since the last log; they stay on the device until they are logged.
+        self._losses: dict[str, tuple[torch.Tensor | float, int]] = {}
+        # Codes in use since the last revival.
         self._used: torch.Tensor | None = None
-        self._counted_from = 0
+        self._begins_step = True
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         sizes = getattr(self.train_dataset if train_dataset is None else train_dataset, "sizes", None)
@@ -178,8 +178,11 @@ class NextFlowVQTrainer(
     @property
     def quantizes(self) -> bool:
         """Whether codes are used at this step."""
-        waits = self.stage.after_autoencoder and self.progress < self.args.autoencoder_share
-        return self.stage.quantizes and not waits
+        return self.stage.quantizes and self.state.global_step >= self._first_quantized_step
+
+    @property
+    def _first_quantized_step(self) -> int:
+        return self.stage.first_quantized_step(self.args.autoencoder_share, self.state.max_steps)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, pixels = self.args, inputs["pixel_values"]
@@ -197,7 +200,7 @@ class NextFlowVQTrainer(
             losses["adversarial_loss"] = args.adversarial_weight * self.adversary.loss(output.reconstruction, pixels)
         self.note(losses)
         for name, value in losses.items():
-            self._losses.setdefault(name, []).append(value.detach())
+            self._add_to_log(name, value.detach())
         if self.model.training and output.image_tokens is not None:
             self._count_codes(output.image_tokens)
         loss = sum(losses.values())
@@ -218,26 +221,31 @@ class NextFlowVQTrainer(
         return self.accelerator.unwrap_model(self.model)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        # With gradient accumulation a step has several calls.
+        if self._begins_step:
+            self._care_for_codes(inputs["pixel_values"])
+        self._begins_step = self.accelerator.sync_gradients
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.adversary and self.progress >= self.args.adversarial_start:
+            values = self.adversary.step(self.current_gradient_accumulation_steps, self.accelerator.sync_gradients)
+            self.note(values)
+            self._add_to_log("discriminator_loss", values["discriminator_loss"])
+        return loss
+
+    def _care_for_codes(self, pixels: torch.Tensor):
+        """At the beginning of a step: starts the codebooks from k-means, or revives codes, when it is time."""
         args, step = self.args, self.state.global_step
-        first = self.stage.first_quantized_step(args.autoencoder_share, self.state.max_steps)
-        if self.stage.starts_codebook(args.autoencoder_share) and step == first:
+        if self.stage.starts_codebook(args.autoencoder_share) and step == self._first_quantized_step:
             # The same images and the same seed on every process: no broadcast is needed.
             initialize_codebook(self._core, self._first_images(), args.kmeans_shares, seed=args.seed)
             self.restart_averages("quantizer.")
         revives = self.stage.learns_codes and args.revive_every and step % args.revive_every == 0
-        # With gradient accumulation a step has several calls; only the first one revives codes.
-        if revives and self._used is not None and step > self._counted_from:
+        if revives and self._used is not None:
             used = self.accelerator.reduce(self._used, "sum")
-            revived = revive_dead_codes(self._core, inputs["pixel_values"], used == 0, seed=args.seed + step)
+            revived = revive_dead_codes(self._core, pixels, used == 0, seed=args.seed + step)
             self.restart_averages("quantizer.", used == 0)
-            self._losses.setdefault("revived_codes", []).append(float(revived))
-            self._used, self._counted_from = None, step
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.adversary and self.progress >= args.adversarial_start:
-            values = self.adversary.step()
-            self.note(values)
-            self._losses.setdefault("discriminator_loss", []).append(values["discriminator_loss"])
-        return loss
+            self._add_to_log("revived_codes", revived)
+            self._used = None
 
     def _first_images(self) -> Iterator[torch.Tensor]:
         """The images from which the codebooks start, in batches (B, 3, H, W) of one size as a step takes them."""
@@ -268,7 +276,7 @@ class NextFlowVQTrainer(
     def _save_optimizer_and_scheduler(self, output_dir: str):
         super()._save_optimizer_and_scheduler(output_dir)
         used = None if self._used is None else self.accelerator.reduce(self._used, "sum")
-        state = {"used_codes": used, "counted_from": self._counted_from}
+        state = {"used_codes": used}
         if self.adversary:
             state["adversary"] = self.adversary.state_dict()
         if self.args.should_save:
@@ -281,7 +289,7 @@ class NextFlowVQTrainer(
         if not (file := Path(checkpoint) / TRAINER_FILE).is_file():
             return  # allowed by resume_with_changes
         state = torch.load(file, map_location=self.args.device, weights_only=True)
-        self._used, self._counted_from = state["used_codes"], state["counted_from"]
+        self._used = state["used_codes"]
         if self._used is not None and not self.is_world_process_zero():
             # The first process continues with the sum over all processes, the others with zero.
             self._used = torch.zeros_like(self._used)
@@ -290,10 +298,13 @@ class NextFlowVQTrainer(
 
     # Logs -------------------------------------------------------------------------------------------------------------
 
+    def _add_to_log(self, name: str, value: torch.Tensor | float):
+        total, count = self._losses.get(name, (0.0, 0))
+        self._losses[name] = total + value, count + 1
+
     def log(self, logs: dict[str, float], start_time: float | None = None):
         if "loss" in logs:
-            for name, values in self._losses.items():
-                logs[name] = float(sum(values) / len(values))
+            logs |= {name: float(total / count) for name, (total, count) in self._losses.items()}
             self._losses.clear()
         super().log(logs, start_time)
 
