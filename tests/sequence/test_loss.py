@@ -96,6 +96,43 @@ def test_codes_to_write_may_differ_from_the_codes_that_are_read():
     assert float(corrected.image_loss.detach()) != float(model(**inputs, labels=labels).image_loss.detach())
 
 
+@pytest.mark.parametrize("as_adapter", [False, True], ids=["fused head", "called head"])
+def test_trained_labels_out_of_range_are_refused_with_their_value(as_adapter):
+    model = tiny_model()
+    if as_adapter:
+        model.lm_head.register_forward_hook(lambda *_: None)
+    rows, inputs = ragged_batch(model.config)
+    labels, codes = all_labels(inputs), inputs["image_tokens"]
+    num_texts, num_codes = model.config.text_config.vocab_size, model.config.vq_config.codebook_size
+    for label in (num_texts, num_texts + 3, -1, -99):
+        wrong = labels.clone()
+        wrong[0, 1] = label
+        with pytest.raises(ValueError, match=rf"labels of text run from 0 to {num_texts - 1}, got {label};"):
+            model(**inputs, labels=wrong)
+    for code in (num_codes, -1):
+        wrong = codes.clone()
+        wrong[0, 2] = code
+        with pytest.raises(ValueError, match=rf"codes to predict .* run from 0 to {num_codes - 1}, got {code};"):
+            model(**inputs, labels=labels, image_labels=wrong)
+        untrained = labels.masked_fill(inputs["input_ids"] == model.config.eoi_token_id, -100)
+        assert model(**inputs, labels=untrained, image_labels=wrong).loss.isfinite()
+
+
+def test_codes_to_predict_are_those_of_the_images():
+    model = tiny_model()
+    rows, inputs = ragged_batch(model.config)
+    labels, codes = all_labels(inputs), inputs["image_tokens"]
+    for wrong in (codes[:-1], codes[:, :5]):
+        with pytest.raises(ValueError, match=rf"are \({len(wrong)}, {wrong.shape[1]}\), but there are {len(codes)} im"):
+            model(**inputs, labels=labels, image_labels=wrong)
+    # The slots read no codes of the last scale, so forgotten ones are seen only here.
+    padded = inputs | {"image_tokens": codes.clone()}
+    padded["image_tokens"][0, model.model.schedules_of(inputs["image_grids"])[0].num_tokens - 1] = -1
+    model(**padded)
+    with pytest.raises(ValueError, match="got -1;"):
+        model(**padded, labels=labels)
+
+
 def test_images_without_a_label_at_their_end_and_unlabelled_text_do_not_count():
     model = tiny_model()
     rows, inputs = ragged_batch(model.config)
