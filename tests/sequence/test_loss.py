@@ -388,6 +388,21 @@ def test_the_fused_loss_follows_autocast():
         assert fused.dtype == torch.float32
 
 
+def test_under_float16_the_gradient_of_a_trained_head_does_not_overflow():
+    matrices, hidden_states, _, _ = random_targets(count=256)
+    classes, weights = torch.zeros(256, dtype=torch.long), torch.full((256,), 340.0)
+    gradients = []
+    for half in (False, True):
+        inputs = [tensor.detach().clone().requires_grad_() for tensor in (4 * hidden_states.abs(), *matrices)]
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            total = fused_cross_entropy.fused_cross_entropy(inputs[0], inputs[1:], classes, weights)[0]
+        (1e-5 * total).backward()
+        gradients.append([tensor.grad for tensor in inputs])
+    for half, full in zip(gradients[1], gradients[0]):
+        assert half.isfinite().all()
+        torch.testing.assert_close(half, full)
+
+
 @pytest.mark.parametrize("kind", ["text", "images", "mixed"])
 def test_gradients_of_the_model_are_those_of_the_plain_way(kind):
     model = tiny_model(tie_word_embeddings=True)
