@@ -167,17 +167,32 @@ def test_paths_of_images_are_relative_to_their_own_source(tmp_path):
         assert path.parent.name == row["messages"][0]["content"][0]["text"]
 
 
-def test_a_stream_of_files_is_shared_out_by_files(tmp_path):
-    rows = datasets.IterableDataset.from_generator(
-        lambda files: ({"messages": text_row(f"{file} {n}")["messages"]} for file in files for n in range(3)),
-        gen_kwargs={"files": list(range(4))},
+def stream_of_files(root, count: int, rows: int = 3) -> StreamedSource:
+    stream = datasets.IterableDataset.from_generator(
+        lambda files: ({"messages": text_row(f"{file} {n}")["messages"]} for file in files for n in range(rows)),
+        gen_kwargs={"files": list(range(count))},
     )
-    source, seen = StreamedSource("tars", rows, tmp_path), []
-    for share in range(2):
-        mixture = Mixture([(source, 1.0)])
-        mixture.take_share(share, 2, 0)
-        seen.append([row["messages"][1]["content"][0]["text"] for row in first(mixture, 12)])
-        assert all(count == 2 for count in Counter(seen[-1]).values())
-    assert not set(seen[0]) & set(seen[1])
+    return StreamedSource("tars", stream, root)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stream_of_files_is_shared_out_by_files(processes, workers, tmp_path):
+    from torch.utils.data import DataLoader
+
+    seen = []
+    for share in range(processes):
+        mixture = Mixture([(stream_of_files(tmp_path, 8), 1.0)], prepare=lambda row, name: row | {"name": name})
+        mixture.take_share(share, processes, workers)
+        loader = DataLoader(mixture, batch_size=None, collate_fn=lambda row: row, num_workers=workers)
+        for row in first(loader, 2 * 24 // processes):
+            if row["name"].endswith("(reading 1)"):
+                seen.append(row["messages"][1]["content"][0]["text"])
+    assert sorted(seen) == sorted(f"{file} {n}" for file in range(8) for n in range(3))
+
+
+def test_streams_that_cannot_be_shared_out_are_refused(tmp_path):
     with pytest.raises(ValueError, match="tars has 4 files for 5 readers"):
-        Mixture([(source, 1.0)]).take_share(0, 5, 0)
+        Mixture([(stream_of_files(tmp_path, 4), 1.0)]).take_share(0, 5, 0)
+    with pytest.raises(ValueError, match="files of tars that reader 0 has to itself hold no rows"):
+        first(Mixture([(stream_of_files(tmp_path, 4, rows=0), 1.0)]), 1)

@@ -129,13 +129,24 @@ class StreamedSource:
             )
 
     def stream(self, share: int, shares: int, seed: int) -> Iterator[tuple[str, dict]]:
-        """As in `Source`; shuffled within `BLOCK` rows."""
-        rows = self.rows.shard(shares, share, contiguous=False).shuffle(seed=seed, buffer_size=BLOCK)
+        """As in `Source`; shuffled within `BLOCK` rows.
+
+        Raises:
+            ValueError: if the files of the share hold no rows.
+        """
+        # `datasets` divides the files of a process among its workers itself.
+        worker = get_worker_info()
+        workers = 1 if worker is None else worker.num_workers
+        rows = self.rows.shard(shares // workers, share // workers, contiguous=False)
+        rows = rows.shuffle(seed=seed, buffer_size=BLOCK)
         for passed in itertools.count():
             rows.set_epoch(passed)
+            named = None
             for number, row in enumerate(rows):
                 named = f"{number} of {self.name}, share {share}"
                 yield f"{named} (reading {passed + 1})", row | {ROW_NUMBER: named, ROW_ROOT: str(self.root)}
+            if named is None:
+                raise ValueError(f"The files of {self.name} that reader {share} has to itself hold no rows.")
 
 
 class _Part(Sequence):
