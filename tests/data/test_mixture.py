@@ -6,6 +6,7 @@ from collections import Counter
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -81,6 +82,23 @@ def test_no_reader_reads_the_rows_of_another_and_all_rows_are_read(group, tmp_pa
         assert len({n for _, n in read}) == len(set(read)) == 12
 
 
+@pytest.mark.parametrize(("count", "readers", "group"), [(2999, 2, None), (40000, 32, None), (160, 32, 4), (48, 7, 5)])
+def test_shares_differ_by_one_row_at_most_and_hold_each_row_once(count, readers, group, tmp_path):
+    if group is None:
+        source = Source("a", range(count), ".")
+    else:
+        table = pa.table({"messages": [f"{number}" for number in range(count)]})
+        pq.write_table(table, tmp_path / "rows.parquet", row_group_size=group)
+        source = open_source("rows.parquet", tmp_path, Columns())
+    shares = [source.blocks(share, readers) for share in range(readers)]
+    rows = [[row for block in blocks for row in range(block.start, block.stop)] for blocks in shares]
+    assert sorted(itertools.chain(*rows)) == list(range(count))
+    assert max(map(len, rows)) - min(map(len, rows)) <= 1
+    if group is not None:
+        own = [source.read(block)[n]["messages"] for block in shares[1] for n in range(block.stop - block.start)]
+        assert own == [str(row) for row in rows[1]]
+
+
 def test_workers_divide_a_share():
     from torch.utils.data import DataLoader
 
@@ -98,6 +116,8 @@ def test_workers_divide_a_share():
 def test_more_readers_than_rows_are_refused_with_their_number():
     with pytest.raises(ValueError, match="b has 30 rows for 32 readers"):
         Mixture(two_sources()).take_share(0, 8, 4)
+    with pytest.raises(ValueError, match="a has 0 rows for 1 readers"):
+        first(Mixture([(Source("a", [], "."), 1.0)]), 1)
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan"), "1", True, None])
