@@ -127,8 +127,8 @@ def test_no_steps_are_none(tmp_path):
     assert equal(model.state_dict(), tiny_model().state_dict()) and not list(tmp_path.iterdir())
 
 
-def test_the_best_weights_are_those_of_a_finished_training(tmp_path):
-    options = {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+def test_the_best_weights_and_averages_are_those_of_a_finished_training(tmp_path):
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "ema_decay": 0.5}
     options |= {"eval_strategy": "steps", "eval_steps": 2}
 
     def train(checkpoint=None):
@@ -138,11 +138,20 @@ def test_the_best_weights_are_those_of_a_finished_training(tmp_path):
         )
         trainer.evaluate = lambda *_, **__: {"eval_loss": float(trainer.state.global_step)}
         trainer.train(resume_from_checkpoint=checkpoint)
-        return weights(trainer)
+        return weights(trainer), trainer._averages
 
-    best = train()
+    best, averages = train()
     assert equal(best, load_file(tmp_path / "checkpoint-2" / "model.safetensors"))
-    assert equal(train(checkpoint=True), best)
+    assert equal(averages, load_file(tmp_path / "checkpoint-2" / "ema.safetensors"))
+    again, averages_again = train(checkpoint=True)
+    assert equal(again, best) and equal(averages_again, averages)
+
+
+def test_the_best_averages_need_checkpoints_that_hold_them(tmp_path):
+    options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_only_model": True}
+    training_arguments(tmp_path, DATA, **(STEPS | options))
+    with pytest.raises(ValueError, match="the averages .* of the best checkpoint too; leave out save_only_model"):
+        training_arguments(tmp_path, DATA, **(STEPS | options | {"ema_decay": 0.5}))
 
 
 # What has changed -----------------------------------------------------------------------------------------------------
