@@ -1,7 +1,10 @@
 """Resuming from a checkpoint: what has to be the same, when a training is finished, and whose folder it is."""
 
+import json
 import logging
 import shutil
+from pathlib import Path
+from unittest.mock import Mock
 
 import peft
 import pytest
@@ -16,14 +19,14 @@ from test_vq_trainer import make_trainer as make_vq_trainer
 from test_vq_trainer import rows as vq_rows
 from tiny import PATCH_SIZE, tiny_model, tiny_processor
 from torch.utils.data import Dataset, IterableDataset
-from transformers import AutoProcessor, TrainerCallback
+from transformers import AutoProcessor, TrainerCallback, TrainerState
 from typer.testing import CliRunner
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowPipeline
 from transformers_nextflow.adapters import lora_config
 from transformers_nextflow.cli import app
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer
-from transformers_nextflow.trainers.runs.atomic_checkpoints import SUPERSEDED
+from transformers_nextflow.trainers.runs.atomic_checkpoints import SUPERSEDED, AtomicCheckpointMixin
 from transformers_nextflow.trainers.runs.training_record import RECORD_FILE
 from transformers_nextflow.utils.folder_lock import LOCK_FILE, lock_folder
 
@@ -152,6 +155,31 @@ def test_the_best_averages_need_checkpoints_that_hold_them(tmp_path):
     training_arguments(tmp_path, DATA, **(STEPS | options))
     with pytest.raises(ValueError, match="the averages .* of the best checkpoint too; leave out save_only_model"):
         training_arguments(tmp_path, DATA, **(STEPS | options | {"ema_decay": 0.5}))
+
+
+@pytest.mark.parametrize("writes", [True, False], ids=["first process", "another process"])
+def test_every_process_knows_the_place_of_the_best_checkpoint(writes, tmp_path):
+    class Saving:
+        """What `Trainer` does in every process; the checkpoint is there in all of them."""
+
+        def _get_output_dir(self, trial):
+            return str(tmp_path)
+
+        def _save_checkpoint(self, model, trial):
+            checkpoint = Path(self._get_output_dir(trial)) / "checkpoint-2"
+            checkpoint.mkdir(parents=True)
+            self.state.best_model_checkpoint = str(checkpoint)
+
+    class Process(AtomicCheckpointMixin, Saving):
+        args, accelerator = Mock(should_save=writes, save_total_limit=None), Mock()
+        state = TrainerState(global_step=2)
+
+    process = Process()
+    process._save_checkpoint(None, None)
+    assert process.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    if writes:
+        state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
 
 
 # What has changed -----------------------------------------------------------------------------------------------------
