@@ -541,7 +541,8 @@ class NextFlowForConditionalGeneration(NextFlowPreTrainedModel, NextFlowGenerati
                 the function runs the model several times or in parts; it must call `model.forward`, not the model.
 
         Raises:
-            ValueError: if placeholders, grids and codes do not match, or `num_items_in_batch` comes without labels.
+            ValueError: if placeholders, grids and codes do not match, for labels out of range, or if
+                `num_items_in_batch` comes without labels.
         """
         if inside is not None:
             return inside(self)

@@ -6,6 +6,7 @@ from collections import Counter
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -81,6 +82,23 @@ def test_no_reader_reads_the_rows_of_another_and_all_rows_are_read(group, tmp_pa
         assert len({n for _, n in read}) == len(set(read)) == 12
 
 
+@pytest.mark.parametrize(("count", "readers", "group"), [(2999, 2, None), (40000, 32, None), (160, 32, 4), (48, 7, 5)])
+def test_shares_differ_by_one_row_at_most_and_hold_each_row_once(count, readers, group, tmp_path):
+    if group is None:
+        source = Source("a", range(count), ".")
+    else:
+        table = pa.table({"messages": [f"{number}" for number in range(count)]})
+        pq.write_table(table, tmp_path / "rows.parquet", row_group_size=group)
+        source = open_source("rows.parquet", tmp_path, Columns())
+    shares = [source.blocks(share, readers) for share in range(readers)]
+    rows = [[row for block in blocks for row in range(block.start, block.stop)] for blocks in shares]
+    assert sorted(itertools.chain(*rows)) == list(range(count))
+    assert max(map(len, rows)) - min(map(len, rows)) <= 1
+    if group is not None:
+        own = [source.read(block)[n]["messages"] for block in shares[1] for n in range(block.stop - block.start)]
+        assert own == [str(row) for row in rows[1]]
+
+
 def test_workers_divide_a_share():
     from torch.utils.data import DataLoader
 
@@ -98,6 +116,8 @@ def test_workers_divide_a_share():
 def test_more_readers_than_rows_are_refused_with_their_number():
     with pytest.raises(ValueError, match="b has 30 rows for 32 readers"):
         Mixture(two_sources()).take_share(0, 8, 4)
+    with pytest.raises(ValueError, match="a has 0 rows for 1 readers"):
+        first(Mixture([(Source("a", [], "."), 1.0)]), 1)
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan"), "1", True, None])
@@ -167,17 +187,32 @@ def test_paths_of_images_are_relative_to_their_own_source(tmp_path):
         assert path.parent.name == row["messages"][0]["content"][0]["text"]
 
 
-def test_a_stream_of_files_is_shared_out_by_files(tmp_path):
-    rows = datasets.IterableDataset.from_generator(
-        lambda files: ({"messages": text_row(f"{file} {n}")["messages"]} for file in files for n in range(3)),
-        gen_kwargs={"files": list(range(4))},
+def stream_of_files(root, count: int, rows: int = 3) -> StreamedSource:
+    stream = datasets.IterableDataset.from_generator(
+        lambda files: ({"messages": text_row(f"{file} {n}")["messages"]} for file in files for n in range(rows)),
+        gen_kwargs={"files": list(range(count))},
     )
-    source, seen = StreamedSource("tars", rows, tmp_path), []
-    for share in range(2):
-        mixture = Mixture([(source, 1.0)])
-        mixture.take_share(share, 2, 0)
-        seen.append([row["messages"][1]["content"][0]["text"] for row in first(mixture, 12)])
-        assert all(count == 2 for count in Counter(seen[-1]).values())
-    assert not set(seen[0]) & set(seen[1])
+    return StreamedSource("tars", stream, root)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stream_of_files_is_shared_out_by_files(processes, workers, tmp_path):
+    from torch.utils.data import DataLoader
+
+    seen = []
+    for share in range(processes):
+        mixture = Mixture([(stream_of_files(tmp_path, 8), 1.0)], prepare=lambda row, name: row | {"name": name})
+        mixture.take_share(share, processes, workers)
+        loader = DataLoader(mixture, batch_size=None, collate_fn=lambda row: row, num_workers=workers)
+        for row in first(loader, 2 * 24 // processes):
+            if row["name"].endswith("(reading 1)"):
+                seen.append(row["messages"][1]["content"][0]["text"])
+    assert sorted(seen) == sorted(f"{file} {n}" for file in range(8) for n in range(3))
+
+
+def test_streams_that_cannot_be_shared_out_are_refused(tmp_path):
     with pytest.raises(ValueError, match="tars has 4 files for 5 readers"):
-        Mixture([(source, 1.0)]).take_share(0, 5, 0)
+        Mixture([(stream_of_files(tmp_path, 4), 1.0)]).take_share(0, 5, 0)
+    with pytest.raises(ValueError, match="files of tars that reader 0 has to itself hold no rows"):
+        first(Mixture([(stream_of_files(tmp_path, 4, rows=0), 1.0)]), 1)

@@ -96,6 +96,43 @@ def test_codes_to_write_may_differ_from_the_codes_that_are_read():
     assert float(corrected.image_loss.detach()) != float(model(**inputs, labels=labels).image_loss.detach())
 
 
+@pytest.mark.parametrize("as_adapter", [False, True], ids=["fused head", "called head"])
+def test_trained_labels_out_of_range_are_refused_with_their_value(as_adapter):
+    model = tiny_model()
+    if as_adapter:
+        model.lm_head.register_forward_hook(lambda *_: None)
+    rows, inputs = ragged_batch(model.config)
+    labels, codes = all_labels(inputs), inputs["image_tokens"]
+    num_texts, num_codes = model.config.text_config.vocab_size, model.config.vq_config.codebook_size
+    for label in (num_texts, num_texts + 3, -1, -99):
+        wrong = labels.clone()
+        wrong[0, 1] = label
+        with pytest.raises(ValueError, match=rf"labels of text run from 0 to {num_texts - 1}, got {label};"):
+            model(**inputs, labels=wrong)
+    for code in (num_codes, -1):
+        wrong = codes.clone()
+        wrong[0, 2] = code
+        with pytest.raises(ValueError, match=rf"codes to predict .* run from 0 to {num_codes - 1}, got {code};"):
+            model(**inputs, labels=labels, image_labels=wrong)
+        untrained = labels.masked_fill(inputs["input_ids"] == model.config.eoi_token_id, -100)
+        assert model(**inputs, labels=untrained, image_labels=wrong).loss.isfinite()
+
+
+def test_codes_to_predict_are_those_of_the_images():
+    model = tiny_model()
+    rows, inputs = ragged_batch(model.config)
+    labels, codes = all_labels(inputs), inputs["image_tokens"]
+    for wrong in (codes[:-1], codes[:, :5]):
+        with pytest.raises(ValueError, match=rf"are \({len(wrong)}, {wrong.shape[1]}\), but there are {len(codes)} im"):
+            model(**inputs, labels=labels, image_labels=wrong)
+    # The slots read no codes of the last scale, so forgotten ones are seen only here.
+    padded = inputs | {"image_tokens": codes.clone()}
+    padded["image_tokens"][0, model.model.schedules_of(inputs["image_grids"])[0].num_tokens - 1] = -1
+    model(**padded)
+    with pytest.raises(ValueError, match="got -1;"):
+        model(**padded, labels=labels)
+
+
 def test_images_without_a_label_at_their_end_and_unlabelled_text_do_not_count():
     model = tiny_model()
     rows, inputs = ragged_batch(model.config)
@@ -349,6 +386,21 @@ def test_the_fused_loss_follows_autocast():
     for fused, plain in zip(*grads):
         torch.testing.assert_close(fused, plain, rtol=0.02, atol=0.02 * float(plain.abs().max()))
         assert fused.dtype == torch.float32
+
+
+def test_under_float16_the_gradient_of_a_trained_head_does_not_overflow():
+    matrices, hidden_states, _, _ = random_targets(count=256)
+    classes, weights = torch.zeros(256, dtype=torch.long), torch.full((256,), 340.0)
+    gradients = []
+    for half in (False, True):
+        inputs = [tensor.detach().clone().requires_grad_() for tensor in (4 * hidden_states.abs(), *matrices)]
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            total = fused_cross_entropy.fused_cross_entropy(inputs[0], inputs[1:], classes, weights)[0]
+        (1e-5 * total).backward()
+        gradients.append([tensor.grad for tensor in inputs])
+    for half, full in zip(gradients[1], gradients[0]):
+        assert half.isfinite().all()
+        torch.testing.assert_close(half, full)
 
 
 @pytest.mark.parametrize("kind", ["text", "images", "mixed"])

@@ -120,13 +120,15 @@ def test_a_code_weighs_its_scales_weight_over_the_sum_of_all_codes():
         assert (weights[row, ~columns.occupied[row]] == 0).all()
 
 
+@pytest.mark.parametrize("every", [1, 3], ids=["all codes", "every third code"])
 @pytest.mark.parametrize("level", RATIO_LEVELS)
-def test_at_ratio_one_every_level_has_the_policy_gradient(level):
+def test_at_ratio_one_every_level_has_the_policy_gradient(level, every):
     schedules, columns = schedules_and_columns()
-    weights = scale_shares(schedules, columns, alpha=0.9)
+    counted = columns.occupied & (torch.arange(len(columns.scales)) % every == 0)
+    weights = scale_shares(schedules, columns, 0.9, counted)
     log_ratios = torch.zeros_like(weights, requires_grad=True)
     advantages = torch.tensor([1.5, -0.5])
-    terms, ratios, is_clipped = policy_terms(log_ratios, advantages, weights, columns, level)
+    terms, ratios, is_clipped = policy_terms(log_ratios, advantages, weights, columns, level, counted=counted)
     assert (ratios == 1).all() and not is_clipped.any()
     terms.sum().backward()
     torch.testing.assert_close(log_ratios.grad, weights * advantages[:, None])
@@ -143,6 +145,18 @@ def test_the_product_of_a_scales_ratios_is_the_ratio_of_its_grid():
         parts = log_ratios[row, columns.occupied[row]].split(list(counts))
         expected = sum(n**-0.9 / total * part.sum().exp() for n, part in zip(counts, parts))
         torch.testing.assert_close(terms[row].sum(), expected)
+
+
+@pytest.mark.parametrize("level", ["scale_mean", "scale_product"])
+def test_codes_that_do_not_count_are_no_part_of_the_ratio_of_their_scale(level):
+    schedules, columns = schedules_and_columns()
+    counted = columns.occupied & (torch.arange(len(columns.scales)) % 3 == 0)
+    weights = scale_shares(schedules, columns, 0.9, counted)
+    log_ratios = 0.01 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(0))
+    terms, _, is_clipped = policy_terms(log_ratios, torch.ones(2), weights, columns, level, counted=counted)
+    others = log_ratios.masked_fill(~counted, 3.0)
+    found, _, still = policy_terms(others, torch.ones(2), weights, columns, level, counted=counted)
+    assert torch.equal(found, terms) and torch.equal(still, is_clipped)
 
 
 @pytest.mark.parametrize("level", RATIO_LEVELS)
@@ -344,11 +358,12 @@ def test_boxes_mark_the_cells_that_they_touch_at_every_scale():
         box_mask([(0.0, 0.0, 16.0, 16.0)], schedule)
 
 
-def test_only_codes_in_boxes_are_trained(tmp_path):
+@pytest.mark.parametrize("level", RATIO_LEVELS)
+def test_only_codes_in_boxes_are_trained(level, tmp_path):
     def left_half(completions, **_):
         return [[(0.0, 0.0, 0.5, 1.0)] if index else None for index in range(len(completions))]
 
-    trainer = make_trainer(tmp_path, boxes_func=left_half, beta=0.0)
+    trainer = make_trainer(tmp_path, boxes_func=left_half, beta=0.0, importance_sampling_level=level)
     inputs, seen = first_batch(trainer), []
     found = trainer._log_probabilities
     trainer._log_probabilities = lambda *args: seen.append(found(*args)) or seen[0]

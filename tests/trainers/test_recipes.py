@@ -11,7 +11,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
 from processes import in_two_processes
-from test_trainer import Killed, codes, conversation, drawing, question, text
+from test_trainer import Killed, codes, conversation, drawing, question, text, training_arguments
 from tiny import free_port, tiny_model, tiny_processor, tiny_vq_config
 from typer.testing import CliRunner
 
@@ -20,6 +20,7 @@ from transformers_nextflow.cli import app
 from transformers_nextflow.data import BadRowError, extract_codes, open_rows
 from transformers_nextflow.data.views import as_caption, without_prompt
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer
+from transformers_nextflow.trainers.packing import CostModel
 from transformers_nextflow.trainers.recipe_data import StageImages, StageRows
 from transformers_nextflow.trainers.recipe_trainers import make_trainer as trainer_of
 from transformers_nextflow.trainers.recipes import RECIPES, load_recipe, recipe_names, run_recipe
@@ -205,6 +206,26 @@ def test_each_epoch_takes_other_rows_for_the_shares_and_a_training_that_goes_on_
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))  # in the middle of the second epoch
     own = trainer.model.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in again.model.state_dict().items())
+
+
+@pytest.mark.parametrize("packing", ["length", "compute"])
+def test_packs_take_other_rows_in_each_epoch_too_and_never_exceed_their_budget(packing, tmp_path):
+    captions = ["a red circle", "two blue squares and a green star", "how many circles are there? one", "one"]
+    rows = StageRows([drawing(caption, n) for n, caption in enumerate(captions)], tiny_processor(), None, 0.3, 0.3)
+    args = training_arguments(tmp_path, [1], packing=packing, packing_budget=150)
+    trainer = NextFlowTrainer(tiny_model(), args, train_dataset=rows, processing_class=tiny_processor())
+    collator, model, told = trainer.data_collator, CostModel.from_config(trainer.model.config), []
+    unchanged, packs = set(), trainer.train_dataset.packs
+    for epoch in range(12):
+        trainer.state.epoch = float(epoch)
+        trainer.callback_handler.on_epoch_begin(args, trainer.state, trainer.control)
+        told.append(rows.epoch)
+        for pack in trainer.train_dataset:
+            sizes = [collator.size(row) for row in pack]
+            assert sum(s.length if packing == "length" else model.cost(s) for s in sizes) <= args.packing_budget
+            unchanged |= {row["messages"][0]["content"][0].get("text") for row in pack}
+    assert told == list(range(12)) and unchanged == {None, "", *captions}
+    assert trainer.train_dataset.packs == packs and len(packs) > 1
 
 
 def test_images_of_the_tokenizer_are_read_as_the_image_processor_reads_them(tmp_path):

@@ -1,7 +1,10 @@
 """Resuming from a checkpoint: what has to be the same, when a training is finished, and whose folder it is."""
 
+import json
 import logging
 import shutil
+from pathlib import Path
+from unittest.mock import Mock
 
 import peft
 import pytest
@@ -16,14 +19,14 @@ from test_vq_trainer import make_trainer as make_vq_trainer
 from test_vq_trainer import rows as vq_rows
 from tiny import PATCH_SIZE, tiny_model, tiny_processor
 from torch.utils.data import Dataset, IterableDataset
-from transformers import AutoProcessor, TrainerCallback
+from transformers import AutoProcessor, TrainerCallback, TrainerState
 from typer.testing import CliRunner
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowPipeline
 from transformers_nextflow.adapters import lora_config
 from transformers_nextflow.cli import app
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer
-from transformers_nextflow.trainers.runs.atomic_checkpoints import SUPERSEDED
+from transformers_nextflow.trainers.runs.atomic_checkpoints import SUPERSEDED, AtomicCheckpointMixin
 from transformers_nextflow.trainers.runs.training_record import RECORD_FILE
 from transformers_nextflow.utils.folder_lock import LOCK_FILE, lock_folder
 
@@ -127,8 +130,8 @@ def test_no_steps_are_none(tmp_path):
     assert equal(model.state_dict(), tiny_model().state_dict()) and not list(tmp_path.iterdir())
 
 
-def test_the_best_weights_are_those_of_a_finished_training(tmp_path):
-    options = {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+def test_the_best_weights_and_averages_are_those_of_a_finished_training(tmp_path):
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "ema_decay": 0.5}
     options |= {"eval_strategy": "steps", "eval_steps": 2}
 
     def train(checkpoint=None):
@@ -138,11 +141,45 @@ def test_the_best_weights_are_those_of_a_finished_training(tmp_path):
         )
         trainer.evaluate = lambda *_, **__: {"eval_loss": float(trainer.state.global_step)}
         trainer.train(resume_from_checkpoint=checkpoint)
-        return weights(trainer)
+        return weights(trainer), trainer._averages
 
-    best = train()
+    best, averages = train()
     assert equal(best, load_file(tmp_path / "checkpoint-2" / "model.safetensors"))
-    assert equal(train(checkpoint=True), best)
+    assert equal(averages, load_file(tmp_path / "checkpoint-2" / "ema.safetensors"))
+    again, averages_again = train(checkpoint=True)
+    assert equal(again, best) and equal(averages_again, averages)
+
+
+def test_the_best_averages_need_checkpoints_that_hold_them(tmp_path):
+    options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_only_model": True}
+    training_arguments(tmp_path, DATA, **(STEPS | options))
+    with pytest.raises(ValueError, match="the averages .* of the best checkpoint too; leave out save_only_model"):
+        training_arguments(tmp_path, DATA, **(STEPS | options | {"ema_decay": 0.5}))
+
+
+@pytest.mark.parametrize("writes", [True, False], ids=["first process", "another process"])
+def test_every_process_knows_the_place_of_the_best_checkpoint(writes, tmp_path):
+    class Saving:
+        """What `Trainer` does in every process; the checkpoint is there in all of them."""
+
+        def _get_output_dir(self, trial):
+            return str(tmp_path)
+
+        def _save_checkpoint(self, model, trial):
+            checkpoint = Path(self._get_output_dir(trial)) / "checkpoint-2"
+            checkpoint.mkdir(parents=True)
+            self.state.best_model_checkpoint = str(checkpoint)
+
+    class Process(AtomicCheckpointMixin, Saving):
+        args, accelerator = Mock(should_save=writes, save_total_limit=None), Mock()
+        state = TrainerState(global_step=2)
+
+    process = Process()
+    process._save_checkpoint(None, None)
+    assert process.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    if writes:
+        state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
 
 
 # What has changed -----------------------------------------------------------------------------------------------------

@@ -53,28 +53,22 @@ class Source:
 
     def check_shares(self, shares: int):
         """Raises `ValueError` if there are fewer rows than shares."""
-        self.blocks(shares)
-
-    def blocks(self, shares: int) -> list[Block]:
-        """All rows in blocks, at least one for each share.
-
-        Raises:
-            ValueError: if there are fewer rows than shares.
-        """
         if len(self.rows) < shares:
             raise ValueError(
                 f"{self.name} has {len(self.rows)} rows for {shares} readers (processes times dataloader_num_workers); "
                 "use fewer, or leave it out of the mixture."
             )
-        table = self._table
-        if table is None:
-            whole = [Block(0, len(self.rows), None)]
-        else:
-            whole = [Block(*ends, group) for group, ends in enumerate(itertools.pairwise(table.starts))]
-        if table is not None and len(whole) >= shares:
-            return [block for block in whole if block.stop > block.start]
-        size = min(BLOCK, max(1, len(self.rows) // shares))
-        return [piece for block in whole for piece in _pieces(block, size)]
+
+    def blocks(self, share: int, shares: int) -> list[Block]:
+        """The rows of a share, which are consecutive, in blocks. Shares differ by one row at most, so all rows come
+        equally often, though readers repeat their shares without waiting for each other.
+        """
+        start, stop = (len(self.rows) * end // shares for end in (share, share + 1))
+        if self._table is None:
+            return [Block(first, min(first + BLOCK, stop), None) for first in range(start, stop, BLOCK)]
+        groups = enumerate(itertools.pairwise(self._table.starts))
+        blocks = [Block(max(start, first), min(stop, last), group) for group, (first, last) in groups]
+        return [block for block in blocks if block.start < block.stop]
 
     def read(self, block: Block) -> Sequence[dict]:
         """The rows of a block, by their numbers in it."""
@@ -92,7 +86,7 @@ class Source:
 
     def stream(self, share: int, shares: int, seed: int) -> Iterator[tuple[str, dict]]:
         """The rows of a share, repeated endlessly in ever new orders, with a name for each reading of a row."""
-        own = self.blocks(shares)[share::shares]
+        own = self.blocks(share, shares)
         for passed in itertools.count():
             chance = random.Random(f"{seed} {self.name} {share} {shares} {passed}")
             order = chance.sample(own, len(own))
@@ -128,13 +122,24 @@ class StreamedSource:
             )
 
     def stream(self, share: int, shares: int, seed: int) -> Iterator[tuple[str, dict]]:
-        """As in `Source`; shuffled within `BLOCK` rows."""
-        rows = self.rows.shard(shares, share, contiguous=False).shuffle(seed=seed, buffer_size=BLOCK)
+        """As in `Source`; shuffled within `BLOCK` rows.
+
+        Raises:
+            ValueError: if the files of the share hold no rows.
+        """
+        # `datasets` divides the files of a process among its workers itself.
+        worker = get_worker_info()
+        workers = 1 if worker is None else worker.num_workers
+        rows = self.rows.shard(shares // workers, share // workers, contiguous=False)
+        rows = rows.shuffle(seed=seed, buffer_size=BLOCK)
         for passed in itertools.count():
             rows.set_epoch(passed)
+            named = None
             for number, row in enumerate(rows):
                 named = f"{number} of {self.name}, share {share}"
                 yield f"{named} (reading {passed + 1})", row | {ROW_NUMBER: named, ROW_ROOT: str(self.root)}
+            if named is None:
+                raise ValueError(f"The files of {self.name} that reader {share} has to itself hold no rows.")
 
 
 class _Part(Sequence):
@@ -154,7 +159,7 @@ class Mixture(IterableDataset):
     """Rows that are sampled from sources by their weights, without end.
 
     The rows and their order follow from `seed`, the share and the number of readers. Each process, and each worker of
-    its data loader, is a reader with a share of the blocks of each source, and reads no others.
+    its data loader, is a reader with a share of the rows of each source, and takes no others.
 
     Args:
         sources: the sources with their weights, which are scaled to a sum of one.
@@ -196,6 +201,8 @@ class Mixture(IterableDataset):
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         share, shares = self.share * workers + number, self.shares * workers
+        for source in self.sources:
+            source.check_shares(shares)
         chance = random.Random(f"{self.seed} {share} {shares}")
         streams = [source.stream(share, shares, self.seed) for source in self.sources]
         while True:
@@ -230,8 +237,3 @@ def open_source(name: str, folder: Path, columns: Columns, streaming: bool = Fal
     if "messages" in rows.names and not columns.are_named:
         return Source(name, rows, root)
     return Source(name, ConversationRows(rows, columns.found_among(rows.names)), root)
-
-
-def _pieces(block: Block, size: int) -> list[Block]:
-    starts = range(block.start, block.stop, size)
-    return [Block(start, min(start + size, block.stop), block.group) for start in starts]

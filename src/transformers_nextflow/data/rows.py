@@ -165,6 +165,11 @@ class NumberedRows:
     def __iter__(self) -> Iterator[dict]:
         return (self[index] for index in range(len(self)))
 
+    def in_largest_views(self) -> list[NumberedRows]:
+        """The rows as `StageRows` has them in its largest views; rows that do not differ by epochs as they are."""
+        has_views = hasattr(self.rows, "in_largest_views")
+        return [NumberedRows(rows) for rows in self.rows.in_largest_views()] if has_views else [self]
+
     def rows_of_sizes(self) -> Iterator[dict] | None:
         """See `rows_of_sizes` of `stored_sizes.py`."""
         stored = rows_of_sizes(self.rows)

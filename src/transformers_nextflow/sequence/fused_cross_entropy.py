@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+from transformers.utils.generic import maybe_autocast
 
 
 # How many logits are in memory at once: 64 MiB in float32, and about three times as much for temporary tensors; on a
@@ -37,7 +38,8 @@ def fused_cross_entropy(
     classes have the largest logits. A position's loss is its cross-entropy plus `z_weight` times its z-loss, the square
     of the logarithm of the softmax's normaliser.
 
-    Only the sum has a gradient, of first order. Under autocast the products run in its dtype.
+    Only the sum has a gradient, of first order. Under autocast the products run in its dtype; with a trained head in
+    float32 if that is float16: the gradient is formed before the sum is divided, and would overflow.
 
     Args:
         hidden_states: (n, D).
@@ -45,15 +47,18 @@ def fused_cross_entropy(
         classes: (n,) int64.
         weights: (n,) float32.
     """
-    return _FusedCrossEntropy.apply(hidden_states, classes, weights, z_weight, *matrices)
+    device = hidden_states.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else matrices[0].dtype
+    if dtype == torch.float16 and any(matrix.requires_grad for matrix in matrices):
+        dtype = torch.float32
+    with maybe_autocast(device, enabled=False):
+        return _FusedCrossEntropy.apply(hidden_states, classes, weights, z_weight, dtype, *matrices)
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states, classes, weights, z_weight, *matrices):
-        device = hidden_states.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else matrices[0].dtype
+    def forward(ctx, hidden_states, classes, weights, z_weight, dtype, *matrices):
         hidden, heads = hidden_states.to(dtype), [matrix.to(dtype) for matrix in matrices]
         normaliser = torch.full(classes.shape, -torch.inf, device=classes.device)
         own, largest = torch.zeros_like(normaliser), normaliser
@@ -63,7 +68,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
             own = torch.where(inside, logits.gather(1, index[:, None])[:, 0], own)
         losses, correct = normaliser - own, own >= largest
 
-        needs_hidden, _, _, _, *needs_matrices = ctx.needs_input_grad
+        needs_hidden, _, _, _, _, *needs_matrices = ctx.needs_input_grad
         to_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
         to_heads = [torch.empty_like(head) if need else None for head, need in zip(heads, needs_matrices)]
         if needs_hidden or any(needs_matrices):
@@ -89,7 +94,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, scale, *_):
         to_hidden, *to_matrices = (None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
-        return to_hidden, None, None, None, *to_matrices
+        return to_hidden, None, None, None, None, *to_matrices
 
 
 def _blocks(

@@ -99,6 +99,10 @@ def loss_targets(
 
     A text token is the target of the position that predicts it. `<boi>` and slots predict the codes of their own scale,
     without a shift.
+
+    Raises:
+        ValueError: for trained labels that are no tokens of the vocabulary, or no codes of the codebook, and for codes
+            that are not those of the images.
     """
     text, images = trained_tokens(input_ids, labels, layout.predictors, config)
     mask, classes, scales = torch.zeros_like(text), torch.zeros_like(input_ids), torch.zeros_like(input_ids)
@@ -109,13 +113,34 @@ def loss_targets(
     if schedules:
         place, device = layout.predicting_mask, labels.device
         counts = torch.tensor([schedule.num_tokens for schedule in schedules], device=device)
+        if image_labels.shape[0] != len(schedules) or image_labels.shape[1] < max(s.num_tokens for s in schedules):
+            raise ValueError(
+                f"The codes to predict (image_labels, or else image_tokens) are {tuple(image_labels.shape)}, but there "
+                f"are {len(schedules)} images of up to {int(counts.max())} codes."
+            )
         codes = torch.cat([row[: s.num_tokens] for row, s in zip(image_labels, schedules)])
         scale = [k for s in schedules for k, count in enumerate(s.tokens_per_scale, 1) for _ in range(count)]
         mask[place] = images.repeat_interleave(counts)
         classes[place] = codes.to(device) + config.text_config.vocab_size
         weights[place] = torch.cat([loss_weights.of_image(s, config) for s in schedules]).to(device)
         scales[place] = torch.tensor(scale, device=device)
-    return LossTargets(mask, classes[mask], weights[mask], scales[mask])
+    targets = LossTargets(mask, classes[mask], weights[mask], scales[mask])
+    _check_classes(targets, config)
+    return targets
+
+
+def _check_classes(targets: LossTargets, config: NextFlowConfig):
+    """Raises `ValueError` for labels out of range: in one softmax, a code -1 would be a text token, and a text token
+    beyond the vocabulary a code.
+    """
+    is_code, vocab_size = targets.scales > 0, config.text_config.vocab_size
+    sizes = torch.where(is_code, config.vq_config.codebook_size, vocab_size)
+    labels = targets.classes - vocab_size * is_code
+    strange = (labels < 0) | (labels >= sizes)
+    if bool(strange.any()):
+        label, size, of_image = (int(values[strange][0]) for values in (labels, sizes, is_code))
+        name = "The codes to predict (image_labels, or else image_tokens)" if of_image else "The labels of text"
+        raise ValueError(f"{name} run from 0 to {size - 1}, got {label}; do they come from another tokenizer?")
 
 
 def warn_of_miscounting(labels: torch.Tensor, targets: LossTargets):

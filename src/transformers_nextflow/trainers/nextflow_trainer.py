@@ -140,16 +140,19 @@ def packed(
         size = collator.size(row)
         return size.length if args.packing == "length" else model.cost(size, config.read_last_scale)
 
-    if hasattr(rows, "__len__"):
-        return PackedDataset(rows, cost, args.packing_budget, args.seed, _sizes_of(rows, collator))
-    return PackedStream(rows, cost, args.packing_budget)
+    if not hasattr(rows, "__len__"):
+        return PackedStream(rows, cost, args.packing_budget)
+    # Packs stay the same while each epoch takes other views of their rows, so they have room for the largest ones.
+    views = rows.in_largest_views() if isinstance(rows, NumberedRows) else [rows]
+    views = zip(*(_measured(view, collator) for view in views))
+    return PackedDataset(rows, lambda own: max(map(cost, own)), args.packing_budget, args.seed, views)
 
 
-def _sizes_of(rows, collator: NextFlowCollator) -> Iterable[dict] | None:
-    """The rows with what is stored of their sizes only; those of which that is not known as they are."""
+def _measured(rows: NumberedRows, collator: NextFlowCollator) -> Iterable[dict]:
+    """What is stored of the sizes of the rows; those of which that is not known as they are."""
     stored = rows_of_sizes(rows)
     if stored is None:
-        return None
+        return rows
     return (sizes if collator.knows_size(sizes) else rows[number] for number, sizes in enumerate(stored))
 
 
@@ -290,9 +293,8 @@ class NextFlowTrainer(
                 f"One process has {args.n_gpu} GPUs, over which batches of images cannot be divided; start one process "
                 "for each with torchrun or accelerate launch, or show it one by CUDA_VISIBLE_DEVICES."
             )
-        if isinstance(self.train_dataset, NumberedRows):
-            # Packs have no epochs: their rows are those that were measured.
-            self.add_callback(SetEpochCallback(self.train_dataset))
+        if isinstance(rows, NumberedRows):
+            self.add_callback(SetEpochCallback(rows))
         if args.checkpoint_every > 1:
             self.add_callback(CheckpointedLayers(args.checkpoint_every))
         self._trained, self._evaluated = MetricMeans(), MetricMeans()

@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset
 
@@ -113,7 +114,7 @@ def _best_fit(window: list[tuple], budget: float, packs: list[_Pack]) -> list[_P
     return by_room
 
 
-def checked_costs(rows: Iterable[dict], cost: Callable[[dict], float], budget: float) -> Iterator[float]:
+def checked_costs(rows: Iterable, cost: Callable[[Any], float], budget: float) -> Iterator[float]:
     """The cost of each row. Raises `ValueError` for one that costs more than the budget."""
     for number, row in enumerate(rows):
         value = cost(row)
@@ -137,15 +138,13 @@ class PackedDataset(Dataset):
         cost: of a row.
         budget: of a pack.
         seed: of the order in which rows are packed.
-        sizes: the rows in their order once more, with what `cost` needs only; read in place of the rows.
+        sizes: for each row in order what `cost` takes in place of the row.
 
     Raises:
         ValueError: for a row that costs more than the budget; the message names it.
     """
 
-    def __init__(
-        self, rows, cost: Callable[[dict], float], budget: float, seed: int = 0, sizes: Iterable[dict] | None = None
-    ):
+    def __init__(self, rows, cost: Callable[[Any], float], budget: float, seed: int = 0, sizes: Iterable | None = None):
         self.rows = rows
         costs = list(checked_costs(rows if sizes is None else sizes, cost, budget))
         order = list(range(len(costs)))

@@ -42,7 +42,7 @@ class StageRows(Dataset):
         caption_share: share of the drawings that are turned into captions.
         empty_share: share of the rows answered by only an image whose prompt is left empty, for guidance. The two
             shares add up to 1 at most. Which rows they change depends only on `seed`, the number and the epoch, so in
-            several epochs every row is also seen unchanged.
+            several epochs every row is also seen unchanged; those of a `stream` are the same in every epoch.
 
     Raises:
         ValueError: on access, for a row with codes of another level, or an invalid row; the message names it.
@@ -90,6 +90,13 @@ class StageRows(Dataset):
         check_is_row(row)
         self._check_level(index, row)
         return apply_view(row, self._view(index), self.processor.caption_request)
+
+    def in_largest_views(self) -> list[StageRows]:
+        """The rows in each of the views that may be the largest in some epoch: all unchanged, and all as captions if
+        some are. An empty prompt is never longer.
+        """
+        shares = (0.0, 1.0) if self.caption_share else (0.0,)
+        return [StageRows(self.rows, self.processor, self.level, share, seed=self.seed) for share in shares]
 
     def rows_of_sizes(self) -> Iterator[dict] | None:
         """What is stored of the sizes of the rows as the stage takes them, see `rows_of_sizes` of `data`."""

@@ -354,11 +354,10 @@ class NextFlowGRPOTrainer(
         schedules, alpha = [rollout.schedule for rollout in rollouts], self.args.scale_alpha
         in_prefix = columns.scales <= self.num_prefix_scales
         weights = scale_shares(schedules, columns, alpha, in_prefix)
-        trained = weights
-        if "counted" in inputs:
-            trained = scale_shares(schedules, columns, alpha, columns.place(inputs["counted"]) & in_prefix)
+        counted = columns.place(inputs["counted"]) if "counted" in inputs else columns.occupied
+        trained = scale_shares(schedules, columns, alpha, counted & in_prefix)
         level, epsilon = self.args.importance_sampling_level, (self.epsilon_low, self.epsilon_high)
-        terms, ratios, is_clipped = policy_terms(new - old, advantages, trained, columns, level, epsilon)
+        terms, ratios, is_clipped = policy_terms(new - old, advantages, trained, columns, level, epsilon, counted)
         loss = -terms.sum(1).mean()
         self.note({"policy_loss": loss})
         values = {"entropy": found.entropies, "ratio": ratios.detach(), "clip_ratio": is_clipped.float()}

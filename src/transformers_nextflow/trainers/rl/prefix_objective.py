@@ -61,6 +61,7 @@ def policy_terms(
     columns: PrefixColumns,
     level: str = "token",
     epsilon: tuple[float, float] = (0.2, 0.2),
+    counted: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The terms of the objective for each code.
 
@@ -72,17 +73,19 @@ def policy_terms(
             them, which is the ratio of the scale's whole grid (paper, equation 5). At ratio one all three have the same
             gradient.
         epsilon: how far a ratio may be below and above one.
+        counted: (B, n) bool, which codes make up the ratio of their scale; default all.
 
     Returns:
         The terms (B, n), to be summed; the ratios (B, n), and which are clipped (B, n) bool.
     """
     if level != "token":
-        pooled = columns.sums(log_ratios)
+        counted = columns.occupied if counted is None else counted
+        pooled, counts = columns.sums(log_ratios * counted), columns.sums(counted.float()).clamp_min(1)
         if level == "scale_mean":
-            pooled = pooled / columns.counts().clamp_min(1)
+            pooled = pooled / counts
         else:
             # The product's gradient is a sum over codes, so the weight is divided among them.
-            weights = weights / columns.counts().clamp_min(1)[:, columns.scales - 1]
+            weights = weights / counts[:, columns.scales - 1]
         log_ratios = pooled[:, columns.scales - 1]
     ratios, advantages = log_ratios.exp(), advantages[:, None]
     low, high = epsilon

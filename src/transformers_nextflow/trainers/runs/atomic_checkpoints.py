@@ -40,15 +40,18 @@ class AtomicCheckpointMixin:
         finally:
             self._writes_partial = False
         self.accelerator.wait_for_everyone()
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        is_best = self.state.best_model_checkpoint == str(run_dir / PARTIAL / name)
+        if is_best:  # in all processes, since each of them loads it at the end
+            self.state.best_model_checkpoint = str(run_dir / name)
         if self.args.should_save:
-            self._publish(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            if is_best:
+                self.state.save_to_json(str(run_dir / PARTIAL / name / TRAINER_STATE_NAME))
+            self._publish(run_dir, name)
         self.accelerator.wait_for_everyone()
 
     def _publish(self, run_dir: Path, name: str):
         partial, target = run_dir / PARTIAL / name, run_dir / name
-        if self.state.best_model_checkpoint == str(partial):
-            self.state.best_model_checkpoint = str(target)
-            self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
         if target.exists():  # of an earlier training in this folder
             swap_folders(partial, target)
         else:

@@ -32,7 +32,8 @@ class AveragedWeightsMixin(ShardedCheckpointMixin):
     after n steps until it reaches `ema_decay`, so that an average forgets the initial weights.
 
     A checkpoint holds the averages as one more state, of sharded weights in parts that any number of processes reads.
-    `save_model` writes them as a model of its own into `ema/`.
+    `load_best_model_at_end` loads those of the best checkpoint with its weights. `save_model` writes them as a model of
+    its own into `ema/`.
     """
 
     def __init__(self, *args, **kwargs):
@@ -70,17 +71,24 @@ class AveragedWeightsMixin(ShardedCheckpointMixin):
 
     def _prepare_for_training(self, *args, **kwargs):
         prepared = super()._prepare_for_training(*args, **kwargs)
-        if self.args.ema_decay:
-            self._averages = {name: weight.clone() for name, weight in self._trained_weights()}
-            self._num_averaged = 0
-            if self._start is not None:
-                self._load_averages(self._start)
+        self._begin_averages(self._start)
         return prepared
 
     def _rewind(self, checkpoint: Path):
         super()._rewind(checkpoint)
-        if self._averages:
-            self._load_averages(checkpoint)
+        self._begin_averages(checkpoint)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._begin_averages(Path(self.state.best_model_checkpoint))
+
+    def _begin_averages(self, checkpoint: Path | None):
+        """Take the averages of a checkpoint, or the weights as they are now."""
+        if self.args.ema_decay:
+            self._averages = {name: weight.clone() for name, weight in self._trained_weights()}
+            self._num_averaged = 0
+            if checkpoint is not None:
+                self._load_averages(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         super().save_model(output_dir, _internal_call)

@@ -99,6 +99,11 @@ class CheckedArguments:
             raise ValueError(
                 "on_spike='rewind' goes back to the optimizer's states of a checkpoint; leave out save_only_model."
             )
+        if self.ema_decay and self.load_best_model_at_end and self.save_only_model:
+            raise ValueError(
+                "load_best_model_at_end loads the averages (ema_decay) of the best checkpoint too; leave out "
+                "save_only_model, with which checkpoints hold none."
+            )
         self._check_parts()
         if self.logging_nan_inf_filter:
             raise ValueError(
