@@ -55,7 +55,7 @@ def main():
     parser.add_argument("--reward", type=Path, default=Path("runs/emoji/judge-1"), help="a judge of another seed")
     parser.add_argument("--output", type=Path, default=Path("runs/emoji/rl"))
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--prefix", type=int, default=5, help="train the first so many scales")
+    parser.add_argument("--prefix", type=int, default=5, help="how many of the first scales are trained")
     parser.add_argument("--groups", type=int, default=8, help="prompts a step")
     parser.add_argument("--num_generations", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=5e-5)

@@ -240,7 +240,7 @@ def main():
     parser = training_parser(__doc__)
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--reward", choices=["checker", "reading"], default="checker")
-    parser.add_argument("--prefix", type=int, default=5, help="train the first so many scales")
+    parser.add_argument("--prefix", type=int, default=5, help="how many of the first scales are trained")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     values = run(arguments, scores_before(arguments))
