@@ -1,12 +1,13 @@
-"""The whole path at small scale on two cores, from the archive of drawings to scores, within about 45 minutes.
+"""Run the whole recipe at small size on two cores, from the archive of drawings to scores, in about 45 minutes.
 
     python examples/emoji/make_art.py --output runs/emoji/art.zip
     OMP_NUM_THREADS=1 python examples/emoji/small.py --art runs/emoji/art.zip --output runs/emoji/small
 
-64 pixels, 60 concepts, three styles, the patch kind of pixel branch. It tests the recipe; the product wants a GPU. A
-stage has its minutes: a short run tells how long a step takes on this machine at this hour, and with it how many steps
-there will be. A stage that is done is not done again, and trainings go on from their newest checkpoint, so the same
-command goes on after a kill. Writes `benchmarks/results/emoji_small.json`.
+The small size has images of 64 pixels, 60 concepts, three styles and the patch kind of pixel branch. It tests the
+recipe; a good model needs the full size and a GPU. Each stage has a number of minutes. A short run measures the time of
+a step on this machine, from which the number of steps follows. Finished stages are not run again, and trainings
+continue from their newest checkpoint, so the same command continues after a kill. Writes
+`benchmarks/results/emoji_small.json`.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from transformers_nextflow.worlds.emoji.evaluation import evaluate_emoji
 ROOT = Path(__file__).parents[2]
 HERE, RECIPES = Path(__file__).parent, Path(__file__).parent / "recipes"
 RESULTS = ROOT / "benchmarks" / "results"
-# Minutes of each stage; starting processes takes a few more in all.
+# Minutes of each stage. Starting the processes takes a few more minutes in total.
 MINUTES = {"judges": 3.5, "tokenizer": 10.0, "decoder": 2.0, "data": 1.5, "transformer": 20.0, "scores": 4.0}
 TIMED_STEPS = 12
 DECAY_SHARE = 0.45
 SAMPLES = 24_000
 CORRECTION = {"share": 0.3, "top_k": 4}
 PROCESSES = 2
-# What the transformer is trained on (`make_data.MIXTURES`) is what is scored; settings chosen beforehand, not tuned.
+# The abilities on which the transformer is trained (`make_data.MIXTURES`) are scored. The settings were not tuned.
 ABILITIES = ("drawing", "caption", "question")
 LIMIT = 100
 SAMPLING = ImageSampling(guidance_scale=2.0, temperature=0.8)
@@ -43,7 +44,7 @@ TOGETHER = ["--set", "use_cpu=true", "--set", "ddp_backend=gloo"]
 
 
 class SmallPath:
-    """The stages, in a folder; `minutes` and `steps` of what was done lie in its `stages.json`."""
+    """The stages in a folder; its `stages.json` holds `minutes` and `steps` of the finished ones."""
 
     def __init__(self, art: Path, output: Path, share: float):
         self.art, self.output, self.share = art, output, share
@@ -52,7 +53,7 @@ class SmallPath:
         self.common = ["--size", "small", "--art", str(art)]
 
     def stage(self, name: str, work):
-        """Do a stage, unless it is done, and note how long it took; `work()` returns what else is noted."""
+        """Runs a stage unless it is done, and notes its time; `work()` returns what else is noted."""
         if name in self.done:
             return
         print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
@@ -65,7 +66,7 @@ class SmallPath:
         return open(self.output / f"{name}.log", "ab")
 
     def judges(self):
-        """The judge, and a second one for the perceptual loss, side by side."""
+        """Trains the judge and a second one for the perceptual loss, side by side."""
         minutes = str(MINUTES["judges"] * self.share)
         runs = []
         for seed, folder in ((0, "judge"), (2, "judge-2")):
@@ -76,9 +77,9 @@ class SmallPath:
             raise RuntimeError(f"Training a judge failed: see {self.output}/judge*.log.")
 
     def train(self, name: str, command: list[str], timed: list[str] = (), settings=lambda steps: []) -> dict:
-        """Train for the minutes of a stage, in two processes; returns the number of steps and what one took."""
+        """Trains for the minutes of a stage in two processes; returns the number of steps and the seconds of one."""
         together = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}"]
-        # Chosen once: a training that is gone on with must have the steps that it began with.
+        # The number is chosen only once, since a resumed training must keep its number of steps.
         plan = self.output / f"{name}.json"
         if not plan.is_file():
             short = [*together, *command, "--output", str(self.output / f"{name}-timed"), *TOGETHER, *timed]
@@ -103,7 +104,7 @@ class SmallPath:
     def tokenizer(self) -> dict:
         command = [str(HERE / "train_tokenizer.py"), str(RECIPES / "small_tokenizer.yaml"), *self.common]
         command += ["--set", "ddp_find_unused_parameters=true"]
-        # Timed with codes, which take longer than none.
+        # Steps are timed with codes, which take longer than steps without.
         return self.train("tokenizer", command, ["--set", "autoencoder_share=0"])
 
     def decoder(self) -> dict:
@@ -147,7 +148,7 @@ def main():
     parser.add_argument("--art", type=Path, default=Path("runs/emoji/art.zip"))
     parser.add_argument("--output", type=Path, default=Path("runs/emoji/small"))
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--share", type=float, default=1.0, help="of all minutes and samples, to try the path")
+    parser.add_argument("--share", type=float, default=1.0, help="share of all minutes and samples, to try the recipe")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = SmallPath(arguments.art.absolute(), arguments.output.absolute(), arguments.share)
