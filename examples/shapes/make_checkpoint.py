@@ -77,9 +77,9 @@ ORIGIN = """\
 The scores were computed with `{command}` at commit {commit}, on {device}.
 """
 DRAWING_RULES = """\
-**Drawing.** A score is the share of the images that hold what the prompt asked for, with exact counts (GenEval's rule),
-or that hold nothing else either (the strict rule). The prompts of `held out` have a pair of shape and colour that the
-transformer never saw in training. `overall` is the mean of the categories.
+**Drawing.** A score is the share of the images that hold what the prompt asked for, with exact counts (GenEval's rule).
+Under the strict rule the images may hold nothing else. The prompts of `held out` have a pair of shape and colour that
+the transformer never saw in training. `overall` is the mean of the categories.
 """
 UNDERSTANDING_RULES = """\
 **Understanding.** A score is the share of right answers. `questions` is the mean over the kinds of questions; `overall`
