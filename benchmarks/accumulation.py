@@ -1,12 +1,12 @@
-"""Whether a step in parts has the gradient of the undivided batch: micro-batches, processes, packs (float32, CPU).
+"""Compare the gradient of a step that is computed in parts with that of the undivided batch (float32, CPU).
 
     python benchmarks/accumulation.py
 
-A small random model takes one step on text, on images, and on a mixture, with and without reading the last scale, in
-padded batches and in packs. Each batch is divided into micro-batches of unlike numbers of trained positions, in one
-process and in two (gloo); by `NextFlowTrainer` and by transformers' `Trainer`. Compared are the gradients at the
-optimiser's step with those of one pass over all rows at once: the norm of the difference over the norm, of all
-parameters together.
+A small random model takes one step on text, on images and on a mixture, with and without reading the last scale, in
+padded batches and in packs. Each batch is divided into micro-batches with different numbers of trained positions. The
+step runs in one process and in two (gloo), with `NextFlowTrainer` and with transformers' `Trainer`. The gradient at the
+optimiser's step is compared with that of one pass over all rows: the result is the norm of the difference, divided by
+the norm, over all parameters together.
 Writes `results/accumulation.json`.
 """
 
@@ -42,7 +42,7 @@ TRAINERS = {"NextFlowTrainer": NextFlowTrainer, "Trainer": Trainer}
 
 
 def make_model(read_last_scale: bool) -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor]:
-    """The random model with two layers, on a schedule of two levels, and a processor that fits."""
+    """Makes the random model with two layers and a schedule of two levels, and its processor."""
     config = with_sides(random_config(), SIDES, LEVEL_SIDES)
     config.text_config.num_hidden_layers, config.text_config.layer_types = 2, ["full_attention"] * 2
     config.read_last_scale = read_last_scale
@@ -56,7 +56,7 @@ def make_model(read_last_scale: bool) -> tuple[NextFlowForConditionalGeneration,
 
 
 def make_rows(processor: NextFlowProcessor, kind: str) -> list[dict]:
-    """`ROWS` rows of "text", of "images" or of both, no two of which have equally many trained positions."""
+    """Makes `ROWS` rows of "text", of "images" or of both, all with different numbers of trained positions."""
     generator = torch.Generator().manual_seed(0)
 
     def words(count: int) -> dict:
@@ -94,7 +94,7 @@ def gradient_of(model: torch.nn.Module) -> torch.Tensor:
 
 
 def in_packs(rows: list[dict], processor: NextFlowProcessor) -> PackedDataset:
-    """The rows in two packs of unlike size."""
+    """Returns the rows in two packs of different size."""
     collator = NextFlowCollator(processor)
     lengths = [collator.size(row).length for row in rows]
     packs = PackedDataset(rows, lambda row: collator.size(row).length, max(max(lengths), sum(lengths) - min(lengths)))
@@ -102,7 +102,9 @@ def in_packs(rows: list[dict], processor: NextFlowProcessor) -> PackedDataset:
 
 
 def difference(kind: str, read_last_scale: bool, packed: bool, trainer: str, processes: int, folder: str) -> float:
-    """The relative difference of a step that this process, one of `processes`, takes part in to the undivided one."""
+    """Runs this process's part of a step in `processes` processes; returns the relative difference to the undivided
+    step.
+    """
     model, processor = make_model(read_last_scale)
     collator, rows = NextFlowCollator(processor), make_rows(processor, kind)
     model(**collator([rows] if packed else rows)).loss.backward()
@@ -116,7 +118,7 @@ def difference(kind: str, read_last_scale: bool, packed: bool, trainer: str, pro
         output_dir=folder,
         max_steps=1,
         per_device_train_batch_size=1,
-        # More than there are: a step takes what the epoch has.
+        # This is more than the epoch has, so the step takes all of its batches.
         gradient_accumulation_steps=ROWS,
         max_grad_norm=0,
         save_strategy="no",
@@ -131,7 +133,7 @@ def difference(kind: str, read_last_scale: bool, packed: bool, trainer: str, pro
 
 
 def differences(processes: int, folder: str) -> dict[str, float]:
-    """All cases, by name."""
+    """Returns the relative difference of each case, by name."""
     values = {}
     cases = list(itertools.product(KINDS, (False, True), (False, True), TRAINERS))
     for kind, read_last_scale, packed, trainer in tqdm(cases, unit="case", desc=f"{processes} processes"):

@@ -1,4 +1,4 @@
-"""The models that are timed: a checkpoint's backbone and heads, or random ones of a given size, on any schedule."""
+"""Load the models that are timed: the backbone and heads of a checkpoint, or random ones, on any schedule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PRESETS = {
     "nextflow-3b": NextFlowConfig.nextflow_3b,
     PRESET_7B: NextFlowConfig.nextflow_7b,
 }
-# "random" has the size of the bundled checkpoint; a billion parameters are the least that keep a large GPU busy.
+# "random" has the size of the bundled checkpoint. A smaller model than "random-1b" does not keep a large GPU busy.
 RANDOM_BACKBONES = {
     "random": {
         "vocab_size": 512,
@@ -43,7 +43,7 @@ RANDOM_BACKBONES = {
 
 
 def random_config(name: str = "random") -> NextFlowConfig:
-    """A config of `RANDOM_BACKBONES` with the bundled checkpoint's schedule and the smallest of tokenizers."""
+    """Returns a config of `RANDOM_BACKBONES` with the bundled checkpoint's schedule and a minimal tokenizer."""
     text_config = RANDOM_BACKBONES[name] | {"bos_token_id": None, "eos_token_id": None}
     vocab_size = text_config["vocab_size"]
     vq_config = NextFlowVQConfig(
@@ -82,7 +82,7 @@ def random_config(name: str = "random") -> NextFlowConfig:
 
 
 def with_sides(config: NextFlowConfig, sides: tuple[int, ...], level_sides: tuple[int, ...]) -> NextFlowConfig:
-    """The same config with square grids of other `sides`; images may end on each of `level_sides`."""
+    """Returns the config with square grids of other `sides`; images may end on each of `level_sides`."""
     config = copy.deepcopy(config)
     patch_size = config.vq_config.patch_size
     config.vq_config.scales = list(sides)
@@ -97,9 +97,10 @@ def load_model(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> NextFlowForConditionalGeneration:
-    """A checkpoint, or a key of `RANDOM_BACKBONES`, in evaluation mode; with `sides`, on another schedule.
+    """Loads a checkpoint or makes a model with random weights, in evaluation mode.
 
-    Or one of `PRESETS` with random weights, on its own schedule.
+    `name` is a checkpoint, a key of `RANDOM_BACKBONES` or a key of `PRESETS`. With `sides` the model has another
+    schedule; presets keep their own.
     """
     if name in PRESETS:
         if sides is not None:
@@ -113,7 +114,7 @@ def load_model(
         config, weights = checkpoint.config, checkpoint.state_dict()
     if sides is not None:
         config = with_sides(config, sides, level_sides)
-        # One row for each scale: another number of them on another schedule, and the time does not depend on them.
+        # It has one row for each scale, so it does not fit another schedule. The time does not depend on its values.
         weights.pop("model.visual_embedding.scale.weight", None)
     torch.manual_seed(0)
     with torch.device(device):
@@ -123,7 +124,7 @@ def load_model(
 
 
 def random_prompt(config: NextFlowConfig, length: int, device: str = "cpu") -> torch.Tensor:
-    """A prompt (1, length) of random words that ends with `<boi>`."""
+    """Returns a prompt (1, length) of random words that ends with `<boi>`."""
     special = {config.boi_token_id, config.eoi_token_id, config.image_token_id}
     words = torch.tensor([word for word in range(config.text_config.vocab_size) if word not in special])
     prompt = words[torch.randint(len(words), (1, length), generator=torch.Generator().manual_seed(0))]

@@ -1,8 +1,8 @@
-"""What becomes of bad inputs: the cases of the tests by kind and outcome, of this code and of an earlier one.
+"""Count how bad inputs end: the cases of the tests by kind and outcome, with this code and with an earlier one.
 
     python benchmarks/bad_input.py --before FOLDER
 
-FOLDER is a checkout of the earlier code; without it only this one is measured.
+FOLDER is a checkout of the earlier code. Without it only this code is measured.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ MODULES = (
     "files_and_images", "words_and_calls", "checkpoints_and_recipes", "settings_and_surroundings",
     "names_and_templates", "decoders_and_adapters", "trainings_and_servers",
 )  # fmt: skip
-# Run with the code to be measured on the path, in a process of its own; its last line are the counts.
+# This script runs in its own process with the measured code on the path; its last line of output has the counts.
 COUNT = """
 import importlib, json, multiprocessing, pathlib, resource, sys, tempfile
 import transformers_nextflow as package
-# As the earlier code has it.
+# The name in the earlier code.
 package.NextFlowImageProcessor = getattr(package, "NextFlowImageProcessor", None) or package.NextFlowImageProcessorPil
-# What fills the memory fails in its own process.
+# A case that fills the memory fails in its own process.
 resource.setrlimit(resource.RLIMIT_AS, (10 * 2**30, 10 * 2**30))
 sys.path[:0] = {paths}
 import bad_input
@@ -39,7 +39,7 @@ def act(case, place, results):
     results.send(bad_input.outcome(case, place))
 
 def outcome_of(case, place):
-    # In a process of its own: what hangs outside of Python, or ends the process, ends nothing else.
+    # Each case has its own process, so one that hangs outside of Python or ends the process stops nothing else.
     ours, theirs = processes.Pipe(False)
     process = processes.Process(target=act, args=(case, place, theirs))
     process.start()
@@ -55,11 +55,11 @@ def outcome_of(case, place):
 counts, missed = {{}}, []
 with tempfile.TemporaryDirectory() as folder:
     first = bad_input.Place(pathlib.Path(folder), bad_input.make_model(pathlib.Path(folder) / "model"))
-    first.pipe, first.shapes  # read once, for all
+    first.pipe, first.shapes  # loaded once for all cases
     for name in {modules}:
         try:
             cases = importlib.import_module(name).CASES
-        except ImportError:  # of parts that the earlier code does not have
+        except ImportError:  # cases of parts that the earlier code does not have
             continue
         for case in cases:
             place = bad_input.Place(pathlib.Path(tempfile.mkdtemp(dir=folder)), first.model, first.shared)
@@ -76,7 +76,7 @@ print(json.dumps([counts, missed]))
 
 
 def count(code: Path) -> tuple[dict[str, dict[str, int]], list]:
-    """Kind → outcome → number of cases, of the code in a checkout; and the cases that came out otherwise."""
+    """Returns kind → outcome → number of cases for the code in a checkout, and the cases with an unexpected outcome."""
     paths = [str(ROOT / "tests" / folder) for folder in ("bad_input", "diffusion_decoder", "")]
     environment = os.environ | {
         "PYTHONPATH": str(code / "src"),
@@ -97,7 +97,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, help="checkout of earlier code")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--show", action="store_true", help="print the cases that came out otherwise than expected")
+    parser.add_argument("--show", action="store_true", help="print the cases with an unexpected outcome")
     arguments = parser.parse_args()
     values, columns = {}, {"after": ROOT} | ({"before": arguments.before.resolve()} if arguments.before else {})
     for column, code in columns.items():

@@ -1,9 +1,10 @@
-"""Going on with text after an image that was just drawn: on its cache, against reading the image anew.
+"""Compare two ways to continue with text after an image that was just drawn: on its cache, or by reading it again.
 
     python benchmarks/continue_after_image.py --side 64
 
-A model that cannot go on must take its own image in again: decode it, encode it with the vision tokenizer, and read
-the prompt and all of the image's slots before the next word. Here both ends are timed to the logits of the next word.
+A model that cannot continue on the cache must read its own image again: it decodes the image, encodes it with the
+vision tokenizer, and reads the prompt and all slots of the image before the next word. Both ways are timed until the
+logits of the next word.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PROMPT_LENGTH = 16
 
 @torch.no_grad()
 def measure(model: NextFlowForConditionalGeneration, side: int, seed: int = 0) -> dict[str, float]:
-    """Seconds of one drawing and of the ways to the next word's logits, which are checked to be the same."""
+    """Returns the seconds of one drawing and of each way to the next word's logits; checks that the logits agree."""
     patch_size = model.config.vq_config.patch_size
     schedule = model.config.vq_config.scale_schedules.for_size(side * patch_size, side * patch_size)
     writer = SequenceWriter(model, Prompts(random_prompt(model.config, PROMPT_LENGTH)))
@@ -52,7 +53,7 @@ def measure(model: NextFlowForConditionalGeneration, side: int, seed: int = 0) -
     model.get_image_tokens(pixels[None].clamp(-1, 1), finished.image_grids)
     seconds["decoding and encoding"] = time.perf_counter() - start
     start = time.perf_counter()
-    # The codes that were drawn, so that the logits can be compared: encoding gives others of as many.
+    # The drawn codes are read, so that logits can be compared; encoding gives as many codes, but other ones.
     anew = SequenceWriter(model, finished).text_logits
     seconds["reading anew"] = time.perf_counter() - start
     torch.testing.assert_close(cached, anew, atol=1e-3, rtol=1e-3)
@@ -62,7 +63,9 @@ def measure(model: NextFlowForConditionalGeneration, side: int, seed: int = 0) -
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=CHECKPOINT, help=f"a checkpoint, or one of {list(RANDOM_BACKBONES)}")
-    parser.add_argument("--side", type=int, default=64, help="cells of the final grid: 64 is the paper's 1024 level")
+    parser.add_argument(
+        "--side", type=int, default=64, help="side of the final grid in cells; 64 is the paper's 1024 level"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--results", default=RESULTS, help="folder of the result file")
     arguments = parser.parse_args()

@@ -1,9 +1,10 @@
-"""Peak memory of the conversion of Qwen2.5-VL-7B, with a fresh vision tokenizer of full size.
+"""Measure the peak memory of converting Qwen2.5-VL-7B, with a new vision tokenizer of full size.
 
     python benchmarks/conversion_memory.py --folder /tmp/conversion-memory
 
-The source is a stand-in: files of the full size that hold zeros and take no disk. The result takes 17 GB, and is
-removed. The peak is that of a process of its own; the target is 8 GB at most.
+The source is a stand-in: its files have the full size, but hold only zeros and take no space on the disk. The result
+takes 17 GB and is removed afterwards. The conversion runs in its own process, whose peak is measured. The target is at
+most 8 GB.
 Writes `results/conversion_memory.json`.
 """
 
@@ -39,12 +40,12 @@ def config_7b() -> Qwen2_5_VLConfig:
 
 
 def published_name(key: str) -> str:
-    """Without the levels that transformers has put in since."""
+    """Returns the published name of a weight, without the levels that transformers added later."""
     return key.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
 def write_stand_in(folder: Path, config: Qwen2_5_VLConfig, max_shard_size: str = "4GB"):
-    """A Qwen2.5-VL in bfloat16 as published, index and tokenizer included, whose numbers are holes in the files."""
+    """Writes a Qwen2.5-VL in the published layout, in bfloat16, whose files are sparse and hold only zeros."""
     config.save_pretrained(folder)
     qwen_tokenizer().save_pretrained(folder)
     with torch.device("meta"):
@@ -67,7 +68,7 @@ def write_stand_in(folder: Path, config: Qwen2_5_VLConfig, max_shard_size: str =
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="scratch folder, made and removed")
+    parser.add_argument("--folder", type=Path, required=True, help="scratch folder, which is created and removed")
     parser.add_argument("--results", default=RESULTS, help="folder of the result file")
     arguments = parser.parse_args()
     source, output = arguments.folder / "source", arguments.folder / "output"
@@ -77,7 +78,7 @@ def main():
         start = time.perf_counter()
         subprocess.run([sys.executable, SCRIPT, source, output], check=True)
         seconds = time.perf_counter() - start
-        # Linux counts in KiB.
+        # Linux reports KiB.
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         written = sum(path.stat().st_size for path in output.iterdir())
     finally:

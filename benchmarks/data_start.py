@@ -1,14 +1,19 @@
-"""How long a training's data take to begin with ten million rows, who reads which rows, and what memory does.
+"""Measure how training data of ten million rows start: the time to the first batch, who reads which rows, and memory.
 
     OMP_NUM_THREADS=1 python benchmarks/data_start.py
 
-Writes 7.5 million rows of an image's codes and 2.5 million of text as `extract-codes` does, in Parquet files with row
-groups of a thousand rows; files of the same rows are hard links, so that they take the room of a few. A mixture of both
-is opened in a new process, as the trainer opens it for one of 64 processes, and packed: seconds until it is open and
-until the first batch, with and without what the imports take. Then 64 readers are started one after another: the row
-groups that each opens for its first rows are counted, and no two may open the same. Then one goes on for a
-thousand steps: memory after the first hundred and at the end. The processes are counted, not run at once. At last some
-thousand rows are packed as a data set with a length is, with the stored sizes and without: seconds until it is packed.
+The script writes 7.5 million rows with the codes of an image and 2.5 million rows of text as `extract-codes` does, in
+Parquet files with row groups of a thousand rows. Files with the same rows are hard links, so they take the space of
+only a few. It then measures four things:
+
+1. A new process opens a mixture of both as the trainer does for one of 64 processes, and packs it: seconds until the
+   mixture is open and until the first batch, with and without the imports.
+2. 64 readers are started one after another, not at once. The row groups that each opens for its first rows are counted;
+   no two readers may open the same.
+3. One reader continues for a thousand steps: its memory after the first hundred steps and at the end.
+4. Some thousand rows are packed as a data set with a length is, with the stored sizes and without: seconds until it is
+   packed.
+
 Writes `results/data_start.json`.
 """
 
@@ -37,7 +42,7 @@ ROWS_BY_NUMBER = 4000
 
 
 def write_rows(folder: Path, files: int, with_codes: bool, rows_per_file: int):
-    """Files of the same rows under many names."""
+    """Writes files of the same rows under many names."""
     import numpy as np
     import pyarrow as pa
     from pyarrow import parquet
@@ -81,7 +86,7 @@ def open_mixture(folder: Path, share: int, shares: int):
 
 
 def tiny():
-    """The tiny models of the tests."""
+    """Imports the tiny models of the tests."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import tiny
 
@@ -89,7 +94,7 @@ def tiny():
 
 
 def packs_of(mixture):
-    """Batches as the trainer makes them, of the tiny model of the tests."""
+    """Makes batches as the trainer does, with the tiny model of the tests."""
     from transformers_nextflow.trainers import CostModel, NextFlowCollator, PackedStream
 
     collator, model = NextFlowCollator(tiny().tiny_processor()), CostModel.from_config(tiny().tiny_config())
@@ -98,7 +103,7 @@ def packs_of(mixture):
 
 
 def start(folder: Path, shares: int) -> dict:
-    """In a new process: seconds of the imports, until the mixture is open, and until the first batch."""
+    """Returns the seconds of the imports, until the mixture is open, and until the first batch, in a new process."""
     begun = time.perf_counter()
     import transformers_nextflow.trainers  # noqa: F401
 
@@ -116,7 +121,7 @@ def start(folder: Path, shares: int) -> dict:
 
 
 def count_groups(folder: Path, shares: int, rows: int) -> dict:
-    """Which row groups each of all readers opens for its first rows."""
+    """Counts which row groups each reader opens for its first rows."""
     from transformers_nextflow.data.parquet_rows import ParquetRows
 
     read_group, opened = ParquetRows.read_group, []
@@ -143,7 +148,7 @@ def count_groups(folder: Path, shares: int, rows: int) -> dict:
 
 
 def run_on(folder: Path, shares: int, steps: int) -> dict:
-    """Memory and pace over many steps of one reader."""
+    """Measures memory and speed over many steps of one reader."""
     batches = packs_of(open_mixture(folder, 0, shares))
     memory, begun = {}, time.perf_counter()
     for step in range(1, steps + 1):
@@ -162,13 +167,13 @@ def run_on(folder: Path, shares: int, steps: int) -> dict:
 
 
 def current_memory() -> float:
-    """MiB that the process holds."""
+    """Returns the memory of the process in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def pack_by_number(folder: Path, _) -> dict:
-    """Packs of rows by number, as the trainer makes them, with the stored sizes and with those of another processor."""
+    """Times packing by row number as the trainer does, with stored sizes and with those of another processor."""
     from transformers_nextflow.data import open_rows
     from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainingArguments
     from transformers_nextflow.trainers.nextflow_trainer import packed

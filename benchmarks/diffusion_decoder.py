@@ -1,13 +1,14 @@
-"""What a diffusion decoder gives and takes: the shapes world's held-out images, once through the tokenizer.
+"""Compare a diffusion decoder with the pixel decoder on held-out images of the shapes world.
 
     OMP_NUM_THREADS=2 python benchmarks/diffusion_decoder.py --decoder FOLDER
 
-Scenes, with pairs of shape and colour among them that no training scene held, are rendered at the decoder's size and
-at the tokenizer's, encoded there, and decoded by the pixel decoder (enlarged by bicubic interpolation) and by the
-diffusion decoder. For each: the share of images that the checker reads exactly right (the judge), PSNR and SSIM
-against the rendering, and sharpness, the energy of gradients against the rendering's, where 1 is as sharp. For edits:
-how far pixels outside of a mask are from the image's own, without pasting back. Writes
-`results/diffusion_decoder.json` and `docs/diffusion_decoder.png`: pixel decoder, diffusion decoder, rendering.
+Scenes, some with pairs of shape and colour that no training scene held, are rendered at the decoder's size and at the
+tokenizer's size. The smaller rendering is encoded and then decoded by the pixel decoder (enlarged by bicubic
+interpolation) and by the diffusion decoder. The scores of each are the share of images that the checker reads exactly
+right (the judge), PSNR and SSIM against the rendering, and sharpness, the energy of gradients relative to that of the
+rendering, where 1 is as sharp. For edits, the script measures how far pixels outside of a mask are from the image's
+own, without pasting them back. Writes `results/diffusion_decoder.json`, and `docs/diffusion_decoder.png` with the pixel
+decoder, the diffusion decoder and the rendering.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ SHEET_COLUMNS = 10
 
 
 def gradient_energy(pixels: torch.Tensor) -> float:
-    """Mean squared difference of neighbouring pixels (B, 3, H, W)."""
+    """Returns the mean squared difference of neighbouring pixels of images (B, 3, H, W)."""
     return float(pixels.diff(dim=-1).square().mean() + pixels.diff(dim=-2).square().mean())
 
 
 def scores(pixels: torch.Tensor, originals: torch.Tensor, scenes: list[Scene], world: World) -> dict[str, float]:
-    """Of images (B, 3, H, W) in [-1, 1] of the world's size."""
+    """Scores images (B, 3, H, W) in [-1, 1] of the world's size."""
     exact = [read(image, world) == scene for image, scene in zip(to_uint8(pixels), scenes)]
     images, references = pixels / 2 + 0.5, originals / 2 + 0.5
     return {
@@ -54,7 +55,7 @@ def scores(pixels: torch.Tensor, originals: torch.Tensor, scenes: list[Scene], w
 
 
 def decoded(pipe, tokens: torch.Tensor, settings: DiffusionSettings) -> torch.Tensor:
-    """Images (B, 3, H, W) of codes of one size; image i has noise of its own."""
+    """Decodes codes of one size to images (B, 3, H, W); each image has its own noise."""
     schedule = pipe.model.config.vq_config.scale_schedules.build()
     images = []
     for start in range(0, len(tokens), BATCH_SIZE):
@@ -67,17 +68,17 @@ def decoded(pipe, tokens: torch.Tensor, settings: DiffusionSettings) -> torch.Te
 
 
 def seconds_of_one(pipe, tokens: torch.Tensor, settings: DiffusionSettings, repeats: int = 5) -> float:
-    """Median seconds of one image, alone."""
+    """Returns the median seconds for a batch of one image."""
     taken = []
     for row in range(repeats + 1):
         start = time.perf_counter()
         decoded(pipe, tokens[[row]], settings)
         taken.append(time.perf_counter() - start)
-    return statistics.median(taken[1:])  # the first one warms up
+    return statistics.median(taken[1:])  # the first run is a warm-up
 
 
 def kept_outside(pipe, count: int, steps: int) -> dict[str, float]:
-    """PSNR outside of a mask around one object, whose image is edited, of either decoder against the rendering."""
+    """Edits inside a mask around one object; returns each decoder's PSNR outside of it, against the rendering."""
     small, factor = World(), pipe.diffusion_decoder.config.upsampling
     large = World(canvas=factor * small.canvas)
     found: dict[str, list[float]] = {"pixel": [], "diffusion": []}
@@ -104,7 +105,7 @@ def kept_outside(pipe, count: int, steps: int) -> dict[str, float]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=ROOT / "checkpoints" / "nextflow-shapes")
-    parser.add_argument("--decoder", required=True, help="folder of a diffusion decoder of the model's tokenizer")
+    parser.add_argument("--decoder", required=True, help="folder of a diffusion decoder for the model's tokenizer")
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--edits", type=int, default=20)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8])

@@ -1,16 +1,18 @@
-"""Images from a large model on a GPU, plain and compiled: seconds and memory, beside the least that it could take.
+"""Time a large model that draws on a GPU, plain and compiled, and compare with the least time that the card needs.
 
     python benchmarks/drawing_on_gpu.py
     python benchmarks/drawing_on_gpu.py --model random --device cpu --dtype float32 --sizes 64 --batches 1 4
 
-Each size and batch is drawn with guidance behind prompts and negative prompts of 16 tokens, and again behind a prompt
-of 60 tokens and a negative one of 8, the usual case, by the plain way and by `compile_drawing`. The weights are random:
-the time does not depend on them. What the card can do is measured first, by a large matrix product and a large copy.
-The floor is the sum over the passes of whichever takes longer, their operations at that rate or their bytes at that
-bandwidth. In the same run a diffusion transformer of diffusers (SD3's kind) of the same width and about as many
-parameters takes 18 steps on latents of 8 pixels a cell with guidance, as it is and, on CUDA, under `torch.compile`.
-Writes `results/drawing_on_gpu.json`, on a CPU `results/drawing_on_cpu.json`: `cases`, and as ratios of the largest size
-at batch 1 `compiled_speedup`, `unequal_over_equal` and `speedup_over_diffusion`.
+Each size and batch is drawn with guidance, with the plain code and with `compile_drawing`. Prompt and negative prompt
+have 16 tokens each, or 60 and 8 tokens, which is the usual case. The weights are random, since the time does not depend
+on them.
+
+The floor is the least time that the card needs. A large matrix product and a large copy give its rate and its
+bandwidth; the floor is the sum over the passes of the longer of two times, that of their operations at this rate and
+that of their bytes at this bandwidth. In the same run a diffusion transformer of diffusers (SD3's kind), of the same
+width and about the same number of parameters, takes 18 steps with guidance on latents of 8 pixels a cell, plain and, on
+CUDA, under `torch.compile`. Writes `results/drawing_on_gpu.json`, or `results/drawing_on_cpu.json` on a CPU: `cases`,
+and for the largest size at batch 1 the ratios `compiled_speedup`, `unequal_over_equal` and `speedup_over_diffusion`.
 """
 
 from __future__ import annotations
@@ -30,21 +32,21 @@ from transformers_nextflow.evaluation.results import write_result
 
 
 MATRIX_SIDE = 8192
-# Tokens of prompt and negative prompt.
+# Numbers of tokens of prompt and negative prompt.
 PROMPTS = {"equal": (PROMPT_LENGTH, PROMPT_LENGTH), "unequal": (60, 8)}
 DIFFUSION_STEPS = 18
-# Tokens of text that the diffusion transformer reads, pixels a side of a cell of its latents, and their channels.
+# The diffusion transformer: its tokens of text, the side of a latent cell in pixels, and the channels of its latents.
 TEXT_LENGTH, LATENT_CELL, LATENT_CHANNELS = 64, 8, 16
 
 
 def median_seconds(run: Callable[[], object], device: str, repeats: int) -> float:
-    """Of several runs, after one to warm up."""
+    """Returns the median of several runs after a warm-up."""
     run()
     return statistics.median(seconds_of(run, device) for _ in range(repeats))
 
 
 def ceilings(device: str, dtype: torch.dtype, side: int, repeats: int) -> tuple[float, float]:
-    """Operations a second of a matrix product, and bytes a second, read and written, of a copy."""
+    """Measures the operations a second of a matrix product, and the bytes a second, read and written, of a copy."""
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(a)
     rate = 2 * side**3 / median_seconds(lambda: torch.matmul(a, b, out=product), device, repeats)
@@ -56,7 +58,7 @@ def ceilings(device: str, dtype: torch.dtype, side: int, repeats: int) -> tuple[
 def measure(
     model: NextFlowForConditionalGeneration, size: int, batch: int, prompts: str, compiled: bool, repeats: int
 ) -> dict:
-    """One case: seconds for the codes and for the pixels of a batch, and peak memory beside the weights."""
+    """Measures one case: seconds for codes and pixels of a batch, and peak memory in addition to the weights."""
     config, device = model.config, str(model.device)
     length, negative_length = PROMPTS[prompts]
     ids, negative = (random_prompt(config, count, device).expand(batch, -1) for count in (length, negative_length))
@@ -87,7 +89,7 @@ def measure(
 
 
 def floor_of(model: NextFlowForConditionalGeneration, case: dict, rate: float, bandwidth: float) -> float:
-    """Seconds for the codes of a case that the card takes at least; prompts are counted by the longer one."""
+    """Returns the least seconds that the card needs for the codes of a case; both prompts count as the longer one."""
     counts = model.config.vq_config.scale_schedules.for_size(case["size"], case["size"]).tokens_per_scale[1:]
     length = max(PROMPTS[case["prompts"]])
     costs = drawing_costs(model.config, length, counts, model.dtype.itemsize, batch=2 * case["batch"])
@@ -96,7 +98,7 @@ def floor_of(model: NextFlowForConditionalGeneration, case: dict, rate: float, b
 
 @torch.no_grad()
 def diffusion_seconds(model: NextFlowForConditionalGeneration, size: int, repeats: int, compiled: bool) -> float:
-    """18 steps with guidance of a diffusion transformer as wide, and about as large, as the model's backbone."""
+    """Times 18 guided steps of a diffusion transformer of the backbone's width and about its size."""
     from diffusers import SD3Transformer2DModel
 
     text, device, dtype = model.config.text_config, model.device, model.dtype
@@ -131,7 +133,7 @@ def diffusion_seconds(model: NextFlowForConditionalGeneration, size: int, repeat
 
 
 def found(cases: list[dict], size: int, **wanted) -> float:
-    """Seconds for the codes of one image."""
+    """Returns the seconds for the codes of one image."""
     wanted |= {"size": size, "batch": 1}
     return next(case["codes_seconds"] for case in cases if all(case[name] == value for name, value in wanted.items()))
 
@@ -140,12 +142,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = [*PRESETS, *RANDOM_BACKBONES]
     parser.add_argument("--model", default=PRESET_7B, help=f"a checkpoint, or one of {models}")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024], help="of the images, in pixels")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="images at once; 1 among them")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024], help="sides of the images in pixels")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="batch sizes; 1 must be among them")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--repeats", type=int, default=5, help="drawings of which the median counts")
-    parser.add_argument("--matrix_side", type=int, default=MATRIX_SIDE, help="of the product that shows the rate")
+    parser.add_argument("--repeats", type=int, default=5, help="number of drawings; their median is reported")
+    parser.add_argument(
+        "--matrix_side", type=int, default=MATRIX_SIDE, help="side of the matrices whose product gives the rate"
+    )
     parser.add_argument("--results", default=RESULTS, help="folder of the result file")
     arguments = parser.parse_args()
     if 1 not in arguments.batches:

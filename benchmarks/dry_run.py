@@ -1,15 +1,17 @@
-"""All stages of the paper's training in a row, from random weights to RL, each killed once and resumed.
+"""Run all stages of the paper's training in a row, from random weights to RL; each is killed once and resumed.
 
     python benchmarks/dry_run.py                     # two cores, a small backbone
     python benchmarks/dry_run.py --size 1b --steps 50    # one card
 
-A start with random weights, shaped as Qwen2.5-VL, with the layout of the full-size tokenizer (18 scales, levels of 256,
-512 and 1,024 pixels), is trained on random codes and words by the package's own recipes, with what `recipes/dry_run`
-changes for the size: `transformers-nextflow train alignment`, then pretraining at the three levels, continued training,
-fine-tuning and RL. Each stage is killed by SIGKILL when its first checkpoint is there and resumed, and starts from the
-`final` of the one before. Of each stage: seconds of a step, tokens a second, fill and wait for data (of RL the first
-only), the largest memory of its processes, and how far the weights of each part moved, as a share of the sum of the
-learning rates; the parts that the recipe does not train must not move, and the others must.
+The start is a model with random weights in the shape of Qwen2.5-VL, with the layout of the full-size tokenizer (18
+scales, levels of 256, 512 and 1,024 pixels). It is trained on random codes and words by the package's own recipes, with
+the changes for its size in `recipes/dry_run`: `transformers-nextflow train alignment`, then pretraining at the three
+levels, continued training, fine-tuning and RL. Each stage starts from the `final` of the stage before, is killed by
+SIGKILL when its first checkpoint is there, and is resumed.
+
+For each stage the script reports the seconds of a step, tokens a second, fill and the wait for data (for RL only the
+first of these), the largest memory of its processes, and how far the weights of each part moved, as a share of the sum
+of the learning rates. The parts that the recipe does not train must not move, and the others must.
 Writes `results/dry_run.json`.
 """
 
@@ -52,7 +54,7 @@ from transformers_nextflow.vision_tokenizer.fingerprint import tokenizer_fingerp
 SIZES = RECIPES / "dry_run"
 LEVELS = ((256, 12), (512, 16), (1024, 18))
 WORDS = ["a", "red", "blue", "circle", "star", "two", "of", "them", "what", "is", "here"]
-# Of the weights' names, by part of a recipe; the last is what no stage trains.
+# How the names of weights begin, by part of a recipe. No stage trains the last part.
 PARTS = {
     "visual_embedding": "model.visual_embedding.",
     "heads": ("lm_head.", "visual_head."),
@@ -60,12 +62,12 @@ PARTS = {
     "backbone": "model.language_model.",
     "vision_tokenizer": "model.vq_model.",
 }
-# A stage that has not ended by then has failed, in seconds.
+# A stage that takes longer than this many seconds counts as failed.
 PATIENCE = 3600
 
 
 def make_start(size: dict, folder: Path):
-    """A model with random weights, and its processor."""
+    """Makes a model with random weights, and its processor."""
     tokenizer = train_tokenizer([" ".join(WORDS)], vocab_size=512)
     processor = NextFlowProcessor(NextFlowImageProcessor(SQUARE_SIDES, 16, LEVELS), tokenizer)
     tower = PRESETS["tiny"]
@@ -104,7 +106,7 @@ def make_start(size: dict, folder: Path):
 
 
 def make_data(size: dict, model: NextFlowForConditionalGeneration, folder: Path):
-    """Random rows of each level, of texts and of conversations, as `extract-codes` writes them; prompts of RL."""
+    """Makes random rows of levels, texts and conversations, as `extract-codes` writes them, and prompts for RL."""
     chance, fingerprint = random.Random(0), tokenizer_fingerprint(model.vq_model)
     schedules = model.config.vq_config.scale_schedules
 
@@ -140,7 +142,7 @@ def make_data(size: dict, model: NextFlowForConditionalGeneration, folder: Path)
 
 
 def changes_of(stage: str, size: dict, steps: int) -> list[str]:
-    """What the dry run changes of a stage's recipe."""
+    """Returns the changes of the dry run to a stage's recipe."""
     saved = max(1, steps // 2)
     changes = [*size["changes"], f"max_steps={steps}", f"save_steps={saved}", "logging_steps=1"]
     changes += [] if stage == "rl" else size["training"]
@@ -148,7 +150,7 @@ def changes_of(stage: str, size: dict, steps: int) -> list[str]:
 
 
 def run_stage(stage: str, size: dict, steps: int, start: Path, data: Path, output: Path) -> dict:
-    """Train a stage, killed once its first checkpoint is there, and resumed."""
+    """Trains a stage, kills it when its first checkpoint is there, and resumes it."""
     command = [sys.executable, "-m", "transformers_nextflow.cli", "train", stage, "--model", str(start)]
     command += ["--data", str(data / size["stages"][stage]["data"]), "--output", str(output)]
     for change in changes_of(stage, size, steps):
@@ -175,7 +177,7 @@ def run_stage(stage: str, size: dict, steps: int, start: Path, data: Path, outpu
 
 
 def run_until(command: list[str], path: Path | None) -> tuple[bool, float]:
-    """Run a command, and kill it when `path` is there. Whether it was killed, and the MiB that it held at most."""
+    """Runs a command and kills it when `path` exists. Returns whether it was killed, and its peak memory in MiB."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     killed, begun = False, time.perf_counter()
     while True:
@@ -195,7 +197,7 @@ def run_until(command: list[str], path: Path | None) -> tuple[bool, float]:
 
 
 def movements(before: Path, after: Path, rate: float) -> dict[str, dict[str, float]]:
-    """How far the weights of each part moved, the largest and the mean, as shares of the sum of learning rates."""
+    """Returns the largest and the mean movement of each part's weights, as shares of the sum of the learning rates."""
     old, new = load_file(before), load_file(after)
     moved: dict[str, list[torch.Tensor]] = {part: [] for part in PARTS}
     for name, weight in new.items():
@@ -210,9 +212,9 @@ def movements(before: Path, after: Path, rate: float) -> dict[str, dict[str, flo
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="cpu", choices=sorted(path.stem for path in SIZES.glob("*.yaml")))
-    parser.add_argument("--steps", type=int, default=4, help="of each stage, two at least")
-    parser.add_argument("--stages", nargs="+", help="the first ones only")
-    parser.add_argument("--device", default="cpu", help="what is said of the machine: cpu or cuda")
+    parser.add_argument("--steps", type=int, default=4, help="training steps of each stage, at least two")
+    parser.add_argument("--stages", nargs="+", help="names of the stages to run, from the first on; default: all")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, as written to the result file")
     parser.add_argument("--results", default=RESULTS, help="folder of the result file")
     arguments = parser.parse_args()
     size = yaml.safe_load((SIZES / f"{arguments.size}.yaml").read_text())
@@ -234,7 +236,7 @@ def main():
     values["all_moved_as_they_should"] = all(stage["as_it_should"] for stage in figures)
     print("written:", write_result(Path(arguments.results) / "dry_run.json", values, arguments.device))
     if not (values["all_killed_and_resumed"] and values["all_moved_as_they_should"]):
-        raise SystemExit("A stage was not resumed, or weights moved that should rest, or rested that should move.")
+        raise SystemExit("A stage was not resumed, frozen weights moved, or trained weights did not move.")
 
 
 if __name__ == "__main__":

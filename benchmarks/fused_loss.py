@@ -1,12 +1,12 @@
-"""Memory and time of the loss and its gradient, fused with the head against plain (CPU).
+"""Measure memory and time of the loss and its gradient, fused with the head and plain (CPU).
 
     python benchmarks/fused_loss.py
 
-The vocabulary is Qwen2.5-VL's with `<boi>` and `<eoi>` and 32,768 codes. Memory is counted: the largest sum of all
-tensors that live at once, from loss to gradients, on tensors without data. It is also measured, for `--measured_tokens`
-in a process for each way, as the growth of the process's peak; of plain that takes 3 MB for each token. The width is
-small, so that what grows with the vocabulary is what is seen. Values and gradients are compared on the same input.
-Writes `results/fused_loss.json`.
+The vocabulary is that of Qwen2.5-VL with `<boi>`, `<eoi>` and 32,768 codes. Memory is counted with tensors without
+data, as the largest sum of all tensors that exist at the same time, from loss to gradients. It is also measured for
+`--measured_tokens`, in a process for each way, as the growth of the process's peak; the plain way takes 3 MB for each
+token. The width is small, so the figures show what grows with the vocabulary. Values and gradients of both ways are
+compared on the same input. Writes `results/fused_loss.json`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Inputs = tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]
 
 
 def make_inputs(tokens: int, width: int, device: str = "cpu") -> Inputs:
-    """([hidden states, both heads], classes, weights); the same at every call."""
+    """Returns ([hidden states, both heads], classes, weights), the same at every call."""
     if device == "meta":
         shapes = ((tokens, width), (TEXT, width), (CODES, width))
         tensors = [torch.empty(shape, device=device, requires_grad=True) for shape in shapes]
@@ -63,7 +63,7 @@ WAYS = {"plain": plain, "fused": fused}
 
 
 class LivingTensors(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside of it and live, and the largest sum so far."""
+    """Counts the bytes of living tensors that were made inside of the context, and keeps the largest sum."""
 
     def __init__(self):
         super().__init__()
@@ -86,7 +86,7 @@ class LivingTensors(TorchDispatchMode):
 
 
 def counted(way: str, tokens: int, width: int) -> int:
-    """Bytes that loss and gradients hold at most, by the count of living tensors."""
+    """Returns the most bytes that loss and gradients hold, by the count of living tensors."""
     inputs = make_inputs(tokens, width, "meta")
     with LivingTensors() as tensors:
         WAYS[way](*inputs).backward()
@@ -94,14 +94,14 @@ def counted(way: str, tokens: int, width: int) -> int:
 
 
 def memory_of(field: str) -> int:
-    """Bytes of this process that are in memory now ("VmRSS") or were at most ("VmHWM")."""
+    """Returns the bytes that this process has in memory now ("VmRSS") or had at its peak ("VmHWM")."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return 1024 * int(line.split()[1])
 
 
 def measure(way: str, tokens: int, width: int, connection):
     inputs = make_inputs(tokens, width)
-    # Threads and libraries come to life before memory is counted.
+    # Threads and libraries are started before memory is counted.
     WAYS[way](*make_inputs(8, width)).backward()
     before, start = memory_of("VmRSS"), time.perf_counter()
     WAYS[way](*inputs).backward()
@@ -123,7 +123,7 @@ def in_own_process(way: str, tokens: int, width: int) -> dict:
 
 
 def errors(tokens: int, width: int) -> dict[str, float]:
-    """Relative errors of the fused way's value and gradients (by norm)."""
+    """Returns the relative errors of value and gradients of the fused way, by norm."""
     values = {}
     for way, loss in WAYS.items():
         tensors, classes, weights = make_inputs(tokens, width)
@@ -137,8 +137,13 @@ def errors(tokens: int, width: int) -> dict[str, float]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--measured_tokens", type=int, default=4096, help="plain takes 3 MB of memory for each")
-    parser.add_argument("--width", type=int, default=64, help="of the hidden states")
+    parser.add_argument(
+        "--measured_tokens",
+        type=int,
+        default=4096,
+        help="number of tokens; the plain way takes 3 MB of memory for each",
+    )
+    parser.add_argument("--width", type=int, default=64, help="width of the hidden states")
     parser.add_argument("--results", default=RESULTS, help="folder of the result file")
     arguments = parser.parse_args()
 

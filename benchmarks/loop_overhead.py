@@ -1,11 +1,11 @@
-"""The share of the scale loop's time that is not spent in forward passes, and where it goes (CPU, batch 1).
+"""Measure the share of the scale loop's time that is not spent in forward passes, and where it goes (CPU, batch 1).
 
     python benchmarks/loop_overhead.py
 
-Forward passes are those of the backbone, of the visual head and of the visual embedding; all else counts as `overhead`,
-the draw from the soft-max and the guidance of logits included. These two are arithmetic on all codes, which no loop can
-do without; `overhead_without_sampling` leaves them out. The parts come from drawings of their own, since looking at
-each of them takes time too. Seconds are medians over drawings; the target is 5% at most.
+Forward passes are those of the backbone, of the visual head and of the visual embedding. Everything else counts as
+`overhead`, including the sampling from the softmax and the guidance of logits. These two are arithmetic on all codes
+that no loop can avoid; `overhead_without_sampling` leaves them out. Other drawings measure the parts, since measuring
+each part takes time too. Seconds are medians over drawings. The target is at most 5%.
 Writes `results/loop_overhead.json`.
 """
 
@@ -37,7 +37,7 @@ PROMPT_LENGTH, NEGATIVE_LENGTH = 16, 6
 
 
 class Stopwatch:
-    """Seconds spent in functions by label, each without those that were called inside of it."""
+    """Measures the seconds spent in functions by label, without the labelled functions that they call."""
 
     def __init__(self):
         self.seconds: dict[str, float] = defaultdict(float)
@@ -87,7 +87,7 @@ OTHER_PARTS = [
 def measure(
     model: NextFlowForConditionalGeneration, side: int, guided: bool, repeats: int, parts: list[tuple]
 ) -> dict[str, float]:
-    """Seconds of one drawing by part, each the median over `repeats` drawings: other processes may interrupt some."""
+    """Returns the seconds of one drawing by part, medians over `repeats`, since other processes may interrupt some."""
     watch, size = Stopwatch(), side * model.config.vq_config.patch_size
     options = {
         "image_sizes": [(size, size)],

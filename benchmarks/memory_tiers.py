@@ -1,14 +1,15 @@
-"""What drawing takes of a GPU's memory, for presets, kinds of weights and sizes of images; which cards have that much.
+"""Compute how much GPU memory drawing takes, for presets, kinds of weights and sizes of images, and which cards
+suffice.
 
     python benchmarks/memory_tiers.py
     python benchmarks/memory_tiers.py --measure nextflow-7b 1024 24
 
-Computed, for one image with guidance, from parameters on the meta device: weights (the vision tokenizer's encoders in
-float32 and all else in bfloat16; int8 and 4 bits hold for the linear layers of the backbone), keys and values of two
-rows behind prompts of 64 tokens, the logits of the last scale, and what CUDA and its allocator take. `--measure` draws
-with random bfloat16 weights on a GPU whose memory is limited, in the process, to so many GiB, and prints the peak.
-OneCAT-3B is counted in bfloat16, at the sizes that its released config is taken to have.
-Writes `results/memory_tiers.json`: `tiers`, `onecat`.
+The figures are computed for one image with guidance, from parameters on the meta device. They are the sum of the
+weights (the vision tokenizer's encoders in float32 and everything else in bfloat16; int8 and 4 bits apply to the linear
+layers of the backbone), the keys and values of two rows behind prompts of 64 tokens, the logits of the last scale, and
+the memory of CUDA and its allocator. `--measure` draws with random bfloat16 weights on a GPU whose memory is limited in
+the process to the given GiB, and prints the peak. OneCAT-3B is counted in bfloat16, at the sizes that we take its
+released config to have. Writes `results/memory_tiers.json`: `tiers`, `onecat`.
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ from transformers_nextflow.evaluation.results import write_result
 from transformers_nextflow.modeling_nextflow_vq import CODE_PARTS, TENSORS_AT_ONCE
 
 
-# Of a card's memory so much is free.
+# The share of a card's memory that is free.
 FREE_SHARE = 0.95
 CARDS, SIZES = (8, 12, 16, 24, 48, 80), (256, 512, 1024)
-# Bytes of a parameter of a quantised layer, scales included: one in float32 a row, one in float32 for 64 parameters.
+# Bytes of a parameter of a quantised layer, with its scales: a float32 a row, or a float32 for 64 parameters.
 KINDS = {"bf16": 2.0, "int8": 1.0, "4 bits": 0.5 + 4 / 64}
 PROMPT_LENGTH, ROWS = 64, 2
-# Context, kernels and what the allocator cannot give out again.
+# The context, the kernels and the memory that the allocator cannot reuse.
 OVERHEAD = 2**30
-# A logit in bytes: of each row in bfloat16 and in float32, and guided. With keys and values that makes 3.1 GiB for the
-# 7B model at 1024², where 2.9 were measured on an H100 (`results/drawing_on_gpu.json`).
+# Bytes of a logit: each row has it in bfloat16 and in float32, and there is the guided one. With keys and values this
+# gives 3.1 GiB for the 7B model at 1024²; 2.9 were measured on an H100 (`results/drawing_on_gpu.json`).
 LOGIT_BYTES = ROWS * (2 + 4) + 4
 
 
 def weights(config: NextFlowConfig) -> dict[str, int]:
-    """Bytes of the weights by kind."""
+    """Returns the bytes of the weights by kind."""
     with torch.device("meta"):
         model = NextFlowForConditionalGeneration(config)
     tokenizer, layers = model.model.vq_model, model.model.language_model.layers
@@ -56,7 +57,7 @@ def weights(config: NextFlowConfig) -> dict[str, int]:
 
 
 def drawing(config: NextFlowConfig, size: int) -> int:
-    """Bytes that drawing an image takes beside the weights."""
+    """Returns the bytes that drawing an image takes in addition to the weights."""
     text, schedule = config.text_config, config.vq_config.scale_schedules.for_size(size, size)
     head_dim = text.hidden_size // text.num_attention_heads
     columns = PROMPT_LENGTH + schedule.num_slots(config.read_last_scale)
@@ -80,7 +81,7 @@ def tiers() -> list[dict]:
 
 
 def onecat_tiers() -> list[dict]:
-    """OneCAT-3B whole, drawing only, and with the experts of text away from the card."""
+    """Returns the figures of OneCAT-3B: the whole model, drawing only, and with the text experts not on the card."""
     cases = []
     for name, drawing_only, is_mapped in (
         ("whole", False, False), ("drawing_only", True, False), ("drawing_only, drawing_device_map", True, True),
@@ -95,7 +96,7 @@ def onecat_tiers() -> list[dict]:
             own = sum(p.numel() for p in module.parameters(recurse=False))
             size = own * (4 if module_name.startswith("vq_model.encoder") else 2)
             if any(module_name == part or module_name.startswith(f"{part}.") for part in away):
-                largest = max(largest, size)  # brought one by one
+                largest = max(largest, size)  # brought to the card one by one
             else:
                 taken += size
         text = config.text_config
@@ -103,7 +104,7 @@ def onecat_tiers() -> list[dict]:
             schedule = config.vq_config.scale_schedules.for_size(side, side)
             columns, slots = PROMPT_LENGTH + schedule.num_tokens, schedule.tokens_per_scale[-1]
             cached = ROWS * columns * text.num_hidden_layers * 2 * text.num_key_value_heads * config.head_dim * 2
-            inner = ROWS * slots * text.intermediate_size * 2 * 3  # gate, up and their product
+            inner = ROWS * slots * text.intermediate_size * 2 * 3  # the outputs of gate and up, and their product
             decoding = TENSORS_AT_ONCE * config.vq_config.channels * side * side * 2
             beside = max(largest, cached + inner, decoding)
             gib = (taken + beside + OVERHEAD) / 2**30
@@ -124,7 +125,7 @@ def onecat_table(cases: list[dict]) -> str:
 
 
 def table(cases: list[dict]) -> str:
-    """Of each preset and kind of weights the GiB at each size, and the smallest card for the largest."""
+    """Returns the GiB at each size for each preset and kind of weights, and the smallest card for the largest size."""
     lines = ["| preset | weights | " + " | ".join(f"{size}²" for size in SIZES) + " | smallest card for 1024² |"]
     lines.append("|---|---|" + "---:|" * (len(SIZES) + 1))
     for name in PRESETS:
@@ -137,7 +138,7 @@ def table(cases: list[dict]) -> str:
 
 
 def measured(name: str, size: int, limit: float) -> float:
-    """GiB that drawing an image takes at most on a GPU limited to `limit` GiB; out of memory is an error."""
+    """Returns the peak GiB of drawing an image on a GPU limited to `limit` GiB; raises an error if it is exceeded."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / total))
     with PeakMemory("cuda") as memory:
@@ -152,7 +153,7 @@ def measured(name: str, size: int, limit: float) -> float:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", nargs=3, metavar=("PRESET", "SIZE", "GIB"), help="on a GPU, under this limit")
+    parser.add_argument("--measure", nargs=3, metavar=("PRESET", "SIZE", "GIB"), help="draw on a GPU under this limit")
     parser.add_argument("--results", default=RESULTS, help="folder of the result file")
     arguments = parser.parse_args()
     if arguments.measure:

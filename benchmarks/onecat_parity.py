@@ -1,12 +1,13 @@
-"""A converted OneCAT and its vision tokenizer against the original code's outputs.
+"""Compare a converted OneCAT and its vision tokenizer with the outputs of the original code.
 
     python benchmarks/onecat_parity.py FOLDER
 
 FOLDER holds a tiny model in the released layout (`onecat_tiny.safetensors`, `onecat_tiny.json`), a tiny vision
-tokenizer (`infinity_vae_tiny.pth`), and what the original code computed with both (`onecat_tiny_outputs.safetensors`,
+tokenizer (`infinity_vae_tiny.pth`), and the outputs of the original code with both (`onecat_tiny_outputs.safetensors`,
 `infinity_vae_tiny_outputs.safetensors`): three drawings, one of which is an edit, an answer to a question about an
-image, one without, and three images through the tokenizer. Codes are compared bit by bit, and all else (features fed,
-hidden states, logits, guided logits, sums, images) by value. Writes `results/onecat_parity.json`.
+image, an answer without an image, and three images through the tokenizer. Codes are compared bit by bit. Everything
+else (input features, hidden states, logits, guided logits, sums, images) is compared by value. Writes
+`results/onecat_parity.json`.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ from transformers_nextflow.evaluation.results import write_result
 
 
 LEVELS = [[128, 5], [256, 7]]
-# Values, and logits under a guidance of 20.
+# The tolerances of values, and of logits under a guidance of 20.
 TOLERANCE, GUIDED_TOLERANCE = 1e-4, 1e-3
 DRAWINGS = {
     "greedy": BitwiseImageSampling(guidance_scale=3.0, temperature=0.5, top_k=1),
     "sampled": BitwiseImageSampling(guidance_scale=20.0, temperature=0.5, top_k=2, top_p=0.97),
-    # The original's cfg of 3 for text, and of 1.5 for images.
+    # They equal a cfg of 3 for text and of 1.5 for images in the original.
     "edit": BitwiseEditingSampling(guidance_scale=3.0, image_guidance_scale=3 / 2.5, temperature=0.5, top_k=1),
     "rounded": BitwiseImageSampling(guidance_scale=3.0, temperature=0.5, top_k=1),
 }
 
 
 def load_models(folder: Path, **config_values) -> tuple[OneCatForConditionalGeneration, BitwiseVQModel]:
-    """The model of the fixture, by the converter's key tables, and its vision tokenizer (in it)."""
+    """Loads the model of the fixture with its vision tokenizer, by the key tables of the converter."""
     told, (vq_config, vq_state) = (
         json.loads((folder / "onecat_tiny.json").read_text()),
         read_vision_tokenizer(folder / "infinity_vae_tiny.pth"),
@@ -65,10 +66,10 @@ def differences(found: dict[str, torch.Tensor], original: dict[str, torch.Tensor
 
 @torch.no_grad()
 def draw(model, name: str, original: dict[str, torch.Tensor]) -> tuple[bool, dict[str, float]]:
-    """Whether all bits of a drawing are the original's, and the largest difference of each value."""
+    """Returns whether all bits of a drawing are those of the original, and the largest difference of each value."""
     source = "greedy" if name == "rounded" else name
     sampling, stored = DRAWINGS[name], [key.split(".") for key in original if key.endswith(".input_ids")]
-    # Each pass knows less than the one before, and so is shorter.
+    # Each pass has less of the conditioning than the one before, so it is shorter.
     passes = [key[1] for key in stored if key[0] == source and len(key) == 3]
     passes.sort(key=lambda part: -len(original[f"{source}.{part}.input_ids"]))
     prompts = [original[f"{source}.{part}.input_ids"][None] for part in passes]
@@ -103,13 +104,13 @@ def draw(model, name: str, original: dict[str, torch.Tensor]) -> tuple[bool, dic
         found[f"{name}.guided.{scale}"] = logits[scale].unflatten(-1, (-1, 2))
     found[f"{name}.sum"] = model.vq_model.quantizer.decode(tokens, own_schedule)
     found[f"{name}.image"] = model.decode_image_tokens(tokens, output.image_grids)[0][None]
-    # Of the rounded frequencies there are hidden states and bits only.
+    # For the rounded frequencies there are only hidden states and bits.
     return equal, differences({key: value for key, value in found.items() if key in original}, original)
 
 
 @torch.no_grad()
 def answer(model, name: str, original: dict[str, torch.Tensor]) -> tuple[bool, dict[str, float]]:
-    """Whether an answer has the original's tokens, and the largest difference of each value."""
+    """Returns whether an answer has the tokens of the original, and the largest difference of each value."""
     ids, images = original[f"{name}.input_ids"][None], {}
     if name == "chat":
         views = [original["chat.pixel_values"][0], original["chat.thumbnail"][0]]
@@ -132,7 +133,7 @@ def answer(model, name: str, original: dict[str, torch.Tensor]) -> tuple[bool, d
 
 @torch.no_grad()
 def tokenize(vq_model: BitwiseVQModel, name: str, original: dict[str, torch.Tensor]) -> tuple[bool, dict[str, float]]:
-    """Whether all bits of an image are the original's, and the largest difference of each value."""
+    """Returns whether all bits of an image are those of the original, and the largest difference of each value."""
     pixels, quantizer = original[f"{name}.image"].float(), vq_model.quantizer
     schedule, tokens = vq_model.schedule_of(pixels), vq_model.encode(pixels).image_tokens
     found = {f"{name}.latent": vq_model.encode_latents(pixels), f"{name}.reconstruction": vq_model(pixels)}
@@ -148,7 +149,7 @@ def tokenize(vq_model: BitwiseVQModel, name: str, original: dict[str, torch.Tens
 
 
 def parity(folder: Path) -> dict[str, dict]:
-    """Of each case whether its codes are equal, and the largest difference: of guided logits, and of all else."""
+    """Returns for each case whether codes are equal, and the largest difference of guided logits and of the rest."""
     model, vq_model = load_models(folder)
     rounded, _ = load_models(folder, drawing_frequencies="bfloat16")
     outputs = load_file(folder / "onecat_tiny_outputs.safetensors")
@@ -168,7 +169,7 @@ def parity(folder: Path) -> dict[str, dict]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the written figures")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     arguments = parser.parse_args()
     cases = parity(arguments.folder)
     values = {
@@ -180,7 +181,9 @@ def main():
     print(json.dumps(values, indent=2))
     print("written", write_result(arguments.results / "onecat_parity.json", values))
     if not values["codes_equal"] or values["max_abs_error"] > TOLERANCE or values["guided_error"] > GUIDED_TOLERANCE:
-        raise SystemExit(f"Codes differ, or a value by more than {TOLERANCE} (guided logits: {GUIDED_TOLERANCE}).")
+        raise SystemExit(
+            f"Codes differ, or a value differs by more than {TOLERANCE} (guided logits: {GUIDED_TOLERANCE})."
+        )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
-"""The commands of docs/own_images.md, from the photographs to the drawn image: minutes, and what comes out.
+"""Time the commands of docs/own_images.md, from the photographs to the drawn image, and score what they produce.
 
     pip install scikit-image scikit-learn
     OMP_NUM_THREADS=2 python benchmarks/own_images.py
 
-Times each command of the page's first block behind the installation. Then: PSNR of the reconstructions of the thirty
-photographs by the bundled tokenizer and by the trained one, and of ten other parts of the same photographs, which
-nothing was trained on; and of what the LoRA draws from each caption, against its photograph, and how often it is nearer
-to a part of its own photograph than to any of the others. Writes `benchmarks/results/own_images.json` and
-`docs/own_images.png`. Commands whose outcome is in `--folder` already are not run again.
+The script times each command in the first block of the page after the installation. It then measures PSNR:
+
+- of the thirty photographs, reconstructed by the bundled tokenizer and by the trained one;
+- of ten other parts of the same photographs, on which nothing was trained;
+- of the images that the LoRA draws from each caption, against the photograph, and how often such an image is nearer to
+  a part of its own photograph than to any other photograph.
+
+Writes `benchmarks/results/own_images.json` and `docs/own_images.png`. Commands whose result is in `--folder` already
+are not run again.
 """
 
 from __future__ import annotations
@@ -41,14 +45,14 @@ from make_photos import PARTS, kept_photographs, photographs  # noqa: E402
 
 
 def commands() -> list[str]:
-    """Those of the page's first block, without cloning and installing."""
+    """Returns the commands of the page's first block, without cloning and installing."""
     block = re.search(r"```bash\n(.*?)```", PAGE.read_text(), re.S)
     assert block is not None
     return [line for line in block[1].splitlines() if line.startswith(("python examples", "transformers-nextflow"))]
 
 
 def run(command: str, folder: Path) -> float:
-    """Run a command of the page in a folder that has the clone's folders in it; seconds by the clock."""
+    """Runs a command of the page in a folder that holds the clone's folders; returns its wall time in seconds."""
     program, *arguments = shlex.split(command)
     words = ["-m", "transformers_nextflow.cli"] if program == "transformers-nextflow" else []
     print(command, flush=True)
@@ -79,7 +83,7 @@ def reconstructions(model: Path, images: list[Image.Image]):
 
 
 def pixels(images: list[Image.Image], side: int) -> torch.Tensor:
-    """(B, side, side, 3) in [0, 1]."""
+    """Returns pixels (B, side, side, 3) in [0, 1]."""
     sized = [np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)) for image in images]
     return torch.from_numpy(np.stack(sized)) / 255
 
@@ -108,7 +112,7 @@ def main():
     before = reconstructions(ROOT / "checkpoints" / "nextflow-shapes", list(photos))
     after = reconstructions(folder / "runs/tokenizer/final", list(photos))
     others = reconstructions(folder / "runs/tokenizer/final", list(kept))
-    with contextlib.chdir(folder):  # an adapter names the folder of its model as it was given
+    with contextlib.chdir(folder):  # an adapter stores the path of its model as it was given
         pipe = NextFlowPipeline.from_pretrained("runs/lora/final")
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(captions))]
     drawn = pipe(list(captions), generator=generators).images

@@ -1,14 +1,13 @@
-"""Useful tokens a second, and how evenly two workers are loaded, for the three packings (CPU).
+"""Measure useful tokens a second, and how evenly two workers are loaded, for the three kinds of packing (CPU).
 
     python benchmarks/packing.py
 
-The same samples (text, drawing, captions, edits, interleaved images; the small and the large level, whose images
-differ fourfold in tokens as the paper's 256 and 512 levels do) are trained on in padded batches, in packs of a fixed
-length and in packs of fixed compute: forward and backward pass of two layers of the random model, without the
-optimiser. The three run side by side on one thread each; seconds are those of the processor. Useful are all tokens but
-padding. Two workers take the batches in turn; the wait is the share of a step in which the faster one waits for the
-slower one, on average.
-Writes `results/packing.json`.
+The same samples are trained on in padded batches, in packs of a fixed length and in packs of fixed compute. They are
+text, drawings, captions, edits and interleaved images at a small and a large level, whose images differ fourfold in
+tokens as those of the paper's 256 and 512 levels do. A step is the forward and backward pass of two layers of the
+random model, without the optimiser. The three kinds run side by side on one thread each, and seconds are processor
+time. All tokens except padding are useful. Two workers take the batches in turn; the wait is the average share of a
+step in which the faster one waits for the slower one. Writes `results/packing.json`.
 """
 
 from __future__ import annotations
@@ -33,18 +32,18 @@ from transformers_nextflow.trainers import CostModel, NextFlowCollator, PackedDa
 
 
 SIDES, LEVEL_SIDES = (1, 2, 4, 6, 8, 12, 16), (8, 16)
-# 25% of text (paper, table 1); 10% of the pairs of image and text are turned round into captioning (section 3.2).
+# 25% of the samples are text (paper, table 1); 10% of the pairs of image and text become captioning (section 3.2).
 SHARES = {"text": 0.25, "drawing": 0.36, "caption": 0.04, "edit": 0.15, "interleaved": 0.2}
-# Frames of interleaved samples at the small and the large level (section 4.1).
+# Numbers of frames of interleaved samples at the small and the large level (section 4.1).
 MAX_FRAMES = {8: 5, 16: 3}
-# All of them cost the same.
+# Two layers are enough, since all layers cost the same.
 LAYERS = 2
 TARGET_SPEEDUP = 3.0
 WAYS = ("padding", "length", "compute")
 
 
 def make_model() -> tuple[NextFlowForConditionalGeneration, NextFlowProcessor]:
-    """The random model on a schedule of two levels, and a processor that fits."""
+    """Makes the random model on a schedule of two levels, and its processor."""
     config = with_sides(random_config(), SIDES, LEVEL_SIDES)
     config.text_config.num_hidden_layers, config.text_config.layer_types = LAYERS, ["full_attention"] * LAYERS
     image_processor = NextFlowImageProcessor(SIDES, config.vq_config.patch_size, config.vq_config.levels)
@@ -89,7 +88,7 @@ def make_rows(processor: NextFlowProcessor, count: int) -> list[dict]:
 
 
 def batches_of(packing: str, rows: list[dict], collator: NextFlowCollator, model: CostModel, budgets: dict):
-    """Batches of one epoch, shuffled, and what each costs by the model."""
+    """Returns the shuffled batches of one epoch, and the useful tokens and the cost of each."""
     sizes = {id(row): collator.size(row) for row in rows}
     costs = {key: model.cost(size) for key, size in sizes.items()}
     if packing == "padding":
@@ -105,14 +104,14 @@ def batches_of(packing: str, rows: list[dict], collator: NextFlowCollator, model
 
 
 def wait(amounts: list[float]) -> float:
-    """The share of a step of two workers in which the faster one waits, on average."""
-    # The last step may be the rest of the epoch.
+    """Returns the average share of a step in which the faster of two workers waits."""
+    # The last step may hold only the rest of the epoch.
     pairs = list(zip(amounts[:-2:2], amounts[1:-1:2]))
     return statistics.mean(1 - min(pair) / max(pair) for pair in pairs)
 
 
 def measure(model: NextFlowForConditionalGeneration, batches: list[dict], progress: tqdm) -> list[float]:
-    """Seconds of the processor for each step."""
+    """Returns the processor seconds of each step."""
     seconds = []
     for batch in [batches[0], *batches]:
         start = time.process_time()
@@ -147,8 +146,13 @@ def figures_of(packing: str, samples: int, budgets: dict) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=96)
-    parser.add_argument("--length_budget", type=int, default=4096, help="positions in a pack; padding has as many rows")
-    parser.add_argument("--compute_budget", type=int, default=6144, help="of a pack, in positions; see CostModel")
+    parser.add_argument(
+        "--length_budget",
+        type=int,
+        default=4096,
+        help="positions in a pack; padded batches have as many rows on average",
+    )
+    parser.add_argument("--compute_budget", type=int, default=6144, help="cost of a pack in positions; see CostModel")
     parser.add_argument("--results", default=RESULTS, help="folder of the result file")
     arguments = parser.parse_args()
 

@@ -1,15 +1,17 @@
-"""Fill of packs, waiting and bytes read with 8 to 1,024 processes, simulated on the sizes of a mixture of tasks.
+"""Simulate the fill of packs, waiting and bytes read with 8 to 1,024 processes, on the sizes of a mixture of tasks.
 
     python benchmarks/packing_simulation.py
 
-Nothing is trained. Each process draws samples of its own: text, drawing, captions, edits and interleaved images in the
-shares of `benchmarks/packing.py`, at the paper's three levels and 41 ratios, with captions and texts of log-normal
-length. They are batched as the trainer does it: padded, in packs of a fixed length and in packs of fixed compute, about
-as many positions each. A process takes as long as its batch costs by the 7B model's `CostModel` (padding costs its
-positions), and a step as long as its slowest process. The first steps of each process's first window are counted.
-Bytes are those of codes as int16 (read, written and clean ones) and of 4 bytes a text token, once for a process that
-reads its own share, and times the number of processes for one that reads all.
-Writes `results/packing_simulation.json`.
+Nothing is trained. Each process draws its own samples: text, drawings, captions, edits and interleaved images in the
+shares of `benchmarks/packing.py`, at the paper's three levels and 41 ratios. The lengths of captions and texts are
+log-normal. The samples are batched as the trainer does it: padded, in packs of a fixed length and in packs of fixed
+compute, with about the same number of positions each. A process takes as long as its batch costs by the 7B model's
+`CostModel`, in which padding costs its positions. A step takes as long as its slowest process. The first steps of each
+process's first window are counted.
+
+Bytes are those of codes as int16 (read, written and clean ones) and of 4 bytes for each text token. They are given for
+processes that read only their own share, and, multiplied by the number of processes, for processes that read
+everything. Writes `results/packing_simulation.json`.
 """
 
 from __future__ import annotations
@@ -35,15 +37,15 @@ RANKS = (8, 64, 512, 1024)
 # Figures of the paper (section 3.3): throughput over padding.
 PAPER = {"length": 3.4, "compute": 4.1}
 BYTES_PER_CODE, BYTES_PER_TOKEN = 2, 4
-# Positions of the chat template around a question and its answer.
+# Number of positions of the chat template around a question and its answer.
 TEMPLATE = 12
-# Frames of interleaved samples at the 512 and the 1024 level.
+# Numbers of frames of interleaved samples at the 512 and the 1024 level.
 FRAMES = {256: 5, 512: max(MAX_FRAMES.values()), 1024: min(MAX_FRAMES.values())}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What is counted of a sample."""
+    """The numbers that are counted for a sample."""
 
     size: SampleSize
     cost: float
@@ -51,7 +53,7 @@ class Sample:
 
 
 class Samples:
-    """Samples of a stage at some levels."""
+    """Random samples of a stage at some levels."""
 
     def __init__(self, levels: list[int], schedules: ScaleSchedules, model: CostModel):
         self.levels, self.model = levels, model
@@ -84,7 +86,7 @@ class Samples:
 
 
 def batches_of(packing: str, samples: list[Sample], budgets: dict) -> list[list[Sample]]:
-    """The batches of a window of samples in the order in which they are drawn."""
+    """Returns the batches of a window of samples, in the order in which the trainer takes them."""
     if packing == "padding":
         count = budgets["padding"]
         return [samples[start : start + count] for start in range(0, len(samples) - count + 1, count)]
@@ -95,7 +97,7 @@ def batches_of(packing: str, samples: list[Sample], budgets: dict) -> list[list[
 
 
 def seconds_of(packing: str, batch: list[Sample]) -> float:
-    """What a batch costs, padding included, in units of a position."""
+    """Returns the cost of a batch, padding included, in units of a position."""
     cost = sum(sample.cost for sample in batch)
     if packing != "padding":
         return cost
@@ -104,7 +106,7 @@ def seconds_of(packing: str, batch: list[Sample]) -> float:
 
 
 def figures_of(ranks: int, packing: str, by_rank: list[list[list[Sample]]], steps: int, budget: float) -> dict:
-    """Of the first `ranks` processes, over `steps` steps."""
+    """Returns the figures of the first `ranks` processes over `steps` steps."""
     own = [batches[:steps] for batches in by_rank[:ranks]]
     seconds = [[seconds_of(packing, batch) for batch in batches] for batches in own]
     slowest = [max(step) for step in zip(*seconds)]
@@ -150,8 +152,8 @@ def simulate(levels: list[int], arguments: argparse.Namespace) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
-    parser.add_argument("--steps", type=int, default=16, help="of each process, at most those of one window")
-    parser.add_argument("--budget", type=int, default=65536, help="positions of a pack of fixed length")
+    parser.add_argument("--steps", type=int, default=16, help="steps of each process, at most those of one window")
+    parser.add_argument("--budget", type=int, default=65536, help="number of positions of a pack of fixed length")
     parser.add_argument("--results", default=RESULTS, help="folder of the result file")
     arguments = parser.parse_args()
     stages = {"256": [256], "512": [512], "all levels": [256, 512, 1024]}

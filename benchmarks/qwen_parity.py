@@ -1,11 +1,11 @@
-"""Whether a converted Qwen2.5-VL writes what the original writes, bit for bit, and comes back unchanged (CPU, float32).
+"""Compare a converted Qwen2.5-VL with the original: exact outputs, and unchanged weights after conversion back (CPU).
 
     python benchmarks/qwen_parity.py
 
-The Qwen2.5-VL models are small, random and saved by transformers: tied and untied, sharded and not, with and without
-spare rows in the vocabulary. Logits are those of whole sentences, texts those of `generate` on a padded batch; the
-original is kept from the three tokens of an image, which a random model writes at times and a NextFlow never as text.
-Writes `results/qwen_parity.json`.
+The Qwen2.5-VL models are small, random, in float32 and saved by transformers: tied and untied, sharded and not, with
+and without spare rows in the vocabulary. Logits are those of whole sentences, and texts those of `generate` on a padded
+batch. The original may not generate the three tokens of an image, which a random model sometimes writes and a NextFlow
+never writes as text. Writes `results/qwen_parity.json`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers_nextflow.evaluation.results import write_result
 
 @torch.no_grad()
 def figures_of(folder: Path, tied: bool, spare_rows: int, max_shard_size: str) -> dict:
-    """Convert there and back inside of `folder`, and compare."""
+    """Converts a model there and back inside of `folder`, and compares it with the original."""
     qwen = save_qwen(folder / "qwen", tied, spare_rows, max_shard_size)
     settings = {"vq_config": small_vq_config(), "max_shard_size": max_shard_size}
     model = NextFlowForConditionalGeneration.from_pretrained(

@@ -1,4 +1,4 @@
-"""Small random Qwen2.5-VL models as transformers itself saves them, with a tokenizer and a chat template."""
+"""Makes small random Qwen2.5-VL models as transformers itself saves them, with a tokenizer and a chat template."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from transformers_nextflow.tokenization_nextflow import train_tokenizer
 
 
 SENTENCES = ["a red circle", "two blue squares and a green star", "how many circles are there? one"]
-# In the form of Qwen2.5-VL's: a system message by default, marks around images.
+# It has the form of Qwen2.5-VL's template: a default system message, and marks around images.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nhow many"
     "<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
@@ -29,7 +29,7 @@ CARD = "---\nlicense: other\nlicense_name: research\nlicense_link: https://examp
 
 
 def qwen_tokenizer() -> PreTrainedTokenizerFast:
-    """Of 320 tokens at most, with Qwen's special ones and without <boi> and <eoi>."""
+    """Makes a tokenizer of at most 320 tokens, with Qwen's special tokens and without <boi> and <eoi>."""
     text = train_tokenizer(SENTENCES, vocab_size=320).backend_tokenizer.to_str().replace("<boi>", "<|vision_start|>")
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(text.replace("<eoi>", "<|vision_end|>")),
@@ -40,7 +40,7 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def small_config(tied: bool = False, spare_rows: int = 0, **text_config) -> Qwen2_5_VLConfig:
-    """Two layers of width 32; `spare_rows` of the vocabulary have no token."""
+    """Makes a config with two layers of width 32; `spare_rows` of the vocabulary have no token."""
     tokenizer = qwen_tokenizer()
     values = {
         "vocab_size": len(tokenizer) + spare_rows,
@@ -50,7 +50,7 @@ def small_config(tied: bool = False, spare_rows: int = 0, **text_config) -> Qwen
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
-        # Larger than usual, so that what comes before changes what a random model writes.
+        # It is larger than usual, so that the output of a random model depends on its context.
         "initializer_range": 0.2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
         "bos_token_id": None,
@@ -76,7 +76,7 @@ def small_config(tied: bool = False, spare_rows: int = 0, **text_config) -> Qwen
 def save_qwen(
     folder: Path, tied: bool = False, spare_rows: int = 0, max_shard_size: str = "5GB", **text_config
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """Save model, tokenizer, settings and card."""
+    """Saves model, tokenizer, settings and card."""
     tokenizer = qwen_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -89,7 +89,7 @@ def save_qwen(
 
 
 def small_vq_config() -> NextFlowVQConfig:
-    """Images of 16x16 pixels in four scales with 32 codes."""
+    """Makes a tokenizer config for images of 16x16 pixels in four scales, with 32 codes."""
     return NextFlowVQConfig(
         semantic_config={
             "model_type": "siglip_vision_model",

@@ -1,8 +1,10 @@
-"""The same final grid from the same backbone: by scales, and one token at a time as raster-scan models draw.
+"""Compare two ways to draw the same final grid with the same backbone: by scales, and one token at a time
+(raster-scan).
 
     python benchmarks/raster_vs_scale.py --grids 16 32 64
 
-Batch 1, no guidance, codes only (the decoder is the same for both). Writes `results/raster_vs_scale.json`.
+Both ways draw a batch of one, without guidance, and only the codes, since the decoder is the same for both. Writes
+`results/raster_vs_scale.json`.
 """
 
 from __future__ import annotations
@@ -33,12 +35,12 @@ PROMPT_LENGTH = 16
 
 @dataclass(frozen=True)
 class Cost:
-    """What the forward passes of one image take.
+    """The cost of the forward passes of one image.
 
     Args:
-        passes: forward passes, that over the prompt included.
-        operations: a multiplication and an addition are two.
-        bytes: weights and cached keys and values, each read once a pass.
+        passes: number of forward passes, including that over the prompt.
+        operations: number of operations; a multiplication and an addition count as two.
+        bytes: bytes of weights and of cached keys and values, each read once a pass.
     """
 
     passes: int = 0
@@ -50,10 +52,11 @@ class Cost:
 
 
 def pass_cost(config: NextFlowConfig, queries: int, past: int, itemsize: int, batch: int = 1) -> Cost:
-    """One pass over `queries` positions of each of `batch` rows with `past` ones in the cache: products and attention.
+    """Returns the cost of one pass over `queries` positions of `batch` rows with `past` positions in the cache.
 
-    The first pass (`past` 0) reads the prompt: no connector, and a head on its last position alone. Queries are counted
-    against all keys of their pass. Norms, rotations, activations and biases are left out.
+    Products and attention are counted; norms, rotations, activations and biases are left out. Queries are counted
+    against all keys of their pass. The first pass (`past` 0) reads the prompt without the connector, and has the head
+    only on its last position.
     """
     text, codes, code_dim = config.text_config, config.vq_config.codebook_size, config.vq_config.code_dim
     hidden, head_dim = text.hidden_size, text.hidden_size // text.num_attention_heads
@@ -71,7 +74,7 @@ def pass_cost(config: NextFlowConfig, queries: int, past: int, itemsize: int, ba
 def drawing_costs(
     config: NextFlowConfig, prompt_length: int, queries: Sequence[int], itemsize: int, batch: int = 1
 ) -> list[Cost]:
-    """Of the prompt, whose pass gives the first code, and then of passes over so many positions each."""
+    """Returns the cost of the prompt, whose pass gives the first code, and of passes over the given positions."""
     pasts = [0, *itertools.accumulate(queries, initial=prompt_length)]
     return [pass_cost(config, *counts, itemsize, batch) for counts in zip([prompt_length, *queries], pasts)]
 
@@ -84,10 +87,10 @@ def draw_raster(
     generator: torch.Generator | None = None,
     callback: Callable[[torch.Tensor], None] = lambda logits: None,
 ) -> torch.Tensor:
-    """Codes (num_tokens,), one forward pass each, behind a prompt (1, L); `callback` sees the logits (1, V) of each.
+    """Draws codes (num_tokens,) behind a prompt (1, L), each with a forward pass; `callback` gets its logits (1, V).
 
-    A code takes one position of the sequence and is read through the connector of the slots. There are no masks to
-    prepare (one query sees all keys), which is the leanest that such a loop can be on transformers' cache.
+    A code takes one position of the sequence and is read through the connector of the slots. No masks are prepared,
+    since one query sees all keys. This is the leanest form of such a loop on transformers' cache.
     """
     backbone, visual = model.model.language_model, model.model.visual_embedding
     cache = DynamicCache(config=model.config.text_config)
@@ -112,7 +115,7 @@ def draw_raster(
 def draw_scales(
     model: NextFlowForConditionalGeneration, input_ids: torch.Tensor, side: int, callback=None
 ) -> torch.Tensor:
-    """Codes (N,) of all scales up to side x side."""
+    """Draws codes (N,) of all scales up to side x side."""
     size = side * model.config.vq_config.patch_size
     sampling = ImageSampling(guidance_scale=1.0)
     output = model.generate_images(input_ids, image_sizes=[(size, size)], sampling=sampling, callback=callback)
@@ -137,8 +140,10 @@ def raster_seconds(
     passes: int,
     callback: Callable[[torch.Tensor], None],
 ) -> float:
-    """Seconds of a raster drawing of `num_tokens`, from `passes` of its passes, half of them its first ones, half its
-    last. Each pass attends to one key more than the one before, so the mean of both halves is the mean of all.
+    """Returns the seconds of a raster drawing of `num_tokens`, estimated from the first and the last `passes` / 2
+    passes.
+
+    Each pass attends to one key more than the one before, so the mean of both halves is the mean of all.
     """
     half, device = passes // 2, str(model.device)
     late = random_prompt(model.config, input_ids.shape[1] + num_tokens - half - 1, device)
@@ -147,7 +152,7 @@ def raster_seconds(
         return seconds_of(lambda: draw_raster(model, prompt, count, callback=callback), device)
 
     def seconds_a_pass(prompt: torch.Tensor) -> float:
-        # The pass over the prompt, which gives the first code, is left out.
+        # The time leaves out the pass over the prompt, which gives the first code.
         return (seconds_to_draw(half + 1, prompt) - seconds_to_draw(1, prompt)) / half
 
     return num_tokens * (seconds_a_pass(input_ids) + seconds_a_pass(late)) / 2
@@ -156,7 +161,7 @@ def raster_seconds(
 def compare(
     model: NextFlowForConditionalGeneration, side: int, repeats: int, raster_passes: int | None, progress: tqdm
 ) -> dict:
-    """Measured and counted figures of one grid."""
+    """Returns the measured and the counted figures of one grid."""
     config, device, itemsize = model.config, str(model.device), model.dtype.itemsize
     input_ids = random_prompt(config, PROMPT_LENGTH, device)
     counts = [n * n for n in SQUARE_SIDES[: SQUARE_SIDES.index(side) + 1]]
@@ -174,7 +179,7 @@ def compare(
 
     by_scales()
     draw_raster(model, input_ids, 8)
-    # The longest raster drawing takes minutes, and its thousands of passes are average enough.
+    # The longest raster drawing takes minutes, and its thousands of passes average out.
     times = {
         "by_scales": [seconds_of(by_scales, device) for _ in range(repeats)],
         "raster": [raster() for _ in range(raster_repeats(side, repeats))],
@@ -194,7 +199,7 @@ def raster_repeats(side: int, repeats: int) -> int:
 
 
 def passes_of_raster(side: int, timed: int | None) -> int:
-    """How many passes a raster drawing is timed on: those over the prompt are added where a part is timed."""
+    """Returns the number of timed passes of a raster drawing, with those over the prompt if only a part is timed."""
     return side * side if timed is None else 2 * (timed // 2 + 2)
 
 
@@ -208,8 +213,8 @@ def print_table(figures: dict[int, dict]):
                 f"{row['operations'] / 1e9:>10.2f} {row['bytes'] / 1e9:>9.3f}"
             )
         print(
-            f"{'':>7}  by scales is {grid['speedup']:.1f} times faster; operations alone predict "
-            f"{grid['operations_ratio']:.2f}, bandwidth alone {grid['bytes_ratio']:.1f}"
+            f"{'':>7}  by scales is {grid['speedup']:.1f} times faster; the operations predict "
+            f"{grid['operations_ratio']:.2f}, the bandwidth predicts {grid['bytes_ratio']:.1f}"
         )
 
 
@@ -217,9 +222,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=CHECKPOINT, help=f"a checkpoint, or one of {list(RANDOM_BACKBONES)}")
     parser.add_argument("--grids", type=int, nargs="+", default=GRIDS, choices=SQUARE_SIDES[1:], metavar="SIDE")
-    parser.add_argument("--repeats", type=int, default=5, help="drawings of which the median counts (64x64 raster: 1)")
     parser.add_argument(
-        "--raster_passes", type=int, help="time so many passes of raster instead of all, half of them its last ones"
+        "--repeats", type=int, default=5, help="number of drawings; their median is reported (64x64 raster: 1)"
+    )
+    parser.add_argument(
+        "--raster_passes", type=int, help="time only this many raster passes: half of them the first, half the last"
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))

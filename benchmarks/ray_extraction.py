@@ -1,10 +1,10 @@
-"""Codes of 10,000 images by Ray Data on two actors, one of which is killed on the way, and by one process.
+"""Extract the codes of 10,000 images by Ray Data on two actors, one of which is killed, and by two processes.
 
     python benchmarks/ray_extraction.py
 
-The images are scenes of the shapes world, the tokenizer is the bundled checkpoint's. Every shard's bytes are compared,
-and the times at which shards were written show that none was made twice.
-Writes `results/ray_extraction.json`: `equal`, `images`, and seconds of each engine; Ray's include its start.
+The images are scenes of the shapes world, and the tokenizer is that of the bundled checkpoint. The bytes of every shard
+are compared. The times at which shards were written show that none was made twice.
+Writes `results/ray_extraction.json`: `equal`, `images`, and the seconds of each engine; those of Ray include its start.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def make_rows(folder: Path, count: int) -> Path:
 
 
 def kill_an_actor(output: Path, killed: list[int]):
-    """When a few shards are there, one of the processes that make them is killed."""
+    """Kills one of the processes that make shards when a few shards are there."""
     while len(list(output.glob("codes-*.parquet"))) < 4:
         time.sleep(0.2)
     lines = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines()

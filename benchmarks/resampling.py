@@ -1,13 +1,14 @@
-"""Interpolation as matrix products against torch's kernels: values, gradients, seconds, and how many codes differ.
+"""Compare interpolation as matrix products with torch's kernels: values, gradients, seconds, and codes that differ.
 
     OMP_NUM_THREADS=2 python benchmarks/resampling.py
 
-Seconds of forward and backward between each grid of the 256 level and its final one, down by area and up by each mode:
-the least of several turns in which the two ways alternate, since other processes only add. The ratio is of their sums
-for the modes of the paper's tokenizer (area down, bicubic up). Then training steps of a small convolutional tokenizer,
-and of a transformer of the bundled checkpoint's size on codes of the 256 level, without the optimizer. Differences are
-to torch's interpolation in float64, relative to the largest number, in value and gradient. Codes are compared on
-latents of random scenes from that tokenizer, with codebooks from k-means over them.
+The script measures forward and backward passes between each grid of the 256 level and its final grid, down by area and
+up by each mode. Each time is the least of several turns in which the two ways alternate, since other processes can only
+add time. The ratio is that of the sums for the modes of the paper's tokenizer (area down, bicubic up). The script then
+measures training steps, without the optimizer, of a small convolutional tokenizer and of a transformer of the bundled
+checkpoint's size on codes of the 256 level. Differences in value and gradient are those to torch's interpolation in
+float64, relative to the largest number. Codes are compared on latents of random scenes from that tokenizer, with
+codebooks that k-means makes from them.
 Writes `results/resampling.json`: `largest_difference`, `speedup_forward_backward`, `codes_that_differ`.
 """
 
@@ -44,7 +45,7 @@ TARGET_SPEEDUP, TARGET_DIFFERENCE = 1.5, 1e-6
 
 
 def interpolate(features: torch.Tensor, grid: Grid, mode: str) -> torch.Tensor:
-    """What `resample` does, by torch's kernels."""
+    """Does what `resample` does, with torch's kernels."""
     if tuple(features.shape[-2:]) == tuple(grid):
         return features
     align = {"align_corners": False} if mode in ("bicubic", "bilinear") else {}
@@ -53,7 +54,7 @@ def interpolate(features: torch.Tensor, grid: Grid, mode: str) -> torch.Tensor:
 
 @contextlib.contextmanager
 def by_kernels():
-    """The whole package resamples by torch's kernels."""
+    """Makes the whole package resample with torch's kernels."""
     names = ("vision_tokenizer.multiscale_quantizer", "modeling_nextflow", "modeling_nextflow_vq")
     with contextlib.ExitStack() as stack:
         for name in names:
@@ -75,7 +76,7 @@ def forward_backward(function: Callable, features: torch.Tensor, grid: Grid, mod
 
 
 def least_seconds(ways: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
-    """Of each way, in turns, after one to warm up."""
+    """Returns the least seconds of each way, measured in turns after a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, run in ways.items():
@@ -89,7 +90,7 @@ def least_seconds(ways: dict[str, Callable[[], object]], repeats: int, device: s
 
 
 def compare_grids(batch: int, repeats: int, device: str) -> tuple[dict, dict[str, float]]:
-    """Seconds of each mode in both ways, summed over the grids, and each way's largest difference to float64."""
+    """Returns seconds of each mode in both ways, summed over grids, and each way's largest difference to float64."""
     ways, seconds = {"matrices": resample, "kernels": interpolate}, {}
     largest = dict.fromkeys(ways, 0.0)
     for mode, direction in tqdm(MODES, unit="mode"):
@@ -109,7 +110,7 @@ def compare_grids(batch: int, repeats: int, device: str) -> tuple[dict, dict[str
 
 
 def small_tokenizer(device: str) -> NextFlowVQModel:
-    """A convolutional tokenizer with the paper's resampling and the grids of its 256 level, at 8 pixels a cell."""
+    """Makes a convolutional tokenizer with the paper's resampling and its 256 level's grids, at 8 pixels a cell."""
     tower = random_config().vq_config.semantic_config.to_dict() | {"patch_size": PATCH_SIZE, "image_size": 128}
     config = NextFlowVQConfig(
         semantic_config=tower, patch_size=PATCH_SIZE, scales=SIDES, codebook_size=CODES, pixel_channels=16,
@@ -173,7 +174,7 @@ def transformer_batch(model: NextFlowForConditionalGeneration, count: int, devic
 
 
 def compare_steps(tokenizer: NextFlowVQModel, batch: int, repeats: int, device: str) -> dict[str, dict[str, float]]:
-    """Seconds of a training step in both ways."""
+    """Returns the seconds of a training step in both ways."""
     config = with_sides(random_config(), SIDES, (SIDES[-1],))
     config.vq_config.upsample = "bicubic"
     model = NextFlowForConditionalGeneration(config).to(device).train()
@@ -197,8 +198,8 @@ def compare_steps(tokenizer: NextFlowVQModel, batch: int, repeats: int, device: 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=15, help="turns of which the fastest counts")
-    parser.add_argument("--images", type=int, default=1000, help="of which the codes are compared")
+    parser.add_argument("--repeats", type=int, default=15, help="number of turns; the fastest counts")
+    parser.add_argument("--images", type=int, default=1000, help="number of images whose codes are compared")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--results", default=RESULTS, help="folder of the result file")
     arguments = parser.parse_args()

@@ -1,12 +1,12 @@
-"""Whether a training that was killed and resumed ends with the weights of one that was not (float32, CPU).
+"""Test whether a training that was killed and resumed ends with the weights of one that was not (float32, CPU).
 
     python benchmarks/resume.py
 
-A small random model is trained for a few steps with dropout and shuffled data, so that step, order of the data and
-random state all matter; a checkpoint is written every few steps. One process does that without a break. In each of
-`--runs` others a process is killed by SIGKILL, in turn at a random moment after a random step and while a random
-checkpoint is being written; a new process goes on with `resume_from_checkpoint=True`. `exact` counts the runs whose
-weights equal the unbroken one's bit by bit.
+A small random model is trained for a few steps with dropout and shuffled data, so that the step, the order of the data
+and the random state all matter. A checkpoint is written every few steps. One process does this without interruption. In
+each of `--runs` other runs, a process is killed by SIGKILL, in turn at a random moment after a random step and while a
+random checkpoint is being written. A new process then continues with `resume_from_checkpoint=True`. `exact` counts the
+runs whose weights equal those of the uninterrupted one bit by bit.
 Writes `results/resume.json`.
 """
 
@@ -37,19 +37,19 @@ from transformers_nextflow.trainers.runs.atomic_checkpoints import PARTIAL
 
 STEPS, SAVE_STEPS = 24, 4
 LONGEST = 300
-# A step is waited for so long at most.
+# The longest time to wait for a step, in seconds.
 PATIENCE = 600
 
 
 class ReportSteps(TrainerCallback):
-    """Says which step is done, for the process that kills this one."""
+    """Reports which step is done to the process that kills this one."""
 
     def on_step_end(self, args, state, control, **kwargs):
         print(state.global_step, flush=True)
 
 
 def train(folder: str):
-    """Train in `folder`, from its newest checkpoint if there is one, and save the weights in `folder/final`."""
+    """Trains in `folder`, from its newest checkpoint if there is one, and saves the weights in `folder/final`."""
     torch.set_num_threads(1)
     model, processor = make_model()
     model.config.text_config.attention_dropout = 0.1
@@ -83,7 +83,7 @@ def start(folder: Path) -> subprocess.Popen:
 
 
 def finish(folder: Path) -> str:
-    """Train to the end; the hash of the weights."""
+    """Trains to the end and returns the hash of the weights."""
     if start(folder).wait() != 0:
         raise RuntimeError(f"The training in {folder} failed; see `python {__file__} --train {folder}`.")
     weights = load_file(folder / "final" / "model.safetensors")
@@ -94,7 +94,7 @@ def finish(folder: Path) -> str:
 
 
 def wait_for_step(process: subprocess.Popen, step: int) -> float:
-    """Wait until `step` is done; the seconds that a step took on average."""
+    """Waits until `step` is done; returns the average seconds of a step."""
     begin = None
     for line in process.stdout:
         begin = begin or time.perf_counter()
@@ -109,7 +109,7 @@ def kill(process: subprocess.Popen):
 
 
 def kill_after_a_step(folder: Path, generator: random.Random) -> dict:
-    """Kill within a step's time after a random step."""
+    """Kills the training within the time of one step after a random step."""
     process, step = start(folder), generator.randint(1, STEPS - 2)
     seconds = wait_for_step(process, step)
     time.sleep(generator.uniform(0, seconds))
@@ -118,7 +118,7 @@ def kill_after_a_step(folder: Path, generator: random.Random) -> dict:
 
 
 def kill_while_saving(folder: Path, generator: random.Random) -> dict:
-    """Kill as soon as a random checkpoint is begun."""
+    """Kills the training as soon as it begins to write a random checkpoint."""
     process, step = start(folder), SAVE_STEPS * generator.randint(1, STEPS // SAVE_STEPS - 1)
     wait_for_step(process, step - 1)
     until = time.monotonic() + PATIENCE
@@ -142,7 +142,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--train", metavar="FOLDER", help="be the process that trains; used by the benchmark itself")
+    parser.add_argument("--train", metavar="FOLDER", help="be the process that trains; the benchmark itself uses this")
     arguments = parser.parse_args()
     if arguments.train:
         return train(arguments.train)

@@ -1,12 +1,12 @@
-"""What a training step of RL costs on the first scales of an image, against all scales: seconds and peak memory.
+"""Measure the cost of an RL training step on the first scales of an image and on all scales: seconds and peak memory.
 
     python benchmarks/rl_cost.py
 
-A step is the log-probabilities of one image of the 1024 level (18 scales, 10,084 codes) behind a prompt of 16 tokens,
-the weighted sum over them and its backward pass, without drawing and without the optimizer. Each case runs in a process
-of its own. Memory is the peak above what the loaded model takes: activations, gradients and masks. Seconds are medians
+A step computes the log-probabilities of one image of the 1024 level (18 scales, 10,084 codes) behind a prompt of 16
+tokens, their weighted sum and its backward pass, without drawing and without the optimizer. Each case runs in its own
+process. Memory is the peak above the memory of the loaded model: activations, gradients and masks. Seconds are medians
 after a warm-up.
-Writes `results/rl_cost.json`: `seconds_ratio` and `memory_ratio`, all scales over the first ones.
+Writes `results/rl_cost.json`: `seconds_ratio` and `memory_ratio`, those of all scales divided by those of the first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROMPT_LENGTH = 16
 
 
 class PeakMemory:
-    """Bytes that a block takes at most above what was there before; on the CPU those that Linux counts as resident."""
+    """Measures the peak bytes of a block above those before it; on a CPU those that Linux counts as resident."""
 
     def __init__(self, device: str):
         self.device = torch.device(device)
@@ -43,7 +43,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             self.before = self._resident("VmRSS")
         return self
 
@@ -60,7 +60,7 @@ class PeakMemory:
 def measure(
     name: str, sides: tuple[int, ...], num_scales: int, device: str, dtype: torch.dtype, batch: int, repeats: int
 ) -> dict[str, float]:
-    """Seconds and bytes of one step on images of a schedule with these sides."""
+    """Returns seconds and bytes of one step on images of a schedule with these sides."""
     model = load_model(name, sides, (sides[-1],), device, dtype).train()
     schedule = model.config.vq_config.scale_schedules.build()
     drawing = ImageCodes(model, [schedule] * batch, ImageSampling())
@@ -84,7 +84,7 @@ def measure(
 
 
 def in_own_process(*arguments) -> dict[str, float]:
-    """What one case left in the allocator's hands would hide what the next one takes."""
+    """Runs a case in its own process, since memory that the allocator keeps would hide the use of the next case."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(measure, arguments)
 

@@ -1,15 +1,16 @@
-"""GRPO on the first scales against GRPO on all scales, on the bundled checkpoint (the paper's figure 12).
+"""Compare GRPO on the first scales with GRPO on all scales, on the bundled checkpoint (the paper's figure 12).
 
     OMP_NUM_THREADS=1 python benchmarks/rl_prefix.py --seeds 3 --minutes 20
 
-Every arm trains the first so many scales, from the same checkpoint, with every seed, for the same minutes, or for
-`--compared_minutes` those that the first is held against; runs go side by side, and finished ones are kept in
-`--output_dir`, so that a benchmark that was killed goes on. The scores are of prompts and questions that are kept for
-evaluation. A step of fewer scales is faster, so the curves are compared by step and by time of training.
-Writes `results/rl_prefix.json`: of the first of `--prefixes`, means over the seeds, `weakest_category_gain`,
-`overall_gain` and `understanding_drop`; the same for every arm, with each seed's and the curves. `at_equal_steps` holds
-the scores on the curves' prompts at the last step that all runs reached, `at_equal_seconds` those at the last second.
-Draws the curves to `docs/rl/rl_prefix.png`.
+Each arm trains a number of first scales from the same checkpoint. All arms train with the same seeds and for the same
+number of minutes; `--compared_minutes` gives the arms that are compared with the first one another number. Runs go side
+by side. Finished runs are kept in `--output_dir`, so the benchmark continues after it was killed. The scores are those
+of prompts and questions that are kept for evaluation. A step of fewer scales is faster, so the curves are compared by
+step and by training time.
+Writes `results/rl_prefix.json`: for the first of `--prefixes` the means over the seeds, `weakest_category_gain`,
+`overall_gain` and `understanding_drop`, and for every arm the same with those of each seed and the curves.
+`at_equal_steps` holds the scores on the prompts of the curves at the last step that all runs reached, and
+`at_equal_seconds` those at the last second that all reached. The curves are drawn to `docs/rl/rl_prefix.png`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def label(num_prefix_scales: int, num_scales: int) -> str:
 
 
 def at_equal(arms: dict[str, list[dict]], along: str, names: list[str]) -> dict:
-    """Mean scores of every arm as far along as all runs came."""
+    """Returns the mean scores of every arm at the last point that all runs reached."""
     place = last_common([run for runs in arms.values() for run in runs], along)
     scores = {
         arm: {name: float(np.mean([curve_at(run, along, name, [place]) for run in runs])) for name in names}
@@ -38,9 +39,13 @@ def at_equal(arms: dict[str, list[dict]], along: str, names: list[str]) -> dict:
 def main():
     parser = benchmark_parser(__doc__, "rl_prefix")
     parser.add_argument(
-        "--prefixes", type=int, nargs="+", default=[5, 2, 8], help="scales to train, the main arm first"
+        "--prefixes",
+        type=int,
+        nargs="+",
+        default=[5, 2, 8],
+        help="numbers of first scales to train, that of the main arm first",
     )
-    parser.add_argument("--compared_minutes", type=float, help="of the other arms; default: as many")
+    parser.add_argument("--compared_minutes", type=float, help="minutes of the other arms; default: as many")
     arguments = parser.parse_args()
     compared_minutes = arguments.compared_minutes or arguments.minutes
     minutes = dict.fromkeys(arguments.prefixes, compared_minutes) | {arguments.prefixes[0]: arguments.minutes}

@@ -1,4 +1,4 @@
-"""Trainings of `examples/shapes/rl.py` side by side, and what those of several seeds say together."""
+"""Run trainings of `examples/shapes/rl.py` side by side, and summarise those of several seeds."""
 
 from __future__ import annotations
 
@@ -19,34 +19,36 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "shapes"))
 import rl  # noqa: E402
 
 
-# Points of a mean curve.
+# Number of points of a mean curve.
 POINTS = 21
 
 
 def benchmark_parser(description: str, name: str) -> argparse.ArgumentParser:
-    """The settings of `examples/shapes/rl.py`, and those of a comparison over seeds."""
+    """Returns a parser with the settings of `examples/shapes/rl.py` and those of a comparison over seeds."""
     parser = rl.training_parser(description)
     parser.set_defaults(minutes=20.0)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=2, help="runs side by side, which share the cores")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs") / name, help="keeps finished runs")
+    parser.add_argument("--processes", type=int, default=2, help="number of runs side by side, which share the cores")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs") / name, help="folder in which finished runs are kept"
+    )
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--figures", type=Path, default=Path(__file__).parents[1] / "docs" / "rl")
     return parser
 
 
 def job(arguments: argparse.Namespace, name: str, **settings) -> argparse.Namespace:
-    """The arguments of one run, `name` in the folder of the benchmark."""
+    """Returns the arguments of one run, which is named `name` in the folder of the benchmark."""
     own = ("seeds", "prefixes", "compared_minutes", "processes", "results", "figures")
     shared = {key: value for key, value in vars(arguments).items() if key not in own}
     return argparse.Namespace(**shared | {"output_dir": str(arguments.output_dir / name)} | settings)
 
 
 def scores_before(arguments: argparse.Namespace) -> dict:
-    """The scores that all runs begin from; they are taken once.
+    """Returns the scores before training, which are the same for all runs and computed once.
 
     Raises:
-        ValueError: if the folder's were taken of another checkpoint, or of other numbers of cases.
+        ValueError: if the stored scores are those of another checkpoint or of other numbers of cases.
     """
     path, start = arguments.output_dir / "before.json", rl.start_of(arguments)
     if not path.exists():
@@ -59,10 +61,10 @@ def scores_before(arguments: argparse.Namespace) -> dict:
 
 
 def finished(run: argparse.Namespace, before: dict) -> dict | None:
-    """What a run wrote when it was done; `None` if it was not yet.
+    """Returns what a run wrote when it was done, or `None` if it is not done yet.
 
     Raises:
-        ValueError: for a run with other settings, or from other weights.
+        ValueError: if the run had other settings or started from other weights.
     """
     path = Path(run.output_dir) / "rl.json"
     if not path.exists():
@@ -74,8 +76,10 @@ def finished(run: argparse.Namespace, before: dict) -> dict | None:
 
 
 def run_all(runs: Sequence[argparse.Namespace], before: dict, processes: int) -> list[dict]:
-    """What every run wrote. Those that are not finished yet are trained, each in a process with its share of the cores;
-    a benchmark that was killed goes on with the next run.
+    """Returns what every run wrote. Runs that are not finished are trained, each in a process with its share of the
+    cores.
+
+    A benchmark that was killed continues with the next run.
     """
     missing = [run for run in runs if finished(run, before) is None]
     if missing:
@@ -92,7 +96,7 @@ def _begin(threads: int):
 
 
 def mean_scores(runs: Sequence[dict]) -> dict[str, dict[str, float]]:
-    """Scores after training, the mean over runs."""
+    """Returns the scores after training, the means over runs."""
     return {
         suite: {name: float(np.mean([run["after"][suite][name] for run in runs])) for name in scores}
         for suite, scores in runs[0]["after"].items()
@@ -100,33 +104,33 @@ def mean_scores(runs: Sequence[dict]) -> dict[str, dict[str, float]]:
 
 
 def gains(before: dict, runs: Sequence[dict]) -> dict:
-    """What runs of several seeds gained: of their mean scores, and of each."""
+    """Returns the gains of runs with several seeds: those of their mean scores, and those of each run."""
     names = ("weakest_category_gain", "overall_gain", "understanding_drop", "steps", "seconds")
     each = [{"seed": run["settings"]["seed"]} | {name: run[name] for name in names} for run in runs]
     return rl.summary(before, mean_scores(runs)) | {"seeds": each, "after": mean_scores(runs)}
 
 
 def curve_at(run: dict, along: str, name: str, places: Sequence[float]) -> np.ndarray:
-    """The score `name` of a run at `places` along "step" or "seconds", between two points on the line through them."""
+    """Returns the score `name` of a run at `places` along "step" or "seconds", by linear interpolation."""
     points = run["curve"]
     return np.interp(places, [point[along] for point in points], [point[name] for point in points])
 
 
 def last_common(runs: Sequence[dict], along: str) -> float:
-    """How far all of the runs came."""
+    """Returns the last step or second that all runs reached."""
     return min(run["curve"][-1][along] for run in runs)
 
 
 def mean_curve(runs: Sequence[dict], along: str, names: Sequence[str]) -> dict[str, list[float]]:
-    """Scores along "step" or "seconds", as far as all of the runs came, the mean over them."""
+    """Returns the mean scores over runs along "step" or "seconds", up to the last point that all runs reached."""
     places = np.linspace(0, last_common(runs, along), POINTS)
     curves = {name: np.mean([curve_at(run, along, name, places) for run in runs], 0) for name in names}
     return {key: np.round(values, 4).tolist() for key, values in ({along: places} | curves).items()}
 
 
 def draw_curves(arms: dict[str, Sequence[dict]], names: Sequence[str], path: Path) -> Path:
-    """An image with a row for each score: by step and by minute, a thick line for the mean of an arm's runs, a thin
-    one for each run.
+    """Draws a figure with a row for each score, by step and by minute. Each arm has a thick line for its mean and a
+    thin one for each run.
     """
     from matplotlib.figure import Figure
 

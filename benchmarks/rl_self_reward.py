@@ -1,13 +1,13 @@
-"""RL with the model's own reading as the only reward: does the checker's score rise too?
+"""Test whether the checker's score rises in RL whose only reward is the model's own reading.
 
     OMP_NUM_THREADS=1 python benchmarks/rl_self_reward.py --seeds 3 --minutes 20
 
-The bundled checkpoint draws, and a frozen copy of it answers questions about what was drawn; the reward is how likely
-it finds the answers that the prompt implies. The checker scores prompts that are kept for evaluation, and its verdict
-reaches no training. Runs go as in `rl_prefix.py`.
-Writes `results/rl_self_reward.json`: means over the seeds, `overall_gain` and `weakest_category_gain` by the checker,
-`understanding_drop`, and `reading_gain`, how far the reward itself rose; `checker_rises` says whether the overall did
-for every seed. Draws the curves to `docs/rl/rl_self_reward.png`.
+The bundled checkpoint draws, and a frozen copy of it answers questions about the images. The reward is the probability
+that the copy gives to the answers that the prompt implies. The checker scores prompts that are kept for evaluation, and
+its verdict is not used in training. Runs are organised as in `rl_prefix.py`. Writes `results/rl_self_reward.json`: as
+means over the seeds, `overall_gain` and `weakest_category_gain` by the checker, `understanding_drop`, and
+`reading_gain`, how far the reward itself rose. `checker_rises` says whether the overall score rose with every seed. The
+curves are drawn to `docs/rl/rl_self_reward.png`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers_nextflow.evaluation.results import write_result
 
 
 def reward_gain(log: list[dict], share: float = 0.2) -> float:
-    """How far the mean reward rose from the first to the last `share` of the logged steps."""
+    """Returns how far the mean reward rose from the first to the last `share` of the logged steps."""
     rewards = [entry["reward"] for entry in log if "reward" in entry]
     count = max(1, round(share * len(rewards)))
     return float(np.mean(rewards[-count:]) - np.mean(rewards[:count]))
@@ -27,7 +27,7 @@ def reward_gain(log: list[dict], share: float = 0.2) -> float:
 
 def main():
     parser = benchmark_parser(__doc__, "rl_self_reward")
-    parser.add_argument("--prefix", type=int, default=5, help="train the first so many scales")
+    parser.add_argument("--prefix", type=int, default=5, help="how many of the first scales are trained")
     arguments = parser.parse_args()
     before = scores_before(arguments)
     seeds = range(arguments.seeds)

@@ -1,12 +1,12 @@
-"""What a million and a billion images cost: codes ahead of training, training on them, and drawing as many.
+"""Compute what a million and a billion images cost: extracting their codes, training on them, and drawing as many.
 
     python benchmarks/scaling_costs.py
 
-Operations are counted for the 7B preset and its tokenizer: one encoding of an image, and 6 times the backbone's
-parameters and the slots of a caption and of the image for training. Bytes are those of three lists of codes in
-int32, as `extract-codes` writes them for an image that is trained on, before compression. Hours of a card follow from
-the matrix rate that was measured on one (`results/drawing_on_gpu.json`) at the share of it that drawing reached there.
-Nothing of this was run at that size.
+Operations are counted for the 7B preset and its tokenizer. For codes they are those of one encoding of an image; for
+training they are 6 times the backbone's parameters times the slots of a caption and of the image. Bytes are those of
+three lists of codes in int32, as `extract-codes` writes them for an image that is trained on, before compression. Hours
+of a card follow from the matrix rate that was measured on one (`results/drawing_on_gpu.json`), at the share of it that
+drawing reached there. Nothing was run at this size.
 Writes `results/scaling_costs.json`: `costs`; the table in `docs/scaling.md`.
 """
 
@@ -33,7 +33,7 @@ def main():
     config = PRESETS[PRESET_7B]()
     with torch.device("meta"):
         model = NextFlowForConditionalGeneration(config).eval()
-    # Encoding asks for values, so that it is run, with random weights.
+    # Encoding depends on values, so it is run, with random weights.
     tokenizer = NextFlowVQModel(config.vq_config).eval()
     parameters = sum(p.numel() for p in model.model.language_model.layers.parameters())
     costs = []

@@ -1,13 +1,14 @@
-"""A server under load, on this machine: throughput and latency with and without batches, bad clients, a killed replica.
+"""Measure a server under load on this machine: throughput and latency, bad clients, and a killed replica.
 
     OMP_NUM_THREADS=2 python benchmarks/serving.py
 
-Images of the bundled checkpoint are asked for by 1, 4 and 16 clients at once, each of which asks again when it has its
-image, from a server that draws one image at a time and from one that draws up to 16. Then a thousand bad requests come,
-clients that send half a request and stay, and clients that leave before their answer, while good requests go on; the
-memory of the replica is read before and after. At last one of two replicas is killed under load: a request is lost if
-it got neither its image nor a status.
-Writes `results/serving.json`: `batching_speedup` (images a second at 16 clients, on by off), `latencies`, `lost`.
+1, 4 and 16 clients at once ask for images of the bundled checkpoint; each asks again when it has its image. One server
+draws one image at a time, and another draws up to 16. Then, while good requests continue, there come a thousand bad
+requests, clients that send half a request and stay connected, and clients that leave before their answer; the memory of
+the replica is read before and after. Finally one of two replicas is killed under load. A request counts as lost if it
+got neither its image nor a status.
+Writes `results/serving.json`: `batching_speedup` (images a second at 16 clients, with batches divided by without),
+`latencies`, `lost`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ BAD = [
 
 @contextlib.contextmanager
 def server(*options: str) -> Iterator[str]:
-    """A server as the command starts it; its address."""
+    """Starts a server as the command does, and yields its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -104,7 +105,7 @@ async def load(address: str, clients: int, requests: int) -> tuple[list[tuple[in
 
 
 def throughput(address: str, clients: int) -> dict:
-    asyncio.run(load(address, clients, clients))  # once, unmeasured
+    asyncio.run(load(address, clients, clients))  # a warm-up that is not measured
     answers, seconds = asyncio.run(load(address, clients, 16 + 4 * clients))
     assert all(status == 200 for status, _ in answers), Counter(status for status, _ in answers)
     latencies = sorted(latency for _, latency in answers)
@@ -146,7 +147,7 @@ async def bad_clients(address: str, count: int) -> dict:
 
 
 def replicas() -> dict[int, float]:
-    """MiB of memory of each replica's process."""
+    """Returns the memory in MiB of each replica's process."""
     lines = subprocess.run(["ps", "-eo", "pid,rss,args"], capture_output=True, text=True).stdout.splitlines()
     found = [line.split(None, 2) for line in lines if "ray::ServeReplica" in line]
     return {int(pid): int(kib) / 1024 for pid, kib, _ in found}
@@ -184,7 +185,7 @@ def main():
         latencies["off"] = {str(clients): throughput(address, clients) for clients in CLIENTS}
     with server("--max-batch-size", "16") as address:
         latencies["on"] = {str(clients): throughput(address, clients) for clients in CLIENTS}
-        asyncio.run(bad_clients(address, arguments.bad_requests))  # once, so that what is cached is there
+        asyncio.run(bad_clients(address, arguments.bad_requests))  # a first time, so that caches are filled
         (before,) = replicas().values()
         refused = asyncio.run(bad_clients(address, arguments.bad_requests))
         (after,) = replicas().values()

@@ -1,9 +1,9 @@
-"""Converted tokenizers of TokenFlow against the original code's outputs.
+"""Compare converted tokenizers of TokenFlow with the outputs of the original code.
 
     python benchmarks/tokenflow_parity.py FOLDER
 
 FOLDER holds, for each checkpoint NAME, `NAME.pt` in the released layout, `NAME.json` with its settings, and
-`NAME_outputs.safetensors` with what TokenFlow's own code computed from `input` with it (`pixel_recon`, `f_hat`, …).
+`NAME_outputs.safetensors` with what TokenFlow's own code computed with it from `input` (`pixel_recon`, `f_hat`, …).
 Writes `results/tokenflow_parity.json`.
 """
 
@@ -27,7 +27,7 @@ TOLERANCE = 1e-4
 
 
 def load_converted(path: Path) -> tuple[NextFlowVQModel, dict]:
-    """The checkpoint, converted into a folder and read from it, and its settings."""
+    """Converts a checkpoint into a folder and loads it from there; returns the model and its settings."""
     settings = json.loads(path.with_suffix(".json").read_text())
     tower = settings["semantic_encoder"]
     with tempfile.TemporaryDirectory() as folder:
@@ -43,7 +43,7 @@ def load_converted(path: Path) -> tuple[NextFlowVQModel, dict]:
 
 @torch.no_grad()
 def parity(path: Path) -> dict:
-    """Whether all indices are equal, and the largest absolute difference of each output."""
+    """Returns whether all indices are equal, and the largest absolute difference of each output."""
     model, settings = load_converted(path)
     original = load_file(path.with_name(f"{path.stem}_outputs.safetensors"))
     pixels, semantic_dim = original["input"], model.config.semantic_code_dim
@@ -72,7 +72,7 @@ def parity(path: Path) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the written figures")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     arguments = parser.parse_args()
     checkpoints = sorted(arguments.folder.glob("*.pt"))
     if not checkpoints:
@@ -88,7 +88,7 @@ def main():
     }
     print("written", write_result(arguments.results / "tokenflow_parity.json", values))
     if not values["indices_equal"] or values["max_abs_error"] > TOLERANCE:
-        raise SystemExit(f"Codes differ, or a value by more than {TOLERANCE}.")
+        raise SystemExit(f"Codes differ, or a value differs by more than {TOLERANCE}.")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Tokens a second in training, and the share of the machine's measured matrix rate that they come to.
+"""Measure tokens a second in training, and their share of the machine's measured matrix rate.
 
     python benchmarks/training_speed.py
     python benchmarks/training_speed.py --model random-1b --device cuda --dtype bfloat16 --level 1024 --images 2
 
-A step is forward, backward and the optimizer's (Muon with AdamW; AdamW over adapters with `--lora`) on prompts of 16
-tokens with one image of the level each: in padded rows, and packed into one row, by each attention. Seconds are the
-least of several turns in which the ways alternate. Operations are those of the model's products and of the pairs of
-query and key that the scales let attend, each once forward and twice backward, however often they are computed; the
-rate is that of a large product. The tokenizer's step is forward and backward of a convolutional one with the paper's
-resampling.
-Writes `results/training_speed.json`: `tokens_per_second`, `share_of_rate`, `maskless_speedup`, `images_per_second`.
+A step is the forward and backward pass and the optimizer's step (Muon with AdamW; with `--lora` AdamW over adapters),
+on prompts of 16 tokens with one image of the level each, in padded rows and packed into one row, with each attention.
+Seconds are the least of several turns in which these ways alternate. Operations are those of the model's products and
+of the pairs of query and key that the scales let attend; each counts once forward and twice backward, however often it
+is computed. The rate is that of a large product. The tokenizer's step is the forward and backward pass of a
+convolutional tokenizer with the paper's resampling. Writes `results/training_speed.json`: `tokens_per_second`,
+`share_of_rate`, `maskless_speedup`, `images_per_second`.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}
 
 
 def packed(batch: dict) -> dict:
-    """The rows of a batch as the samples of one."""
+    """Returns the rows of a batch as the samples of one row."""
     count, length = batch["input_ids"].shape
     samples = torch.arange(count, device=batch["input_ids"].device).repeat_interleave(length)[None]
     return batch | {name: batch[name].reshape(1, -1) for name in ("input_ids", "labels")} | {"seq_idx": samples}
 
 
 def operations(model: NextFlowForConditionalGeneration, batch: dict) -> int:
-    """Of a step, forward and backward; a multiplication and an addition are two."""
+    """Returns the operations of a step, forward and backward; a multiplication and an addition count as two."""
     config, text = model.config, model.config.text_config
     schedule = config.vq_config.scale_schedules.build()
     count = len(batch["image_grids"])
@@ -61,7 +61,7 @@ def operations(model: NextFlowForConditionalGeneration, batch: dict) -> int:
 
 
 def trained(model: NextFlowForConditionalGeneration, lora: bool, dtype: torch.dtype):
-    """The model and the optimizer of what is trained in it."""
+    """Returns the model and the optimizer of its trained parameters."""
     if lora:
         from peft import LoraConfig
 
@@ -73,9 +73,9 @@ def trained(model: NextFlowForConditionalGeneration, lora: bool, dtype: torch.dt
 
 
 def transformer_steps(arguments, device: str, dtype: torch.dtype):
-    """Steps by packing and attention, the model, and the batches of each packing."""
+    """Returns the steps by packing and attention, the model, and the batches of each packing."""
     sides = tuple(side for side in SQUARE_SIDES if side <= arguments.level // 16)
-    # Adapters lie beside weights that rest, which may be of half precision.
+    # Under adapters the weights are frozen, so they may have half precision.
     model = load_model(arguments.model, sides, sides[-1:], device, dtype if arguments.lora else torch.float32).train()
     model.vq_model.requires_grad_(False)
     if arguments.checkpointing:
@@ -107,12 +107,18 @@ def transformer_steps(arguments, device: str, dtype: torch.dtype):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="random", help=f"a checkpoint, or one of {list(RANDOM_BACKBONES)}")
-    parser.add_argument("--level", type=int, default=256, help="pixels a side of the images")
-    parser.add_argument("--images", type=int, default=4, help="in a batch")
-    parser.add_argument("--attention", nargs="+", help="default: scale_sdpa and sdpa, on CUDA flex_attention too")
-    parser.add_argument("--lora", action="store_true", help="train adapters only")
-    parser.add_argument("--checkpointing", action="store_true", help="keep no activations of layers")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="layers; default: on CUDA")
+    parser.add_argument("--level", type=int, default=256, help="side of the images in pixels")
+    parser.add_argument("--images", type=int, default=4, help="number of images in a batch")
+    parser.add_argument(
+        "--attention",
+        nargs="+",
+        help="attention implementations; default: scale_sdpa and sdpa, on CUDA also flex_attention",
+    )
+    parser.add_argument("--lora", action="store_true", help="train only adapters")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="gradient checkpointing: keep no activations of layers"
+    )
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the layers; default: on CUDA")
     parser.add_argument("--tokenizer_batch", type=int, default=4)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))

@@ -1,14 +1,15 @@
 """Codebooks: dual or single
 
-Paper (section 2.1, figure 8): a single-branch VQGAN restores images a little better than the dual codebook (0.5 dB of
-PSNR at 256 pixels), and yet gives a much worse generator: higher vision loss, lower GenEval at equal steps.
+In the paper (section 2.1, figure 8), a single-branch VQGAN reconstructs images a little better than the dual codebook
+(0.5 dB of PSNR at 256 pixels), but gives a much worse generator: a higher vision loss, and a lower GenEval at equal
+steps.
 
-Here: a tokenizer is trained in each arm, with the shapes recipe's schedule and losses in a smaller and shorter form,
-and then a transformer on its codes. Dual is the recipe's: 64 semantic and 16 pixel channels, and a semantic decoder
-that learns what each cell holds. Single is the nearest that the tokenizer's configuration allows: 78 pixel channels
-that alone choose a code, no semantic loss, and two semantic channels that stay at zero. The probe is the accuracy with
-which a linear map reads shape and colour of the objects off the codes that the transformer reads. Losses of codes are
-those of two different codebooks and say little across them.
+Here each arm trains a tokenizer, with the schedule and the losses of the shapes recipe in a smaller and shorter form,
+and then a transformer on its codes. "Dual" has the recipe's 64 semantic and 16 pixel channels, and a semantic decoder
+that learns what each cell holds. "Single" is the nearest that the tokenizer's configuration allows: only its 78 pixel
+channels choose a code, it has no semantic loss, and its two semantic channels stay at zero. The linear probe is the
+accuracy with which a linear map predicts shape and colour of the objects from the codes that the transformer reads. The
+losses of codes belong to two different codebooks, so comparing them says little.
 """
 
 from pathlib import Path
@@ -37,13 +38,13 @@ SINGLE = {
     "pixel_distance_weight": 1.0,
 }
 LEARNING_RATE = 2e-3
-# Images of one object from which the codebooks start, for each step of the budget.
+# Images of one object from which k-means starts the codebooks, for each step of the budget.
 KMEANS_IMAGES = 16
 # Scenes on which the linear map is fitted and tested, for each prompt of the budget.
 FITTED, TESTED = 50, 15
 
 
-class PixelsAlone(ShapesVQTrainer):
+class OnlyPixels(ShapesVQTrainer):
     def semantic_loss(self, output, inputs):
         return output.reconstruction.new_zeros(())
 
@@ -54,17 +55,17 @@ def new_tokenizer(dual: bool, seed: int) -> NextFlowVQModel:
         setattr(config, name, value)
     torch.manual_seed(seed)
     model = NextFlowVQModel(config)
-    # As in the recipe: what lies in a cell need not say where it is.
+    # As in the recipe, the features of a cell need not say where the cell is.
     model.semantic_encoder.get_submodule("embeddings.position_embedding").weight.data.zero_()
     if not dual:
-        # Nothing in the loss moves them from zero.
+        # The loss has no gradient for them, so they stay at zero.
         model.semantic_projection[-1].weight.data.zero_()
         model.semantic_projection[-1].bias.data.zero_()
     return model
 
 
 def train_tokenizer(model: NextFlowVQModel, dual: bool, seed: int, budget: Budget):
-    """All parts without codes for the budget's steps, then codebooks and decoders for half as many."""
+    """Train all parts without codes for the budget's steps, then codebooks and decoders for half as many."""
     images = KMEANS_IMAGES * budget.steps
     for stage, steps, rate in (("joint", budget.steps, 1.0), ("codebook", max(1, budget.steps // 2), 0.5)):
         with TemporaryDirectory() as folder:
@@ -84,17 +85,17 @@ def train_tokenizer(model: NextFlowVQModel, dual: bool, seed: int, budget: Budge
                 seed=seed,
                 **QUIET,
             )
-            trainer = (ShapesVQTrainer if dual else PixelsAlone)(
+            trainer = (ShapesVQTrainer if dual else OnlyPixels)(
                 model, args, ShapesImages(10_000_000, seed, single=images)
             )
-            trainer.remove_callback(PrinterCallback)  # the command has a bar
+            trainer.remove_callback(PrinterCallback)  # the command shows a bar of its own
             trainer.train()
     model.eval()
 
 
 @torch.no_grad()
 def tokenizer_scores(model: NextFlowVQModel, budget: Budget) -> dict[str, float]:
-    """`psnr` in dB on held-out scenes, and `probe`, the mean accuracy of shape and colour."""
+    """Returns `psnr` in dB on held-out scenes, and `probe`, the mean accuracy of shape and colour."""
     rng = np.random.default_rng(SEED)
     counts = [count * budget.prompts for count in (FITTED, TESTED)]
     parts = [[random_scene(rng, TEXT_WORLD, allow_held_out=True) for _ in range(count)] for count in counts]

@@ -1,10 +1,10 @@
 """Self-correction: share of the tokens
 
-Paper (section 3.1, figure 10): with self-correction on all samples, 60% of the tokens of each scale are drawn among
-their nearest codes; that came out best.
+In the paper (section 3.1, figure 10), self-correction on all samples works best when 60% of the tokens of each scale
+are sampled among their nearest codes.
 
-Here: 0, 30, 60 and 100% of the tokens, drawn among the nearest four codes, with residual features. Drawings are sampled
-from the model's own probabilities; losses are on held-out images with the nearest codes.
+Here the shares are 0, 30, 60 and 100% of the tokens, sampled among the nearest four codes, with residual features.
+Images are sampled from the model's own probabilities. Losses are measured on held-out images with the nearest codes.
 """
 
 from experiment import Ablation, Claim

@@ -1,12 +1,14 @@
 """Input features on the paper's kind of tokenizer: residual or accumulated, with and without self-correction
 
-Paper (section 2.2, figure 10): a scale reads the codes of the scale before it alone ("residual"). Summed over all
-earlier scales, as VAR reads them, they made training with self-correction worse than without it; residual features made
-it much better. The shapes' tokenizer, with its list of objects before the grids, is too special to tell.
+In the paper (section 2.2, figure 10), a scale reads only the codes of the scale before it ("residual" features). With
+"accumulated" features it reads the sum over all earlier scales, as in VAR. With accumulated features, self-correction
+made training worse; with residual features, it made training much better. The tokenizer of the shapes world cannot test
+this claim, because it is unusual: it lists the objects before it lays them out on grids.
 
-Here: the same four arms on the emoji world at small size, whose tokenizer is the paper's kind (two branches, area down
-and bicubic up, 1 2 3 4 6 8). It needs the tokenizer, the judge and the drawings of `examples/emoji/two_cores.py` in
-`runs/emoji/small`. Drawings are sampled from the model's own probabilities; the judge scores them.
+Here the same four arms are trained on the emoji world at small size. Its tokenizer is of the paper's kind, with two
+branches, area interpolation down, bicubic interpolation up, and grids of 1 2 3 4 6 8 cells a side. The script needs the
+tokenizer, the judge and the drawings that `examples/emoji/two_cores.py` writes to `runs/emoji/small`. Images are
+sampled from the model's own probabilities and scored by the judge.
 """
 
 import importlib.util
@@ -43,9 +45,9 @@ HELD_OUT_ROWS = 256
 
 
 def recipe():
-    """The script `examples/emoji/make_data.py`, under a name of its own: the shapes' recipe has one too."""
+    """Imports `examples/emoji/make_data.py` under another name, since the shapes recipe has a `make_data` too."""
     folder = ROOT / "examples" / "emoji"
-    sys.path.insert(0, str(folder))  # for what it imports from its own folder
+    sys.path.insert(0, str(folder))  # the script imports modules of its own folder
     spec = importlib.util.spec_from_file_location("emoji_make_data", folder / "make_data.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -58,7 +60,7 @@ DATA = recipe()
 
 @torch.no_grad()
 def rows_of(cases: list[Case], vq_model: NextFlowVQModel, scenes_of: World, correction_share: float = 0.0) -> Dataset:
-    """Drawings as rows with codes; of each scale `correction_share` of the codes that are read are sampled."""
+    """Makes rows with codes; in each scale a share `correction_share` of the codes that are read is sampled."""
     correction = SelfCorrection(CORRECTION_TOP_K, correction_share) if correction_share else None
     exchanges = [[case.exchange] for case in cases]
     scenes = [scene for one in exchanges for scene, _ in DATA.images_in(one)]
@@ -68,7 +70,7 @@ def rows_of(cases: list[Case], vq_model: NextFlowVQModel, scenes_of: World, corr
 
 
 class EmojiCurve(Curve):
-    """Scores at every evaluation, of drawings by the judge."""
+    """Scores at every evaluation; the judge scores the drawn images."""
 
     def __init__(self, processor, world: World, budget: Budget, seed: int):
         self.processor, self.world, self.seed, self.points = processor, world, seed, []
@@ -80,7 +82,7 @@ class EmojiCurve(Curve):
 
     @torch.no_grad()
     def drawing_scores(self, model: NextFlowForConditionalGeneration) -> dict[str, float]:
-        """`drawing` is right in everything, `concept` names at least what was asked for."""
+        """Returns `drawing`, the share that is right in everything, and `concept`, the share with the right concept."""
         results = []
         for start in range(0, len(self.cases), BATCH_SIZE):
             cases = self.cases[start : start + BATCH_SIZE]
@@ -100,7 +102,7 @@ class EmojiCurve(Curve):
 def run(
     seed: int, budget: Budget, cache: Cache, correction_share: float = 0.0, accumulate_features: bool = False
 ) -> list[Point]:
-    """The curve of a small model; the rows are the same for all seeds."""
+    """Returns the curve of a small model; the rows are the same for all seeds."""
     scenes_of, vq_model = World.load(JUDGE / "world.json", Art(ART)), NextFlowVQModel.from_pretrained(TOKENIZER).eval()
     count = BATCH_SIZE * budget.steps
 

@@ -1,4 +1,6 @@
-"""An ablation as a command: its arms with a few seeds each, means and spreads, the paper's claims, curves."""
+"""An ablation as a command: it trains each arm with a few seeds, computes means and spreads, tests the claims of the
+paper and plots the curves.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ Curves = dict[str, dict[int, list[Point]]]
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper found: in `score` the arm `first` lies "above" or "below" `second`, or "level" with it."""
+    """A finding of the paper: in `score`, the arm `first` lies "above" or "below" `second`, or "level" with it."""
 
     score: str
     first: str
@@ -31,10 +33,11 @@ class Claim:
     paper: str
 
     def test(self, arms: Curves) -> dict:
-        """Differences first - second of the final scores, seed by seed, and what they say.
+        """Returns the differences first - second of the final scores, one for each seed, and the verdict.
 
         A difference counts if it has one sign with every seed and its mean is more than two standard errors; all others
-        are "level". A claim of a difference that comes out level is undecided, and so is all of a single seed.
+        are "level". If the paper claims a difference that comes out level, the claim is undecided. With a single seed
+        every claim is undecided.
         """
         finals = [[curve[-1][self.score] for curve in arms[arm].values()] for arm in (self.first, self.second)]
         differences = [first - second for first, second in zip(*finals)]
@@ -53,11 +56,12 @@ class Ablation:
     """Arms that differ in one thing, trained for equal steps from the same seeds.
 
     Args:
-        name: of the script, of the result (`ablation_NAME.json`) and of the image.
-        arms: settings that `run(seed, budget, cache, **settings)` takes, by the name of the arm; see [`Job`].
-        scores: columns of the table, and what the image shows if the curves have it: names of scores with titles.
-        claims: of the paper.
-        steps: by default.
+        name: the name of the script, of the result (`ablation_NAME.json`) and of the figure.
+        arms: for the name of each arm, its settings for `run(seed, budget, cache, **settings)`; see [`Job`].
+        scores: names of scores with their titles: the columns of the table, and the panels of the figure if the curves
+            have these scores.
+        claims: findings of the paper.
+        steps: the default number of training steps.
     """
 
     name: str
@@ -68,15 +72,19 @@ class Ablation:
     steps: int = 400
 
     def main(self, description: str):
-        """The command."""
+        """Runs the command."""
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--seeds", type=int, default=3)
-        parser.add_argument("--steps", type=int, default=self.steps, help="of 32 samples each; the same for every arm")
-        parser.add_argument("--prompts", type=int, default=40, help="drawn and scored, of each of six categories")
-        parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+        parser.add_argument(
+            "--steps", type=int, default=self.steps, help="training steps of 32 samples, the same for every arm"
+        )
+        parser.add_argument(
+            "--prompts", type=int, default=40, help="prompts of each of the six categories that are drawn and scored"
+        )
+        parser.add_argument("--workers", type=int, default=2, help="number of processes, with one thread each")
         parser.add_argument("--runs", type=Path, default=RUNS, help="folder in which finished jobs are kept")
         parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
-        parser.add_argument("--figures", type=Path, default=FIGURES, help="folder of the image")
+        parser.add_argument("--figures", type=Path, default=FIGURES, help="folder of the figure")
         arguments = parser.parse_args()
         for name in ("seeds", "workers"):
             if getattr(arguments, name) < 1:
@@ -92,8 +100,8 @@ class Ablation:
         print("written:", path, plot(arms, self.scores, arguments.figures / f"{self.name}.png"))
 
     def train(self, seeds: range, budget: Budget, cache: Cache, workers: int) -> Curves:
-        """The curve of every arm and seed."""
-        # Seed by seed, so that a run that is cut off has whole comparisons.
+        """Returns the curve of every arm and seed."""
+        # All arms of one seed come before the next seed, so an interrupted run has whole comparisons.
         jobs = {
             (arm, seed): Job(self.run, settings, seed, budget) for seed in seeds for arm, settings in self.arms.items()
         }
@@ -102,12 +110,12 @@ class Ablation:
 
 
 def mean_and_spread(values: list[float]) -> dict[str, float | None]:
-    """Mean, and standard deviation over seeds; of a single seed there is none."""
+    """Returns the mean and the standard deviation over seeds, which is `None` for a single seed."""
     return {"mean": statistics.mean(values), "spread": statistics.stdev(values) if len(values) > 1 else None}
 
 
 def summarize(arms: Curves) -> dict[str, dict[str, dict]]:
-    """Of every arm and score the mean and the spread, at the end of the training."""
+    """Returns mean and spread of every arm and score at the end of the training."""
     summary = {}
     for arm, curves in arms.items():
         finals = [curve[-1] for curve in curves.values()]
@@ -116,13 +124,13 @@ def summarize(arms: Curves) -> dict[str, dict[str, dict]]:
 
 
 def in_words(figure: dict[str, float | None]) -> str:
-    """'0.412 ± 0.020'."""
+    """Formats a figure as in '0.412 ± 0.020'."""
     spread = "" if figure["spread"] is None else f" ± {figure['spread']:.3f}"
     return f"{figure['mean']:.3f}{spread}"
 
 
 def plot(arms: Curves, scores: dict[str, str], path: Path) -> Path:
-    """A panel for each score that the curves have: the mean of every arm, and the range over its seeds."""
+    """Plots a panel for each score that the curves have: the mean of every arm, and the range over its seeds."""
     points = next(iter(next(iter(arms.values())).values()))
     shown = {name: title for name, title in scores.items() if name in points[0]}
     figure = Figure(figsize=(4.2 * len(shown), 3.4), layout="constrained")

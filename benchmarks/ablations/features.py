@@ -1,12 +1,13 @@
 """Input features: residual or accumulated, with and without self-correction
 
-Paper (section 2.2, figure 10): a scale reads the codes of the scale before it alone ("residual"). Summed over all
-earlier scales, as VAR reads them, they made training with self-correction worse than without it; residual features made
-it much better.
+In the paper (section 2.2, figure 10), a scale reads only the codes of the scale before it ("residual" features). With
+"accumulated" features it reads the sum over all earlier scales, as in VAR. With accumulated features, self-correction
+made training worse; with residual features, it made training much better.
 
-Here: both kinds of features, each with the nearest codes and with 60% of the codes of each scale drawn among the
-nearest four. Drawings are sampled from the model's own probabilities, so that errors accumulate as they do in use;
-losses are on held-out images with the nearest codes.
+Here both kinds of features are trained without and with self-correction. Without it, each scale reads the nearest
+codes; with it ("corrected"), 60% of the codes of each scale are sampled among the nearest four. Images are sampled from
+the model's own probabilities, so errors accumulate as they do in use. Losses are measured on held-out images with the
+nearest codes.
 """
 
 from experiment import Ablation, Claim

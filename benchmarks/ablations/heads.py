@@ -1,10 +1,11 @@
 """The head: one for text and codes, or two
 
-Paper (figure 9): one output head over text and codes, in place of one for each, trained better.
+In the paper (figure 9), one output head over text and codes trained better than a head for each.
 
-Here: the weights are the same two matrices. With one head the soft-max runs over both, with two each kind of position
-has its own classes alone. A quarter of the samples is text. Losses of two heads are lower by construction, since they
-choose among fewer classes; drawings compare.
+Here both arms have the same two weight matrices. With one head, the softmax runs over the classes of both; with two
+heads, a text position chooses only among text tokens and an image position only among codes. A quarter of the samples
+is text. The losses of two heads are lower by construction, because they choose among fewer classes, so only the scores
+of drawn images can be compared.
 """
 
 import torch
@@ -16,7 +17,7 @@ from transformers_nextflow import NextFlowForConditionalGeneration
 
 
 class TwoHeads(NextFlowForConditionalGeneration):
-    """Text positions choose among text, positions of codes among codes."""
+    """A model whose text positions choose only among text tokens, and whose image positions only among codes."""
 
     def _cross_entropy(self, hidden_states, targets, z_weight=0.0):
         losses = torch.zeros_like(targets.weights)

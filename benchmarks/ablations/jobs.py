@@ -1,6 +1,8 @@
-"""Jobs of an ablation, an arm with a seed each: run by several processes, kept on disk, and made once.
+"""Jobs of an ablation. A job trains one arm with one seed; it runs once, in one of several processes, and its result is
+kept on disk.
 
-Jobs know their settings, not the code: after a change of the code, take another folder or delete the old one.
+A job is identified by its settings, not by the code. After a change of the code, choose another folder or delete the
+old one.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ Point = dict[str, float]
 
 @dataclass(frozen=True)
 class Budget:
-    """What a job may spend: training steps, and prompts of each of the six categories that are scored."""
+    """The budget of a job: training steps, and scored prompts of each of the six categories."""
 
     steps: int
     prompts: int
@@ -36,7 +38,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Cache:
-    """What several jobs use, or a later run of the command; kept under the settings that it was made with."""
+    """Keeps what several jobs or a later run of the command use, under the settings with which it was made."""
 
     root: Path
 
@@ -45,7 +47,7 @@ class Cache:
         return self.root / kind / key
 
     def folder(self, kind: str, settings: dict, make: Callable[[Path], None]) -> Path:
-        """The folder that `make` writes, whole or not at all; processes that want the same wait for the first one."""
+        """Returns the folder that `make` writes atomically. If several processes need it, one of them writes."""
         path = self.path(kind, settings)
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
@@ -59,7 +61,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Job:
-    """`run(seed, budget, cache, **settings)` returns the job's curve: points with `step` and scores by name."""
+    """One training. `run(seed, budget, cache, **settings)` returns its curve: points with `step` and scores by name."""
 
     run: Callable[..., list[Point]]
     settings: dict
@@ -67,18 +69,18 @@ class Job:
     budget: Budget
 
     def path(self, cache: Cache) -> Path:
-        # Not by the module's name: a script's own is __main__.
+        # The file's name is used because the module's name is __main__ in a script.
         run = f"{Path(self.run.__code__.co_filename).stem}.{self.run.__qualname__}"
         key = {"run": run, "settings": self.settings, "seed": self.seed, "budget": asdict(self.budget)}
         return cache.path("jobs", key).with_suffix(".json")
 
     def curve(self, cache: Cache) -> list[Point] | None:
-        """The curve that is kept on disk; `None` before the job is done."""
+        """Returns the curve that is kept on disk, or `None` before the job is done."""
         path = self.path(cache)
         return json.loads(path.read_text()) if path.exists() else None
 
     def do(self, cache: Cache):
-        """Run, and keep the curve."""
+        """Runs the job and keeps its curve."""
         curve = self.run(self.seed, self.budget, cache, **self.settings)
         path = self.path(cache)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,8 +90,8 @@ class Job:
 
 
 def do_jobs(jobs: Iterable[Job], cache: Cache, workers: int):
-    """Do the jobs that are not done yet; what is done stays if another one fails or the command is killed."""
-    jobs = {job.path(cache): job for job in jobs}  # arms of the same settings are one job
+    """Runs the jobs that are not done yet. Finished jobs are kept if another one fails or the command is killed."""
+    jobs = {job.path(cache): job for job in jobs}  # arms with the same settings are one job
     missing = [job for path, job in jobs.items() if not path.exists()]
     with tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="job") as progress:
         for _ in _done(missing, cache, workers):
@@ -100,9 +102,9 @@ def _done(jobs: list[Job], cache: Cache, workers: int) -> Iterator[None]:
     if workers == 1:
         yield from (job.do(cache) for job in jobs)
         return
-    # Workers read these when they start: one thread each, and no bars of their own beside the command's.
+    # Workers read these variables when they start: each has one thread and shows no bars beside the command's.
     os.environ.update(OMP_NUM_THREADS="1", TQDM_DISABLE="1")
-    # Not forked: threads of torch do not survive it.
+    # Workers are not forked, since torch's threads do not survive a fork.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(job.do, cache) for job in jobs]
         try:

@@ -1,4 +1,4 @@
-"""Write `docs/ablations.md` from the ablations' texts and the results that there are.
+"""Write `docs/ablations.md` from the docstrings of the ablations and their stored results.
 
 python benchmarks/ablations/report.py
 """
@@ -13,48 +13,65 @@ from pathlib import Path
 from experiment import AS_IN_PAPER, CONTRARY, OPEN, RESULTS, ROOT, Ablation, in_words, mean_and_spread
 
 
-# In the order of the page; each is a script beside this one, and its docstring is the text.
+# In the order of the page. Each name is a script in this folder whose docstring is the text of the section.
 ABLATIONS = ("features", "correction", "scale_weights", "heads", "codebooks", "text_share")
 INTRODUCTION = f"""\
 # Ablations in miniature
 
-The paper's ablations, each on the shapes world and within minutes on two cores. This page is written by
-`python benchmarks/ablations/report.py` from the results; do not edit it.
+This page repeats the paper's ablations in miniature, on the shapes world and within minutes on two cores. It is written
+by `python benchmarks/ablations/report.py` from the stored results; do not edit it.
 
-The model is 96 wide with 4 layers; the images hold up to three objects of three shapes and three colours, 64 pixels
-wide, in the codes of the bundled tokenizer where nothing else is said. All arms of an ablation have the same number of
-steps of 32 samples and the same seeds, and are scored on the same held-out prompts and rows. So small a model, trained
-so shortly, can agree with the paper or contradict it for reasons that do not carry over; below is what came out here.
+**Setting.** The model has a width of 96 and 4 layers. The images are 64 pixels wide and hold up to three objects of
+three shapes and three colours; unless the text says otherwise, their codes are those of the bundled tokenizer. An
+ablation compares arms, which differ in one setting. All its arms train with the same seeds and for the same number of
+steps of 32 samples, and are scored on the same held-out prompts and rows. So small a model, trained for so short a
+time, can agree with the paper or contradict it for reasons that do not apply at full size. The page reports what came
+out here.
 
-- "Drawn right" is the share of held-out prompts (240 by default, as many of each of GenEval's six categories) whose
-  image holds what is asked for by GenEval's rule; "drawn exactly" that of those with nothing else in the image.
-  Codes are sampled at temperature 1 without guidance, so these are lower than a tuned sampler's.
-- Losses are in nats, on held-out rows, and not weighted by scale.
-- Figures are means over the seeds at the end of the training, ± their standard deviation. In the images lines are
-  means, and bands the range over the seeds.
-- A difference counts if it has one sign with every seed and its mean is more than two standard errors. A difference
-  that the paper has and that does not count here is called {OPEN}, neither {AS_IN_PAPER} nor {CONTRARY}. Where the
-  paper has two arms level, a difference that does not count is {AS_IN_PAPER}, and may still hide a small one.
+**Scores.**
 
-A command that is cut off goes on where it was: finished jobs are kept in `runs/ablations`. They know their settings,
-not the code; delete the folder after a change.
+- "Drawn right" is the share of held-out prompts whose image holds what was asked for, by GenEval's rule. "Drawn
+  exactly" is the share whose image holds nothing else either. By default there are 240 prompts, as many for each of
+  GenEval's six categories. Codes are sampled at temperature 1 without guidance, so these scores are lower than those of
+  a tuned sampler.
+- Losses are in nats, measured on held-out rows, and not weighted by scale.
+- Figures are means over the seeds at the end of the training, ± their standard deviation. In the plots, lines are means
+  and bands are the range over the seeds.
+
+**Verdicts.** A difference counts if it has the same sign with every seed and its mean is more than two standard errors.
+
+- The verdict is "{AS_IN_PAPER}" or "{CONTRARY}" if a difference counts.
+- It is "{OPEN}" if the paper finds a difference and the one here does not count.
+- If the paper finds two arms level and the difference here does not count, the verdict is "{AS_IN_PAPER}"; a small
+  difference may still be hidden.
+
+**Repeating it.** An interrupted command continues where it was, since finished jobs are kept in `runs/ablations`. A job
+is identified by its settings, not by the code, so delete the folder after a change of the code.
 """
 PACKING = """\
 ## Packing
 
-Paper (section 3.3, table 3): packing samples to a fixed compute budget gives 4.1 times the throughput of padding,
-packing to a fixed length 3.4 times.
+In the paper (section 3.3, table 3), packing samples to a fixed compute budget gives 4.1 times the throughput of
+padding, and packing to a fixed length gives 3.4 times.
 
-Here: no training, but the benchmark of the packing itself, `{command}`: useful tokens a second on a
-mix of tasks at two levels, and the share of a step in which the faster of two workers waits for the slower one.
+Nothing is trained here: the figures are those of the benchmark of packing, `{command}`. It
+measures useful tokens a second on a mix of tasks at two levels, and the share of a step in which the faster of two
+workers waits for the slower one.
 
 | packing | throughput over padding | wait |
 |---|---|---|
 """
 
+# What the paper says of the first arm of a claim and its second one.
+FINDINGS = {
+    "above": "the first is higher",
+    "below": "the first is lower",
+    "level": "both are level",
+}
+
 
 def page(results: Path) -> str:
-    """The whole page from the results that lie in a folder."""
+    """Returns the whole page, made from the results in a folder."""
     parts = [INTRODUCTION]
     for name in ABLATIONS:
         module = importlib.import_module(name)
@@ -65,7 +82,7 @@ def page(results: Path) -> str:
 
 
 def section(ablation: Ablation, text: str, result: dict | None) -> str:
-    """An ablation's text, and its table, claims and image if it has been run."""
+    """Returns the section of an ablation: its text, and its table, claims and figure if it has been run."""
     title, _, body = text.strip().partition("\n")
     lines = [f"## {title}", body, ""]
     if result is None:
@@ -82,12 +99,13 @@ def section(ablation: Ablation, text: str, result: dict | None) -> str:
 
 
 def claim_line(ablation: Ablation, claim: dict) -> str:
-    """What the paper says of two arms, and what came out."""
+    """Returns a line that compares what the paper finds for two arms with what came out here."""
     higher = sum(difference > 0 for difference in claim["differences"])
     difference = in_words(mean_and_spread(claim["differences"]))
     return (
         f"- {ablation.scores[claim['score']]}, {claim['first']} minus {claim['second']}: {difference}, positive with "
-        f"{higher} of {len(claim['differences'])} seeds. The paper has it {claim['paper']}: **{claim['verdict']}**."
+        f"{higher} of {len(claim['differences'])} seeds. In the paper {FINDINGS[claim['paper']]}: "
+        f"**{claim['verdict']}**."
     )
 
 

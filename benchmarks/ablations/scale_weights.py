@@ -1,13 +1,14 @@
-"""Weights of the scales, going up a resolution
+"""Weights of the scales when the resolution grows
 
-Paper (section 3.1, figure 11): a token of an h x w grid weighs (h·w)^-alpha in the loss, alpha = 0.9. Without it (alpha
-= 0) coarse scales got worse on the way from 256 to 512 pixels, and GenEval fell from 0.67 to 0.57.
+In the paper (section 3.1, figure 11), a token of an h x w grid has the weight (h·w)^-alpha in the loss, with alpha =
+0.9. Without these weights (alpha = 0), coarse scales became worse on the way from 256 to 512 pixels, and GenEval fell
+from 0.67 to 0.57.
 
-Here: a model is trained on images of 64 pixels (41 codes in 8 scales), with alpha = 0.9; then it goes on with
-images of 128 pixels, where objects of the same size lie on 8 x 8 cells (169 codes in 10 scales), with either alpha
-from the same weights. The tokenizer is the bundled one with codes for the larger images added by k-means; no other
-part of it is changed. Step 0 of the curves is the model of the small images, drawing large ones. "Drawn right"
-(GenEval's rule) does not look at what else an image holds, and starts high; "drawn exactly" starts at 0.
+Here a model is first trained on images of 64 pixels (41 codes in 8 scales) with alpha = 0.9. It is then trained on
+images of 128 pixels, where objects of the same size lie on 8 x 8 cells (169 codes in 10 scales), with either alpha and
+from the same weights. The tokenizer is the bundled one. K-means adds codes for the larger images; nothing else in it
+changes. At step 0 of the curves the model that was trained on small images draws large ones. "Drawn right" (GenEval's
+rule) ignores what else an image holds, so its curve starts high; "drawn exactly" starts at 0.
 """
 
 import copy
@@ -38,14 +39,16 @@ from transformers_nextflow.worlds.shapes.tokenizer_suite import pixels_of
 
 LARGE = World(canvas=128, lattice=8, shapes=WORLD.shapes, colors=WORLD.colors, max_objects=3, held_out_pairs=())
 SCALES, LEVELS = [1, 1, 1, 1, 1, 2, 4, 4, 8, 8], [[64, 8], [128, 10]]
-# Codes that are added for each scale of the large images, as the recipe's shares: background, objects, details.
+# Codes that are added for each scale of the large images, in the recipe's order: background, objects, details.
 ADDED = [2, 1152, 2, 2, 2, 200, 150, 150, 100, 100]
-# Large images of one object from which they start, for each step of the budget.
+# Large images of one object from which k-means finds these codes, for each step of the budget.
 KMEANS_IMAGES = 10
 
 
 def two_level_tokenizer(source: NextFlowVQModel, images: int) -> NextFlowVQModel:
-    """The bundled tokenizer on a longer schedule: its codes, then those that k-means finds in large images."""
+    """Returns the bundled tokenizer on a longer schedule, with codes that k-means finds in large images added to its
+    own.
+    """
     rng = np.random.default_rng(0)
     pixels = pixels_of([random_scene(rng, LARGE, 1) for _ in range(images)], LARGE)
     state = source.state_dict()

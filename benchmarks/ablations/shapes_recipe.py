@@ -1,4 +1,4 @@
-"""The parts of the shapes recipe that the ablations use; its scripts lie in `examples/shapes`."""
+"""The parts of the shapes recipe (`examples/shapes`) that the ablations use."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""What every ablation does with one arm and one seed: rows of the shapes world, a small transformer, its curve."""
+"""The training that all ablations share: it makes rows of the shapes world, trains a small transformer on them and
+returns its curve.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ from transformers_nextflow.worlds.shapes.tokenizer_suite import pixels_of
 
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "nextflow-shapes"
-# A part of the shapes world that a small model learns within minutes: three shapes, three colours, up to three objects.
+# The part of the shapes world that a small model learns within minutes: three shapes and colours, up to three objects.
 WORLD = World(shapes=SHAPES[:3], colors=COLORS[:3], max_objects=3, held_out_pairs=())
 TEXT_WORLD = World()  # riddles and facts name all shapes
 SIZE = {
@@ -54,12 +56,12 @@ SIZE = {
 BATCH_SIZE, ENCODING_BATCH, DRAWING_BATCH = 32, 250, 120
 LEARNING_RATE, DECAY_SHARE, WARMUP_SHARE = 2e-3, 0.4, 0.05
 CURVE_POINTS = 5
-# As `examples/shapes/make_data.py` by default.
+# The default of `examples/shapes/make_data.py`.
 CORRECTION_TOP_K = 4
-# Held-out rows of each kind for every prompt of a category that is drawn.
+# Held-out rows of each kind, for every prompt of a category that is drawn.
 HELD_OUT_ROWS = {"drawing": 4, "text": 2}
 DATA_SEED, HELD_OUT_SEED = 0, 1
-# Arguments of every training: of a job nothing is kept but its curve, and the command has the only bar.
+# Arguments of every training: a job keeps only its curve, and only the command shows a progress bar.
 QUIET = {"save_strategy": "no", "logging_strategy": "no", "use_cpu": True, "disable_tqdm": True, "report_to": []}
 
 
@@ -74,7 +76,7 @@ def bundled_tokenizer() -> NextFlowVQModel:
 def rows_of(
     exchanges: Sequence[Exchange], vq_model: NextFlowVQModel, world: World, correction_share: float = 0.0
 ) -> Dataset:
-    """Exchanges as rows with codes; of each scale of what is drawn, `correction_share` of the codes read are drawn."""
+    """Makes rows with codes. For self-correction a share `correction_share` of each scale's input codes is sampled."""
     correction = SelfCorrection(CORRECTION_TOP_K, correction_share) if correction_share else None
     generator = torch.Generator().manual_seed(DATA_SEED)
     scenes = [scene for scene, _ in images_in(exchanges)]
@@ -88,7 +90,7 @@ def rows_of(
 
 
 def training_exchanges(world: World, count: int, text_share: float = 0.0) -> list[Exchange]:
-    """Captions with their images, and `text_share` of tasks in words alone; none that is kept for evaluation."""
+    """Returns captions with their images and a share `text_share` of text-only tasks; none is kept for evaluation."""
     rng = np.random.default_rng(DATA_SEED)
     return [
         training_case(rng, TEXT_WORLD, "text").exchange if is_text else training_case(rng, world, "drawing").exchange
@@ -97,7 +99,7 @@ def training_exchanges(world: World, count: int, text_share: float = 0.0) -> lis
 
 
 def held_out_exchanges(world: World, budget: Budget) -> list[Exchange]:
-    """The same for all arms, whatever they are trained on."""
+    """Returns held-out exchanges, the same for all arms, whatever they are trained on."""
     counts = {ability: count * budget.prompts for ability, count in HELD_OUT_ROWS.items()}
     cases = held_out_cases("drawing", world, counts["drawing"], HELD_OUT_SEED)
     cases += held_out_cases("text", TEXT_WORLD, counts["text"], HELD_OUT_SEED)
@@ -114,7 +116,7 @@ def small_model(
     model_class: type[NextFlowForConditionalGeneration] = NextFlowForConditionalGeneration,
     **settings,
 ) -> NextFlowForConditionalGeneration:
-    """A transformer 96 wide, of 4 layers, with random weights; `settings` are `NextFlowConfig`'s."""
+    """Makes a transformer of width 96 with 4 layers and random weights; `settings` are those of `NextFlowConfig`."""
     config = small_config(model_config(vq_model, processor), **settings)
     torch.manual_seed(seed)
     model = model_class._from_config(config, attn_implementation="eager")
@@ -123,7 +125,7 @@ def small_model(
 
 
 def small_config(config: NextFlowConfig, **settings) -> NextFlowConfig:
-    """A config with a backbone 96 wide, of 4 layers; `settings` are `NextFlowConfig`'s."""
+    """Makes a config with a backbone of width 96 with 4 layers; `settings` are those of `NextFlowConfig`."""
     config.text_config = Qwen2_5_VLTextConfig(**(config.text_config.to_dict() | SIZE))
     for name, value in settings.items():
         setattr(config, name, value)
@@ -140,9 +142,9 @@ def train(
     budget: Budget,
     curve: Curve | None = None,
 ) -> list[Point]:
-    """Train on the rows for the budget's steps. Returns the curve: scores before, meanwhile and after.
+    """Trains on the rows for the budget's steps. Returns the curve: scores before, during and after training.
 
-    `curve` scores drawings of another world than the shapes.
+    `curve` scores images of other worlds than the shapes world.
     """
     curve = curve or Curve(processor, world, budget, seed)
     with TemporaryDirectory() as folder:
@@ -178,7 +180,7 @@ def train(
             processing_class=processor,
             callbacks=[curve],
         )
-        trainer.remove_callback(PrinterCallback)  # the command has a bar
+        trainer.remove_callback(PrinterCallback)  # the command shows a bar of its own
         trainer.train()
         if curve.points[-1]["step"] < budget.steps:
             trainer.evaluate()
@@ -186,7 +188,7 @@ def train(
 
 
 class Curve(TrainerCallback):
-    """Scores at every evaluation: losses on held-out rows, and images drawn from held-out prompts."""
+    """Records scores at every evaluation: losses on held-out rows, and scores of images drawn from held-out prompts."""
 
     def __init__(self, processor: NextFlowProcessor, world: World, budget: Budget, seed: int):
         self.processor, self.world, self.seed = processor, world, seed
@@ -194,24 +196,24 @@ class Curve(TrainerCallback):
         self.points: list[Point] = []
 
     def image_size(self) -> tuple[int, int]:
-        """Height and width of all images."""
+        """Returns height and width of all images."""
         return self.world.canvas, self.world.canvas
 
     def drawing_scores(self, model: NextFlowForConditionalGeneration) -> dict[str, float]:
-        """Scores of drawings."""
+        """Returns the scores of drawn images."""
         return drawing_scores(model, self.processor, self.world, self.prompts, self.seed)
 
     def on_evaluate(self, args, state, control, metrics, model, **kwargs):
         schedule = model.config.vq_config.scale_schedules.for_size(*self.image_size())
         scales = [metrics[f"eval_scale_{scale}_loss"] for scale in range(1, schedule.num_scales + 1)]
-        # Where nothing but images is trained on there is no loss of words.
+        # Without text in the training data there is no text loss.
         words = {"text_loss": metrics["eval_text_loss"]} if "eval_text_loss" in metrics else {}
         losses = words | code_losses(scales, schedule.tokens_per_scale)
         self.points.append({"step": state.global_step} | self.drawing_scores(model.eval()) | losses)
 
 
 def code_losses(scale_losses: Sequence[float], tokens_per_scale: Sequence[int]) -> dict[str, float]:
-    """Mean loss of a code: of all, and of the coarse and the fine half of the scales; and of each scale."""
+    """Returns the mean loss of a code over all scales, over the coarse and the fine half, and over each scale."""
 
     def mean(scales: slice) -> float:
         return float(np.average(scale_losses[scales], weights=tokens_per_scale[scales]))
@@ -229,9 +231,9 @@ def drawing_scores(
     prompts: Sequence[Prompt],
     seed: int,
 ) -> dict[str, float]:
-    """`drawing` by GenEval's rule and `exact_drawing`, which forbids anything else; means over the categories.
+    """Returns `drawing` by GenEval's rule and `exact_drawing`, which forbids anything else; means over the categories.
 
-    All codes are drawn from the model's own probabilities, without guidance, so that its errors accumulate.
+    All codes are sampled from the model's own probabilities, without guidance, so that its errors accumulate.
     """
     results = []
     for start in range(0, len(prompts), DRAWING_BATCH):
@@ -258,7 +260,7 @@ def train_small_model(
     model_class: type[NextFlowForConditionalGeneration] = NextFlowForConditionalGeneration,
     **settings,
 ) -> list[Point]:
-    """The curve of a small model on rows of `WORLD`; `settings` are `NextFlowConfig`'s."""
+    """Returns the curve of a small model on rows of `WORLD`; `settings` are those of `NextFlowConfig`."""
     processor = make_processor(vq_model, tokenizer_of=str(CHECKPOINT))
     model = small_model(vq_model, processor, seed, model_class, **settings)
     held_out = rows_of(held_out_exchanges(WORLD, budget), vq_model, WORLD)
@@ -268,9 +270,9 @@ def train_small_model(
 def train_on_bundled_codes(
     seed: int, budget: Budget, cache: Cache, text_share: float = 0.0, correction_share: float = 0.0, **options
 ) -> list[Point]:
-    """The curve of a small model on the codes of the bundled tokenizer; `options` as in `train_small_model`.
+    """Returns the curve of a small model on the codes of the bundled tokenizer; `options` as in `train_small_model`.
 
-    The rows are the same for all seeds: a seed is of the weights, of the order of the rows, and of what is drawn.
+    The rows are the same for all seeds. The seed decides about the weights, the order of the rows and the sampling.
     """
     vq_model = bundled_tokenizer()
     data = {"count": BATCH_SIZE * budget.steps, "text_share": text_share, "correction_share": correction_share}

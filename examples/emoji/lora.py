@@ -1,12 +1,12 @@
-"""Teach an emoji checkpoint a style from 30 images of a set that it never saw, or a concept from five, with LoRA.
+"""Teach an emoji checkpoint a new style from 30 images, or a new concept from five images, with LoRA.
 
     python examples/emoji/lora.py --teach style --checkpoint checkpoints/nextflow-emoji
     python examples/emoji/lora.py --teach concept --checkpoint checkpoints/nextflow-emoji
 
-The style is `KEPT_STYLE`, the concept `KEPT_CONCEPT` of `sizes.py`, of which no training shows anything. Half of the
-samples are of the checkpoint's own kind, so that nothing is forgotten. Drawings are told by the nearest of all renders
-in a judge's features: of the style, concepts that the 30 images do not show; of the concept, styles that the five do
-not.
+The style is `KEPT_STYLE` and the concept is `KEPT_CONCEPT` of `sizes.py`; no training shows either. Half of the samples
+are like those on which the checkpoint was trained, so that it does not forget them. Afterwards the style is asked for
+with concepts that the 30 images do not show, and the concept in styles that the five images do not show. A drawing is
+identified by the nearest of all renders in the features of a judge.
 Writes the adapter and `OUTPUT/lora.json`.
 """
 
@@ -40,14 +40,14 @@ SHOWN_OF_STYLE, SHOWN_OF_CONCEPT = 30, 5
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is taught: (concept, style) pairs that are shown, and those that are asked for afterwards."""
+    """The (concept, style) pairs that are shown in training, and those that are asked for afterwards."""
 
     shown: list[tuple[str, str]]
     asked: list[tuple[str, str]]
 
 
 def lesson_of(teach: str, art: Art, world: World, limit: int, seed: int) -> Lesson:
-    """A style on concepts of the world, or a concept in its styles; raises `ValueError` if the world knows it."""
+    """Makes a lesson of the new style or the new concept. Raises `ValueError` if the world already has it."""
     rng = np.random.default_rng((seed, 5))
     if teach == "style":
         if KEPT_STYLE in world.styles:
@@ -65,14 +65,14 @@ def lesson_of(teach: str, art: Art, world: World, limit: int, seed: int) -> Less
 
 
 def prompt_of(rng: np.random.Generator | None, scene: Scene, world: World) -> str:
-    """A caption that names style and background."""
+    """Returns a caption that names style and background."""
     (sticker,) = scene.stickers
     item = item_of(sticker, world, color=None, tone=None, turn=None)
     return write_caption(rng, Requirement((item,), None, scene.background), world)
 
 
 def exchanges_of(lesson: Lesson, world: World, old: World, count: int, seed: int) -> list[list[Exchange]]:
-    """Half of them of the lesson's images on any background, half as the checkpoint was trained on."""
+    """Makes exchanges, half with the lesson's images on any background, half like those of the first training."""
     rng, found = np.random.default_rng((seed, 6)), []
     for index in range(count):
         if index % 2:
@@ -93,7 +93,7 @@ def rows_of(exchanges: list[list[Exchange]], model: NextFlowForConditionalGenera
 
 
 class Recogniser:
-    """Names the drawing that an image is nearest to, in a judge's features, among all single drawings on white."""
+    """Finds the single drawing on white that is nearest to an image in the features of a judge."""
 
     def __init__(self, judge: Judge, world: World):
         self.judge, self.pairs = judge, world.pairs
@@ -106,7 +106,7 @@ class Recogniser:
 
 
 def taught(pipe: NextFlowPipeline, lesson: Lesson, world: World, recogniser: Recogniser) -> dict[str, float]:
-    """Shares of the asked drawings, on white, whose nearest render has the concept, the style, and both."""
+    """Returns the shares of requested drawings on white whose nearest render has the concept, the style, and both."""
     prompts = [prompt_of(None, Scene((Sticker(*pair),)), world) for pair in lesson.asked]
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     side = world.side
@@ -151,7 +151,9 @@ def main():
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--limit", type=int, default=100, help="drawings asked for, and held-out prompts of old things")
+    parser.add_argument(
+        "--limit", type=int, default=100, help="number of requested drawings, and of held-out prompts of the old world"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
@@ -178,7 +180,7 @@ def main():
     adapted = peft.get_peft_model(model, lora_config(model, arguments.rank))
     train(adapted, processor, rows, arguments)
     adapted.save_pretrained(arguments.output)
-    # The adapter lies inside of the layers, so the pipeline's own model has it too.
+    # The adapter is inserted into the layers, so the pipeline's own model has it too.
     after = scores()
     values = {
         "taught": arguments.teach,

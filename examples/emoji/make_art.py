@@ -2,8 +2,8 @@
 
     python examples/emoji/make_art.py --output runs/emoji/art.zip
 
-Downloads 32 MB and renders some 19,000 drawings (skin tones among them), five to fifteen minutes on a core. The archive
-holds the NOTICE with the licences of all sets.
+The script downloads 32 MB and renders about 19,000 drawings, skin tones included, in five to fifteen minutes on a core.
+The archive holds the NOTICE with the licences of all sets.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/emoji/art.zip"))
     parser.add_argument(
-        "--packages", type=Path, default=Path("runs/emoji/packages"), help="where the tarballs are kept"
+        "--packages", type=Path, default=Path("runs/emoji/packages"), help="folder in which the tarballs are kept"
     )
-    parser.add_argument("--side", type=int, default=SIDE, help="pixels of a drawing")
+    parser.add_argument("--side", type=int, default=SIDE, help="side of a drawing in pixels")
     arguments = parser.parse_args()
     fetch(arguments.packages)
     counts = make_art(arguments.packages, arguments.output, arguments.side)

@@ -1,4 +1,4 @@
-"""Assemble a checkpoint of the emoji world: a pipeline folder with its card, sheets and NOTICE, 48 MiB at most.
+"""Assemble a checkpoint of the emoji world: a pipeline folder of at most 48 MiB with its card, sheets and NOTICE.
 
     python examples/emoji/make_checkpoint.py --model runs/emoji/transformer-128/final SAMPLING
     transformers-nextflow evaluate checkpoints/nextflow-emoji --suite emoji --json benchmarks/results/emoji.json \
@@ -6,8 +6,8 @@
     python examples/emoji/make_checkpoint.py --model runs/emoji/transformer-128/final SAMPLING \
         --results benchmarks/results/emoji.json
 
-Weights are written in bfloat16, those that decide about codes in float32. Training goes on from `--model`, which is
-float32 throughout, and never from the checkpoint.
+Weights are written in bfloat16, and those that decide about codes in float32. Further training starts from `--model`,
+which is in float32 throughout, and never from the checkpoint.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ SHEET, WIDGET_PROMPT = "drawing.png", "a rocket, 3d style"
 INTRODUCTION = """\
 # NextFlow on the emoji world
 
-A NextFlow ([arXiv 2601.02204](https://arxiv.org/abs/2601.02204)) that draws emoji, scale by scale, in the styles of
-several sets: {styles}. It was trained from scratch on the abilities {abilities}, with images of {side} pixels. It has
-{total:.1f} million parameters, {vision:.1f} million of them in the vision tokenizer. {knows}
+This is a NextFlow ([arXiv 2601.02204](https://arxiv.org/abs/2601.02204)) that draws emoji, scale by scale, in the
+styles of several sets: {styles}. It was trained from scratch on the abilities {abilities}, with images of {side}
+pixels. It has {total:.1f} million parameters, {vision:.1f} million of them in the vision tokenizer. {knows}
 
 ![drawings of held-out prompts]({sheet})
 
@@ -51,28 +51,29 @@ pipe("{prompt}", generator=torch.Generator().manual_seed(0)).images[0].save("ima
 ```
 """
 # A longer list of names tells a reader nothing.
-MOST_NAMES = 200
+MAX_NAMES = 200
 SCORES = """\
 ## Scores
 
-From `{command}` at commit {commit}, on {device}. A judge, a small network trained on true renders, reads what is drawn.
-`ceiling` are its scores of the true renders, `reconstructed` those of the true renders once through the vision
-tokenizer. Names with a suffix are parts of what is `right`; the suites `held_out_…` are scenes with a pair of concept
-and style, concept and colour, concept and concept, or concept and number that no training image shows.
+The scores were computed with `{command}` at commit {commit}, on {device}. A judge, a small network that was trained on
+true renders, reads the drawn images. `ceiling` has its scores of the true renders, and `reconstructed` those of the
+true renders after they went through the vision tokenizer. Names with a suffix are parts of `right`. The suites
+`held_out_…` have scenes with a pair of concept and style, concept and colour, concept and concept, or concept and
+number that no training image shows.
 """
 MEMORISATION = """\
-How near drawings of one thing on white are to the nearest render of training: {to_nearest:.1f} dB of PSNR, where
-reconstructions of these renders have {to_nearest_reconstructed:.1f} dB. The renders are what there is to learn: an
-emoji of a set in its style *is* a training image, so drawings of seen pairs are meant to come near, and are derived
+**Memorisation.** Drawings of one thing on white have {to_nearest:.1f} dB of PSNR to the nearest render of the training,
+where reconstructions of these renders have {to_nearest_reconstructed:.1f} dB. The model is meant to learn the renders:
+an emoji of a set in its style *is* a training image, so drawings of seen pairs should come near to it. They are derived
 works of the sets below.
 """
 
 
 def card(pipe: NextFlowPipeline, results: dict | None, world: World, abilities: Iterable[str]) -> str:
-    """The model card; without results it has no scores."""
+    """Returns the model card; without results it has no scores."""
     names = sorted(world.name(concept) for concept in world.concepts)
-    knows = f"It knows nothing but the {len(names)} concepts of its training"
-    knows += f": {', '.join(names)}." if len(names) <= MOST_NAMES else "."
+    knows = f"It knows only the {len(names)} concepts of its training"
+    knows += f": {', '.join(names)}." if len(names) <= MAX_NAMES else "."
     data = ModelCardData(
         license="other",
         license_name="emoji-sets",
@@ -107,7 +108,7 @@ def _is_suite(name: str, scores) -> bool:
 
 
 def score_table(name: str, scores: dict) -> str:
-    """A row for each score of a suite, with its ceilings beside it."""
+    """Returns a table with a row for each score of a suite and its ceilings."""
     ceilings = [title for title in ("ceiling", "reconstructed") if isinstance(scores.get(title), dict)]
     header = [name, "score", *ceilings]
     lines = [header, ["---"] * len(header)]
@@ -120,7 +121,7 @@ def score_table(name: str, scores: dict) -> str:
 
 
 def save_checkpoint(pipe: NextFlowPipeline, text: str, notice: str, output: Path):
-    """Write the folder. Raises `ValueError`, and writes nothing, if it would exceed `MAX_BYTES`."""
+    """Writes the folder. Raises `ValueError` and writes nothing if it would exceed `MAX_BYTES`."""
     with TemporaryDirectory() as folder:
         pipe.save_pretrained(folder)
         (Path(folder) / "README.md").write_text(text, encoding="utf-8")
@@ -133,11 +134,11 @@ def save_checkpoint(pipe: NextFlowPipeline, text: str, notice: str, output: Path
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="`final` of the last stage")
+    parser.add_argument("--model", required=True, help="the folder `final` of the last stage")
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--art", type=Path, default=ART)
     parser.add_argument("--output", type=Path, default=Path("checkpoints/nextflow-emoji"))
-    parser.add_argument("--results", type=Path, help="scores from `evaluate --json`, for the card")
+    parser.add_argument("--results", type=Path, help="file with scores from `evaluate --json`, for the card")
     for name, default in (("guidance_scale", 2.0), ("temperature", 0.8), ("editing_guidance_scale", 1.5)):
         parser.add_argument(
             f"--{name}", type=float, nargs="+", default=[default], help="one number, or one for a scale"
@@ -159,8 +160,8 @@ def main():
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    pipe.model.config.vq_config._name_or_path = ""  # a folder of this machine
-    pipe.model.to(torch.bfloat16)  # but for the parts that decide about codes
+    pipe.model.config.vq_config._name_or_path = ""  # it names a folder of this machine
+    pipe.model.to(torch.bfloat16)  # the parts that decide about codes stay in float32
     results = json.loads(arguments.results.read_text()) if arguments.results else None
     text = card(pipe, results, world, MIXTURES[size.name])
     save_checkpoint(pipe, text, world.art.notice, arguments.output)

@@ -1,10 +1,10 @@
-"""Make the transformer's training data, conversations about scenes with the images' codes, and the model to start from.
+"""Make the transformer's training data: conversations about scenes with the codes of images; and the untrained model.
 
     python examples/emoji/make_data.py --tokenizer runs/emoji/tokenizer/final --side 64 --output runs/emoji/data-64 \
         --samples 1000000 --processes 14 --start runs/emoji/start
 
-`MIXTURES` says how many of the conversations begin with which ability; some go on with questions on their last image.
-Nothing that is held out is among them. `--start` also writes an untrained model and its processor, from which the first
+`MIXTURES` has the shares of the abilities with which conversations begin. Some continue with questions about their last
+image. Held-out cases never occur. `--start` also writes an untrained model and its processor, from which the first
 recipe starts.
 """
 
@@ -38,7 +38,7 @@ from transformers_nextflow.worlds.emoji.questions import question_about
 from transformers_nextflow.worlds.emoji.scene import draw_share
 
 
-# Shares of the conversations by the ability that they begin with; the paper has 25% of text (section 3.2).
+# Shares of the conversations by the ability with which they begin; the paper has 25% of text (section 3.2).
 MIXTURES = {
     "full": {
         "text": 0.08,
@@ -52,11 +52,11 @@ MIXTURES = {
         "thinking": 0.05,
         "story": 0.02,
     },
-    # One image each, so that rows are about as long and little is padded.
+    # Each has one image, so that rows have about the same length and little is padded.
     "medium": {"drawing": 0.84, "caption": 0.06, "question": 0.1},
     "small": {"drawing": 0.84, "caption": 0.06, "question": 0.1},
 }
-# How many questions follow, each number as likely: an image's slots are most of a sequence, and an answer a few words.
+# The equally likely numbers of questions that follow. An image's slots are most of a sequence, answers are few words.
 FURTHER_QUESTIONS = {
     "full": {"drawing": (0, 0, 1), "caption": (1, 2), "question": (2, 3, 4)},
     "medium": {},
@@ -78,7 +78,7 @@ FEATURES = Features(
 
 
 def sample(rng: np.random.Generator, world: World, size: str, ability: str | None = None) -> list[Exchange]:
-    """One conversation of a size's mixture, or one that begins with a given ability; its images are scenes."""
+    """Makes a conversation of a size's mixture, or one that begins with a given ability; its images are scenes."""
     ability = ability or draw_share(rng, MIXTURES[size])
     exchanges = [training_case(rng, world, ability).exchange]
     for _ in range(int(rng.choice(FURTHER_QUESTIONS[size].get(ability, (0,))))):
@@ -95,7 +95,7 @@ def encode_scenes(
     correction: SelfCorrection | None,
     generator: torch.Generator,
 ) -> list[EncodedImage]:
-    """The codes of each scene; those of one size are encoded together."""
+    """Returns the codes of each scene; scenes of one size are encoded together."""
     by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, scene in enumerate(scenes):
         by_size[world.size(scene.ratio)].append(index)
@@ -110,13 +110,13 @@ def encode_scenes(
 
 
 def images_in(exchanges: list[Exchange]) -> list[tuple[Scene, bool]]:
-    """The images of a conversation in order, and whether the model draws them."""
+    """Returns the images of a conversation in order, and whether the model draws them."""
     turns = [(parts, is_answer) for exchange in exchanges for is_answer, parts in enumerate(exchange)]
     return [(scene, bool(is_answer)) for parts, is_answer in turns for scene in images_of(parts)]
 
 
 def row(exchanges: list[Exchange], codes: list[EncodedImage], world: World, fingerprint: str) -> dict:
-    """A row of the data format (docs/data.md)."""
+    """Makes a row in the data format (docs/data.md)."""
     messages = to_messages(exchanges)
     for part in (part for turn in messages for part in turn["content"]):
         part.setdefault("text", "")  # Arrow would write None
@@ -141,7 +141,7 @@ def rows(
     shards: list[int],
     correction: SelfCorrection | None,
 ) -> Iterator[dict]:
-    """`count` rows for each shard; a shard is a seed."""
+    """Yields `count` rows for each shard; a shard is a seed."""
     torch.set_num_threads(1)
     model, world = NextFlowVQModel.from_pretrained(tokenizer).eval(), _world(size, art, side)
     fingerprint = tokenizer_fingerprint(model)
@@ -162,7 +162,7 @@ def _world(size: str, art: str, side: int) -> World:
 
 
 def text_tokenizer(world: World, size: Size, count: int = 20_000) -> PreTrainedTokenizerFast:
-    """A tokenizer of the words of conversations."""
+    """Trains a text tokenizer on conversations."""
     rng = np.random.default_rng(0)
     conversations = (sample(rng, world, size.name) for _ in range(count))
     texts = (text for exchanges in conversations for e in exchanges for text in texts_of(e.asked + e.answer))
@@ -170,7 +170,7 @@ def text_tokenizer(world: World, size: Size, count: int = 20_000) -> PreTrainedT
 
 
 def write_start(tokenizer: str, size: Size, world: World, output: Path, count: int = 20_000, seed: int = 0):
-    """The untrained model around a vision tokenizer, and its processor."""
+    """Writes the untrained model with a vision tokenizer, and its processor."""
     vq_model = NextFlowVQModel.from_pretrained(tokenizer, dtype=torch.float32)
     config = vq_model.config
     processor = NextFlowProcessor(
@@ -201,12 +201,14 @@ def main():
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--art", default="runs/emoji/art.zip")
     parser.add_argument("--tokenizer", required=True, help="folder of the trained vision tokenizer")
-    parser.add_argument("--side", type=int, help="pixels of square images; default: the size's largest")
+    parser.add_argument("--side", type=int, help="side of square images in pixels; default: the size's largest")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=1_000_000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--correction_share", type=float, default=0.3, help="of the tokens of what is drawn")
+    parser.add_argument(
+        "--correction_share", type=float, default=0.3, help="share of the tokens of drawn images that are sampled"
+    )
     parser.add_argument("--correction_top_k", type=int, default=10)
     parser.add_argument("--start", type=Path, help="folder for the untrained model")
     arguments = parser.parse_args()

@@ -1,10 +1,11 @@
-"""RL on the emoji world: GRPO with a judge of another seed as reward, scored before and after by the judge.
+"""Train the emoji world by GRPO with a judge of another seed as the reward, with scores of the judge before and after.
 
     python examples/emoji/train_judge.py --size full --seed 1 --output runs/emoji/judge-1
     python examples/emoji/rl.py --checkpoint checkpoints/nextflow-emoji --output runs/emoji/rl
 
-Prompts are captions of which nothing is held out. Writes `OUTPUT/rl.json`: scores before and after, by the judge of the
-suites (`gain`) and by the rewarding one (`rewarded_gain`): where only the latter rises, the reward was fooled.
+Prompts are captions without held-out parts. The script writes `OUTPUT/rl.json`, with scores before and after by the
+judge of the suites (`gain`) and by the judge of the reward (`rewarded_gain`). If only the latter rises, the model
+exploits the reward.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from transformers_nextflow.worlds.emoji.rewards import judge_reward
 
 
 def training_prompts(world: World, count: int, seed: int) -> Dataset:
-    """Captions with what they ask for."""
+    """Returns captions with what they ask for."""
     rng = np.random.default_rng((seed, 77))
     cases = [training_case(rng, world, "drawing") for _ in range(count)]
     return Dataset.from_list(
@@ -36,13 +37,13 @@ def training_prompts(world: World, count: int, seed: int) -> Dataset:
 
 
 def exploring(sampling: ImageSampling, num_scales: int) -> ImageSampling:
-    """A checkpoint's settings with chance at every scale: those that take the likeliest code cannot learn."""
+    """Returns a checkpoint's settings with a temperature above 0 at every scale, as learning needs it."""
     temperatures = [sampling.value_at("temperature", scale, num_scales) for scale in range(num_scales)]
     return replace(sampling, temperature=[t or 1.0 for t in temperatures])
 
 
 def overall(pipe: NextFlowPipeline, world: World, judges: dict[str, Judge], limit: int) -> dict[str, float]:
-    """The share of held-out prompts that are drawn right, as each judge sees it."""
+    """Returns the share of held-out prompts that are drawn right, by each judge."""
     suites = {name: EmojiEvaluation(pipe, world, judge, limit) for name, judge in judges.items()}
     return {name: suite.suite("drawing", suite.draw)["overall"] for name, suite in suites.items()}
 
@@ -51,16 +52,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="checkpoints/nextflow-emoji")
     parser.add_argument("--art", type=Path, default=ART)
-    parser.add_argument("--judge", type=Path, default=JUDGE, help="the one that scores")
-    parser.add_argument("--reward", type=Path, default=Path("runs/emoji/judge-1"), help="a judge of another seed")
+    parser.add_argument("--judge", type=Path, default=JUDGE, help="folder of the judge that scores")
+    parser.add_argument(
+        "--reward",
+        type=Path,
+        default=Path("runs/emoji/judge-1"),
+        help="folder of the judge that rewards, of another seed",
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/emoji/rl"))
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--prefix", type=int, default=5, help="train the first so many scales")
-    parser.add_argument("--groups", type=int, default=8, help="prompts a step")
+    parser.add_argument("--prefix", type=int, default=5, help="how many of the first scales are trained")
+    parser.add_argument("--groups", type=int, default=8, help="prompts in each step")
     parser.add_argument("--num_generations", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=5e-5)
     parser.add_argument("--beta", type=float, default=0.01)
-    parser.add_argument("--limit", type=int, default=200, help="held-out prompts before and after")
+    parser.add_argument("--limit", type=int, default=200, help="held-out prompts that are scored before and after")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 

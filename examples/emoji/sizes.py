@@ -1,8 +1,8 @@
 """The sizes of the recipe: "full", for a GPU; "medium", some hours of two cores; "small", the whole path there within
 45 minutes.
 
-What a size decides is here: which scenes there are, and the shapes of tokenizer, transformer and judge. How long and at
-which rates they are trained is in `recipes`.
+A size decides which scenes there are, and the shapes of tokenizer, transformer and judge. The recipes in `recipes` say
+how long and at which learning rates these are trained.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from transformers_nextflow.worlds.emoji import RATIOS, Art, World
 PATCH_SIZE = 8
 # Sides of the grids: the 64 level ends on 8 x 8 cells, the 128 level on 16 x 16.
 SCALES, SMALL_SCALES = (1, 2, 3, 4, 6, 8, 11, 16), 6
-# Directions in which the semantic decoder names a cell's concept; as many for any number of concepts.
+# The dimension in which each concept has a direction, which the semantic decoder learns for the cells that show it.
 SEMANTIC_DIM = 64
-# The set and the thing that no training shows but those of a new style and a new concept (`lora.py`).
+# The style and the concept that only the LoRA trainings of a new style and a new concept show (`lora.py`).
 KEPT_STYLE, KEPT_CONCEPT = "streamline", "llama"
 SMALL_STYLES = ("flat", "noto", "3d")
 SMALL_CONCEPTS = (
@@ -45,14 +45,14 @@ MEDIUM_KINDS = {"single": 0.82, "count": 0.08, "pair": 0.1}
 
 @dataclass(frozen=True)
 class Size:
-    """What differs between the sizes.
+    """The settings that differ between the sizes.
 
     Args:
         sides: pixels of square images, level by level.
-        num_scales: of `SCALES`.
-        judge_width: channels of the judge's first layer.
+        num_scales: how many of `SCALES` there are.
+        judge_width: number of channels of the judge's first layer.
         semantic, pixel, text: settings of the semantic encoder's, the tokenizer's and the backbone's config.
-        vocabulary: text tokens at most.
+        vocabulary: largest number of text tokens.
     """
 
     name: str
@@ -98,7 +98,7 @@ MEDIUM = replace(
     SMALL,
     name="medium",
     judge_width=32,
-    # A decoder that sees the whole image: patches by themselves show their edges.
+    # The decoder sees the whole image; if patches are decoded separately, their edges show.
     pixel=SMALL.pixel
     | {
         "codebook_size": 2048,
@@ -110,7 +110,7 @@ MEDIUM = replace(
     },
     vocabulary=1024,
 )
-# With the parts that decide about codes in float32 and the rest in bfloat16, 46 MiB.
+# It takes 46 MiB with the parts that decide about codes in float32 and the rest in bfloat16.
 FULL = Size(
     name="full",
     sides=(64, 128),
@@ -146,7 +146,7 @@ SIZES = {size.name: size for size in (SMALL, MEDIUM, FULL)}
 
 
 def world_of(size: Size, art: Art | Path | str, side: int | None = None) -> World:
-    """The scenes of a size at a resolution, default its largest; neither `KEPT_STYLE` nor `KEPT_CONCEPT` is in them."""
+    """Returns the world of a size at a resolution (default: its largest), without `KEPT_STYLE` and `KEPT_CONCEPT`."""
     art = art if isinstance(art, Art) else Art(art)
     side = side or size.sides[-1]
     if size is FULL:
@@ -161,7 +161,7 @@ def world_of(size: Size, art: Art | Path | str, side: int | None = None) -> Worl
 
 
 def tokenizer_config(size: Size) -> NextFlowVQConfig:
-    """The paper's kind of tokenizer: two branches, area down and bicubic up, a level for each resolution."""
+    """Returns a tokenizer of the paper's kind: two branches, area down, bicubic up, a level for each resolution."""
     scales = SCALES[: size.num_scales]
     counts = {64: SMALL_SCALES, 128: len(SCALES)}
     return NextFlowVQConfig(
@@ -182,7 +182,7 @@ def tokenizer_config(size: Size) -> NextFlowVQConfig:
 
 
 def text_config(size: Size, tokenizer) -> Qwen2_5_VLTextConfig:
-    """The backbone, with a vocabulary for the words of the tokenizer."""
+    """Returns the backbone's config, with a vocabulary for the words of the tokenizer."""
     return Qwen2_5_VLTextConfig(
         vocab_size=-(-len(tokenizer) // 8) * 8,
         max_position_embeddings=8192,

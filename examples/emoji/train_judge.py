@@ -1,10 +1,11 @@
-"""Train the judge of the emoji world: on true renders under augmentations, with a seed of its own.
+"""Train the judge of the emoji world on augmented true renders, with its own seed.
 
     python examples/emoji/train_judge.py --size small --art runs/emoji/art.zip --output runs/emoji/judge --minutes 4
     python examples/emoji/train_judge.py --size full --output runs/emoji/judge --minutes 6 --workers 14
 
-A judge of another seed is the reward of RL (`--seed 1`), and the tokenizer's decoder stage looks through the layers of
-a third one (`--seed 2`). Prints the ceilings: how often it reads true renders right that it was not trained on.
+A judge of another seed is the reward of RL (`--seed 1`), and the tokenizer's decoder stage uses the layers of a third
+one for its perceptual loss (`--seed 2`). The script prints the ceilings: how often the judge reads true renders right
+on which it was not trained.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from transformers_nextflow.worlds.emoji.judge import Judge, Vocabulary, judge_lo
 from transformers_nextflow.worlds.emoji.reading import reading_scores
 
 
-SCENES = 48  # of a batch; each gives a look at the whole and one at every sticker
+SCENES = 48  # scenes of a batch; each gives a look at the whole image and one at every sticker
 CEILING_SEED, CEILING_SCENES = 9_000_000, 500
 LEARNING_RATE = 2e-3
 
 
 class Looks(IterableDataset):
-    """Batches of looks at random scenes of the worlds in turn, without end."""
+    """Yields endless batches of looks at random scenes of the worlds in turn."""
 
     def __init__(self, worlds: list[World], vocabulary: Vocabulary, seed: int, scenes: int = SCENES):
         self.worlds, self.vocabulary, self.seed, self.scenes = worlds, vocabulary, seed, scenes
@@ -50,7 +51,7 @@ class Looks(IterableDataset):
 
 
 def train(judge: Judge, batches: DataLoader, minutes: float, steps: int | None):
-    """Until the minutes are over, or the steps are done; the rate follows the time, so that it ends at zero."""
+    """Trains for the minutes or the steps; the learning rate follows the time, so that it ends at zero."""
     optimizer = torch.optim.AdamW(judge.parameters(), lr=LEARNING_RATE, weight_decay=0.02)
     start = time.perf_counter()
     judge.train()
@@ -77,8 +78,8 @@ def main():
     parser.add_argument("--art", type=Path, default=Path("runs/emoji/art.zip"))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=6)
-    parser.add_argument("--steps", type=int, help="in place of minutes")
-    parser.add_argument("--workers", type=int, default=0, help="processes that make batches ahead")
+    parser.add_argument("--steps", type=int, help="number of steps, in place of minutes")
+    parser.add_argument("--workers", type=int, default=0, help="processes that prepare batches")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 

@@ -4,8 +4,8 @@
     python train_tokenizer.py recipes/tokenizer_decoder.yaml --output runs/emoji/tokenizer \
         --model runs/emoji/tokenizer-128/final --judge runs/emoji/judge-2
 
-The semantic decoder learns to name the concept that covers each cell, by cross-entropy to fixed random directions, in
-place of a teacher's features. The decoder stage sees through a judge's layers (perceptual loss) and a discriminator.
+In place of a teacher's features, the semantic decoder learns the concept that covers each cell, by cross-entropy with
+fixed random directions. The decoder stage has a perceptual loss, which uses the layers of a judge, and a discriminator.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ from transformers_nextflow.worlds.emoji.scene import SQUARE
 HELD_OUT_SEED = 1_000_000
 EVALUATED = 256
 READOUT_SCALE, READOUT_WEIGHT = 16.0, 0.3
-STICKER_WEIGHT = 2.0  # cells of the background are many, and say little
+STICKER_WEIGHT = 2.0  # there are many cells of the background, and they say little
 L1_WEIGHT, GRADIENT_WEIGHT = 0.2, 0.2
 
 
 class EmojiImages(Dataset):
-    """Image i of a seed, always the same, with what covers its cells. All concepts, styles and colours are in them.
+    """Images of scenes with all concepts, styles and colours, and the concepts of their cells.
 
-    The first `square` are square; of the rest whole batches of `batch_size` have one ratio.
+    Item i of a seed is always the same. The first `square` images are square; of the rest, whole batches of
+    `batch_size` have one ratio.
     """
 
     def __init__(self, world: World, length: int, seed: int, batch_size: int = 1, square: int = 0):
@@ -70,21 +71,21 @@ class EmojiImages(Dataset):
 
 
 class EmojiVQTrainer(NextFlowVQTrainer):
-    """The trainer with this world's semantic loss, and pixels compared by value and by edges."""
+    """The trainer with this world's semantic loss, and a pixel loss that compares values and edges."""
 
     world: World
 
     @cached_property
     def directions(self) -> torch.Tensor:
-        """(D, 1 + concepts) unit columns, always the same: the background's and each concept's."""
+        """Unit columns (D, 1 + concepts) of the background and of each concept, always the same."""
         generator = torch.Generator().manual_seed(0)
         columns = torch.randn(SEMANTIC_DIM, 1 + len(self.world.concepts), generator=generator)
         return F.normalize(columns, dim=0).to(self.args.device)
 
     def semantic_loss(self, output, inputs):
-        """Cross-entropy of the concept of each cell: after the decoder, and straight from the latents."""
+        """Returns the cross-entropy of the concept of each cell, after the decoder and directly from the latents."""
         latents = output.latents[:, : self._core.config.semantic_code_dim].permute(0, 2, 3, 1)
-        # The latents have fewer channels than the decoder has features: their own part of the directions.
+        # The latents have fewer channels than the decoder has features, so only a part of the directions is used.
         readout = self._named(latents, self.directions[: latents.shape[-1]], inputs["concepts"])
         return self._named(output.semantic_features, self.directions, inputs["concepts"]) + READOUT_WEIGHT * readout
 
@@ -98,12 +99,12 @@ class EmojiVQTrainer(NextFlowVQTrainer):
         drawn, true = output.reconstruction, inputs["pixel_values"]
         edges = sum(
             (drawn.diff(dim=side) - true.diff(dim=side)).abs().mean() for side in (-2, -1)
-        )  # what keeps small faces from washing out
+        )  # keeps small faces sharp
         return F.mse_loss(drawn, true) + L1_WEIGHT * F.l1_loss(drawn, true) + GRADIENT_WEIGHT * edges
 
 
 class JudgePerceptual(nn.Module):
-    """How far two images (B, 3, H, W) lie apart in the layers of a judge, each layer's maps at unit length: (B,)."""
+    """The distance (B,) of images (B, 3, H, W) in the layers of a judge, whose feature vectors have unit length."""
 
     def __init__(self, judge: Judge):
         super().__init__()
@@ -119,7 +120,7 @@ def make_trainer(arguments: argparse.Namespace) -> EmojiVQTrainer:
     size, recipe = SIZES[arguments.size], load_recipe(arguments.recipe, arguments.changes)
     args = NextFlowVQTrainingArguments(
         output_dir=str(arguments.output),
-        train_sampling_strategy="sequential",  # images are random by themselves, and batches have one ratio
+        train_sampling_strategy="sequential",  # images are random already, and batches must keep one ratio
         report_to=[],
         **recipe.arguments,
     )
@@ -148,14 +149,16 @@ def make_trainer(arguments: argparse.Namespace) -> EmojiVQTrainer:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path, help="a file of recipes of the kind tokenizer")
+    parser.add_argument("recipe", type=Path, help="a recipe file of the kind tokenizer")
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--art", type=Path, default=Path("runs/emoji/art.zip"))
-    parser.add_argument("--output", type=Path, required=True, help="folder of checkpoints, and of the outcome, `final`")
-    parser.add_argument("--model", help="the stage before: its `final`")
-    parser.add_argument("--judge", type=Path, help="folder of the judge whose layers the decoder stage looks through")
-    parser.add_argument("--resume", action="store_true", help="resume from the newest checkpoint")
-    parser.add_argument("--set", dest="changes", action="append", default=[], help="name=value of the recipe")
+    parser.add_argument("--output", type=Path, required=True, help="folder of checkpoints and of the result, `final`")
+    parser.add_argument("--model", help="the folder `final` of the stage before")
+    parser.add_argument("--judge", type=Path, help="folder of the judge whose layers the perceptual loss uses")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    parser.add_argument(
+        "--set", dest="changes", action="append", default=[], help="name=value, which changes a setting of the recipe"
+    )
     arguments = parser.parse_args()
     trainer = make_trainer(arguments)
     trainer.train(resume_from_checkpoint=arguments.resume or None)

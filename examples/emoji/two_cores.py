@@ -1,14 +1,14 @@
-"""The whole path on two cores, from the archive of drawings to scores.
+"""Run the whole recipe on two cores, from the archive of drawings to scores.
 
     python examples/emoji/make_art.py --output runs/emoji/art.zip
     OMP_NUM_THREADS=1 python examples/emoji/two_cores.py --size small --output runs/emoji/small
     OMP_NUM_THREADS=1 python examples/emoji/two_cores.py --size medium --output runs/emoji/medium
 
-"small" tests the recipe within 45 minutes: 60 concepts, patches as pixel branch. "medium" takes some hours: 100
-concepts, a convolutional pixel decoder. Both have images of 64 pixels in three styles. A stage has its minutes: a short
-run tells how long a step takes on this machine at this hour, and with it how many steps there will be. A stage that is
-done is not done again, and a training resumes from its newest checkpoint, so the same command goes on after a kill.
-Writes `benchmarks/results/emoji_SIZE.json` and the folder `checkpoint` with its card.
+"small" tests the recipe within 45 minutes; it has 60 concepts and the patch kind of pixel branch. "medium" takes some
+hours; it has 100 concepts and a convolutional pixel decoder. Both have images of 64 pixels in three styles. Each stage
+has a number of minutes. A short run measures the time of a step on this machine, from which the number of steps
+follows. Finished stages are not run again, and a training resumes from its newest checkpoint, so the same command
+continues after a kill. Writes `benchmarks/results/emoji_SIZE.json` and the folder `checkpoint` with its card.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Plan:
     """How long the stages of a size take.
 
     Args:
-        minutes: of each stage, in their order; starting processes takes a few more in all.
-        samples: conversations that the transformer is trained on.
+        minutes: minutes of each stage, in their order. Starting the processes takes a few more in total.
+        samples: number of conversations on which the transformer is trained.
     """
 
     minutes: dict[str, float]
@@ -73,7 +73,7 @@ class TwoCorePath:
         self.common = ["--size", size, "--art", str(art)]
 
     def stage(self, name: str, work):
-        """Do a stage, unless it is done, and note how long it took; `work()` returns what else is noted."""
+        """Runs a stage unless it is done, and notes its time; `work()` returns what else is noted."""
         if name in self.done:
             return
         print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
@@ -89,7 +89,7 @@ class TwoCorePath:
         return open(self.output / f"{name}.log", "ab")
 
     def judges(self):
-        """The judge, and a second one for the perceptual loss, side by side."""
+        """Trains the judge and a second one for the perceptual loss, side by side."""
         minutes = str(self.plan.minutes["judges"] * self.share)
         runs = []
         for seed, folder in ((0, "judge"), (2, "judge-2")):
@@ -100,9 +100,9 @@ class TwoCorePath:
             raise RuntimeError(f"Training a judge failed: see {self.output}/judge*.log.")
 
     def train(self, name: str, command: list[str], timed: list[str] = (), settings=lambda steps: []) -> dict:
-        """Train for the minutes of a stage, in two processes; returns the number of steps and what one took."""
+        """Trains for the minutes of a stage in two processes; returns the number of steps and the seconds of one."""
         together = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}"]
-        # Chosen once: a training that is gone on with must have the steps that it began with.
+        # The number is chosen only once, since a resumed training must keep its number of steps.
         plan = self.output / f"{name}.json"
         if not plan.is_file():
             short = [*together, *command, "--output", str(self.output / f"{name}-timed"), *TOGETHER, *timed]
@@ -127,7 +127,7 @@ class TwoCorePath:
     def tokenizer(self) -> dict:
         command = [str(HERE / "train_tokenizer.py"), self.recipe("tokenizer"), *self.common]
         command += ["--set", "ddp_find_unused_parameters=true"]
-        # Timed with codes, which take longer than none.
+        # Steps are timed with codes, which take longer than steps without.
         return self.train("tokenizer", command, ["--set", "autoencoder_share=0"])
 
     def decoder(self) -> dict:
@@ -178,7 +178,7 @@ def main():
     parser.add_argument("--art", type=Path, default=Path("runs/emoji/art.zip"))
     parser.add_argument("--output", type=Path, help="default: runs/emoji/SIZE")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--share", type=float, default=1.0, help="of all minutes and samples, to try the path")
+    parser.add_argument("--share", type=float, default=1.0, help="share of all minutes and samples, to try the recipe")
     arguments = parser.parse_args()
     output = (arguments.output or Path("runs/emoji") / arguments.size).absolute()
     output.mkdir(parents=True, exist_ok=True)

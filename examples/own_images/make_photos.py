@@ -1,11 +1,11 @@
-"""Thirty captioned photographs in place of your own: a folder of images with metadata.jsonl.
+"""Write thirty captioned photographs in place of your own: a folder of images with metadata.jsonl.
 
     pip install scikit-image scikit-learn
     python examples/own_images/make_photos.py photos
 
-Ten photographs are in the wheels of these two packages (the others of scikit-image are fetched when they are asked for,
-so they are left out). Each gives three squares: the middle, and its left and its right part from nearer. Nothing of the
-packages is imported: their files are read.
+The wheels of these two packages have ten photographs. (scikit-image downloads its other ones on demand, so they are
+left out.) Each photograph gives three squares: its middle, and the left and the right part of this square, enlarged.
+The packages are not imported; only their files are read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers_nextflow.utils.atomic_files import atomic_write
 
 
 SCIKIT_IMAGE, SCIKIT_LEARN = ("skimage", "data"), ("sklearn", "datasets/images")
-# File, what it shows, and where the middle of its square lies, as a share of the width.
+# For each file: what it shows, and where the middle of its square lies, as a share of the width.
 PHOTOGRAPHS = (
     (SCIKIT_IMAGE, "astronaut.png", "an astronaut", 0.5),
     (SCIKIT_IMAGE, "camera.png", "a photographer", 0.5),
@@ -35,14 +35,14 @@ PHOTOGRAPHS = (
     (SCIKIT_LEARN, "flower.jpg", "a flower", 0.5),
 )
 SIDE = 256
-# Of the square: its share, and where it begins from the left and from the top.
+# For each part of the square: its share of the side, and where it begins from the left and from the top.
 PARTS = {"": (1.0, 0.0, 0.0), ", its left part": (0.75, 0.0, 0.125), ", its right part": (0.75, 0.25, 0.125)}
-# A part that is not among the thirty, to see what is known of a photograph beyond its own pixels.
+# A part that is not among the thirty, which tests what a model learnt beyond the pixels of its training.
 KEPT = (0.75, 0.125, 0.25)
 
 
 def photograph(package: tuple[str, str], name: str, middle: float) -> Image.Image:
-    """A square of a photograph that a package ships."""
+    """Returns a square of a photograph that a package ships."""
     module, folder = package
     spec = find_spec(module)
     if spec is None or not spec.submodule_search_locations:
@@ -54,14 +54,14 @@ def photograph(package: tuple[str, str], name: str, middle: float) -> Image.Imag
 
 
 def part(square: Image.Image, share: float, left: float, top: float) -> Image.Image:
-    """A square part, brought to `SIDE` pixels."""
+    """Returns a square part, resized to `SIDE` pixels."""
     side = square.width
     box = (left * side, top * side, (left + share) * side, (top + share) * side)
     return square.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=box)
 
 
 def photographs() -> list[tuple[str, Image.Image]]:
-    """Thirty captions, all of them different, with their images."""
+    """Returns thirty different captions with their images."""
     squares = [(what, photograph(package, name, middle)) for package, name, what, middle in PHOTOGRAPHS]
     return [
         (f"a photo of {what}{which}", part(square, *box)) for what, square in squares for which, box in PARTS.items()
@@ -69,12 +69,12 @@ def photographs() -> list[tuple[str, Image.Image]]:
 
 
 def kept_photographs() -> list[tuple[str, Image.Image]]:
-    """Ten more, of other parts of the same photographs."""
+    """Returns ten more captions and images, of other parts of the same photographs."""
     return [(f"a photo of {what}", part(photograph(*source, middle), *KEPT)) for *source, what, middle in PHOTOGRAPHS]
 
 
 def write_folder(images: list[tuple[str, Image.Image]], folder: Path):
-    """Write a folder of images with `metadata.jsonl`, as `datasets` reads it."""
+    """Writes a folder of images with `metadata.jsonl`, as `datasets` reads it."""
     with atomic_write(folder) as partial:
         partial.mkdir(exist_ok=True)
         lines = []

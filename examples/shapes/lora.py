@@ -1,15 +1,15 @@
-"""Teach the bundled checkpoint a word that it has never seen, with LoRA, in minutes on two cores.
+"""Teach the bundled checkpoint a new word with LoRA, in minutes on two cores.
 
     OMP_NUM_THREADS=2 python examples/shapes/lora.py --bf16
 
-The word is "house": a triangle right above a square, both in one colour, that stands on the ground, which is the last
-row. Shapes, colours and cells are those of the checkpoint's world, so its vision tokenizer has codes for every house;
-that these belong together is new, and so is the word. (A pair of shape and colour that was held out is no such concept
-here: codes name shape, colour and place together, so the heads would have to change; see docs/decisions.md.)
+The word is "house". A house is a triangle directly above a square of the same colour; it stands on the ground, which is
+the last row. Shapes, colours and cells are those of the checkpoint's world, so its vision tokenizer has codes for every
+house. Only the combination and the word are new. A held-out pair of shape and colour could not be taught in this way,
+since codes stand for shape, colour and place together, so the heads would have to change (docs/decisions.md).
 
-Every step trains on houses and on samples of the checkpoint's own training data, so that the rest is not forgotten.
-Scored are captions that are kept for evaluation, before and after: of houses, and the drawing and understanding suites.
-Writes the adapter (`--output`) and `benchmarks/results/lora.json`.
+Every step trains on houses and on samples of the checkpoint's own training data, so that the model does not forget the
+rest. Before and after the training, the script scores captions of houses that are kept for evaluation, and the suites
+of drawing and understanding. It writes the adapter (`--output`) and `benchmarks/results/lora.json`.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ WORLD = World()
 CHECKPOINT = "checkpoints/nextflow-shapes"
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 ROOF, WALL = "triangle", "square"
-# Those in which neither part is a pair that the checkpoint never drew.
+# The colours in which neither part of a house is a pair that the checkpoint never drew.
 COLORS = tuple(c for c in WORLD.palette if not {(ROOF, c), (WALL, c)} & set(WORLD.held_out_pairs))
-# Share of the captions that leave the colour open, and of those that name the background.
+# The share of captions that leave the colour open, and of those that name the background.
 UNCOLORED, ON_BACKGROUND = 0.2, 0.5
-# Share of empty prompts, which guidance compares with.
+# The share of empty prompts, which guidance needs.
 EMPTY = 0.1
 
 
@@ -56,7 +56,7 @@ def house(color: str, column: int, background: str) -> Scene:
 
 
 def house_caption(rng: np.random.Generator) -> tuple[str, str | None, str | None]:
-    """A caption of a house, and the colour and background that it names."""
+    """Returns a caption of a house, and the colour and the background that it names."""
     color = None if rng.random() < UNCOLORED else choose(rng, COLORS)
     background = choose(rng, WORLD.backgrounds)[0] if rng.random() < ON_BACKGROUND else None
     text = choose(rng, PREFIXES) + " ".join(["a", *filter(None, [color]), "house"])
@@ -66,7 +66,7 @@ def house_caption(rng: np.random.Generator) -> tuple[str, str | None, str | None
 
 
 def house_exchange(rng: np.random.Generator) -> Exchange:
-    """A training sample: a caption that is not kept for evaluation, and a house that it allows, anywhere."""
+    """Makes a training sample: a caption that is not kept for evaluation, and a matching house at any place."""
     while True:
         text, color, background = house_caption(rng)
         if not is_reserved(text):
@@ -80,7 +80,7 @@ def house_exchange(rng: np.random.Generator) -> Exchange:
 
 
 def evaluation_captions(count: int, seed: int = 0) -> list[tuple[str, str | None, str | None]]:
-    """Different captions of houses, all of them kept for evaluation."""
+    """Returns different captions of houses that are kept for evaluation."""
     rng, found = np.random.default_rng(seed), {}
     while len(found) < count:
         caption = house_caption(rng)
@@ -90,7 +90,7 @@ def evaluation_captions(count: int, seed: int = 0) -> list[tuple[str, str | None
 
 
 def is_house(scene: Scene, color: str | None, background: str | None) -> bool:
-    """Whether the image holds a house as asked for, and nothing else."""
+    """Tells whether the image holds a house as asked for, and nothing else."""
     colors = COLORS if color is None else (color,)
     grounds = WORLD.background_palette if background is None else (background,)
     return scene in [house(*case) for case in itertools.product(colors, range(WORLD.lattice), grounds)]
@@ -98,7 +98,7 @@ def is_house(scene: Scene, color: str | None, background: str | None) -> bool:
 
 @torch.no_grad()
 def training_rows(model: NextFlowForConditionalGeneration, count: int, new_share: float, seed: int) -> Dataset:
-    """Rows with codes: houses, and conversations of the checkpoint's own kind."""
+    """Makes rows with codes: houses, and conversations like those in the checkpoint's training."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     samples = [[house_exchange(rng)] if rng.random() < new_share else sample(rng) for _ in range(count)]
     schedule = model.config.vq_config.scale_schedules.for_size(WORLD.canvas, WORLD.canvas)
@@ -124,7 +124,7 @@ def scores(evaluation: ShapesEvaluation, houses: int) -> dict[str, float]:
 
 
 def draw_with_adapter(checkpoint: str, adapter: str, prompts: list[str]) -> np.ndarray:
-    """Images of the adapter as loaded; for a fresh process."""
+    """Draws with the loaded adapter, in a new process."""
     model = peft.PeftModel.from_pretrained(NextFlowForConditionalGeneration.from_pretrained(checkpoint), adapter)
     return ShapesEvaluation(model, AutoProcessor.from_pretrained(checkpoint)).draw(prompts, seed=1)
 
@@ -147,7 +147,7 @@ def train(model: peft.PeftModel, processor, rows: Dataset, arguments: argparse.N
         report_to=[],
     )
     collator = NextFlowCollator(processor, pad_to_multiple_of=8)
-    # Faster than the fused kernel in the backward pass on CPUs.
+    # On CPUs its backward pass is faster than that of the fused kernel.
     model.get_base_model().set_attn_implementation("eager")
     NextFlowTrainer(model, args, train_dataset=rows, data_collator=collator).train()
     model.get_base_model().set_attn_implementation("sdpa")
@@ -164,8 +164,10 @@ def main():
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--new_share", type=float, default=0.5, help="share of the samples that show the new concept")
-    parser.add_argument("--bf16", action="store_true", help="faster where the processor has bfloat16 units")
-    parser.add_argument("--limit", type=int, default=100, help="prompts of each category when scoring")
+    parser.add_argument(
+        "--bf16", action="store_true", help="train in bfloat16, which is faster on a processor with bfloat16 units"
+    )
+    parser.add_argument("--limit", type=int, default=100, help="number of scored prompts of each category")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Assemble the bundled checkpoint from what the training scripts wrote, and write its model card from stored scores.
+"""Assemble the bundled checkpoint from the outputs of the training scripts; write its model card from stored scores.
 
     python examples/shapes/make_checkpoint.py --model MODEL --processor PROCESSOR --tokenizer TOKENIZER SAMPLING
     transformers-nextflow evaluate checkpoints/nextflow-shapes --suite shapes --seeds 2 \
@@ -6,7 +6,7 @@
     python examples/shapes/make_checkpoint.py --model MODEL --processor PROCESSOR --tokenizer TOKENIZER SAMPLING \
         --results benchmarks/results/shapes.json
 
-`README.md` beside it has the folders and the sampling settings of the bundled one.
+`README.md` in the same folder has the folders and the sampling settings of the bundled checkpoint.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
 EDITING_SAMPLING = ("guidance_scale", "image_guidance_scale", "temperature")
 SHEET = "text_to_image.png"
 WIDGET_PROMPT = "a red circle and a blue square"
-# What is asked for, with the sheet that shows such outcomes: drawing, an edit, a question about a video, a video.
+# Example prompts, each with the sheet that shows such results: a drawing, an edit, a question about a video, a video.
 WIDGETS = {
     WIDGET_PROMPT: SHEET,
     "make the red circle green": "editing.png",
@@ -48,11 +48,11 @@ RECIPE = Path(__file__).with_name("README.md")
 INTRODUCTION = """\
 # NextFlow on the shapes world
 
-A small NextFlow ([arXiv 2601.02204](https://arxiv.org/abs/2601.02204)): one transformer that draws scale by scale,
-edits, thinks before it draws, tells stories and videos, and answers questions. It has {total:.1f} million parameters,
-{vision:.1f} million of them in the vision tokenizer. It was trained from scratch, some hours on two CPU cores and nine
-minutes on a GPU, and knows only the shapes world. It is there to run, test and study the code, not to draw
-photographs.
+This is a small NextFlow ([arXiv 2601.02204](https://arxiv.org/abs/2601.02204)), one transformer that draws scale by
+scale, edits, thinks before it draws, tells stories, draws videos and answers questions. It has {total:.1f} million
+parameters, {vision:.1f} million of them in the vision tokenizer. It was trained from scratch, some hours on two CPU
+cores and nine minutes on a GPU. It knows only the shapes world, coloured shapes on a plain background. Its purpose is
+to run, test and study the code, not to draw photographs.
 
 ![one row of images for each category of prompts]({sheet})
 
@@ -67,49 +67,53 @@ image = pipe("{prompt}", generator=torch.Generator().manual_seed(0)).images[0]
 pipe("make the red circle green", image=image).images[0].save("image.png")
 ```
 
-`docs/abilities.md` shows the rest.
+`docs/abilities.md` shows its other abilities.
 
-The checkpoint's own sampling settings are {sampling}; of edits and videos {editing}.
+The checkpoint's own sampling settings are {sampling}; for edits and videos they are {editing}.
 """
 ORIGIN = """\
 ## Scores
 
-From `{command}` at commit {commit}, on {device}.
+The scores were computed with `{command}` at commit {commit}, on {device}.
 """
 DRAWING_RULES = """\
-The share of the images that hold what the prompt asked for, with exact counts (GenEval's rule), and the share in which
-nothing else is in the image either (the strict rule). `held out` are prompts with a pair of shape and colour that the
-transformer never saw in training. `overall` is the mean of the categories.
+**Drawing.** A score is the share of the images that hold what the prompt asked for, with exact counts (GenEval's rule).
+Under the strict rule the images may hold nothing else. The prompts of `held out` have a pair of shape and colour that
+the transformer never saw in training. `overall` is the mean of the categories.
 """
 UNDERSTANDING_RULES = """\
-The share of right answers. `questions` is the mean over the kinds of questions; `overall` includes captions too.
+**Understanding.** A score is the share of right answers. `questions` is the mean over the kinds of questions; `overall`
+also includes captions.
 """
 TOKENIZER_RULES = """\
-How well the vision tokenizer reconstructs held-out images with all pairs of shape and colour: an upper bound of the
-scores above. `linear_probe` reads the codes of all scales but the last, `with_last_scale` those of all scales.
+**Tokenizer.** These scores say how well the vision tokenizer reconstructs held-out images with all pairs of shape and
+colour. They are an upper bound of the scores above. `linear_probe` reads the codes of all scales but the last,
+`with_last_scale` those of all scales.
 """
 ORACLE_RULES = """\
-The share of images with exactly the right objects, at any place, if the true codes of the first scales are given.
+**Oracle.** A score is the share of images with exactly the right objects, at any place, if the model is given the true
+codes of the first scales.
 """
 LAYOUT_RULES = """\
-Both layouts of an image, trained from the same weights for the same 4,200 steps on the same conversations (the long
-round under `Commands`): the one that reads the last scale where something follows the image, with which the training of
-this checkpoint continued, and the paper's, in which nothing reads it. Scored at commit {commit};
-at that time implicit prompts were only of the five kinds that one pass solves.
+**Layouts.** Two layouts of an image were trained from the same weights for the same 4,200 steps on the same
+conversations (the long round under `Commands`). In the first, the last scale is read if something follows the image;
+the training of this checkpoint continued with it. In the paper's layout nothing reads the last scale. The models were
+scored at commit {commit}, when implicit prompts were only of the five kinds that one pass solves.
 """
 ABILITY_RULES = """\
-The other abilities, on held-out cases, each with its exact check (see `The abilities` below): the mean over the
-categories, then each of them. `thinking_without` are the same prompts drawn without a thought, `thinking_plainly` are
-plain captions drawn with a thought. `psnr_outside` is the PSNR of an edit outside of its mask, `psnr_outside_bound`
-the PSNR of the tokenizer's own reconstruction there.
+**Other abilities.** Each is scored on held-out cases with its exact check (see `The abilities` below). The table has
+the mean over the categories, then each of them. `thinking_without` has the prompts of `thinking` drawn without a
+thought, and `thinking_plainly` has plain captions drawn with a thought. `psnr_outside` is the PSNR of an edit outside
+of its mask, and `psnr_outside_bound` that of the tokenizer's own reconstruction there.
 """
 
 
 def load_model(folder: str, tokenizer: str | None = None) -> NextFlowForConditionalGeneration:
-    """The trained model; with the pixel decoder of a `tokenizer` folder, if one is given.
+    """Loads the trained model; its pixel decoder is that of the folder `tokenizer`, if one is given.
 
     Raises:
-        ValueError: if that tokenizer differs in anything else, for then it has other codes than the model learnt.
+        ValueError: if that tokenizer differs in anything else, since its codes would not be those that the model
+            learnt.
     """
     model = NextFlowForConditionalGeneration.from_pretrained(folder)
     if tokenizer is not None:
@@ -120,7 +124,7 @@ def load_model(folder: str, tokenizer: str | None = None) -> NextFlowForConditio
         if changed:
             raise ValueError(
                 f"Only the pixel decoder of {tokenizer} may differ from the tokenizer in {folder}, but these do: "
-                f"{changed}. Train the decoder stage alone, from that tokenizer."
+                f"{changed}. Train only the decoder stage, from that tokenizer."
             )
         model.vq_model.load_state_dict(other)
     return model
@@ -129,7 +133,7 @@ def load_model(folder: str, tokenizer: str | None = None) -> NextFlowForConditio
 def image_sampling(
     values: dict[str, list[float] | None], num_scales: int, default: ImageSampling | None = None
 ) -> ImageSampling:
-    """Settings from lists: one number for all scales, or one for each. Raises `ValueError` for another length."""
+    """Makes settings from lists of one number, or of one for each scale. Raises `ValueError` for another length."""
     given = {name: value[0] if len(value) == 1 else value for name, value in values.items() if value is not None}
     sampling = replace(default or ImageSampling(), **given)
     for name in given:
@@ -138,7 +142,7 @@ def image_sampling(
 
 
 def save_checkpoint(model: NextFlowForConditionalGeneration, processor, card: str | None, output: Path):
-    """Write the folder. Raises `ValueError`, and writes nothing, if it would exceed `MAX_BYTES` with what is there."""
+    """Writes the folder. Raises `ValueError` and writes nothing if the folder would then exceed `MAX_BYTES`."""
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -158,7 +162,7 @@ def _sizes(folder: Path) -> dict[Path, int]:
 
 
 def read_results(path: Path) -> dict:
-    """What `evaluate --json` writes: suite → category → score, and the command, commit and machine they come from.
+    """Reads what `evaluate --json` writes: suite → category → score, with their command, commit and machine.
 
     Raises:
         ValueError: if the file lacks a suite.
@@ -171,9 +175,9 @@ def read_results(path: Path) -> dict:
 
 
 def model_card(model: NextFlowForConditionalGeneration, results: dict, layouts: tuple[dict, dict] | None = None) -> str:
-    """The card: what the model is, its scores, and the recipe's own words on limits, world and commands.
+    """Returns the card: what the model is, its scores, and sections of the recipe's README.
 
-    `layouts` are the scores of two models, one that reads the last scale and one that does not.
+    `layouts` are the scores of two models: one that reads the last scale, and one that does not.
     """
     data = ModelCardData(
         license="apache-2.0",
@@ -214,7 +218,7 @@ def model_card(model: NextFlowForConditionalGeneration, results: dict, layouts: 
 
 
 def recipe_section(title: str) -> str:
-    """What the recipe's README says under a heading, so that it is written in one place."""
+    """Returns a section of the recipe's README, so that its text is written in one place."""
     found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", RECIPE.read_text(encoding="utf-8"), re.M | re.S)
     if found is None:
         raise ValueError(f"{RECIPE} has no section {title!r}; the model card takes it from there.")
@@ -247,7 +251,7 @@ def understanding_table(results: dict) -> str:
 
 
 def ability_table(results: dict) -> str:
-    """A row for each further suite; empty for a checkpoint that was not trained on them."""
+    """Returns a table with a row for each further suite, or "" for a checkpoint that was not trained on them."""
     suites = {name: scores for name, scores in results.items() if isinstance(scores, dict) and name not in SUITES}
     rows = [
         [name, _score(scores, "overall"), ", ".join(f"{k} {v:.3f}" for k, v in scores.items() if k != "overall")]
@@ -258,7 +262,7 @@ def ability_table(results: dict) -> str:
 
 
 def layout_table(read: dict, unread: dict) -> str:
-    """A row for each suite that has an overall score, and one for the questions alone."""
+    """Returns a table with a row for each suite that has an overall score, and one for the questions."""
     rows = [
         [name, _score(scores, "overall"), _score(unread[name], "overall")]
         for name, scores in read.items()
@@ -287,16 +291,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/model", help="folder that train_transformer.py wrote")
     parser.add_argument("--processor", default="runs/data/processor", help="folder that make_data.py wrote")
-    parser.add_argument("--tokenizer", help="folder of the same vision tokenizer with a further trained pixel decoder")
+    parser.add_argument(
+        "--tokenizer", help="folder of the same vision tokenizer whose pixel decoder was trained further"
+    )
     parser.add_argument("--output", type=Path, default=Path("checkpoints/nextflow-shapes"))
-    parser.add_argument("--results", type=Path, help="scores from `evaluate --json`: write the model card")
+    parser.add_argument(
+        "--results", type=Path, help="file with scores from `evaluate --json`, from which the model card is written"
+    )
     parser.add_argument(
         "--layouts",
         type=Path,
         nargs=2,
-        help="scores with the last scale read, and with the paper's layout",
+        help="two files with scores: with the last scale read, and with the paper's layout",
     )
-    per_scale = {"nargs": "+", "metavar": "VALUE", "help": "one for all scales, or one for each"}
+    per_scale = {"nargs": "+", "metavar": "VALUE", "help": "one number for all scales, or one for each"}
     parser.add_argument("--guidance_scale", type=float, **per_scale)
     parser.add_argument("--temperature", type=float, **per_scale)
     parser.add_argument("--top_k", type=int, **per_scale)
@@ -317,7 +325,7 @@ def main():
         eos_token_id=processor.tokenizer.eos_token_id,
         pad_token_id=processor.tokenizer.pad_token_id,
     )
-    model.config.vq_config._name_or_path = ""  # a folder of this machine
+    model.config.vq_config._name_or_path = ""  # it names a folder of this machine
     model.config.trained_on = trained_on(World())
     card = None
     if arguments.results:

@@ -2,9 +2,9 @@
 
     python examples/shapes/make_data.py --tokenizer runs/tokenizer/final --output runs/data --processes 2
 
-`MIXTURE` says how many of the conversations begin with which ability. Most go on: an image's slots are most of a
-sequence and an answer is a few words, so one conversation asks several things of its image. Some texts are left out,
-for guidance. What is kept for evaluation, and the pairs of shape and colour that are held out, are never among them.
+`MIXTURE` has the shares of the abilities with which conversations begin. Most conversations ask several things about
+their image, since the slots of an image are most of a sequence and an answer is only a few words. Some prompts are left
+out, which guidance needs. Cases that are kept for evaluation and held-out pairs of shape and colour never occur.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from transformers_nextflow.worlds.shapes import (
 
 
 WORLD = World()
-# Shares of the conversations by the ability that they begin with. The paper has 25% text alone, and turns one drawing
-# in ten round into a caption (section 3.2). The bundled checkpoint saw such shares first; the ones below, of its last
-# training, lean towards what it had learnt least.
+# Shares of the conversations by the ability with which they begin. In the paper 25% are only text, and one drawing in
+# ten becomes a caption (section 3.2). The bundled checkpoint saw such shares first. The shares below, of its last
+# training, favour what it had learnt least.
 MIXTURE = {
     "text": 0.1,
     "drawing": 0.3,
@@ -57,7 +57,7 @@ MIXTURE = {
     "video": 0.03,
     "video_question": 0.03,
 }
-# How many exchanges follow the first, each as likely: more texts, or questions on and descriptions of the last image.
+# The equally likely numbers of exchanges after the first: more texts, or questions on and captions of the last image.
 FURTHER_EXCHANGES = {
     "text": (2, 3, 4),
     "drawing": (0, 1, 2),
@@ -65,11 +65,11 @@ FURTHER_EXCHANGES = {
     "question": (3, 4, 5),
     "editing": (0, 1),
 }
-# Share of the plain captions that are thought about as well, so that thinking does no harm where nothing asks for it.
+# The share of plain captions that have a thought too, so that thinking does no harm where it is not needed.
 THOUGHT_SHARE = 0.15
 DESCRIPTION_SHARE = 0.25
 SECOND_EDIT_SHARE = 0.3
-# Share of the texts left out where only an image is answered: what guidance compares with.
+# The share of prompts that are left out if the answer is only an image, as guidance needs it.
 EMPTY_PROMPT_SHARE = {"drawing": 0.1, "editing": 0.1, "subject": 0.1}
 BATCH = 250
 TEXT_VOCABULARY = 512
@@ -88,7 +88,7 @@ FEATURES = Features(
 
 
 def prompted(ability: str, exchange: Exchange, rng: np.random.Generator) -> Exchange:
-    """Prompts as people type them: some without their first article; and as guidance needs them: some left out."""
+    """Leaves out the first article of some prompts, as people do, and some prompts as a whole, as guidance needs it."""
     *images, text = exchange.asked
     if rng.random() < EMPTY_PROMPT_SHARE.get(ability, 0.0):
         text = ""
@@ -98,7 +98,7 @@ def prompted(ability: str, exchange: Exchange, rng: np.random.Generator) -> Exch
 
 
 def ask(rng: np.random.Generator, scene: Scene) -> Exchange:
-    """A question about a scene or a request to describe it, and the answer."""
+    """Makes a question about a scene or a request to describe it, with the answer."""
     if rng.random() < DESCRIPTION_SHARE:
         request, describe = list(DESCRIPTIONS.values())[int(rng.integers(len(DESCRIPTIONS)))]
         return answering(request, describe(scene, WORLD))
@@ -106,7 +106,7 @@ def ask(rng: np.random.Generator, scene: Scene) -> Exchange:
 
 
 def sample(rng: np.random.Generator, abilities: Sequence[str] = tuple(MIXTURE)) -> list[Exchange]:
-    """One conversation that begins with one of the abilities; its images are scenes."""
+    """Makes a conversation that begins with one of the abilities; its images are scenes."""
     shares = np.array([MIXTURE[ability] for ability in abilities])
     ability = abilities[int(rng.choice(len(abilities), p=shares / shares.sum()))]
     case = training_case(rng, WORLD, ability)
@@ -125,7 +125,7 @@ def sample(rng: np.random.Generator, abilities: Sequence[str] = tuple(MIXTURE)) 
 
 
 def texts(count: int, seed: int):
-    """Texts of all kinds, for the tokenizer."""
+    """Yields texts of all kinds, for the text tokenizer."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         for exchange in sample(rng):
@@ -135,7 +135,7 @@ def texts(count: int, seed: int):
 def make_processor(
     vq_model: NextFlowVQModel, read_last_scale: bool = False, tokenizer_of: str | None = None
 ) -> NextFlowProcessor:
-    """The processor of a tokenizer; with the text tokenizer of the processor in folder `tokenizer_of`, or a new one."""
+    """Makes a processor, with the text tokenizer of the processor in the folder `tokenizer_of` or a new one."""
     config = vq_model.config
     image_processor = NextFlowImageProcessor(
         scales=list(config.scales), patch_size=config.patch_size, levels=config.levels
@@ -156,7 +156,7 @@ def make_processor(
 def encode_scenes(
     model: NextFlowVQModel, scenes: list[Scene], correction: SelfCorrection | None, generator: torch.Generator
 ) -> Iterator[EncodedImage]:
-    """The codes of each scene; encoded in batches."""
+    """Returns the codes of each scene, which are encoded in batches."""
     for start in range(0, len(scenes), BATCH):
         pixels = torch.from_numpy(np.stack([render(scene, WORLD) for scene in scenes[start : start + BATCH]]))
         codes = model.encode(pixels.permute(0, 3, 1, 2) / 127.5 - 1, correction, generator)
@@ -173,7 +173,7 @@ def rows(
     read_last_scale: bool,
     abilities: tuple[str, ...],
 ):
-    """`count` rows for each shard; a shard is a seed."""
+    """Yields `count` rows for each shard; a shard is a seed."""
     torch.set_num_threads(1)
     model = NextFlowVQModel.from_pretrained(tokenizer).eval()
     schedule = model.config.scale_schedules.for_size(WORLD.canvas, WORLD.canvas)
@@ -190,13 +190,13 @@ def rows(
 
 
 def images_in(exchanges: list[Exchange]) -> list[tuple[Scene, bool]]:
-    """The images of a conversation in order, and whether the model draws them."""
+    """Returns the images of a conversation in order, and whether the model draws them."""
     turns = [(parts, is_answer) for exchange in exchanges for is_answer, parts in enumerate(exchange)]
     return [(scene, bool(is_answer)) for parts, is_answer in turns for scene in images_of(parts)]
 
 
 def row(exchanges: list[Exchange], codes: Iterator[EncodedImage], grid: list[int], slots: int) -> dict:
-    """A row of the data; takes its images' codes off `codes`. Only what is drawn is read with sampled codes."""
+    """Makes a row; takes the codes of its images from `codes`. Only drawn images have sampled codes to read."""
     messages = to_messages(exchanges)
     for part in (part for turn in messages for part in turn["content"]):
         part.setdefault("text", "")  # Arrow would write None
@@ -222,12 +222,18 @@ def main():
         "--correction_share",
         type=float,
         default=0.0,
-        help="share of the tokens of what is drawn that are sampled for self-correction",
+        help="share of the tokens of drawn images that are sampled for self-correction",
     )
     parser.add_argument("--correction_top_k", type=int, default=4)
-    parser.add_argument("--abilities", nargs="+", choices=MIXTURE, default=list(MIXTURE), help="default: all")
-    parser.add_argument("--processor", help="folder of a processor whose text tokenizer is taken: to go on training")
-    parser.add_argument("--read_last_scale", action="store_true", help="for a model that reads the last scale too")
+    parser.add_argument(
+        "--abilities", nargs="+", choices=MIXTURE, default=list(MIXTURE), help="abilities in the data; default: all"
+    )
+    parser.add_argument(
+        "--processor", help="folder of a processor whose text tokenizer is kept, to train a model further"
+    )
+    parser.add_argument(
+        "--read_last_scale", action="store_true", help="make data for a model that also reads the last scale"
+    )
     arguments = parser.parse_args()
     correction = None
     if arguments.correction_share:

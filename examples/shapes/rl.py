@@ -1,12 +1,12 @@
-"""RL on the shapes world: scores before, GRPO on the first scales, scores after.
+"""Train the first scales on the shapes world by GRPO, with scores before and after.
 
     python examples/shapes/rl.py --output_dir runs/rl --minutes 20
     python examples/shapes/rl.py --output_dir runs/rl-reading --reward reading
     python examples/shapes/rl.py --output_dir runs/rl-all --prefix 8
 
-The prompts are captions that evaluation keeps no copy of; the scores are of reserved ones. Everything that was seen is
-in `OUTPUT_DIR/rl.json`, images along the way in `OUTPUT_DIR/image_grids`. `benchmarks/rl_prefix.py` and
-`benchmarks/rl_self_reward.py` compare such runs over seeds.
+The training prompts are captions that are not kept for evaluation; the scores are those of captions that are. All
+scores are written to `OUTPUT_DIR/rl.json`, and images drawn during training to `OUTPUT_DIR/image_grids`.
+`benchmarks/rl_prefix.py` and `benchmarks/rl_self_reward.py` compare such runs over seeds.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from transformers_nextflow.worlds.shapes.rewards import ask_about_shapes, shapes
 
 CHECKPOINT = "checkpoints/nextflow-shapes"
 WORLD = World()
-# Scores of understanding that RL must not lower; `questions` is a mean over seven kinds.
+# The scores of understanding that RL must not lower; `questions` is a mean over seven kinds.
 KEPT = ("questions", "caption", "located_caption")
-# Prompts of each category from which it is told how much it can teach.
+# The number of prompts of each category that show how much the category can teach.
 PROBED = 8
 
 
 def training_prompts(count: int, seed: int, shares: dict[str, float] | None = None) -> Dataset:
-    """Captions of GenEval's six categories, none of which is kept for evaluation: in turn, or by `shares`."""
+    """Makes captions of GenEval's six categories, in turn or by `shares`; none is kept for evaluation."""
     rng, rows = np.random.default_rng(seed), []
     while len(rows) < count:
         category = CATEGORIES[len(rows) % len(CATEGORIES)]
@@ -57,13 +57,13 @@ def training_prompts(count: int, seed: int, shares: dict[str, float] | None = No
 
 
 def teaching_shares(rewards: torch.Tensor, focus: float) -> dict[str, float]:
-    """How often each category is asked for.
+    """Returns the share of the prompts of each category.
 
-    A group of equal rewards teaches nothing, so `focus` of the prompts go to categories by how much the rewards of one
-    prompt's images differ; the rest is divided evenly, so that nothing is forgotten.
+    A group of equal rewards teaches nothing, so a share `focus` of the prompts goes to the categories in proportion to
+    how much the rewards of a prompt's images differ. The rest is divided evenly, so that nothing is forgotten.
 
     Args:
-        rewards: (prompts, images) of prompts of the categories in turn.
+        rewards: (prompts, images), for prompts of the categories in turn.
     """
     spread = rewards.std(1).unflatten(0, (-1, len(CATEGORIES))).mean(0)
     even = torch.full_like(spread, 1 / len(CATEGORIES))
@@ -72,7 +72,7 @@ def teaching_shares(rewards: torch.Tensor, focus: float) -> dict[str, float]:
 
 
 def probe(model, processor, reward: Callable, sampling: ImageSampling, images: int, seed: int) -> torch.Tensor:
-    """Rewards (prompts, `images`) of some training prompts of all categories in turn."""
+    """Returns rewards (prompts, `images`) of some training prompts of all categories in turn."""
     prompts = training_prompts(PROBED * len(CATEGORIES), seed)["prompt"]
     rows = [{"prompt": prompt} for prompt in prompts for _ in range(images)]
     rollouts, drawn = generate_rollouts(model, processor, rows, sampling, generator=torch.Generator().manual_seed(seed))
@@ -86,7 +86,7 @@ def probe(model, processor, reward: Callable, sampling: ImageSampling, images: i
 
 
 def exploring(sampling: ImageSampling, num_prefix_scales: int, num_scales: int) -> ImageSampling:
-    """A checkpoint's settings, with chance at every trained scale: those that take the likeliest code cannot learn."""
+    """Returns a checkpoint's settings with a temperature above 0 at every trained scale, as learning needs it."""
     temperatures = [sampling.value_at("temperature", scale, num_scales) for scale in range(num_scales)]
     least = min(t for t in temperatures if t > 0) if any(temperatures) else 1.0
     trained = [max(t, least) if scale < num_prefix_scales else t for scale, t in enumerate(temperatures)]
@@ -94,7 +94,7 @@ def exploring(sampling: ImageSampling, num_prefix_scales: int, num_scales: int) 
 
 
 class Curve(TrainerCallback):
-    """Drawing scores along the way, and an end after so many minutes of training; scoring does not count."""
+    """Scores drawings during training and ends it after the given minutes, without the time of scoring."""
 
     def __init__(self, model, processor, every: int, limit: int, minutes: float | None):
         self.evaluation = ShapesEvaluation(model, processor, limit, seeds=1)
@@ -128,7 +128,7 @@ class Curve(TrainerCallback):
 
 
 def scores_of(model, processor, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """What RL is to raise, and what it must not lower."""
+    """Returns the scores that RL should raise and those that it must not lower."""
     return {
         "text_to_image": ShapesEvaluation(model, processor, arguments.limit, seeds=2).text_to_image(),
         "understanding": ShapesEvaluation(model, processor, arguments.reading_limit).understanding(),
@@ -136,20 +136,20 @@ def scores_of(model, processor, arguments: argparse.Namespace) -> dict[str, dict
 
 
 def start_of(arguments: argparse.Namespace) -> dict:
-    """What the scores before training depend on: the weights, and how many cases are scored."""
+    """Returns what the scores before training depend on: the weights and the numbers of scored cases."""
     weights = hashlib.sha256((Path(arguments.checkpoint) / "model.safetensors").read_bytes()).hexdigest()
     return {"weights": weights, "limit": arguments.limit, "reading_limit": arguments.reading_limit}
 
 
 def scores_before(arguments: argparse.Namespace) -> dict:
-    """Scores of the checkpoint that runs begin from, with its `start_of`."""
+    """Returns the scores of the checkpoint from which runs start, with its `start_of`."""
     model = NextFlowForConditionalGeneration.from_pretrained(arguments.checkpoint, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(arguments.checkpoint)
     return start_of(arguments) | scores_of(model, processor, arguments)
 
 
 def summary(before: dict, after: dict) -> dict[str, float | str]:
-    """Gains in drawing by the lenient rule, and the largest loss in understanding."""
+    """Returns the gains in drawing by the lenient rule, and the largest loss in understanding."""
     drawn, redrawn = before["text_to_image"], after["text_to_image"]
     weakest = min(CATEGORIES, key=lambda category: drawn[category])
     return {
@@ -161,7 +161,7 @@ def summary(before: dict, after: dict) -> dict[str, float | str]:
 
 
 def run(arguments: argparse.Namespace, before: dict) -> dict:
-    """One training: writes `rl.json` and the trained checkpoint to `arguments.output_dir`, and returns what it wrote.
+    """Runs one training; writes `rl.json` and the trained checkpoint to `arguments.output_dir`, and returns the former.
 
     `before` are the `scores_before` of the checkpoint.
     """
@@ -171,7 +171,7 @@ def run(arguments: argparse.Namespace, before: dict) -> dict:
     sampling = exploring(model.default_image_sampling, arguments.prefix, num_scales)
     reward = shapes_reward
     if arguments.reward == "reading":
-        # A reader that does not learn cannot come to agree with what is drawn.
+        # The reader is a frozen copy, so it cannot learn to agree with wrong images.
         reward = reading_reward(copy.deepcopy(model).eval(), processor, ask_about_shapes)
     rewards = probe(model, processor, reward, sampling, arguments.num_generations, arguments.seed)
     shares = teaching_shares(rewards, arguments.focus)
@@ -203,7 +203,7 @@ def run(arguments: argparse.Namespace, before: dict) -> dict:
         args,
         train_dataset=training_prompts(6000, arguments.seed, shares),
         processing_class=processor,
-        callbacks=[grids, curve],  # the curve last, whose clock then leaves out both
+        callbacks=[grids, curve],  # the curve comes last, so that its clock leaves out both
     )
     trainer.train()
     after = scores_of(model, processor, arguments)
@@ -218,19 +218,25 @@ def run(arguments: argparse.Namespace, before: dict) -> dict:
 
 
 def training_parser(description: str) -> argparse.ArgumentParser:
-    """The settings that all runs of a comparison share."""
+    """Returns a parser for the settings that all runs of a comparison share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=CHECKPOINT)
-    parser.add_argument("--steps", type=int, default=2000, help="at most")
-    parser.add_argument("--minutes", type=float, help="stop after so many minutes of training")
+    parser.add_argument("--steps", type=int, default=2000, help="largest number of training steps")
+    parser.add_argument("--minutes", type=float, help="stop after this many minutes of training")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--beta", type=float, default=0.01)
-    parser.add_argument("--groups", type=int, default=8, help="prompts a step")
+    parser.add_argument("--groups", type=int, default=8, help="prompts in each step")
     parser.add_argument("--num_generations", type=int, default=16)
     parser.add_argument("--likelihood", default="guided_truncated")
-    parser.add_argument("--focus", type=float, default=0.75, help="share of the prompts by how much a category teaches")
-    parser.add_argument("--limit", type=int, default=100, help="prompts of each category before and after")
-    parser.add_argument("--reading_limit", type=int, default=300, help="questions of each kind before and after")
+    parser.add_argument(
+        "--focus", type=float, default=0.75, help="share of the prompts that goes to categories by how much they teach"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=100, help="prompts of each category that are scored before and after"
+    )
+    parser.add_argument(
+        "--reading_limit", type=int, default=300, help="questions of each kind that are scored before and after"
+    )
     parser.add_argument("--curve_every", type=int, default=20, help="steps between points of the curve")
     parser.add_argument("--curve_limit", type=int, default=30, help="prompts of each category at each point")
     return parser
@@ -240,7 +246,7 @@ def main():
     parser = training_parser(__doc__)
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--reward", choices=["checker", "reading"], default="checker")
-    parser.add_argument("--prefix", type=int, default=5, help="train the first so many scales")
+    parser.add_argument("--prefix", type=int, default=5, help="how many of the first scales are trained")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     values = run(arguments, scores_before(arguments))

@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python examples/shapes/train_diffusion_decoder.py --output_dir runs/diffusion-decoder
 
-Scenes are rendered at 128 pixels; the tokenizer reads them at 64. They have up to twice as many objects as the world
-allows, since cells without one teach little. `--start FOLDER` goes on from the weights of a decoder, `--resume` from
-the newest checkpoint.
+Scenes are rendered at 128 pixels, and the tokenizer reads them at 64. They have up to twice as many objects as the
+world allows, since cells without an object teach little. `--start FOLDER` starts from the weights of a decoder, and
+`--resume` continues from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ UPSAMPLING = 2
 LARGE = World(canvas=UPSAMPLING * World().canvas, max_objects=2 * World().max_objects)
 
 
-# Codes say nearly all of an image, so most is learned where there is much noise.
+# The codes determine nearly all of an image, so most is learnt where there is much noise.
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 
 
 class Scenes(Dataset):
-    """Random scenes; an item depends on the seed and its number only. Held-out pairs do not occur."""
+    """Random scenes without held-out pairs. An item depends only on the seed and its number."""
 
     def __init__(self, count: int, seed: int):
         self.count, self.seed = count, seed
@@ -72,7 +72,7 @@ def main():
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--save_steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", help="folder of a decoder to start from")
+    parser.add_argument("--start", help="folder of a decoder from whose weights the training starts")
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
     vq_model = load_vision_tokenizer(options.model)

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/shapes/train_tokenizer.py --output_dir runs/tokenizer
 
-The world knows what every cell holds, so the semantic decoder learns the cells' shapes and colours (cross-entropy) in
+The content of every cell is known, so the semantic decoder learns the cells' shapes and colours by cross-entropy in
 place of a teacher's features.
 """
 
@@ -25,10 +25,10 @@ from transformers_nextflow.worlds.shapes.scene import World, cell_labels, random
 
 
 WORLD = World()
-OBJECT_WEIGHT = 4.0  # cells with an object are few, and all that captions speak of
+OBJECT_WEIGHT = 4.0  # cells with an object are few, and captions speak only of them
 READOUT_SCALE, READOUT_WEIGHT = 10.0, 0.5
 HELD_OUT_SEED = 1_000_000
-# A list of tokens for the whole image (the background, then an object each), before it is laid out on grids.
+# First come tokens for the whole image (one for the background, one for each object), then grids of its cells.
 SCALES = (1, 1, 1, 1, 1, 2, 4, 4)
 KMEANS_SHARES = [2, 1184, 2, 2, 2, 320, 200, 336]
 SINGLE_OBJECT_IMAGES = 8192
@@ -38,7 +38,7 @@ def tokenizer_config() -> NextFlowVQConfig:
     return NextFlowVQConfig(
         semantic_config={
             "model_type": "siglip_vision_model",
-            # No layers: each cell speaks for itself, and codes add up to scenes.
+            # Without layers each cell is encoded independently, and codes add up to scenes.
             "hidden_size": 256,
             "intermediate_size": 512,
             "num_hidden_layers": 0,
@@ -70,12 +70,14 @@ def tokenizer_config() -> NextFlowVQConfig:
 
 @lru_cache
 def fixed_directions(dim: int, count: int) -> torch.Tensor:
-    """(dim, count) orthonormal columns, always the same."""
+    """Returns orthonormal columns (dim, count), always the same."""
     return torch.linalg.qr(torch.randn(dim, count, generator=torch.Generator().manual_seed(0)))[0]
 
 
 def attribute_loss(logits: torch.Tensor, inputs: dict) -> torch.Tensor:
-    """Cross-entropy of the shapes, colours and backgrounds of cells from logits (B, h, w, classes of all three)."""
+    """Returns the cross-entropy of the cells' shapes, colours and backgrounds, for logits (B, h, w, classes of all
+    three).
+    """
     widths = [len(WORLD.shapes) + 1, len(WORLD.colors) + 1, len(WORLD.backgrounds)]
     weights = 1 + (OBJECT_WEIGHT - 1) * (inputs["shapes"] > 0)
     losses = (
@@ -86,7 +88,10 @@ def attribute_loss(logits: torch.Tensor, inputs: dict) -> torch.Tensor:
 
 
 class ShapesImages(Dataset):
-    """Image i of a seed, always the same: all pairs of shape and colour; the first `single` hold one."""
+    """Images of scenes with all pairs of shape and colour; item i of a seed is always the same.
+
+    The first `single` images hold one object.
+    """
 
     def __init__(self, length: int, seed: int, single: int = 0):
         self.length, self.seed, self.single = length, seed, single
@@ -110,10 +115,10 @@ class ShapesImages(Dataset):
 
 class ShapesVQTrainer(NextFlowVQTrainer):
     def semantic_loss(self, output, inputs):
-        """Cross-entropy of what each cell holds: after the decoder, and straight from the latents.
+        """Returns the cross-entropy of the content of each cell, after the decoder and directly from the latents.
 
-        What a linear map cannot read from the codes a small transformer neither reads nor writes, so the latents learn
-        to say it along fixed directions.
+        A small transformer can neither read nor write what a linear map cannot read from the codes, so the latents
+        learn the content along fixed directions.
         """
         semantic = output.latents[:, : self._core.config.semantic_code_dim].permute(0, 2, 3, 1)
         directions = fixed_directions(semantic.shape[-1], output.semantic_features.shape[-1])
@@ -131,9 +136,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--steps", type=int, nargs=4, default=(100, 600, 450, 900), metavar=tuple(STAGES))
-    parser.add_argument("--batch_size", type=int, default=64, help="images a step and process")
+    parser.add_argument("--batch_size", type=int, default=64, help="images of each process in a step")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--model", help="continue from this tokenizer; 0 steps leave a stage out")
+    parser.add_argument("--model", help="start from this tokenizer; a stage with 0 steps is left out")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
@@ -142,7 +147,7 @@ def main():
         model = NextFlowVQModel.from_pretrained(arguments.model, dtype=torch.float32)
     else:
         model = NextFlowVQModel(tokenizer_config())
-        # The rotary resampling says where a cell lies; what lies there need not.
+        # Rotary resampling encodes where a cell lies, so the cell's features need not.
         positions = model.semantic_encoder.get_submodule("embeddings.position_embedding").weight
         positions.data.zero_()
     for stage, steps in zip(STAGES, arguments.steps):
@@ -178,7 +183,8 @@ def main():
         trainer = ShapesVQTrainer(
             model,
             args,
-            # The codebooks start from the first images: one object each, so that a code names an object at its place.
+            # The codebooks start from the first images, which hold one object, so that a code stands for an object at a
+            # place.
             ShapesImages(10_000_000, arguments.seed, single=SINGLE_OBJECT_IMAGES),
             eval_dataset=ShapesImages(1024, HELD_OUT_SEED),
         )

@@ -27,8 +27,8 @@ def model_config(vq_model: NextFlowVQModel, processor) -> NextFlowConfig:
         num_attention_heads=6,
         num_key_value_heads=3,
         max_position_embeddings=4096,
-        # Sections of one: rows, columns and scales each get high and low frequencies, where three blocks would leave
-        # the columns of so small a head the lowest ones alone.
+        # With sections of one, rows, columns and scales each get high and low frequencies. In so small a head, three
+        # blocks would leave only the lowest ones for the columns.
         rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1] * 16},
         bos_token_id=None,
         eos_token_id=processor.tokenizer.eos_token_id,
@@ -47,7 +47,7 @@ def model_config(vq_model: NextFlowVQModel, processor) -> NextFlowConfig:
 
 @torch.no_grad()
 def take_over(model: NextFlowForConditionalGeneration, processor, folder: str):
-    """Start from the weights of another run; its words are matched by their spelling, since vocabularies differ."""
+    """Loads the weights of another run; text tokens are matched by their spelling, since vocabularies differ."""
     source = NextFlowForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     rows = AutoProcessor.from_pretrained(folder).tokenizer.get_vocab()
     state, own = source.state_dict(), model.state_dict()
@@ -66,25 +66,27 @@ def main():
     parser.add_argument("--data", required=True)
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch_size", type=int, default=32, help="samples a step and process")
+    parser.add_argument("--batch_size", type=int, default=32, help="samples of each process in a step")
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument(
-        "--decay_share", type=float, default=0.4, help="share of the steps in which the rate falls to 0"
+        "--decay_share", type=float, default=0.4, help="share of the steps in which the learning rate falls to 0"
     )
     parser.add_argument("--model", help="start from the weights of this run")
-    parser.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in --output_dir")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output_dir")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--bf16", action="store_true", help="thrice as fast where the processor has bfloat16 units")
     parser.add_argument(
-        "--workers", type=int, default=0, help="processes that make batches ahead; a GPU waits for them otherwise"
+        "--bf16", action="store_true", help="train in bfloat16, three times as fast on a processor with bfloat16 units"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that prepare batches; with 0 a GPU waits for them"
     )
     arguments = parser.parse_args()
 
     torch.manual_seed(arguments.seed)
     processor = AutoProcessor.from_pretrained(Path(arguments.data) / "processor")
     vq_model = NextFlowVQModel.from_pretrained(arguments.tokenizer, dtype=torch.float32)
-    # On a CPU heads of 32 channels are multiplied faster as they are written.
+    # On a CPU the plain products are faster for heads of 32 channels.
     attention = "sdpa" if torch.cuda.is_available() else "eager"
     model = NextFlowForConditionalGeneration._from_config(
         model_config(vq_model, processor), attn_implementation=attention

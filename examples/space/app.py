@@ -1,4 +1,4 @@
-"""A Space: the page of `transformers-nextflow demo` for the model that the Space's settings name."""
+"""A Space of Hugging Face with the page of `transformers-nextflow demo`, for the model that its settings name."""
 
 import os
 

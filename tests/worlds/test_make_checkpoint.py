@@ -106,7 +106,7 @@ def test_the_scores_of_both_layouts_stand_beside_each_other(run, tmp_path):
     card = (run("--results", tmp_path / "shapes.json", "--layouts", *layouts) / "README.md").read_text()
     assert "| editing | 0.764 |" in card and "| editing | 0.234 | 0.345 |" in card
     assert "| questions | 0.955 | 0.567 |" in card
-    assert f"Scored at commit {json.loads(layouts[1].read_text())['commit']}" in card
+    assert f"scored at commit {json.loads(layouts[1].read_text())['commit']}" in card
 
 
 def test_results_that_lack_a_suite_are_refused(run, tmp_path):
