@@ -26,11 +26,15 @@ def make_scheduler(config: dict[str, Any] | None) -> FlowMatchEulerDiscreteSched
     if config is None:
         return FlowMatchEulerDiscreteScheduler()
     named = scheduler_class(config.get("_class_name")).from_config(dict(config))
-    own = {name: value for name, value in named.config.items() if name != "_use_default_values"}
     if is_flow_matching(type(named).__name__):
-        return FlowMatchEulerDiscreteScheduler.from_config(own, stochastic_sampling=False)
-    # Few steps must begin at the last time, where there is noise only; many schedulers leave it out by default.
-    return DDIMScheduler.from_config({"clip_sample": False} | own, timestep_spacing="trailing")
+        kind, changes = FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": False}
+    else:
+        # Few steps must begin at the last time, where there is noise only; many schedulers leave it out by default.
+        kind, changes = DDIMScheduler, {"timestep_spacing": "trailing"}
+    # `from_config` would keep settings that only the named class has.
+    given = {"clip_sample": False} | dict(named.config)
+    own = {name: value for name, value in given.items() if name in inspect.signature(kind).parameters}
+    return kind(**own | changes)
 
 
 def predictions(config: dict[str, Any] | None) -> tuple[str, ...]:
