@@ -71,7 +71,7 @@ def forward_parts(model: NextFlowForConditionalGeneration) -> list[tuple]:
 OTHER_PARTS = [
     (ImageCodes, "__init__", "settings of all scales"),
     (ImageCodes, "slots", "slots: codes to rows"),
-    (ImageCodes, "draw", "codes: rows"),
+    (ImageCodes, "sample", "codes: rows"),
     (CachedSequences, "read", "prefill"),
     (CachedSequences, "read_slots", "slots: positions"),
     (CachedSequences, "_mask", "mask"),

@@ -40,7 +40,7 @@ from .utils.devices import usable_device
 from .utils.known_names import checks_names
 from .utils.model_cards import CARD, upload_card_if_missing
 from .utils.saved_adapters import FOLDER as ADAPTERS
-from .utils.saved_adapters import HUB_OPTIONS, is_adapted, unwrapped, with_adapters_beside
+from .utils.saved_adapters import HUB_OPTIONS, is_adapted, unwrap_peft, with_adapters_beside
 from .utils.short_repr import short_repr
 from .utils.typed_values import is_of_type
 from .utils.user_warnings import warn_user
@@ -111,7 +111,7 @@ class NextFlowPipeline(
         diffusion_decoder: NextFlowDiffusionDecoder | None = None,
     ):
         super().__init__()
-        own = unwrapped(model)  # raises for kinds of adapters that do not support drawing
+        own = unwrap_peft(model)  # raises for kinds of adapters that do not support drawing
         for name, part, method in (("model", own, "generate_images"), ("processor", processor, "drawing_inputs")):
             if not hasattr(part, method):
                 raise ValueError(
@@ -148,9 +148,7 @@ class NextFlowPipeline(
                 f"{short_repr(pretrained_model_name_or_path)}."
             )
         if "subfolder" in kwargs:
-            raise ValueError(
-                f"A pipeline is loaded from its whole folder, got subfolder={kwargs['subfolder']!r}; load its parts."
-            )
+            raise ValueError(f"A pipeline has no subfolder of its own, got {kwargs['subfolder']!r}; load its parts.")
         if isinstance(kwargs.get("quantization_config"), PipelineQuantizationConfig):
             mapping = kwargs.pop("quantization_config")
             chosen = mapping._resolve_quant_config(is_diffusers=False, module_name="model")
@@ -237,7 +235,7 @@ class NextFlowPipeline(
     @property
     def unwrapped_model(self) -> NextFlowForConditionalGeneration:
         """The model without a wrapper of PEFT around it; its adapters are inside of it and still act."""
-        return unwrapped(self.model)
+        return unwrap_peft(self.model)
 
     def check_inputs(
         self,
@@ -444,17 +442,13 @@ class NextFlowPipeline(
                 answer = self.processor.think_prefix if think else None
                 inputs, thoughts = self._drawing_inputs(request, sampling, answer), None
                 if think:
-                    generated, thoughts = self._think(request, inputs, max_thought_tokens, thought_temperature, options)
+                    sampled, thoughts = self._think(request, inputs, max_thought_tokens, thought_temperature, options)
                 else:
-                    generated = self.model.generate_images(**inputs, **options)
+                    sampled = self.model.generate_images(**inputs, **options)
 
             # 3. The best candidates
-            rows, scores = self._best_candidates(generated, request, num_candidates, candidate_scorer)
-            image_tokens, grids, request = (
-                generated.image_tokens[rows],
-                generated.image_grids[rows],
-                request.select(rows),
-            )
+            rows, scores = self._best_candidates(sampled, request, num_candidates, candidate_scorer)
+            image_tokens, grids, request = sampled.image_tokens[rows], sampled.image_grids[rows], request.select(rows)
             thoughts = None if thoughts is None else [thoughts[index] for index in rows]
             if num_kept_scales is not None and not self.interrupt:
                 self._warn_of_duplicates(request, image_tokens, num_images_per_prompt)
@@ -480,7 +474,7 @@ class NextFlowPipeline(
     def _after_scale(
         self,
         progress_bar,
-        scale_previews: ScalePreviews | None,
+        previews: ScalePreviews | None,
         callback: Callable | None,
         wanted: Sequence[str],
         output_type: str,
@@ -489,8 +483,8 @@ class NextFlowPipeline(
 
         def after_scale(model, scale: int, state: ScaleState) -> bool:
             progress_bar.update()
-            if scale_previews is not None:
-                scale_previews.add(self._callback_kwargs(state, ["preview"], "pil")["preview"])
+            if previews is not None:
+                previews.add(self._callback_kwargs(state, ["preview"], "pil")["preview"])
             if callback is not None:
                 returned = callback(self, scale, scale, self._callback_kwargs(state, wanted, output_type))
                 apply_callback_changes(state, returned, self.unwrapped_model.config.vq_config.codebook_size)
@@ -499,14 +493,14 @@ class NextFlowPipeline(
         return after_scale
 
     def _best_candidates(
-        self, generated: ImageGenerationOutput, request: ImageRequest, count: int, scorer: CandidateScorer | None
+        self, sampled: ImageGenerationOutput, request: ImageRequest, count: int, scorer: CandidateScorer | None
     ) -> tuple[list[int], torch.Tensor | None]:
         """For each group of `count` images the row of the best, and the scores (B, count) if they were asked for."""
-        first = list(range(0, len(generated.image_tokens), count))
+        first = list(range(0, len(sampled.image_tokens), count))
         if count == 1 or self.interrupt:
             return first, None
-        scores = (scorer or caption_scorer)(self, generated.image_tokens, generated.image_grids, request.prompts)
-        scores = checked_scores(scores, len(generated.image_tokens)).view(-1, count)
+        scores = (scorer or caption_scorer)(self, sampled.image_tokens, sampled.image_grids, request.prompts)
+        scores = checked_scores(scores, len(sampled.image_tokens)).view(-1, count)
         return [start + best for start, best in zip(first, scores.argmax(1).tolist())], scores
 
     def _drawing_inputs(self, request: ImageRequest, sampling: ImageSampling, answer: str | None = None) -> dict:

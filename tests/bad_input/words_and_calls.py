@@ -147,12 +147,12 @@ CALL_CASES = [
 
 
 def _silent_reward(place: Place):
-    from transformers_nextflow.trainers.rl.checked_reward import checked
+    from transformers_nextflow.trainers.rl.checked_reward import validated_reward
 
     async def reward(completions, **columns):
         await asyncio.sleep(60)
 
-    return asyncio.run(checked(reward, timeout=0.1)(completions=[1]))
+    return asyncio.run(validated_reward(reward, timeout=0.1)(completions=[1]))
 
 
 def _long_video(place: Place):
@@ -163,7 +163,7 @@ def _long_video(place: Place):
 
 
 BOUND_CASES = [
-    Case(BOUNDS, "--scale 3000", lambda p: p.draw("--scale", 3000), ("--scale 3000", "take")),
+    Case(BOUNDS, "--scale 3000", lambda p: p.draw("--scale", 3000), ("--scale 3000", "use")),
     Case(
         BOUNDS, "video --scale 5000", lambda p: p.run("video", "a", "b", "--model", p.model, "--scale", 5000),
         ("--scale 5000",),

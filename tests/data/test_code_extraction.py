@@ -266,7 +266,7 @@ def test_bad_images_stop_it_or_are_skipped_and_counted(tmp_path):
     with pytest.raises(ValueError, match=r"row 4, messages\[0\].content\[1\].image: the image cannot be read"):
         extract(tmp_path)
     # The first shard was done; other settings would mix two kinds of data.
-    with pytest.raises(ValueError, match="was begun with on_bad_image 'stop', now it is 'skip'"):
+    with pytest.raises(ValueError, match="was begun with on_bad_image='stop', but now it is 'skip'"):
         extract(tmp_path, on_bad_image="skip")
     totals = extract(tmp_path, "skipped", on_bad_image="skip")
     assert totals == {"rows": 6, "skipped": 2, "shards": 3, "found": 0}
@@ -296,7 +296,7 @@ def test_a_folder_of_rows_of_another_format_is_not_continued(tmp_path):
     settings = json.loads((tmp_path / "codes" / "extraction.json").read_text())
     del settings["row_format"]
     (tmp_path / "codes" / "extraction.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="was begun with row_format None, now it is 3; take .* an empty folder"):
+    with pytest.raises(ValueError, match="was begun with row_format=None, but now it is 3; use .* an empty folder"):
         extract(tmp_path)
     assert check_codes(tmp_path / "codes")["rows"] == 2
 

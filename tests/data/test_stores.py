@@ -81,7 +81,7 @@ def test_codes_in_a_store_are_those_of_a_folder_and_are_finished_where_they_lack
     assert extract_codes(*arguments, **SETTINGS) == {"rows": 5, "skipped": 0, "shards": 2, "found": 0}
     assert {name: folder.read(name) for name in expected} == expected
     assert extract_codes(*arguments, **SETTINGS)["found"] == 2
-    with pytest.raises(ValueError, match="was begun with top_k 4, now it is 2"):
+    with pytest.raises(ValueError, match="was begun with top_k=4, but now it is 2"):
         extract_codes(*arguments, **SETTINGS | {"top_k": 2})
     rows, _ = open_rows(output)
     assert len(rows) == 5 and rows[4]["source_row"] == 4

@@ -217,7 +217,7 @@ def test_a_tokenizer_that_was_rounded_all_the_same_is_refused_with_the_remedy(pa
     vq_model = tiny_model().vq_model
     getattr(vq_model, part).bfloat16()
     with pytest.raises(
-        ValueError, match=r"weight is torch.bfloat16, but codes are made in float32 .* load the .* anew"
+        ValueError, match=r"weight is torch.bfloat16, but codes are made in float32 .* load the .* again"
     ):
         vq_model.encode(images(1))
     if part == "quantizer":

@@ -406,7 +406,7 @@ def test_read_images_are_normalised_as_imagenets(processor):
 def test_a_tokenizer_without_the_models_tokens_is_refused(processor):
     from tiny import tiny_tokenizer
 
-    with pytest.raises(ValueError, match="lacks <img>, .*take the one that was released with OneCAT"):
+    with pytest.raises(ValueError, match="lacks <img>, .*use the one that was released with OneCAT"):
         OneCatProcessor(processor.image_processor, tiny_tokenizer())
 
 
@@ -454,7 +454,7 @@ def test_images_and_placeholders_that_do_not_match_are_refused(model):
         ({"vq_config": {"levels": "many"}}, "levels"),
         ({"vq_config": {"channels": 20}}, "no multiple of the 32 groups"),
         ({"drawing_frequencies": "float16"}, "must be one of"),
-        ({"reader_image_size": 60}, "no multiple of reader_patch_size"),
+        ({"reader_image_size": 60}, "not a multiple of reader_patch_size"),
         ({"image_token_id": 320}, "outside of the vocabulary"),
         ({"num_scale_embeddings": 12}, "at least 13"),
     ],

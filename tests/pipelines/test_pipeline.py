@@ -204,7 +204,7 @@ def test_an_adapters_folder_is_loaded_with_its_base(tmp_path):
 
 
 def test_a_subfolder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="a whole folder, got subfolder='model'"):
+    with pytest.raises(ValueError, match="no subfolder of its own, got 'model'"):
         NextFlowPipeline.from_pretrained(tmp_path, subfolder="model")
 
 

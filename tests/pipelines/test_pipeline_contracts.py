@@ -48,7 +48,7 @@ def test_it_moves_with_its_model_between_types_and_devices(pipe):
         assert other.model.vq_model.quantizer.pixel_codebook.weight.dtype == torch.float32
         assert draw(other).isfinite().all()
     assert other.to("cpu", torch.float32).device == torch.device("cpu")
-    with pytest.raises(ValueError, match="^The weights cannot be torch.int8; take"):
+    with pytest.raises(ValueError, match="^The weights cannot be torch.int8; use"):
         other.to("cpu", torch.int8)
     with pytest.raises(ValueError, match="'meta' cannot be used"):  # numbers would be lost
         other.to("meta")

@@ -113,7 +113,7 @@ def spiking_trainer(folder, steps, rule, factor=20.0, size=1e4, **options):
 
 
 def test_a_spike_that_is_counted_changes_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(gradient_spikes, "FEWEST", 3)
+    monkeypatch.setattr(gradient_spikes, "MIN_NORMS", 3)
     counted = spiking_trainer(tmp_path / "counted", [6], "count")
     plain = spiking_trainer(tmp_path / "plain", [6], "skip", factor=1e12)
     for trainer in (counted, plain):
@@ -124,7 +124,7 @@ def test_a_spike_that_is_counted_changes_nothing_else(tmp_path, monkeypatch):
 
 
 def test_a_run_with_a_spike_and_a_nan_left_out_ends_as_one_that_never_takes_these_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr(gradient_spikes, "FEWEST", 3)
+    monkeypatch.setattr(gradient_spikes, "MIN_NORMS", 3)
     handled = spiking_trainer(tmp_path / "handled", [6], "skip", max_nonfinite_steps=1)
     spoil_outputs(handled, [10], "text_loss")
     plain = spiking_trainer(tmp_path / "plain", [], "skip")
@@ -145,7 +145,7 @@ def test_a_run_with_a_spike_and_a_nan_left_out_ends_as_one_that_never_takes_thes
 
 
 def test_a_rewound_run_goes_on_from_its_checkpoint_without_the_steps_since(tmp_path, monkeypatch):
-    monkeypatch.setattr(gradient_spikes, "FEWEST", 3)
+    monkeypatch.setattr(gradient_spikes, "MIN_NORMS", 3)
     rewound = spiking_trainer(tmp_path / "rewound", [7], "rewind", lr_scheduler_type="linear")
     plain = spiking_trainer(tmp_path / "plain", [], "skip", lr_scheduler_type="linear")
     taken = plain._get_grad_norm
@@ -168,7 +168,7 @@ def test_a_rewound_run_goes_on_from_its_checkpoint_without_the_steps_since(tmp_p
 
 
 def test_counts_and_norms_are_resumed_and_a_spike_before_the_first_checkpoint_is_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(gradient_spikes, "FEWEST", 3)
+    monkeypatch.setattr(gradient_spikes, "MIN_NORMS", 3)
     trainer = spiking_trainer(tmp_path, [4], "rewind", save_steps=8)
     before = weights(trainer.model)
     trainer.train()

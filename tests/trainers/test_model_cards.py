@@ -132,7 +132,7 @@ def test_the_card_of_a_diffusion_decoder_says_what_it_draws_and_tells_its_bases_
     assert card_of(tmp_path / "again", "of the same size").data.license == "apache-2.0"
 
 
-@pytest.mark.filterwarnings("ignore:An adapter draws nothing that its tokenizer")  # which nothing has trained
+@pytest.mark.filterwarnings("ignore:An adapter cannot draw what its tokenizer")  # which nothing has trained
 def test_the_card_of_an_adapter_says_so_and_how_to_load_it(start, photos, tmp_path):
     pytest.importorskip("peft")
     (start / "README.md").write_text(HEAD)

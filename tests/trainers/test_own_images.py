@@ -175,7 +175,7 @@ def test_a_tokenizer_by_itself_stays_one(photos, tmp_path):
     assert NextFlowVQModel.from_pretrained(tmp_path / "new" / "final")
 
 
-@pytest.mark.filterwarnings("ignore:An adapter draws nothing that its tokenizer")  # which nothing has trained
+@pytest.mark.filterwarnings("ignore:An adapter cannot draw what its tokenizer")  # which nothing has trained
 def test_adapters_are_what_lora_trains_and_named_parts_are_saved_whole_with_them(start, photos, tmp_path):
     for parts, whole in (("[backbone]", set()), ("[backbone, visual_embedding]", {"visual_embedding"})):
         recipe = load_recipe("lora", [f"train={parts}", "report_to=none", "use_cpu=true"])
@@ -259,7 +259,7 @@ def test_rl_from_the_command_line_takes_prompts_captions_and_rewards_of_ones_own
         (["lora", "--rl"], "The recipe lora is of the kind 'transformer'; --rl takes one of the kind 'rl'"),
         (["tokenizer", "--lora"], "lora_rank is for the transformer"),
         (["--reward", "reading"], "A reward is for the kind 'rl'"),
-        (["--rl", "--reward", "beauty"], "There is no reward 'beauty'; there is: reading, shapes"),
+        (["--rl", "--reward", "beauty"], "There is no reward 'beauty'; choose one of reading, shapes"),
         (["--rl", "--reward", "none.py:f"], "There is no file none.py with a reward"),
         (["tokenizer", "--streaming"], "A tokenizer training needs its rows by number"),
         (["--set", "lora_rank=-1"], "starts at 1; got -1"),

@@ -104,8 +104,8 @@ def test_weights_that_make_no_distance_are_refused_by_name(tmp_path):
     network, weighing = weights()
     wide = {"features.5.weight": torch.zeros(3, 7, 3, 3)}
     wrong = {
-        "lin0.model.1.weight lacks": network,
-        "features.0.weight lacks": weighing,
+        "lin0.model.1.weight is missing": network,
+        "features.0.weight is missing": weighing,
         "features.5.weight has the shape": network | weighing | wide,
         "features.7.bias is not a tensor of finite floats": network
         | weighing
@@ -187,7 +187,7 @@ def test_a_recipe_trains_with_both_judges_and_goes_on_exactly_after_a_kill(data)
         ({"adversarial_weight": 0.0}, "discriminator .* has no effect: set adversarial_weight above 0"),
         ({"discriminator": {"layer": 1}}, "layer"),
         ({"discriminator": {"layers": 0}}, "channels and layers must be at least 1"),
-        ({"discriminator": {}}, "Images have sides of 16 pixels, and discriminator takes 24 at least; set"),
+        ({"discriminator": {}}, "Images have sides of 16 pixels, and discriminator needs at least 24; set"),
         ({"perceptual": "none.pt"}, "There is no file none.pt"),
     ],
 )

@@ -437,7 +437,7 @@ def test_a_checkpoint_of_an_earlier_training_in_the_folder_is_not_taken(folder, 
     with pytest.raises(Killed):
         other.train()
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "checkpoint-3"]
-    with pytest.raises(ValueError, match="checkpoint-3 is of an earlier training in this folder than the one"):
+    with pytest.raises(ValueError, match="checkpoint-3 is of an earlier training in this folder than the latest one"):
         make(folder).train(resume_from_checkpoint=True)
     make(folder).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     assert [(folder / f"checkpoint-{step}" / SUPERSEDED).exists() for step in (2, 3, 4)] == [False, True, False]

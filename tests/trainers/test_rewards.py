@@ -28,7 +28,7 @@ from transformers import (
 
 from transformers_nextflow.generation.cached_sequences import CachedSequences
 from transformers_nextflow.generation.likelihood import log_likelihoods, score_answers
-from transformers_nextflow.trainers.rl.checked_reward import checked
+from transformers_nextflow.trainers.rl.checked_reward import validated_reward
 from transformers_nextflow.trainers.rl.rewards import (
     ask_for_caption,
     color_classifier,
@@ -288,8 +288,8 @@ def test_what_is_quoted_is_to_be_written():
 
 
 def test_a_checked_reward_keeps_its_name():
-    assert checked(shapes_reward).__name__ == "shapes_reward"
-    assert checked(shapes_reward)(prompts=["an elephant"], completions=[make_image()]) == [None]
+    assert validated_reward(shapes_reward).__name__ == "shapes_reward"
+    assert validated_reward(shapes_reward)(prompts=["an elephant"], completions=[make_image()]) == [None]
 
 
 # A detector -----------------------------------------------------------------------------------------------------------

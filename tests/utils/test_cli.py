@@ -71,7 +71,7 @@ def test_a_diffusion_decoder_is_named_or_the_one_of_the_pipelines_folder(checkpo
     assert_refused(run("generate", "a", "--model", checkpoint, "--decoder-steps", 2), "decoder_steps")
     # 16 pixels a side, and 32 by this decoder.
     large = run("generate", "a", "--model", checkpoint, "--decoder", tmp_path / "decoder", "--scale", 257)
-    assert_refused(large, "take 256 at most")
+    assert_refused(large, "use 256 at most")
 
 
 def test_help_lists_all_commands():

@@ -15,5 +15,5 @@ def test_every_name_stands_for_something(registry):
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.kind)
 def test_another_name_is_refused_with_those_that_there_are(registry):
-    with pytest.raises(ValueError, match=f"There is no {registry.kind} 'cats'; there is: {', '.join(registry)}"):
+    with pytest.raises(ValueError, match=f"There is no {registry.kind} 'cats'; choose one of {', '.join(registry)}"):
         registry["cats"]

@@ -321,7 +321,7 @@ def new_folder(target: Path | str, plan: dict | None = None) -> Iterator[Path]:
     """A folder to write into, `TARGET.partial`, which is renamed to `target` when the block ends without an error.
 
     A `ValueError` in the block removes it. It stays after a kill or on a full disk; a later run with the same `plan`
-    continues in it, and a run without a plan begins anew.
+    continues in it, and a run without a plan starts again.
 
     Args:
         target: the final folder.
@@ -352,7 +352,7 @@ def new_folder(target: Path | str, plan: dict | None = None) -> Iterator[Path]:
         left.unlink()
     unfinished.write_text(described)
     unfinished.replace(partial / PLAN)
-    then = "begins anew" if plan is None else "goes on"
+    then = "starts again" if plan is None else "continues"
     kept = f"What is written is kept in {partial}, where the same command {then}."
     try:
         with note_on_interrupt(lambda: kept):

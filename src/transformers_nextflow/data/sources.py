@@ -87,7 +87,7 @@ def _file_of_rows(rows: Sequence[dict], columns: Columns, needs_texts: bool) -> 
         first = rows[0] if len(rows) else {}
     except BadRowError:
         first = {}
-    names = list(first) if isinstance(first, dict) else []  # told with its number, where the row is used
+    names = list(first) if isinstance(first, dict) else []  # the error follows, with the number, where the row is used
     if not columns.are_named and ("messages" in names or not names):
         return rows
     try:

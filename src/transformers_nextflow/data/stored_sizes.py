@@ -19,7 +19,7 @@ from .row_codes import FINGERPRINT, GRIDS
 # For each view of a row the number of its positions, and of those that are trained on; null where it cannot be used.
 SIZES = LENGTHS, TRAINED = "lengths", "trained_positions"
 PROCESSOR = "processor_fingerprint"
-# All that the size of a sample is told by.
+# All columns that describe the size of a sample.
 COLUMNS = (*SIZES, PROCESSOR, GRIDS, FINGERPRINT)
 # Of the way in which rows are written as positions here; another one makes stored sizes those of another processor.
 ENCODING_VERSION = 1

@@ -49,7 +49,7 @@ def size_fields(row: dict, processor: NextFlowProcessor) -> dict[str, list[int |
 def _count_positions(row: dict, processor: NextFlowProcessor) -> tuple[int, int] | tuple[None, None]:
     try:
         encoded = encode_sample(read_row(row), processor)
-    except BadRowError:  # told where it is trained on
+    except BadRowError:  # the error follows where the row is trained on
         return None, None
     return len(encoded.ids), encoded.num_trained
 
@@ -73,7 +73,7 @@ def as_caption(row: dict, request: str) -> dict:
 
 
 def without_prompt(row: dict) -> dict:
-    """A row that is answered by an image alone with its texts left empty, images kept. Others as they are."""
+    """A row that is answered by only an image, with its texts left empty and its images kept; others are unchanged."""
     turns = prompt_and_image(row)
     if turns is None:
         return row
@@ -84,7 +84,7 @@ def without_prompt(row: dict) -> dict:
 def prompt_and_image(row: dict) -> tuple[list[dict], list[dict]] | None:
     """The user's parts, and the answer's, in a row of one turn each that is answered by one image; `None` for others.
 
-    Rows that say what is trained on are left alone.
+    Rows that say what is trained on are not changed.
     """
     messages = read_messages(row)
     if [message["role"] for message in messages] != ["user", "assistant"]:

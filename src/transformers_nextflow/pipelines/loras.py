@@ -14,12 +14,12 @@ from ..utils.finite_numbers import check_finite
 from ..utils.known_names import check_names, checks_names
 from ..utils.saved_adapters import (
     HUB_OPTIONS,
-    activate,
     active_adapters,
     adapted_parts,
     add_saved_adapter,
     delete_adapters,
     save_adapter,
+    set_active_adapters,
     set_scale,
     swap_adapter,
     without_adapters,
@@ -125,7 +125,7 @@ class LoraMixin:
             raise ValueError(f"{len(names)} adapters came with {len(weights)} weights; give one for each.")
         self._check_adapters(names)
         self._check_not_fused("set_adapters")
-        activate(self.unwrapped_model, names)
+        set_active_adapters(self.unwrapped_model, names)
         for layer in self._lora_layers():
             for name, weight in zip(names, weights):
                 set_scale(layer, name, weight)

@@ -113,7 +113,7 @@ def _best_fit(window: list[tuple], budget: float, packs: list[_Pack]) -> list[_P
     return by_room
 
 
-def costs_within(rows: Iterable, cost: Callable[[Any], float], budget: float) -> Iterator[float]:
+def checked_costs(rows: Iterable, cost: Callable[[Any], float], budget: float) -> Iterator[float]:
     """The cost of each row. Raises `ValueError` for one that costs more than the budget."""
     for number, row in enumerate(rows):
         value = cost(row)
@@ -144,7 +144,7 @@ class PackedDataset(Dataset):
 
     def __init__(self, rows, cost: Callable[[Any], float], budget: float, seed: int = 0, sizes: Iterable | None = None):
         self.rows = rows
-        costs = list(costs_within(rows if sizes is None else sizes, cost, budget))
+        costs = list(checked_costs(rows if sizes is None else sizes, cost, budget))
         order = list(range(len(costs)))
         random.Random(seed).shuffle(order)
         self.packs = list(pack(order, (costs[i] for i in order), budget))
@@ -171,4 +171,4 @@ class PackedStream(IterableDataset):
 
     def __iter__(self) -> Iterator[list[dict]]:
         rows, again = itertools.tee(self.rows)
-        return pack(rows, costs_within(again, self.cost, self.budget), self.budget)
+        return pack(rows, checked_costs(again, self.cost, self.budget), self.budget)

@@ -60,23 +60,23 @@ class Recipe:
         kind: one of `KINDS`, which says what is trained; "rl" trains the transformer on rewards of its images.
         arguments: arguments of `NextFlowTrainingArguments`, `NextFlowVQTrainingArguments`, `NextFlowGRPOConfig` or
             `NextFlowDiffusionTrainingArguments`.
-        train: which of `PARTS` of the transformer are trained; the others rest. The vision tokenizer always rests.
+        train: which of `PARTS` of the transformer are trained; the others are frozen, as is the vision tokenizer.
         lora_rank: above 0 the backbone is trained by adapters of this rank; what else `train` names, other than the
-            text embedding, is trained whole and saved with them. RL with adapters trains nothing else.
-        reward: of the kind "rl": a name of `REWARDS`, or "file.py:function".
+            text embedding, is fully trained and saved with them. RL with adapters trains nothing else.
+        reward: for the kind "rl": a name of `REWARDS`, or "file.py:function".
         level: resolution of all images; `None` leaves the transformer's rows as they are, and is the tokenizer's
             largest.
-        levels: of the tokenizer, in place of `level`: each image comes at one of them, which one is drawn by the seed.
-        cut_square: of the tokenizer: whether images are cut square. Else each keeps its ratio, as a model reads it, and
+        levels: for the tokenizer, in place of `level`: each image has one of them, sampled by the seed.
+        cut_square: for the tokenizer: whether images are cropped to squares. Otherwise each keeps its aspect ratio, and
             batches have images of one size.
-        caption_share: share of the drawings that are turned round into captions (paper, section 3.2).
-        empty_share: share of the rows answered by an image alone whose prompt is left empty, for guidance. The two
-            shares come to 1 at most.
-        decoder_width: the tokenizer's pixel decoder starts anew, so many times as wide; 1 keeps it.
-        perceptual: of the tokenizer, with a `perceptual_weight` above 0: file or folder with the weights of LPIPS, see
+        caption_share: share of the drawings that are turned into captions (paper, section 3.2).
+        empty_share: share of the rows answered by only an image whose prompt is left empty, for guidance. The two
+            shares add up to at most 1.
+        decoder_width: factor by which the tokenizer's pixel decoder is widened and trained anew; 1 keeps it.
+        perceptual: for the tokenizer, with a `perceptual_weight` above 0: file or folder with the weights of LPIPS, see
             `load_perceptual`.
-        discriminator: of the tokenizer, with an `adversarial_weight` above 0: settings of [`PatchDiscriminator`].
-        decoder: what a diffusion decoder begins from and is made of, see `diffusion.from_recipe.make_decoder`.
+        discriminator: for the tokenizer, with an `adversarial_weight` above 0: settings of [`PatchDiscriminator`].
+        decoder: the start and the settings of a diffusion decoder, see `diffusion.from_recipe.make_decoder`.
         attention: implementation of the transformer's attention, such as "eager", which is faster than fused kernels in
             the backward pass of small models on CPUs; `None` for transformers' own choice.
         image_column, caption_column, edited_image_column: columns of the data, see [`Columns`].

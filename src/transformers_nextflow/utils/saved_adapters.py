@@ -45,7 +45,7 @@ INSTALL = "pip install transformers-nextflow[peft]"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap_peft(model: nn.Module) -> nn.Module:
     """The model inside of PEFT's wrapper, in which adapters act.
 
     Raises:
@@ -167,9 +167,9 @@ def add_saved_adapter(model: nn.Module, name: str, path, subfolder: str = "", ra
         else:
             if name in model.peft_config:
                 delete_adapters(model, [name])
-            activate(model, before)
+            set_active_adapters(model, before)
         raise
-    activate(model, [name])
+    set_active_adapters(model, [name])
 
 
 def swap_adapter(model: nn.Module, name: str, path, subfolder: str = "", **hub_options):
@@ -236,7 +236,7 @@ def adapted_parts(model: nn.Module) -> Iterator[nn.Module]:
         yield from (part for part in model.modules() if isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper)))
 
 
-def activate(model: nn.Module, names: Sequence[str]):
+def set_active_adapters(model: nn.Module, names: Sequence[str]):
     """Make adapters of an unwrapped model the active ones.
 
     Raises:
@@ -264,11 +264,11 @@ def delete_adapters(model: nn.Module, names: Sequence[str]):
 
     kept = [name for name in model.peft_config if name not in names]
     active = [name for name in _chosen_adapters(model) if name in kept]
-    activate(model, kept[:1])  # PEFT warns where it has to choose
+    set_active_adapters(model, kept[:1])  # PEFT warns where it has to choose
     for name in names:
         delete_adapter(model, name, prefix=f"{model.peft_config[name].peft_type.value.lower()}_")
         del model.peft_config[name]
-    activate(model, active or kept[:1])
+    set_active_adapters(model, active or kept[:1])
 
 
 def check_adapter_name(name: object):
@@ -318,7 +318,7 @@ def load_adapters(model: nn.Module, path, subfolder: str = "", **kwargs):
         add_saved_adapter(model, name, path, f"{place}/{name}", **options)
     model.eval().requires_grad_(False)
     if saved["active"]:
-        activate(model, saved["active"])
+        set_active_adapters(model, saved["active"])
     else:
         for part in adapted_parts(model):
             part.enable_adapters(False)

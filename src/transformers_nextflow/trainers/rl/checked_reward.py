@@ -63,7 +63,7 @@ def _check_reward(name: str, index: int, reward) -> float | None:
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def _errors_named(name: str) -> Iterator[None]:
     """What a reward raises names it; errors of the system, of memory and of timeouts stay what they are."""
     try:
         yield
@@ -73,7 +73,7 @@ def _named(name: str) -> Iterator[None]:
         raise ValueError(f"The reward {name!r} raised {type(error).__name__}: {error}") from error
 
 
-def checked(function: Callable, timeout: float | None = None) -> Callable:
+def validated_reward(function: Callable, timeout: float | None = None) -> Callable:
     """A reward function, sync or async, whose outputs are validated by `check_rewards`; it keeps its name.
 
     Args:
@@ -96,7 +96,7 @@ def checked(function: Callable, timeout: float | None = None) -> Callable:
 
         async def reward(*, completions, **kwargs):
             try:
-                with _named(name):
+                with _errors_named(name):
                     rewards = await asyncio.wait_for(function(completions=completions, **kwargs), timeout)
             except TimeoutError as error:
                 raise ValueError(
@@ -108,7 +108,7 @@ def checked(function: Callable, timeout: float | None = None) -> Callable:
     else:
 
         def reward(*, completions, **kwargs):
-            with _named(name):
+            with _errors_named(name):
                 rewards = function(completions=completions, **kwargs)
             return check_rewards(name, rewards, len(completions))
 

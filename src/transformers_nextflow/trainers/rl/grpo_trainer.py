@@ -31,7 +31,7 @@ from ..runs.trained_weights import (
     prepare_sharding,
 )
 from ..runs.training_card import TrainingCardMixin
-from .checked_reward import LARGEST_REWARD, checked
+from .checked_reward import LARGEST_REWARD, validated_reward
 from .grpo_config import NextFlowGRPOConfig
 from .prefix_objective import Box, box_mask, kl_to_reference, policy_terms, scale_shares
 from .prompt_rows import check_dataset, check_rows, prompts_as_texts
@@ -160,8 +160,9 @@ class NextFlowGRPOTrainer(
         beta, args.beta = args.beta, args.beta if is_adapted else 0.0
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         super().__init__(
-            model=model, reward_funcs=[checked(function, args.reward_timeout) for function in reward_funcs], args=args,
-            train_dataset=train_dataset, processing_class=processing_class, peft_config=peft_config, **kwargs,
+            model=model, reward_funcs=[validated_reward(function, args.reward_timeout) for function in reward_funcs],
+            args=args, train_dataset=train_dataset, processing_class=processing_class, peft_config=peft_config,
+            **kwargs,
         )  # fmt: skip
         self.beta = args.beta = beta
         if args.deepspeed_plugin is None:
