@@ -24,6 +24,7 @@ from transformers_nextflow.trainers import (
     NextFlowVQTrainingArguments,
     PackedDataset,
 )
+from transformers_nextflow.trainers.recipe_data import StageRows
 
 
 KINDS = ("text", "images", "mixture")
@@ -445,6 +446,15 @@ def test_an_argument_of_the_trainer_that_is_not_carried_out_is_refused_by_name(n
     args = NextFlowTrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
     with pytest.raises(ValueError, match=f"does not carry out {name}: "):
         NextFlowTrainer(tiny_model(), args, processing_class=tiny_processor(), **{name: lambda *_, **__: None})
+
+
+def test_workers_that_stay_are_refused_for_rows_that_differ_by_epochs(tmp_path):
+    options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    args = NextFlowTrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **options)
+    rows, processor = [drawing("one", 1)], tiny_processor()
+    NextFlowTrainer(tiny_model(), args, train_dataset=rows, processing_class=processor)
+    with pytest.raises(ValueError, match="dataloader_persistent_workers=True with rows that differ by epochs: workers"):
+        NextFlowTrainer(tiny_model(), args, train_dataset=StageRows(rows, processor), processing_class=processor)
 
 
 def test_optimizers_beside_muon_are_refused(tmp_path):

@@ -80,6 +80,8 @@ def test_only_every_so_many_th_layer_is_checkpointed(tmp_path):
     for wrong in ({"checkpoint_every": 0, "gradient_checkpointing": True}, {"checkpoint_every": 2}):
         with pytest.raises(ValueError, match="checkpoint_every"):
             arguments(tmp_path, **wrong)
+    with pytest.raises(ValueError, match="checkpoint_every=2 and every_n_layers .* leave one out"):
+        arguments(tmp_path, **options, gradient_checkpointing_kwargs={"every_n_layers": 3})
 
 
 def test_kernels_of_liger_are_used_where_it_is_installed(monkeypatch):

@@ -28,6 +28,7 @@ from transformers_nextflow.trainers.rl.checked_reward import check_rewards  # no
 from transformers_nextflow.trainers.rl.grpo_config import LIKELIHOODS  # noqa: E402
 from transformers_nextflow.trainers.rl.grpo_trainer import _value_of_prefix  # noqa: E402
 from transformers_nextflow.trainers.rl.rollouts import generate_rollouts, likelihood_inputs  # noqa: E402
+from transformers_nextflow.trainers.runs.epochs import epoch_of  # noqa: E402
 
 
 TEXTS = ["a red circle", "two blue squares and a green star", "how many circles are there?", "one"]
@@ -356,6 +357,14 @@ def test_boxes_mark_the_cells_that_they_touch_at_every_scale():
     assert not box_mask([], schedule).any()
     with pytest.raises(ValueError, match="in shares of the image"):
         box_mask([(0.0, 0.0, 16.0, 16.0)], schedule)
+
+
+def test_the_order_of_prompts_is_that_of_the_epoch_that_begins(tmp_path):
+    trainer = make_trainer(tmp_path)
+    sampler = trainer._get_train_sampler()
+    for epoch, expected in ((None, 0), (0.5, 0), (1 - 1e-9, 1), (1.0, 1), (2.5, 2)):
+        trainer.state.epoch = epoch
+        assert sampler.epoch() == epoch_of(trainer.state) == expected
 
 
 @pytest.mark.parametrize("level", RATIO_LEVELS)

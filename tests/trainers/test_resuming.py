@@ -26,6 +26,7 @@ from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowPipe
 from transformers_nextflow.adapters import lora_config
 from transformers_nextflow.cli import app
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer
+from transformers_nextflow.trainers.runs import training_record
 from transformers_nextflow.trainers.runs.atomic_checkpoints import SUPERSEDED, AtomicCheckpointMixin
 from transformers_nextflow.trainers.runs.training_record import RECORD_FILE
 from transformers_nextflow.utils.folder_lock import LOCK_FILE, lock_folder
@@ -396,6 +397,14 @@ def test_rows_by_chance_and_streams_are_compared(tmp_path):
         make(tmp_path / name, data=Stream(1), **options).train(resume_from_checkpoint=checkpoint)
         with pytest.raises(ValueError, match="dataset.content was"):
             make(tmp_path / name, data=Stream(2), **options).train(resume_from_checkpoint=checkpoint)
+
+
+def test_the_number_of_workers_counts_where_they_divide_a_stream():
+    def recorded(rows, workers: int) -> dict:
+        return training_record._dataset(rows, Mock(seed=0, dataloader_num_workers=workers))
+
+    assert recorded(Stream(1), 0) == recorded(Stream(1), 1) != recorded(Stream(1), 2)
+    assert recorded(DATA, 0) == recorded(DATA, 2)
 
 
 def test_a_stream_that_gives_each_row_once_keeps_all_of_them(tmp_path):

@@ -1,5 +1,7 @@
 """Rewards of images: the checker, the model's own reading, and functions around small random models."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
@@ -32,6 +34,7 @@ from transformers_nextflow.trainers.rl.rewards import (
     color_classifier,
     geneval_reward,
     judge_reward,
+    named,
     reading_reward,
     rendered_text_reward,
     similarity_reward,
@@ -137,6 +140,16 @@ def test_own_reading_is_the_mean_probability_of_the_right_answers():
             )
             probabilities.append(float((score.text / score.num_text_tokens).exp()))
         assert value == pytest.approx(sum(probabilities) / len(probabilities), rel=1e-3)
+
+
+def test_the_models_reading_by_name_is_a_copy_on_the_device_of_the_process(monkeypatch):
+    model, read = tiny_model(), []
+    monkeypatch.setattr(named, "reading_reward", lambda *args: read.append(args) or args)
+    monkeypatch.setattr(named, "PartialState", lambda: Mock(device=torch.device("meta")))
+    named.find_reward("reading", model, tiny_processor())
+    ((copied, *_),) = read
+    assert copied.device.type == "meta" and not any(weight.requires_grad for weight in copied.parameters())
+    assert model.device.type == "cpu" and any(weight.requires_grad for weight in model.parameters())
 
 
 @pytest.mark.parametrize("has_end", [True, False], ids=["with an end token", "without"])

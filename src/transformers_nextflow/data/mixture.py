@@ -179,13 +179,13 @@ class Mixture(IterableDataset):
         check_weights({source.name: weight for source, weight in sources})
         self.sources, self.weights = [source for source, _ in sources], [weight for _, weight in sources]
         self.seed, self.prepare = seed, prepare
-        self.share, self.shares, self.workers = 0, 1, 1
+        self.share, self.shares = 0, 1
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings on which the rows depend."""
+        """The settings on which the rows depend, besides the number of workers."""
         sources = {source.name: [source.size, weight] for source, weight in zip(self.sources, self.weights)}
-        return {"mixture": sources, "seed": self.seed, "shares": self.shares, "workers": self.workers}
+        return {"mixture": sources, "seed": self.seed, "shares": self.shares}
 
     def take_share(self, share: int, shares: int, workers: int):
         """Read only share number `share` of `shares`, divided among `workers` workers.
@@ -193,9 +193,9 @@ class Mixture(IterableDataset):
         Raises:
             ValueError: if a source has too few rows for all of them.
         """
-        self.share, self.shares, self.workers = share, shares, max(workers, 1)
+        self.share, self.shares = share, shares
         for source in self.sources:
-            source.check_shares(self.shares * self.workers)
+            source.check_shares(shares * max(workers, 1))
 
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()

@@ -113,6 +113,11 @@ class NextFlowTrainingArguments(CheckedArguments, TrainingArguments):
             raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}.")
         if self.checkpoint_every > 1 and not self.gradient_checkpointing:
             raise ValueError(f"checkpoint_every={self.checkpoint_every} is for gradient_checkpointing=True; set that.")
+        if self.checkpoint_every > 1 and "every_n_layers" in (self.gradient_checkpointing_kwargs or {}):
+            raise ValueError(
+                f"checkpoint_every={self.checkpoint_every} and every_n_layers of activation_checkpointing_kwargs both "
+                "say which layers are checkpointed; leave one out."
+            )
         self.label_names = self.label_names or ["labels"]
         check_training_arguments(self)
         # Each process reads its own batches of a stream, which cannot be split into rows.

@@ -65,6 +65,11 @@ def check_trainer_arguments(args: TrainingArguments, arguments: dict[str, Any]):
     for name, reason in UNSUPPORTED_BY_TRAINER.items():
         if arguments.get(name) is not None:
             raise _unsupported(name, reason)
+    rows = arguments.get("train_dataset")
+    # Streams of `datasets` share their epoch with such workers.
+    if args.dataloader_persistent_workers and hasattr(rows, "set_epoch") and hasattr(rows, "__len__"):
+        reason = "workers that stay would keep the rows of the first epoch"
+        raise _unsupported("dataloader_persistent_workers=True with rows that differ by epochs", reason)
     if args.muon:
         for name in ("optimizers", "optimizer_cls_and_kwargs"):
             if any(part is not None for part in arguments.get(name) or ()):

@@ -21,6 +21,7 @@ from ...generation.sampling import ImageSampling
 from ...modeling_nextflow import NextFlowForConditionalGeneration
 from ...processing_nextflow import NextFlowProcessor
 from ..runs.averaged_weights import AveragedWeightsMixin
+from ..runs.epochs import epoch_of
 from ..runs.finite_training import FiniteTrainingMixin
 from ..runs.resumable_training import ResumableTrainingMixin
 from ..runs.trained_weights import (
@@ -175,7 +176,7 @@ class NextFlowGRPOTrainer(
             repeat_count=self.num_iterations * self.args.steps_per_generation,
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
-            epoch=lambda: int(self.state.epoch or 0),
+            epoch=lambda: epoch_of(self.state),
         )
 
     def record_extras(self) -> dict:

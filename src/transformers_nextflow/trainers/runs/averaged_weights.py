@@ -85,7 +85,8 @@ class AveragedWeightsMixin(ShardedCheckpointMixin):
     def _begin_averages(self, checkpoint: Path | None):
         """Take the averages of a checkpoint, or the weights as they are now."""
         if self.args.ema_decay:
-            self._averages = {name: weight.clone() for name, weight in self._trained_weights()}
+            self._averages.clear()  # so that there is room for new ones
+            self._averages |= {name: weight.clone() for name, weight in self._trained_weights()}
             self._num_averaged = 0
             if checkpoint is not None:
                 self._load_averages(checkpoint)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+
+
+def epoch_of(state: TrainerState) -> int:
+    """The number of the epoch that begins or goes on, from 0; that of the state is a rounded fraction."""
+    return int((state.epoch or 0) + 1e-6)
 
 
 class SupportsSetEpoch(Protocol):
@@ -23,4 +28,4 @@ class SetEpochCallback(TrainerCallback):
         self.target = target
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.target.set_epoch(int((state.epoch or 0) + 1e-6))
+        self.target.set_epoch(epoch_of(state))

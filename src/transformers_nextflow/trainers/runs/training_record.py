@@ -18,7 +18,7 @@ import transformers
 from accelerate.utils import is_peft_model
 from PIL import Image
 from torch import nn
-from transformers import PreTrainedConfig, ProcessorMixin
+from transformers import PreTrainedConfig, ProcessorMixin, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ...data.rows import ROW_ROOT
@@ -38,7 +38,7 @@ NOT_STATES = {".json", ".jinja", ".md", ".py", ".txt"}
 HARMLESS = {
     "output_dir", "disable_tqdm", "report_to", "run_name", "project", "push_to_hub", "skip_memory_metrics", "do_train",
     "do_eval", "do_predict", "torch_empty_cache_steps", "include_num_input_tokens_seen", "ddp_timeout", "debug",
-    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
     "dataloader_multiprocessing_context", "enable_jit_checkpoint", "restore_callback_states_from_checkpoint",
     "num_completions_to_print", "max_nonfinite_steps", "use_cpu", "reward_timeout",
 }  # fmt: skip
@@ -73,7 +73,7 @@ def training_record(trainer, extras: dict[str, Any]) -> dict[str, Any]:
         "trainer": type(trainer).__name__,
         "processes": args.world_size,
         "devices": f"{args.device.type} x {max(args.n_gpu, 1)}",
-        "dataset": _dataset(trainer.train_dataset, args.seed),
+        "dataset": _dataset(trainer.train_dataset, args),
         "collator": _named(trainer.data_collator) | getattr(trainer.data_collator, "settings", {}),
         "processor": _processor(trainer.processing_class),
         "model": _config(model.config),
@@ -133,16 +133,17 @@ def _short(value: Any) -> str:
 # The parts of a record ------------------------------------------------------------------------------------------------
 
 
-def _dataset(rows: Any, seed: int) -> dict[str, Any]:
-    """Name, length and a digest of some rows; of a stream, of the first ones."""
+def _dataset(rows: Any, args: TrainingArguments) -> dict[str, Any]:
+    """Name, length and a digest of some rows; of a stream, of the first ones, and how many workers divide it."""
     described, inner = _named(rows), rows
     while inner is not None:
         described |= getattr(inner, "settings", {})
         inner = getattr(inner, "rows", None)
-    with seeded_random_states(seed):
+    with seeded_random_states(args.seed):
         if hasattr(rows, "__len__"):
             numbers = np.unique(np.linspace(0, len(rows) - 1, NUM_ROWS).round().astype(int)) if len(rows) else []
             return described | {"rows": len(rows), "content": digest([_row(rows, int(number)) for number in numbers])}
+        described["workers"] = max(args.dataloader_num_workers, 1)
         source = getattr(rows, "rows", rows)
         if rows is None or iter(source) is iter(source):  # no rows, or a stream that can be read only once
             return described

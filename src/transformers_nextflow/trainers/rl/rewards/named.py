@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from accelerate import PartialState
+
 from ....modeling_nextflow import NextFlowForConditionalGeneration
 from ....processing_nextflow import NextFlowProcessor
 from ....utils.registry import Registry
@@ -16,7 +18,9 @@ from .reading import ask_for_caption, reading_reward
 
 def own_reading(model: NextFlowForConditionalGeneration, processor: NextFlowProcessor) -> Callable:
     """The likelihood of the prompt as the caption of the image under the model as it is before the training."""
-    return reading_reward(copy.deepcopy(model).requires_grad_(False), processor, ask_for_caption(processor))
+    # A trainer moves the policy to the device of its process, but no reward.
+    frozen = copy.deepcopy(model).requires_grad_(False).to(PartialState().device)
+    return reading_reward(frozen, processor, ask_for_caption(processor))
 
 
 def shapes(model: NextFlowForConditionalGeneration, processor: NextFlowProcessor) -> Callable:
