@@ -131,8 +131,8 @@ def test_a_line_of_a_store_that_names_no_image_is_told(sources, store, tmp_path,
         ("memory://rows.jsonl", "codes", {}, "nothing else is read from a store"),
         ("nonsense://bucket/x", "codes", {}, "nonsense://bucket/x cannot be opened: Protocol not known"),
         ("images", "nonsense://bucket/x", {}, "nonsense://bucket/x cannot be opened: Protocol not known"),
-        ("images", "memory://codes", {"processes": 2}, "output memory://codes is the memory of this process"),
-        ("memory://images", "codes", {"engine": "ray"}, "source memory://images is the memory of this process"),
+        ("images", "memory://codes", {"processes": 2}, "output memory://codes is in the memory of this process"),
+        ("memory://images", "codes", {"engine": "ray"}, "source memory://images is in the memory of this process"),
     ],
 )
 def test_what_cannot_be_reached_is_refused_before_anything_is_written(

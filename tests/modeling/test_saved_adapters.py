@@ -103,7 +103,7 @@ def test_prompt_learning_is_refused():
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, token_dim=8, num_layers=1)
     model = peft.PeftModel(tiny_model(), peft.LoraConfig(r=2, target_modules=r".*q_proj"))
     model.peft_config["default"] = config
-    with pytest.raises(ValueError, match="cannot draw"):
+    with pytest.raises(ValueError, match="not supported for drawing; use LoRA"):
         NextFlowPipeline(model, tiny_processor())
 
 
