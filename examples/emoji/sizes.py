@@ -40,7 +40,7 @@ MEDIUM_CONCEPTS = SMALL_CONCEPTS + (
     "guitar", "soccer ball", "balloon", "wrapped gift", "light bulb", "camera", "alarm clock", "helicopter", "castle",
     "trophy", "gem stone",
 )  # fmt: skip
-MEDIUM_KINDS = {"single": 0.82, "count": 0.08, "pair": 0.1}
+MEDIUM_KINDS = {"single": 1.0}
 
 
 @dataclass(frozen=True)

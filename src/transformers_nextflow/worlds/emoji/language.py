@@ -42,6 +42,8 @@ RELATION_TEMPLATES = {
 }
 SIZES = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 SYNONYM, KEYWORDS, STYLED, STYLE_FIRST, ON_BACKGROUND, PLACED = 0.3, 0.06, 0.55, 0.3, 0.5, 0.5
+# How often one thing is asked for as briefly as many people write prompts, and what may follow its name then.
+TERSE, TERSE_ENDINGS = 0.25, ("", "", " emoji", " icon")
 # Words before which the noun of a name ends: "sheaf of rice" becomes sheaves, "fish cake with swirl" fish cakes.
 PREPOSITIONS = (
     "of",
@@ -156,9 +158,15 @@ def style_word(rng: np.random.Generator | None, style: str) -> str:
 
 
 def item_phrase(
-    rng: np.random.Generator | None, item: Item, world: World, *, styled: bool = False, size: str | None = None
+    rng: np.random.Generator | None,
+    item: Item,
+    world: World,
+    *,
+    styled: bool = False,
+    size: str | None = None,
+    terse: bool = False,
 ) -> str:
-    """'a green apple', 'three bananas turned left', 'a small 3d cat in the top left corner'."""
+    """'a green apple', 'three bananas turned left', 'a small 3d cat in the top left corner'; terse, 'cat emoji'."""
     name = name_of(rng, item.concept, world)
     adjectives = [_wording(rng, SIZES[size])] if size else []
     adjectives += [style_word(rng, item.style)] if styled and item.style else []
@@ -166,6 +174,8 @@ def item_phrase(
     noun = " ".join([*adjectives, name if item.count == 1 else plural(name)])
     if item.count > 1:
         noun = f"{_wording(rng, (NUMBER_WORDS[item.count], str(item.count)))} {noun}"
+    elif terse:
+        noun += _wording(rng, TERSE_ENDINGS)
     else:
         noun = with_article(noun, name)
     if item.tone:
@@ -181,14 +191,15 @@ def join_phrases(
     relation: str | None = None,
     background: str | None = None,
     style: str | None = None,
+    terse: bool = False,
 ) -> str:
-    """A caption of phrases for its items, in the order given."""
+    """A caption of phrases for its items, in the order given; terse, without a prefix as "draw"."""
     if relation:
         joint = _wording(rng, RELATION_TEMPLATES[relation])
     else:
         joint = _wording(rng, JOINTS if len(phrases) == 2 else JOINTS[:1])
     body = ", ".join(phrases[:-1]) + joint + phrases[-1] if len(phrases) > 1 else phrases[0]
-    text = _wording(rng, PREFIXES) + body
+    text = body if terse else _wording(rng, PREFIXES) + body
     if style:
         text = _wording(rng, STYLE_TEMPLATES).format(body=text, style=style_word(rng, style))
     if background:
@@ -201,8 +212,11 @@ def write_caption(rng: np.random.Generator | None, requirement: Requirement, wor
     items, styles = requirement.items, {item.style for item in requirement.items}
     common = styles.pop() if len(styles) == 1 else None
     first = len(items) == 1 and rng is not None and rng.random() < STYLE_FIRST
-    phrases = [item_phrase(rng, item, world, styled=first or common is None, size=requirement.size) for item in items]
-    return join_phrases(rng, phrases, requirement.relation, requirement.background, None if first else common)
+    terse = len(items) == 1 and items[0].count == 1 and rng is not None and rng.random() < TERSE
+    settings = {"styled": first or common is None, "size": requirement.size, "terse": terse}
+    phrases = [item_phrase(rng, item, world, **settings) for item in items]
+    style = None if first else common
+    return join_phrases(rng, phrases, requirement.relation, requirement.background, style, terse)
 
 
 def grouped_items(scene: Scene, world: World, **changes) -> tuple[Item, ...]:
