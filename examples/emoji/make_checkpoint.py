@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from huggingface_hub import ModelCardData
 from make_data import MIXTURES
@@ -26,12 +27,16 @@ from sizes import SIZES, world_of
 from transformers import GenerationConfig
 
 from transformers_nextflow import ImageSampling, NextFlowPipeline
-from transformers_nextflow.worlds.emoji import World
+from transformers_nextflow.data.reconstruction_quality import measure_reconstruction
+from transformers_nextflow.worlds.emoji import World, random_scene, render
 from transformers_nextflow.worlds.emoji.evaluation import ART
 from transformers_nextflow.worlds.emoji.language import style_word
+from transformers_nextflow.worlds.emoji.statement import trained_on
 
 
 MAX_BYTES = 48 * 2**20
+# Images of which the worst reconstruction is the checkpoint's `lowest_psnr`.
+RECONSTRUCTED = 200
 SHEET, WIDGET_PROMPT = "drawing.png", "a rocket, 3d style"
 INTRODUCTION = """\
 # NextFlow on the emoji world
@@ -103,6 +108,14 @@ def card(pipe: NextFlowPipeline, results: dict | None, world: World, abilities: 
     return "\n".join(parts)
 
 
+def lowest_psnr(pipe: NextFlowPipeline, world: World) -> float:
+    """Returns the lowest PSNR in dB of reconstructions of the world's images."""
+    rng = np.random.default_rng(0)
+    images = (render(random_scene(rng, world), world) for _ in range(RECONSTRUCTED))
+    pixels = (torch.from_numpy(image).permute(2, 0, 1) / 127.5 - 1 for image in images)
+    return min(measure_reconstruction(pipe.model.vq_model, pixels).psnr)
+
+
 def _is_suite(name: str, scores) -> bool:
     return isinstance(scores, dict) and name not in ("machine", "stages", "memorisation")
 
@@ -160,10 +173,12 @@ def main():
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    abilities = MIXTURES[size.name]
+    pipe.model.config.trained_on = trained_on(world, abilities, lowest_psnr(pipe, world))
     pipe.model.config.vq_config._name_or_path = ""  # it names a folder of this machine
     pipe.model.to(torch.bfloat16)  # the parts that decide about codes stay in float32
     results = json.loads(arguments.results.read_text()) if arguments.results else None
-    text = card(pipe, results, world, MIXTURES[size.name])
+    text = card(pipe, results, world, abilities)
     save_checkpoint(pipe, text, world.art.notice, arguments.output)
     written = sum(path.stat().st_size for path in arguments.output.rglob("*") if path.is_file())
     print(f"{arguments.output}: {written / 2**20:.1f} MiB")

@@ -18,6 +18,8 @@ from transformers_nextflow.data import tokenizer_fingerprint, validate_rows
 from transformers_nextflow.modeling_nextflow_vq import CODE_PARTS
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainingArguments, NextFlowVQTrainingArguments
 from transformers_nextflow.trainers.recipes import load_recipe
+from transformers_nextflow.utils.training_domain import TrainingDomain
+from transformers_nextflow.utils.typed_values import read_typed
 from transformers_nextflow.worlds.conversations import images_of
 from transformers_nextflow.worlds.emoji import Item, Requirement, Scene, Sticker
 from transformers_nextflow.worlds.emoji.judge import Judge, Vocabulary
@@ -256,6 +258,7 @@ def test_a_checkpoint_has_its_card_notice_and_index(script, tmp_path, monkeypatc
     arguments = ["--model", tmp_path / "model", "--art", FIXTURES / "art.zip", "--output", tmp_path / "out"]
     arguments += ["--results", tmp_path / "emoji.json", "--temperature", 0.7]
     monkeypatch.setattr(sys, "argv", ["make_checkpoint.py", *map(str, arguments)])
+    monkeypatch.setattr(make_checkpoint, "world_of", lambda size, art: WORLD)
     make_checkpoint.main()
     text = (tmp_path / "out" / "README.md").read_text()
     assert "| single | 0.500 | 0.980 | 0.900 |" in text and "| psnr | 29.500 |" in text and "Streamline" in text
@@ -263,6 +266,10 @@ def test_a_checkpoint_has_its_card_notice_and_index(script, tmp_path, monkeypatc
     pipe = NextFlowPipeline.from_pretrained(tmp_path / "out")
     assert pipe.model.dtype == torch.bfloat16 and pipe.model.vq_model.quantizer.codebook.dtype == torch.float32
     assert pipe.model.default_image_sampling.temperature == 0.7
+    stated = read_typed(TrainingDomain, pipe.model.config.trained_on, "trained_on")
+    assert list(map(list, stated.sizes)) == [[16, 16]] and stated.unknown_words(
+        ["A Dog, 3d style", "dogs", "a zebra"]
+    ) == ["zebra"]
     monkeypatch.setattr(make_checkpoint, "MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="more than 0"):
         make_checkpoint.main()

@@ -227,6 +227,15 @@ def test_a_caption_is_true_of_its_scene_and_names_all_of_it(category):
             assert counts == {item.concept: item.count for item in asked.items}, text
 
 
+def test_one_thing_is_also_asked_for_by_its_bare_name():
+    world, texts = tiny_world(), set()
+    for seed in range(400):
+        text, scene, _ = draw_category(rng(seed), world, "single")
+        texts.add(text)
+    names = {name for concept in world.art.concepts.values() for name in concept.names}
+    assert names & texts and {f"{name} emoji" for name in names} & texts
+
+
 def test_a_full_caption_is_understood():
     world = tiny_world()
     for seed in range(100):

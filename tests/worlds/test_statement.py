@@ -1,14 +1,18 @@
 """What the bundled checkpoint says of its training holds, and no prompt of the training lies outside."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny import tiny_config
+from tiny_emoji import tiny_world
 
 from transformers_nextflow.utils.training_domain import TrainingDomain
 from transformers_nextflow.utils.typed_values import read_typed
+from transformers_nextflow.worlds import emoji
+from transformers_nextflow.worlds.emoji import statement as emoji_statement
 from transformers_nextflow.worlds.shapes import ABILITIES, World, texts_of, training_case
 from transformers_nextflow.worlds.shapes.statement import trained_on
 
@@ -33,11 +37,24 @@ def test_no_prompt_of_the_training_lies_outside(stated):
         assert not stated.unknown_words(texts) and not stated.unseen_counts(texts), ability
 
 
+def test_no_prompt_of_the_emoji_training_lies_outside():
+    abilities, rng = ("drawing", "caption", "question"), np.random.default_rng(1)
+    for kinds in ({"single": 1.0}, {"single": 0.5, "count": 0.5}):
+        world = replace(tiny_world(), kinds=kinds)
+        stated = read_typed(TrainingDomain, emoji_statement.trained_on(world, abilities, 20.0), "trained_on")
+        for ability in abilities:
+            cases = [emoji.training_case(rng, world, ability) for _ in range(100)]
+            texts = [text for case in cases for text in texts_of(case.exchange.asked)]
+            assert not stated.unknown_words(texts) and not stated.unseen_counts(texts), ability
+        assert bool(stated.unseen_counts(["two dogs"])) == ("count" not in kinds)
+
+
 @pytest.mark.parametrize(
     ("text", "words", "phrases"),
     [
         ("a photo of a cat", ["cat"], []),
         ("A Red CIRCLE", [], []),
+        ("3d stars", ["3d"], []),
         ("five red stars", [], ["five red stars"]),
         ("12 stars and 4 rings", [], ["12 stars"]),
         ("six minus four stars", [], []),

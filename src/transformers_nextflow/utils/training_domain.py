@@ -10,9 +10,9 @@ from .short_repr import short_repr
 from .typed_values import is_finite_number
 
 
-# Signs beyond Latin-1 that are no punctuation, such as emoji, count as words.
+# "3d" is a word and no number. Signs beyond Latin-1 that are no punctuation, such as emoji, count as words.
 WORD = re.compile(
-    r"[^\W\d_]+|(?<!\w)[-−]?\d+\.\d+|(?<!\w)[-−]\d+|\d+|[^\w\s\x00-\xff\u2000-\u206f\u3000-\u303f\ufe00-\ufe0f]"
+    r"\d*[^\W\d_]+|(?<!\w)[-−]?\d+\.\d+|(?<!\w)[-−]\d+|\d+|[^\w\s\x00-\xff\u2000-\u206f\u3000-\u303f\ufe00-\ufe0f]"
 )
 NUMBER_WORDS = "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
 NUMBERS = {"zero": 0, "no": 0} | {word: number for number, word in enumerate(NUMBER_WORDS, start=2)}
@@ -94,6 +94,12 @@ class TrainingDomain:
 def words_of(text: str) -> list[str]:
     """The words of a text, in small letters."""
     return WORD.findall(text.lower())
+
+
+def vocabulary_of(texts: Iterable[str]) -> tuple[str, ...]:
+    """All words of texts, sorted, without numbers; "no" stays, since it is an answer too."""
+    found = {word for text in texts for word in words_of(text)}
+    return tuple(sorted(word for word in found if number_of(word) is None or word == "no"))
 
 
 def number_of(word: str) -> float | None:

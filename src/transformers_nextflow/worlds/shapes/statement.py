@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 
-from ...utils.training_domain import number_of, words_of
+from ...utils.training_domain import vocabulary_of
 from ..conversations import texts_of
 from .abilities import ABILITIES, training_case
 from .language import plural
@@ -39,14 +39,11 @@ def trained_on(world: World) -> dict:
 @cache
 def prompt_words(world: World) -> tuple[str, ...]:
     """All words of prompts and answers, numbers left out."""
-    rng, words = np.random.default_rng(0), set()
+    rng = np.random.default_rng(0)
+    texts = [request for request, _ in DESCRIPTIONS.values()]
     for ability in ABILITIES:
         for _ in range(CASES):
             exchange = training_case(rng, world, ability).exchange
-            for text in texts_of(exchange.asked + exchange.answer):
-                words.update(words_of(text))
-    for _ in range(CASES):
-        words.update(words_of(question_example(rng, world)[1]))
-    words.update(word for request, _ in DESCRIPTIONS.values() for word in words_of(request))
-    # "no" is a number before what is counted, and an answer.
-    return tuple(sorted(word for word in words if number_of(word) is None or word == "no"))
+            texts += texts_of(exchange.asked + exchange.answer)
+    texts += [question_example(rng, world)[1] for _ in range(CASES)]
+    return vocabulary_of(texts)
