@@ -63,6 +63,16 @@ PLANS = {
 }
 
 
+def seconds_of_step(log: str) -> float:
+    """Returns the time of a step by the log of a short training.
+
+    The transformer's log has it for each of its entries, and its last one is without the time of compiling.
+    """
+    if of_entries := re.findall(r"'seconds_per_step': '?([\d.]+)", log):
+        return float(of_entries[-1])
+    return 1 / float(re.findall(r"'train_steps_per_second': '?([\d.]+)", log)[-1])
+
+
 class TwoCorePath:
     """The stages of a size, in a folder; `minutes` and `steps` of what was done lie in its `stages.json`."""
 
@@ -106,9 +116,8 @@ class TwoCorePath:
         plan = self.output / f"{name}.json"
         if not plan.is_file():
             short = [*together, *command, "--output", str(self.output / f"{name}-timed"), *TOGETHER, *timed]
-            self.run(f"{name}-timed", [*short, "--set", f"max_steps={TIMED_STEPS}"])
-            log = (self.output / f"{name}-timed.log").read_text()
-            seconds = 1 / float(re.findall(r"'train_steps_per_second': '?([\d.]+)", log)[-1])
+            self.run(f"{name}-timed", [*short, "--set", f"max_steps={TIMED_STEPS}", "--set", "logging_steps=4"])
+            seconds = seconds_of_step((self.output / f"{name}-timed.log").read_text())
             steps = max(TIMED_STEPS, round(60 * self.plan.minutes[name] * self.share / seconds))
             plan.write_text(json.dumps({"steps": steps, "seconds_a_step": round(seconds, 3)}))
         planned = json.loads(plan.read_text())

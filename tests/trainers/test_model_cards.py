@@ -5,6 +5,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from test_own_images import SHORT, changes, run
@@ -94,6 +95,23 @@ def test_what_a_training_leaves_says_what_it_is(start, photos, tmp_path):
     ]
     assert Image.open(tmp_path / "out" / "final" / "samples.png").size == (4 * 20 + 4, 3 * 20 + 4)
     assert "| learning_rate | 0.002 |" in card.text and "output_dir" not in card.text
+
+
+def test_nothing_is_compiled_to_draw_the_samples(start, photos, tmp_path, monkeypatch):
+    with_gradients, plain_compile = [], torch.nn.Module.compile
+
+    def backend(graph, inputs):
+        with_gradients.append(torch.is_grad_enabled())
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: plain_compile(self, backend=backend, **options)
+    )
+    torch._dynamo.reset()
+    options = changes(**SHORT, compile_layers=True)
+    run("train", "--model", start, "--data", photos, "--output", tmp_path / "out", *options)
+    assert with_gradients and all(with_gradients)
+    torch._dynamo.reset()
 
 
 def test_the_card_of_a_tokenizer_has_its_psnr_as_the_hub_reads_results(start, photos, tmp_path):

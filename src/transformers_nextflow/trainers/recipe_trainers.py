@@ -131,7 +131,8 @@ def _draw_samples(trainer: Trainer, folder: Path):
     base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
     rows = [{"prompt": prompt} for prompt in prompts for _ in range(IMAGES_PER_PROMPT)]
     generators = [torch.Generator().manual_seed(seed) for _ in prompts for seed in range(IMAGES_PER_PROMPT)]
-    with evaluation_mode(model):
+    # Each layer would be compiled again for the cache.
+    with evaluation_mode(model), torch.compiler.set_stance("force_eager"):
         processor, sampling = trainer.processing_class, base_model.default_image_sampling
         _, images = generate_rollouts(base_model, processor, rows, sampling, generator=generators)
     contact_sheet(

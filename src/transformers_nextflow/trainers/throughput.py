@@ -29,7 +29,7 @@ class ThroughputMeter:
 
     def _reset(self):
         self.seconds = self.data_wait = self.fill = 0.0
-        self.positions = self.batches = 0
+        self.positions = self.batches = self.steps = 0
 
     def time_batches(self, batches: Iterator[dict]) -> Iterator[dict]:
         """Begins a step and yields its batches; counts the waiting time and the positions of each."""
@@ -47,6 +47,7 @@ class ThroughputMeter:
         """Ends a step."""
         if self._step_start is not None:
             self.seconds += time.perf_counter() - self._step_start
+            self.steps += 1
             self._step_start = None
 
     def _add(self, batch: dict):
@@ -64,21 +65,27 @@ class ThroughputMeter:
             self.fill += cost / self.budget
 
     def pop_metrics(self, gather: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> dict[str, float]:
-        """Returns `tokens_per_second` of all processes, without padding; `fill`, the share of the budget, or of padded
-        batches, that samples take; and `data_wait`, the share of the time spent waiting for batches. Then counting
-        begins anew.
+        """Returns `seconds_per_step`; `tokens_per_second` of all processes, without padding; `fill`, the share of the
+        budget, or of padded batches, that samples take; and `data_wait`, the share of the time spent waiting for
+        batches. Then counting begins anew.
 
         Args:
             gather: joins the tensors (5,) of all processes.
         """
         values = [self.seconds, self.data_wait, self.fill, self.positions, self.batches]
+        steps = self.steps
         self._reset()
         of_processes = gather(torch.tensor(values, device=device)).view(-1, len(values)).cpu().double()
         seconds, data_wait, fill, positions, batches = of_processes.sum(0).tolist()
         if not batches:
             return {}
-        speed = positions / (seconds / len(of_processes))
-        return {"tokens_per_second": speed, "fill": fill / batches, "data_wait": data_wait / seconds}
+        elapsed = seconds / len(of_processes)
+        return {
+            "seconds_per_step": elapsed / steps,
+            "tokens_per_second": positions / elapsed,
+            "fill": fill / batches,
+            "data_wait": data_wait / seconds,
+        }
 
 
 def sample_lengths(batch: dict) -> tuple[list[int], int]:
