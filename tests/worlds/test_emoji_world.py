@@ -186,6 +186,14 @@ def test_every_split_holds_out_some_scenes_and_most_belong_to_none():
     assert 0.6 < sum(not splits for splits in found) / len(found) < 0.95
 
 
+@pytest.mark.parametrize("kinds", [("single",), ("single", "count"), ("single", "mixed"), ("pair", "count")])
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_world_has_the_splits_to_which_its_scenes_can_belong(kinds, plain):
+    world = replace(tiny_world(plain=plain), kinds=dict.fromkeys(kinds, 1.0))
+    found = [world.held_out(random_scene(rng(seed), world)) for seed in range(800)]
+    assert set().union(*found) == set(world.splits)
+
+
 def test_what_is_held_out_depends_on_the_scene_only():
     scene = random_scene(rng(3), tiny_world())
     moved = replace(scene, background="pink", ratio=(12, 20))

@@ -30,7 +30,7 @@ from .edits import STYLE_REQUESTS
 from .judge import Judge, as_array
 from .language import style_word
 from .reading import reading_scores
-from .scene import SPLITS, Scene, Sticker, World, choose, random_scene, render
+from .scene import Scene, Sticker, World, choose, random_scene, render
 
 
 ART, JUDGE, WORLD = Path("runs/emoji/art.zip"), Path("runs/emoji/judge"), "world.json"
@@ -68,7 +68,7 @@ class EmojiEvaluation:
         suites: dict[str, Callable[[], dict]] = {"tokenizer": self.tokenizer}
         if "drawing" in abilities:
             suites["text_to_image"] = lambda: self.suite("drawing", self.draw, count=3 * self.limit)
-            for split in SPLITS if not self.world.plain else tuple(s for s in SPLITS if s != "color"):
+            for split in self.world.splits:
                 suites[f"held_out_{split}"] = lambda split=split: self.suite("drawing", self.draw, split=split)
             suites["memorisation"] = self.memorisation
         for ability in abilities:

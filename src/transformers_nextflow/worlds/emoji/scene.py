@@ -222,6 +222,13 @@ class World:
 
     # --- What is held out ------------------------------------------------------------------------------------------
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Those of `SPLITS` to which scenes of this world can belong."""
+        several = {"pair": ("pair", "mixed"), "count": ("count",)}
+        absent = {split for split, kinds in several.items() if not set(kinds) & set(self.kinds)}
+        return tuple(split for split in SPLITS if split not in absent and not (split == "color" and self.plain))
+
     @lru_cache(maxsize=65536)  # noqa: B019
     def holds_out_style(self, concept: str, style: str) -> bool:
         """Whether a concept in a style is held out; no concept is held out in all of its styles."""
