@@ -210,8 +210,8 @@ def test_each_epoch_takes_other_rows_for_the_shares_and_a_training_that_goes_on_
 
 @pytest.mark.parametrize("name", ["save_strategy", "eval_strategy", "logging_strategy"])
 def test_the_no_of_a_strategy_may_be_written_without_quotes(name):
-    for text in ("no", "'no'"):
-        assert load_recipe("pretrain_256", [f"{name}={text}"]).arguments[name] == "no"
+    for written in ("no", "'no'"):
+        assert load_recipe("pretrain_256", [f"{name}={written}"]).arguments[name] == "no"
     with pytest.raises(ValueError, match="bf16"):
         load_recipe("pretrain_256", ["bf16=nothing"])
     assert load_recipe("pretrain_256", ["bf16=no"]).arguments["bf16"] is False
