@@ -195,7 +195,7 @@ class NextFlowPipeline(
         """Write model and processor, and the `pipeline.py` through which `DiffusionPipeline` finds this class.
 
         Adapters of PEFT, in the model itself or in a `PeftModel` around it, are saved beside the model's full weights.
-        Loading the folder restores them, with the same adapters active.
+        Loading the folder restores them, with the same adapters active and with the same weights.
 
         Args:
             save_directory: a folder.
