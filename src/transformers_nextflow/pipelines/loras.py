@@ -254,8 +254,8 @@ class LoraMixin:
             raise ValueError(f"An adapter must be named only once, got {short_repr(list(names))}.")
 
     def _check_not_fused(self, what: str):
-        """Raises `ValueError` while adapters are fused: no others act beside them, and with another strength, or without
-        their own matrices, they could not be taken out again.
+        """Raises `ValueError` while adapters are fused: no others act beside them, and with another strength or without
+        their own matrices they could not be taken out again.
         """
         if any(getattr(part, "merged_adapters", ()) for part in adapted_parts(self.unwrapped_model)):
             raise ValueError(f"Adapters are fused into the weights; call unfuse_lora before {what}.")
