@@ -22,7 +22,7 @@ from .modeling_nextflow import NextFlowForConditionalGeneration
 from .pipelines.auto_pipelines import AutoPipelinesMixin
 from .pipelines.calls import CALLBACK_KWARGS, PipelineCallsMixin
 from .pipelines.conversations import ConversationMixin
-from .pipelines.decoding import DecodingMixin, decoder_provenance, generators_of_rows, load_diffusion_decoder
+from .pipelines.decoding import DecodingMixin, decoder_provenance, generators_of_rows, load_diffusion_decoder, seeds_of
 from .pipelines.loras import LoraMixin
 from .pipelines.notebook_display import ScalePreviews
 from .pipelines.out_of_domain_warnings import OutOfDomainWarningsMixin
@@ -436,7 +436,7 @@ class NextFlowPipeline(
         self._warn_of_request(request)
         if num_candidates > 1 and candidate_scorer is None:
             self._check_interleaves("To rank candidates without a candidate_scorer")
-        request = request.repeat(num_images_per_prompt * num_candidates)
+        request, seeds = request.repeat(num_images_per_prompt * num_candidates), seeds_of(generator)
 
         scale_previews = ScalePreviews() if preview else None
         with self._call():
@@ -472,7 +472,7 @@ class NextFlowPipeline(
                 images = self._images(pixels, output_type)
             if output_type == "pil":
                 provenance = {"num_kept_scales": num_kept_scales} | decoder_provenance(settings)
-                images = self._with_provenance(images, rows, generator, sampling, **provenance)
+                images = self._with_provenance(images, rows, seeds, sampling, **provenance)
             previews = scale_previews.rows if scale_previews is not None else None
             output = NextFlowPipelineOutput(images, image_tokens, thoughts, scores, flags, previews)
         # Annotated without the tuple, which few calls want, so that editors and type checkers know the fields.

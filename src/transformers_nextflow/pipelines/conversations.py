@@ -13,7 +13,7 @@ from ..diffusion_decoder.settings import DiffusionSettings
 from ..generation.cached_sequences import Prompts
 from ..generation.interleaved import InterleavedStreamer
 from ..generation.likelihood import score_answers, score_images
-from ..generation.sampling import ImageSampling, PerScale
+from ..generation.sampling import Generators, ImageSampling, PerScale, check_generators
 from ..generation.scale_loop import ImageCodes, ScaleState
 from ..generation_nextflow import TEXT_TYPES, InterleavedGenerationOutput
 from ..processing_nextflow import check_prompts
@@ -23,7 +23,7 @@ from ..utils.evaluation_mode import evaluation_mode
 from ..utils.known_names import check_names, checks_names
 from ..utils.short_repr import short_repr
 from ..utils.typed_values import check_types, is_of_type
-from .decoding import decoder_provenance, generators_of_rows, resized_like
+from .decoding import Seeds, decoder_provenance, generators_of_rows, resized_like, seeds_of
 from .notebook_display import video_as_html
 from .out_of_domain_warnings import texts_of_messages
 from .requests import ImageInput, ImageRequest, pixels_of_size, requested_schedule
@@ -127,6 +127,7 @@ class ConversationMixin:
         settings = self._diffusion_settings(decoder, decoder_steps, decoder_guidance_scale, request.schedules)
         self._warn_of_request(request)
         self._warn_of_texts([text for script in scripts for text in script])
+        seeds = seeds_of(generator)
         with self._call():
             given = 0 if image is None else 1
             if given:
@@ -152,7 +153,7 @@ class ConversationMixin:
             noise, texts = generators_of_rows(generator, rows), [prompts[row] for row in rows]
             pixels = self._decoded(finished.image_tokens, finished.image_grids, settings, noise, texts)
             images = self.processor.post_process_images(self._checked(pixels)[0])
-            images = iter(self._with_provenance(images, rows, generator, sampling, **decoder_provenance(settings)))
+            images = iter(self._with_provenance(images, rows, seeds, sampling, **decoder_provenance(settings)))
             videos = [[next(images) for _ in range(length)] for _ in scripts]
             if given:
                 videos = [[resized_like(first, video[1]), *video[1:]] for first, video in zip(firsts, videos)]
@@ -283,6 +284,8 @@ class ConversationMixin:
         texts = [text for conversation in conversations for text in texts_of_messages(conversation)]
         self._warn_of_texts(texts, sizes.get("image_sizes", ()))
         with self._call():
+            check_generators(generator, len(conversations))
+            seeds = seeds_of(generator)
             inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
             if not interleaves:
                 answers = self._generate_text(inputs, max_new_tokens, kwargs)
@@ -294,7 +297,9 @@ class ConversationMixin:
                 sampling=sampling, generator=generator, streamer=streamer, tokenizer=self.processor.tokenizer,
                 **kwargs,
             )  # fmt: skip
-            answers = [self._message(output, row, settings, generator, sampling) for row in range(len(conversations))]
+            answers = [
+                self._message(output, row, settings, generator, seeds, sampling) for row in range(len(conversations))
+            ]
         return answers if is_batch else answers[0]
 
     def _generate_text(self, inputs: dict, max_new_tokens: int | None, options: dict) -> list[dict]:
@@ -310,7 +315,8 @@ class ConversationMixin:
         output: InterleavedGenerationOutput,
         row: int,
         settings: DiffusionSettings | None,
-        generator,
+        generator: Generators,
+        seeds: Seeds,
         sampling: ImageSampling,
     ) -> dict:
         content = []
@@ -325,7 +331,7 @@ class ConversationMixin:
                 tokens_and_grids = output.image_tokens[chosen], output.image_grids[chosen]
                 pixels = self._decoded(*tokens_and_grids, settings, generators_of_rows(generator, [row]))
                 images = self.processor.post_process_images(self._checked(pixels)[0])
-                [image] = self._with_provenance(images, [row], generator, sampling, **decoder_provenance(settings))
+                [image] = self._with_provenance(images, [row], seeds, sampling, **decoder_provenance(settings))
                 content.append({"type": "image", "image": image})
         return {"role": "assistant", "content": content}
 

@@ -230,7 +230,7 @@ class _Streamer(InterleavedStreamer):
         pixels, _ = self.pipeline._checked(state.preview())
         image = self.pipeline.processor.post_process_images(pixels)[0]
         if state.is_finished:
-            [image] = self.pipeline._with_provenance([image], [0], [_generator(self.job.seed)], self.sampling)
+            [image] = self.pipeline._with_provenance([image], [0], [self.job.seed], self.sampling)
             self.job.put(_finished(self.pipeline, image, self.job))
         else:
             self.job.put(Partial(image, shown.index(scale)))
