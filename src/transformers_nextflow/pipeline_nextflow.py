@@ -34,6 +34,7 @@ from .utils.checkpoint_checks import loading_errors
 from .utils.devices import usable_device
 from .utils.known_names import checks_names
 from .utils.model_cards import CARD, upload_card_if_missing
+from .utils.offloading import check_holds_weights
 from .utils.saved_adapters import FOLDER as ADAPTERS
 from .utils.saved_adapters import HUB_OPTIONS, is_adapted, unwrap_peft, with_adapters_beside
 from .utils.short_repr import short_repr
@@ -202,10 +203,13 @@ class NextFlowPipeline(
             kwargs: options of `DiffusionPipeline.save_pretrained`, such as `push_to_hub`.
 
         Raises:
-            ValueError: for adapters that are merged into weights and not unloaded, and for those of a quantised model.
+            ValueError: for adapters that are merged into weights and not unloaded, for those of a quantised model, and
+                for weights that are offloaded one by one.
         """
         check_path(save_directory)
         pipeline, model = self, self.unwrapped_model
+        if not hasattr(model, "hf_device_map"):  # with one, transformers saves what is offloaded
+            check_holds_weights(model, "save_pretrained")
         if kwargs.get("push_to_hub"):
             upload_card_if_missing(self, kwargs.get("repo_id", os.path.basename(save_directory)), kwargs.get("token"))
         has_card = os.path.exists(os.path.join(save_directory, CARD))

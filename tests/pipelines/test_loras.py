@@ -2,6 +2,7 @@
 
 import shutil
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -372,6 +373,29 @@ def test_weights_of_adapters_and_which_are_chosen_are_saved_with_the_model(pipe,
     assert again.get_active_adapters() == [] and torch.equal(draw(again), draw(pipe))
     again.enable_lora()
     assert again.get_active_adapters() == ["one"] and torch.equal(draw(again), drawn)
+
+
+def test_adapters_are_not_written_into_weights_that_are_elsewhere(pipe, saved, tmp_path):
+    folder, drawn = saved
+    pipe.load_lora_weights(folder / "one", "one")
+    accelerate.cpu_offload(pipe.model, torch.device("cpu"))
+    for deed in (
+        pipe.fuse_lora,
+        pipe.unfuse_lora,
+        lambda: pipe.load_lora_weights(folder / "two", "two"),
+        lambda: pipe.load_lora_weights(folder / "two", hotswap=True),
+        lambda: pipe.set_lora_device("one", "cpu"),
+        lambda: pipe.save_lora_weights(tmp_path / "saved"),
+        lambda: pipe.save_pretrained(tmp_path / "saved"),
+    ):
+        with pytest.raises(ValueError, match="offloaded, where .* does not reach them; do it before"):
+            deed()
+    assert torch.equal(draw(pipe), drawn["one"]) and not (tmp_path / "saved").exists()
+    pipe.remove_all_hooks()
+    pipe.load_lora_weights(folder / "two", hotswap=True)
+    pipe.fuse_lora()
+    accelerate.cpu_offload(pipe.model, torch.device("cpu"))
+    assert torch.equal(draw(pipe), drawn["two"])
 
 
 def test_an_adapter_that_is_loaded_acts_though_others_were_switched_off(pipe, saved):

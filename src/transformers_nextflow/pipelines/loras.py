@@ -11,6 +11,7 @@ from torch import nn
 from ..utils.atomic_files import atomic_folder_write
 from ..utils.checkpoint_checks import loading_errors
 from ..utils.known_names import check_names, checks_names
+from ..utils.offloading import check_holds_weights
 from ..utils.saved_adapters import (
     HUB_OPTIONS,
     active_adapters,
@@ -102,7 +103,11 @@ class LoraMixin:
 
         Args:
             adapter_name: default: the only one.
+
+        Raises:
+            ValueError: for a name that is none of an adapter, and where the model's weights are offloaded.
         """
+        check_holds_weights(self.unwrapped_model, "saving")
         name = self._named_or_only(adapter_name)
         with atomic_folder_write(save_directory) as folder:
             save_adapter(self.unwrapped_model, name, folder)
@@ -142,8 +147,9 @@ class LoraMixin:
             safe_fusing: refuse weights that would not be finite; nothing is then fused.
 
         Raises:
-            ValueError: where adapters are fused already, or switched off.
+            ValueError: where adapters are fused already, or switched off, or the model's weights are offloaded.
         """
+        check_holds_weights(self.unwrapped_model, "fuse_lora")
         given = {} if adapter_names is None else {"adapter_names": adapter_names}
         _check(lora_scale=lora_scale, safe_fusing=safe_fusing, **given)
         names = self.get_active_adapters() if adapter_names is None else _as_list(adapter_names)
@@ -173,7 +179,8 @@ class LoraMixin:
         self._discard_recordings()
 
     def unfuse_lora(self):
-        """Take adapters out of the weights again."""
+        """Take adapters out of the weights again. Raises `ValueError` where the model's weights are offloaded."""
+        check_holds_weights(self.unwrapped_model, "unfuse_lora")
         for part in adapted_parts(self.unwrapped_model):
             if _is_module_to_save(part) and part.merged_adapters:
                 part.set_adapter(part.active_before_fusing)
@@ -205,8 +212,9 @@ class LoraMixin:
 
     def set_lora_device(self, adapter_names: str | Sequence[str], device: torch.device | str | int):
         """Move adapters to another device, as those that are not in use to the CPU. Those that are active must be where
-        the model is.
+        the model is. Raises `ValueError` where the model's weights are offloaded.
         """
+        check_holds_weights(self.unwrapped_model, "set_lora_device")
         _check(adapter_names=adapter_names)
         names = _as_list(adapter_names)
         self._check_adapters(names)

@@ -26,6 +26,7 @@ from transformers.utils import cached_file
 
 from .atomic_files import atomic_write, check_path
 from .checkpoint_checks import FLOATS, is_finite, read_json
+from .offloading import check_holds_weights
 from .short_repr import short_repr
 from .typed_values import check_finite, check_types
 
@@ -71,8 +72,9 @@ def with_adapters_beside(model: nn.Module) -> nn.Module:
     tensors.
 
     Raises:
-        ValueError: for adapters that are merged into the weights, and for quantised weights.
+        ValueError: for adapters that are merged into the weights, and for quantised or offloaded weights.
     """
+    check_holds_weights(model, "saving")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             "A quantised model is not saved together with its adapters; save the adapters by model.save_pretrained."
@@ -138,9 +140,11 @@ def add_saved_adapter(model: nn.Module, name: str, path, subfolder: str = "", ra
 
     Raises:
         OSError: if there is no adapter.
-        ValueError: if peft is missing, or the adapter does not fit; then the model does not change.
+        ValueError: if peft is missing, the model's weights are offloaded, or the adapter does not fit; then the model
+            does not change.
     """
     check_adapter_name(name)
+    check_holds_weights(model, "an adapter that is loaded")
     config, weights = _read_adapter(path, subfolder, **hub_options)
     if rank is not None and config.peft_type != "LORA":
         raise ValueError(f"{path} holds an adapter of the kind {config.peft_type.value}; only LoRAs are hot-swapped.")
@@ -180,9 +184,10 @@ def swap_adapter(model: nn.Module, name: str, path, subfolder: str = "", **hub_o
 
     Raises:
         OSError: if there is no saved one.
-        ValueError: for one of another kind, of more layers or of a higher rank, and where the old one is merged; the
-            model is then as it was.
+        ValueError: for one of another kind, of more layers or of a higher rank, and where the old one is merged or
+            offloaded; the model is then as it was.
     """
+    check_holds_weights(model, "an adapter that is loaded")
     config, saved = _read_adapter(path, subfolder, **hub_options)
     from peft.utils.hotswap import check_hotswap_configs_compatible
 
