@@ -218,8 +218,8 @@ class CompiledDrawing:
         inner = self.model.model
         read = [*inner.language_model.parameters(), *inner.visual_embedding.parameters()]
         left = prompt_columns(sequences.cache.get_seq_length())
-        # A graph reads weights at fixed addresses, which change when the model, or only an adapter, is moved or cast; some
-        # of them, as the first one's, may be given again.
+        # A graph reads weights at fixed addresses, which change when the model, or only an adapter, is moved or cast;
+        # some of them, as the first one's, may be given again.
         weights = tuple(map(_address, read))
         kind = RecordingKey(drawing.schedules, contexts, left, read[0].device, read[0].dtype, weights)
         if kind not in self.kinds:

@@ -14,7 +14,7 @@ from ..generation.cached_sequences import Prompts
 from ..generation.interleaved import InterleavedStreamer
 from ..generation.likelihood import score_answers, score_images
 from ..generation.sampling import Generators, ImageSampling, PerScale, check_generators
-from ..generation.scale_loop import ImageCodes, ScaleState
+from ..generation.scale_loop import ImageCodes, ScaleCallback, ScaleState, check_drawing
 from ..generation_nextflow import TEXT_TYPES, InterleavedGenerationOutput
 from ..processing_nextflow import check_prompts
 from ..sequence.chat_encoding import encode_text
@@ -34,7 +34,8 @@ class NextFlowVideoOutput:
     """Videos.
 
     Args:
-        frames: for each video its images, all of one size; a given first frame is included, as the model read it.
+        frames: for each video its images, all of one size; a given first frame is included, as the model read it. If
+            the call was interrupted, there are fewer, and the last one has only its first scales.
         transitions: for each video the texts between its frames.
     """
 
@@ -138,8 +139,9 @@ class ConversationMixin:
             scales = max(schedule.num_scales for schedule in request.schedules)
             with self.progress_bar(total=(length - given) * scales) as progress_bar:
 
-                def after_scale(model, scale: int, state: ScaleState):
+                def after_scale(model, scale: int, state: ScaleState) -> bool:
                     progress_bar.update()
+                    return not self.interrupt
 
                 options = {"sampling": sampling, "generator": generator, "callback": after_scale}
                 if is_scripted:
@@ -149,6 +151,7 @@ class ConversationMixin:
                         **inputs, **options, min_images=length - given, max_images=length - given,
                         max_new_tokens=max_transition_tokens * num_frames,
                     )  # fmt: skip
+            length = len(finished.image_grids) // len(scripts)  # fewer if the call was interrupted
             rows = [row for row in range(len(scripts)) for _ in range(length)]
             noise, texts = generators_of_rows(generator, rows), [prompts[row] for row in rows]
             pixels = self._decoded(finished.image_tokens, finished.image_grids, settings, noise, texts)
@@ -157,7 +160,8 @@ class ConversationMixin:
             videos = [[next(images) for _ in range(length)] for _ in scripts]
             if given:
                 videos = [[resized_like(first, video[1]), *video[1:]] for first, video in zip(firsts, videos)]
-            transitions = [script[1:] for script in scripts] if is_scripted else self._texts_between(finished, given)
+            written = [script[1:length] for script in scripts]
+            transitions = written if is_scripted else self._texts_between(finished, given)
         return NextFlowVideoOutput(videos, transitions)
 
     def _draw_script(self, scripts, given: int, inputs: dict, request, sampling, generator, callback) -> Prompts:
@@ -183,6 +187,8 @@ class ConversationMixin:
                     writer.append([[*row[frame - 1], boi] for row in texts])
                 drawing = ImageCodes(self.unwrapped_model, request.schedules, sampling, generator)
                 writer.draw(drawing, range(len(scripts)), callback)
+                if self.interrupt:
+                    break
         return writer.finished()
 
     def _texts_between(self, output: InterleavedGenerationOutput, given: int) -> list[list[str]]:
@@ -295,12 +301,21 @@ class ConversationMixin:
             output = self.model.generate_interleaved(
                 **inputs, **sizes, max_new_tokens=max_new_tokens, min_images=min_images, max_images=max_images,
                 sampling=sampling, generator=generator, streamer=streamer, tokenizer=self.processor.tokenizer,
-                **kwargs,
+                callback=self._unless_interrupted(kwargs.pop("callback", None)), **kwargs,
             )  # fmt: skip
             answers = [
                 self._message(output, row, settings, generator, seeds, sampling) for row in range(len(conversations))
             ]
         return answers if is_batch else answers[0]
+
+    def _unless_interrupted(self, callback: ScaleCallback | None) -> ScaleCallback:
+        """A callback that also ends the drawing if the call is asked to stop."""
+        check_drawing(None, callback)
+
+        def after_scale(model, scale: int, state: ScaleState) -> bool:
+            return (callback is None or callback(model, scale, state) is not False) and not self.interrupt
+
+        return after_scale
 
     def _generate_text(self, inputs: dict, max_new_tokens: int | None, options: dict) -> list[dict]:
         """The assistant's messages of a model that answers only with text."""
