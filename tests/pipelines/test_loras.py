@@ -384,7 +384,6 @@ def test_adapters_are_not_written_into_weights_that_are_elsewhere(pipe, saved, t
         pipe.unfuse_lora,
         lambda: pipe.load_lora_weights(folder / "two", "two"),
         lambda: pipe.load_lora_weights(folder / "two", hotswap=True),
-        lambda: pipe.set_lora_device("one", "cpu"),
         lambda: pipe.save_lora_weights(tmp_path / "saved"),
         lambda: pipe.save_pretrained(tmp_path / "saved"),
     ):

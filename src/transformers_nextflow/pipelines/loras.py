@@ -212,9 +212,8 @@ class LoraMixin:
 
     def set_lora_device(self, adapter_names: str | Sequence[str], device: torch.device | str | int):
         """Move adapters to another device, as those that are not in use to the CPU. Those that are active must be where
-        the model is. Raises `ValueError` where the model's weights are offloaded.
+        the model is.
         """
-        check_holds_weights(self.unwrapped_model, "set_lora_device")
         _check(adapter_names=adapter_names)
         names = _as_list(adapter_names)
         self._check_adapters(names)
