@@ -256,8 +256,8 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
             sampling: settings of images; default: the checkpoint's own, from its generation config.
             generator: one for all, or one for each row; then a row depends only on its own seed.
             generation_config, kwargs: settings of text: `do_sample`, `temperature`, `top_k`, `top_p`, `stop_strings`,
-                `eos_token_id`; default: the model's generation config. A warning names settings of it that are not
-                used.
+                `eos_token_id`; those that are not given are the model's generation config's, as in `generate`. A
+                warning names settings of it that are not used.
             tokenizer: needed for `stop_strings`.
             callback: as in `generate_images`, for each round of drawing; `False` ends all rows as they are.
             streamer: gets text and scales while they are generated; for one row.
@@ -275,9 +275,11 @@ class NextFlowGenerationMixin(StoredSamplingMixin, TextGenerationMixin):
                 f"Text is not written with {', '.join(map(_with_nearest, unknown))}: its settings are "
                 f"{', '.join(TEXT_SETTINGS)}. How images are drawn is sampling=ImageSampling(…)."
             )
-        if generation_config is None:
-            _warn_of_unused(self.generation_config)
+        _warn_of_unused(self.generation_config)
         text = copy.deepcopy(generation_config or self.generation_config)
+        for name in (*TEXT_SETTINGS, "max_new_tokens"):
+            if getattr(text, name) is None:  # as `generate` does
+                setattr(text, name, getattr(self.generation_config, name))
         text.update(**kwargs)
         _check_text_settings(text, max_new_tokens, streamer)
         check_drawing(sampling, callback)

@@ -168,18 +168,7 @@ class NextFlowImageProcessor(PilBackend):
 
     def process_image(self, image, do_convert_rgb=None, input_data_format=None, **kwargs) -> np.ndarray:
         """One image of any kind as (3, height, width) uint8."""
-        if isinstance(image, Image.Image):
-            image = ImageOps.exif_transpose(image)
-            if image.mode == "F":
-                image = Image.fromarray(_as_uint8(np.asarray(image)))
-            elif image.mode in SIXTEEN_BIT_MODES:
-                image = Image.fromarray(_as_uint8(_as_uint16(np.asarray(image))))
-        else:
-            channels_first = is_torch_tensor(image) if input_data_format is None else "first" in str(input_data_format)
-            if is_torch_tensor(image):
-                image = image.detach().cpu()
-                image = (image.float() if image.is_floating_point() else image).numpy()
-            image = _array_to_pil(image, channels_first, strict=input_data_format is not None)
+        image = _as_upright_pil(image, input_data_format)
         if not do_convert_rgb and image.mode != "RGB":
             raise ValueError(f"its mode is {image.mode!r}, not 'RGB'; leave do_convert_rgb on.")
         return np.ascontiguousarray(np.moveaxis(np.asarray(_to_rgb(image)), -1, 0))
@@ -204,13 +193,20 @@ class NextFlowImageProcessor(PilBackend):
             (height, width) bool.
 
         Raises:
-            ValueError: for several masks, a mask of another size, or one that marks nothing.
+            ValueError: for several masks, a mask of another size, one with transparent pixels, or one that marks
+                nothing.
         """
         masks = flatten_images(mask)
         shape = getattr(masks[0], "shape", ()) if masks else ()
         # Two channels would be grey and alpha, but are two masks.
         if len(masks) != 1 or (len(shape) == 3 and 2 in (shape[0], shape[2])):
             raise ValueError(f"A mask is one image, got {short_repr(mask)}; give one for each prompt.")
+        if _is_transparent(*self._prepare_images_structure(masks)):
+            # Some programs mark by holes, others by white paint on nothing; on white, both would mark everything.
+            raise ValueError(
+                "The mask has transparent pixels, which do not say where to draw; save it without an alpha channel, "
+                "light where the image is to be drawn and dark elsewhere."
+            )
         mask = ImageOps.grayscale(self.to_rgb(masks)[0])
         if mask.size != image.size:
             raise ValueError(
@@ -375,6 +371,31 @@ def _schedule(schedules: ScaleSchedules, height: int, width: int, do_resize: boo
     # Several base ratios may end on one grid; `image_grids` holds only the grid, from which `for_size` finds a
     # schedule.
     return schedules.for_size(height, width)
+
+
+def _as_upright_pil(image, input_data_format: str | None = None) -> Image.Image:
+    """An image of any kind as one of PIL of 8 bits, in the orientation that its file states."""
+    if isinstance(image, Image.Image):
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            return Image.fromarray(_as_uint8(np.asarray(image)))
+        if image.mode in SIXTEEN_BIT_MODES:
+            return Image.fromarray(_as_uint8(_as_uint16(np.asarray(image))))
+        return image
+    channels_first = is_torch_tensor(image) if input_data_format is None else "first" in str(input_data_format)
+    if is_torch_tensor(image):
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
+    return _array_to_pil(image, channels_first, strict=input_data_format is not None)
+
+
+def _is_transparent(image) -> bool:
+    """Whether an image of any kind has pixels that are not opaque."""
+    if not isinstance(image, Image.Image):
+        if 4 not in (image.shape[0], image.shape[-1]):
+            return False
+        image = _as_upright_pil(image)
+    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -22,7 +22,7 @@ from .modeling_nextflow import NextFlowForConditionalGeneration
 from .pipelines.auto_pipelines import AutoPipelinesMixin
 from .pipelines.calls import CALLBACK_KWARGS, PipelineCallsMixin
 from .pipelines.conversations import ConversationMixin
-from .pipelines.decoding import DecodingMixin, decoder_provenance, generators_of_rows, load_diffusion_decoder
+from .pipelines.decoding import DecodingMixin, decoder_provenance, generators_of_rows, load_diffusion_decoder, seeds_of
 from .pipelines.loras import LoraMixin
 from .pipelines.notebook_display import ScalePreviews
 from .pipelines.out_of_domain_warnings import OutOfDomainWarningsMixin
@@ -34,6 +34,7 @@ from .utils.checkpoint_checks import loading_errors
 from .utils.devices import usable_device
 from .utils.known_names import checks_names
 from .utils.model_cards import CARD, upload_card_if_missing
+from .utils.offloading import check_holds_weights
 from .utils.saved_adapters import FOLDER as ADAPTERS
 from .utils.saved_adapters import HUB_OPTIONS, is_adapted, unwrap_peft, with_adapters_beside
 from .utils.short_repr import short_repr
@@ -195,17 +196,20 @@ class NextFlowPipeline(
         """Write model and processor, and the `pipeline.py` through which `DiffusionPipeline` finds this class.
 
         Adapters of PEFT, in the model itself or in a `PeftModel` around it, are saved beside the model's full weights.
-        Loading the folder restores them, with the same adapters active.
+        Loading the folder restores them, with the same adapters active and with the same weights.
 
         Args:
             save_directory: a folder.
             kwargs: options of `DiffusionPipeline.save_pretrained`, such as `push_to_hub`.
 
         Raises:
-            ValueError: for adapters that are merged into weights and not unloaded, and for those of a quantised model.
+            ValueError: for adapters that are merged into weights and not unloaded, for those of a quantised model, and
+                for weights that are offloaded one by one.
         """
         check_path(save_directory)
         pipeline, model = self, self.unwrapped_model
+        if not hasattr(model, "hf_device_map"):  # with one, transformers saves what is offloaded
+            check_holds_weights(model, "save_pretrained")
         if kwargs.get("push_to_hub"):
             upload_card_if_missing(self, kwargs.get("repo_id", os.path.basename(save_directory)), kwargs.get("token"))
         has_card = os.path.exists(os.path.join(save_directory, CARD))
@@ -436,7 +440,7 @@ class NextFlowPipeline(
         self._warn_of_request(request)
         if num_candidates > 1 and candidate_scorer is None:
             self._check_interleaves("To rank candidates without a candidate_scorer")
-        request = request.repeat(num_images_per_prompt * num_candidates)
+        request, seeds = request.repeat(num_images_per_prompt * num_candidates), seeds_of(generator)
 
         scale_previews = ScalePreviews() if preview else None
         with self._call():
@@ -472,7 +476,7 @@ class NextFlowPipeline(
                 images = self._images(pixels, output_type)
             if output_type == "pil":
                 provenance = {"num_kept_scales": num_kept_scales} | decoder_provenance(settings)
-                images = self._with_provenance(images, rows, generator, sampling, **provenance)
+                images = self._with_provenance(images, rows, seeds, sampling, **provenance)
             previews = scale_previews.rows if scale_previews is not None else None
             output = NextFlowPipelineOutput(images, image_tokens, thoughts, scores, flags, previews)
         # Annotated without the tuple, which few calls want, so that editors and type checkers know the fields.

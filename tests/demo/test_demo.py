@@ -93,6 +93,11 @@ def test_a_photograph_of_any_size_can_be_edited_and_varied(pipe):
     assert len(edited.images) == 1 and len(varied.images) == 2
 
 
+def test_transparent_pixels_are_white_as_in_the_pipeline(pipe):
+    hidden = Image.new("RGBA", (20, 20), (0, 0, 255, 0))
+    assert actions.shrunk(pipe, hidden) == Image.new("RGB", (20, 20), "white")
+
+
 def test_variations_keep_scales(pipe):
     [image] = pipe("a red circle", generator=seeded(0)).images
     shown = last(actions.vary(pipe, "one", actions.enlarged(image), NUM_SCALES, 1, 4))

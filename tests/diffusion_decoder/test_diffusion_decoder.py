@@ -89,6 +89,20 @@ def test_the_fingerprint_tells_semantic_decoders_apart_and_no_precisions():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_base_in_half_precision_gets_the_time_of_its_noise(kind, vq_model):
+    decoder, seen = tiny_decoder(vq_model, kind).to(torch.bfloat16), []
+    decoder.denoiser.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["timestep"] if "timestep" in kwargs else args[1]),
+        with_kwargs=True,
+    )
+    sample, _, condition = inputs_of(decoder, vq_model)
+    with torch.no_grad():
+        found = decoder(sample, torch.full((2,), 0.9), condition)
+    assert found.dtype == torch.bfloat16 and found.isfinite().all()
+    assert float(seen[0][0]) in (pytest.approx(0.9), pytest.approx(900.0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_zeros_are_the_unconditional_case_and_the_condition_counts(kind, vq_model):
     decoder = randomized(tiny_decoder(vq_model, kind))
     sample, time, condition = inputs_of(decoder, vq_model)

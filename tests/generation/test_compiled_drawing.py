@@ -88,6 +88,20 @@ def test_weights_that_change_in_place_and_those_that_move_are_seen():
         model.compiled_drawing = compiled
 
 
+@pytest.mark.parametrize("moved", ["language_model.layers.1.mlp.down_proj", "visual_embedding.scale"])
+def test_one_weight_that_moves_is_seen_though_others_stay(moved):
+    model = tiny_model()
+    inputs, schedules = prompts(model.config, [[20, 21]]), schedules_of(model.config, [(16, 16)])
+    model.compile_drawing()
+    draw(model, schedules, inputs)
+    draw(model, schedules, inputs)
+    assert len(model.compiled_drawing.kinds) == 1
+    weight = model.model.get_submodule(moved).weight
+    weight.data = weight.data.clone()  # as when an adapter is moved away and back
+    draw(model, schedules, inputs)
+    assert len(model.compiled_drawing.kinds) == 2
+
+
 @pytest.mark.parametrize("case", ["sizes", "attention", "thread"])
 def test_what_cannot_be_compiled_is_drawn_the_plain_way_and_says_so(case, monkeypatch):
     model, said = tiny_model(), []

@@ -403,6 +403,20 @@ def test_a_generation_config_sets_what_text_takes():
     assert torch.equal(by_config.input_ids, run(**options).input_ids)
 
 
+def test_what_a_generation_config_leaves_open_is_the_models_own_as_in_generate():
+    model = talkative_model()
+    model.generation_config.update(do_sample=True, temperature=0.7, max_new_tokens=6, eos_token_id=[5, 6])
+    inputs, seen = batch_of(model.config, [[20, 21]]), []
+
+    def run(**given):
+        generator = torch.Generator().manual_seed(0)
+        seen.append(model.generate_interleaved(**inputs, max_images=0, generator=generator, **given).input_ids)
+        return seen[-1]
+
+    assert torch.equal(run(generation_config=GenerationConfig(top_k=200)), run(top_k=200))
+    assert not torch.equal(seen[0], run(do_sample=False))
+
+
 def test_settings_of_the_models_own_config_that_text_does_not_take_are_warned_of():
     model, inputs = tiny_model(), {"input_ids": torch.tensor([[20, 21]]), "max_images": 0, "max_new_tokens": 1}
     with warnings.catch_warnings():

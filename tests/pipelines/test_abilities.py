@@ -222,6 +222,19 @@ def test_masks_of_every_form_mark_the_same(pipe):
         assert torch.equal(together, drawn[0].expand(2, -1))
 
 
+def test_a_mask_with_transparent_pixels_is_refused_and_an_opaque_one_with_an_alpha_channel_is_not(pipe):
+    process, image = pipe.processor.image_processor.preprocess_mask, make_image(1)
+    opaque = Image.new("RGBA", (16, 16), "black")
+    opaque.paste("white", (0, 0, 8, 8))
+    assert process(opaque, image).mean() == 0.25
+    painted, hole = Image.new("RGBA", (16, 16)), opaque.copy()
+    painted.paste("white", (0, 0, 8, 8))
+    hole.putpixel((3, 3), (0, 0, 0, 0))
+    for mask in (painted, hole, painted.convert("LA"), np.asarray(painted), torch.from_numpy(np.array(hole))):
+        with pytest.raises(ValueError, match="The mask has transparent pixels"):
+            process(mask, image)
+
+
 def test_images_of_every_form_are_the_same(pipe):
     array = np.asarray(make_image(1))
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)

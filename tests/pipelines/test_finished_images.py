@@ -112,6 +112,24 @@ def test_the_best_of_several_candidates_names_its_own_seed(pipe):
     assert drawn.images[0].provenance["seed"] == 2
 
 
+def test_a_generator_that_was_used_before_gives_an_image_no_seed(pipe):
+    one, several = seeded(), [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    torch.rand(1, generator=several[1])
+    message = [{"role": "user", "content": "one"}]
+    for expected in (0, None):
+        assert pipe("one", generator=one).images[0].provenance["seed"] == expected
+    assert [image.provenance["seed"] for image in pipe(["one", "two"], generator=several).images] == [1, None]
+    one.manual_seed(3)
+    for expected in (3, None):
+        video = pipe.video("one", num_frames=2, max_transition_tokens=1, generator=one).frames[0]
+        assert [frame.provenance["seed"] for frame in video] == [expected] * 2
+    one.manual_seed(4)
+    for expected in (4, None):
+        answer = pipe.chat(message, min_images=1, max_new_tokens=1, generator=one)
+        [seed] = [part["image"].provenance["seed"] for part in answer["content"] if part["type"] == "image"]
+        assert seed == expected
+
+
 def test_an_image_with_provenance_equals_its_pixels_and_keeps_what_is_asked_for(tmp_path):
     plain = Image.new("RGB", (4, 4), "red")
     image = GeneratedImage.of(plain, {"seed": 1})

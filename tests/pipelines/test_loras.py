@@ -2,6 +2,7 @@
 
 import shutil
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -331,6 +332,76 @@ def test_adapters_that_are_switched_off_are_not_fused(pipe, saved):
     pipe.disable_lora()
     with pytest.raises(ValueError, match="call enable_lora before fuse_lora"):
         pipe.fuse_lora(0.5, ["default_0"])
+
+
+def test_fused_adapters_stay_as_they_are_until_they_are_taken_out(pipe, saved):
+    for name in ("one", "two"):
+        pipe.load_lora_weights(saved[0] / name, name)
+    pipe.set_adapters("one")
+    pipe.fuse_lora(0.5)
+    half, folder = draw(pipe), saved[0] / "two"
+    for change in (pipe.disable_lora, lambda: pipe.delete_adapters("one"), lambda: pipe.load_lora_weights(folder)):
+        with pytest.raises(ValueError, match="call unfuse_lora before"):
+            change()
+    assert torch.equal(draw(pipe), half)
+    pipe.unfuse_lora()
+    torch.testing.assert_close(draw(pipe), saved[1]["one"])
+
+
+def test_adapters_that_are_not_safe_to_fuse_leave_the_weights_as_they_were(pipe, saved):
+    pipe.load_lora_weights(saved[0] / "one")
+    last = list(pipe._lora_layers())[-1]
+    last.lora_B["default_0"].weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="NaNs detected"):
+        pipe.fuse_lora(0.5, safe_fusing=True)
+    last.lora_B["default_0"].weight.data[0, 0] = 0.0
+    assert not any(layer.merged for layer in pipe._lora_layers())
+    assert {layer.scaling["default_0"] for layer in pipe._lora_layers()} == {2.0}
+
+
+@pytest.mark.parametrize("room", [False, True])
+def test_weights_of_adapters_and_which_are_chosen_are_saved_with_the_model(pipe, saved, tmp_path, room):
+    if room:
+        pipe.enable_lora_hotswap(4)
+    for name in ("one", "two"):
+        pipe.load_lora_weights(saved[0] / name, name)
+    pipe.set_adapters("one", 0.3)
+    drawn = draw(pipe)
+    pipe.disable_lora()
+    pipe.save_pretrained(tmp_path)
+    again = quiet(NextFlowPipeline.from_pretrained(tmp_path))
+    assert again.get_active_adapters() == [] and torch.equal(draw(again), draw(pipe))
+    again.enable_lora()
+    assert again.get_active_adapters() == ["one"] and torch.equal(draw(again), drawn)
+
+
+def test_adapters_are_not_written_into_weights_that_are_elsewhere(pipe, saved, tmp_path):
+    folder, drawn = saved
+    pipe.load_lora_weights(folder / "one", "one")
+    accelerate.cpu_offload(pipe.model, torch.device("cpu"))
+    for deed in (
+        pipe.fuse_lora,
+        pipe.unfuse_lora,
+        lambda: pipe.load_lora_weights(folder / "two", "two"),
+        lambda: pipe.load_lora_weights(folder / "two", hotswap=True),
+        lambda: pipe.save_lora_weights(tmp_path / "saved"),
+        lambda: pipe.save_pretrained(tmp_path / "saved"),
+    ):
+        with pytest.raises(ValueError, match="offloaded, where .* does not reach them; do it before"):
+            deed()
+    assert torch.equal(draw(pipe), drawn["one"]) and not (tmp_path / "saved").exists()
+    pipe.remove_all_hooks()
+    pipe.load_lora_weights(folder / "two", hotswap=True)
+    pipe.fuse_lora()
+    accelerate.cpu_offload(pipe.model, torch.device("cpu"))
+    assert torch.equal(draw(pipe), drawn["two"])
+
+
+def test_an_adapter_that_is_loaded_acts_though_others_were_switched_off(pipe, saved):
+    pipe.load_lora_weights(saved[0] / "one")
+    pipe.disable_lora()
+    pipe.load_lora_weights(saved[0] / "two", "two")
+    assert pipe.get_active_adapters() == ["two"] and torch.equal(draw(pipe), saved[1]["two"])
 
 
 def test_an_adapter_that_left_out_layers_of_a_lower_rank_is_saved_after_a_swap(pipe, tmp_path):

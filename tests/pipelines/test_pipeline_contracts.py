@@ -134,6 +134,27 @@ def test_the_callback_is_given_what_it_asks_for_and_nothing_else(pipe, names):
         assert list(tensors) == names and all(torch.is_tensor(tensor) for tensor in tensors.values())
 
 
+@pytest.mark.parametrize("image", [None, Image.new("RGB", (16, 16), "red")], ids=["drawn", "given"])
+@pytest.mark.parametrize("prompt", ["one", [["one", "two", "three"]]], ids=["written", "scripted"])
+def test_videos_and_chats_end_after_the_scale_at_which_they_are_asked_to(prompt, image):
+    pipe, scales = quiet(NextFlowPipeline(tiny_model(), tiny_processor())), []
+
+    def counted(*_):
+        scales.append(len(scales))
+        pipe._interrupt = len(scales) == 6
+
+    handle = pipe.model.visual_head.register_forward_hook(counted)
+    images = None if image is None else image if isinstance(prompt, str) else [image]
+    frames = 3 if isinstance(prompt, str) else None
+    video = pipe.video(prompt, images, frames, max_transition_tokens=1)
+    assert len(scales) == 6 and len(video.transitions[0]) == len(video.frames[0]) - 1
+    assert len(video.frames[0]) == (2 if image is None else 3)  # of 4 scales each
+    scales[:] = range(4)
+    answer = pipe.chat([{"role": "user", "content": "one"}], 1, min_images=1, callback=lambda *_: None)
+    assert len(scales) == 6 and "image" in [part["type"] for part in answer["content"]]
+    handle.remove()
+
+
 def test_an_interrupted_call_leaves_the_next_one_whole(pipe):
     expected = draw(pipe)
 

@@ -22,7 +22,7 @@ from transformers_nextflow.serving.jobs import END, ChatJob, Finished, ImageJob,
 from transformers_nextflow.serving.loading import load_pipeline  # noqa: E402
 from transformers_nextflow.serving.schemas import region_of  # noqa: E402
 from transformers_nextflow.serving.settings import ServingSettings  # noqa: E402
-from transformers_nextflow.serving.worker import TooManyRequests, Worker, preview_scales  # noqa: E402
+from transformers_nextflow.serving.worker import TextBeforeStop, TooManyRequests, Worker, preview_scales  # noqa: E402
 from transformers_nextflow.utils.older_transformers import SANITIZES_CONTROL_TOKENS  # noqa: E402
 
 
@@ -247,6 +247,30 @@ def test_a_streamed_chat_is_the_whole_ones_in_pieces(client, text):
     finished = [image for image in images if "partial_image_index" not in image]
     assert finished == whole.get("images", []) and len(images) == 2 * len(finished)
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.filterwarnings("ignore:The prompt has words")
+def test_an_answer_ends_before_a_stop_streamed_or_not(client):
+    body = {"messages": [{"role": "user", "content": "hello"}], "seed": 1, "temperature": 0, "modalities": ["text"]}
+    full = client.post(CHAT, json=body).json()["choices"][0]["message"]["content"]
+    middle = len(full) // 2
+    assert middle > 2
+    stops = [full[middle : middle + 3], "never said"]
+    before = full[: full.index(stops[0])]
+    assert client.post(CHAT, json=body | {"stop": stops}).json()["choices"][0]["message"]["content"] == before
+    chunks = events(client.post(CHAT, json=body | {"stop": stops, "stream": True}).text)
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == before
+
+
+def test_a_text_in_pieces_is_held_back_where_a_stop_may_begin():
+    before = TextBeforeStop(["END.", "stop"])
+    assert [before(piece) for piece in ("a s", "top", "ped")] == ["a ", "", ""]
+    before = TextBeforeStop("END.")
+    assert [before(piece) for piece in ("a E", "N", " b EN", "D. c")] == ["a ", "", "EN b ", ""]
+    before = TextBeforeStop(None)
+    assert [before("any"), before("", is_end=True)] == ["any", ""]
+    before = TextBeforeStop("END.")
+    assert [before("b END"), before("", is_end=True)] == ["b ", "END"]
 
 
 def test_without_the_modality_of_images_a_chat_draws_none(client):

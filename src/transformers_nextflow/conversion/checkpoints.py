@@ -26,6 +26,7 @@ from ..configuration_nextflow import NextFlowVQConfig
 from ..utils.checkpoint_checks import FLOATS, is_finite, read_json
 from ..utils.model_cards import INHERITED, read_card_metadata, write_card
 from ..utils.one_line_errors import note_on_interrupt
+from ..utils.saved_adapters import FOLDER as ADAPTERS
 from ..utils.short_repr import short_repr
 from ..utils.weight_files import State, read_state_dict, safetensors_errors
 
@@ -288,6 +289,16 @@ def open_checkpoint(folder: Path | str) -> ShardedCheckpoint:
     names = {path.name for path in Path(folder).glob("*")}
     pickled = names & {PickledCheckpoint.single, PickledCheckpoint.index}
     return PickledCheckpoint(folder) if pickled and not names & {SINGLE, INDEX} else ShardedCheckpoint(folder)
+
+
+def open_exported(folder: Path | str) -> ShardedCheckpoint:
+    """The tensors of a folder of ours that is exported. Raises `ValueError` if there are adapters beside them, too."""
+    if (Path(folder) / ADAPTERS).is_dir():
+        raise ValueError(
+            f"{folder} holds adapters beside its weights, which an export would leave out. Load it as a pipeline, call "
+            "fuse_lora and unload_lora_weights, and export what is saved then."
+        )
+    return open_checkpoint(folder)
 
 
 def read_layout(path: Path | str, allowed: Iterable[type] = ()) -> State:

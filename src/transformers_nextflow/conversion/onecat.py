@@ -18,7 +18,6 @@ from ..utils.checkpoint_checks import loading_errors
 from ..utils.short_repr import short_repr
 from .checkpoints import (
     KeyMap,
-    ShardedCheckpoint,
     State,
     check_repository,
     check_state,
@@ -26,6 +25,7 @@ from .checkpoints import (
     fingerprint,
     new_folder,
     open_checkpoint,
+    open_exported,
     read_config,
     read_state_dict,
     widest_dtype,
@@ -249,11 +249,12 @@ def export_onecat(source: Path, target: Path, max_shard_size: str = "2GB"):
     files, and the vision tokenizer as `infinity_vae_d32reg.pth`.
 
     Raises:
-        ValueError: if tensors are missing, surplus, misshapen or not finite, or files are damaged; nothing is left.
+        ValueError: if tensors are missing, surplus, misshapen or not finite, there are adapters beside them, or files
+            are damaged; nothing is left.
     """
     if "released_config" not in read_config(source, OneCatConfig.model_type):
         raise ValueError(f"{source} is a released OneCAT already, not a converted one.")
-    config, ours = OneCatConfig.from_pretrained(source), ShardedCheckpoint(source)
+    config, ours = OneCatConfig.from_pretrained(source), open_exported(source)
     if config.drawing_only:
         raise ValueError(
             f"{source} was saved with drawing_only=True and has no weights for reading and writing text; convert "

@@ -29,6 +29,7 @@ from .checkpoints import (
     fingerprint,
     new_folder,
     open_checkpoint,
+    open_exported,
     read_config,
     read_json,
     read_vq_config,
@@ -342,12 +343,13 @@ def export_qwen2_5_vl(
         max_shard_size: bytes of a shard, such as "2GB".
 
     Raises:
-        ValueError: if a folder is damaged, or the two models differ in size; then there is no `output`.
+        ValueError: if a folder is damaged or holds adapters, or the two models differ in size; then there is no
+            `output`.
     """
     check_repository(base_model)
     source, original, output = Path(source), Path(original), Path(output)
     read_qwen_config(original)
-    trained, qwen = open_checkpoint(source), open_checkpoint(original)
+    trained, qwen = open_exported(source), open_checkpoint(original)
     backbone = {key: value for key, value in trained.layout.items() if key.startswith(BACKBONE)}
     rows = _rows(QWEN_KEYS.forward(qwen.layout))
     given = {key: _first_rows(key, value, rows) for key, value in backbone.items()}

@@ -25,6 +25,7 @@ from .checkpoints import (
     fingerprint,
     new_folder,
     open_checkpoint,
+    open_exported,
     read_config,
     read_vq_config,
     widest_dtype,
@@ -203,10 +204,11 @@ def export_tokenflow_t2i(source: Path, target: Path, max_shard_size: str = "2GB"
     """Write a converted model to `target` in the released layout, as safetensors, with the text tokenizer's files.
 
     Raises:
-        ValueError: if tensors are missing, surplus, misshapen or not finite, or files are damaged; nothing is left.
+        ValueError: if tensors are missing, surplus, misshapen or not finite, there are adapters beside them, or files
+            are damaged; nothing is left.
     """
     read_config(source, TokenFlowT2IConfig.model_type)
-    config, ours = TokenFlowT2IConfig.from_pretrained(source), ShardedCheckpoint(source)
+    config, ours = TokenFlowT2IConfig.from_pretrained(source), open_exported(source)
     check_state(ours.layout, expected_layout(config))
     with loading_errors(source):
         tokenizer = TokenFlowT2IProcessor.from_pretrained(source).tokenizer

@@ -133,8 +133,10 @@ def enlarged(image: Image.Image) -> Image.Image:
 
 
 def shrunk(pipe: NextFlowPipeline, image: Image.Image) -> Image.Image:
-    """The inverse of `enlarged` for images of the model's sizes; any other image is only converted to RGB."""
-    image = image.convert("RGB")
+    """The inverse of `enlarged` for images of the model's sizes; any other image is only converted to RGB, with
+    transparent pixels on white, as the pipeline reads it.
+    """
+    [image] = pipe.processor.image_processor.to_rgb([image])
     for height, width in pipe.processor.image_processor.scale_schedules.all_sizes():
         small = image.resize((width, height), Image.Resampling.NEAREST)
         again = enlarged(small)

@@ -241,7 +241,8 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
             prompt: the prompt for a base with a text branch; default: one token of zeros.
         """
         weight = self.projection[0].weight
-        sample, time = sample.to(weight.dtype), time.to(sample)
+        # In half precision times would be rounded by up to two of a thousand steps; bases round what they make of them.
+        sample, time = sample.to(weight.dtype), time.to(sample.device, torch.float32)
         side, channels = self.cells_per_code, self.config.projected_channels
         if condition is None:
             projected = sample.new_zeros(len(sample), channels, *sample.shape[-2:])
@@ -250,7 +251,7 @@ class NextFlowDiffusionDecoder(ModelCardMixin, ModelMixin, ConfigMixin):
             projected = F.pixel_shuffle(projected, side)
         if self.kind.reads_text:
             prompt = PromptEmbeddings.nothing(self.denoiser, sample) if prompt is None else prompt.to(sample)
-        return self.kind.call(self.denoiser, torch.cat([sample, projected], 1), time.to(sample), prompt)
+        return self.kind.call(self.denoiser, torch.cat([sample, projected], 1), time, prompt)
 
     def gradient_checkpointing_enable(self, **options):
         """As `Trainer` asks for it of models of transformers: activations of the base are computed twice, not kept."""

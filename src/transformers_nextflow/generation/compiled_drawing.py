@@ -111,7 +111,7 @@ class RecordingKey:
     left: int
     device: torch.device
     dtype: torch.dtype
-    weights: int
+    weights: tuple[int, ...]
 
 
 class RecordedScales:
@@ -215,13 +215,21 @@ class CompiledDrawing:
         return None
 
     def _recorded(self, drawing: ImageCodes, sequences: CachedSequences, contexts: int) -> RecordedScales:
-        weight = next(self.model.model.language_model.parameters())
+        inner = self.model.model
+        read = [*inner.language_model.parameters(), *inner.visual_embedding.parameters()]
         left = prompt_columns(sequences.cache.get_seq_length())
-        # A graph reads weights at fixed addresses, which change when the model is moved or cast.
-        kind = RecordingKey(drawing.schedules, contexts, left, weight.device, weight.dtype, weight.data_ptr())
+        # A graph reads weights at fixed addresses, which change when the model, or only an adapter, is moved or cast;
+        # some of them, as the first one's, may be given again.
+        weights = tuple(map(_address, read))
+        kind = RecordingKey(drawing.schedules, contexts, left, read[0].device, read[0].dtype, weights)
         if kind not in self.kinds:
             while len(self.kinds) >= MAX_KINDS:
                 self.kinds.popitem(last=False)
             self.kinds[kind] = RecordedScales(self.model, self.backbone, kind, sequences.cache)
         self.kinds.move_to_end(kind)
         return self.kinds[kind]
+
+
+def _address(weight: torch.Tensor) -> int:
+    # Classes of weights that are made of other tensors, as quantised ones, have no address of their own.
+    return weight.data_ptr() if type(weight) in (nn.Parameter, torch.Tensor) else id(weight)

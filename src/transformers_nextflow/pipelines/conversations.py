@@ -13,8 +13,8 @@ from ..diffusion_decoder.settings import DiffusionSettings
 from ..generation.cached_sequences import Prompts
 from ..generation.interleaved import InterleavedStreamer
 from ..generation.likelihood import score_answers, score_images
-from ..generation.sampling import ImageSampling, PerScale
-from ..generation.scale_loop import ImageCodes, ScaleState
+from ..generation.sampling import Generators, ImageSampling, PerScale, check_generators
+from ..generation.scale_loop import ImageCodes, ScaleCallback, ScaleState, check_drawing
 from ..generation_nextflow import TEXT_TYPES, InterleavedGenerationOutput
 from ..processing_nextflow import check_prompts
 from ..sequence.chat_encoding import encode_text
@@ -23,7 +23,7 @@ from ..utils.evaluation_mode import evaluation_mode
 from ..utils.known_names import check_names, checks_names
 from ..utils.short_repr import short_repr
 from ..utils.typed_values import check_types, is_of_type
-from .decoding import decoder_provenance, generators_of_rows, resized_like
+from .decoding import Seeds, decoder_provenance, generators_of_rows, resized_like, seeds_of
 from .notebook_display import video_as_html
 from .out_of_domain_warnings import texts_of_messages
 from .requests import ImageInput, ImageRequest, pixels_of_size, requested_schedule
@@ -34,7 +34,8 @@ class NextFlowVideoOutput:
     """Videos.
 
     Args:
-        frames: for each video its images, all of one size; a given first frame is included, as the model read it.
+        frames: for each video its images, all of one size; a given first frame is included, as the model read it. If
+            the call was interrupted, there are fewer, and the last one has only its first scales.
         transitions: for each video the texts between its frames.
     """
 
@@ -127,6 +128,7 @@ class ConversationMixin:
         settings = self._diffusion_settings(decoder, decoder_steps, decoder_guidance_scale, request.schedules)
         self._warn_of_request(request)
         self._warn_of_texts([text for script in scripts for text in script])
+        seeds = seeds_of(generator)
         with self._call():
             given = 0 if image is None else 1
             if given:
@@ -137,8 +139,9 @@ class ConversationMixin:
             scales = max(schedule.num_scales for schedule in request.schedules)
             with self.progress_bar(total=(length - given) * scales) as progress_bar:
 
-                def after_scale(model, scale: int, state: ScaleState):
+                def after_scale(model, scale: int, state: ScaleState) -> bool:
                     progress_bar.update()
+                    return not self.interrupt
 
                 options = {"sampling": sampling, "generator": generator, "callback": after_scale}
                 if is_scripted:
@@ -148,15 +151,17 @@ class ConversationMixin:
                         **inputs, **options, min_images=length - given, max_images=length - given,
                         max_new_tokens=max_transition_tokens * num_frames,
                     )  # fmt: skip
+            length = len(finished.image_grids) // len(scripts)  # fewer if the call was interrupted
             rows = [row for row in range(len(scripts)) for _ in range(length)]
             noise, texts = generators_of_rows(generator, rows), [prompts[row] for row in rows]
             pixels = self._decoded(finished.image_tokens, finished.image_grids, settings, noise, texts)
             images = self.processor.post_process_images(self._checked(pixels)[0])
-            images = iter(self._with_provenance(images, rows, generator, sampling, **decoder_provenance(settings)))
+            images = iter(self._with_provenance(images, rows, seeds, sampling, **decoder_provenance(settings)))
             videos = [[next(images) for _ in range(length)] for _ in scripts]
             if given:
                 videos = [[resized_like(first, video[1]), *video[1:]] for first, video in zip(firsts, videos)]
-            transitions = [script[1:] for script in scripts] if is_scripted else self._texts_between(finished, given)
+            written = [script[1:length] for script in scripts]
+            transitions = written if is_scripted else self._texts_between(finished, given)
         return NextFlowVideoOutput(videos, transitions)
 
     def _draw_script(self, scripts, given: int, inputs: dict, request, sampling, generator, callback) -> Prompts:
@@ -182,6 +187,8 @@ class ConversationMixin:
                     writer.append([[*row[frame - 1], boi] for row in texts])
                 drawing = ImageCodes(self.unwrapped_model, request.schedules, sampling, generator)
                 writer.draw(drawing, range(len(scripts)), callback)
+                if self.interrupt:
+                    break
         return writer.finished()
 
     def _texts_between(self, output: InterleavedGenerationOutput, given: int) -> list[list[str]]:
@@ -283,6 +290,8 @@ class ConversationMixin:
         texts = [text for conversation in conversations for text in texts_of_messages(conversation)]
         self._warn_of_texts(texts, sizes.get("image_sizes", ()))
         with self._call():
+            check_generators(generator, len(conversations))
+            seeds = seeds_of(generator)
             inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
             if not interleaves:
                 answers = self._generate_text(inputs, max_new_tokens, kwargs)
@@ -292,10 +301,21 @@ class ConversationMixin:
             output = self.model.generate_interleaved(
                 **inputs, **sizes, max_new_tokens=max_new_tokens, min_images=min_images, max_images=max_images,
                 sampling=sampling, generator=generator, streamer=streamer, tokenizer=self.processor.tokenizer,
-                **kwargs,
+                callback=self._unless_interrupted(kwargs.pop("callback", None)), **kwargs,
             )  # fmt: skip
-            answers = [self._message(output, row, settings, generator, sampling) for row in range(len(conversations))]
+            answers = [
+                self._message(output, row, settings, generator, seeds, sampling) for row in range(len(conversations))
+            ]
         return answers if is_batch else answers[0]
+
+    def _unless_interrupted(self, callback: ScaleCallback | None) -> ScaleCallback:
+        """A callback that also ends the drawing if the call is asked to stop."""
+        check_drawing(None, callback)
+
+        def after_scale(model, scale: int, state: ScaleState) -> bool:
+            return (callback is None or callback(model, scale, state) is not False) and not self.interrupt
+
+        return after_scale
 
     def _generate_text(self, inputs: dict, max_new_tokens: int | None, options: dict) -> list[dict]:
         """The assistant's messages of a model that answers only with text."""
@@ -310,7 +330,8 @@ class ConversationMixin:
         output: InterleavedGenerationOutput,
         row: int,
         settings: DiffusionSettings | None,
-        generator,
+        generator: Generators,
+        seeds: Seeds,
         sampling: ImageSampling,
     ) -> dict:
         content = []
@@ -325,7 +346,7 @@ class ConversationMixin:
                 tokens_and_grids = output.image_tokens[chosen], output.image_grids[chosen]
                 pixels = self._decoded(*tokens_and_grids, settings, generators_of_rows(generator, [row]))
                 images = self.processor.post_process_images(self._checked(pixels)[0])
-                [image] = self._with_provenance(images, [row], generator, sampling, **decoder_provenance(settings))
+                [image] = self._with_provenance(images, [row], seeds, sampling, **decoder_provenance(settings))
                 content.append({"type": "image", "image": image})
         return {"role": "assistant", "content": content}
 

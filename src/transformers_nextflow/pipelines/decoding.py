@@ -24,6 +24,7 @@ from .outputs import Images
 
 
 DECODERS = ("pixel", "diffusion")
+Seeds = int | None | Sequence[int | None]
 
 
 def load_diffusion_decoder(folder, dtype, device: torch.device, **options) -> NextFlowDiffusionDecoder:
@@ -185,9 +186,9 @@ class DecodingMixin:
         return image if same else (kept.to(image).permute(2, 0, 1) * 2 - 1), is_unsafe
 
     def _with_provenance(
-        self, images: Sequence[Image.Image], rows: Sequence[int], generator: Generators, sampling: ImageSampling, **more
+        self, images: Sequence[Image.Image], rows: Sequence[int], seeds: Seeds, sampling: ImageSampling, **more
     ) -> list[Image.Image]:
-        """PIL images with their provenance; `rows` are their numbers among the call's generators."""
+        """PIL images with their provenance; `rows` are their numbers among the call's `seeds`, see `seeds_of`."""
         if not self.adds_provenance:
             return list(images)
         # Not the path, which would reveal where the model is on the user's disk.
@@ -197,9 +198,8 @@ class DecodingMixin:
         result = []
         for image, row in zip(images, rows):
             # An image with a generator of its own does not depend on its place in the batch.
-            is_own = isinstance(generator, Sequence)
-            own, place = (generator[row], {}) if is_own else (generator, {"image": row})
-            record = {"checkpoint": checkpoint, "seed": None if own is None else own.initial_seed()} | place
+            own, place = (seeds[row], {}) if isinstance(seeds, Sequence) else (seeds, {"image": row})
+            record = {"checkpoint": checkpoint, "seed": own} | place
             result.append(GeneratedImage.of(image, record | {"settings": settings}))
         return result
 
@@ -216,6 +216,19 @@ def resized_like(image: Image.Image, like: Image.Image) -> Image.Image:
 def generators_of_rows(generator: Generators, rows: Sequence[int]) -> Generators:
     """The generators of the given rows, if every row has its own; else the one generator."""
     return [generator[row] for row in rows] if isinstance(generator, Sequence) else generator
+
+
+def seeds_of(generator: Generators) -> Seeds:
+    """The seeds from which a call repeats what it draws, one or one for each image; to be asked for before the drawing.
+
+    `None` where there is no generator, or one that has given numbers before: its seed alone does not repeat the image.
+    """
+    if isinstance(generator, Sequence):
+        return [seeds_of(own) for own in generator]
+    if generator is None:
+        return None
+    fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
+    return generator.initial_seed() if torch.equal(fresh.get_state(), generator.get_state()) else None
 
 
 def decoder_provenance(settings: DiffusionSettings | None) -> dict[str, str | int | float]:

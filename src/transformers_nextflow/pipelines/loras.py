@@ -11,6 +11,7 @@ from torch import nn
 from ..utils.atomic_files import atomic_folder_write
 from ..utils.checkpoint_checks import loading_errors
 from ..utils.known_names import check_names, checks_names
+from ..utils.offloading import check_holds_weights
 from ..utils.saved_adapters import (
     HUB_OPTIONS,
     active_adapters,
@@ -41,7 +42,8 @@ class LoraMixin:
         hotswap: bool = False,
         **kwargs,
     ):
-        """Load a saved adapter into the model and make it the active one; adapters that were there stay loaded.
+        """Load a saved adapter into the model and make it the active one, also where adapters were switched off; those
+        that were there stay loaded.
 
         Args:
             pretrained_model_name_or_path: a folder in PEFT's format, as `save_lora_weights`, trainers and
@@ -55,7 +57,7 @@ class LoraMixin:
         Raises:
             OSError: if there is no such adapter.
             ValueError: for a name that is taken, or with `hotswap` for one that is not; for an adapter that does not
-                fit the model, or the one in whose place it shall be.
+                fit the model, or the one in whose place it shall be; and while adapters are fused.
         """
         check_names(kwargs, HUB_OPTIONS, "load_lora_weights")
         path, names = pretrained_model_name_or_path, self.get_list_adapters()["model"]
@@ -73,10 +75,11 @@ class LoraMixin:
             adapter_name = next(name for name in (f"default_{number}" for number in numbers) if name not in names)
         if adapter_name in names:
             raise ValueError(f"There is an adapter {adapter_name!r} already; use another name, or delete it first.")
+        self._check_not_fused("load_lora_weights")
         with loading_errors(path):
             add_saved_adapter(self.unwrapped_model, adapter_name, path, subfolder, self._lora_rank, **kwargs)
-        self.unwrapped_model.eval().requires_grad_(False)
-        self._discard_recordings()
+        self.unwrapped_model.eval()
+        self.enable_lora()
 
     def enable_lora_hotswap(self, target_rank: int = 128):
         """Make room in adapters that are loaded from now on, so that others up to a rank take their place by
@@ -100,7 +103,11 @@ class LoraMixin:
 
         Args:
             adapter_name: default: the only one.
+
+        Raises:
+            ValueError: for a name that is none of an adapter, and where the model's weights are offloaded.
         """
+        check_holds_weights(self.unwrapped_model, "saving")
         name = self._named_or_only(adapter_name)
         with atomic_folder_write(save_directory) as folder:
             save_adapter(self.unwrapped_model, name, folder)
@@ -137,11 +144,12 @@ class LoraMixin:
         Args:
             lora_scale: a factor for the weights of the adapters; 1 changes nothing.
             adapter_names: default: the active ones.
-            safe_fusing: refuse weights that would not be finite.
+            safe_fusing: refuse weights that would not be finite; nothing is then fused.
 
         Raises:
-            ValueError: where adapters are fused already, or switched off.
+            ValueError: where adapters are fused already, or switched off, or the model's weights are offloaded.
         """
+        check_holds_weights(self.unwrapped_model, "fuse_lora")
         given = {} if adapter_names is None else {"adapter_names": adapter_names}
         _check(lora_scale=lora_scale, safe_fusing=safe_fusing, **given)
         names = self.get_active_adapters() if adapter_names is None else _as_list(adapter_names)
@@ -158,25 +166,30 @@ class LoraMixin:
             layer.scaling_before_fusing = {name: float(scaling) for name, scaling in layer.scaling.items()}
             for name in (name for name in names if name in layer.scaling):
                 layer.scaling[name] = layer.scaling[name] * lora_scale
-        for part, own in fused.items():
-            if _is_module_to_save(part):
-                part.merged_adapters, part.active_before_fusing = own, list(part.active_adapters)
-                part.set_adapter(own)
-            elif hasattr(part, "merge"):
-                part.merge(safe_merge=safe_fusing, adapter_names=own)
+        try:
+            for part, own in fused.items():
+                if _is_module_to_save(part):
+                    part.merged_adapters, part.active_before_fusing = own, list(part.active_adapters)
+                    part.set_adapter(own)
+                elif hasattr(part, "merge"):
+                    part.merge(safe_merge=safe_fusing, adapter_names=own)
+        except ValueError:
+            self.unfuse_lora()
+            raise
         self._discard_recordings()
 
     def unfuse_lora(self):
-        """Take adapters out of the weights again."""
+        """Take adapters out of the weights again. Raises `ValueError` where the model's weights are offloaded."""
+        check_holds_weights(self.unwrapped_model, "unfuse_lora")
         for part in adapted_parts(self.unwrapped_model):
             if _is_module_to_save(part) and part.merged_adapters:
                 part.set_adapter(part.active_before_fusing)
                 part.merged_adapters = []
             elif getattr(part, "merged", False):
                 part.unmerge()
-                for name, scaling in getattr(part, "scaling_before_fusing", {}).items():
-                    held = part.scaling[name]
-                    part.scaling[name] = held.fill_(scaling) if torch.is_tensor(held) else scaling
+            for name, scaling in vars(part).pop("scaling_before_fusing", {}).items():
+                held = part.scaling[name]
+                part.scaling[name] = held.fill_(scaling) if torch.is_tensor(held) else scaling
         self._discard_recordings()
 
     def unload_lora_weights(self):
@@ -185,10 +198,11 @@ class LoraMixin:
         self._discard_recordings()
 
     def delete_adapters(self, adapter_names: str | Sequence[str]):
-        """Remove some adapters."""
+        """Remove some adapters. Raises `ValueError` while adapters are fused."""
         _check(adapter_names=adapter_names)
         names = _as_list(adapter_names)
         self._check_adapters(names)
+        self._check_not_fused("delete_adapters")
         if set(names) == set(self.get_list_adapters()["model"]):
             self.unload_lora_weights()
         else:
@@ -221,7 +235,8 @@ class LoraMixin:
         self._set_enabled(True)
 
     def disable_lora(self):
-        """Switch all adapters off; they stay loaded."""
+        """Switch all adapters off; they stay loaded. Raises `ValueError` while adapters are fused."""
+        self._check_not_fused("disable_lora")
         self._set_enabled(False)
 
     def get_active_adapters(self) -> list[str]:
@@ -246,7 +261,9 @@ class LoraMixin:
             raise ValueError(f"An adapter must be named only once, got {short_repr(list(names))}.")
 
     def _check_not_fused(self, what: str):
-        """Raises `ValueError` while adapters are fused: with another strength they could not be taken out again."""
+        """Raises `ValueError` while adapters are fused: no others act beside them, and with another strength or without
+        their own matrices they could not be taken out again.
+        """
         if any(getattr(part, "merged_adapters", ()) for part in adapted_parts(self.unwrapped_model)):
             raise ValueError(f"Adapters are fused into the weights; call unfuse_lora before {what}.")
 

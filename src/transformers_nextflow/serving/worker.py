@@ -198,10 +198,36 @@ class Worker:
             return
         for job, message in zip(jobs, messages):
             for part in message["content"]:
-                job.put(part["text"] if part["type"] == "text" else _finished(self.pipeline, part["image"], job))
+                if part["type"] == "image":
+                    job.put(_finished(self.pipeline, part["image"], job))
+                elif text := TextBeforeStop(job.options.get("stop_strings"))(part["text"], is_end=True):
+                    job.put(text)
 
     def _num_scales(self, image) -> int:
         return schedule_of(self.pipeline, image).num_scales
+
+
+class TextBeforeStop:
+    """Passes on a text that comes in pieces, up to a text at which it stops, as OpenAI's API does.
+
+    Called with a piece, it gives what can be told by now not to belong to a stop. With `is_end` nothing follows.
+    """
+
+    def __init__(self, stops: str | Sequence[str] | None):
+        self.stops = [stops] if isinstance(stops, str) else list(stops or ())
+        self.held, self.is_over = "", False
+
+    def __call__(self, piece: str, is_end: bool = False) -> str:
+        if self.is_over:
+            return ""
+        text = self.held + piece
+        if found := [text.index(stop) for stop in self.stops if stop in text]:
+            self.is_over = True
+            return text[: min(found)]
+        starts = [stop[:length] for stop in self.stops for length in range(1, len(stop))]
+        count = 0 if is_end else max((len(start) for start in starts if text.endswith(start)), default=0)
+        self.held = text[len(text) - count :]
+        return text[: len(text) - count]
 
 
 class _Streamer(InterleavedStreamer):
@@ -210,6 +236,7 @@ class _Streamer(InterleavedStreamer):
     def __init__(self, pipeline: NextFlowPipeline, job: ChatJob, sampling: ImageSampling):
         super().__init__(pipeline.processor.tokenizer, skip_special_tokens=True)
         self.pipeline, self.job, self.sampling = pipeline, job, sampling
+        self.before_stop = TextBeforeStop(job.options.get("stop_strings"))
 
     def put(self, value):
         if self.job.abandoned:
@@ -217,11 +244,12 @@ class _Streamer(InterleavedStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False):
-        if text:
+        if text := self.before_stop(text, is_end=stream_end):
             self.job.put(text)
 
     def put_scale(self, state: ScaleState):
         self._flush()
+        self.on_finalized_text("", stream_end=True)  # what is held back belongs before the image
         schedule = state.schedules[0]
         scale = next(k for k in range(schedule.num_scales) if schedule.offsets[k + 1] == len(state.image_tokens[0]))
         shown = preview_scales(schedule.num_scales, self.job.partial_images)
@@ -230,7 +258,7 @@ class _Streamer(InterleavedStreamer):
         pixels, _ = self.pipeline._checked(state.preview())
         image = self.pipeline.processor.post_process_images(pixels)[0]
         if state.is_finished:
-            [image] = self.pipeline._with_provenance([image], [0], [_generator(self.job.seed)], self.sampling)
+            [image] = self.pipeline._with_provenance([image], [0], [self.job.seed], self.sampling)
             self.job.put(_finished(self.pipeline, image, self.job))
         else:
             self.job.put(Partial(image, shown.index(scale)))

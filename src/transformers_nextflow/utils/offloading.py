@@ -42,6 +42,17 @@ def onload_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
+def check_holds_weights(model: nn.Module, what: str):
+    """Raises `ValueError` for a model whose weights are offloaded one by one: what reads or writes them outside of
+    `forward` reaches only empty ones, without an error.
+    """
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise ValueError(
+            f"Weights of the {type(model).__name__} are offloaded, where {what} does not reach them; do it before they "
+            "are (pipe.remove_all_hooks() takes back enable_sequential_cpu_offload)."
+        )
+
+
 def is_onloaded(module: nn.Module) -> bool:
     """Whether `onload_weights` currently keeps the weights of an offloaded module on the device."""
     return isinstance(_hook(module), _OnloadedHook)

@@ -1,7 +1,7 @@
 """Saves adapters of PEFT beside the full weights of their model, so that one folder holds both.
 
     model.safetensors, config.json, …   the model itself, without adapters
-    adapters/adapters.json              their names, and which of them are active
+    adapters/adapters.json              their names, weights, which of them are chosen, and whether these act
     adapters/NAME/                      one folder for each, in PEFT's format
 
 This is needed since transformers saves adapters in place of their model, and diffusers cannot save PEFT's wrapper.
@@ -26,6 +26,7 @@ from transformers.utils import cached_file
 
 from .atomic_files import atomic_write, check_path
 from .checkpoint_checks import FLOATS, is_finite, read_json
+from .offloading import check_holds_weights
 from .short_repr import short_repr
 from .typed_values import check_finite, check_types
 
@@ -71,8 +72,9 @@ def with_adapters_beside(model: nn.Module) -> nn.Module:
     tensors.
 
     Raises:
-        ValueError: for adapters that are merged into the weights, and for quantised weights.
+        ValueError: for adapters that are merged into the weights, and for quantised or offloaded weights.
     """
+    check_holds_weights(model, "saving")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             "A quantised model is not saved together with its adapters; save the adapters by model.save_pretrained."
@@ -109,8 +111,11 @@ def _save_adapters(model: nn.Module, folder: Path):
         return
     for name in names:
         save_adapter(model, name, folder / FOLDER / name)
+    # "active" are those that act: none where adapters are switched off, as "chosen" then tells.
+    index = {"names": names, "active": active_adapters(model), "chosen": _chosen_adapters(model)}
+    index["weights"] = {name: _weight_of(model, name) for name in names}
     with atomic_write(folder / FOLDER / INDEX) as partial_file:
-        partial_file.write_text(json.dumps({"names": names, "active": active_adapters(model)}, indent=2) + "\n")
+        partial_file.write_text(json.dumps(index, indent=2) + "\n")
 
 
 def save_adapter(model: nn.Module, name: str, folder: Path):
@@ -135,9 +140,11 @@ def add_saved_adapter(model: nn.Module, name: str, path, subfolder: str = "", ra
 
     Raises:
         OSError: if there is no adapter.
-        ValueError: if peft is missing, or the adapter does not fit; then the model does not change.
+        ValueError: if peft is missing, the model's weights are offloaded, or the adapter does not fit; then the model
+            does not change.
     """
     check_adapter_name(name)
+    check_holds_weights(model, "an adapter that is loaded")
     config, weights = _read_adapter(path, subfolder, **hub_options)
     if rank is not None and config.peft_type != "LORA":
         raise ValueError(f"{path} holds an adapter of the kind {config.peft_type.value}; only LoRAs are hot-swapped.")
@@ -177,9 +184,10 @@ def swap_adapter(model: nn.Module, name: str, path, subfolder: str = "", **hub_o
 
     Raises:
         OSError: if there is no saved one.
-        ValueError: for one of another kind, of more layers or of a higher rank, and where the old one is merged; the
-            model is then as it was.
+        ValueError: for one of another kind, of more layers or of a higher rank, and where the old one is merged or
+            offloaded; the model is then as it was.
     """
+    check_holds_weights(model, "an adapter that is loaded")
     config, saved = _read_adapter(path, subfolder, **hub_options)
     from peft.utils.hotswap import check_hotswap_configs_compatible
 
@@ -224,6 +232,18 @@ def set_scale(layer: nn.Module, name: str, scale: float):
     layer.set_scale(name, scale)
     if torch.is_tensor(held):
         layer.scaling[name] = held.fill_(layer.scaling[name])
+
+
+def _weight_of(model: nn.Module, name: str) -> float:
+    """How much an adapter counts, as `set_scale` set it: 1 as it was trained, also for one without LoRA's scales."""
+    for layer in adapted_parts(model):
+        if name in getattr(layer, "scaling", ()) and hasattr(layer, "set_scale"):
+            held = layer.scaling[name]
+            layer.set_scale(name, 1.0)
+            trained, layer.scaling[name] = float(layer.scaling[name]), held
+            if trained:
+                return float(held) / trained
+    return 1.0
 
 
 def adapted_parts(model: nn.Module) -> Iterator[nn.Module]:
@@ -307,20 +327,32 @@ def load_adapters(model: nn.Module, path, subfolder: str = "", **kwargs):
     if index is None or hasattr(model, "peft_config"):
         # If the folder of a single active adapter was loaded, transformers has loaded that adapter already.
         return
-    saved = read_json(index)
-    check_types(saved, {"names": list[str], "active": list[str]}, INDEX)
-    if unknown := [name for name in saved.get("active", ()) if name not in saved.get("names", ())]:
-        raise ValueError(f"{index} has the adapter {unknown[0]!r} active, which is none of its names.")
-    if missing := [name for name in ("names", "active") if name not in saved]:
-        raise ValueError(f"{index} lacks {missing[0]}; save the model again.")
+    saved = _read_index(index)
     for name in saved["names"]:
         add_saved_adapter(model, name, path, f"{place}/{name}", **options)
     model.eval().requires_grad_(False)
-    if saved["active"]:
-        set_active_adapters(model, saved["active"])
-    else:
-        for part in adapted_parts(model):
+    if chosen := saved["active"] or saved.get("chosen"):
+        set_active_adapters(model, chosen)
+    for part in adapted_parts(model):
+        if hasattr(part, "set_scale"):
+            for name, weight in saved.get("weights", {}).items():
+                set_scale(part, name, weight)
+        if not saved["active"]:
             part.enable_adapters(False)
+
+
+def _read_index(file) -> dict:
+    """What `_save_adapters` wrote; the file of an earlier version has no weights and no chosen ones."""
+    saved = read_json(file)
+    hints = {"names": list[str], "active": list[str], "chosen": list[str], "weights": dict[str, float]}
+    check_types(saved, hints, INDEX)
+    check_finite(saved.get("weights", {}))
+    for entry, how in (("active", " active"), ("chosen", " chosen"), ("weights", "'s weight")):
+        if unknown := [name for name in saved.get(entry, ()) if name not in saved.get("names", ())]:
+            raise ValueError(f"{file} has the adapter {unknown[0]!r}{how}, which is none of its names.")
+    if missing := [name for name in ("names", "active") if name not in saved]:
+        raise ValueError(f"{file} lacks {missing[0]}; save the model again.")
+    return saved
 
 
 def _read_adapter(path, subfolder: str, **hub_options) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
