@@ -5,9 +5,10 @@
 The same samples are trained on in padded batches, in packs of a fixed length and in packs of fixed compute. They are
 text, drawings, captions, edits and interleaved images at a small and a large level, whose images differ fourfold in
 tokens as those of the paper's 256 and 512 levels do. A step is the forward and backward pass of two layers of the
-random model, without the optimiser. The three kinds run side by side on one thread each, and seconds are processor
-time. All tokens except padding are useful. Two workers take the batches in turn; the wait is the average share of a
-step in which the faster one waits for the slower one. Writes `results/packing.json`.
+random model, with its default attention in all of them and without the optimiser. The three kinds run side by side on
+one thread each, and seconds are processor time. All tokens except padding are useful. Two workers take the batches in
+turn; the wait is the average share of a step in which the faster one waits for the slower one. Writes
+`results/packing.json`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from transformers import AutoTokenizer
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowImageProcessor, NextFlowProcessor
 from transformers_nextflow.evaluation.results import write_result
-from transformers_nextflow.sequence.scale_sdpa import SCALE_SDPA
 from transformers_nextflow.trainers import CostModel, NextFlowCollator, PackedDataset
 
 
@@ -127,7 +127,6 @@ def figures_of(packing: str, samples: int, budgets: dict) -> dict:
     model, processor = make_model()
     collator, rows = NextFlowCollator(processor), make_rows(processor, samples)
     batches, useful, costs = batches_of(packing, rows, collator, CostModel.from_config(model.config), budgets)
-    model.set_attn_implementation("sdpa" if packing == "padding" else SCALE_SDPA)
     places = sum(batch["input_ids"].numel() for batch in batches)
     position = WAYS.index(packing)
     with tqdm(total=places + batches[0]["input_ids"].numel(), unit="token", desc=packing, position=position) as bar:

@@ -5,8 +5,8 @@
 Each arm trains a number of first scales from the same checkpoint. All arms train with the same seeds and for the same
 number of minutes; `--compared_minutes` gives the arms that are compared with the first one another number. Runs go side
 by side. Finished runs are kept in `--output_dir`, so the benchmark continues after it was killed. The scores are those
-of prompts and questions that are kept for evaluation. A step of fewer scales is faster, so the curves are compared by
-step and by training time.
+of prompts that are kept for evaluation, and of questions about sampled scenes. A step of fewer scales is faster, so the
+curves are compared by step and by training time.
 Writes `results/rl_prefix.json`: for the first of `--prefixes` the means over the seeds, `weakest_category_gain`,
 `overall_gain` and `understanding_drop`, and for every arm the same with those of each seed and the curves.
 `at_equal_steps` holds the scores on the prompts of the curves at the last step that all runs reached, and

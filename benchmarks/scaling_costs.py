@@ -4,7 +4,7 @@
 
 Operations are counted for the 7B preset and its tokenizer. For codes they are those of one encoding of an image; for
 training they are 6 times the backbone's parameters times the slots of a caption and of the image. Bytes are those of
-three lists of codes in int32, as `extract-codes` writes them for an image that is trained on, before compression. Hours
+three lists of codes in int16, as `extract-codes` writes them for an image that is trained on, before compression. Hours
 of a card follow from the matrix rate that was measured on one (`results/drawing_on_gpu.json`), at the share of it that
 drawing reached there. Nothing was run at this size.
 Writes `results/scaling_costs.json`: `costs`; the table in `docs/scaling.md`.
@@ -23,7 +23,7 @@ from transformers_nextflow.evaluation.results import write_result
 
 
 SIZES, COUNTS = (256, 512, 1024), (10**6, 10**9)
-CAPTION, LISTS, CODE_BYTES = 60, 3, 4
+CAPTION, LISTS, CODE_BYTES = 60, 3, 2
 MEASURED = RESULTS / "drawing_on_gpu.json"
 
 

@@ -32,9 +32,9 @@ from transformers_nextflow import (
 )
 from transformers_nextflow.data import EncodedImage, code_fields, encoded_images, tokenizer_fingerprint
 from transformers_nextflow.tokenization_nextflow import THINK_PREFIX, train_tokenizer
-from transformers_nextflow.worlds.conversations import Exchange, answering, images_of, texts_of, to_messages
+from transformers_nextflow.worlds.conversations import Exchange, images_of, texts_of, to_messages
 from transformers_nextflow.worlds.emoji import CAPTION_REQUEST, Scene, World, render, training_case
-from transformers_nextflow.worlds.emoji.questions import question_about
+from transformers_nextflow.worlds.emoji.questions import further_question
 from transformers_nextflow.worlds.emoji.scene import draw_share
 
 
@@ -83,8 +83,7 @@ def sample(rng: np.random.Generator, world: World, size: str, ability: str | Non
     exchanges = [training_case(rng, world, ability).exchange]
     for _ in range(int(rng.choice(FURTHER_QUESTIONS[size].get(ability, (0,))))):
         scene = images_of(exchanges[0].asked + exchanges[0].answer)[-1]
-        question, answer, _ = question_about(rng, scene, world)[1]
-        exchanges.append(answering(question, answer))
+        exchanges.append(further_question(rng, scene, world).exchange)
     return exchanges
 
 

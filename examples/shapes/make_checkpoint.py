@@ -83,7 +83,7 @@ the transformer never saw in training. `overall` is the mean of the categories.
 """
 UNDERSTANDING_RULES = """\
 **Understanding.** A score is the share of right answers. `questions` is the mean over the kinds of questions; `overall`
-also includes captions.
+also includes captions. Scenes and questions are sampled as in the training, which may have had some of them.
 """
 TOKENIZER_RULES = """\
 **Tokenizer.** These scores say how well the vision tokenizer reconstructs held-out images with all pairs of shape and

@@ -30,6 +30,7 @@ from transformers_nextflow.worlds.shapes import (
     answering,
     follow_up_edit,
     images_of,
+    is_reserved,
     may_be_trained_on,
     question_about,
     render,
@@ -38,6 +39,7 @@ from transformers_nextflow.worlds.shapes import (
     to_messages,
     training_case,
 )
+from transformers_nextflow.worlds.shapes.cases import key_of
 
 
 WORLD = World()
@@ -98,11 +100,16 @@ def prompted(ability: str, exchange: Exchange, rng: np.random.Generator) -> Exch
 
 
 def ask(rng: np.random.Generator, scene: Scene) -> Exchange:
-    """Makes a question about a scene or a request to describe it, with the answer."""
-    if rng.random() < DESCRIPTION_SHARE:
-        request, describe = list(DESCRIPTIONS.values())[int(rng.integers(len(DESCRIPTIONS)))]
-        return answering(request, describe(scene, WORLD))
-    return answering(*question_about(rng, WORLD, scene))
+    """Makes a question about a scene or a request to describe it, with the answer; none that is kept for evaluation."""
+    while True:
+        if rng.random() < DESCRIPTION_SHARE:
+            request, describe = list(DESCRIPTIONS.values())[int(rng.integers(len(DESCRIPTIONS)))]
+            answer = describe(scene, WORLD)
+            texts = (answer,)  # images are drawn from descriptions too
+        else:
+            (request, answer), texts = question_about(rng, WORLD, scene), ()
+        if not any(map(is_reserved, (key_of((scene, request), WORLD), *texts))):
+            return answering(request, answer)
 
 
 def sample(rng: np.random.Generator, abilities: Sequence[str] = tuple(MIXTURE)) -> list[Exchange]:

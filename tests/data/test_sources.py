@@ -254,3 +254,13 @@ def test_a_data_set_of_the_hub_is_asked_for_by_its_name(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert as_told(*open_rows("someone/photos")) == EXPECTED and asked == [("someone/photos", "train", False)]
+
+
+def test_an_image_without_a_class_is_refused_and_not_given_the_last_one(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    image = {"bytes": png(COLORS[0]), "path": None}
+    datasets.Dataset.from_dict({"image": [image, image], "label": [1, -1]}, features).save_to_disk(tmp_path / "data")
+    rows, root = open_rows(tmp_path / "data")
+    assert read_row(rows[0], root).messages[0]["content"][0]["text"] == "dog"
+    with pytest.raises(BadRowError, match="label: must be a class from 0 to 1, got -1"):
+        rows[1]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import typer
 import yaml
 from library_versions import loads_whole_parts
@@ -83,6 +84,16 @@ def test_a_folder_becomes_a_lora_that_draws_its_images(photos, tmp_path, monkeyp
         drawn = Image.open(f"drawn-{number}.png")
         to_each = [psnr_to(drawn, photos / f"{other}.png") for other in NAMES]
         assert np.argmax(to_each) == number, to_each
+
+
+def test_codes_that_are_only_rounded_were_never_trained_on():
+    model = tiny_model()
+    model.load_vision_tokenizer(model.vq_model)
+    codes = model.model.visual_embedding.codes.weight.data
+    codes.copy_(codes.bfloat16())  # as converted models are saved
+    assert not torch.equal(codes, model.vq_model.quantizer.codebook) and has_new_codes(model)
+    codes[0] += 0.05
+    assert not has_new_codes(model)
 
 
 def test_init_chooses_what_fits_data_and_machine_and_says_why(photos, tmp_path):

@@ -380,6 +380,23 @@ def test_dead_codes_move_to_what_the_codes_of_each_scale_leave_over():
     assert nearest.max() < 1e-8 and set(scale.tolist()) == {0, 1, 2, 3}
 
 
+def codes_of_process(rank: int, folder):
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    model = tiny_vq_model()
+    # Other images stand for additions in another order.
+    initialize_codebook(model, make_images(32, seed=rank))
+    torch.save(model.quantizer.codebook.detach(), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_start_from_the_same_codes_whatever_each_computes(tmp_path):
+    in_two_processes(codes_of_process, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    model = tiny_vq_model()
+    initialize_codebook(model, make_images(32, seed=0))
+    assert torch.equal(first, second) and torch.allclose(first, model.quantizer.codebook, atol=1e-5)
+
+
 def test_the_trainer_revives_what_was_not_used_since_the_last_time(tmp_path):
     model = model_with_dead_codes()
     trainer = make_trainer(tmp_path, model, max_steps=5, revive_every=2, learning_rate=0.0)

@@ -166,6 +166,12 @@ def test_every_suite_is_scored_with_both_ceilings(pipe, monkeypatch):
         assert scores[name]["ceiling"]["overall"] == 1.0 and 0 <= scores[name]["overall"] <= 1
 
 
+def test_style_transfers_that_are_retrieved_are_different_and_held_out(pipe):
+    cases = EmojiEvaluation(pipe, WORLD, tiny_judge(), limit=5).retrieval_cases()
+    assert len({case.key for case in cases}) == len(cases) > 1
+    assert all(case.held_out(WORLD) == {"wording"} for case in cases)
+
+
 def test_images_of_all_sizes_are_drawn_as_they_are_asked_for(pipe):
     world = tiny_world(side=16, ratios=RATIOS, plain=True)
     scored = EmojiEvaluation(pipe, world, tiny_judge(world), limit=4)

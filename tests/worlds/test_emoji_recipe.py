@@ -22,8 +22,10 @@ from transformers_nextflow.utils.training_domain import TrainingDomain
 from transformers_nextflow.utils.typed_values import read_typed
 from transformers_nextflow.worlds.conversations import images_of
 from transformers_nextflow.worlds.emoji import Item, Requirement, Scene, Sticker
+from transformers_nextflow.worlds.emoji.cases import Case
 from transformers_nextflow.worlds.emoji.judge import Judge, Vocabulary
 from transformers_nextflow.worlds.emoji.rewards import judge_reward
+from transformers_nextflow.worlds.held_out import is_reserved
 
 
 FOLDER = Path(__file__).parents[2] / "examples" / "emoji"
@@ -291,3 +293,11 @@ def test_conversations_go_on_about_their_last_image(script):
     assert set(lengths) <= {3, 4, 5} and len(set(lengths)) > 1
     exchanges = make_data.sample(np.random.default_rng(0), WORLD, "full", "question")
     assert not any(images_of(exchange.asked + exchange.answer) for exchange in exchanges[1:])
+
+
+def test_no_question_that_goes_on_about_an_image_is_held_out(script):
+    make_data, rng = script("make_data"), np.random.default_rng(0)
+    for _ in range(100):
+        exchanges = make_data.sample(rng, WORLD, "full", "caption")
+        scene = images_of(exchanges[0].asked)[-1]
+        assert not any(is_reserved(Case("", (scene, *e.asked), e.answer).key) for e in exchanges[1:])

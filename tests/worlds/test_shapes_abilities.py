@@ -12,6 +12,7 @@ import pytest
 from transformers_nextflow.data import EncodedImage
 from transformers_nextflow.worlds.shapes import (
     ABILITIES,
+    DESCRIPTIONS,
     Object,
     Scene,
     World,
@@ -33,7 +34,7 @@ from transformers_nextflow.worlds.shapes import (
     training_case,
 )
 from transformers_nextflow.worlds.shapes.analogies import CHANGES
-from transformers_nextflow.worlds.shapes.cases import same
+from transformers_nextflow.worlds.shapes.cases import key_of, same
 from transformers_nextflow.worlds.shapes.edits import edit_kinds, follow_up_edit
 from transformers_nextflow.worlds.shapes.events import apply_event
 from transformers_nextflow.worlds.shapes.language import parse_located_caption
@@ -491,6 +492,16 @@ def test_no_reserved_text_is_in_the_conversations(script):
         said = texts_of(part for exchange in exchanges for part in exchange.asked)
         assert not prompts & set(said)
     assert lengths >= {1, 2, 3, 4, 5}
+
+
+def test_nothing_that_is_asked_further_about_an_image_is_held_out(script):
+    generator = np.random.default_rng(0)
+    for _ in range(60):
+        first, *further = script.sample(generator, ["caption"])
+        scene = images_of(first.asked)[-1]
+        assert not any(is_reserved(key_of((scene, *exchange.asked), WORLD)) for exchange in further)
+        described = [e.answer[0] for e in further if e.asked[0] in {request for request, _ in DESCRIPTIONS.values()}]
+        assert not any(map(is_reserved, described))
 
 
 def test_rows_carry_the_codes_of_all_their_images(script):

@@ -73,11 +73,14 @@ class Columns:
             classes: names of classes, if the caption column holds their numbers.
 
         Raises:
-            BadRowError: naming the column, for a caption that is no text or a missing image.
+            BadRowError: naming the column, for a caption that is no text, the number of no class, or a missing image.
         """
         check_is_row(row)
         text = "" if self.caption is None else _value(row, self.caption)
         if classes is not None and isinstance(text, int):
+            # `datasets` writes -1 for an image without a class, which would be the last one.
+            if not 0 <= text < len(classes):
+                raise BadRowError(str(self.caption), f"must be a class from 0 to {len(classes) - 1}, got {text}")
             text = classes[text]
         if not isinstance(text, str):
             raise BadRowError(str(self.caption), f"must be a text, got {abbreviate(text)}")

@@ -187,8 +187,11 @@ def with_vision_tokenizer(folder: str | os.PathLike, vq_model: NextFlowVQModel) 
 
 
 def has_new_codes(model: NextFlowForConditionalGeneration) -> bool:
-    """Whether the transformer was never trained on its tokenizer's codes: their embedding still equals the codebook."""
-    return torch.equal(model.model.visual_embedding.codes.weight, model.vq_model.quantizer.codebook)
+    """Whether the transformer was never trained on its tokenizer's codes: their embedding still equals the codebook, up
+    to the rounding to half precision, in which models are converted and saved.
+    """
+    codes, codebook = model.model.visual_embedding.codes.weight, model.vq_model.quantizer.codebook
+    return torch.allclose(codes.float(), codebook.to(codes.device), rtol=2**-8, atol=2**-24)
 
 
 def train_only(model: NextFlowForConditionalGeneration, parts: tuple[str, ...]):

@@ -10,8 +10,9 @@ from pathlib import Path
 from datasets import Dataset, Image, IterableDataset, List
 
 from ...data.columns import Columns
+from ...data.row_codes import TOKENS
 from ...data.row_errors import BadRowError
-from ...data.rows import ROW_NUMBER, NumberedRows, is_trained, read_row
+from ...data.rows import ROW_NUMBER, NumberedRows, Sample, is_trained, read_row
 from ...data.sources import JsonLines, open_rows
 from ...processing_nextflow import check_prompts
 from ...utils.short_repr import short_repr
@@ -19,10 +20,12 @@ from ...utils.short_repr import short_repr
 
 def read_prompts(source: str | os.PathLike, columns: Columns | None = None) -> Dataset:
     """Prompts for RL: the rows with `prompt` of a `.jsonl` file, with all their fields, which are passed to rewards;
-    from other sources (`open_rows`) the texts and input images of each row that an image answers.
+    from other sources (`open_rows`) the texts and input images of each row's first turn, if the user's turn is answered
+    with an image. Later turns do not count, and rows that begin otherwise are left out.
 
     Raises:
-        ValueError: for an invalid source, or rows none of which an image answers.
+        ValueError: for an invalid source, rows none of which begins so, or images of a prompt that are given only as
+            codes.
     """
     path = Path(source)
     if path.suffix in (".jsonl", ".json") and path.is_file():
@@ -33,16 +36,15 @@ def read_prompts(source: str | os.PathLike, columns: Columns | None = None) -> D
     found = []
     for number, row in enumerate(rows):
         try:
-            sample = read_row(row, root)
+            turn = _first_turn(read_row(row, root))
         except BadRowError as error:
             raise error.of_row(number) from error
-        parts = [(part, is_trained(message, part)) for message in sample.messages for part in message["content"]]
-        prompt = " ".join(part["text"] for part, trained in parts if part["type"] == "text" and not trained).strip()
-        if prompt and any(sample.trained_images):
-            shown = [image for image, on in zip(sample.images, sample.trained_images) if not on]
-            found.append((prompt, [image if isinstance(image, bytes) else str(image) for image in shown]))
+        if turn is not None:
+            found.append(turn)
     if not found:
-        raise ValueError(f"No row of {source} is answered by an image; RL needs prompts to draw from.")
+        raise ValueError(
+            f"No row of {source} begins with a text of the user that an image answers; RL needs prompts to draw from."
+        )
     prompts = Dataset.from_dict({"prompt": [prompt for prompt, _ in found]})
     if not any(images for _, images in found):
         return prompts.select(
@@ -53,6 +55,26 @@ def read_prompts(source: str | os.PathLike, columns: Columns | None = None) -> D
         for _, own in found
     ]
     return prompts.add_column("images", images).cast_column("images", List(Image()))
+
+
+def _first_turn(sample: Sample) -> tuple[str, list[str | bytes]] | None:
+    """The text and the images of the user's turn with which a row begins, if it is answered with an image; else `None`.
+
+    Raises:
+        BadRowError: if these images are given only as codes, since RL reads images.
+    """
+    messages = sample.messages[:2]
+    if [message["role"] for message in messages] != ["user", "assistant"]:
+        return None
+    asked, answered = (message["content"] for message in messages)
+    prompt = " ".join(part["text"] for part in asked if part["type"] == "text").strip()
+    if not prompt or not any(part["type"] == "image" and is_trained(messages[1], part) for part in answered):
+        return None
+    count = sum(part["type"] == "image" for part in asked)
+    if len(shown := sample.images[:count]) < count:
+        problem = f"holds the codes of the prompt's {count} images, and RL reads images; give the rows that have them"
+        raise BadRowError(TOKENS, problem)
+    return prompt, [image if isinstance(image, bytes) else str(image) for image in shown]
 
 
 def _checked_lines(lines: JsonLines) -> list[dict]:

@@ -54,6 +54,7 @@ def initialize_codebook(
 
     Every scale gets `shares[k]` of the codes (default: as many as any other), and the next one quantises the residual
     that they leave. The latents of all images are held in memory, and in k-means `MAX_VECTORS` vectors of a scale.
+    Every process must call it; the codes are those of the first process.
 
     Args:
         images: (B, 3, H, W), or batches of them, each of one size, that are asked for one after another. A scale has
@@ -76,7 +77,11 @@ def initialize_codebook(
         centers.append(_kmeans(model, _sample_scale_vectors(having, scale, generator), share, generator))
         for batch in having:
             batch.take(scale, torch.cat(centers))
-    _write(model, torch.arange(size, device=model.device), torch.cat(centers))
+    codes = torch.cat(centers)
+    if torch.distributed.is_initialized():
+        # The order of additions on a GPU differs by processes, and k-means makes large differences of small ones.
+        codes = _broadcast_from_first(codes)
+    _write(model, torch.arange(size, device=model.device), codes)
 
 
 def _sample_scale_vectors(batches: Sequence[_Residuals], scale: int, generator: torch.Generator) -> torch.Tensor:

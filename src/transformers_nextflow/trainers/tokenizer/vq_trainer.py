@@ -236,7 +236,6 @@ class NextFlowVQTrainer(
         """At the beginning of a step: starts the codebooks from k-means, or revives codes, when it is time."""
         args, step = self.args, self.state.global_step
         if self.stage.starts_codebook(args.autoencoder_share) and step == self._first_quantized_step:
-            # The same images and the same seed on every process: no broadcast is needed.
             initialize_codebook(self._core, self._first_images(), args.kmeans_shares, seed=args.seed)
             self.restart_averages("quantizer.")
         revives = self.stage.learns_codes and args.revive_every and step % args.revive_every == 0

@@ -30,7 +30,7 @@ from .edits import STYLE_REQUESTS
 from .judge import Judge, as_array
 from .language import style_word
 from .reading import reading_scores
-from .scene import Scene, Sticker, World, choose, random_scene, render
+from .scene import Scene, Sticker, World, random_scene, render
 
 
 ART, JUDGE, WORLD = Path("runs/emoji/art.zip"), Path("runs/emoji/judge"), "world.json"
@@ -230,8 +230,7 @@ class EmojiEvaluation:
         """Style transfer of one thing on white: the share of images that are nearest, in the judge's features, to the
         true target among all the world's drawings of that style. `ceiling`: that of reconstructed targets.
         """
-        rng = np.random.default_rng(11)
-        cases = [self._retrieval_case(rng) for _ in range(self.limit)]
+        cases = self.retrieval_cases()
         drawn, restored = [], self.reconstruct([render(case.after, self.world) for case in cases])
         for _, batch, generators in self._batches(cases, "style retrieval", 1):
             answers = self.draw(batch, generators)
@@ -248,16 +247,26 @@ class EmojiEvaluation:
 
         return {"retrieved": share(drawn), "ceiling": share(restored)}
 
-    def _retrieval_case(self, rng: np.random.Generator) -> SceneCase:
-        while True:
-            concept = choose(rng, self.world.concepts)
-            styles = [s for s in self.world.styles_of(concept) if not self.world.holds_out_style(concept, s)]
-            if len(styles) > 1:
-                break
-        before, after = (styles[i] for i in rng.permutation(len(styles))[:2])
-        text = choose(rng, STYLE_REQUESTS).format(style_word(None, after))
-        scenes = [Scene((Sticker(concept, style),)) for style in (before, after)]
-        return SceneCase("retrieval", (scenes[0], text), (scenes[1],), after=scenes[1])
+    def retrieval_cases(self) -> list[SceneCase]:
+        """Different held-out cases of `style_retrieval`, as many as the limit if there are so many.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        found = []
+        for concept in self.world.concepts:
+            for styles in itertools.permutations(self.world.styles_of(concept), 2):
+                before, after = (Scene((Sticker(concept, style),)) for style in styles)
+                for request in STYLE_REQUESTS:
+                    text = request.format(style_word(None, styles[1]))
+                    case = SceneCase("retrieval", (before, text), (after,), after=after)
+                    if case.held_out(self.world) == {WORDING}:
+                        found.append(case)
+        if not found:
+            raise ValueError(
+                "No style transfer of one thing on white is held out in this world; leave out the ability style."
+            )
+        return [found[i] for i in np.random.default_rng(11).permutation(len(found))[: self.limit]]
 
     def _portraits(self, style: str) -> list[np.ndarray]:
         """All concepts of a style on white."""

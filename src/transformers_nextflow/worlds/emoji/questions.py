@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 
 from ..conversations import answering
+from ..held_out import is_reserved
 from .cases import AnswerCase
 from .language import RELATION_TEMPLATES, name_of, plural, style_word, with_article
 from .packages import STYLE_WORDS
@@ -105,6 +107,15 @@ def question_about(rng: np.random.Generator, scene: Scene, world: World) -> tupl
         question = QUESTIONS[kind](rng, scene, world)
         if question is not None:
             return kind, question
+
+
+def further_question(rng: np.random.Generator, scene: Scene, world: World) -> AnswerCase:
+    """A question with which a training goes on about an image that it has shown; never one that is held out."""
+    while True:
+        kind, (text, answer, answers) = question_about(rng, scene, world)
+        case = AnswerCase(kind, *answering(text, answer, [scene]), answers=answers)
+        if not is_reserved(case.key):
+            return replace(case, asked=(text,))
 
 
 def question_case(rng: np.random.Generator, world: World) -> AnswerCase:

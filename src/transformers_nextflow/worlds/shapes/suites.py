@@ -81,7 +81,11 @@ def held_out_combinations(world: World, n: int = 100, seed: int = 0) -> list[Pro
 
 
 def understanding_cases(world: World, n: int = 100, seed: int = 0) -> list[AnswerCase]:
-    """`n` cases of each kind of question, and `n` images for each kind of description; each asks (scene, text)."""
+    """`n` cases of each kind of question, and `n` images for each kind of description; each asks (scene, text).
+
+    Scenes and questions are sampled as in training, held out or not, so a training may have seen some of them: those of
+    few objects above all.
+    """
     rng = np.random.default_rng(seed)
     cases = []
     for kind in QUESTIONS:

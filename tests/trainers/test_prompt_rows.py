@@ -1,0 +1,49 @@
+"""Prompts for RL that are taken from rows of conversations."""
+
+import json
+
+import pytest
+
+from transformers_nextflow.data import BadRowError
+from transformers_nextflow.trainers.rl.prompt_rows import read_prompts
+
+
+IMAGE = {"type": "image"}
+
+
+def turn(role: str, *parts) -> dict:
+    return {"role": role, "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
+
+
+def prompts_of(folder, *rows: list[dict]):
+    lines = []
+    for messages in rows:
+        count = sum(part["type"] == "image" for message in messages for part in message["content"])
+        lines.append({"messages": messages, "image_tokens": [[0]] * count, "image_grids": [[1, 1]] * count})
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return read_prompts(folder / "rows.jsonl")
+
+
+def test_a_prompt_is_the_first_turn_and_nothing_that_follows_its_image(tmp_path):
+    drawing = [turn("user", "a red circle"), turn("assistant", IMAGE)]
+    further = [turn("user", "how many things are there?"), turn("assistant", "1")]
+    thought = [turn("user", "a plum"), turn("assistant", "a purple circle", IMAGE)]
+    found = prompts_of(
+        tmp_path,
+        [*drawing, *further],
+        [*further, *drawing],
+        [turn("system", "be brief"), *thought],
+        thought,
+    )
+    assert found["prompt"] == ["a red circle", "a plum"]
+
+
+def test_images_of_a_prompt_are_not_left_out_where_only_their_codes_are_given(tmp_path):
+    edit = [turn("user", IMAGE, "make it green"), turn("assistant", IMAGE)]
+    with pytest.raises(BadRowError, match="row 0, image_tokens.*codes of the prompt's 1 images"):
+        prompts_of(tmp_path, edit)
+
+
+def test_rows_that_begin_without_a_drawing_are_no_prompts(tmp_path):
+    with pytest.raises(ValueError, match="begins with a text of the user that an image answers"):
+        prompts_of(tmp_path, [turn("system", "be brief"), turn("user", "a star"), turn("assistant", IMAGE)])
