@@ -208,15 +208,6 @@ def test_each_epoch_takes_other_rows_for_the_shares_and_a_training_that_goes_on_
     assert all(torch.equal(value, own[name]) for name, value in again.model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["save_strategy", "eval_strategy", "logging_strategy"])
-def test_the_no_of_a_strategy_may_be_written_without_quotes(name):
-    for written in ("no", "'no'"):
-        assert load_recipe("pretrain_256", [f"{name}={written}"]).arguments[name] == "no"
-    with pytest.raises(ValueError, match="bf16"):
-        load_recipe("pretrain_256", ["bf16=nothing"])
-    assert load_recipe("pretrain_256", ["bf16=no"]).arguments["bf16"] is False
-
-
 @pytest.mark.parametrize("packing", ["length", "compute"])
 def test_packs_take_other_rows_in_each_epoch_too_and_never_exceed_their_budget(packing, tmp_path):
     captions = ["a red circle", "two blue squares and a green star", "how many circles are there? one", "one"]

@@ -219,9 +219,7 @@ def _as_typed(values: dict[str, Any], kind: type) -> dict[str, Any]:
 
 
 def _as_hinted(value: Any, hint: Any) -> Any:
-    # YAML takes the text no, as in `save_strategy: no`, for false, and 1e-4, without a point, for a text.
-    if value is False and is_of_type("no", hint) and not is_of_type(value, hint):
-        return "no"
+    # YAML takes 1e-4, without a point, for a text.
     if isinstance(value, dict):
         inner = next((get_args(one)[1] for one in (hint, *get_args(hint)) if get_origin(one) is dict), None)
         return {name: _as_hinted(entry, inner) for name, entry in value.items()}
