@@ -209,20 +209,20 @@ def load_recipe(
             break  # an error follows below
         target[name] = _from_yaml(value, f"The change {short_repr(change)}")
     if isinstance(values["arguments"], dict) and values.get("kind") in tuple(KINDS):
-        values["arguments"] = _as_typed(values["arguments"], KINDS[values["kind"]])
-    return read_typed(Recipe, _as_typed(values, Recipe), str(path))
+        values["arguments"] = _parse_numbers(values["arguments"], KINDS[values["kind"]])
+    return read_typed(Recipe, _parse_numbers(values, Recipe), str(path))
 
 
-def _as_typed(values: dict[str, Any], kind: type) -> dict[str, Any]:
+def _parse_numbers(values: dict[str, Any], kind: type) -> dict[str, Any]:
     hints = hints_of(kind)
-    return {name: _as_hinted(value, hints.get(name)) for name, value in values.items()}
+    return {name: _number(value, hints.get(name)) for name, value in values.items()}
 
 
-def _as_hinted(value: Any, hint: Any) -> Any:
+def _number(value: Any, hint: Any) -> Any:
     # YAML takes 1e-4, without a point, for a text.
     if isinstance(value, dict):
         inner = next((get_args(one)[1] for one in (hint, *get_args(hint)) if get_origin(one) is dict), None)
-        return {name: _as_hinted(entry, inner) for name, entry in value.items()}
+        return {name: _number(entry, inner) for name, entry in value.items()}
     if isinstance(value, str) and is_of_type(0.5, hint) and not is_of_type(value, hint):
         try:
             return float(value)
