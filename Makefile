@@ -2,8 +2,8 @@ PYTHON = python3
 VENV = .venv
 # `make QUIET= …` shows what pip does.
 QUIET = --quiet --disable-pip-version-check --no-warn-script-location
-MODEL = checkpoints/nextflow-shapes
-PROMPT = a red circle and a blue square
+MODEL = checkpoints/nextflow-emoji
+PROMPT = a rocket, 3d style
 
 # The prompt reaches the command through the environment: no shell and no make reads what is in it.
 export DEMO_PROMPT := $(value PROMPT)

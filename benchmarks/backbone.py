@@ -19,7 +19,7 @@ PRESETS = {
     "nextflow-3b": NextFlowConfig.nextflow_3b,
     PRESET_7B: NextFlowConfig.nextflow_7b,
 }
-# "random" has the size of the bundled checkpoint. A smaller model than "random-1b" does not keep a large GPU busy.
+# "random" has the size of the shapes checkpoint. A smaller model than "random-1b" does not keep a large GPU busy.
 RANDOM_BACKBONES = {
     "random": {
         "vocab_size": 512,
@@ -43,7 +43,7 @@ RANDOM_BACKBONES = {
 
 
 def random_config(name: str = "random") -> NextFlowConfig:
-    """Returns a config of `RANDOM_BACKBONES` with the bundled checkpoint's schedule and a minimal tokenizer."""
+    """Returns a config of `RANDOM_BACKBONES` with the shapes checkpoint's schedule and a minimal tokenizer."""
     text_config = RANDOM_BACKBONES[name] | {"bos_token_id": None, "eos_token_id": None}
     vocab_size = text_config["vocab_size"]
     vq_config = NextFlowVQConfig(

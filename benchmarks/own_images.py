@@ -5,7 +5,7 @@
 
 The script times each command in the first block of the page after the installation. It then measures PSNR:
 
-- of the thirty photographs, reconstructed by the bundled tokenizer and by the trained one;
+- of the thirty photographs, reconstructed by the shapes tokenizer and by the trained one;
 - of ten other parts of the same photographs, on which nothing was trained;
 - of the images that the LoRA draws from each caption, against the photograph, and how often such an image is nearer to
   a part of its own photograph than to any other photograph.

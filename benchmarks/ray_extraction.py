@@ -2,7 +2,7 @@
 
     python benchmarks/ray_extraction.py
 
-The images are scenes of the shapes world, and the tokenizer is that of the bundled checkpoint. The bytes of every shard
+The images are scenes of the shapes world, and the tokenizer is that of the shapes checkpoint. The bytes of every shard
 are compared. The times at which shards were written show that none was made twice.
 Writes `results/ray_extraction.json`: `equal`, `images`, and the seconds of each engine; those of Ray include its start.
 """

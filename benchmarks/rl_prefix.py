@@ -1,4 +1,4 @@
-"""Compare GRPO on the first scales with GRPO on all scales, on the bundled checkpoint (the paper's figure 12).
+"""Compare GRPO on the first scales with GRPO on all scales, on the shapes checkpoint (the paper's figure 12).
 
     OMP_NUM_THREADS=1 python benchmarks/rl_prefix.py --seeds 3 --minutes 20
 

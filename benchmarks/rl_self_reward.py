@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/rl_self_reward.py --seeds 3 --minutes 20
 
-The bundled checkpoint draws, and a frozen copy of it answers questions about the images. The reward is the probability
+The shapes checkpoint draws, and a frozen copy of it answers questions about the images. The reward is the probability
 that the copy gives to the answers that the prompt implies. The checker scores prompts that are kept for evaluation, and
 its verdict is not used in training. Runs are organised as in `rl_prefix.py`. Writes `results/rl_self_reward.json`: as
 means over the seeds, `overall_gain` and `weakest_category_gain` by the checker, `understanding_drop`, and

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python benchmarks/serving.py
 
-1, 4 and 16 clients at once ask for images of the bundled checkpoint; each asks again when it has its image. One server
+1, 4 and 16 clients at once ask for images of the shapes checkpoint; each asks again when it has its image. One server
 draws one image at a time, and another draws up to 16. Then, while good requests continue, there come a thousand bad
 requests, clients that send half a request and stay connected, and clients that leave before their answer; the memory of
 the replica is read before and after. Finally one of two replicas is killed under load. A request counts as lost if it

@@ -1,7 +1,7 @@
 """Ask something about images and videos.
 
-    python pipelines/describe_images.py "how many circles are there?" image.png
-    python pipelines/describe_images.py "what happens?" video.gif
+    python pipelines/describe_images.py "what is this?" image.png
+    python pipelines/describe_images.py "what happens?" video.gif --model checkpoints/nextflow-shapes
 
 `transformers-nextflow describe` does the same with more options.
 """
@@ -18,7 +18,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question")
     parser.add_argument("files", nargs="+", help="images, or videos (.gif, .mp4)")
-    parser.add_argument("--model", default="checkpoints/nextflow-shapes")
+    parser.add_argument("--model", default="checkpoints/nextflow-emoji")
     args = parser.parse_args()
 
     pipe = NextFlowPipeline.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() else "cpu")

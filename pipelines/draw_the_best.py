@@ -1,6 +1,6 @@
 """Draw several candidates and keep the one that the model itself finds best described by the prompt.
 
-    python pipelines/draw_the_best.py "a red circle left of a blue square" --candidates 4
+    python pipelines/draw_the_best.py "a rocket, 3d style" --candidates 4
 
 `transformers-nextflow generate --num-candidates` does the same with more options.
 """
@@ -17,7 +17,7 @@ def main():
     parser.add_argument("prompt")
     parser.add_argument("--candidates", type=int, default=4)
     parser.add_argument("--output", default="image.png")
-    parser.add_argument("--model", default="checkpoints/nextflow-shapes")
+    parser.add_argument("--model", default="checkpoints/nextflow-emoji")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

@@ -1,6 +1,6 @@
 """Draw an image from a prompt, and save a preview after each scale beside it.
 
-    python pipelines/text_to_image.py "a red circle" --model checkpoints/nextflow-shapes --seed 1
+    python pipelines/text_to_image.py "a rocket, 3d style" --model checkpoints/nextflow-emoji --seed 1
 
 `transformers-nextflow generate` does the same with more options; this script is the few lines to start one's own from.
 """
@@ -16,7 +16,7 @@ from transformers_nextflow import NextFlowPipeline
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt")
-    parser.add_argument("--model", default="checkpoints/nextflow-shapes")
+    parser.add_argument("--model", default="checkpoints/nextflow-emoji")
     parser.add_argument("--output", type=Path, default=Path("image.png"))
     parser.add_argument("--guidance-scale", type=float, help="default: the checkpoint's own")
     parser.add_argument("--seed", type=int, default=0)

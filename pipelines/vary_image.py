@@ -1,6 +1,6 @@
 """Draw variations of an image: its first scales are kept, the others drawn anew.
 
-    python pipelines/vary_image.py "a red circle" image.png --keep-scales 1
+    python pipelines/vary_image.py "a rocket, 3d style" image.png --keep-scales 1
 
 `transformers-nextflow vary` does the same with more options.
 """
@@ -21,7 +21,7 @@ def main():
     parser.add_argument("--temperature", type=float, help="default: the checkpoint's own")
     parser.add_argument("--count", type=int, default=4)
     parser.add_argument("--output", type=Path, default=Path("variation.png"))
-    parser.add_argument("--model", default="checkpoints/nextflow-shapes")
+    parser.add_argument("--model", default="checkpoints/nextflow-emoji")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

@@ -22,7 +22,7 @@ This page repeats the paper's ablations in miniature, on the shapes world and wi
 by `python benchmarks/ablations/report.py` from the stored results; do not edit it.
 
 **Setting.** The model has a width of 96 and 4 layers. The images are 64 pixels wide and hold up to three objects of
-three shapes and three colours; unless the text says otherwise, their codes are those of the bundled tokenizer. An
+three shapes and three colours; unless the text says otherwise, their codes are those of the shapes tokenizer. An
 ablation compares arms, which differ in one setting. All its arms train with the same seeds and for the same number of
 steps of 32 samples, and are scored on the same held-out prompts and rows. So small a model, trained for so short a
 time, can agree with the paper or contradict it for reasons that do not apply at full size. The page reports what came

@@ -6,7 +6,7 @@ from 0.67 to 0.57.
 
 Here a model is first trained on images of 64 pixels (41 codes in 8 scales) with alpha = 0.9. It is then trained on
 images of 128 pixels, where objects of the same size lie on 8 x 8 cells (169 codes in 10 scales), with either alpha and
-from the same weights. The tokenizer is the bundled one. K-means adds codes for the larger images; nothing else in it
+from the same weights. The tokenizer is the shapes one. K-means adds codes for the larger images; nothing else in it
 changes. At step 0 of the curves the model that was trained on small images draws large ones. "Drawn right" (GenEval's
 rule) ignores what else an image holds, so its curve starts high; "drawn exactly" starts at 0.
 """
@@ -46,7 +46,7 @@ KMEANS_IMAGES = 10
 
 
 def two_level_tokenizer(source: NextFlowVQModel, images: int) -> NextFlowVQModel:
-    """Returns the bundled tokenizer on a longer schedule, with codes that k-means finds in large images added to its
+    """Returns the shapes tokenizer on a longer schedule, with codes that k-means finds in large images added to its
     own.
     """
     rng = np.random.default_rng(0)

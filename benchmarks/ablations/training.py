@@ -270,7 +270,7 @@ def train_small_model(
 def train_on_bundled_codes(
     seed: int, budget: Budget, cache: Cache, text_share: float = 0.0, correction_share: float = 0.0, **options
 ) -> list[Point]:
-    """Returns the curve of a small model on the codes of the bundled tokenizer; `options` as in `train_small_model`.
+    """Returns the curve of a small model on the codes of the shapes tokenizer; `options` as in `train_small_model`.
 
     The rows are the same for all seeds. The seed decides about the weights, the order of the rows and the sampling.
     """

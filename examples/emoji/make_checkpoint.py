@@ -6,8 +6,9 @@
     python examples/emoji/make_checkpoint.py --model runs/emoji/transformer-128/final SAMPLING \
         --results benchmarks/results/emoji.json
 
-Weights are written in bfloat16, and those that decide about codes in float32. Further training starts from `--model`,
-which is in float32 throughout, and never from the checkpoint.
+At full size weights are written in bfloat16, and those that decide about codes in float32; further training starts from
+`--model`, which is in float32 throughout, and never from the checkpoint. The sizes for two cores stay in float32, since
+they fit, and processors without bfloat16 units compute bfloat16 several times slower.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from huggingface_hub import ModelCardData
 from make_data import MIXTURES
-from sizes import SIZES, world_of
+from sizes import FULL, SIZES, world_of
 from transformers import GenerationConfig
 
 from transformers_nextflow import ImageSampling, NextFlowPipeline
@@ -31,6 +32,7 @@ from transformers_nextflow.data.reconstruction_quality import measure_reconstruc
 from transformers_nextflow.worlds.emoji import World, random_scene, render
 from transformers_nextflow.worlds.emoji.evaluation import ART
 from transformers_nextflow.worlds.emoji.language import style_word
+from transformers_nextflow.worlds.emoji.packages import notice, packages_of
 from transformers_nextflow.worlds.emoji.statement import trained_on
 
 
@@ -79,13 +81,14 @@ def card(pipe: NextFlowPipeline, results: dict | None, world: World, abilities: 
     names = sorted(world.name(concept) for concept in world.concepts)
     knows = f"It knows only the {len(names)} concepts of its training"
     knows += f": {', '.join(names)}." if len(names) <= MAX_NAMES else "."
+    edits = ["image-to-image"] * ("editing" in abilities)
     data = ModelCardData(
         license="other",
         license_name="emoji-sets",
         license_link="NOTICE",
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["nextflow", "text-to-image", "image-to-image", "next-scale-prediction", "emoji"],
+        tags=["nextflow", "text-to-image", *edits, "next-scale-prediction", "emoji"],
         widget=[{"text": WIDGET_PROMPT, "output": {"url": SHEET}}],
     )
     introduction = INTRODUCTION.format(
@@ -104,7 +107,7 @@ def card(pipe: NextFlowPipeline, results: dict | None, world: World, abilities: 
         parts.append(SCORES.format(device=machine["gpu"] or machine["cpu"], **results))
         parts += [score_table(name, scores) for name, scores in results.items() if _is_suite(name, scores)]
         parts.append(MEMORISATION.format(**results["memorisation"]))
-    parts.append(f"## Licences\n\n{world.art.notice}")
+    parts.append(f"## Licences\n\n{notice(packages_of(world.styles))}")
     return "\n".join(parts)
 
 
@@ -133,12 +136,13 @@ def score_table(name: str, scores: dict) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def save_checkpoint(pipe: NextFlowPipeline, text: str, notice: str, output: Path):
+def save_checkpoint(pipe: NextFlowPipeline, text: str, licences: str, output: Path):
     """Writes the folder. Raises `ValueError` and writes nothing if it would exceed `MAX_BYTES`."""
     with TemporaryDirectory() as folder:
         pipe.save_pretrained(folder)
+        (Path(folder) / "model" / "README.md").unlink()  # the card is that of the whole folder
         (Path(folder) / "README.md").write_text(text, encoding="utf-8")
-        (Path(folder) / "NOTICE").write_text(notice, encoding="utf-8")
+        (Path(folder) / "NOTICE").write_text(licences, encoding="utf-8")
         size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
         if size > MAX_BYTES:
             raise ValueError(f"{output} would take {size / 2**20:.1f} MiB, more than {MAX_BYTES / 2**20:.0f}.")
@@ -175,11 +179,14 @@ def main():
     )
     abilities = MIXTURES[size.name]
     pipe.model.config.trained_on = trained_on(world, abilities, lowest_psnr(pipe, world))
-    pipe.model.config.vq_config._name_or_path = ""  # it names a folder of this machine
-    pipe.model.to(torch.bfloat16)  # the parts that decide about codes stay in float32
+    for named in (pipe.model.config, pipe.model.config.vq_config):
+        named._name_or_path = ""  # it names a folder of this machine
+    pipe.register_to_config(_name_or_path=arguments.output.name)
+    if size is FULL:
+        pipe.model.to(torch.bfloat16)  # the parts that decide about codes stay in float32
     results = json.loads(arguments.results.read_text()) if arguments.results else None
     text = card(pipe, results, world, abilities)
-    save_checkpoint(pipe, text, world.art.notice, arguments.output)
+    save_checkpoint(pipe, text, notice(packages_of(world.styles)), arguments.output)
     written = sum(path.stat().st_size for path in arguments.output.rglob("*") if path.is_file())
     print(f"{arguments.output}: {written / 2**20:.1f} MiB")
 

@@ -58,7 +58,7 @@ PLANS = {
         {"judges": 3.5, "tokenizer": 10.0, "decoder": 2.0, "data": 1.5, "transformer": 20.0, "scores": 4.0}, 24_000
     ),
     "medium": Plan(
-        {"judges": 6.0, "tokenizer": 65.0, "decoder": 15.0, "data": 5.0, "transformer": 90.0, "scores": 6.0}, 80_000
+        {"judges": 6.0, "tokenizer": 75.0, "decoder": 15.0, "data": 6.0, "transformer": 150.0, "scores": 8.0}, 88_000
     ),
 }
 
@@ -163,7 +163,7 @@ class TwoCorePath:
         return self.train("transformer", command, settings=decay)
 
     def checkpoint(self, *options: str):
-        """The folder that is shipped, in half precision where that changes no codes."""
+        """The folder that is shipped."""
         command = [sys.executable, str(HERE / "make_checkpoint.py"), *self.common, *options]
         command += ["--model", str(self.output / "transformer" / "final"), "--output", str(self.output / "checkpoint")]
         self.run("checkpoint", command)

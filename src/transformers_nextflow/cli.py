@@ -17,7 +17,7 @@ from PIL import Image
 
 from .commands.data import check_codes, extract_codes, inspect, validate_data
 from .commands.demo import demo
-from .commands.options import Device, Dtype, Model, default_model
+from .commands.options import BUNDLED_EDITING, Device, Dtype, EditingModel, Model, default_model
 from .commands.serving import serve
 from .commands.training import evaluate_run, init, recipes, train
 from .evaluation.suites import SUITES
@@ -54,13 +54,13 @@ VIDEO_EXTENSIONS = (".gif", ".mp4")
 TOUR = """\
 transformers-nextflow {version}: text and images in one transformer that draws scale by scale.
 
-  generate "a red circle"                          an image from a prompt
-  edit "make it blue" --image nextflow.png         another one from it; --mask for a region of it
-  vary "a blue circle" --image edited.png          variations: what is coarse is kept
+  generate "a rocket, 3d style"                    an image from a prompt
+  vary "a rocket, 3d style" --image nextflow.png   variations: what is coarse is kept
+  describe nextflow.png --question "what is this?"
   video "a red circle. it turns blue" --num-frames 3
-  describe nextflow.png --question "what is where?"
 
-Each takes --model FOLDER, a folder or a repository of the Hub. {model}
+`edit` draws another image from one; it takes --mask for a region of it.
+Each takes --model FOLDER, a folder or a repository of the Hub. {models}
 `transformers-nextflow demo` shows all of it in the browser, `transformers-nextflow --help` lists all commands,
 `transformers-nextflow COMMAND --help` what one takes.
 """
@@ -107,8 +107,9 @@ def _options(
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     if context.invoked_subcommand is None:
-        model = default_model()
-        typer.echo(TOUR.format(version=__version__, model=f"Here it is {model}." if model else ""), nl=False)
+        models = dict.fromkeys(filter(None, (default_model(), default_model(BUNDLED_EDITING))))
+        here = f"Here it is {', and for edit and video '.join(models)}." if models else ""
+        typer.echo(TOUR.format(version=__version__, models=here), nl=False)
 
 
 @app.command()
@@ -180,7 +181,7 @@ def generate(
 def edit(
     instruction: Annotated[str, typer.Argument(help="What to change in the image, or what to draw from several.")],
     images: Annotated[list[Path], typer.Option("--image", help="The image; several may be given, in order.")],
-    model: Model,
+    model: EditingModel,
     output: Output = Path("edited.png"),
     mask: Annotated[Path | None, typer.Option(help="An image that is light where to draw.")] = None,
     paste_back: Annotated[bool, typer.Option(help="Put the image's own pixels back outside of the mask.")] = False,
@@ -269,7 +270,7 @@ def vary(
 @app.command()
 def video(
     texts: Annotated[list[str], typer.Argument(help="What the video shows; or one text for each of its frames.")],
-    model: Model,
+    model: EditingModel,
     output: Annotated[Path, typer.Option(help="A .gif, or an .mp4 with the extra `video`.")] = Path("video.gif"),
     num_frames: Annotated[int | None, typer.Option(help="Needed with a single text.")] = None,
     first_frame: Annotated[Path | None, typer.Option(help="An image file with which the video begins.")] = None,

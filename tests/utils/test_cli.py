@@ -106,8 +106,11 @@ def test_without_a_model_it_says_where_one_is_looked_for(checkpoint, monkeypatch
     result = run("generate", "a red circle")
     assert result.exit_code == 2 and "TRANSFORMERS_NEXTFLOW_MODEL" in " ".join(result.stderr.split())
     Path("checkpoints").mkdir()
+    Path("checkpoints", "nextflow-emoji").symlink_to(checkpoint)
+    assert run("generate", "a red circle", "--output", "own.png").exit_code == 0
+    assert run("edit", "make it blue", "--image", "own.png").exit_code == 2
     Path("checkpoints", "nextflow-shapes").symlink_to(checkpoint)
-    assert run("generate", "a red circle").exit_code == 0
+    assert run("edit", "make it blue", "--image", "own.png").exit_code == 0
 
 
 def test_generate_writes_the_image_that_the_pipeline_draws(checkpoint, tmp_path):

@@ -8,14 +8,11 @@ import typer
 
 from ..utils.addresses import check_can_listen
 from ..utils.one_line_errors import errors_in_one_line
-from .options import MODEL_HELP, Device, Dtype, default_model, named_model
+from .options import BUNDLED_EDITING, Device, Dtype, model_settings
 
 
 def demo(
-    model: Annotated[
-        str,
-        typer.Argument(default_factory=default_model, callback=named_model, show_default=False, help=MODEL_HELP),
-    ],
+    model: Annotated[str, typer.Argument(**model_settings(BUNDLED_EDITING))],
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser.")] = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,14 +11,15 @@ import typer
 
 
 MODEL = "TRANSFORMERS_NEXTFLOW_MODEL"
-# The folder of the bundled checkpoint in a clone.
-BUNDLED = Path("checkpoints", "nextflow-shapes")
-MODEL_HELP = f"Folder of a model or a pipeline, or a repository of the Hub; default: {MODEL}, or {BUNDLED}."
+# The bundled checkpoints in a clone: one that draws and describes, and one that also edits and draws videos.
+BUNDLED, BUNDLED_EDITING = Path("checkpoints", "nextflow-emoji"), Path("checkpoints", "nextflow-shapes")
+MODEL_HELP = "Folder of a model or a pipeline, or a repository of the Hub; default: {variable}, or {bundled}."
 
 
-def default_model() -> str | None:
-    """The default model of commands: that of the environment variable, or the bundled one in a clone."""
-    return os.environ.get(MODEL) or (str(BUNDLED) if (BUNDLED / "config.json").is_file() else None)
+def default_model(bundled: Path = BUNDLED) -> str | None:
+    """The default model of commands: that of the environment variable, or a bundled one in a clone."""
+    is_there = any((bundled / name).is_file() for name in ("config.json", "model_index.json"))
+    return os.environ.get(MODEL) or (str(bundled) if is_there else None)
 
 
 def named_model(model: str | None) -> str:
@@ -25,15 +27,23 @@ def named_model(model: str | None) -> str:
     if model is None:
         raise typer.BadParameter(
             f"name a model: a folder, or a repository of the Hub. Without one it is the one that {MODEL} names, or "
-            f"{BUNDLED} in a clone of the repository."
+            f"one of {BUNDLED.parent} in a clone of the repository."
         )
     return model
 
 
-Model = Annotated[
-    str,
-    typer.Option(default_factory=default_model, callback=named_model, show_default=False, help=MODEL_HELP),
-]
+def model_settings(bundled: Path = BUNDLED) -> dict:
+    """Settings of an option or an argument that names a model; `bundled` is its default in a clone."""
+    return {
+        "default_factory": partial(default_model, bundled),
+        "callback": named_model,
+        "show_default": False,
+        "help": MODEL_HELP.format(variable=MODEL, bundled=bundled),
+    }
+
+
+Model = Annotated[str, typer.Option(**model_settings())]
+EditingModel = Annotated[str, typer.Option(**model_settings(BUNDLED_EDITING))]
 
 Source = Annotated[
     str,

@@ -8,6 +8,7 @@ import json
 import re
 import tarfile
 import urllib.request
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,6 +210,11 @@ def read_json(tarball: Path, path: str) -> dict | list:
     if path not in members:
         raise ValueError(f"{tarball.name} has no file {path}.")
     return json.loads(members[path])
+
+
+def packages_of(styles: Iterable[str]) -> tuple[Package, ...]:
+    """The packages of some styles, and those of all names and keywords."""
+    return tuple(package for package in PACKAGES if package.style is None or package.style in styles)
 
 
 def notice(packages: tuple[Package, ...] = PACKAGES) -> str:
