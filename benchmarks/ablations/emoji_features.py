@@ -5,10 +5,12 @@ In the paper (section 2.2, figure 10), a scale reads only the codes of the scale
 made training worse; with residual features, it made training much better. The tokenizer of the shapes world cannot test
 this claim, because it is unusual: it lists the objects before it lays them out on grids.
 
-Here the same four arms are trained on the emoji world at small size. Its tokenizer is of the paper's kind, with two
-branches, area interpolation down, bicubic interpolation up, and grids of 1 2 3 4 6 8 cells a side. The script needs the
-tokenizer, the judge and the drawings that `examples/emoji/two_cores.py` writes to `runs/emoji/small`. Images are
-sampled from the model's own probabilities and scored by the judge.
+Here the same four arms are trained on the codes of the emoji checkpoint. Its tokenizer is of the paper's kind, with two
+branches, area interpolation down, bicubic interpolation up, and grids of 1 2 3 4 6 8 cells a side. The images show one
+of 100 things in one of three styles on a plain background. With self-correction, 60% of the codes of each scale are
+sampled among the nearest ten. Images are sampled from the model's own probabilities. A judge, a small network, reads
+them: "thing drawn" is the share of prompts whose image shows the thing, "drawn right" the share that has everything
+that was asked for.
 """
 
 import importlib.util
@@ -25,7 +27,6 @@ from transformers import AutoProcessor
 
 from transformers_nextflow import (
     ImageSampling,
-    NextFlowConfig,
     NextFlowForConditionalGeneration,
     NextFlowVQModel,
     SelfCorrection,
@@ -38,8 +39,9 @@ from transformers_nextflow.worlds.score_tables import metric_table
 
 
 ROOT = Path(__file__).parents[2]
-SMALL = ROOT / "runs" / "emoji" / "small"
-TOKENIZER, JUDGE, START, ART = SMALL / "decoder" / "final", SMALL / "judge", SMALL / "start", SMALL.parent / "art.zip"
+MODEL, PROCESSOR = (ROOT / "checkpoints" / "nextflow-emoji" / part for part in ("model", "processor"))
+# Written by `examples/emoji/make_art.py` and `train_judge.py`; see `benchmarks/README.md`.
+ART, JUDGE = ROOT / "runs" / "emoji" / "art.zip", ROOT / "runs" / "emoji" / "medium" / "judge"
 CORRECTION_TOP_K = 10
 HELD_OUT_ROWS = 256
 
@@ -103,7 +105,9 @@ def run(
     seed: int, budget: Budget, cache: Cache, correction_share: float = 0.0, accumulate_features: bool = False
 ) -> list[Point]:
     """Returns the curve of a small model; the rows are the same for all seeds."""
-    scenes_of, vq_model = World.load(JUDGE / "world.json", Art(ART)), NextFlowVQModel.from_pretrained(TOKENIZER).eval()
+    scenes_of = World.load(JUDGE / "world.json", Art(ART))
+    trained = NextFlowForConditionalGeneration.from_pretrained(MODEL)
+    vq_model = trained.vq_model.eval()
     count = BATCH_SIZE * budget.steps
 
     def make(folder: Path):
@@ -113,8 +117,8 @@ def run(
 
     rows = load_from_disk(cache.folder("emoji-rows", {"count": count, "correction_share": correction_share}, make))
     held_out = rows_of(held_out_cases("drawing", scenes_of, HELD_OUT_ROWS, seed=1), vq_model, scenes_of)
-    processor = AutoProcessor.from_pretrained(START)
-    config = small_config(NextFlowConfig.from_pretrained(START), accumulate_features=accumulate_features)
+    processor = AutoProcessor.from_pretrained(PROCESSOR)
+    config = small_config(trained.config, accumulate_features=accumulate_features)
     torch.manual_seed(seed)
     model = NextFlowForConditionalGeneration._from_config(config, attn_implementation="eager")
     model.load_vision_tokenizer(vq_model)
@@ -131,7 +135,7 @@ ABLATION = Ablation(
         "accumulated, corrected": {"correction_share": 0.6, "accumulate_features": True},
     },
     run=run,
-    scores={"concept": "concept drawn", "drawing": "drawn right", "code_loss": "loss of a code"},
+    scores={"concept": "thing drawn", "drawing": "drawn right", "code_loss": "loss of a code"},
     claims=(
         Claim("concept", "residual, corrected", "residual", "above"),
         Claim("concept", "accumulated, corrected", "accumulated", "below"),

@@ -39,9 +39,27 @@ def folders(tmp_path_factory):
     return {name: root / name for name in ("runs", "results", "figures")}
 
 
+def use_tiny_emoji_world(emoji, folder: Path, monkeypatch):
+    """Makes the ablation of the emoji world use a random checkpoint and judge, and drawings of the tests."""
+    world = tiny_emoji.tiny_world(side=16, plain=True)
+    torch.manual_seed(0)
+    NextFlowVQModel(tiny_vq_config()).save_pretrained(folder / "tokenizer")
+    Judge(Vocabulary(world.concepts, world.styles), width=4).save(folder / "judge")
+    world.save(folder / "judge" / "world.json")
+    size = emoji.DATA.SIZES["small"]
+    emoji.DATA.write_start(str(folder / "tokenizer"), size, world, folder / "checkpoint", count=20)
+    for name in ("MODEL", "PROCESSOR"):
+        monkeypatch.setattr(emoji, name, folder / "checkpoint")
+    monkeypatch.setattr(emoji, "JUDGE", folder / "judge")
+    monkeypatch.setattr(emoji, "ART", tiny_emoji.FIXTURES / "art.zip")
+    monkeypatch.setattr(emoji, "HELD_OUT_ROWS", 8)
+
+
 @pytest.mark.parametrize("name", report.ABLATIONS)
-def test_an_ablation_runs_from_end_to_end_and_fills_its_part_of_the_page(name, folders, monkeypatch):
+def test_an_ablation_runs_from_end_to_end_and_fills_its_part_of_the_page(name, folders, tmp_path, monkeypatch):
     module = importlib.import_module(name)
+    if name == "emoji_features":
+        use_tiny_emoji_world(module, tmp_path, monkeypatch)
     toy = ["--steps", "2", "--seeds", "1", "--prompts", "1", "--workers", "1"]
     options = [text for option, folder in folders.items() for text in (f"--{option}", str(folder))]
     monkeypatch.setattr(sys, "argv", [f"benchmarks/ablations/{name}.py", *toy, *options])
@@ -195,24 +213,3 @@ def test_self_correction_changes_what_is_read_of_drawings_and_keeps_a_quarter_of
         [row["image_labels"] for row in images]
     )
     assert 0.3 < changed.float().mean() < 0.8
-
-
-def test_the_emoji_ablation_runs_on_the_small_paths_tokenizer(tmp_path, monkeypatch):
-    emoji = importlib.import_module("emoji_features")
-    world = tiny_emoji.tiny_world(side=16, plain=True)
-    torch.manual_seed(0)
-    NextFlowVQModel(tiny_vq_config()).save_pretrained(tmp_path / "tokenizer")
-    Judge(Vocabulary(world.concepts, world.styles), width=4).save(tmp_path / "judge")
-    world.save(tmp_path / "judge" / "world.json")
-    places = {"TOKENIZER": "tokenizer", "JUDGE": "judge", "START": "start"}
-    for name, folder in places.items():
-        monkeypatch.setattr(emoji, name, tmp_path / folder)
-    monkeypatch.setattr(emoji, "ART", tiny_emoji.FIXTURES / "art.zip")
-    monkeypatch.setattr(emoji, "HELD_OUT_ROWS", 8)
-    emoji.DATA.write_start(str(tmp_path / "tokenizer"), emoji.DATA.SIZES["small"], world, tmp_path / "start", count=20)
-    arms = {
-        settings: emoji.run(0, Budget(2, 1), Cache(tmp_path), *settings) for settings in ((0.0, False), (0.6, True))
-    }
-    assert all([point["step"] for point in curve] == [0, 1, 2] for curve in arms.values())
-    losses = {curve[-1]["code_loss"] for curve in arms.values()}
-    assert len(losses) == 2 and all(0 <= curve[-1]["concept"] <= 1 for curve in arms.values())
