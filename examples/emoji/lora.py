@@ -1,18 +1,22 @@
 """Teach an emoji checkpoint a new style from 30 images, or a new concept from five images, with LoRA.
 
-    python examples/emoji/lora.py --teach style --checkpoint checkpoints/nextflow-emoji
-    python examples/emoji/lora.py --teach concept --checkpoint checkpoints/nextflow-emoji
+    python examples/emoji/lora.py --teach style --judge runs/emoji/medium/judge
+    python examples/emoji/lora.py --teach concept --judge runs/emoji/medium/judge
 
 The style is `KEPT_STYLE` and the concept is `KEPT_CONCEPT` of `sizes.py`; no training shows either. Half of the samples
 are like those on which the checkpoint was trained, so that it does not forget them. Afterwards the style is asked for
 with concepts that the 30 images do not show, and the concept in styles that the five images do not show. A drawing is
-identified by the nearest of all renders in the features of a judge.
-Writes the adapter and `OUTPUT/lora.json`.
+identified by the nearest of all renders in the features of a judge. "plainly" is the share of drawings that show the
+concept if no style is asked for.
+
+Writes the adapter to `--output`, beside it a sheet with requested drawings (rows: true render, before, after), and the
+scores to `RESULTS/emoji_lora_TEACH.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,26 +25,33 @@ import peft
 import torch
 from datasets import Dataset
 from make_data import FEATURES, encode_scenes, images_in, row, sample
+from PIL import Image
 from sizes import KEPT_CONCEPT, KEPT_STYLE
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowPipeline
 from transformers_nextflow.adapters import lora_config
+from transformers_nextflow.evaluation.image_metrics import save_sheet
 from transformers_nextflow.evaluation.results import write_result
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer, NextFlowTrainingArguments
 from transformers_nextflow.worlds.conversations import Exchange, drawing
-from transformers_nextflow.worlds.emoji import Art, Requirement, Scene, Sticker, World, render, write_caption
-from transformers_nextflow.worlds.emoji.evaluation import ART, JUDGE, WORLD, EmojiEvaluation
+from transformers_nextflow.worlds.emoji import Art, Item, Requirement, Scene, Sticker, World, render, write_caption
+from transformers_nextflow.worlds.emoji.evaluation import ART, BATCH_SIZE, JUDGE, WORLD, EmojiEvaluation
 from transformers_nextflow.worlds.emoji.judge import Judge
 from transformers_nextflow.worlds.emoji.requirement import item_of
 from transformers_nextflow.worlds.emoji.scene import BACKGROUNDS, choose
 
 
 SHOWN_OF_STYLE, SHOWN_OF_CONCEPT = 30, 5
+SHEET_COLUMNS = 12
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """The (concept, style) pairs that are shown in training, and those that are asked for afterwards."""
+    """The (concept, style) pairs that are shown in training, and those that are asked for afterwards.
+
+    The asked ones repeat until there are as many as wanted; each drawing has a seed of its own.
+    """
 
     shown: list[tuple[str, str]]
     asked: list[tuple[str, str]]
@@ -48,7 +59,6 @@ class Lesson:
 
 def lesson_of(teach: str, art: Art, world: World, limit: int, seed: int) -> Lesson:
     """Makes a lesson of the new style or the new concept. Raises `ValueError` if the world already has it."""
-    rng = np.random.default_rng((seed, 5))
     if teach == "style":
         if KEPT_STYLE in world.styles:
             raise ValueError(f"The world of this judge shows the style {KEPT_STYLE}, which was to be new.")
@@ -58,10 +68,14 @@ def lesson_of(teach: str, art: Art, world: World, limit: int, seed: int) -> Less
         (concept,) = (key for key, one in art.concepts.items() if one.name == KEPT_CONCEPT)
         if concept in world.concepts:
             raise ValueError(f"The world of this judge shows the {KEPT_CONCEPT}, which was to be new.")
-        pairs = [(concept, style) for style in world.styles if (concept, style) in art.drawings]
+        pairs = [(concept, style) for style in art.styles if style != KEPT_STYLE and (concept, style) in art.drawings]
         count = min(SHOWN_OF_CONCEPT, len(pairs) - 1)
+    rng = np.random.default_rng((seed, 5))
     pairs = [pairs[i] for i in rng.permutation(len(pairs))]
-    return Lesson(pairs[:count], pairs[count:][:limit])
+    if teach == "concept":
+        # What is asked for comes last: it is in a style that the checkpoint knows.
+        pairs.sort(key=lambda pair: pair[1] in world.styles)
+    return Lesson(pairs[:count], list(itertools.islice(itertools.cycle(pairs[count:]), limit)))
 
 
 def prompt_of(rng: np.random.Generator | None, scene: Scene, world: World) -> str:
@@ -105,18 +119,33 @@ class Recogniser:
         return [self.pairs[int(i)] for i in nearest]
 
 
-def taught(pipe: NextFlowPipeline, lesson: Lesson, world: World, recogniser: Recogniser) -> dict[str, float]:
-    """Returns the shares of requested drawings on white whose nearest render has the concept, the style, and both."""
-    prompts = [prompt_of(None, Scene((Sticker(*pair),)), world) for pair in lesson.asked]
-    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-    side = world.side
-    named = recogniser.name(pipe(prompts, height=side, width=side, generator=generators).images)
-    pairs = list(zip(named, lesson.asked))
+def draw(pipe: NextFlowPipeline, prompts: list[str], world: World) -> list[Image.Image]:
+    """Draws square images, each with the seed of its place, in batches."""
+    images = []
+    for start in range(0, len(prompts), BATCH_SIZE):
+        part = prompts[start : start + BATCH_SIZE]
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
+        images += pipe(part, height=world.side, width=world.side, generator=generators).images
+    return images
+
+
+def taught(
+    pipe: NextFlowPipeline, lesson: Lesson, world: World, recogniser: Recogniser
+) -> tuple[dict[str, float], list[Image.Image]]:
+    """Returns the shares of requested drawings on white whose nearest render has the concept, the style, and both;
+    and the drawings.
+    """
+    images = draw(pipe, [prompt_of(None, Scene((Sticker(*pair),)), world) for pair in lesson.asked], world)
+    pairs = list(zip(recogniser.name(images), lesson.asked))
+    concepts = [concept for concept, _ in lesson.asked]
+    plain = [write_caption(None, Requirement((Item(concept),), None, "white"), world) for concept in concepts]
+    plainly = recogniser.name(draw(pipe, plain, world))
     return {
         "concept": float(np.mean([a[0] == b[0] for a, b in pairs])),
         "style": float(np.mean([a[1] == b[1] for a, b in pairs])),
         "both": float(np.mean([a == b for a, b in pairs])),
-    }
+        "plainly": float(np.mean([a[0] == concept for a, concept in zip(plainly, concepts)])),
+    }, images
 
 
 def train(model: peft.PeftModel, processor, rows: Dataset, arguments: argparse.Namespace):
@@ -147,6 +176,7 @@ def main():
     parser.add_argument("--art", type=Path, default=ART)
     parser.add_argument("--judge", type=Path, default=JUDGE)
     parser.add_argument("--output", type=Path, default=Path("runs/emoji/lora"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch_size", type=int, default=32)
@@ -169,11 +199,11 @@ def main():
     recogniser = Recogniser(judge.to(device), world)
     evaluation = EmojiEvaluation(pipe, old, judge, arguments.limit)
 
-    def scores() -> dict:
-        drawn = evaluation.suite("drawing", evaluation.draw)["overall"]
-        return taught(pipe, lesson, world, recogniser) | {"old_drawing": drawn}
+    def scores() -> tuple[dict, list[Image.Image]]:
+        shares, images = taught(pipe, lesson, world, recogniser)
+        return shares | {"old_drawing": evaluation.suite("drawing", evaluation.draw)["overall"]}, images
 
-    before = scores()
+    before, drawn_before = scores()
     torch.manual_seed(arguments.seed)
     count = arguments.steps * arguments.batch_size
     rows = rows_of(exchanges_of(lesson, world, old, count, arguments.seed), model, world)
@@ -181,18 +211,21 @@ def main():
     train(adapted, processor, rows, arguments)
     adapted.save_pretrained(arguments.output)
     # The adapter is inserted into the layers, so the pipeline's own model has it too.
-    after = scores()
+    after, drawn_after = scores()
+    true = [Image.fromarray(render(Scene((Sticker(*pair),)), world)) for pair in lesson.asked]
+    save_sheet([row[:SHEET_COLUMNS] for row in (true, drawn_before, drawn_after)], arguments.output / "sheet.png")
     values = {
         "taught": arguments.teach,
         "shown": len(lesson.shown),
-        "asked": len(lesson.asked),
+        "asked": len(set(lesson.asked)),
+        "drawings": len(lesson.asked),
         "before": before,
         "after": after,
         "old_drop": before["old_drawing"] - after["old_drawing"],
         "adapter_mib": (arguments.output / "adapter_model.safetensors").stat().st_size / 2**20,
     }
     print(values)
-    print("written:", write_result(arguments.output / "lora.json", values, device))
+    print("written:", write_result(arguments.results / f"emoji_lora_{arguments.teach}.json", values, device))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Train the emoji world by GRPO with a judge of another seed as the reward, with scores of the judge before and after.
 
-    python examples/emoji/train_judge.py --size full --seed 1 --output runs/emoji/judge-1
-    python examples/emoji/rl.py --checkpoint checkpoints/nextflow-emoji --output runs/emoji/rl
+    python examples/emoji/train_judge.py --size medium --seed 1 --output runs/emoji/medium/judge-1
+    python examples/emoji/rl.py --judge runs/emoji/medium/judge --reward runs/emoji/medium/judge-1
 
-Prompts are captions without held-out parts. The script writes `OUTPUT/rl.json`, with scores before and after by the
-judge of the suites (`gain`) and by the judge of the reward (`rewarded_gain`). If only the latter rises, the model
+Prompts are captions without held-out parts. The script writes the model to `--output`, sheets of held-out prompts that
+are drawn before and after to its folders `before` and `after`, and `RESULTS/emoji_rl.json`, with the gain in scores by
+the judge of the suites (`gain`) and by the judge of the reward (`rewarded_gain`). If only the latter rises, the model
 exploits the reward.
 """
 
@@ -27,6 +28,9 @@ from transformers_nextflow.worlds.emoji.judge import Judge
 from transformers_nextflow.worlds.emoji.rewards import judge_reward
 
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
 def training_prompts(world: World, count: int, seed: int) -> Dataset:
     """Returns captions with what they ask for."""
     rng = np.random.default_rng((seed, 77))
@@ -42,10 +46,15 @@ def exploring(sampling: ImageSampling, num_scales: int) -> ImageSampling:
     return replace(sampling, temperature=[t or 1.0 for t in temperatures])
 
 
-def overall(pipe: NextFlowPipeline, world: World, judges: dict[str, Judge], limit: int) -> dict[str, float]:
-    """Returns the share of held-out prompts that are drawn right, by each judge."""
+def overall(
+    pipe: NextFlowPipeline, world: World, judges: dict[str, Judge], limit: int, sheets: Path
+) -> dict[str, float]:
+    """Returns the share of held-out prompts that are drawn right, by each judge; writes the drawings to `sheets`."""
     suites = {name: EmojiEvaluation(pipe, world, judge, limit) for name, judge in judges.items()}
-    return {name: suite.suite("drawing", suite.draw)["overall"] for name, suite in suites.items()}
+    scores = {name: suite.suite("drawing", suite.draw)["overall"] for name, suite in suites.items()}
+    sheets.mkdir(parents=True, exist_ok=True)
+    suites["judge"].save_sheets(sheets)
+    return scores
 
 
 def main():
@@ -60,6 +69,7 @@ def main():
         help="folder of the judge that rewards, of another seed",
     )
     parser.add_argument("--output", type=Path, default=Path("runs/emoji/rl"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--prefix", type=int, default=5, help="how many of the first scales are trained")
     parser.add_argument("--groups", type=int, default=8, help="prompts in each step")
@@ -78,7 +88,7 @@ def main():
     world = World.load(arguments.judge / WORLD, Art(arguments.art))
     pipe = NextFlowPipeline.from_pretrained(arguments.checkpoint, dtype=torch.float32).to(device)
     model, processor = pipe.model, pipe.processor
-    before = overall(pipe, world, judges, arguments.limit)
+    before = overall(pipe, world, judges, arguments.limit, arguments.output / "before")
     num_scales = model.config.vq_config.scale_schedules.build().num_scales
     args = NextFlowGRPOConfig(
         output_dir=str(arguments.output),
@@ -106,7 +116,7 @@ def main():
     trainer.train()
     trainer.save_model()
     processor.save_pretrained(arguments.output)
-    after = overall(pipe, world, judges, arguments.limit)
+    after = overall(pipe, world, judges, arguments.limit, arguments.output / "after")
     values = {
         "gain": after["judge"] - before["judge"],
         "rewarded_gain": after["reward"] - before["reward"],
@@ -116,7 +126,7 @@ def main():
         "log": trainer.state.log_history,
     }
     print({name: values[name] for name in ("gain", "rewarded_gain", "before", "after")})
-    print("written:", write_result(arguments.output / "rl.json", values, device))
+    print("written:", write_result(arguments.results / "emoji_rl.json", values, device))
 
 
 if __name__ == "__main__":

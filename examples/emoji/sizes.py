@@ -22,7 +22,7 @@ SCALES, SMALL_SCALES = (1, 2, 3, 4, 6, 8, 11, 16), 6
 # The dimension in which each concept has a direction, which the semantic decoder learns for the cells that show it.
 SEMANTIC_DIM = 64
 # The style and the concept that only the LoRA trainings of a new style and a new concept show (`lora.py`).
-KEPT_STYLE, KEPT_CONCEPT = "streamline", "llama"
+KEPT_STYLE, KEPT_CONCEPT = "streamline", "unicorn"
 SMALL_STYLES = ("flat", "noto", "3d")
 SMALL_CONCEPTS = (
     "monkey", "dog", "cat", "lion", "tiger", "horse", "cow", "pig", "rabbit", "elephant", "bear", "panda", "chicken",

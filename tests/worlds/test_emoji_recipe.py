@@ -211,8 +211,14 @@ def test_a_lesson_shows_some_drawings_and_asks_for_others(script, monkeypatch):
     old = tiny_world(side=16, styles=("twemoji", "flat", "3d"))
     monkeypatch.setattr(lora, "SHOWN_OF_STYLE", 5)
     lesson = lora.lesson_of("style", tiny_art(), old, 100, 0)
-    assert len(lesson.shown) == 5 and len(lesson.asked) > 5 and not set(lesson.shown) & set(lesson.asked)
+    assert len(lesson.shown) == 5 and len(lesson.asked) == 100 and not set(lesson.shown) & set(lesson.asked)
     assert {style for _, style in lesson.shown + lesson.asked} == {"streamline"}
+    new = replace(old, styles=("flat", "3d"), concepts=tuple(c for c in old.concepts if c != key("rocket")))
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "KEPT_CONCEPT", "rocket")
+        lesson = lora.lesson_of("concept", tiny_art(), new, 10, 0)
+    assert lesson.shown[0] == (key("rocket"), "twemoji") and len(lesson.shown) == 2 and len(lesson.asked) == 10
+    assert {style for _, style in lesson.asked} < {"flat", "3d"} and not set(lesson.shown) & set(lesson.asked)
     with pytest.raises(ValueError, match="was to be new"):
         lora.lesson_of("style", tiny_art(), tiny_world(side=16), 100, 0)
     monkeypatch.setattr(lora, "KEPT_CONCEPT", "rocket")
