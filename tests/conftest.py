@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Ray lets everything else go first, so that its processes would wait for the tests beside them.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
+import pytest  # noqa: E402
 import torch  # noqa: E402  (the libraries read the environment when they are imported)
 import transformers  # noqa: E402
 
@@ -18,7 +19,8 @@ torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 
 
-def pytest_collection_finish():
-    """What the imports made stays, so that no collection of garbage looks at it: each training asks for one."""
+@pytest.fixture(scope="module", autouse=True)
+def freeze_what_stays():
+    """What was imported stays, so that no later collection of garbage looks at it: each training asks for one."""
     gc.collect()
     gc.freeze()

@@ -78,7 +78,7 @@ def _steps(rank: int, port: int, folder: str):
 
 def test_two_processes_draw_score_and_learn_as_one_with_whole_weights_and_with_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(grpo_trainer, "generate_rollouts", rollouts.generate_rollouts)
-    torch.multiprocessing.spawn(_steps, args=(free_port(), str(tmp_path)), nprocs=2)
+    in_two_processes(_steps, free_port(), str(tmp_path))
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for kind, peft_config in TRAINED.items():
         one = _step(str(tmp_path), peft_config)
