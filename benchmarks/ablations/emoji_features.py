@@ -141,7 +141,7 @@ ABLATION = Ablation(
         Claim("concept", "accumulated, corrected", "accumulated", "below"),
         Claim("concept", "residual, corrected", "accumulated, corrected", "above"),
     ),
-    steps=400,
+    steps=600,
 )
 
 
