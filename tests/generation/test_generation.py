@@ -358,6 +358,7 @@ def test_sampling_out_of_range_is_refused(settings, message):
         ({"image_sizes": [(16, 16), (16, 18)]}, "16x18 is not a multiple of 4; the nearest"),
         ({"image_sizes": [(16, 16), (8, 72)]}, "outside 1:4 to 4:1"),
         ({"generator": [torch.Generator()]}, "1 generators came with a batch of 2"),
+        ({"generator": [torch.Generator()] * 2}, "the same torch.Generator more than once"),
         ({"input_ids": torch.tensor([[20, 21], [20, 3]])}, "must end with <boi>"),
         ({"sampling": ImageSampling(guidance_scale=2.0)}, "Guidance needs negative_input_ids"),
         ({"sampling": ImageSampling(top_k=(5, 5))}, "top_k gives 2 values, but the image is drawn in 4 scales"),

@@ -227,7 +227,7 @@ def sample_codes(
 
 
 def check_generators(generator: Generators, count: int):
-    """Raises `ValueError` unless `generator` is one generator, or a sequence with one for each of `count`."""
+    """Raises `ValueError` unless `generator` is one generator, or a sequence with another one for each of `count`."""
     several = isinstance(generator, Sequence)
     for source in generator if several else [generator]:
         if not isinstance(source, torch.Generator) and (several or source is not None):
@@ -237,6 +237,12 @@ def check_generators(generator: Generators, count: int):
     if several and len(generator) != count:
         raise ValueError(
             f"{len(generator)} generators came with a batch of {count}; give one for all, or one for each."
+        )
+    # The images would depend on each other, and none but the first on the seed that its file names.
+    if several and len({id(source) for source in generator}) < count:
+        raise ValueError(
+            "generator holds the same torch.Generator more than once; give one for all, or create one for each: "
+            "[torch.Generator().manual_seed(seed) for seed in seeds]."
         )
 
 
