@@ -1,6 +1,8 @@
 """Random models so small that a test builds its own in a moment; every test that needs one shares these."""
 
 import socket
+from copy import deepcopy
+from functools import lru_cache
 
 import torch
 
@@ -18,8 +20,13 @@ CAPTIONS = ["a red circle", "two blue squares and a green star", "how many circl
 SCALES, PATCH_SIZE = (1, 2, 3, 4), 4
 
 
-def tiny_tokenizer():
+@lru_cache
+def _trained_tokenizer():
     return train_tokenizer(CAPTIONS, vocab_size=320)
+
+
+def tiny_tokenizer():
+    return deepcopy(_trained_tokenizer())
 
 
 def tiny_processor(scales=SCALES, patch_size=PATCH_SIZE, levels=None, read_last_scale=False) -> NextFlowProcessor:
@@ -61,7 +68,7 @@ def tiny_vq_config(**kwargs) -> NextFlowVQConfig:
 def tiny_text_config(**kwargs) -> dict:
     """A backbone of two layers with grouped keys; its vocabulary is `tiny_tokenizer`'s."""
     values = {
-        "vocab_size": len(tiny_tokenizer()),
+        "vocab_size": len(_trained_tokenizer()),
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
@@ -72,15 +79,15 @@ def tiny_text_config(**kwargs) -> dict:
         "initializer_range": 0.2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
         "bos_token_id": None,
-        "eos_token_id": tiny_tokenizer().eos_token_id,
-        "pad_token_id": tiny_tokenizer().pad_token_id,
+        "eos_token_id": _trained_tokenizer().eos_token_id,
+        "pad_token_id": _trained_tokenizer().pad_token_id,
     }
     return values | kwargs
 
 
 def tiny_config(text_config=None, vq_config=None, **kwargs) -> NextFlowConfig:
     """`text_config` and `vq_config` are dicts of values that differ; `kwargs` are `NextFlowConfig`'s own."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = _trained_tokenizer()
     values = {
         "text_config": tiny_text_config(**(text_config or {})),
         "vq_config": tiny_vq_config(**(vq_config or {})),

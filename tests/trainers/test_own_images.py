@@ -72,7 +72,7 @@ def test_a_folder_becomes_a_lora_that_draws_its_images(photos, tmp_path, monkeyp
         4 * 20 + 4,
         2 * 20 + 4,
     )
-    steps = changes(max_steps=250, learning_rate=2e-2, disable_tqdm="true", save_strategy="'no'")
+    steps = changes(max_steps=250, learning_rate=1e-2, disable_tqdm="true", save_strategy="'no'")
     run("train", "--lora", "--model", "tokenizer/final", "--data", photos, "--output", "lora", *steps)
     # An adapter, and the parts that read and write the codes, which were new to the transformer.
     assert (Path("lora/final/adapter_model.safetensors")).is_file() and not Path(
