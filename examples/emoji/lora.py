@@ -7,7 +7,7 @@ The style is `KEPT_STYLE` and the concept is `KEPT_CONCEPT` of `sizes.py`; no tr
 are like those on which the checkpoint was trained, so that it does not forget them. Afterwards the style is asked for
 with concepts that the 30 images do not show, and the concept in styles that the five images do not show. A drawing is
 identified by the nearest of all renders in the features of a judge. "plainly" is the share of drawings that show the
-concept if no style is asked for.
+concept if no style is asked for, "reconstructed" are the scores of the tokenizer's reconstructions of the true renders.
 
 Writes the adapter to `--output`, beside it a sheet with requested drawings (rows: true render, before, after), and the
 scores to `RESULTS/emoji_lora_TEACH.json`.
@@ -129,23 +129,14 @@ def draw(pipe: NextFlowPipeline, prompts: list[str], world: World) -> list[Image
     return images
 
 
-def taught(
-    pipe: NextFlowPipeline, lesson: Lesson, world: World, recogniser: Recogniser
-) -> tuple[dict[str, float], list[Image.Image]]:
-    """Returns the shares of requested drawings on white whose nearest render has the concept, the style, and both;
-    and the drawings.
-    """
-    images = draw(pipe, [prompt_of(None, Scene((Sticker(*pair),)), world) for pair in lesson.asked], world)
-    pairs = list(zip(recogniser.name(images), lesson.asked))
-    concepts = [concept for concept, _ in lesson.asked]
-    plain = [write_caption(None, Requirement((Item(concept),), None, "white"), world) for concept in concepts]
-    plainly = recogniser.name(draw(pipe, plain, world))
+def shares(named: list[tuple[str, str]], asked: list[tuple[str, str]]) -> dict[str, float]:
+    """Returns the shares of drawings whose nearest render has the concept, the style, and both."""
+    pairs = list(zip(named, asked, strict=True))
     return {
         "concept": float(np.mean([a[0] == b[0] for a, b in pairs])),
         "style": float(np.mean([a[1] == b[1] for a, b in pairs])),
         "both": float(np.mean([a == b for a, b in pairs])),
-        "plainly": float(np.mean([a[0] == concept for a, concept in zip(plainly, concepts)])),
-    }, images
+    }
 
 
 def train(model: peft.PeftModel, processor, rows: Dataset, arguments: argparse.Namespace):
@@ -199,9 +190,16 @@ def main():
     recogniser = Recogniser(judge.to(device), world)
     evaluation = EmojiEvaluation(pipe, old, judge, arguments.limit)
 
+    prompts = [prompt_of(None, Scene((Sticker(*pair),)), world) for pair in lesson.asked]
+    plain = [write_caption(None, Requirement((Item(c),), None, "white"), world) for c, _ in lesson.asked]
+    true = [render(Scene((Sticker(*pair),)), world) for pair in lesson.asked]
+
     def scores() -> tuple[dict, list[Image.Image]]:
-        shares, images = taught(pipe, lesson, world, recogniser)
-        return shares | {"old_drawing": evaluation.suite("drawing", evaluation.draw)["overall"]}, images
+        images = draw(pipe, prompts, world)
+        plainly = shares(recogniser.name(draw(pipe, plain, world)), lesson.asked)["concept"]
+        old_drawing = evaluation.suite("drawing", evaluation.draw)["overall"]
+        taught = shares(recogniser.name(images), lesson.asked)
+        return taught | {"plainly": plainly, "old_drawing": old_drawing}, images
 
     before, drawn_before = scores()
     torch.manual_seed(arguments.seed)
@@ -212,8 +210,8 @@ def main():
     adapted.save_pretrained(arguments.output)
     # The adapter is inserted into the layers, so the pipeline's own model has it too.
     after, drawn_after = scores()
-    true = [Image.fromarray(render(Scene((Sticker(*pair),)), world)) for pair in lesson.asked]
-    save_sheet([row[:SHEET_COLUMNS] for row in (true, drawn_before, drawn_after)], arguments.output / "sheet.png")
+    sheet = ([Image.fromarray(image) for image in true], drawn_before, drawn_after)
+    save_sheet([images[:SHEET_COLUMNS] for images in sheet], arguments.output / "sheet.png")
     values = {
         "taught": arguments.teach,
         "shown": len(lesson.shown),
@@ -221,6 +219,7 @@ def main():
         "drawings": len(lesson.asked),
         "before": before,
         "after": after,
+        "reconstructed": shares(recogniser.name(evaluation.reconstruct(true)), lesson.asked),
         "old_drop": before["old_drawing"] - after["old_drawing"],
         "adapter_mib": (arguments.output / "adapter_model.safetensors").stat().st_size / 2**20,
     }
