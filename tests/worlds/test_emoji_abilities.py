@@ -20,10 +20,12 @@ from transformers_nextflow.worlds.emoji import (
     training_case,
 )
 from transformers_nextflow.worlds.emoji.cases import SceneCase, compare
-from transformers_nextflow.worlds.emoji.edits import EDITS, edit_example, edit_kinds, restyled
+from transformers_nextflow.worlds.emoji.edits import EDITS, edit_example, edit_kinds, edit_of, restyled
 from transformers_nextflow.worlds.emoji.questions import QUESTIONS
+from transformers_nextflow.worlds.emoji.scene import KINDS
 from transformers_nextflow.worlds.emoji.subjects import CHANGES, SUBJECT_KINDS
 from transformers_nextflow.worlds.emoji.texts import keyword_index, keyword_riddle
+from transformers_nextflow.worlds.held_out import is_reserved
 
 
 WORLD = tiny_world(ratios=RATIOS)
@@ -68,6 +70,12 @@ def test_training_cases_hold_nothing_that_is_held_out(ability):
     for case in cases(ability):
         assert may_be_trained_on(case, WORLD) and not case.held_out(WORLD)
         assert not any(WORLD.held_out(scene) for scene in case.scenes)
+
+
+def test_no_thought_says_in_reserved_words_what_to_draw():
+    thoughts = [text for case in cases("thinking", 100) for text in texts_of(case.answer)]
+    captions = [part for thought in thoughts for part in thought.removeprefix(THINK_PREFIX).strip().split(": ")]
+    assert len(captions) > 100 and not any(map(is_reserved, captions))
 
 
 @pytest.mark.parametrize("split", ["wording", "style", "color", "pair", "count"])
@@ -130,6 +138,14 @@ def test_a_plain_world_has_no_edits_of_what_it_has_not():
     world = tiny_world(plain=True)
     assert not {"recolor", "turn"} & set(edit_kinds(world)) and "tone" in edit_kinds(world)
     assert "tone" not in edit_kinds(tiny_world(styles=("streamline",)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_edit_of_a_world_can_be_made_of_its_scenes(kind):
+    world = replace(WORLD, kinds={kind: 1.0})
+    for edit in edit_kinds(world):
+        found = (edit_of(rng(seed), random_scene(rng(seed), world), edit, world) for seed in range(300))
+        assert any(found), edit
 
 
 def test_style_transfer_changes_the_style_and_nothing_else():

@@ -1,6 +1,7 @@
 """The emoji world: images show their scenes, what is said of them is true, and what is held out stays so."""
 
 from dataclasses import replace
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
@@ -32,7 +33,8 @@ from transformers_nextflow.worlds.emoji.language import (
     with_article,
 )
 from transformers_nextflow.worlds.emoji.requirement import PLACES, RELATIONS
-from transformers_nextflow.worlds.emoji.scene import BACKGROUNDS, GRIDS, KINDS, TURNS, box, counted
+from transformers_nextflow.worlds.emoji.scene import BACKGROUNDS, GRIDS, KINDS, TURNS, box, cells_of, counted
+from transformers_nextflow.worlds.held_out import is_reserved
 
 
 DOG, CAT = Sticker(key("dog"), "3d"), Sticker(key("cat"), "3d")
@@ -198,6 +200,17 @@ def test_what_is_held_out_depends_on_the_scene_only():
     scene = random_scene(rng(3), tiny_world())
     moved = replace(scene, background="pink", ratio=(12, 20))
     assert tiny_world().held_out(scene) == tiny_world(side=64).held_out(moved)
+
+
+def test_an_ordered_pair_is_held_out_wherever_in_a_scene_it_is():
+    world = tiny_world()
+    apart = next(
+        three
+        for three in permutations(world.concepts, 3)
+        if [is_reserved(f"pair {a} {b}") for a, b in combinations(three, 2)] == [False, True, False]
+    )
+    scene = Scene(tuple(Sticker(c, "flat", cell) for c, cell in zip(apart, cells_of((2, 2)))), grid=(2, 2))
+    assert "pair" in world.held_out(scene)
 
 
 # --- Language --------------------------------------------------------------------------------------------------------

@@ -28,11 +28,13 @@ class Case:
     Args:
         kind: which of the ability's categories.
         asked, answer: the exchange; if several answers are right, one of them.
+        drawn_from: texts of the answer that say what its image shows; reserved ones are not trained on.
     """
 
     kind: str
     asked: tuple[Part, ...]
     answer: tuple[Part, ...]
+    drawn_from: tuple[str, ...] = ()
 
     @property
     def exchange(self) -> Exchange:
@@ -50,7 +52,7 @@ class Case:
     def held_out(self, world: World) -> frozenset[str]:
         """The splits to which it belongs: those of its scenes, and "wording" if its texts are reserved."""
         splits = frozenset().union(*(world.held_out(scene) for scene in self.scenes))
-        return splits | {"wording"} if is_reserved(self.key) else splits
+        return splits | {"wording"} if any(map(is_reserved, (self.key, *self.drawn_from))) else splits
 
     def score(self, output: Sequence[Part], world: World) -> Score:
         """Scores between 0 and 1 of an answer, `right` first; its images as `Scene`s that a judge read."""

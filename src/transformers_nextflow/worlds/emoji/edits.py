@@ -162,13 +162,22 @@ EDITS = {
 }
 
 
+# For some edits the kinds of scenes of which one can be made; the others can be made of any.
+SCENES = {
+    "add": {"single", "small", "count", "mixed"},
+    "remove": {"pair", "mixed"},
+    "move": {"small", "mixed"},
+    "count": {"single", "count"},
+}
+
+
 def edit_kinds(world: World) -> tuple[str, ...]:
     """The kinds of edits that are possible in this world."""
-    toned = any(world.drawing(*pair).tones for pair in world.pairs)
-    painted = any(world.colors_of(*pair) for pair in world.pairs)
-    corners = bool({"small", "mixed"} & set(world.kinds))
-    without = {"move": not corners, "tone": not toned, "recolor": not painted, "turn": world.plain}
-    return tuple(kind for kind in EDITS if not without.get(kind))
+    without = {kind for kind, scenes in SCENES.items() if not scenes & world.kinds.keys()}
+    without |= {"turn"} if world.plain else set()
+    without |= set() if any(world.drawing(*pair).tones for pair in world.pairs) else {"tone"}
+    without |= set() if any(world.colors_of(*pair) for pair in world.pairs) else {"recolor"}
+    return tuple(kind for kind in EDITS if kind not in without)
 
 
 def edit_of(rng: np.random.Generator, scene: Scene, kind: str, world: World) -> Edit | None:

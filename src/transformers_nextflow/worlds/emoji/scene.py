@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -242,7 +243,7 @@ class World:
             found.add("style")
         if any(is_reserved(f"color {s.concept} {s.color}") for s in scene.stickers if s.color):
             found.add("color")
-        if any(is_reserved(f"pair {a} {b}") for a, b in zip(concepts, concepts[1:])):
+        if any(is_reserved(f"pair {a} {b}") for a, b in combinations(concepts, 2)):
             found.add("pair")
         counts = Counter(sticker.concept for sticker in scene.stickers)
         if any(is_reserved(f"count {concept} {count}") for concept, count in counts.items() if count > 1):

@@ -73,10 +73,11 @@ def thinking_case(rng: np.random.Generator, world: World) -> DrawingCase:
         text = choose(rng, ("", "draw ", "show ")) + choose(rng, TIMES[count]) + choose(rng, RIDDLES).format(riddle)
         text += f", {items[0].style} style" if styled else ""
         text += f" on {article(ground)} {ground} background" if ground else ""
-        thought = write_caption(None, requirement, world) + PLAN_BEGIN + caption(scene, world)
-        thoughtful = rng.random() < THOUGHT_SHARE
-        exchange = thinking(text, thought, scene) if thoughtful else drawing(text, scene)
-        return DrawingCase(kind, *exchange, requirement=requirement)
+        if rng.random() >= THOUGHT_SHARE:
+            return DrawingCase(kind, *drawing(text, scene), requirement=requirement)
+        plain = write_caption(None, requirement, world), caption(scene, world)
+        exchange = thinking(text, PLAN_BEGIN.join(plain), scene)
+        return DrawingCase(kind, *exchange, plain, requirement=requirement)
 
 
 def text_case(rng: np.random.Generator, world: World) -> AnswerCase:
