@@ -232,6 +232,13 @@ def test_similarity_does_not_depend_on_the_prompts_beside(kind):
     assert together == pytest.approx(alone, abs=1e-5)
 
 
+def test_similarity_says_that_a_prompt_is_longer_than_the_model_reads():
+    model, processor = tiny_clip()
+    length = model.config.text_config.max_position_embeddings
+    with pytest.warns(UserWarning, match=f"reads {length} tokens of a prompt, and a prompt has"):
+        similarity_reward(model, processor)(prompts=["one " * 2 * length], completions=[make_image()])
+
+
 def test_a_judge_weighs_yes_against_no():
     model, processor = tiny_model(), tiny_processor()
     prompts, images = ["a red circle", "two blue squares"], [make_image("red"), make_image("blue")]
