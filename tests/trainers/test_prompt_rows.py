@@ -1,8 +1,10 @@
 """Prompts for RL that are taken from rows of conversations."""
 
 import json
+from inspect import signature
 
 import pytest
+from datasets import Dataset
 
 from transformers_nextflow.data import BadRowError
 from transformers_nextflow.trainers.rl.prompt_rows import read_prompts
@@ -47,3 +49,18 @@ def test_images_of_a_prompt_are_not_left_out_where_only_their_codes_are_given(tm
 def test_rows_that_begin_without_a_drawing_are_no_prompts(tmp_path):
     with pytest.raises(ValueError, match="begins with a text of the user that an image answers"):
         prompts_of(tmp_path, [turn("system", "be brief"), turn("user", "a star"), turn("assistant", IMAGE)])
+
+
+def test_fields_that_only_some_prompts_have_and_values_of_several_kinds_reach_the_reward(tmp_path):
+    placed = [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}]
+    rows = [{"prompt": "a dog", "include": placed[:1]}, {"prompt": "a cat", "include": placed, "exclude": placed[:1]}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    if "on_mixed_types" not in signature(Dataset.from_dict).parameters:
+        with pytest.raises(ValueError, match="field 'include' .* holds values of different kinds"):
+            read_prompts(tmp_path / "prompts.jsonl")
+        return
+    first, second = read_prompts(tmp_path / "prompts.jsonl")
+    assert (first["exclude"], second["exclude"], second["include"]) == (None, placed[:1], placed)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "weight": 1}\n{"prompt": "b", "weight": 1' + "0" * 20 + "}")
+    with pytest.raises(ValueError, match="field 'weight' of .*prompts.jsonl holds"):
+        read_prompts(tmp_path / "prompts.jsonl")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from inspect import signature
 from itertools import islice
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def read_prompts(source: str | os.PathLike, columns: Columns | None = None) -> D
     if path.suffix in (".jsonl", ".json") and path.is_file():
         lines = JsonLines(path)
         if len(lines) and isinstance(lines[0], dict) and "prompt" in lines[0] and "messages" not in lines[0]:
-            return Dataset.from_list(_checked_lines(lines))
+            return _table_of(_checked_lines(lines), source)
     rows, root = open_rows(source, columns)
     found = []
     for number, row in enumerate(rows):
@@ -88,6 +89,25 @@ def _checked_lines(lines: JsonLines) -> list[dict]:
             raise BadRowError("prompt", str(error).removeprefix("Prompt 0 ")).of_row(number) from error
         rows.append({name: value for name, value in row.items() if name != ROW_NUMBER})
     return rows
+
+
+def _table_of(rows: list[dict], source: str | os.PathLike) -> Dataset:
+    """The rows with the fields of all of them; those that a row lacks are `None`. Raises `ValueError` naming a field
+    that no table holds.
+    """
+    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+    # Values of different kinds, as the positions of GenEval's prompts are: ["left of", 0].
+    takes_mixed = "on_mixed_types" in signature(Dataset.from_dict).parameters
+    kinds = {"on_mixed_types": "use_json"} if takes_mixed else {}
+    for name, values in columns.items():
+        try:
+            Dataset.from_dict({name: values}, **kinds)
+        except (OverflowError, TypeError, ValueError) as error:
+            remedy = "" if takes_mixed else ", or install a newer datasets"
+            raise ValueError(
+                f"The field {name!r} of {source} holds values of different kinds: {error}; give it one kind{remedy}."
+            ) from error
+    return Dataset.from_dict(columns, **kinds)
 
 
 def check_dataset(name: str, rows: Dataset | IterableDataset, needed: int):
