@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Features, List, Value
 from sizes import SIZES, Size, text_config, world_of
 from transformers import PreTrainedTokenizerFast
 
@@ -36,6 +36,7 @@ from transformers_nextflow.worlds.conversations import Exchange, images_of, text
 from transformers_nextflow.worlds.emoji import CAPTION_REQUEST, Scene, World, render, training_case
 from transformers_nextflow.worlds.emoji.questions import further_question
 from transformers_nextflow.worlds.emoji.scene import draw_share
+from transformers_nextflow.worlds.generated_rows import write_generated_rows
 
 
 # Shares of the conversations by the ability with which they begin; the paper has 25% of text (section 3.2).
@@ -220,23 +221,20 @@ def main():
     if arguments.correction_share:
         correction = SelfCorrection(arguments.correction_top_k, arguments.correction_share)
     shards = 4 * arguments.processes
-    dataset = Dataset.from_generator(
+    write_generated_rows(
         rows,
-        gen_kwargs={
-            "tokenizer": arguments.tokenizer,
-            "size": arguments.size,
-            "art": arguments.art,
-            "side": side,
-            "count": arguments.samples // shards,
-            "seed": arguments.seed,
-            "shards": list(range(shards)),
-            "correction": correction,
-        },
-        features=FEATURES,
-        num_proc=arguments.processes,
-        cache_dir=str(arguments.output.with_suffix(".cache")),
+        arguments.output,
+        FEATURES,
+        arguments.processes,
+        shards=list(range(shards)),
+        tokenizer=arguments.tokenizer,
+        size=arguments.size,
+        art=arguments.art,
+        side=side,
+        count=arguments.samples // shards,
+        seed=arguments.seed,
+        correction=correction,
     )
-    dataset.save_to_disk(arguments.output)
 
 
 if __name__ == "__main__":

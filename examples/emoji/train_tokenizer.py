@@ -41,8 +41,8 @@ L1_WEIGHT, GRADIENT_WEIGHT = 0.2, 0.2
 class EmojiImages(Dataset):
     """Images of scenes with all concepts, styles and colours, and the concepts of their cells.
 
-    Item i of a seed is always the same. The first `square` images are square; of the rest, whole batches of
-    `batch_size` have one ratio.
+    Item i of a seed is always the same. The batches of `batch_size` with the first `square` images are square; of the
+    rest, each batch has one ratio.
     """
 
     def __init__(self, world: World, length: int, seed: int, batch_size: int = 1, square: int = 0):
@@ -63,10 +63,11 @@ class EmojiImages(Dataset):
         }
 
     def _ratio(self, index: int):
-        if index < self.square or len(self.world.ratios) == 1:
+        batch = index // self.batch_size
+        if batch * self.batch_size < self.square or len(self.world.ratios) == 1:
             return SQUARE
         # Half of the batches are square.
-        drawn = np.random.default_rng((self.seed, index // self.batch_size, 1)).integers(2 * len(self.world.ratios))
+        drawn = np.random.default_rng((self.seed, batch, 1)).integers(2 * len(self.world.ratios))
         return self.world.ratios[drawn] if drawn < len(self.world.ratios) else SQUARE
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Features, List, Value
 
 from transformers_nextflow import NextFlowImageProcessor, NextFlowProcessor, NextFlowVQModel, SelfCorrection
 from transformers_nextflow.data import EncodedImage, code_fields, encoded_images
 from transformers_nextflow.tokenization_nextflow import THINK_PREFIX, train_tokenizer
+from transformers_nextflow.worlds.generated_rows import write_generated_rows
 from transformers_nextflow.worlds.shapes import (
     CAPTION_REQUEST,
     DESCRIPTIONS,
@@ -246,22 +247,19 @@ def main():
     if arguments.correction_share:
         correction = SelfCorrection(top_k=arguments.correction_top_k, token_share=arguments.correction_share)
     shards = 4 * arguments.processes
-    dataset = Dataset.from_generator(
+    write_generated_rows(
         rows,
-        gen_kwargs={
-            "tokenizer": arguments.tokenizer,
-            "count": arguments.samples // shards,
-            "seed": arguments.seed,
-            "shards": list(range(shards)),
-            "correction": correction,
-            "read_last_scale": arguments.read_last_scale,
-            "abilities": tuple(arguments.abilities),
-        },
-        features=FEATURES,
-        num_proc=arguments.processes,
-        cache_dir=str(Path(arguments.output).with_suffix(".cache")),
+        Path(arguments.output),
+        FEATURES,
+        arguments.processes,
+        shards=list(range(shards)),
+        tokenizer=arguments.tokenizer,
+        count=arguments.samples // shards,
+        seed=arguments.seed,
+        correction=correction,
+        read_last_scale=arguments.read_last_scale,
+        abilities=tuple(arguments.abilities),
     )
-    dataset.save_to_disk(arguments.output)
     vq_model = NextFlowVQModel.from_pretrained(arguments.tokenizer)
     processor = make_processor(vq_model, arguments.read_last_scale, arguments.processor)
     processor.save_pretrained(Path(arguments.output) / "processor")

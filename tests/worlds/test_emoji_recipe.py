@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Features, Value, load_from_disk
 from tiny import tiny_model, tiny_processor, tiny_vq_config
 from tiny_emoji import FIXTURES, key, tiny_art, tiny_world
 
@@ -21,10 +22,12 @@ from transformers_nextflow.trainers.recipes import load_recipe
 from transformers_nextflow.utils.training_domain import TrainingDomain
 from transformers_nextflow.utils.typed_values import read_typed
 from transformers_nextflow.worlds.conversations import images_of
-from transformers_nextflow.worlds.emoji import Item, Requirement, Scene, Sticker
+from transformers_nextflow.worlds.emoji import RATIOS, Item, Requirement, Scene, Sticker
 from transformers_nextflow.worlds.emoji.cases import Case
 from transformers_nextflow.worlds.emoji.judge import Judge, Vocabulary
 from transformers_nextflow.worlds.emoji.rewards import judge_reward
+from transformers_nextflow.worlds.emoji.scene import SQUARE
+from transformers_nextflow.worlds.generated_rows import write_generated_rows
 from transformers_nextflow.worlds.held_out import is_reserved
 
 
@@ -170,6 +173,25 @@ def test_a_stage_of_the_tokenizer_trains(script, tokenizer, tmp_path, monkeypatc
     logged = set().union(*trainer.state.log_history)
     wanted = {"small_tokenizer": "semantic_loss", "small_decoder": "perceptual_loss"}[stage]
     assert {"pixel_loss", "adversarial_loss", wanted} <= logged
+
+
+def rows_of_file(path: str, shards: list[int]):
+    yield from ({"content": Path(path).read_text()} for _ in shards)
+
+
+def test_data_are_made_anew_where_only_the_content_of_a_folder_has_changed(tmp_path):
+    for content in ("one", "two"):
+        (tmp_path / "tokenizer").write_text(content)
+        features, settings = Features({"content": Value("string")}), {"path": str(tmp_path / "tokenizer")}
+        write_generated_rows(rows_of_file, tmp_path / "data", features, processes=1, shards=[0, 1], **settings)
+        assert load_from_disk(tmp_path / "data")["content"][:] == [content] * 2
+    assert {path.name for path in tmp_path.iterdir()} == {"tokenizer", "data"}
+
+
+def test_a_batch_that_begins_with_square_images_is_square(script):
+    images, world = script("train_tokenizer").EmojiImages, tiny_world(ratios=RATIOS)
+    for seed in range(10):
+        assert {images(world, 100, seed, batch_size=4, square=1)._ratio(index) for index in range(4)} == {SQUARE}
 
 
 def test_batches_of_images_have_one_ratio_and_the_first_ones_are_square(script):
