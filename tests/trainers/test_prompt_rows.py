@@ -61,6 +61,8 @@ def test_fields_that_only_some_prompts_have_and_values_of_several_kinds_reach_th
         return
     first, second = read_prompts(tmp_path / "prompts.jsonl")
     assert (first["exclude"], second["exclude"], second["include"]) == (None, placed[:1], placed)
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "weight": 1}\n{"prompt": "b", "weight": 1' + "0" * 20 + "}")
+    (tmp_path / "prompts.jsonl").write_text(
+        '{"prompt": "a", "weight": 1}\n{"prompt": "b", "weight": 1' + "0" * 20 + "}"
+    )
     with pytest.raises(ValueError, match="field 'weight' of .*prompts.jsonl holds"):
         read_prompts(tmp_path / "prompts.jsonl")
