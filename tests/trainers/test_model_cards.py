@@ -13,6 +13,9 @@ from tiny import tiny_model, tiny_processor
 from tiny_diffusion import save_pipeline_folder
 
 from transformers_nextflow import NextFlowDiffusionDecoder, NextFlowForConditionalGeneration, NextFlowPipeline
+from transformers_nextflow.trainers.packing import PackedDataset
+from transformers_nextflow.trainers.recipe_data import StageRows
+from transformers_nextflow.trainers.runs.training_card import TrainingCardMixin
 from transformers_nextflow.utils import model_cards
 from transformers_nextflow.utils.model_cards import derived_card_metadata, read_card_metadata
 
@@ -65,6 +68,13 @@ def test_a_saved_model_has_a_card_and_one_of_ones_own_stays(start, tmp_path):
     (start / "README.md").write_text(HEAD)
     model.save_pretrained(start)
     assert (start / "README.md").read_text() == HEAD
+
+
+@pytest.mark.parametrize("rows", [range(5), PackedDataset(range(5), lambda row: 1, 2), StageRows(range(5), None)])
+def test_a_card_counts_rows_and_not_the_packs_of_them(rows):
+    trained = TrainingCardMixin()
+    trained.train_dataset = rows
+    assert trained._card_rows() == "Trained on 5 rows of a local data set."
 
 
 def test_a_saved_pipeline_has_a_card_and_one_of_ones_own_stays(start, tmp_path):

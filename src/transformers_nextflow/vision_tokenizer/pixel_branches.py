@@ -184,8 +184,8 @@ class ConvolutionalDecoder(nn.Module):
         return hidden_states
 
 
-# `pixel_encoder_type` of [`NextFlowVQConfig`] → encoder and decoder, made of a config: pixels (B, 3, H, W) to latents
-# (B, pixel_code_dim, h, w), and back.
+# `pixel_encoder_type` or `pixel_decoder_type` of [`NextFlowVQConfig`] → encoder and decoder, made of a config: pixels
+# (B, 3, H, W) to latents (B, pixel_code_dim, h, w), and back.
 PIXEL_BRANCHES: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
     "convolutional": (ConvolutionalEncoder, ConvolutionalDecoder),
     "patch": (PatchEncoder, PatchDecoder),

@@ -104,7 +104,7 @@ class TrainingCardMixin:
         return f"LoRA for {base.card_title}", f"{text} The model that it is for: {base.card_text()}"
 
     def _card_rows(self) -> str:
-        rows = self.train_dataset
+        rows = getattr(self.train_dataset, "rows", self.train_dataset)  # a pack holds several
         count = f"{len(rows)} rows" if hasattr(rows, "__len__") else "a stream of rows"
         where = (
             f"[{self.dataset_name}](https://huggingface.co/datasets/{self.dataset_name})" if self.dataset_name else ""
