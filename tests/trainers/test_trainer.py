@@ -18,6 +18,7 @@ from transformers_nextflow.trainers import (
     NextFlowTrainer,
     NextFlowTrainingArguments,
 )
+from transformers_nextflow.trainers.recipe_data import StageRows
 
 
 GRID, CODES = [4, 4], 1 + 4 + 9 + 16
@@ -77,6 +78,14 @@ def test_batches_of_one_length_are_made_from_the_lengths_column(tmp_path):
     # A column, which equals it, is read from disk for each length.
     assert type(sampler.lengths) is list and sampler.lengths == [10, 11]
     trainer.train()
+    # As recipes take them.
+    trainer = make_trainer(
+        tmp_path, tiny_model(), StageRows(data, tiny_processor()), train_sampling_strategy="group_by_length"
+    )
+    assert trainer._get_train_sampler().lengths == [10, 11]
+    trainer = make_trainer(tmp_path, tiny_model(), rows(), train_sampling_strategy="group_by_length")
+    with pytest.raises(ValueError, match="train_sampling_strategy='group_by_length' needs a column 'length'"):
+        trainer.train()
 
 
 def test_metrics_that_are_never_logged_do_not_pile_up(tmp_path):

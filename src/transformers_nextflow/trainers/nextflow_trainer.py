@@ -55,6 +55,8 @@ logger = logging.get_logger(__name__)
 NUM_EXAMINED_ROWS = 64
 # How many images are reconstructed before an adapter is trained on them.
 NUM_RECONSTRUCTED_ROWS = 8
+# Orders of the rows that depend on their lengths.
+NEEDS_LENGTHS = ("group_by_length", "batch_rebalance")
 
 
 @dataclass
@@ -335,8 +337,16 @@ class NextFlowTrainer(
 
     def _get_train_sampler(self, train_dataset=None):
         rows = self.train_dataset if train_dataset is None else train_dataset
-        # Grouping by length reads the lengths of a `datasets.Dataset` from its column.
-        sampler = super()._get_train_sampler(rows.rows if isinstance(rows, NumberedRows) else rows)
+        # Lengths are read from a column of the `datasets.Dataset` that rows are taken from by the same numbers.
+        while hasattr(rows, "rows") and not isinstance(rows, PackedDataset):
+            rows = rows.rows
+        strategy, column = self.args.train_sampling_strategy, self.args.length_column_name
+        if strategy in NEEDS_LENGTHS and hasattr(rows, "__len__") and column not in getattr(rows, "column_names", ()):
+            raise ValueError(
+                f"train_sampling_strategy={strategy!r} needs a column {column!r} in a data set of `datasets` "
+                "(docs/data.md, save_to_disk); give the length of each row there, or leave it out."
+            )
+        sampler = super()._get_train_sampler(rows)
         if isinstance(sampler, LengthGroupedSampler):
             # A column of `datasets` reads its file for each length: a minute in each epoch for 200,000 rows.
             sampler.lengths = sampler.lengths[:]
