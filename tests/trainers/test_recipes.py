@@ -110,6 +110,11 @@ def test_the_stages_of_the_tokenizer_train_their_parts_and_the_last_widens_the_d
     assert models[3].config.pixel_decoder_channels == 2 * models[2].config.pixel_decoder_channels
     kept = {name: value for name, value in models[2].state_dict().items() if not name.startswith("pixel_decoder.")}
     assert all(torch.equal(value, models[3].state_dict()[name]) for name, value in kept.items())
+    # The seed decides about the weights from which the new decoder starts.
+    recipes = [load_recipe(FOLDER / "tokenizer_decoder.yaml", [*SMALL_VQ, f"seed={seed}"]) for seed in (1, 1, 2)]
+    starts = [trainer_of(recipe, folders[-2], data, tmp_path / "again").model.pixel_decoder for recipe in recipes]
+    first, same, other = (torch.nn.utils.parameters_to_vector(start.parameters()) for start in starts)
+    assert torch.equal(first, same) and not torch.equal(first, other)
 
 
 def test_some_steps_are_measured_where_asked_for(start, tmp_path):

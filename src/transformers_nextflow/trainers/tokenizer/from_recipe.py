@@ -27,6 +27,7 @@ def tokenizer_trainer(recipe, folder: str | os.PathLike, data: str | os.PathLike
     model = load_vision_tokenizer(folder)
     teacher = Teacher(model) if STAGES[args.stage].learns_codes and args.semantic_weight else None
     if recipe.decoder_width != 1:
+        torch.manual_seed(args.seed)  # the new decoder starts at random
         model = with_wider_decoder(model, recipe.decoder_width)
     source, root = open_rows(data, recipe.columns, needs_texts=False)
     config = model.config
