@@ -5,9 +5,12 @@ from inspect import signature
 
 import pytest
 from datasets import Dataset
+from PIL import Image
+from tiny import tiny_processor
 
 from transformers_nextflow.data import BadRowError
 from transformers_nextflow.trainers.rl.prompt_rows import read_prompts
+from transformers_nextflow.trainers.rl.rollouts import images_of
 
 
 IMAGE = {"type": "image"}
@@ -66,3 +69,13 @@ def test_fields_that_only_some_prompts_have_and_values_of_several_kinds_reach_th
     )
     with pytest.raises(ValueError, match="field 'weight' of .*prompts.jsonl holds"):
         read_prompts(tmp_path / "prompts.jsonl")
+
+
+def test_images_of_a_file_of_prompts_lie_beside_it(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    rows = [{"prompt": "blue", "image": "a.png"}, {"prompt": "red", "images": ["a.png", "https://example.org/b.png"]}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    first, second = read_prompts(tmp_path / "prompts.jsonl")
+    (image,) = tiny_processor().image_processor.to_rgb(images_of(first))
+    assert image.getpixel((0, 0)) == (255, 0, 0)
+    assert images_of(second) == [str(tmp_path / "a.png"), "https://example.org/b.png"]

@@ -34,7 +34,7 @@ from ..runs.training_card import TrainingCardMixin
 from .checked_reward import LARGEST_REWARD, validated_reward
 from .grpo_config import NextFlowGRPOConfig
 from .prefix_objective import Box, box_mask, kl_to_reference, policy_terms, scale_shares
-from .prompt_rows import check_dataset, check_rows, prompts_as_texts
+from .prompt_rows import IMAGE_COLUMNS, check_dataset, check_rows, prompts_as_texts
 from .rollouts import Rollout, check_lengths, continue_rollouts, generate_rollouts, likelihood_inputs
 
 
@@ -46,7 +46,6 @@ except ImportError as error:
     raise ImportError("RL needs trl: pip install transformers-nextflow[rl]") from error
 
 
-IMAGE_COLUMNS = ("image", "images")
 # The paper's m, of 18 scales.
 MAX_PREFIX_SCALES = 8
 

@@ -19,10 +19,15 @@ from ...processing_nextflow import check_prompts
 from ...utils.short_repr import short_repr
 
 
+# Columns of the images to which prompts refer.
+IMAGE_COLUMNS = ("image", "images")
+
+
 def read_prompts(source: str | os.PathLike, columns: Columns | None = None) -> Dataset:
-    """Prompts for RL: the rows with `prompt` of a `.jsonl` file, with all their fields, which are passed to rewards;
-    from other sources (`open_rows`) the texts and input images of each row's first turn, if the user's turn is answered
-    with an image. Later turns do not count, and rows that begin otherwise are left out.
+    """Prompts for RL: the rows with `prompt` of a `.jsonl` file, with all their fields, which are passed to rewards,
+    and with paths of their images relative to the file; from other sources (`open_rows`) the texts and input images of
+    each row's first turn, if the user's turn is answered with an image. Later turns do not count, and rows that begin
+    otherwise are left out.
 
     Raises:
         ValueError: for an invalid source, rows none of which begins so, or images of a prompt that are given only as
@@ -32,7 +37,7 @@ def read_prompts(source: str | os.PathLike, columns: Columns | None = None) -> D
     if path.suffix in (".jsonl", ".json") and path.is_file():
         lines = JsonLines(path)
         if len(lines) and isinstance(lines[0], dict) and "prompt" in lines[0] and "messages" not in lines[0]:
-            return _table_of(_checked_lines(lines), source)
+            return _table_of([_with_located_images(row, path.parent) for row in _checked_lines(lines)], source)
     rows, root = open_rows(source, columns)
     found = []
     for number, row in enumerate(rows):
@@ -89,6 +94,17 @@ def _checked_lines(lines: JsonLines) -> list[dict]:
             raise BadRowError("prompt", str(error).removeprefix("Prompt 0 ")).of_row(number) from error
         rows.append({name: value for name, value in row.items() if name != ROW_NUMBER})
     return rows
+
+
+def _with_located_images(row: dict, folder: Path) -> dict:
+    """The row with images that are files in the folder by their paths; URLs and base64 stay."""
+
+    def located(image):
+        is_file = isinstance(image, str) and os.path.isfile(folder / image)
+        return str(folder / image) if is_file else image
+
+    given = {name: row[name] for name in IMAGE_COLUMNS if row.get(name) is not None}
+    return row | {name: [*map(located, i)] if isinstance(i, list) else located(i) for name, i in given.items()}
 
 
 def _table_of(rows: list[dict], source: str | os.PathLike) -> Dataset:
