@@ -42,7 +42,6 @@ from transformers_nextflow.worlds.emoji.scene import BACKGROUNDS, choose
 
 
 SHOWN_OF_STYLE, SHOWN_OF_CONCEPT = 30, 5
-EMPTY = 0.1  # the share of empty prompts, which guidance needs
 SHEET_COLUMNS = 12
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -94,7 +93,7 @@ def exchanges_of(lesson: Lesson, world: World, old: World, count: int, seed: int
             found.append(sample(rng, old, "small", "drawing"))
             continue
         scene = Scene((Sticker(*choose(rng, lesson.shown)),), choose(rng, list(BACKGROUNDS)))
-        found.append([drawing("" if rng.random() < EMPTY else prompt_of(rng, scene, world), scene)])
+        found.append([drawing(prompt_of(rng, scene, world), scene)])
     return found
 
 
@@ -172,7 +171,7 @@ def main():
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--learning_rate", type=float, default=5e-4)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument(
         "--limit", type=int, default=100, help="number of requested drawings, and of held-out prompts of the old world"
     )
