@@ -122,7 +122,7 @@ class ShapesVQTrainer(NextFlowVQTrainer):
         """
         semantic = output.latents[:, : self._core.config.semantic_code_dim].permute(0, 2, 3, 1)
         directions = fixed_directions(semantic.shape[-1], output.semantic_features.shape[-1])
-        readout = READOUT_SCALE * F.normalize(semantic, dim=-1) @ directions
+        readout = READOUT_SCALE * F.normalize(semantic, dim=-1) @ directions.to(semantic.device)
         return attribute_loss(output.semantic_features, inputs) + READOUT_WEIGHT * attribute_loss(readout, inputs)
 
     def pixel_loss(self, output, inputs):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Features, Value, load_from_disk
+from PIL import Image
 from tiny import tiny_model, tiny_processor, tiny_vq_config
 from tiny_emoji import FIXTURES, key, tiny_art, tiny_world
 
@@ -18,6 +19,7 @@ from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGenerati
 from transformers_nextflow.data import tokenizer_fingerprint, validate_rows
 from transformers_nextflow.modeling_nextflow_vq import CODE_PARTS
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainingArguments, NextFlowVQTrainingArguments
+from transformers_nextflow.trainers.diffusion.arguments import NextFlowDiffusionTrainingArguments
 from transformers_nextflow.trainers.recipes import load_recipe
 from transformers_nextflow.utils.training_domain import TrainingDomain
 from transformers_nextflow.utils.typed_values import read_typed
@@ -33,7 +35,17 @@ from transformers_nextflow.worlds.held_out import is_reserved
 
 FOLDER = Path(__file__).parents[2] / "examples" / "emoji"
 RECIPES = sorted((FOLDER / "recipes").glob("*.yaml"))
-SCRIPTS = ("sizes", "make_data", "train_tokenizer", "train_judge", "lora", "rl", "make_checkpoint", "two_cores")
+SCRIPTS = (
+    "sizes",
+    "make_data",
+    "train_tokenizer",
+    "train_judge",
+    "lora",
+    "rl",
+    "make_checkpoint",
+    "make_images",
+    "two_cores",
+)
 WORLD = tiny_world(side=16)
 
 
@@ -75,7 +87,11 @@ def tiny_size(sizes):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_names_arguments_that_there_are(path):
     recipe = load_recipe(path)
-    kind = NextFlowTrainingArguments if recipe.kind == "transformer" else NextFlowVQTrainingArguments
+    kind = {
+        "transformer": NextFlowTrainingArguments,
+        "tokenizer": NextFlowVQTrainingArguments,
+        "diffusion_decoder": NextFlowDiffusionTrainingArguments,
+    }[recipe.kind]
     assert set(recipe.arguments) <= {field.name for field in fields(kind)}
     assert recipe.level in (64, 128)
     kind(output_dir="unused", **(recipe.arguments | {"bf16": False, "use_cpu": True}))
@@ -204,6 +220,18 @@ def test_batches_of_images_have_one_ratio_and_the_first_ones_are_square(script):
     assert images[50]["concepts"].shape == tuple(side // 4 for side in shapes[50])
     with pytest.raises(IndexError):
         images[10_000]
+
+
+def test_images_of_all_drawings_but_the_held_out_ones_are_rendered(script, tmp_path, monkeypatch):
+    make_images = script("make_images")
+    world = tiny_world(side=16)
+    monkeypatch.setattr(make_images, "world_of", lambda *_: world)
+    monkeypatch.setattr(sys, "argv", ["make_images.py", "--size", "small", "--output", str(tmp_path / "images")])
+    make_images.main()
+    held_out = [pair for pair in world.pairs if world.holds_out_style(*pair)]
+    files = sorted((tmp_path / "images").iterdir())
+    assert held_out and len(files) == len(make_images.BACKGROUNDS) * (len(world.pairs) - len(held_out))
+    assert Image.open(files[-1]).size == (16, 16)
 
 
 def test_a_perceptual_distance_is_zero_between_equal_images_only(script):
