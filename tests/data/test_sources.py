@@ -176,6 +176,13 @@ def test_an_instruction_and_two_images_become_an_edit(tmp_path):
     assert load_image(read_row(others[0], root).images[1]).getpixel((0, 0)) == (255, 0, 0)
 
 
+def test_edited_images_that_are_named_as_images_are_drawn_from_their_captions():
+    names = ["original_image", "edit_prompt", "edited_image", "edited_prompt"]  # InstructPix2Pix
+    assert Columns().found_among(names) == Columns("original_image", "edit_prompt", "edited_image")
+    named = Columns("edited_image", "edited_prompt")
+    assert named.found_among(names) == named
+
+
 def test_columns_of_any_name_can_be_named_also_inside_of_others(tmp_path):
     write_images(tmp_path / "data")
     lines = [{"a": f"sub/test {c}.png", "json": {"b": text}} for c, text in zip(COLORS, CAPTIONS)]

@@ -55,7 +55,8 @@ class Columns:
                 )
         found = replace(
             self,
-            edited_image=self.edited_image or _first(EDITED_IMAGES, names),
+            # A column that is named for images to draw is not that of edited ones.
+            edited_image=self.edited_image or _first(EDITED_IMAGES, [name for name in names if name != self.image]),
             caption=self.caption or _first(CAPTIONS, names),
         )
         left = [name for name in images if name != found.edited_image]
