@@ -31,6 +31,7 @@ from transformers_nextflow import (
     NextFlowVQModel,
     SelfCorrection,
 )
+from transformers_nextflow.data import tokenizer_fingerprint
 from transformers_nextflow.evaluation.image_metrics import generator_of, to_uint8
 from transformers_nextflow.worlds.emoji import Art, World, held_out_cases, training_case
 from transformers_nextflow.worlds.emoji.cases import Case
@@ -115,7 +116,8 @@ def run(
         cases = [training_case(rng, scenes_of, "drawing") for _ in range(count)]
         rows_of(cases, vq_model, scenes_of, correction_share).save_to_disk(folder)
 
-    rows = load_from_disk(cache.folder("emoji-rows", {"count": count, "correction_share": correction_share}, make))
+    data = {"count": count, "correction_share": correction_share, "tokenizer": tokenizer_fingerprint(vq_model)}
+    rows = load_from_disk(cache.folder("emoji-rows", data, make))
     held_out = rows_of(held_out_cases("drawing", scenes_of, HELD_OUT_ROWS, seed=1), vq_model, scenes_of)
     processor = AutoProcessor.from_pretrained(PROCESSOR)
     config = small_config(trained.config, accumulate_features=accumulate_features)

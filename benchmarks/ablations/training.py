@@ -23,7 +23,7 @@ from transformers_nextflow import (
     NextFlowVQModel,
     SelfCorrection,
 )
-from transformers_nextflow.data import encoded_images
+from transformers_nextflow.data import encoded_images, tokenizer_fingerprint
 from transformers_nextflow.evaluation.image_metrics import generator_of, to_uint8
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer, NextFlowTrainingArguments
 from transformers_nextflow.worlds.shapes import (
@@ -276,6 +276,7 @@ def train_on_bundled_codes(
     """
     vq_model = bundled_tokenizer()
     data = {"count": BATCH_SIZE * budget.steps, "text_share": text_share, "correction_share": correction_share}
+    data["tokenizer"] = tokenizer_fingerprint(vq_model)
 
     def make(folder: Path):
         exchanges = training_exchanges(WORLD, data["count"], text_share)

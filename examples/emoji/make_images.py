@@ -33,6 +33,8 @@ def main():
     arguments = parser.parse_args()
     world = world_of(SIZES[arguments.size], arguments.art, arguments.side)
     arguments.output.mkdir(parents=True, exist_ok=True)
+    if any(arguments.output.iterdir()):
+        raise ValueError(f"--output {arguments.output} is not empty; choose a new folder.")
     for number, scene in enumerate(tqdm(scenes_of(world), unit="image")):
         Image.fromarray(render(scene, world)).save(arguments.output / f"{number:06}.png")
 
