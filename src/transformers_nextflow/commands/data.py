@@ -40,6 +40,7 @@ def inspect(
         from ..evaluation.image_metrics import contact_sheet
         from ..image_processing_nextflow import NextFlowImageProcessor
         from ..utils.atomic_files import write_with_fallback
+        from ..utils.folder_parts import load_part
 
         if sheet is not None:
             check_image_format(sheet)
@@ -49,7 +50,7 @@ def inspect(
         vq_model = load_vision_tokenizer(file)
         config = vq_model.config
         processor = NextFlowImageProcessor(config.scales, config.patch_size, config.levels)
-        stated = getattr(AutoConfig.from_pretrained(file), "trained_on", None) or {}
+        stated = getattr(load_part(AutoConfig, "model", file), "trained_on", None) or {}
         quality = measure_reconstruction(vq_model, pixels_of(rows, root, processor, limit), stated.get("lowest_psnr"))
         if sheet is not None:
             write_with_fallback(sheet, contact_sheet(list(zip(*quality.pairs))).save)
