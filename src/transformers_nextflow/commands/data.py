@@ -70,7 +70,7 @@ def inspect(
 def validate_data(
     source: Source,
     model: Annotated[
-        str | None, typer.Option(help="Folder of the model or vision tokenizer to which codes must belong.")
+        str | None, typer.Option(help="Folder of the model, pipeline or vision tokenizer to which codes must belong.")
     ] = None,
     on_bad_image: OnBadImage = "stop",
     image_column: ImageColumn = None,
@@ -95,7 +95,7 @@ def validate_data(
 
 def extract_codes(
     source: Source,
-    tokenizer: Annotated[str, typer.Option(help="Folder of a model or a vision tokenizer.")],
+    tokenizer: Annotated[str, typer.Option(help="Folder of a model, a pipeline or a vision tokenizer.")],
     output: Annotated[str, typer.Option(help="Folder of the shards, or its address; one that exists is completed.")],
     processes: Annotated[int, typer.Option(min=1, help="How many shards are made at once.")] = 1,
     shard_size: Annotated[int, typer.Option(min=1, help="Rows in a shard.")] = 1000,
