@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .configuration_nextflow import NextFlowVQConfig
 from .scale_schedule import Grid, ScaleSchedule
 from .utils.atomic_files import atomic_save
+from .utils.folder_parts import pipeline_errors
 from .utils.model_cards import TOKENIZER_USE, ModelCardMixin, with_card
 from .utils.offloading import ExecutionDeviceMixin
 from .utils.strict_loading import StrictLoadingMixin
@@ -181,7 +182,9 @@ class NextFlowVQModel(NextFlowVQPreTrainedModel):
         if kwargs.get("config") is None:
             # The config of a whole model contains a tokenizer's, so transformers would take that and look for the
             # weights.
-            model_type = cls.config_class.get_config_dict(pretrained_model_name_or_path, **kwargs)[0].get("model_type")
+            with pipeline_errors(pretrained_model_name_or_path, kwargs):
+                found, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **kwargs)
+            model_type = found.get("model_type")
             if model_type not in (None, cls.config_class.model_type):
                 raise ValueError(
                     f"{pretrained_model_name_or_path} holds a {model_type} model, not only a vision tokenizer; the "

@@ -11,7 +11,6 @@ from typing import Self, cast
 
 import torch
 from transformers import AutoModelForMultimodalLM, AutoProcessor
-from transformers.utils import cached_file
 
 from .generation.likelihood import score_answers
 from .generation.region_editing import KeptRegion
@@ -32,6 +31,7 @@ from .sequence.padding import pad_codes
 from .utils.atomic_files import atomic_folder_write, check_path
 from .utils.checkpoint_checks import loading_errors
 from .utils.devices import usable_device
+from .utils.folder_parts import holds, load_model, load_part
 from .utils.known_names import checks_names
 from .utils.model_cards import CARD, upload_card_if_missing
 from .utils.offloading import check_holds_weights
@@ -140,8 +140,8 @@ class NextFlowPipeline(
         Args:
             pretrained_model_name_or_path: a folder or a repository of the Hub.
             model, processor: components to use in place of the folder's.
-            diffusion_decoder: a diffusion decoder, or its folder or repository; default: that of the pipeline folder,
-                if it has one.
+            diffusion_decoder: a diffusion decoder, or its folder or repository; default: that in the folder, if there
+                is one.
             kwargs: options of transformers' `from_pretrained`: `dtype`, `device_map`, `revision`, `token`, … As in
                 diffusers, `dtype` may be a dict with a dtype for "model" or "default", and `quantization_config` a
                 `PipelineQuantizationConfig` for "model".
@@ -168,24 +168,15 @@ class NextFlowPipeline(
         path, hub_options = pretrained_model_name_or_path, {k: v for k, v in kwargs.items() if k in HUB_OPTIONS}
         model, processor = kwargs.pop("model", None), kwargs.pop("processor", None)
         diffusion_decoder = kwargs.pop("diffusion_decoder", None)
-
-        def holds(name: str) -> bool:
-            return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_options) is not None
-
         with loading_errors(path):
-            is_pipeline = not (holds("config.json") or holds("adapter_config.json"))
             if model is None:
-                subfolder = "model" if is_pipeline else ""
-                model = AutoModelForMultimodalLM.from_pretrained(path, subfolder=subfolder, **kwargs)
+                model = load_model(AutoModelForMultimodalLM, path, **kwargs)
             if processor is None:
-                # The folder of an adapter may have no processor.
-                source = path if is_pipeline or holds("processor_config.json") else model.name_or_path
-                subfolder = "processor" if is_pipeline else ""
-                processor = AutoProcessor.from_pretrained(source, subfolder=subfolder, **hub_options)
+                processor = load_part(AutoProcessor, "processor", path, **hub_options)
             decoder_options = {"dtype": dtype_of("diffusion_decoder", asked), "device": model.device}
             if isinstance(diffusion_decoder, str | os.PathLike):
                 diffusion_decoder = load_diffusion_decoder(diffusion_decoder, **decoder_options)
-            elif diffusion_decoder is None and is_pipeline and holds("diffusion_decoder/config.json"):
+            elif diffusion_decoder is None and holds(path, "diffusion_decoder/config.json", **hub_options):
                 options = hub_options | {"subfolder": "diffusion_decoder"} | decoder_options
                 diffusion_decoder = load_diffusion_decoder(path, **options)
             pipeline = cls(model=model, processor=processor, diffusion_decoder=diffusion_decoder)

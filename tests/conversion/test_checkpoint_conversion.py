@@ -8,9 +8,10 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tiny import tiny_config, tiny_model, tiny_vq_config
+from tiny import tiny_config, tiny_model, tiny_processor, tiny_vq_config
 from typer.testing import CliRunner
 
+from transformers_nextflow import NextFlowPipeline
 from transformers_nextflow.cli import app
 from transformers_nextflow.conversion import checkpoints as checkpoint_conversion
 from transformers_nextflow.conversion.checkpoints import (
@@ -196,8 +197,9 @@ def test_inspect_tells_what_matches_what_has_another_shape_and_what_is_missing(t
     model = tiny_model()
     model.save_pretrained(tmp_path)
     count = len(read_layout(tmp_path / "model.safetensors"))
-    result = CliRunner().invoke(app, ["inspect", str(tmp_path)])
-    assert result.exit_code == 0
+    NextFlowPipeline(model, tiny_processor()).save_pretrained(tmp_path / "pipeline")
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "pipeline")])
+    assert result.exit_code == 0 and result.stdout.rstrip() == report(tmp_path)
     assert f"{count} matches, 0 other shape, 0 not NextFlow's, 0 missing" in result.stdout
 
     state = model.state_dict()

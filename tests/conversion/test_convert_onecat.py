@@ -110,7 +110,8 @@ def test_a_converted_model_is_the_released_one_and_goes_back_to_it(model, tmp_pa
         assert torch.equal(converted.state_dict()[name], tensor), name
     assert converted.config.drawing_frequencies == "bfloat16" and converted.generation_config.eos_token_id == 300
 
-    convert_back(tmp_path / "ours", tmp_path / "again")
+    NextFlowPipeline.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "pipeline")
+    convert_back(tmp_path / "pipeline", tmp_path / "again")
     again, expected = load_file(tmp_path / "again" / "model.safetensors"), released_state(model)
     assert again.keys() == expected.keys() and all(torch.equal(again[name], expected[name]) for name in again)
     assert json.loads((tmp_path / "again" / "config.json").read_text()) == released_config(model)

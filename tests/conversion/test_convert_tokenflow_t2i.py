@@ -143,8 +143,7 @@ def test_a_converted_model_is_the_released_one_and_goes_back_to_it(model, vq_fol
 
 
 def test_a_model_that_was_not_converted_goes_back_with_what_its_config_tells(model, tmp_path):
-    model.save_pretrained(tmp_path / "ours")
-    tiny_t2i_processor().save_pretrained(tmp_path / "ours")
+    NextFlowPipeline(model, tiny_t2i_processor()).save_pretrained(tmp_path / "ours")
     convert_back(tmp_path / "ours", tmp_path / "released")
     told = json.loads((tmp_path / "released" / "config.json").read_text())
     assert set(TEXT_FIELDS) < told.keys() and told["model_type"] == "llava_llama"

@@ -16,7 +16,7 @@ from test_trainer import conversation, text
 from tiny import tiny_model, tiny_processor
 from typer.testing import CliRunner
 
-from transformers_nextflow import SelfCorrection
+from transformers_nextflow import NextFlowPipeline, SelfCorrection
 from transformers_nextflow.cli import app
 from transformers_nextflow.data import check_codes, code_extraction, extract_codes, open_rows, tokenizer_fingerprint
 from transformers_nextflow.data.validation import validate_source
@@ -149,14 +149,19 @@ def test_nearest_codes_do_not_depend_on_the_batches(batch_size, tmp_path, monkey
     assert rows_of(tmp_path / "codes") == rows_of(tmp_path / "expected")
 
 
-def test_a_whole_model_serves_as_tokenizer(tmp_path):
+def test_a_whole_model_and_a_pipeline_serve_as_tokenizer(tmp_path):
     make_source(tmp_path, 3)
     tiny_model().save_pretrained(tmp_path / "model")
+    NextFlowPipeline(tiny_model(), tiny_processor()).save_pretrained(tmp_path / "pipeline")
     extract(tmp_path)
     # It is the same tokenizer, so this finds all shards; and in a new folder it makes the same.
     assert extract_codes(tmp_path / "rows.jsonl", tmp_path / "model", tmp_path / "codes", **SETTINGS)["found"] == 1
     extract_codes(tmp_path / "rows.jsonl", tmp_path / "model", tmp_path / "other", **SETTINGS)
     assert contents(tmp_path / "codes") == contents(tmp_path / "other")
+    extract_codes(tmp_path / "rows.jsonl", tmp_path / "pipeline", tmp_path / "packable", **SETTINGS)
+    codes = [[row["image_tokens"] for row in rows_of(tmp_path / name)] for name in ("codes", "packable")]
+    assert codes[0] == codes[1] and any(codes[0]) and rows_of(tmp_path / "packable")[0]["lengths"]
+    assert validate_source(tmp_path / "packable", str(tmp_path / "pipeline")).num_problems == 0
 
 
 def test_lost_and_damaged_shards_are_found_and_made_again_alone(tmp_path):

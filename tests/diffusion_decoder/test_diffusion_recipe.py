@@ -21,8 +21,7 @@ TINY = [*SMALL_VQ, "decoder={channels: [8, 16], layers: 1, pixel_cell: 2}"]
 @pytest.fixture
 def start(tmp_path):
     """The folder of a model."""
-    tiny_model().save_pretrained(tmp_path / "start")
-    tiny_processor().save_pretrained(tmp_path / "start")
+    NextFlowPipeline(tiny_model(), tiny_processor()).save_pretrained(tmp_path / "start")
     return tmp_path / "start"
 
 

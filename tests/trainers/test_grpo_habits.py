@@ -10,6 +10,7 @@ pytest.importorskip("trl")
 from datasets import Dataset, IterableDataset  # noqa: E402
 from test_grpo import PROMPTS, TEXTS, low_codes, make_trainer  # noqa: E402
 
+from transformers_nextflow import NextFlowPipeline  # noqa: E402
 from transformers_nextflow.trainers import NextFlowGRPOTrainer  # noqa: E402
 
 
@@ -19,8 +20,7 @@ def weights(trainer):
 
 
 def test_a_name_of_a_checkpoint_trains_as_its_model_does(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_processor().save_pretrained(tmp_path / "model")
+    NextFlowPipeline(tiny_model(), tiny_processor()).save_pretrained(tmp_path / "model")
     args = make_trainer(tmp_path / "one").args
     args.num_prefix_scales = 3
     named = NextFlowGRPOTrainer(str(tmp_path / "model"), low_codes, args, train_dataset=Dataset.from_list(PROMPTS))

@@ -90,8 +90,13 @@ def test_a_saved_pipeline_has_a_card_and_one_of_ones_own_stays(start, tmp_path):
 def test_licence_language_and_base_are_told_on_and_folders_are_not(start, tmp_path):
     (start / "README.md").write_text(HEAD)
     NextFlowForConditionalGeneration.from_pretrained(start).save_pretrained(tmp_path / "again")
-    data = card_of(tmp_path / "again").data
-    assert (data.license, data.language, data.base_model) == ("apache-2.0", "en", "someone/base")
+    pipe = NextFlowPipeline.from_pretrained(start)
+    pipe.save_pretrained(tmp_path / "pipe")
+    (tmp_path / "pipe" / "model" / "README.md").unlink()
+    NextFlowPipeline.from_pretrained(tmp_path / "pipe").model.save_pretrained(tmp_path / "out of it")
+    for folder in ("again", "out of it"):
+        data = card_of(tmp_path / folder).data
+        assert (data.license, data.language, data.base_model) == ("apache-2.0", "en", "someone/base")
     assert derived_card_metadata("someone/other") == {"license": "unknown", "base_model": "someone/other"}
     assert read_card_metadata(tmp_path) == {}
 

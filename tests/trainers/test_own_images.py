@@ -153,12 +153,18 @@ def start(tmp_path) -> Path:
     return tmp_path / "start"
 
 
+@pytest.fixture
+def pipeline(tmp_path) -> Path:
+    NextFlowPipeline(tiny_model(), tiny_processor()).save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
 SHORT = {"max_steps": 1, "use_cpu": "true", "disable_tqdm": "true", "warmup_steps": 0, "save_strategy": "'no'"}
 
 
-def test_a_tokenizer_out_of_a_model_comes_back_into_it_with_its_codes(start, photos, tmp_path):
-    run("train", "tokenizer", "--model", start, "--data", photos, "--output", tmp_path / "new", *changes(**SHORT))
-    before, after = (NextFlowForConditionalGeneration.from_pretrained(f) for f in (start, tmp_path / "new" / "final"))
+def test_a_tokenizer_out_of_a_model_comes_back_into_it_with_its_codes(pipeline, photos, tmp_path):
+    run("train", "tokenizer", "--model", pipeline, "--data", photos, "--output", tmp_path / "new", *changes(**SHORT))
+    before, after = (NextFlowPipeline.from_pretrained(f).model for f in (pipeline, tmp_path / "new" / "final"))
     assert tokenizer_fingerprint(before.vq_model) != tokenizer_fingerprint(after.vq_model)
     assert has_new_codes(after) and not has_new_codes(before)
     own = before.model.language_model.state_dict()
@@ -166,7 +172,7 @@ def test_a_tokenizer_out_of_a_model_comes_back_into_it_with_its_codes(start, pho
     assert after.config.trained_on["lowest_psnr"] < 20
     # The decoder's stage leaves the codes, and what the transformer knows of them, as they are.
     steps = changes(**SHORT, level=16, per_device_train_batch_size=2, report_to="none")
-    run("train", "tokenizer_decoder", "--model", start, "--data", photos, "--output", tmp_path / "wide", *steps)
+    run("train", "tokenizer_decoder", "--model", pipeline, "--data", photos, "--output", tmp_path / "wide", *steps)
     wide = NextFlowForConditionalGeneration.from_pretrained(tmp_path / "wide" / "final")
     assert wide.config.vq_config.pixel_decoder_channels == 2 * before.config.vq_config.pixel_decoder_channels
     assert (wide.model.visual_embedding.codes.weight == before.model.visual_embedding.codes.weight).all()
@@ -189,17 +195,22 @@ def test_a_tokenizer_by_itself_stays_one(photos, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:An adapter cannot draw what its tokenizer")  # which nothing has trained
-def test_adapters_are_what_lora_trains_and_named_parts_are_saved_whole_with_them(start, photos, tmp_path):
+@loads_whole_parts
+def test_adapters_are_what_lora_trains_and_named_parts_are_saved_whole_with_them(start, pipeline, photos, tmp_path):
     for parts, whole in (("[backbone]", set()), ("[backbone, visual_embedding]", {"visual_embedding"})):
         recipe = load_recipe("lora", [f"train={parts}", "report_to=none", "use_cpu=true"])
         model = make_trainer(recipe, start, photos, tmp_path / "out").model
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert {name.split("modules_to_save")[0].split(".")[-2] for name in trained if "lora_" not in name} == whole
-    run("train", "alignment", "--lora", "--model", start, "--data", photos, "--output", tmp_path / "out", *changes(
+    run("train", "alignment", "--lora", "--model", pipeline, "--data", photos, "--output", tmp_path / "out", *changes(
         **SHORT, level=16, bf16="false", packing="padding", packing_budget="null", report_to="none",
     ))  # fmt: skip
     config = peft.PeftConfig.from_pretrained(tmp_path / "out" / "final")
     assert config.r == 16 and set(config.modules_to_save) == {"visual_embedding", "lm_head", "visual_head"}
+    # A pipeline's model is named as a path that is loaded by itself.
+    assert NextFlowForConditionalGeneration.from_pretrained(config.base_model_name_or_path)
+    run("generate", "a photo", "--model", tmp_path / "out" / "final", "--output", tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").is_file()
 
 
 def test_a_lora_on_images_that_the_tokenizer_cannot_hold_warns(start, photos, tmp_path):
@@ -247,7 +258,7 @@ def test_streamed_rows_train_the_same_model(start, photos, tmp_path):
     assert weights[0] == weights[1]
 
 
-def test_rl_from_the_command_line_takes_prompts_captions_and_rewards_of_ones_own(start, photos, tmp_path):
+def test_rl_from_the_command_line_takes_prompts_captions_and_rewards_of_ones_own(pipeline, photos, tmp_path):
     pytest.importorskip("trl")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a red circle", "weight": 2}\n{"prompt": "one", "weight": 3}\n')
     (tmp_path / "rewards.py").write_text(
@@ -260,7 +271,7 @@ def test_rl_from_the_command_line_takes_prompts_captions_and_rewards_of_ones_own
         [(tmp_path / "prompts.jsonl", ["--reward", f"{tmp_path}/rewards.py:bright"]), (photos, ["--lora"])]
     ):
         output = tmp_path / f"rl{number}"
-        run("train", "--rl", "--model", start, "--data", data, "--output", output, *options, *steps)
+        run("train", "--rl", "--model", pipeline, "--data", data, "--output", output, *options, *steps)
         pipe = NextFlowPipeline.from_pretrained(output / "final")
         assert pipe("one").images[0].size == (16, 16)
     assert (tmp_path / "rl1" / "final" / "adapter_model.safetensors").is_file()

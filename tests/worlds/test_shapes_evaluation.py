@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from tiny import tiny_model, tiny_processor
 
+from transformers_nextflow import NextFlowPipeline
 from transformers_nextflow.worlds.shapes import CATEGORIES, DESCRIPTIONS, tokenizer_suite, understanding_cases
 from transformers_nextflow.worlds.shapes import evaluation as shapes_evaluation
 from transformers_nextflow.worlds.shapes.evaluation import ShapesEvaluation, evaluate_shapes
@@ -42,8 +43,7 @@ def processor():
 def folder(model, processor, tmp_path_factory):
     """A checkpoint with its scores and sheets."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    NextFlowPipeline(model, processor).save_pretrained(folder)
     return folder
 
 

@@ -40,6 +40,7 @@ def inspect(
         from ..evaluation.image_metrics import contact_sheet
         from ..image_processing_nextflow import NextFlowImageProcessor
         from ..utils.atomic_files import write_with_fallback
+        from ..utils.folder_parts import load_part
 
         if sheet is not None:
             check_image_format(sheet)
@@ -49,7 +50,7 @@ def inspect(
         vq_model = load_vision_tokenizer(file)
         config = vq_model.config
         processor = NextFlowImageProcessor(config.scales, config.patch_size, config.levels)
-        stated = getattr(AutoConfig.from_pretrained(file), "trained_on", None) or {}
+        stated = getattr(load_part(AutoConfig, "model", file), "trained_on", None) or {}
         quality = measure_reconstruction(vq_model, pixels_of(rows, root, processor, limit), stated.get("lowest_psnr"))
         if sheet is not None:
             write_with_fallback(sheet, contact_sheet(list(zip(*quality.pairs))).save)
@@ -69,7 +70,7 @@ def inspect(
 def validate_data(
     source: Source,
     model: Annotated[
-        str | None, typer.Option(help="Folder of the model or vision tokenizer to which codes must belong.")
+        str | None, typer.Option(help="Folder of the model, pipeline or vision tokenizer to which codes must belong.")
     ] = None,
     on_bad_image: OnBadImage = "stop",
     image_column: ImageColumn = None,
@@ -94,7 +95,7 @@ def validate_data(
 
 def extract_codes(
     source: Source,
-    tokenizer: Annotated[str, typer.Option(help="Folder of a model or a vision tokenizer.")],
+    tokenizer: Annotated[str, typer.Option(help="Folder of a model, a pipeline or a vision tokenizer.")],
     output: Annotated[str, typer.Option(help="Folder of the shards, or its address; one that exists is completed.")],
     processes: Annotated[int, typer.Option(min=1, help="How many shards are made at once.")] = 1,
     shard_size: Annotated[int, typer.Option(min=1, help="Rows in a shard.")] = 1000,

@@ -46,7 +46,7 @@ def init(
 
 
 def train(
-    model: Annotated[str, typer.Option(help="Folder that the training starts from: `final` of the one before.")],
+    model: Annotated[str, typer.Option(help="Model or pipeline to start from, such as `final` of the one before.")],
     data: Data,
     output: Annotated[Path, typer.Option(help="Folder for checkpoints; `final` in it is the result.")],
     recipe: Annotated[

@@ -15,6 +15,7 @@ from ..onecat.modeling_bitwise_vq import BitwiseVQModel
 from ..onecat.modeling_onecat import OneCatForConditionalGeneration
 from ..onecat.processing_onecat import OneCatProcessor
 from ..utils.checkpoint_checks import loading_errors
+from ..utils.folder_parts import local_part
 from ..utils.short_repr import short_repr
 from .checkpoints import (
     KeyMap,
@@ -252,6 +253,7 @@ def export_onecat(source: Path, target: Path, max_shard_size: str = "2GB"):
         ValueError: if tensors are missing, surplus, misshapen or not finite, there are adapters beside them, or files
             are damaged; nothing is left.
     """
+    source = local_part("model", source)
     if "released_config" not in read_config(source, OneCatConfig.model_type):
         raise ValueError(f"{source} is a released OneCAT already, not a converted one.")
     config, ours = OneCatConfig.from_pretrained(source), open_exported(source)
@@ -262,7 +264,7 @@ def export_onecat(source: Path, target: Path, max_shard_size: str = "2GB"):
         )
     check_state(ours.layout, expected_layout(config))
     with loading_errors(source):
-        tokenizer = OneCatProcessor.from_pretrained(source).tokenizer
+        tokenizer = OneCatProcessor.from_pretrained(local_part("processor", source)).tokenizer
     sources = {KEYS.inverse_key(key): key for key in ours if not key.startswith("vq_model.")}
     layout = {name: ours.layout[key] for name, key in sources.items()}
     vq_names = {VQ_KEYS.inverse_key(key.removeprefix("vq_model.")): key for key in ours if key.startswith("vq_model.")}

@@ -17,6 +17,7 @@ from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQModel
 from ..processing_nextflow import NextFlowProcessor
 from ..tokenization_nextflow import add_image_tokens
+from ..utils.folder_parts import local_part
 from ..utils.user_warnings import warn_user
 from .checkpoints import (
     KeyMap,
@@ -336,7 +337,7 @@ def export_qwen2_5_vl(
     that were added to the vocabulary are left out.
 
     Args:
-        source: folder of the NextFlow.
+        source: folder of the NextFlow, or of a pipeline of it.
         original: folder of the Qwen2.5-VL.
         output: folder to make.
         base_model: repository of the NextFlow on the Hub, for the model card.
@@ -347,7 +348,7 @@ def export_qwen2_5_vl(
             `output`.
     """
     check_repository(base_model)
-    source, original, output = Path(source), Path(original), Path(output)
+    source, original, output = local_part("model", source), Path(original), Path(output)
     read_qwen_config(original)
     trained, qwen = open_exported(source), open_checkpoint(original)
     backbone = {key: value for key, value in trained.layout.items() if key.startswith(BACKBONE)}

@@ -11,6 +11,7 @@ import torch
 from ..configuration_nextflow import NextFlowConfig, NextFlowVQConfig
 from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQModel
+from ..utils.folder_parts import local_part
 from .checkpoints import State, config_errors, open_checkpoint, read_json, read_layout
 
 
@@ -31,14 +32,14 @@ def report(path: Path | str, config: NextFlowConfig | NextFlowVQConfig | None = 
     """A line for each tensor: whether it matches, key, shape, dtype; then NextFlow's keys that are missing, and counts.
 
     Args:
-        path: a file of weights, or the folder of a model.
+        path: a file of weights, or the folder of a model or a pipeline.
         config: config of the NextFlow to compare with; default: the config beside the file if it is one of ours, else
             that of the 7B preset.
 
     Raises:
         ValueError: if the file is damaged, holds no tensors, or is a pickle with code in it.
     """
-    path = Path(path)
+    path = local_part("model", path)
     found = layout_of(path)
     config = config or _config_beside(path)
     expected, tied = expected_layout(config)

@@ -16,6 +16,7 @@ from ..tokenflow_t2i.configuration_tokenflow_t2i import TokenFlowT2IConfig
 from ..tokenflow_t2i.modeling_tokenflow_t2i import TokenFlowT2IForConditionalGeneration
 from ..tokenflow_t2i.processing_tokenflow_t2i import TokenFlowT2IProcessor
 from ..utils.checkpoint_checks import loading_errors
+from ..utils.folder_parts import local_part
 from .checkpoints import (
     KeyMap,
     ShardedCheckpoint,
@@ -207,11 +208,12 @@ def export_tokenflow_t2i(source: Path, target: Path, max_shard_size: str = "2GB"
         ValueError: if tensors are missing, surplus, misshapen or not finite, there are adapters beside them, or files
             are damaged; nothing is left.
     """
+    source = local_part("model", source)
     read_config(source, TokenFlowT2IConfig.model_type)
     config, ours = TokenFlowT2IConfig.from_pretrained(source), open_exported(source)
     check_state(ours.layout, expected_layout(config))
     with loading_errors(source):
-        tokenizer = TokenFlowT2IProcessor.from_pretrained(source).tokenizer
+        tokenizer = TokenFlowT2IProcessor.from_pretrained(local_part("processor", source)).tokenizer
     sources = {KEYS.inverse_key(key): key for key in ours if not key.startswith("vq_model.")}
     layout = {name: ours.layout[key] for name, key in sources.items()}
 

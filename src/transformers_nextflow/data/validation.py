@@ -13,6 +13,7 @@ from ..image_processing_nextflow import NextFlowImageProcessor
 from ..processing_nextflow import NextFlowProcessor
 from ..scale_schedule import ScaleSchedules
 from ..utils.checkpoint_checks import loading_errors
+from ..utils.folder_parts import load_part
 from ..vision_tokenizer.fingerprint import tokenizer_fingerprint
 from .columns import Columns
 from .row_codes import TOKENS
@@ -144,7 +145,7 @@ def validate_source(
     config = vq_model.config
     processor = load_processor(model)
     with loading_errors(model):
-        text_config = getattr(AutoConfig.from_pretrained(model), "text_config", None)
+        text_config = getattr(load_part(AutoConfig, "model", model), "text_config", None)
     return validate_rows(
         rows, root, config.scale_schedules, config.codebook_size, tokenizer_fingerprint(vq_model), on_bad_image,
         processor, getattr(text_config, "max_position_embeddings", None),

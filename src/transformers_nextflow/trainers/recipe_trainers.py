@@ -22,6 +22,7 @@ from ..modeling_nextflow import NextFlowForConditionalGeneration
 from ..modeling_nextflow_vq import NextFlowVQModel
 from ..utils.checkpoint_checks import loading_errors
 from ..utils.evaluation_mode import evaluation_mode
+from ..utils.folder_parts import load_model, load_part
 from ..vision_tokenizer.fingerprint import tokenizer_fingerprint
 from .collator import NextFlowCollator
 from .nextflow_trainer import NextFlowTrainer, NextFlowTrainingArguments
@@ -49,7 +50,7 @@ def make_trainer(
     """The trainer of a recipe.
 
     Args:
-        model: folder of the model from which the training starts, as the training before wrote it.
+        model: folder of the model from which the training starts, as the training before wrote it, or of a pipeline.
         data: see `open_rows`; for RL, see `read_prompts`.
         output: folder of checkpoints and logs.
 
@@ -96,7 +97,7 @@ def _save_tokenizer(trainer: Trainer, start: str | os.PathLike, folder: Path):
     trainer.card_images = {RECONSTRUCTIONS: "images of the training above their reconstructions"}
     trainer.card_results = {"psnr": round(quality.mean, 2)}
     with loading_errors(start):
-        is_whole = AutoConfig.from_pretrained(start).model_type == NextFlowConfig.model_type
+        is_whole = load_part(AutoConfig, "model", start).model_type == NextFlowConfig.model_type
     if not is_whole:
         trainer.save_model(str(folder))
         return
@@ -119,7 +120,7 @@ def _save_full_model(
     }
     model.save_pretrained(folder)
     with loading_errors(start):
-        AutoProcessor.from_pretrained(start).save_pretrained(folder)
+        load_part(AutoProcessor, "processor", start).save_pretrained(folder)
     return model
 
 
@@ -178,7 +179,7 @@ def with_vision_tokenizer(folder: str | os.PathLike, vq_model: NextFlowVQModel) 
     """The model of a folder with another tokenizer, whose codebook must have the same size. If its codes differ, the
     visual embedding starts from its codebooks.
     """
-    model = NextFlowForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model = load_part(NextFlowForConditionalGeneration, "model", folder, dtype=torch.float32)
     has_other_codes = tokenizer_fingerprint(model.vq_model) != tokenizer_fingerprint(vq_model)
     model.config.vq_config, model.model.vq_model = vq_model.config, vq_model
     if has_other_codes:
@@ -233,11 +234,10 @@ def _with_lora(recipe: Recipe, model: NextFlowForConditionalGeneration) -> nn.Mo
 
 
 def _load(recipe: Recipe, folder) -> tuple[NextFlowForConditionalGeneration, object]:
-    model = NextFlowForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=recipe.attention
-    )
+    options = {"dtype": torch.float32, "attn_implementation": recipe.attention}
+    model = load_model(NextFlowForConditionalGeneration, folder, **options)
     with loading_errors(folder):
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = load_part(AutoProcessor, "processor", folder)
     processor.image_processor.level = recipe.level
     return model, processor
 

@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers.utils import cached_file
 
 from .atomic_files import atomic_write
+from .folder_parts import pipeline_around
 
 
 CARD = "README.md"
@@ -53,11 +54,12 @@ EXAMPLE_PROMPT = "a red circle"
 
 def read_card_metadata(source: str | os.PathLike) -> dict[str, Any]:
     """The head of the card of a folder, or of a repository of the Hub whose card is in the cache; empty without one.
+    The card of a pipeline's folder is that of the model in it, too.
 
     Raises:
         ValueError: if the head cannot be read.
     """
-    path = Path(source) / CARD
+    path = Path(pipeline_around(source) or source) / CARD
     if not os.path.isdir(source):
         options = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
         found = cached_file(str(source), CARD, _raise_exceptions_for_connection_errors=False, **options)

@@ -15,6 +15,7 @@ from .checkpoint_checks import (
     check_weights,
     loading_errors,
 )
+from .folder_parts import pipeline_errors
 
 
 class StrictLoadingMixin:
@@ -28,7 +29,7 @@ class StrictLoadingMixin:
         if "torch_dtype" in kwargs:  # diffusers says so, and transformers warns of its own older name
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
         path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        with loading_errors(path):
+        with loading_errors(path), pipeline_errors(path, kwargs):
             if path is not None and os.path.isdir(folder := os.path.join(path, kwargs.get("subfolder") or "")):
                 check_index(folder)
                 check_settings(folder)

@@ -20,6 +20,7 @@ from ...generation.prefix_likelihood import PrefixColumns, PrefixLogProbabilitie
 from ...generation.sampling import ImageSampling
 from ...modeling_nextflow import NextFlowForConditionalGeneration
 from ...processing_nextflow import NextFlowProcessor
+from ...utils.folder_parts import load_model, load_part
 from ..runs.averaged_weights import AveragedWeightsMixin
 from ..runs.epochs import epoch_of
 from ..runs.finite_training import FiniteTrainingMixin
@@ -414,8 +415,8 @@ def _open_model(
     train, and for the processor of another model.
     """
     if isinstance(model, str | os.PathLike):
-        processor = processor or AutoProcessor.from_pretrained(model)
-        model = NextFlowForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
+        processor = processor or load_part(AutoProcessor, "processor", model)
+        model = load_model(NextFlowForConditionalGeneration, model, dtype=torch.float32)
     if not isinstance(processor, NextFlowProcessor):
         raise ValueError(f"processing_class must be a NextFlowProcessor, got {type(processor).__name__}.")
     base_model = _base_model(model) if isinstance(model, nn.Module) else model

@@ -17,6 +17,7 @@ from ...modeling_nextflow import NextFlowForConditionalGeneration
 from ...processing_nextflow import NextFlowProcessor
 from ...utils.checkpoint_checks import loading_errors
 from ...utils.devices import on_device
+from ...utils.folder_parts import load_model, load_part
 from . import (
     CheckResult,
     Prompt,
@@ -170,15 +171,15 @@ def evaluate_shapes(
     """All suites on a checkpoint folder: suite → category → score.
 
     Args:
-        checkpoint: folder or name for `from_pretrained`.
+        checkpoint: folder or repository of a model, a pipeline or an adapter.
         limit: prompts of each category and questions of each kind, default 100; cases of each ability, default 200.
         seeds: images for each prompt; of abilities two at most.
         sheets: folder for contact sheets.
         device: default: a GPU if there is one.
     """
-    model = on_device(NextFlowForConditionalGeneration.from_pretrained(checkpoint), device)
+    model = on_device(load_model(NextFlowForConditionalGeneration, checkpoint), device)
     with loading_errors(checkpoint):
-        processor = AutoProcessor.from_pretrained(checkpoint)
+        processor = load_part(AutoProcessor, "processor", checkpoint)
     evaluation = ShapesEvaluation(model, processor, limit or 100, seeds)
     suites: dict[str, Callable[[], dict]] = {
         "text_to_image": lambda: evaluation.text_to_image(sheets and Path(sheets) / "text_to_image.png"),
