@@ -322,10 +322,17 @@ class NextFlowPipeline(
         if not hasattr(self.processor, "caption_request"):
             raise ValueError(f"{purpose} takes a model that reads images; {type(self.model).__name__} only draws.")
 
+    @property
+    def interleaves(self) -> bool:
+        """Whether the model continues a sequence after an image that it has drawn, which OneCAT does not: `video`,
+        `score`, thoughts, and images in chats take such a model.
+        """
+        return hasattr(self.unwrapped_model, "generate_interleaved")
+
     def _check_interleaves(self, purpose: str):
         """Raises `ValueError` if the model cannot continue a sequence after an image that it has drawn."""
         self._check_reads(purpose)
-        if not hasattr(self.unwrapped_model, "generate_interleaved"):
+        if not self.interleaves:
             raise ValueError(
                 f"{purpose} takes a model that reads what it draws; {type(self.unwrapped_model).__name__} draws, edits "
                 "and answers in separate calls."

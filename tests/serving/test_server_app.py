@@ -15,7 +15,9 @@ from PIL import Image
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
 from starlette.testclient import TestClient  # noqa: E402
+from tiny_onecat import tiny_onecat_model, tiny_onecat_processor  # noqa: E402
 
+from transformers_nextflow import NextFlowPipeline  # noqa: E402
 from transformers_nextflow.serving.app import create_app  # noqa: E402
 from transformers_nextflow.serving.body_limits import BodyLimits, RequestBodyError  # noqa: E402
 from transformers_nextflow.serving.jobs import END, ChatJob, Finished, ImageJob, Partial  # noqa: E402
@@ -260,6 +262,36 @@ def test_an_answer_ends_before_a_stop_streamed_or_not(client):
     assert client.post(CHAT, json=body | {"stop": stops}).json()["choices"][0]["message"]["content"] == before
     chunks = events(client.post(CHAT, json=body | {"stop": stops, "stream": True}).text)
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == before
+
+
+@pytest.mark.parametrize("limit, reason", [({"max_tokens": 1, "modalities": ["text"]}, "length"), ({}, "stop")])
+def test_an_answer_says_whether_the_limit_of_its_tokens_has_cut_it(client, limit, reason):
+    body = {"messages": [{"role": "user", "content": "draw a red circle."}], "temperature": 0} | limit
+    assert client.post(CHAT, json=body).json()["choices"][0]["finish_reason"] == reason
+    chunks = events(client.post(CHAT, json=body | {"stream": True}).text)
+    reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+    assert reasons == [None] * (len(chunks) - 1) + [reason]
+
+
+def test_a_model_that_only_writes_in_chats_is_served_as_well():
+    pipe = NextFlowPipeline(model=tiny_onecat_model(), processor=tiny_onecat_processor())
+    pipe.model.generation_config.eos_token_id = pipe.processor.end_token_id
+    client = TestClient(create_app(Worker(pipe, ServingSettings(BUNDLED))), raise_server_exceptions=False)
+    body = {"messages": [{"role": "user", "content": "what?"}], "max_tokens": 12, "temperature": 1.0, "seed": 5}
+    state = torch.get_rng_state()
+    whole = client.post(CHAT, json=body).json()
+    assert torch.equal(torch.get_rng_state(), state)
+    [choice] = whole["choices"]
+    text = choice["message"]["content"]
+    assert len(text) > 4 and choice["finish_reason"] == "length" and "images" not in choice["message"]
+    assert client.post(CHAT, json=body).json()["choices"] == [choice]
+    assert client.post(CHAT, json=body | {"seed": 6}).json()["choices"] != [choice]
+    chunks = events(client.post(CHAT, json=body | {"stream": True, "max_images": 2}).text)
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks).strip() == text
+    stopped = client.post(CHAT, json=body | {"stop": text[2:4]}).json()["choices"][0]
+    assert stopped["message"]["content"] == text[: text.index(text[2:4])] and stopped["finish_reason"] == "stop"
+    refused = client.post(CHAT, json=body | {"size": "64x64"})
+    assert refused.status_code == 400 and "height, width" in refused.json()["error"]["message"]
 
 
 def test_a_text_in_pieces_is_held_back_where_a_stop_may_begin():

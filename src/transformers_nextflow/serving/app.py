@@ -21,13 +21,13 @@ from starlette.exceptions import HTTPException
 
 from ..utils.unique_names import load_json
 from .body_limits import BodyLimits, RequestBodyError
-from .jobs import ChatJob, Finished, ImageJob, Job, Partial
+from .jobs import ChatJob, Ended, Finished, ImageJob, Job, Partial
 from .schemas import MAX_IMAGES, Body, ChatBody, EditBody, ImageBody, UploadedImages, region_of
 from .usage import chat_usage, image_usage
 from .worker import TooManyRequests, Worker
 
 
-Answer = Partial | Finished | str
+Answer = Partial | Finished | Ended | str
 # Called with the endpoint's path and the status of each answer.
 OnAnswer = Callable[[str, int], None]
 PATHS = ("/health", "/v1/models", "/v1/images/generations", "/v1/images/edits", "/v1/chat/completions")
@@ -97,7 +97,8 @@ def create_app(worker: Worker, on_answer: OnAnswer = lambda path, status: None) 
         given = [answer async for answer in answers]
         text, finished = "".join(a for a in given if isinstance(a, str)), [a for a in given if isinstance(a, Finished)]
         images = {"images": [_image_part(answer) for answer in finished]} if finished else {}
-        choice = {"index": 0, "message": {"role": "assistant", "content": text} | images, "finish_reason": "stop"}
+        message = {"role": "assistant", "content": text} | images
+        choice = {"index": 0, "message": message, "finish_reason": given[-1].finish_reason}
         usage = await run_in_threadpool(chat_usage, processor, job, text, finished)
         return JSONResponse(head | {"object": "chat.completion", "choices": [choice], "usage": usage})
 
@@ -184,10 +185,12 @@ async def _chat_chunks(
         if isinstance(answer, dict):
             yield _event(answer)
             return
+        if isinstance(answer, Ended):
+            yield chunk({}, answer.finish_reason)
+            continue
         text += answer if isinstance(answer, str) else ""
         finished += [answer] if isinstance(answer, Finished) else []
         yield chunk({"content": answer} if isinstance(answer, str) else {"images": [_image_part(answer)]})
-    yield chunk({}, "stop")
     if usage is not None:
         yield _event(head | {"choices": [], "usage": await run_in_threadpool(usage, text, finished)})
     yield "data: [DONE]\n\n"

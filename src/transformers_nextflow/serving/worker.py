@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -20,7 +21,7 @@ from ..pipeline_nextflow import NextFlowPipeline
 from ..pipelines.requests import ImageRequest
 from ..scale_schedule import ScaleSchedule
 from ..sequence.messages import check_conversation
-from .jobs import END, ChatJob, Finished, ImageJob, Job, Partial
+from .jobs import END, ChatJob, Ended, Finished, ImageJob, Job, Partial
 from .settings import ServingSettings
 
 
@@ -91,7 +92,7 @@ class Worker:
             sampling = self.pipeline._sampling(bool(job.images), **options)
             self.pipeline.check_inputs(request, sampling, 1, 1, None, "pil", ())
 
-    async def answers(self, job: Job) -> AsyncIterator[Partial | Finished | str]:
+    async def answers(self, job: Job) -> AsyncIterator[Partial | Finished | Ended | str]:
         """The answers to a job, as they are made; closing the iterator abandons the job.
 
         Raises:
@@ -127,9 +128,13 @@ class Worker:
     def _run(self, jobs: Sequence[Job]):
         groups: dict[object, list[Job]] = {}
         for job in jobs:
-            groups.setdefault(job.batch_key, []).append(job)
+            groups.setdefault(self._batch_key(job), []).append(job)
         for group in groups.values():
             self._run_group(group)
+
+    def _batch_key(self, job: Job) -> Hashable:
+        # A model that only writes in chats takes no generators, so answers of one call would depend on each other.
+        return job if isinstance(job, ChatJob) and not self.pipeline.interleaves else job.batch_key
 
     def _run_group(self, jobs: list[Job]):
         jobs = [job for job in jobs if not job.abandoned]
@@ -186,22 +191,23 @@ class Worker:
     def _chat(self, jobs: list[ChatJob]):
         sampling = replace(self.pipeline.model.default_image_sampling, image_guidance_scale=1.0)
         streamer = _Streamer(self.pipeline, jobs[0], sampling) if jobs[0].is_streamed else None
-        messages = self.pipeline.chat(
-            [job.messages for job in jobs],
-            **jobs[0].options,
-            generator=[_generator(job.seed) for job in jobs],
-            streamer=streamer,
-            sampling=sampling,
-            callback=lambda model, scale, state: not all(job.abandoned for job in jobs),
-        )
-        if streamer is not None:
-            return
-        for job, message in zip(jobs, messages):
-            for part in message["content"]:
+        options, seeded = dict(jobs[0].options), nullcontext()
+        if self.pipeline.interleaves:
+            options |= {"generator": [_generator(job.seed) for job in jobs], "sampling": sampling}
+            options["callback"] = lambda model, scale, state: not all(job.abandoned for job in jobs)
+        else:
+            options["max_images"], seeded = 0, _seeded(jobs[0].seed, self.pipeline.model.device)
+        with seeded:
+            messages, reasons = self.pipeline.chat(
+                [job.messages for job in jobs], **options, streamer=streamer, return_finish_reasons=True
+            )
+        for job, message, reason in zip(jobs, messages, reasons):
+            for part in message["content"] if streamer is None else ():
                 if part["type"] == "image":
                     job.put(_finished(self.pipeline, part["image"], job))
                 elif text := TextBeforeStop(job.options.get("stop_strings"))(part["text"], is_end=True):
                     job.put(text)
+            job.put(Ended(reason))
 
     def _num_scales(self, image) -> int:
         return schedule_of(self.pipeline, image).num_scales
@@ -279,6 +285,14 @@ def preview_scales(num_scales: int, count: int) -> list[int]:
 
 def _finished(pipeline: NextFlowPipeline, image: Image.Image, job: ChatJob) -> Finished:
     return Finished(image, job.seed, schedule_of(pipeline, image).num_tokens)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """The block takes torch's own random numbers from a seed; their state is restored afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _generator(seed: int) -> torch.Generator:
