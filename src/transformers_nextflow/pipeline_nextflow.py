@@ -483,8 +483,9 @@ class NextFlowPipeline(
                 images = self._images(pixels, output_type)
             if output_type == "pil":
                 provenance = {"num_kept_scales": num_kept_scales} | decoder_provenance(settings)
-                images = self._with_provenance(images, rows, seeds, sampling, **provenance)
-            previews = scale_previews.rows if scale_previews is not None else None
+                provenance["changed_rows"] = self._calls()[-1].changed_rows
+                images = self._with_provenance(images, rows, seeds, sampling, image_tokens, grids, **provenance)
+            previews = None if scale_previews is None else [scale_previews.rows[row] for row in rows]
             output = NextFlowPipelineOutput(images, image_tokens, thoughts, scores, flags, previews)
         # Annotated without the tuple, which few calls want, so that editors and type checkers know the fields.
         return output if return_dict else cast(NextFlowPipelineOutput, output.to_tuple())

@@ -130,6 +130,28 @@ def test_a_generator_that_was_used_before_gives_an_image_no_seed(pipe):
         assert seed == expected
 
 
+def test_an_interrupted_image_says_after_how_many_scales(pipe):
+    def stop(pipe, step, scale, values):
+        pipe._interrupt = scale == 1
+
+    drawn = pipe("one", generator=seeded(), callback_on_step_end=stop)
+    assert drawn.images[0].provenance["interrupted_after_scales"] == 2
+    assert "interrupted_after_scales" not in pipe("one", generator=seeded()).images[0].provenance
+    sampling = {"callback": lambda model, scale, state: scale < 2, "min_images": 1, "max_new_tokens": 1}
+    *_, part = pipe.chat([{"role": "user", "content": "one"}], **sampling)["content"]
+    assert part["image"].provenance["interrupted_after_scales"] == 3
+
+
+def test_an_image_whose_codes_a_callback_changed_has_no_seed(pipe):
+    def first_of_two(pipe, step, scale, values):
+        if scale == 0:
+            values["image_tokens"][0] += 1 - 2 * (values["image_tokens"][0] > 0).long()
+        return values
+
+    drawn = pipe(["one", "two"], generator=[seeded(), torch.Generator()], callback_on_step_end=first_of_two)
+    assert [image.provenance["seed"] for image in drawn.images] == [None, torch.Generator().initial_seed()]
+
+
 def test_an_image_with_provenance_equals_its_pixels_and_keeps_what_is_asked_for(tmp_path):
     plain = Image.new("RGB", (4, 4), "red")
     image = GeneratedImage.of(plain, {"seed": 1})

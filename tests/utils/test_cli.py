@@ -145,6 +145,16 @@ def test_generate_saves_a_preview_of_each_scale_and_enlarges_pixels(checkpoint, 
     np.testing.assert_array_equal(image, np.asarray(Image.open(f"previews/{names[-1]}")))
 
 
+def test_previews_are_those_of_the_best_candidates_and_have_their_numbers(checkpoint, tmp_path):
+    arguments = ["a red circle", "two blue squares", "--num-candidates", 2, "--previews", "previews"]
+    result = run("generate", *arguments, "--model", checkpoint)
+    assert result.exit_code == 0, result.output
+    assert len(list((tmp_path / "previews").iterdir())) == 2 * 4
+    for number in range(2):
+        whole = Image.open(f"previews/nextflow-scale-4-{number}.png")
+        np.testing.assert_array_equal(np.asarray(Image.open(f"nextflow-{number}.png")), np.asarray(whole))
+
+
 def test_generate_takes_a_dtype_and_a_device(checkpoint):
     result = run("generate", "a red circle", "--model", checkpoint, "--dtype", "bfloat16", "--device", "cpu")
     assert result.exit_code == 0, result.output

@@ -157,7 +157,8 @@ class ConversationMixin:
             noise, texts = generators_of_rows(generator, rows), [prompts[row] for row in rows]
             pixels = self._decoded(finished.image_tokens, finished.image_grids, settings, noise, texts)
             images = self.processor.post_process_images(self._checked(pixels)[0])
-            images = iter(self._with_provenance(images, rows, seeds, sampling, **decoder_provenance(settings)))
+            drawn = (finished.image_tokens, finished.image_grids)
+            images = iter(self._with_provenance(images, rows, seeds, sampling, *drawn, **decoder_provenance(settings)))
             videos = [[next(images) for _ in range(length)] for _ in scripts]
             if given:
                 videos = [[resized_like(first, video[1]), *video[1:]] for first, video in zip(firsts, videos)]
@@ -372,7 +373,9 @@ class ConversationMixin:
                 tokens_and_grids = output.image_tokens[chosen], output.image_grids[chosen]
                 pixels = self._decoded(*tokens_and_grids, settings, generators_of_rows(generator, [row]))
                 images = self.processor.post_process_images(self._checked(pixels)[0])
-                [image] = self._with_provenance(images, [row], seeds, sampling, **decoder_provenance(settings))
+                [image] = self._with_provenance(
+                    images, [row], seeds, sampling, *tokens_and_grids, **decoder_provenance(settings)
+                )
                 content.append({"type": "image", "image": image})
         # A message without parts could not be appended to the conversation.
         return {"role": "assistant", "content": content or [{"type": "text", "text": ""}]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -186,9 +186,24 @@ class DecodingMixin:
         return image if same else (kept.to(image).permute(2, 0, 1) * 2 - 1), is_unsafe
 
     def _with_provenance(
-        self, images: Sequence[Image.Image], rows: Sequence[int], seeds: Seeds, sampling: ImageSampling, **more
+        self,
+        images: Sequence[Image.Image],
+        rows: Sequence[int],
+        seeds: Seeds,
+        sampling: ImageSampling,
+        image_tokens: Sequence[torch.Tensor],
+        image_grids: Iterable[Sequence[int]],
+        changed_rows: Collection[int] = (),
+        **more,
     ) -> list[Image.Image]:
-        """PIL images with their provenance; `rows` are their numbers among the call's `seeds`, see `seeds_of`."""
+        """PIL images with their provenance.
+
+        Args:
+            rows: their numbers among the call's `seeds`, see `seeds_of`.
+            image_tokens, image_grids: their codes and final grids, which tell whether all scales were drawn.
+            changed_rows: the rows whose seeds do not repeat them, since a callback changed their codes.
+            more: further settings; those that are `None` are left out.
+        """
         if not self.adds_provenance:
             return list(images)
         # Not the path, which would reveal where the model is on the user's disk.
@@ -196,10 +211,13 @@ class DecodingMixin:
         checkpoint = os.path.basename(os.path.normpath(name)) if os.path.exists(name) else name
         settings = sampling.to_dict() | {key: value for key, value in more.items() if value is not None}
         result = []
-        for image, row in zip(images, rows):
+        for image, row, codes, grid in zip(images, rows, image_tokens, image_grids):
             # An image with a generator of its own does not depend on its place in the batch.
             own, place = (seeds[row], {}) if isinstance(seeds, Sequence) else (seeds, {"image": row})
-            record = {"checkpoint": checkpoint, "seed": own} | place
+            record = {"checkpoint": checkpoint, "seed": None if row in changed_rows else own} | place
+            schedule = self.processor.image_processor.schedule_for_grid(*grid)
+            if (count := int((codes >= 0).sum())) < schedule.num_tokens:
+                record["interrupted_after_scales"] = schedule.offsets.index(count)
             result.append(GeneratedImage.of(image, record | {"settings": settings}))
         return result
 

@@ -264,7 +264,8 @@ class _Streamer(InterleavedStreamer):
         pixels, _ = self.pipeline._checked(state.preview())
         image = self.pipeline.processor.post_process_images(pixels)[0]
         if state.is_finished:
-            [image] = self.pipeline._with_provenance([image], [0], [self.job.seed], self.sampling)
+            drawn = (state.image_tokens, [schedule.final_grid])
+            [image] = self.pipeline._with_provenance([image], [0], [self.job.seed], self.sampling, *drawn)
             self.job.put(_finished(self.pipeline, image, self.job))
         else:
             self.job.put(Partial(image, shown.index(scale)))
