@@ -272,7 +272,7 @@ def video(
     guidance_scale: GuidanceScale = None,
     height: Pixels = None,
     width: Pixels = None,
-    frames_per_second: Annotated[float, typer.Option(min=0.1)] = 2.0,
+    frames_per_second: Annotated[float, typer.Option(min=0.1, max=100)] = 2.0,
     seed: Seed = 0,
     decoder: Decoder = "pixel",
     decoder_steps: DecoderSteps = None,
@@ -320,6 +320,7 @@ def describe(
     with errors_in_one_line():
         _check_files(images)
         pipeline = _load_pipeline(model, device, dtype)
+        pipeline._check_reads("describe")
         kinds = ["video" if path.suffix.lower() in VIDEO_EXTENSIONS else "image" for path in images]
         content = [{"type": kind, kind: str(path)} for kind, path in zip(kinds, images)]
         content.append({"type": "text", "text": question or pipeline.processor.caption_request})

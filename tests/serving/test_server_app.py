@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,12 @@ from starlette.testclient import TestClient  # noqa: E402
 from tiny_onecat import tiny_onecat_model, tiny_onecat_processor  # noqa: E402
 
 from transformers_nextflow import NextFlowPipeline  # noqa: E402
+from transformers_nextflow.serving import loading  # noqa: E402
 from transformers_nextflow.serving.app import create_app  # noqa: E402
 from transformers_nextflow.serving.body_limits import BodyLimits, RequestBodyError  # noqa: E402
 from transformers_nextflow.serving.jobs import END, ChatJob, Finished, ImageJob, Partial  # noqa: E402
 from transformers_nextflow.serving.loading import load_pipeline  # noqa: E402
-from transformers_nextflow.serving.schemas import region_of  # noqa: E402
+from transformers_nextflow.serving.schemas import ChatBody, region_of  # noqa: E402
 from transformers_nextflow.serving.settings import ServingSettings  # noqa: E402
 from transformers_nextflow.serving.worker import TextBeforeStop, TooManyRequests, Worker, preview_scales  # noqa: E402
 from transformers_nextflow.utils.older_transformers import SANITIZES_CONTROL_TOKENS  # noqa: E402
@@ -127,6 +129,40 @@ def test_a_request_that_the_pipeline_fails_at_leaves_the_others_of_its_batch(pip
     asyncio.run(batch())
 
 
+def test_what_is_checked_before_replicas_start_takes_no_memory_of_their_gpu(pipe, monkeypatch):
+    moved = []
+    monkeypatch.setattr(NextFlowPipeline, "from_pretrained", lambda *_, **__: pipe)
+    monkeypatch.setattr(loading, "on_device", lambda moves, device: moved.append((moves, device)))
+    loading.check_loadable(BUNDLED, "cuda:0")
+    assert [(type(moves), device) for moves, device in moved] == [
+        (torch.Tensor, "cuda:0"), (NextFlowPipeline, "cpu"),
+    ] and moved[0][0].numel() == 0  # fmt: skip
+
+
+def test_requests_are_tried_alone_when_the_memory_of_their_batch_is_free_again(pipe, monkeypatch):
+    class Activations:
+        pass
+
+    held = []
+
+    def fills_the_memory(self, jobs):
+        if len(jobs) > 1:
+            activations = Activations()
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("full")
+        assert held[0]() is None
+
+    monkeypatch.setattr(Worker, "_draw", fills_the_memory)
+
+    async def batch():
+        jobs = [ImageJob(prompt="a red circle") for _ in range(2)]
+        await Worker(pipe, ServingSettings(BUNDLED)).run(jobs)
+        await asyncio.sleep(0)
+        assert [answers_of(job) for job in jobs] == [[END], [END]]
+
+    asyncio.run(batch())
+
+
 def test_a_request_without_a_seed_has_one_of_its_own_that_draws_it_again(client):
     first = client.post(IMAGES, json={"prompt": "a red circle", "temperature": 2.0}).json()["data"][0]
     again = client.post(IMAGES, json={"prompt": "a red circle", "temperature": 2.0, "seed": first["seed"]}).json()
@@ -143,6 +179,8 @@ def test_a_stream_of_images_shows_previews_and_ends_with_the_image(client):
     whole = client.post(IMAGES, json=body).json()["data"]
     assert [event["b64_json"] for event in streamed[4:]] == [image["b64_json"] for image in whole]
     assert streamed[0]["b64_json"] != streamed[4]["b64_json"]
+    alone = client.post(IMAGES, json=body | {"n": 1}).json()
+    assert [event.get("usage") for event in streamed] == [None] * 4 + [alone["usage"]] * 2
 
 
 @pytest.mark.parametrize("count, scales", [(0, []), (1, [3]), (3, [1, 3, 5]), (16, list(range(8)))])
@@ -220,6 +258,21 @@ REFUSED = {
     "modalities": (CHAT, {"modalities": ["image"]}),
     "max_completion_tokens": (CHAT, {"max_tokens": 5, "max_completion_tokens": 6}),
 }
+
+
+def test_a_message_may_have_empty_fields_of_other_models(client):
+    said = {"role": "assistant", "content": "yes", "audio": None, "tool_calls": None, "annotations": None}
+    messages = [{"role": "user", "content": "a red circle"}, said, {"role": "user", "content": "a red circle"}]
+    assert client.post(CHAT, json={"messages": messages, "max_tokens": 1, "max_images": 0}).status_code == 200
+
+
+def test_an_answer_with_top_p_is_sampled():
+    def options(**fields):
+        return ChatBody(messages=[{"role": "user", "content": "a"}], max_images=0, **fields).options
+
+    assert options(top_p=0.5) == {"max_images": 0, "do_sample": True, "top_p": 0.5}
+    assert options(top_p=0.5, temperature=0.0) == {"max_images": 0, "do_sample": False, "top_p": 0.5}
+    assert options(temperature=2.0) == {"max_images": 0, "do_sample": True, "temperature": 2.0}
 
 
 @pytest.mark.parametrize("param", REFUSED)

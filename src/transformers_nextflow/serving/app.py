@@ -141,7 +141,7 @@ async def _start_answers(worker: Worker, job: Job) -> AsyncIterator[Answer]:
 async def _images(worker: Worker, job: ImageJob, body: ImageBody, event: str) -> Response:
     answers = await _start_answers(worker, job)
     if body.stream:
-        return _events(_image_events(answers, body, event))
+        return _events(_image_events(answers, body, event, partial(image_usage, worker.pipeline.processor, job)))
     finished = [answer async for answer in answers]
     data = [{"b64_json": _encoded(answer.image, body), "seed": answer.seed} for answer in finished]
     shared = {
@@ -152,7 +152,9 @@ async def _images(worker: Worker, job: ImageJob, body: ImageBody, event: str) ->
     return JSONResponse({"created": int(time.time()), "data": data} | shared)
 
 
-async def _image_events(answers: AsyncIterator[Answer], body: ImageBody, event: str) -> AsyncIterator[str]:
+async def _image_events(
+    answers: AsyncIterator[Answer], body: ImageBody, event: str, usage: Callable[[list[Finished]], dict]
+) -> AsyncIterator[str]:
     common = {"output_format": body.output_format, "quality": "auto", "background": "opaque"}
     async for answer in _errors_as_bodies(answers):
         if isinstance(answer, dict):
@@ -166,7 +168,7 @@ async def _image_events(answers: AsyncIterator[Answer], body: ImageBody, event: 
         if isinstance(answer, Partial):
             name, own = f"{event}.partial_image", {"partial_image_index": answer.index, "image_index": answer.number}
         else:
-            name, own = f"{event}.completed", {"seed": answer.seed}
+            name, own = f"{event}.completed", {"seed": answer.seed, "usage": usage([answer])}
         yield _event({"type": name} | common | own, name)
 
 

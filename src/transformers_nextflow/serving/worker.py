@@ -146,18 +146,21 @@ class Worker:
         except ClientDisconnected:
             return
         except Exception as error:
-            if len(jobs) > 1:  # each job is tried in its own call, which shows which of them failed
-                for job in jobs:
-                    self._run_group([job])
+            if len(jobs) == 1:
+                if not isinstance(error, ValueError):
+                    logger.exception("A request failed.")
+                jobs[0].put(error)
                 return
-            if not isinstance(error, ValueError):
-                logger.exception("A request failed.")
-            jobs[0].put(error)
+        else:
+            for job in jobs:
+                job.put(END)
+            self.last_seconds = time.perf_counter() - start
+            self.after_batch(sum(job.num_images for job in jobs), self.last_seconds)
             return
+        # Each job is tried in its own call, which shows which of them failed; after the block above, in which the error
+        # still holds the memory of the whole batch.
         for job in jobs:
-            job.put(END)
-        self.last_seconds = time.perf_counter() - start
-        self.after_batch(sum(job.num_images for job in jobs), self.last_seconds)
+            self._run_group([job])
 
     def _draw(self, jobs: list[ImageJob]):
         owners = [(job, number) for job in jobs for number in range(job.num_images)]
