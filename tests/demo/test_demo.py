@@ -195,6 +195,13 @@ def test_the_page_has_a_label_for_every_field_and_draws_on_enter(pipe):
     assert len(prompts) == 4 and entered == set(prompts.values())
 
 
+@pytest.mark.parametrize("interleaves", [True, False])
+def test_a_seed_is_asked_for_in_chats_that_follow_it(pipe, interleaves, monkeypatch):
+    monkeypatch.setattr(NextFlowPipeline, "interleaves", interleaves)
+    *_, seed = [block for block in page.make_page(pipe).blocks.values() if getattr(block, "label", "") == "Seed"]
+    assert seed.visible == interleaves
+
+
 def test_without_gradio_the_demo_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, page.__name__)

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from PIL import Image
 from test_pipeline import quiet, seeded
 from tiny import tiny_model, tiny_processor
 
 from transformers_nextflow import NextFlowPipeline
+from transformers_nextflow.adapters import lora_config
 from transformers_nextflow.utils.provenance import SOFTWARE, GeneratedImage, read_provenance
 
 
@@ -140,6 +142,22 @@ def test_an_interrupted_image_says_after_how_many_scales(pipe):
     sampling = {"callback": lambda model, scale, state: scale < 2, "min_images": 1, "max_new_tokens": 1}
     *_, part = pipe.chat([{"role": "user", "content": "one"}], **sampling)["content"]
     assert part["image"].provenance["interrupted_after_scales"] == 3
+
+
+def test_an_image_names_the_adapters_that_drew_it_and_never_a_path(pipe, tmp_path):
+    adapted = get_peft_model(tiny_model(), lora_config(tiny_model(), rank=2))
+    adapted.save_pretrained(tmp_path)
+    pipe = quiet(NextFlowPipeline(tiny_model(), pipe.processor))
+    assert "adapters" not in pipe("one").images[0].provenance
+    pipe.load_lora_weights(tmp_path, adapter_name="style")
+    pipe.set_adapters("style", 0.5)
+    pipe.register_to_config(_name_or_path="/home/somebody/models/gone")
+    found = pipe("one").images[0].provenance
+    assert found["adapters"] == {"style": 0.5} and found["checkpoint"] == "gone"
+    pipe.disable_lora()
+    pipe.register_to_config(_name_or_path="somebody/model")
+    found = pipe("one").images[0].provenance
+    assert "adapters" not in found and found["checkpoint"] == "somebody/model"
 
 
 def test_an_image_whose_codes_a_callback_changed_has_no_seed(pipe):

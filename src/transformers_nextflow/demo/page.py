@@ -149,7 +149,8 @@ def _chat_tab(pipe):
         label="Message, with images if there are any", placeholder="Enter sends", file_types=["image"],
         file_count="multiple", sources=["upload"],
     )  # fmt: skip
-    seed = gr.Number(label="Seed", value=0, precision=0, minimum=0)
+    # Text that transformers writes takes no seed.
+    seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, visible=pipe.interleaves)
 
     @shows_errors
     def send(conversation, message, seed):
