@@ -64,6 +64,19 @@ def test_a_checker_of_another_shape_is_refused(pipe):
         pipe("one")
 
 
+def test_a_hook_that_is_none_is_refused_before_anything_is_drawn(pipe, monkeypatch):
+    def draws(*_, **__):
+        raise AssertionError("it draws")
+
+    for name in ("generate_images", "generate_interleaved"):
+        monkeypatch.setattr(pipe.model, name, draws)
+    pipe.safety_checker = "none"
+    calls = [lambda: pipe("one"), lambda: pipe.video("one", num_frames=2)]
+    for call in (*calls, lambda: pipe.chat([{"role": "user", "content": "one"}])):
+        with pytest.raises(ValueError, match="safety_checker must be a function"):
+            call()
+
+
 def test_the_checker_of_stable_diffusion_fits(pipe):
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import BatchFeature, CLIPConfig

@@ -127,6 +127,7 @@ class ConversationMixin:
         request = ImageRequest.build(self.processor, prompts, negative_prompt, image, None, size, None, False, False)
         self.check_inputs(request, sampling, 1, 1, generator, "pil", ())
         settings = self._diffusion_settings(decoder, decoder_steps, decoder_guidance_scale, request.schedules)
+        self.check_hooks()
         self._warn_of_request(request)
         self._warn_of_texts([text for script in scripts for text in script])
         seeds = seeds_of(generator)
@@ -278,6 +279,7 @@ class ConversationMixin:
         elif sampling.image_guidance_scale != 1:
             raise ValueError("chat has no image_guidance_scale; leave it at 1, or edit by calling the pipeline.")
         settings = self._diffusion_settings(decoder, decoder_steps, decoder_guidance_scale)
+        self.check_hooks()
         is_batch = isinstance(messages[0], list | tuple)
         conversations = messages if is_batch else [messages]
         for number, conversation in enumerate(conversations):
