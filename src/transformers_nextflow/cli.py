@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -146,11 +147,6 @@ def generate(
             _check_image_path(_preview(previews, output, 99), len(prompts) * num_images)
         pipeline = _load_pipeline(model, device, dtype, decoder)
         _check_enlarged(pipeline, scale, output, decoder, height, width)
-        stages: list[list[Image.Image]] = []
-
-        def keep_preview(pipeline, step, scale, callback_kwargs):
-            stages.append(callback_kwargs["preview"])
-
         start = time.perf_counter()
         result = pipeline(
             prompts,
@@ -164,14 +160,13 @@ def generate(
             num_candidates=num_candidates,
             **_decoding(decoder, decoder_steps),
             generator=_generators(pipeline, seed, len(prompts) * num_images * num_candidates),
-            callback_on_step_end=keep_preview if previews else None,
-            callback_on_step_end_tensor_inputs=["preview"] if previews else [],
+            preview=previews is not None,
         )
         seconds = time.perf_counter() - start
 
         paths = _save(result.images, output, scale)
-        for number, stage in enumerate(stages, start=1):
-            paths += _save(stage, _preview(previews, output, number), scale)
+        for number, shown in enumerate(zip(*result.previews or []), start=1):
+            paths += _save(shown, _preview(previews, output, number), scale)
     for thought in result.thoughts or []:
         typer.echo(f"Thought: {thought}")
     _print_paths(seconds, paths)
@@ -277,7 +272,7 @@ def video(
     guidance_scale: GuidanceScale = None,
     height: Pixels = None,
     width: Pixels = None,
-    frames_per_second: Annotated[float, typer.Option(min=0.1)] = 2.0,
+    frames_per_second: Annotated[float, typer.Option(min=0.1, max=100)] = 2.0,
     seed: Seed = 0,
     decoder: Decoder = "pixel",
     decoder_steps: DecoderSteps = None,
@@ -325,6 +320,7 @@ def describe(
     with errors_in_one_line():
         _check_files(images)
         pipeline = _load_pipeline(model, device, dtype)
+        pipeline._check_reads("describe")
         kinds = ["video" if path.suffix.lower() in VIDEO_EXTENSIONS else "image" for path in images]
         content = [{"type": kind, kind: str(path)} for kind, path in zip(kinds, images)]
         content.append({"type": "text", "text": question or pipeline.processor.caption_request})
@@ -436,7 +432,7 @@ def _preview(folder: Path, output: Path, number: int) -> Path:
     return folder / f"{output.stem}-scale-{number}{output.suffix}"
 
 
-def _save(images: list[Image.Image], output: Path, scale: int) -> list[Path]:
+def _save(images: Sequence[Image.Image], output: Path, scale: int) -> list[Path]:
     """Save every image that can be saved. Raises an `OSError` that says where the others were saved."""
     paths, written, refused = _numbered(output, len(images)), [], []
     with note_on_interrupt(lambda: f"Images written: {', '.join(map(str, written)) or 'none'}."):

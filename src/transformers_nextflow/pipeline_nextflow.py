@@ -313,10 +313,17 @@ class NextFlowPipeline(
         if not hasattr(self.processor, "caption_request"):
             raise ValueError(f"{purpose} takes a model that reads images; {type(self.model).__name__} only draws.")
 
+    @property
+    def interleaves(self) -> bool:
+        """Whether the model continues a sequence after an image that it has drawn, which OneCAT does not: `video`,
+        `score`, thoughts, and images in chats take such a model.
+        """
+        return hasattr(self.unwrapped_model, "generate_interleaved")
+
     def _check_interleaves(self, purpose: str):
         """Raises `ValueError` if the model cannot continue a sequence after an image that it has drawn."""
         self._check_reads(purpose)
-        if not hasattr(self.unwrapped_model, "generate_interleaved"):
+        if not self.interleaves:
             raise ValueError(
                 f"{purpose} takes a model that reads what it draws; {type(self.unwrapped_model).__name__} draws, edits "
                 "and answers in separate calls."
@@ -467,8 +474,9 @@ class NextFlowPipeline(
                 images = self._images(pixels, output_type)
             if output_type == "pil":
                 provenance = {"num_kept_scales": num_kept_scales} | decoder_provenance(settings)
-                images = self._with_provenance(images, rows, seeds, sampling, **provenance)
-            previews = scale_previews.rows if scale_previews is not None else None
+                provenance["changed_rows"] = self._calls()[-1].changed_rows
+                images = self._with_provenance(images, rows, seeds, sampling, image_tokens, grids, **provenance)
+            previews = None if scale_previews is None else [scale_previews.rows[row] for row in rows]
             output = NextFlowPipelineOutput(images, image_tokens, thoughts, scores, flags, previews)
         # Annotated without the tuple, which few calls want, so that editors and type checkers know the fields.
         return output if return_dict else cast(NextFlowPipelineOutput, output.to_tuple())

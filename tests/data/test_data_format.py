@@ -195,8 +195,9 @@ def test_the_command_validates_files_and_datasets(folder):
 # What is trained on ---------------------------------------------------------------------------------------------------
 
 
-def trained_text(messages) -> str:
+def trained_text(messages, chat_template=None) -> str:
     processor = tiny_processor()
+    processor.chat_template = chat_template or processor.chat_template
     ids, trained = encode_messages(processor, messages)
     return processor.tokenizer.decode([token for token, on in zip(ids, trained) if on])
 
@@ -219,6 +220,32 @@ def test_a_flag_on_a_message_or_a_part_says_what_is_trained_on():
     assert trained_text(messages(user=True, first=False)) == f"<|image_pad|>a starone{end}circles{end}"
     # Flags that say what holds anyway change nothing.
     assert trained_text(messages(user=False, assistant=True)) == trained_text(messages())
+
+
+SAID = "message.content | map(attribute='text') | join"
+TURN = "{%- generation -%}{{- (" + SAID + ") ~ '<|im_end|>' -}}{%- endgeneration -%}"
+
+
+def template_with(condition: str) -> str:
+    """A template that marks the answers that meet a condition, and writes no end of the others."""
+    template = "{%- for message in messages -%}{%- if message.role == 'assistant' and (" + condition + ") -%}" + TURN
+    return template + "{%- else -%}{{- " + SAID + " -}}{%- endif -%}{%- endfor -%}"
+
+
+@pytest.mark.parametrize("answer", ["one", ""])
+def test_a_flag_belongs_to_its_own_turn_whichever_turns_the_template_marks(answer):
+    first, second = conversation([text("one")], [text(answer)]), conversation([text("a star")], [text("circles")])
+    for flag in (True, False):
+        first[1]["train"], second[1]["train"] = not flag, flag
+        expected = ["" if flag else answer, "circles<|im_end|>" if flag else ""]
+        assert trained_text([*first, *second], template_with("loop.last")) == "".join(expected)
+
+
+def test_flags_are_refused_where_the_template_treats_an_empty_answer_apart():
+    messages = [*conversation([text("one")], [text("")]), *conversation([text("one")], [text("two")])]
+    messages[1]["train"] = False
+    with pytest.raises(ValueError, match='treats empty ones apart, so "train" cannot say'):
+        trained_text(messages, template_with(SAID))
 
 
 def test_a_image_of_the_user_can_be_trained_on():

@@ -14,6 +14,7 @@ from tiny import tiny_model, tiny_processor
 
 from transformers_nextflow import NextFlowPipeline
 from transformers_nextflow.demo import actions, page
+from transformers_nextflow.utils.provenance import read_provenance
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,14 @@ def test_a_drawing_grows_by_scales_and_ends_as_the_pipeline_draws_it(pipe):
     assert [len(shown.growth) for shown in drawing] == [*range(1, NUM_SCALES + 1), NUM_SCALES]
     [(image, caption)] = drawing[-1].images
     assert image == pipe("a red circle", generator=seeded(3)).images[0] and caption == "seed 3"
+
+
+def test_the_file_of_a_shown_image_says_what_drew_it(pipe):
+    for seed in (3, 4):
+        # Both seeds draw the same pixels, which the last preview has as well.
+        drawing = actions._stream_scales(pipe, "one", 1, seed, temperature=0)
+        *_, [(path, _)] = (page._files(shown.images) for shown in drawing)
+        assert read_provenance(path)["seed"] == seed
 
 
 def test_candidates_come_with_scores_best_first(pipe):
@@ -184,6 +193,13 @@ def test_the_page_has_a_label_for_every_field_and_draws_on_enter(pipe):
     prompts = {block._id: block.label for block in fields if type(block) in (gr.Textbox, gr.MultimodalTextbox)}
     entered = {prompts.get(target) for fn in made.fns.values() for target, event in fn.targets if event == "submit"}
     assert len(prompts) == 4 and entered == set(prompts.values())
+
+
+@pytest.mark.parametrize("interleaves", [True, False])
+def test_a_seed_is_asked_for_in_chats_that_follow_it(pipe, interleaves, monkeypatch):
+    monkeypatch.setattr(NextFlowPipeline, "interleaves", interleaves)
+    *_, seed = [block for block in page.make_page(pipe).blocks.values() if getattr(block, "label", "") == "Seed"]
+    assert seed.visible == interleaves
 
 
 def test_without_gradio_the_demo_names_the_extra(monkeypatch):

@@ -276,6 +276,7 @@ def test_a_row_that_a_stop_string_ends_draws_what_it_has_to_and_no_more(min_imag
     )
     for pieces in output.segments:
         assert sum(piece.image is not None for piece in pieces) == min_images
+    assert output.finish_reasons[0] == "stop" and free.finish_reasons == ["length"] * 2
     # The first row stopped early, and ends with its images.
     first = output.segments[0]
     assert sum(piece.stop - piece.start for piece in first if piece.image is None) < 20
@@ -289,6 +290,7 @@ def test_a_callback_can_end_all_rows():
         **inputs, min_images=1, max_new_tokens=0, sampling=GREEDY, callback=lambda model, scale, state: scale < 1
     )
     assert (output.image_tokens >= 0).sum(1).tolist() == [5, 5]
+    assert output.finish_reasons == ["interrupted"] * 2
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["after a whole image", "within one"])
@@ -305,7 +307,7 @@ def test_a_callback_ends_rows_that_would_go_on(last):
     output = model.generate_interleaved(
         **inputs, min_images=2, max_images=3, max_new_tokens=8, sampling=GREEDY, callback=until_one_image
     )
-    assert seen == list(range(scales if last else 2))
+    assert seen == list(range(scales if last else 2)) and output.finish_reasons == ["interrupted"] * 2
     for pieces in output.segments:
         assert pieces[-1].image is not None and sum(piece.image is not None for piece in pieces) == 1
 

@@ -19,6 +19,7 @@ from transformers_nextflow import (
     OneCatProcessor,
 )
 from transformers_nextflow.adapters import lora_config, quantization_config
+from transformers_nextflow.generation.interleaved import InterleavedStreamer
 
 
 @pytest.mark.parametrize("image", [None, [RED, WIDE]], ids=["draw", "edit"])
@@ -58,6 +59,18 @@ def test_a_chat_is_answered_and_a_batch_of_ragged_ones_as_each_alone(pipe):
     batch = pipe.chat(chats, max_new_tokens=4, do_sample=False)
     assert [message["role"] for message in batch] == ["assistant"] * 2
     assert [pipe.chat(chat, max_new_tokens=4, do_sample=False) for chat in chats] == batch
+
+
+def test_an_answer_is_streamed_without_its_prompt_and_says_why_it_ended(pipe):
+    options = {"max_new_tokens": 6, "do_sample": False, "return_finish_reasons": True}
+    streamer = InterleavedStreamer(pipe.processor.tokenizer, timeout=30, skip_special_tokens=True)
+    answer, reason = pipe.chat(QUESTION, streamer=streamer, **options)
+    text = answer["content"][0]["text"]
+    assert "".join(streamer).strip() == text and reason == "length"
+    _, reason = pipe.chat(QUESTION, stop_strings=text[0], **options)
+    assert reason == "stop"
+    every = list(range(pipe.model.config.text_config.vocab_size))
+    assert pipe.chat([QUESTION], eos_token_id=every, **options)[1] == ["stop"]
 
 
 def answers(pipe):

@@ -656,6 +656,14 @@ def test_bad_chats_are_refused(pipe, arguments, message):
         pipe.chat(**({"messages": asked} | arguments))
 
 
+def test_a_chat_goes_on_after_an_empty_answer(pipe):
+    asked = {"role": "user", "content": [{"type": "text", "text": "a red circle"}]}
+    answer, reason = pipe.chat([asked], max_images=0, max_new_tokens=0, return_finish_reasons=True)
+    assert answer == {"role": "assistant", "content": [{"type": "text", "text": ""}]} and reason == "length"
+    again, reasons = pipe.chat([[asked, answer, asked]] * 2, max_images=0, max_new_tokens=2, return_finish_reasons=True)
+    assert [len(message["content"]) for message in again] == [1, 1] and reasons == ["length"] * 2
+
+
 @pytest.mark.parametrize(
     "images, texts, message",
     [

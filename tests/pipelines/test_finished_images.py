@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from PIL import Image
 from test_pipeline import quiet, seeded
 from tiny import tiny_model, tiny_processor
 
 from transformers_nextflow import NextFlowPipeline
+from transformers_nextflow.adapters import lora_config
 from transformers_nextflow.utils.provenance import SOFTWARE, GeneratedImage, read_provenance
 
 
@@ -60,6 +62,19 @@ def test_a_checker_of_another_shape_is_refused(pipe):
     pipe.safety_checker = lambda images, clip_input: (images[0], [])
     with pytest.raises(ValueError, match="safety_checker must return as many images and flags"):
         pipe("one")
+
+
+def test_a_hook_that_is_none_is_refused_before_anything_is_drawn(pipe, monkeypatch):
+    def draws(*_, **__):
+        raise AssertionError("it draws")
+
+    for name in ("generate_images", "generate_interleaved"):
+        monkeypatch.setattr(pipe.model, name, draws)
+    pipe.safety_checker = "none"
+    calls = [lambda: pipe("one"), lambda: pipe.video("one", num_frames=2)]
+    for call in (*calls, lambda: pipe.chat([{"role": "user", "content": "one"}])):
+        with pytest.raises(ValueError, match="safety_checker must be a function"):
+            call()
 
 
 def test_the_checker_of_stable_diffusion_fits(pipe):
@@ -128,6 +143,44 @@ def test_a_generator_that_was_used_before_gives_an_image_no_seed(pipe):
         answer = pipe.chat(message, min_images=1, max_new_tokens=1, generator=one)
         [seed] = [part["image"].provenance["seed"] for part in answer["content"] if part["type"] == "image"]
         assert seed == expected
+
+
+def test_an_interrupted_image_says_after_how_many_scales(pipe):
+    def stop(pipe, step, scale, values):
+        pipe._interrupt = scale == 1
+
+    drawn = pipe("one", generator=seeded(), callback_on_step_end=stop)
+    assert drawn.images[0].provenance["interrupted_after_scales"] == 2
+    assert "interrupted_after_scales" not in pipe("one", generator=seeded()).images[0].provenance
+    sampling = {"callback": lambda model, scale, state: scale < 2, "min_images": 1, "max_new_tokens": 1}
+    *_, part = pipe.chat([{"role": "user", "content": "one"}], **sampling)["content"]
+    assert part["image"].provenance["interrupted_after_scales"] == 3
+
+
+def test_an_image_names_the_adapters_that_drew_it_and_never_a_path(pipe, tmp_path):
+    adapted = get_peft_model(tiny_model(), lora_config(tiny_model(), rank=2))
+    adapted.save_pretrained(tmp_path)
+    pipe = quiet(NextFlowPipeline(tiny_model(), pipe.processor))
+    assert "adapters" not in pipe("one").images[0].provenance
+    pipe.load_lora_weights(tmp_path, adapter_name="style")
+    pipe.set_adapters("style", 0.5)
+    pipe.register_to_config(_name_or_path="/home/somebody/models/gone")
+    found = pipe("one").images[0].provenance
+    assert found["adapters"] == {"style": 0.5} and found["checkpoint"] == "gone"
+    pipe.disable_lora()
+    pipe.register_to_config(_name_or_path="somebody/model")
+    found = pipe("one").images[0].provenance
+    assert "adapters" not in found and found["checkpoint"] == "somebody/model"
+
+
+def test_an_image_whose_codes_a_callback_changed_has_no_seed(pipe):
+    def first_of_two(pipe, step, scale, values):
+        if scale == 0:
+            values["image_tokens"][0] += 1 - 2 * (values["image_tokens"][0] > 0).long()
+        return values
+
+    drawn = pipe(["one", "two"], generator=[seeded(), torch.Generator()], callback_on_step_end=first_of_two)
+    assert [image.provenance["seed"] for image in drawn.images] == [None, torch.Generator().initial_seed()]
 
 
 def test_an_image_with_provenance_equals_its_pixels_and_keeps_what_is_asked_for(tmp_path):

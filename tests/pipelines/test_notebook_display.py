@@ -42,6 +42,12 @@ def test_codes_have_their_previews_too(pipe):
     assert len(drawn.previews[0]) == NUM_SCALES
 
 
+def test_previews_are_those_of_the_best_candidates(pipe):
+    options = {"num_candidates": 2, "candidate_scorer": lambda *_: [0.0, 1.0, 1.0, 0.0], "preview": True}
+    best = pipe(["one", "two"], generator=seeded(), **options)
+    assert [row[-1] for row in best.previews] == best.images
+
+
 def test_a_preview_keeps_every_scale_and_shows_it_growing(pipe, monkeypatch):
     updates = []
 

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,15 @@ from PIL import Image
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
 from starlette.testclient import TestClient  # noqa: E402
+from tiny_onecat import tiny_onecat_model, tiny_onecat_processor  # noqa: E402
 
+from transformers_nextflow import NextFlowPipeline  # noqa: E402
+from transformers_nextflow.serving import loading  # noqa: E402
 from transformers_nextflow.serving.app import create_app  # noqa: E402
 from transformers_nextflow.serving.body_limits import BodyLimits, RequestBodyError  # noqa: E402
 from transformers_nextflow.serving.jobs import END, ChatJob, Finished, ImageJob, Partial  # noqa: E402
 from transformers_nextflow.serving.loading import load_pipeline  # noqa: E402
-from transformers_nextflow.serving.schemas import region_of  # noqa: E402
+from transformers_nextflow.serving.schemas import ChatBody, region_of  # noqa: E402
 from transformers_nextflow.serving.settings import ServingSettings  # noqa: E402
 from transformers_nextflow.serving.worker import TextBeforeStop, TooManyRequests, Worker, preview_scales  # noqa: E402
 from transformers_nextflow.utils.older_transformers import SANITIZES_CONTROL_TOKENS  # noqa: E402
@@ -125,6 +129,40 @@ def test_a_request_that_the_pipeline_fails_at_leaves_the_others_of_its_batch(pip
     asyncio.run(batch())
 
 
+def test_what_is_checked_before_replicas_start_takes_no_memory_of_their_gpu(pipe, monkeypatch):
+    moved = []
+    monkeypatch.setattr(NextFlowPipeline, "from_pretrained", lambda *_, **__: pipe)
+    monkeypatch.setattr(loading, "on_device", lambda moves, device: moved.append((moves, device)))
+    loading.check_loadable(BUNDLED, "cuda:0")
+    assert [(type(moves), device) for moves, device in moved] == [
+        (torch.Tensor, "cuda:0"), (NextFlowPipeline, "cpu"),
+    ] and moved[0][0].numel() == 0  # fmt: skip
+
+
+def test_requests_are_tried_alone_when_the_memory_of_their_batch_is_free_again(pipe, monkeypatch):
+    class Activations:
+        pass
+
+    held = []
+
+    def fills_the_memory(self, jobs):
+        if len(jobs) > 1:
+            activations = Activations()
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("full")
+        assert held[0]() is None
+
+    monkeypatch.setattr(Worker, "_draw", fills_the_memory)
+
+    async def batch():
+        jobs = [ImageJob(prompt="a red circle") for _ in range(2)]
+        await Worker(pipe, ServingSettings(BUNDLED)).run(jobs)
+        await asyncio.sleep(0)
+        assert [answers_of(job) for job in jobs] == [[END], [END]]
+
+    asyncio.run(batch())
+
+
 def test_a_request_without_a_seed_has_one_of_its_own_that_draws_it_again(client):
     first = client.post(IMAGES, json={"prompt": "a red circle", "temperature": 2.0}).json()["data"][0]
     again = client.post(IMAGES, json={"prompt": "a red circle", "temperature": 2.0, "seed": first["seed"]}).json()
@@ -141,6 +179,8 @@ def test_a_stream_of_images_shows_previews_and_ends_with_the_image(client):
     whole = client.post(IMAGES, json=body).json()["data"]
     assert [event["b64_json"] for event in streamed[4:]] == [image["b64_json"] for image in whole]
     assert streamed[0]["b64_json"] != streamed[4]["b64_json"]
+    alone = client.post(IMAGES, json=body | {"n": 1}).json()
+    assert [event.get("usage") for event in streamed] == [None] * 4 + [alone["usage"]] * 2
 
 
 @pytest.mark.parametrize("count, scales", [(0, []), (1, [3]), (3, [1, 3, 5]), (16, list(range(8)))])
@@ -220,6 +260,21 @@ REFUSED = {
 }
 
 
+def test_a_message_may_have_empty_fields_of_other_models(client):
+    said = {"role": "assistant", "content": "yes", "audio": None, "tool_calls": None, "annotations": None}
+    messages = [{"role": "user", "content": "a red circle"}, said, {"role": "user", "content": "a red circle"}]
+    assert client.post(CHAT, json={"messages": messages, "max_tokens": 1, "max_images": 0}).status_code == 200
+
+
+def test_an_answer_with_top_p_is_sampled():
+    def options(**fields):
+        return ChatBody(messages=[{"role": "user", "content": "a"}], max_images=0, **fields).options
+
+    assert options(top_p=0.5) == {"max_images": 0, "do_sample": True, "top_p": 0.5}
+    assert options(top_p=0.5, temperature=0.0) == {"max_images": 0, "do_sample": False, "top_p": 0.5}
+    assert options(temperature=2.0) == {"max_images": 0, "do_sample": True, "temperature": 2.0}
+
+
 @pytest.mark.parametrize("param", REFUSED)
 def test_what_would_not_be_followed_is_refused_by_name(client, param):
     path, body = REFUSED[param]
@@ -260,6 +315,36 @@ def test_an_answer_ends_before_a_stop_streamed_or_not(client):
     assert client.post(CHAT, json=body | {"stop": stops}).json()["choices"][0]["message"]["content"] == before
     chunks = events(client.post(CHAT, json=body | {"stop": stops, "stream": True}).text)
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == before
+
+
+@pytest.mark.parametrize("limit, reason", [({"max_tokens": 1, "modalities": ["text"]}, "length"), ({}, "stop")])
+def test_an_answer_says_whether_the_limit_of_its_tokens_has_cut_it(client, limit, reason):
+    body = {"messages": [{"role": "user", "content": "draw a red circle."}], "temperature": 0} | limit
+    assert client.post(CHAT, json=body).json()["choices"][0]["finish_reason"] == reason
+    chunks = events(client.post(CHAT, json=body | {"stream": True}).text)
+    reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+    assert reasons == [None] * (len(chunks) - 1) + [reason]
+
+
+def test_a_model_that_only_writes_in_chats_is_served_as_well():
+    pipe = NextFlowPipeline(model=tiny_onecat_model(), processor=tiny_onecat_processor())
+    pipe.model.generation_config.eos_token_id = pipe.processor.end_token_id
+    client = TestClient(create_app(Worker(pipe, ServingSettings(BUNDLED))), raise_server_exceptions=False)
+    body = {"messages": [{"role": "user", "content": "what?"}], "max_tokens": 12, "temperature": 1.0, "seed": 5}
+    state = torch.get_rng_state()
+    whole = client.post(CHAT, json=body).json()
+    assert torch.equal(torch.get_rng_state(), state)
+    [choice] = whole["choices"]
+    text = choice["message"]["content"]
+    assert len(text) > 4 and choice["finish_reason"] == "length" and "images" not in choice["message"]
+    assert client.post(CHAT, json=body).json()["choices"] == [choice]
+    assert client.post(CHAT, json=body | {"seed": 6}).json()["choices"] != [choice]
+    chunks = events(client.post(CHAT, json=body | {"stream": True, "max_images": 2}).text)
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks).strip() == text
+    stopped = client.post(CHAT, json=body | {"stop": text[2:4]}).json()["choices"][0]
+    assert stopped["message"]["content"] == text[: text.index(text[2:4])] and stopped["finish_reason"] == "stop"
+    refused = client.post(CHAT, json=body | {"size": "64x64"})
+    assert refused.status_code == 400 and "height, width" in refused.json()["error"]["message"]
 
 
 def test_a_text_in_pieces_is_held_back_where_a_stop_may_begin():

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from tiny import tiny_model, tiny_processor
 from tiny_diffusion import tiny_decoder
+from tiny_tokenflow_t2i import tiny_t2i_model, tiny_t2i_processor
 from typer.testing import CliRunner
 
 import transformers_nextflow
@@ -143,6 +144,28 @@ def test_generate_saves_a_preview_of_each_scale_and_enlarges_pixels(checkpoint, 
     assert image.shape == (48, 48, 3)
     np.testing.assert_array_equal(image, image[::3, ::3].repeat(3, 0).repeat(3, 1))
     np.testing.assert_array_equal(image, np.asarray(Image.open(f"previews/{names[-1]}")))
+
+
+def test_previews_are_those_of_the_best_candidates_and_have_their_numbers(checkpoint, tmp_path):
+    arguments = ["a red circle", "two blue squares", "--num-candidates", 2, "--previews", "previews"]
+    result = run("generate", *arguments, "--model", checkpoint)
+    assert result.exit_code == 0, result.output
+    assert len(list((tmp_path / "previews").iterdir())) == 2 * 4
+    for number in range(2):
+        whole = Image.open(f"previews/nextflow-scale-4-{number}.png")
+        np.testing.assert_array_equal(np.asarray(Image.open(f"nextflow-{number}.png")), np.asarray(whole))
+
+
+def test_a_model_that_only_draws_describes_nothing(checkpoint, monkeypatch):
+    Image.new("RGB", (16, 16)).save("own.png")
+    pipe = NextFlowPipeline(tiny_t2i_model(), tiny_t2i_processor())
+    monkeypatch.setattr("transformers_nextflow.cli._load_pipeline", lambda *_: pipe)
+    assert_refused(run("describe", "own.png", "--model", checkpoint), "describe takes a model that reads images")
+
+
+def test_a_rate_that_no_video_has_is_refused_before_it_is_drawn(checkpoint, tmp_path):
+    result = run("video", "a", "--num-frames", 2, "--model", "no model", "--frames-per-second", 1000)
+    assert result.exit_code == 2 and "--frames-per-second" in result.stderr and "no model" not in result.stderr
 
 
 def test_generate_takes_a_dtype_and_a_device(checkpoint):

@@ -32,13 +32,13 @@ def serve(
     """Serve a model over HTTP with OpenAI's API; see docs/serving.md."""
     with errors_in_one_line(), note_on_interrupt(lambda: "The server has ended."):
         from ..serving import ray_serve
-        from ..serving.loading import load_pipeline
+        from ..serving.loading import check_loadable
         from ..serving.settings import ServingSettings
 
         settings = ServingSettings(
             model, name, device, dtype, max_batch_size, batch_wait, max_waiting, timeout, max_upload
         )
-        load_pipeline(model, device, dtype)  # errors about the folder are shown here, not only in a replica's log
+        check_loadable(model, device, dtype)  # so that its errors are not only in a replica's log
         with ray_serve.running(settings, host, port, replicas, max_replicas, cpus, gpus, metrics_port):
             typer.echo(f"{settings.name} answers at http://{host}:{port}/v1; Ctrl-C ends it.")
             while True:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
+from itertools import accumulate
 
 from ..processing_nextflow import NextFlowProcessor
 from ..sequence.chat_encoding import CLOSE, OPEN, EncodedChat, encode_chats
@@ -27,14 +29,14 @@ def encode_messages(processor: NextFlowProcessor, messages: list[dict]) -> tuple
 
 
 def _with_flags(processor: NextFlowProcessor, messages: list[dict], encoded: EncodedChat) -> list[bool]:
-    trained = list(encoded.is_answer)
-    # Turns of the assistant are never adjacent, so each run of trained tokens is one turn.
-    turns = [(match.start(), match.end()) for match in re.finditer("1+", "".join("01"[answer] for answer in trained))]
-    answers = [message for message in messages if message["role"] == "assistant"]
-    for (start, stop), message in zip(turns, answers):
-        trained[start:stop] = [message.get("train", True)] * (stop - start)
+    trained, spans = list(encoded.is_answer), _spans_of_parts(processor, messages)
+    # What the assistant writes beside the parts of a message, such as its end, belongs to the message that began last.
+    begins = [spans[index][0] for index in accumulate([0, *(len(message["content"]) for message in messages[:-1])])]
+    for token, start in enumerate(encoded.starts):
+        if trained[token]:
+            trained[token] = messages[max(0, bisect_right(begins, start) - 1)].get("train", True)
     flags = [is_trained(message, part) for message in messages for part in message["content"]]
-    for (first, last), flag in zip(_spans_of_parts(processor, messages), flags):
+    for (first, last), flag in zip(spans, flags):
         for token, start in enumerate(encoded.starts):
             if first <= start < last:
                 trained[token] = flag
@@ -42,15 +44,24 @@ def _with_flags(processor: NextFlowProcessor, messages: list[dict], encoded: Enc
 
 
 def _spans_of_parts(processor: NextFlowProcessor, messages: list[dict]) -> list[tuple[int, int]]:
-    """Where each part begins and ends, in characters of the rendered conversation."""
+    """Where each part begins and ends, in characters of the rendered conversation.
+
+    Raises:
+        ValueError: if the marks around the parts change what the template writes, as where it trims texts.
+    """
     marked = []
     for message in messages:
         parts = []
         for part in message["content"]:
             parts += [{"type": "text", "text": OPEN}, part, {"type": "text", "text": CLOSE}]
         marked.append(message | {"content": parts})
-    spans, place = [], 0
-    for piece in re.split(f"([{OPEN}{CLOSE}])", _render(processor, marked)):
+    spans, place, pieces = [], 0, re.split(f"([{OPEN}{CLOSE}])", _render(processor, marked))
+    if "".join(pieces[::2]) != _render(processor, messages):
+        raise ValueError(
+            'The chat template trims texts or treats empty ones apart, so "train" cannot say which of its tokens are '
+            "meant; leave empty texts and white space around texts out, or the flags."
+        )
+    for piece in pieces:
         if piece == OPEN:
             spans.append((place, place))
         elif piece == CLOSE:

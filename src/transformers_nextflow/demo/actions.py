@@ -67,7 +67,7 @@ def draw(pipe: NextFlowPipeline, prompt: str, size: str, count, seed, guidance) 
         raise ValueError(f"Images are not drawn in the size {size!r}; choose one of the list.")
     asked = {} if size == DEFAULT_SIZE else dict(zip(("width", "height"), map(int, size.split(" x "))))
     for shown in _stream_scales(pipe, prompt, count, seed, guidance_scale=guidance, **asked):
-        if shown.is_finished and len(shown.images) > 1 and hasattr(pipe.unwrapped_model, "generate_interleaved"):
+        if shown.is_finished and len(shown.images) > 1 and pipe.interleaves:
             images = [image for image, _ in shown.images]
             scores = pipe.score(images, [prompt] * len(images)).text_given_image.tolist()
             ranked = sorted(zip(shown.images, scores), key=lambda pair: -pair[1])
@@ -114,7 +114,7 @@ def chat(pipe: NextFlowPipeline, conversation: list[dict], text: str, images: li
     content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
     asked = [*conversation, {"role": "user", "content": content}]
     drawing = {}
-    if hasattr(pipe.unwrapped_model, "generate_interleaved"):
+    if pipe.interleaves:
         drawing = {"generator": torch.Generator().manual_seed(_whole(seed, "seed"))}
     return [*asked, pipe.chat(asked, **drawing)]
 

@@ -149,7 +149,8 @@ def _chat_tab(pipe):
         label="Message, with images if there are any", placeholder="Enter sends", file_types=["image"],
         file_count="multiple", sources=["upload"],
     )  # fmt: skip
-    seed = gr.Number(label="Seed", value=0, precision=0, minimum=0)
+    # Text that transformers writes takes no seed.
+    seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, visible=pipe.interleaves)
 
     @shows_errors
     def send(conversation, message, seed):
@@ -193,11 +194,13 @@ def _outputs(shown: DrawingState):
 def _files(images: list[tuple[Image.Image, str]]) -> list[tuple[str, str]]:
     """Images as files, each written once: Gradio itself would write a file again while a browser still reads it.
 
-    The files record what drew the images, as all images of the pipeline do.
+    The files of finished images record what drew them, as all images of the pipeline do.
     """
     found = []
     for image, caption in images:
-        path = Path(_folder().name, f"{hashlib.sha256(image.tobytes()).hexdigest()}.png")
+        # Equal pixels may have been drawn in different ways, and previews record none.
+        content = image.tobytes() + repr(getattr(image, "provenance", None)).encode()
+        path = Path(_folder().name, f"{hashlib.sha256(content).hexdigest()}.png")
         if not path.exists():
             image.save(path)
         found.append((str(path), caption))

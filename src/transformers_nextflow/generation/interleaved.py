@@ -40,6 +40,8 @@ class InterleavedGenerationOutput(ModelOutput):
         image_tokens: (num_images, N) codes of all images, row by row, padded with -1; `None` without images.
         image_grids: (num_images, 2) final grids.
         segments: for each row the generated pieces, in order.
+        finish_reasons: for each row why it ended: "stop" (its end of turn, or a stop string), "length"
+            (`max_new_tokens`) or "interrupted" (by the callback).
     """
 
     input_ids: torch.LongTensor | None = None
@@ -47,6 +49,7 @@ class InterleavedGenerationOutput(ModelOutput):
     image_tokens: torch.LongTensor | None = None
     image_grids: torch.LongTensor | None = None
     segments: list[list[Segment]] | None = None
+    finish_reasons: list[str] | None = None
 
 
 class InterleavedStreamer(TextIteratorStreamer):
@@ -135,6 +138,8 @@ class InterleavedLoop:
         self.written: list[list[int]] = [[] for _ in range(self.batch)]
         self.num_images = [0] * self.batch
         self.ended = [False] * self.batch
+        # Of rows that may not write any more.
+        self.finish_reasons: dict[int, str] = {}
         self.is_interrupted = False
         # Rows that may not write any more, but have images to draw before they end.
         self.must_draw = [False] * self.batch
@@ -166,6 +171,7 @@ class InterleavedLoop:
         """End a row that may not write any more, once it has drawn enough images."""
         at_boi = self.writer.tokens[row][-1] == self.config.boi_token_id
         if not at_boi and (is_stopped or self.must_draw[row] or len(self.written[row]) >= self.max_new_tokens):
+            self.finish_reasons.setdefault(row, "stop" if is_stopped else "length")
             self.must_draw[row] = self.num_images[row] < self.min_images
             self.ended[row] = not self.must_draw[row]
 
@@ -221,6 +227,7 @@ class InterleavedLoop:
 
     def _draw(self, rows: list[int]):
         drawing = ImageCodes(self.model, [self.schedules[row] for row in rows], self.sampling, self._generator_of(rows))
+        going_on = [row for row in range(self.batch) if not self.ended[row]]
         self.writer.draw(drawing, rows, self._after_scale)
         for row in rows:
             self.num_images[row] += 1
@@ -229,6 +236,7 @@ class InterleavedLoop:
             self._end_if_at_limit(row)
         if self.is_interrupted:
             self.ended = [True] * self.batch
+            self.finish_reasons |= dict.fromkeys(going_on, "interrupted")
 
     def _after_scale(self, model: nn.Module, scale: int, state: ScaleState) -> bool:
         if self.streamer is not None:
@@ -255,6 +263,7 @@ class InterleavedLoop:
                 [Segment(p.start + shift, p.stop + shift, None if p.image is None else p.image + above) for p in pieces]
             )
             above += len(self.writer.image_tokens[row])
+        reasons = [self.finish_reasons[row] for row in range(self.batch)]
         return InterleavedGenerationOutput(
-            finished.input_ids, finished.attention_mask, finished.image_tokens, finished.image_grids, segments
+            finished.input_ids, finished.attention_mask, finished.image_tokens, finished.image_grids, segments, reasons
         )

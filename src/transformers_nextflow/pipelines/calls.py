@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,9 +24,14 @@ WHOLE_NUMBERS = (torch.int16, torch.int32, torch.int64)
 
 @dataclass
 class _Call:
-    """A call that runs or was the last to run; `stops` is the number of requests to stop from outside when it began."""
+    """A call that runs or was the last to run.
+
+    `stops` is the number of requests to stop from outside when it began, and `changed_rows` are the numbers of images
+    whose codes a callback replaced by others.
+    """
 
     stops: int
+    changed_rows: set[int] = field(default_factory=set)
     is_over: bool = False
     interrupted: bool = False
 
@@ -114,7 +119,8 @@ class PipelineCallsMixin:
                 scale_previews.add(self._callback_kwargs(state, ["preview"], "pil")["preview"])
             if callback is not None:
                 returned = callback(self, scale, scale, self._callback_kwargs(state, wanted, output_type))
-                apply_callback_changes(state, returned, unwrap_peft(self.model).config.vq_config.codebook_size)
+                size = unwrap_peft(self.model).config.vq_config.codebook_size
+                self._calls()[-1].changed_rows.update(apply_callback_changes(state, returned, size))
             return not self.interrupt
 
         return after_scale
@@ -129,18 +135,21 @@ class PipelineCallsMixin:
         return {name: make[name]() for name in names}
 
 
-def apply_callback_changes(state: ScaleState, returned: dict | None, codebook_size: int):
+def apply_callback_changes(state: ScaleState, returned: dict | None, codebook_size: int) -> list[int]:
     """Replace the codes so far by those that a callback returns; the next scale reads them.
 
     Args:
         state: the state after the scale, whose codes are replaced.
         returned: `None`, or a dict in which "image_tokens" are the codes (B, n) so far.
 
+    Returns:
+        The numbers of the images that have other codes now.
+
     Raises:
         ValueError: for anything else, such as other names, and for codes of another shape or outside of the codebook.
     """
     if returned is None:
-        return
+        return []
     if not isinstance(returned, dict):
         raise ValueError(f"callback_on_step_end must return None or its callback_kwargs, got {short_repr(returned)}.")
     if unknown := [name for name in returned if name not in CALLBACK_KWARGS]:
@@ -150,12 +159,17 @@ def apply_callback_changes(state: ScaleState, returned: dict | None, codebook_si
         )
     codes, own = returned.get("image_tokens"), pad_codes(state.image_tokens)
     if codes is None:
-        return
+        return []
     if not torch.is_tensor(codes) or codes.dtype not in WHOLE_NUMBERS or codes.shape != own.shape:
         raise ValueError(
             f"The image_tokens that a callback returns must be whole numbers {tuple(own.shape)}, as given."
         )
     if bool((((codes < 0) | (codes >= codebook_size)) & (own >= 0).to(codes.device)).any()):
         raise ValueError(f"The image_tokens that a callback returns must lie from 0 to {codebook_size - 1}.")
-    for row, new in zip(state.image_tokens, codes):
-        row.copy_(new[: len(row)])
+    changed = []
+    for number, (row, new) in enumerate(zip(state.image_tokens, codes)):
+        new = new[: len(row)].to(row)
+        if not torch.equal(row, new):
+            row.copy_(new)
+            changed.append(number)
+    return changed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import cast
 
 import torch
 from PIL import Image
@@ -126,6 +127,7 @@ class ConversationMixin:
         request = ImageRequest.build(self.processor, prompts, negative_prompt, image, None, size, None, False, False)
         self.check_inputs(request, sampling, 1, 1, generator, "pil", ())
         settings = self._diffusion_settings(decoder, decoder_steps, decoder_guidance_scale, request.schedules)
+        self.check_hooks()
         self._warn_of_request(request)
         self._warn_of_texts([text for script in scripts for text in script])
         seeds = seeds_of(generator)
@@ -156,7 +158,8 @@ class ConversationMixin:
             noise, texts = generators_of_rows(generator, rows), [prompts[row] for row in rows]
             pixels = self._decoded(finished.image_tokens, finished.image_grids, settings, noise, texts)
             images = self.processor.post_process_images(self._checked(pixels)[0])
-            images = iter(self._with_provenance(images, rows, seeds, sampling, **decoder_provenance(settings)))
+            drawn = (finished.image_tokens, finished.image_grids)
+            images = iter(self._with_provenance(images, rows, seeds, sampling, *drawn, **decoder_provenance(settings)))
             videos = [[next(images) for _ in range(length)] for _ in scripts]
             if given:
                 videos = [[resized_like(first, video[1]), *video[1:]] for first, video in zip(firsts, videos)]
@@ -220,6 +223,7 @@ class ConversationMixin:
         decoder: str = "pixel",
         decoder_steps: int | None = None,
         decoder_guidance_scale: float | None = None,
+        return_finish_reasons: bool = False,
         **kwargs,
     ) -> dict | list[dict]:
         """Answer a conversation, or a batch of them, with text, images or both.
@@ -233,14 +237,18 @@ class ConversationMixin:
                 frame by frame). The message that this method returns can be appended.
             max_new_tokens, min_images, max_images, generator, streamer, kwargs: as in `generate_interleaved`; the
                 default of `max_images` is 1. A model without that method, such as OneCAT, answers with text:
-                `max_new_tokens` and `kwargs` are then those of transformers' `generate`, and nothing else is taken.
+                `max_new_tokens`, `streamer` and `kwargs` are then those of transformers' `generate`, and nothing else
+                is taken.
             height, width: size in pixels of drawn images; default: as in `generate_interleaved`; if only one is given,
                 the other is that of the largest square.
             sampling: settings of images, without an `image_guidance_scale`; default: the checkpoint's own.
             decoder, decoder_steps, decoder_guidance_scale: as in `__call__`.
+            return_finish_reasons: also return why each answer ended: "stop" at its own end or at a stop string,
+                "length" at `max_new_tokens`, or "interrupted".
 
         Returns:
-            The assistant's message, or a list of them.
+            The assistant's message, or a list of them; with `return_finish_reasons` a pair of it and its reason, or of
+            both lists.
 
         Raises:
             ValueError: for messages that the chat template refuses, and for all that `generate_interleaved` refuses.
@@ -250,10 +258,10 @@ class ConversationMixin:
             raise ValueError(
                 f"messages must be a list of messages, or a list of such lists, got {short_repr(messages)}."
             )
-        interleaves = hasattr(self.unwrapped_model, "generate_interleaved")
-        if not interleaves:
+        check_types({"return_finish_reasons": return_finish_reasons}, {"return_finish_reasons": bool}, "chat")
+        if not self.interleaves:
             drawing = {"min_images": min_images or None, "max_images": max_images or None, "height": height}
-            drawing |= {"width": width, "generator": generator, "streamer": streamer, "sampling": sampling}
+            drawing |= {"width": width, "generator": generator, "sampling": sampling}
             if given := [name for name, value in drawing.items() if value is not None]:
                 raise ValueError(
                     f"{type(self.unwrapped_model).__name__} answers with text, and does not take {', '.join(given)} in "
@@ -271,6 +279,7 @@ class ConversationMixin:
         elif sampling.image_guidance_scale != 1:
             raise ValueError("chat has no image_guidance_scale; leave it at 1, or edit by calling the pipeline.")
         settings = self._diffusion_settings(decoder, decoder_steps, decoder_guidance_scale)
+        self.check_hooks()
         is_batch = isinstance(messages[0], list | tuple)
         conversations = messages if is_batch else [messages]
         for number, conversation in enumerate(conversations):
@@ -293,20 +302,22 @@ class ConversationMixin:
             check_generators(generator, len(conversations))
             seeds = seeds_of(generator)
             inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
-            if not interleaves:
-                answers = self._generate_text(inputs, max_new_tokens, kwargs)
-                return answers if is_batch else answers[0]
-            if "pixel_values" in inputs:
-                self._warn_of_images(self._images_of(inputs["pixel_values"], inputs["image_grids"]))
-            output = self.model.generate_interleaved(
-                **inputs, **sizes, max_new_tokens=max_new_tokens, min_images=min_images, max_images=max_images,
-                sampling=sampling, generator=generator, streamer=streamer, tokenizer=self.processor.tokenizer,
-                callback=self._unless_interrupted(kwargs.pop("callback", None)), **kwargs,
-            )  # fmt: skip
-            answers = [
-                self._message(output, row, settings, generator, seeds, sampling) for row in range(len(conversations))
-            ]
-        return answers if is_batch else answers[0]
+            if not self.interleaves:
+                answers, reasons = self._generate_text(inputs, max_new_tokens, streamer, kwargs)
+            else:
+                if "pixel_values" in inputs:
+                    self._warn_of_images(self._images_of(inputs["pixel_values"], inputs["image_grids"]))
+                output = self.model.generate_interleaved(
+                    **inputs, **sizes, max_new_tokens=max_new_tokens, min_images=min_images, max_images=max_images,
+                    sampling=sampling, generator=generator, streamer=streamer, tokenizer=self.processor.tokenizer,
+                    callback=self._unless_interrupted(kwargs.pop("callback", None)), **kwargs,
+                )  # fmt: skip
+                rows, reasons = range(len(conversations)), output.finish_reasons
+                answers = [self._message(output, row, settings, generator, seeds, sampling) for row in rows]
+        if not is_batch:
+            [answers], [reasons] = answers, reasons
+        # Annotated without the tuple, which few calls want.
+        return cast(dict, (answers, reasons)) if return_finish_reasons else answers
 
     def _unless_interrupted(self, callback: ScaleCallback | None) -> ScaleCallback:
         """A callback that also ends the drawing if the call is asked to stop."""
@@ -317,13 +328,31 @@ class ConversationMixin:
 
         return after_scale
 
-    def _generate_text(self, inputs: dict, max_new_tokens: int | None, options: dict) -> list[dict]:
-        """The assistant's messages of a model that answers only with text."""
+    def _generate_text(
+        self, inputs: dict, max_new_tokens: int | None, streamer: InterleavedStreamer | None, options: dict
+    ) -> tuple[list[dict], list[str]]:
+        """The assistant's messages of a model that answers only with text, and why they ended."""
         options = options if max_new_tokens is None else options | {"max_new_tokens": max_new_tokens}
         _check_text_options(options, inputs)
-        written = self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
-        texts = [self.processor.decode(ids, skip_special_tokens=True).strip() for ids in written]
-        return [{"role": "assistant", "content": [{"type": "text", "text": text}]} for text in texts]
+        if streamer is not None:
+            streamer.skip_prompt = True  # `generate` passes the prompt to it as well
+            options = options | {"streamer": streamer}
+        written = self.model.generate(**inputs, **options, tokenizer=self.processor.tokenizer)
+        written = written[:, inputs["input_ids"].shape[1] :]
+        configs = (options.get("generation_config"), self.unwrapped_model.generation_config)
+
+        def setting(name: str) -> list:
+            given = (options.get(name), *(getattr(config, name, None) for config in configs))
+            value = next((value for value in given if value is not None), [])
+            return list(value) if isinstance(value, list | tuple) else [value]
+
+        ends, stops, answers, reasons = setting("eos_token_id"), setting("stop_strings"), [], []
+        for ids in written:
+            text = self.processor.decode(ids, skip_special_tokens=True)
+            is_ended = any(token in ends for token in ids.tolist()) or any(stop in text for stop in stops)
+            answers.append({"role": "assistant", "content": [{"type": "text", "text": text.strip()}]})
+            reasons.append("stop" if is_ended else "length")
+        return answers, reasons
 
     def _message(
         self,
@@ -346,9 +375,12 @@ class ConversationMixin:
                 tokens_and_grids = output.image_tokens[chosen], output.image_grids[chosen]
                 pixels = self._decoded(*tokens_and_grids, settings, generators_of_rows(generator, [row]))
                 images = self.processor.post_process_images(self._checked(pixels)[0])
-                [image] = self._with_provenance(images, [row], seeds, sampling, **decoder_provenance(settings))
+                [image] = self._with_provenance(
+                    images, [row], seeds, sampling, *tokens_and_grids, **decoder_provenance(settings)
+                )
                 content.append({"type": "image", "image": image})
-        return {"role": "assistant", "content": content}
+        # A message without parts could not be appended to the conversation.
+        return {"role": "assistant", "content": content or [{"type": "text", "text": ""}]}
 
     @checks_names
     @torch.no_grad()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from ..generation.sampling import Generators, ImageSampling
 from ..modeling_nextflow_vq import NextFlowVQModel
 from ..scale_schedule import ScaleSchedule
 from ..utils.provenance import GeneratedImage
-from ..utils.saved_adapters import unwrap_peft
+from ..utils.saved_adapters import unwrap_peft, weight_of
 from ..utils.short_repr import short_repr
 from ..vision_tokenizer.resampling import resample
 from .outputs import Images
@@ -186,26 +187,51 @@ class DecodingMixin:
         return image if same else (kept.to(image).permute(2, 0, 1) * 2 - 1), is_unsafe
 
     def _with_provenance(
-        self, images: Sequence[Image.Image], rows: Sequence[int], seeds: Seeds, sampling: ImageSampling, **more
+        self,
+        images: Sequence[Image.Image],
+        rows: Sequence[int],
+        seeds: Seeds,
+        sampling: ImageSampling,
+        image_tokens: Sequence[torch.Tensor],
+        image_grids: Iterable[Sequence[int]],
+        changed_rows: Collection[int] = (),
+        **more,
     ) -> list[Image.Image]:
-        """PIL images with their provenance; `rows` are their numbers among the call's `seeds`, see `seeds_of`."""
+        """PIL images with their provenance.
+
+        Args:
+            rows: their numbers among the call's `seeds`, see `seeds_of`.
+            image_tokens, image_grids: their codes and final grids, which tell whether all scales were drawn.
+            changed_rows: the rows whose seeds do not repeat them, since a callback changed their codes.
+            more: further settings; those that are `None` are left out.
+        """
         if not self.adds_provenance:
             return list(images)
-        # Not the path, which would reveal where the model is on the user's disk.
-        name = str(self.config.get("_name_or_path") or unwrap_peft(self.model).name_or_path)
-        checkpoint = os.path.basename(os.path.normpath(name)) if os.path.exists(name) else name
+        model = unwrap_peft(self.model)
+        drawn_by = {"checkpoint": _checkpoint_name(str(self.config.get("_name_or_path") or model.name_or_path))}
+        if adapters := self.get_active_adapters():
+            drawn_by["adapters"] = {name: weight_of(model, name) for name in adapters}
         settings = sampling.to_dict() | {key: value for key, value in more.items() if value is not None}
         result = []
-        for image, row in zip(images, rows):
+        for image, row, codes, grid in zip(images, rows, image_tokens, image_grids):
             # An image with a generator of its own does not depend on its place in the batch.
             own, place = (seeds[row], {}) if isinstance(seeds, Sequence) else (seeds, {"image": row})
-            record = {"checkpoint": checkpoint, "seed": own} | place
+            record = drawn_by | {"seed": None if row in changed_rows else own} | place
+            schedule = self.processor.image_processor.schedule_for_grid(*grid)
+            if (count := int((codes >= 0).sum())) < schedule.num_tokens:
+                record["interrupted_after_scales"] = schedule.offsets.index(count)
             result.append(GeneratedImage.of(image, record | {"settings": settings}))
         return result
 
     def _images(self, pixels: list[torch.Tensor], output_type: str) -> Images:
         images = self.processor.post_process_images(pixels, output_type)
         return {"pil": list, "np": np.stack, "pt": torch.stack}[output_type](images)
+
+
+def _checkpoint_name(source: str) -> str:
+    """A repository of the Hub, or the name of a folder without its path, which would reveal where it is on the disk."""
+    is_repository = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not os.path.exists(source)
+    return source if is_repository or not source else os.path.basename(os.path.abspath(source))
 
 
 def resized_like(image: Image.Image, like: Image.Image) -> Image.Image:

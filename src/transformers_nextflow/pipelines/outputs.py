@@ -27,7 +27,7 @@ class NextFlowPipelineOutput(BaseOutput):
         thoughts: with `think=True` the text that was written before each image.
         candidate_scores: with `num_candidates` above 1 the (B, num_candidates) scores of all candidates.
         nsfw_content_detected: for each image whether the pipeline's `safety_checker`, if there is one, found it unsafe.
-        previews: with `preview=True` the images after each scale, for each image or candidate.
+        previews: with `preview=True` for each image of `images` the images after each scale.
     """
 
     images: Images

@@ -21,13 +21,13 @@ from starlette.exceptions import HTTPException
 
 from ..utils.unique_names import load_json
 from .body_limits import BodyLimits, RequestBodyError
-from .jobs import ChatJob, Finished, ImageJob, Job, Partial
+from .jobs import ChatJob, Ended, Finished, ImageJob, Job, Partial
 from .schemas import MAX_IMAGES, Body, ChatBody, EditBody, ImageBody, UploadedImages, region_of
 from .usage import chat_usage, image_usage
 from .worker import TooManyRequests, Worker
 
 
-Answer = Partial | Finished | str
+Answer = Partial | Finished | Ended | str
 # Called with the endpoint's path and the status of each answer.
 OnAnswer = Callable[[str, int], None]
 PATHS = ("/health", "/v1/models", "/v1/images/generations", "/v1/images/edits", "/v1/chat/completions")
@@ -97,7 +97,8 @@ def create_app(worker: Worker, on_answer: OnAnswer = lambda path, status: None) 
         given = [answer async for answer in answers]
         text, finished = "".join(a for a in given if isinstance(a, str)), [a for a in given if isinstance(a, Finished)]
         images = {"images": [_image_part(answer) for answer in finished]} if finished else {}
-        choice = {"index": 0, "message": {"role": "assistant", "content": text} | images, "finish_reason": "stop"}
+        message = {"role": "assistant", "content": text} | images
+        choice = {"index": 0, "message": message, "finish_reason": given[-1].finish_reason}
         usage = await run_in_threadpool(chat_usage, processor, job, text, finished)
         return JSONResponse(head | {"object": "chat.completion", "choices": [choice], "usage": usage})
 
@@ -140,7 +141,7 @@ async def _start_answers(worker: Worker, job: Job) -> AsyncIterator[Answer]:
 async def _images(worker: Worker, job: ImageJob, body: ImageBody, event: str) -> Response:
     answers = await _start_answers(worker, job)
     if body.stream:
-        return _events(_image_events(answers, body, event))
+        return _events(_image_events(answers, body, event, partial(image_usage, worker.pipeline.processor, job)))
     finished = [answer async for answer in answers]
     data = [{"b64_json": _encoded(answer.image, body), "seed": answer.seed} for answer in finished]
     shared = {
@@ -151,7 +152,9 @@ async def _images(worker: Worker, job: ImageJob, body: ImageBody, event: str) ->
     return JSONResponse({"created": int(time.time()), "data": data} | shared)
 
 
-async def _image_events(answers: AsyncIterator[Answer], body: ImageBody, event: str) -> AsyncIterator[str]:
+async def _image_events(
+    answers: AsyncIterator[Answer], body: ImageBody, event: str, usage: Callable[[list[Finished]], dict]
+) -> AsyncIterator[str]:
     common = {"output_format": body.output_format, "quality": "auto", "background": "opaque"}
     async for answer in _errors_as_bodies(answers):
         if isinstance(answer, dict):
@@ -165,7 +168,7 @@ async def _image_events(answers: AsyncIterator[Answer], body: ImageBody, event: 
         if isinstance(answer, Partial):
             name, own = f"{event}.partial_image", {"partial_image_index": answer.index, "image_index": answer.number}
         else:
-            name, own = f"{event}.completed", {"seed": answer.seed}
+            name, own = f"{event}.completed", {"seed": answer.seed, "usage": usage([answer])}
         yield _event({"type": name} | common | own, name)
 
 
@@ -184,10 +187,12 @@ async def _chat_chunks(
         if isinstance(answer, dict):
             yield _event(answer)
             return
+        if isinstance(answer, Ended):
+            yield chunk({}, answer.finish_reason)
+            continue
         text += answer if isinstance(answer, str) else ""
         finished += [answer] if isinstance(answer, Finished) else []
         yield chunk({"content": answer} if isinstance(answer, str) else {"images": [_image_part(answer)]})
-    yield chunk({}, "stop")
     if usage is not None:
         yield _event(head | {"choices": [], "usage": await run_in_threadpool(usage, text, finished)})
     yield "data: [DONE]\n\n"

@@ -33,6 +33,13 @@ class Finished:
     num_tokens: int = 0
 
 
+@dataclass(frozen=True)
+class Ended:
+    """The end of a chat's answer, and why it ended: "stop", or "length" at the largest number of tokens."""
+
+    finish_reason: str
+
+
 END = object()
 
 

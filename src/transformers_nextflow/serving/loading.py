@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from transformers.utils import logging
 
 from ..utils.devices import on_device
@@ -43,3 +44,10 @@ def load_pipeline(
         beside = "" if diffusion_decoder is None else f" with the diffusion decoder {short_path(diffusion_decoder)}"
         raise OSError(f"No model can be loaded from {short_path(model)}{beside}: {error}") from error
     return on_device(pipeline, device)
+
+
+def check_loadable(model: str, device: str | None = None, dtype: str = "auto"):
+    """Raises the errors of `load_pipeline`; nothing stays loaded, and the device holds no weights."""
+    if device is not None:
+        on_device(torch.empty(0), device)
+    load_pipeline(model, "cpu", dtype)

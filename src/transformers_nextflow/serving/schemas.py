@@ -184,12 +184,11 @@ class ChatBody(Body):
         limit = self.max_completion_tokens or self.max_tokens
         options: dict[str, Any] = {"max_images": self.max_images if "image" in self.modalities else 0}
         options |= {} if limit is None else {"max_new_tokens": limit}
-        options |= {} if self.top_p is None else {"top_p": self.top_p}
         options |= {} if self.stop is None else {"stop_strings": self.stop}
-        if self.temperature is not None:
-            options |= (
-                {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
-            )
+        sampling = {"temperature": self.temperature or None, "top_p": self.top_p}
+        sampling = {name: value for name, value in sampling.items() if value is not None}
+        if sampling or self.temperature == 0:
+            options |= sampling | {"do_sample": self.temperature != 0}
         return options | size_of(self.size)
 
     @property
@@ -265,7 +264,9 @@ def _message(message: dict, place: str, uploads: UploadedImages) -> dict:
     shown = message.get("images") or []  # the form of this server's answers
     if not isinstance(shown, list):
         raise ValueError(f"{place}.images must be a list.")
-    unknown = sorted(message.keys() - {"role", "content", "images", "name", "refusal"})
+    # Clients write empty fields of other models into answers that they send back.
+    given = {name for name, value in message.items() if value is not None}
+    unknown = sorted(given - {"role", "content", "images", "name", "refusal"})
     if unknown:
         raise ValueError(f"{place}.{unknown[0]} is not known; a message has role, content and images.")
     read = [_part(part, f"{place}.content[{number}]", uploads) for number, part in enumerate(parts)]

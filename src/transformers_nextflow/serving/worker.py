@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -20,7 +21,7 @@ from ..pipeline_nextflow import NextFlowPipeline
 from ..pipelines.requests import ImageRequest
 from ..scale_schedule import ScaleSchedule
 from ..sequence.messages import check_conversation
-from .jobs import END, ChatJob, Finished, ImageJob, Job, Partial
+from .jobs import END, ChatJob, Ended, Finished, ImageJob, Job, Partial
 from .settings import ServingSettings
 
 
@@ -91,7 +92,7 @@ class Worker:
             sampling = self.pipeline._sampling(bool(job.images), **options)
             self.pipeline.check_inputs(request, sampling, 1, 1, None, "pil", ())
 
-    async def answers(self, job: Job) -> AsyncIterator[Partial | Finished | str]:
+    async def answers(self, job: Job) -> AsyncIterator[Partial | Finished | Ended | str]:
         """The answers to a job, as they are made; closing the iterator abandons the job.
 
         Raises:
@@ -127,9 +128,13 @@ class Worker:
     def _run(self, jobs: Sequence[Job]):
         groups: dict[object, list[Job]] = {}
         for job in jobs:
-            groups.setdefault(job.batch_key, []).append(job)
+            groups.setdefault(self._batch_key(job), []).append(job)
         for group in groups.values():
             self._run_group(group)
+
+    def _batch_key(self, job: Job) -> Hashable:
+        # A model that only writes in chats takes no generators, so answers of one call would depend on each other.
+        return job if isinstance(job, ChatJob) and not self.pipeline.interleaves else job.batch_key
 
     def _run_group(self, jobs: list[Job]):
         jobs = [job for job in jobs if not job.abandoned]
@@ -141,18 +146,21 @@ class Worker:
         except ClientDisconnected:
             return
         except Exception as error:
-            if len(jobs) > 1:  # each job is tried in its own call, which shows which of them failed
-                for job in jobs:
-                    self._run_group([job])
+            if len(jobs) == 1:
+                if not isinstance(error, ValueError):
+                    logger.exception("A request failed.")
+                jobs[0].put(error)
                 return
-            if not isinstance(error, ValueError):
-                logger.exception("A request failed.")
-            jobs[0].put(error)
+        else:
+            for job in jobs:
+                job.put(END)
+            self.last_seconds = time.perf_counter() - start
+            self.after_batch(sum(job.num_images for job in jobs), self.last_seconds)
             return
+        # Each job is tried in its own call, which shows which of them failed; after the block above, in which the error
+        # still holds the memory of the whole batch.
         for job in jobs:
-            job.put(END)
-        self.last_seconds = time.perf_counter() - start
-        self.after_batch(sum(job.num_images for job in jobs), self.last_seconds)
+            self._run_group([job])
 
     def _draw(self, jobs: list[ImageJob]):
         owners = [(job, number) for job in jobs for number in range(job.num_images)]
@@ -186,22 +194,23 @@ class Worker:
     def _chat(self, jobs: list[ChatJob]):
         sampling = replace(self.pipeline.model.default_image_sampling, image_guidance_scale=1.0)
         streamer = _Streamer(self.pipeline, jobs[0], sampling) if jobs[0].is_streamed else None
-        messages = self.pipeline.chat(
-            [job.messages for job in jobs],
-            **jobs[0].options,
-            generator=[_generator(job.seed) for job in jobs],
-            streamer=streamer,
-            sampling=sampling,
-            callback=lambda model, scale, state: not all(job.abandoned for job in jobs),
-        )
-        if streamer is not None:
-            return
-        for job, message in zip(jobs, messages):
-            for part in message["content"]:
+        options, seeded = dict(jobs[0].options), nullcontext()
+        if self.pipeline.interleaves:
+            options |= {"generator": [_generator(job.seed) for job in jobs], "sampling": sampling}
+            options["callback"] = lambda model, scale, state: not all(job.abandoned for job in jobs)
+        else:
+            options["max_images"], seeded = 0, _seeded(jobs[0].seed, self.pipeline.model.device)
+        with seeded:
+            messages, reasons = self.pipeline.chat(
+                [job.messages for job in jobs], **options, streamer=streamer, return_finish_reasons=True
+            )
+        for job, message, reason in zip(jobs, messages, reasons):
+            for part in message["content"] if streamer is None else ():
                 if part["type"] == "image":
                     job.put(_finished(self.pipeline, part["image"], job))
                 elif text := TextBeforeStop(job.options.get("stop_strings"))(part["text"], is_end=True):
                     job.put(text)
+            job.put(Ended(reason))
 
     def _num_scales(self, image) -> int:
         return schedule_of(self.pipeline, image).num_scales
@@ -258,7 +267,8 @@ class _Streamer(InterleavedStreamer):
         pixels, _ = self.pipeline._checked(state.preview())
         image = self.pipeline.processor.post_process_images(pixels)[0]
         if state.is_finished:
-            [image] = self.pipeline._with_provenance([image], [0], [self.job.seed], self.sampling)
+            drawn = (state.image_tokens, [schedule.final_grid])
+            [image] = self.pipeline._with_provenance([image], [0], [self.job.seed], self.sampling, *drawn)
             self.job.put(_finished(self.pipeline, image, self.job))
         else:
             self.job.put(Partial(image, shown.index(scale)))
@@ -279,6 +289,14 @@ def preview_scales(num_scales: int, count: int) -> list[int]:
 
 def _finished(pipeline: NextFlowPipeline, image: Image.Image, job: ChatJob) -> Finished:
     return Finished(image, job.seed, schedule_of(pipeline, image).num_tokens)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """The block takes torch's own random numbers from a seed; their state is restored afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -113,7 +113,7 @@ def _save_adapters(model: nn.Module, folder: Path):
         save_adapter(model, name, folder / FOLDER / name)
     # "active" are those that act: none where adapters are switched off, as "chosen" then tells.
     index = {"names": names, "active": active_adapters(model), "chosen": _chosen_adapters(model)}
-    index["weights"] = {name: _weight_of(model, name) for name in names}
+    index["weights"] = {name: weight_of(model, name) for name in names}
     with atomic_write(folder / FOLDER / INDEX) as partial_file:
         partial_file.write_text(json.dumps(index, indent=2) + "\n")
 
@@ -234,15 +234,16 @@ def set_scale(layer: nn.Module, name: str, scale: float):
         layer.scaling[name] = held.fill_(layer.scaling[name])
 
 
-def _weight_of(model: nn.Module, name: str) -> float:
+def weight_of(model: nn.Module, name: str) -> float:
     """How much an adapter counts, as `set_scale` set it: 1 as it was trained, also for one without LoRA's scales."""
     for layer in adapted_parts(model):
         if name in getattr(layer, "scaling", ()) and hasattr(layer, "set_scale"):
-            held = layer.scaling[name]
-            layer.set_scale(name, 1.0)
-            trained, layer.scaling[name] = float(layer.scaling[name]), held
-            if trained:
-                return float(held) / trained
+            # A copy, since another thread may be drawing with the layer.
+            as_trained = copy.copy(layer)
+            as_trained.scaling = dict(layer.scaling)
+            as_trained.set_scale(name, 1.0)
+            if trained := float(as_trained.scaling[name]):
+                return float(layer.scaling[name]) / trained
     return 1.0
 
 
