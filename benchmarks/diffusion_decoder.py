@@ -229,6 +229,7 @@ def main():
     if best is not None:
         rows = (plain, best, originals)
         sheet = [[Image.fromarray(image) for image in to_uint8(row[:SHEET_COLUMNS])] for row in rows]
+        options.figures.mkdir(parents=True, exist_ok=True)
         contact_sheet(sheet).save(options.figures / f"diffusion_decoder{kind.suffix}.png")
     print("written:", write_result(options.results / f"diffusion_decoder{kind.suffix}.json", values))
 
