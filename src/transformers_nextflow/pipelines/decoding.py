@@ -18,7 +18,7 @@ from ..generation.sampling import Generators, ImageSampling
 from ..modeling_nextflow_vq import NextFlowVQModel
 from ..scale_schedule import ScaleSchedule
 from ..utils.provenance import GeneratedImage
-from ..utils.saved_adapters import unwrap_peft, weight_of
+from ..utils.saved_adapters import active_adapters, unwrap_peft, weight_of
 from ..utils.short_repr import short_repr
 from ..vision_tokenizer.resampling import resample
 from .outputs import Images
@@ -209,7 +209,7 @@ class DecodingMixin:
             return list(images)
         model = unwrap_peft(self.model)
         drawn_by = {"checkpoint": _checkpoint_name(str(self.config.get("_name_or_path") or model.name_or_path))}
-        if adapters := self.get_active_adapters():
+        if adapters := active_adapters(model):
             drawn_by["adapters"] = {name: weight_of(model, name) for name in adapters}
         settings = sampling.to_dict() | {key: value for key, value in more.items() if value is not None}
         result = []

@@ -241,7 +241,7 @@ class LoraMixin:
 
     def get_active_adapters(self) -> list[str]:
         """Names of the adapters that act."""
-        return active_adapters(self.unwrapped_model) if self.get_list_adapters()["model"] else []
+        return active_adapters(self.unwrapped_model)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Names of all adapters by component; the only component is "model"."""

@@ -440,8 +440,10 @@ def _load_adapter_weights(model: nn.Module, name: str, saved: dict[str, torch.Te
 
 
 def active_adapters(model: nn.Module) -> list[str]:
-    """Names of the adapters that act in an unwrapped model that has some."""
-    return [] if _first_layer(model).disable_adapters else _chosen_adapters(model)
+    """Names of the adapters that act in an unwrapped model."""
+    if not getattr(model, "peft_config", None) or _first_layer(model).disable_adapters:
+        return []
+    return _chosen_adapters(model)
 
 
 def _chosen_adapters(model: nn.Module) -> list[str]:
