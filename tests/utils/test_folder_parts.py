@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from library_versions import loads_tokenizers_of_subfolders
 from tiny import tiny_model, tiny_processor
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowPipeline, NextFlowVQModel
@@ -45,7 +46,10 @@ def test_a_part_is_found_in_folders_and_repositories_of_models_and_pipelines(sav
     assert find_part(part, saved) is None
 
 
-@pytest.mark.parametrize("base", ["whole", "pipeline", "someone/whole", "someone/pipeline"])
+IN_SUBFOLDERS = pytest.param("someone/pipeline", marks=loads_tokenizers_of_subfolders)
+
+
+@pytest.mark.parametrize("base", ["whole", "pipeline", "someone/whole", IN_SUBFOLDERS])
 def test_an_adapters_base_model_is_found_in_all_of_them_and_has_its_processor(saved, base, tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(saved))
