@@ -159,7 +159,7 @@ def seconds_of_one(pipe, tokens: torch.Tensor, settings: DiffusionSettings, repe
     taken = []
     for row in range(repeats + 1):
         start = time.perf_counter()
-        decoded(pipe, tokens[[row]], settings)
+        decoded(pipe, tokens[[row % len(tokens)]], settings)
         taken.append(time.perf_counter() - start)
     return statistics.median(taken[1:])  # the first run is a warm-up
 

@@ -6,18 +6,25 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_emoji
 import torch
+from tiny import tiny_model, tiny_processor
 from torch.utils.flop_counter import FlopCounterMode
 
-from transformers_nextflow import ImageSampling
+from transformers_nextflow import ImageSampling, NextFlowPipeline
+from transformers_nextflow.data import load_vision_tokenizer
+from transformers_nextflow.diffusion_decoder import small_decoder
 from transformers_nextflow.evaluation import results
 from transformers_nextflow.sequence import fused_cross_entropy
+from transformers_nextflow.worlds.emoji.judge import Judge, Vocabulary
 
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
 import accumulation  # noqa: E402
 import backbone  # noqa: E402
 import continue_after_image  # noqa: E402
+import diffusion_decoder  # noqa: E402
 import drawing_on_gpu  # noqa: E402
 import fused_loss  # noqa: E402
 import loop_overhead  # noqa: E402
@@ -117,6 +124,34 @@ def test_drawing_on_a_gpu_compares_ways_prompts_and_a_diffusion_transformer(tmp_
     assert (tmp_path / "drawing_on_cpu.json").exists() and len(values["cases"]) == 8
     assert all(case["share_of_floor"] > 0 and case["decoding_seconds"] > 0 for case in values["cases"])
     assert {"compiled_speedup", "unequal_over_equal", "speedup_over_diffusion"} <= set(values)
+
+
+@pytest.mark.parametrize("world", diffusion_decoder.SUBJECTS)
+def test_a_diffusion_decoder_is_compared_with_the_pixel_decoder_on_each_world(world, tmp_path, monkeypatch):
+    model = ROOT / "checkpoints" / "nextflow-shapes"
+    if world == "emoji":
+        model, scenes = tmp_path / "model", tiny_emoji.tiny_world(side=16, plain=True)
+        NextFlowPipeline(tiny_model(), tiny_processor()).save_pretrained(model)
+        Judge(Vocabulary(scenes.concepts, scenes.styles), width=4).save(tmp_path / "judge")
+        scenes.save(tmp_path / "judge" / "world.json")
+        monkeypatch.setattr(diffusion_decoder, "JUDGE", tmp_path / "judge")
+        monkeypatch.setattr(diffusion_decoder, "ART", tiny_emoji.FIXTURES / "art.zip")
+    vq_model = load_vision_tokenizer(model)
+    size = vq_model.config.scale_schedules.resolutions[-1]
+    decoder = small_decoder(vq_model, channels=(8, 8), upsampling=2, trained_sizes=[[size, size]])
+    decoder.save_pretrained(tmp_path / "decoder")
+    options = f"--world {world} --model {model} --decoder {tmp_path / 'decoder'} --scenes 2 --edits 1 --steps 1".split()
+    monkeypatch.setattr(
+        sys, "argv", ["benchmark", *options, "--results", str(tmp_path), "--figures", str(tmp_path / "figures")]
+    )
+    diffusion_decoder.main()
+    [file] = tmp_path.glob("diffusion_decoder*.json")
+    values = json.loads(file.read_text())
+    assert (values["world"], values["scenes"], values["size"]) == (world, 2, 2 * size)
+    assert values["pixel_decoder"].keys() < values["diffusion_decoder"]["1_steps"].keys()
+    # An exact checker reads all renderings right; a judge that was not trained does not.
+    assert values["renderings"]["judged_right"] == 1 or world == "emoji"
+    assert values["psnr_outside_of_masks"].keys() == {"pixel_decoder", "diffusion_decoder"}
 
 
 def test_training_speed_compares_attentions_and_counts_what_the_model_multiplies(tmp_path, monkeypatch):

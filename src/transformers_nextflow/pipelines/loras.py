@@ -163,7 +163,7 @@ class LoraMixin:
         if any(len(own) > 1 for part, own in fused.items() if _is_module_to_save(part)):
             raise ValueError(f"Two of the adapters {names} replace the same module; fuse one of them.")
         for layer in self._lora_layers():
-            vars(layer)["scaling_before_fusing"] = {name: float(scale) for name, scale in layer.scaling.items()}
+            layer.scaling_before_fusing = {name: float(scaling) for name, scaling in layer.scaling.items()}
             for name in (name for name in names if name in layer.scaling):
                 layer.scaling[name] = layer.scaling[name] * lora_scale
         try:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from ..utils.extras import import_extra
@@ -22,16 +22,15 @@ def write_generated_rows(
     Args:
         processes: number of processes, among which the shards are divided.
     """
-    cache = output.with_suffix(".cache")
-    # `datasets` would take rows that it finds there for these if only the content of a tokenizer's folder, of the
-    # drawings, or of the code is another one.
-    shutil.rmtree(cache, ignore_errors=True)
-    dataset = import_extra("datasets").Dataset.from_generator(
-        generate,
-        gen_kwargs=arguments | {"shards": shards},
-        features=features,
-        num_proc=processes,
-        cache_dir=str(cache),
-    )
-    dataset.save_to_disk(output)
-    shutil.rmtree(cache)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # A cache of its own: in an older one `datasets` would take rows for these if only the content of a tokenizer's
+    # folder, of the drawings, or of the code is another one.
+    with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as cache:
+        dataset = import_extra("datasets").Dataset.from_generator(
+            generate,
+            gen_kwargs=arguments | {"shards": shards},
+            features=features,
+            num_proc=processes,
+            cache_dir=cache,
+        )
+        dataset.save_to_disk(output)
