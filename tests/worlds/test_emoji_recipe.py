@@ -266,9 +266,10 @@ def test_a_lesson_shows_some_drawings_and_asks_for_others(script, monkeypatch):
     new = replace(old, styles=("flat", "3d"), concepts=tuple(c for c in old.concepts if c != key("rocket")))
     with monkeypatch.context() as patch:
         patch.setattr(lora, "KEPT_CONCEPT", "rocket")
-        lesson = lora.lesson_of("concept", tiny_art(), new, 10, 0)
-    assert lesson.shown[0] == (key("rocket"), "twemoji") and len(lesson.shown) == 2 and len(lesson.asked) == 10
-    assert {style for _, style in lesson.asked} < {"flat", "3d"} and not set(lesson.shown) & set(lesson.asked)
+        lessons = [lora.lesson_of("concept", tiny_art(), new, 10, seed) for seed in range(6)]
+    for lesson in lessons:
+        assert lesson.shown[0] == (key("rocket"), "twemoji") and len(lesson.shown) == 2 and len(lesson.asked) == 10
+        assert {style for _, style in lesson.asked} < {"flat", "3d"} and not set(lesson.shown) & set(lesson.asked)
     with pytest.raises(ValueError, match="was to be new"):
         lora.lesson_of("style", tiny_art(), tiny_world(side=16), 100, 0)
     monkeypatch.setattr(lora, "KEPT_CONCEPT", "rocket")
