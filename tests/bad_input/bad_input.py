@@ -15,12 +15,11 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+from command_line import run_command
 from PIL import Image
 from tiny import tiny_model, tiny_processor
-from typer.testing import CliRunner
 
 from transformers_nextflow import NextFlowPipeline
-from transformers_nextflow.cli import app
 
 
 # What may become of an input. The first three are asked for.
@@ -97,7 +96,7 @@ class Place:
         return Path(shutil.copytree(self.model, self.folder / name))
 
     def run(self, *arguments):
-        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+        return run_command(*arguments)
 
     def draw(self, *arguments):
         """`generate` with the tiny model and a short prompt."""

@@ -9,6 +9,7 @@ import os
 import shutil
 import struct
 import zlib
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -273,7 +274,8 @@ OUTPUT_CASES = [
 # --- Images -------------------------------------------------------------------------------------------------------
 
 
-def _bomb(place: Place) -> Path:
+@cache
+def _bomb_bytes() -> bytes:
     """A PNG of 20,000 x 20,000 pixels in half a megabyte."""
     size = 20_000
 
@@ -282,9 +284,11 @@ def _bomb(place: Place) -> Path:
 
     pixels = zlib.compress(bytes(size // 8 + 1) * size, 9)
     head = struct.pack(">IIBBBBB", size, size, 1, 0, 0, 0, 0)
-    return place.file(
-        "bomb.png", b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def _bomb(place: Place) -> Path:
+    return place.file("bomb.png", _bomb_bytes())
 
 
 def _truncated(place: Place) -> Path:

@@ -5,14 +5,13 @@ import re
 
 import pytest
 import torch
+from command_line import run_command
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tiny import tiny_config, tiny_model, tiny_processor, tiny_vq_config
-from typer.testing import CliRunner
 
 from transformers_nextflow import NextFlowPipeline
-from transformers_nextflow.cli import app
 from transformers_nextflow.conversion import checkpoints as checkpoint_conversion
 from transformers_nextflow.conversion.checkpoints import (
     INDEX,
@@ -198,7 +197,7 @@ def test_inspect_tells_what_matches_what_has_another_shape_and_what_is_missing(t
     model.save_pretrained(tmp_path)
     count = len(read_layout(tmp_path / "model.safetensors"))
     NextFlowPipeline(model, tiny_processor()).save_pretrained(tmp_path / "pipeline")
-    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "pipeline")])
+    result = run_command("inspect", tmp_path / "pipeline")
     assert result.exit_code == 0 and result.stdout.rstrip() == report(tmp_path)
     assert f"{count} matches, 0 other shape, 0 not NextFlow's, 0 missing" in result.stdout
 
@@ -226,5 +225,5 @@ def test_inspect_reads_the_tensors_of_a_training_checkpoint_and_refuses_code(tmp
         with pytest.raises(ValueError, match=message):
             report(tmp_path / name)
     torch.save(Code(), tmp_path / "b.pt")
-    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "b.pt")])
+    result = run_command("inspect", tmp_path / "b.pt")
     assert result.exit_code == 2 and "not a pickle of only tensors" in result.stderr

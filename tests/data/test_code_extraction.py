@@ -9,15 +9,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from command_line import run_command
 from PIL import Image
 from processes import CONTEXT
 from test_data_format import image, write_lines
 from test_trainer import conversation, text
 from tiny import tiny_model, tiny_processor
-from typer.testing import CliRunner
 
 from transformers_nextflow import NextFlowPipeline, SelfCorrection
-from transformers_nextflow.cli import app
 from transformers_nextflow.data import check_codes, code_extraction, extract_codes, open_rows, tokenizer_fingerprint
 from transformers_nextflow.data.validation import validate_source
 from transformers_nextflow.trainers import NextFlowCollator
@@ -328,15 +327,15 @@ def test_a_folder_of_another_tokenizer_is_refused(tmp_path):
 
 def test_the_commands_extract_and_check(tmp_path):
     source = make_source(tmp_path)
-    folders = ["--tokenizer", str(tmp_path / "tokenizer"), "--output", str(tmp_path / "codes")]
-    done = CliRunner().invoke(app, ["extract-codes", str(source), *folders, "--shard-size", "3", "--top-k", "4"])
+    folders = ["--tokenizer", tmp_path / "tokenizer", "--output", tmp_path / "codes"]
+    done = run_command("extract-codes", source, *folders, "--shard-size", 3, "--top-k", 4)
     assert done.exit_code == 0 and "8 rows in 3 shards (0 were there), 0 rows skipped" in done.stdout
     extract(tmp_path, "called")
     assert contents(tmp_path / "codes") == contents(tmp_path / "called")
-    checked = CliRunner().invoke(app, ["check-codes", str(tmp_path / "codes")])
+    checked = run_command("check-codes", tmp_path / "codes")
     assert checked.exit_code == 0 and checked.stdout == "8 rows in 3 shards, 0 rows skipped\n"
     (tmp_path / "codes" / "codes-000001.parquet").unlink()
-    checked = CliRunner().invoke(app, ["check-codes", str(tmp_path / "codes")])
+    checked = run_command("check-codes", tmp_path / "codes")
     assert checked.exit_code == 2 and "codes-000001.parquet are missing or damaged" in checked.stderr
 
 

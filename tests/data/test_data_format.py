@@ -5,12 +5,11 @@ import json
 import datasets
 import pytest
 import torch
+from command_line import run_command
 from PIL import Image
 from test_trainer import codes, conversation, drawing, make_trainer, text
 from tiny import tiny_model, tiny_processor, tiny_vq_config
-from typer.testing import CliRunner
 
-from transformers_nextflow.cli import app
 from transformers_nextflow.data import (
     BadRowError,
     load_image,
@@ -170,10 +169,10 @@ def test_the_command_validates_files_and_datasets(folder):
     tiny_model().vq_model.save_pretrained(folder / "tokenizer")
     rows = rows_with_bad_images(folder)
     write_lines(folder / "rows.jsonl", rows[:1])
-    ok = CliRunner().invoke(app, ["validate-data", str(folder / "rows.jsonl"), "--model", str(folder / "tokenizer")])
+    ok = run_command("validate-data", folder / "rows.jsonl", "--model", folder / "tokenizer")
     assert ok.exit_code == 0 and ok.stdout == "1 rows, 1 images, 0 rows skipped, 0 problems\n"
     (folder / "rows.jsonl").write_text((folder / "rows.jsonl").read_text() + "\n{'a'}\n" + json.dumps(rows[1]))
-    bad = CliRunner().invoke(app, ["validate-data", str(folder / "rows.jsonl"), "--on-bad-image", "skip"])
+    bad = run_command("validate-data", folder / "rows.jsonl", "--on-bad-image", "skip")
     assert bad.exit_code == 1 and bad.stdout == "3 rows, 2 images, 1 rows skipped, 1 problems\n"
     assert "row 1, row: is not valid JSON" in bad.stderr
     images = [{"bytes": (folder / name).read_bytes(), "path": None} for name in ("red.png", "broken.png")]
@@ -186,9 +185,9 @@ def test_the_command_validates_files_and_datasets(folder):
         for message in one["messages"]:
             message["content"] = [{"type": part["type"], "text": part.get("text")} for part in message["content"]]
     datasets.Dataset.from_list(data, features).save_to_disk(folder / "saved")
-    saved = CliRunner().invoke(app, ["validate-data", str(folder / "saved")])
+    saved = run_command("validate-data", folder / "saved")
     assert saved.exit_code == 1 and "row 1, images[0]: the image cannot be read" in saved.stderr
-    nothing = CliRunner().invoke(app, ["validate-data", str(folder / "none.jsonl")])
+    nothing = run_command("validate-data", folder / "none.jsonl")
     assert nothing.exit_code == 2 and "There is no file or folder" in nothing.stderr
 
 

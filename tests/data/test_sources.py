@@ -10,13 +10,12 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
+from command_line import run_command
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from PIL import Image
 from tiny import tiny_processor
 from torch.utils.data import DataLoader
-from typer.testing import CliRunner
 
-from transformers_nextflow.cli import app
 from transformers_nextflow.data import BadRowError, Columns, load_image, open_rows, read_row, row_errors, validate_rows
 from transformers_nextflow.data.rows import ROW_NUMBER
 from transformers_nextflow.trainers import NextFlowCollator
@@ -190,7 +189,7 @@ def test_columns_of_any_name_can_be_named_also_inside_of_others(tmp_path):
     rows, root = open_rows(tmp_path / "data" / "rows.jsonl", Columns("a", "json.b"))
     assert as_told(rows, root) == EXPECTED
     options = ["--image_column", "a", "--caption-column", "json.b"]
-    result = CliRunner().invoke(app, ["validate-data", str(tmp_path / "data" / "rows.jsonl"), *options])
+    result = run_command("validate-data", tmp_path / "data" / "rows.jsonl", *options)
     assert result.exit_code == 0 and "3 rows, 3 images, 0 rows skipped, 0 problems" in result.stdout
 
 

@@ -1,5 +1,6 @@
 """Training of the diffusion decoder: what it learns, resuming, the mean of its weights."""
 
+import copy
 import sys
 
 import pytest
@@ -78,6 +79,17 @@ def test_a_training_is_resumed_in_a_process_that_orders_the_defaults_of_a_config
     resumed = trainer_of(vq_model, tmp_path, decoder, max_steps=2)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert resumed.state.global_step == 2
+
+
+def test_a_compiled_training_is_the_plain_one(vq_model, tmp_path):
+    start, trained = tiny_decoder(vq_model), []
+    for compiles in (False, True):
+        trainer = trainer_of(
+            vq_model, tmp_path, copy.deepcopy(start), torch_compile=compiles, torch_compile_backend="eager"
+        )
+        trainer.train()
+        trained.append(weights_of(trainer))
+    torch.testing.assert_close(*trained)
 
 
 def test_what_is_saved_is_the_mean_of_the_weights(vq_model, tmp_path):

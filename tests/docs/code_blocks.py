@@ -19,11 +19,8 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import command_line
 import yaml
-from typer.main import get_command
-from typer.testing import CliRunner
-
-from transformers_nextflow.cli import app
 
 
 ROOT = Path(__file__).parents[2]
@@ -137,7 +134,7 @@ def small(block: Block) -> str:
 def run_command(words: list[str]):
     """Runs a command of the package in this process; other programs are not a page's to run."""
     assert words[0] == "transformers-nextflow", f"{shlex.join(words)} is not of this package; mark the block."
-    result = CliRunner().invoke(app, words[1:], prog_name=words[0])
+    result = command_line.run_command(*words[1:], prog_name=words[0])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, f"{shlex.join(words)}\n{result.output}"
@@ -148,7 +145,7 @@ def read_command(words: list[str]):
     words = [word for word in words if "=" not in word or not word.split("=")[0].isupper()]
     if "transformers-nextflow" in words[:-1]:  # elsewhere it is the folder of a clone
         rest = words[words.index("transformers-nextflow") + 1 :]
-        known = {name for parameter in get_command(app).commands[rest[0]].params for name in parameter.opts}
+        known = {name for parameter in command_line.command_named(rest[0]).params for name in parameter.opts}
         check_options(rest[1:], known | {"--help"})
     elif scripts := [word for word in words if word.endswith(".py") and (ROOT / word).exists()]:
         source = (ROOT / scripts[0]).read_text() + "".join(

@@ -1,12 +1,12 @@
 """LoRA: what is adapted, what is left alone, and that an adapter acts the same wherever it is loaded."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from processes import in_processes
 from safetensors.torch import load_file
 from test_trainer import make_trainer, rows
 from tiny import tiny_model, tiny_processor, tiny_tokenizer
@@ -20,17 +20,6 @@ from transformers_nextflow.trainers import NextFlowCollator
 
 BATCH = NextFlowCollator(tiny_processor())(rows())
 INPUTS = {name: value for name, value in BATCH.items() if name not in ("labels", "image_labels")}
-FRESH = """
-import sys
-import peft, torch
-from transformers_nextflow import NextFlowForConditionalGeneration
-folder = sys.argv[1]
-model = NextFlowForConditionalGeneration.from_pretrained(folder + "/base")
-model = peft.PeftModel.from_pretrained(model, folder + "/adapter").eval()
-torch.set_num_threads(1)
-with torch.no_grad():
-    torch.save(model(**torch.load(folder + "/inputs.pt", weights_only=True)).logits, folder + "/logits.pt")
-"""
 
 
 def adapted(seed: int = 1, model=None, **options) -> peft.PeftModel:
@@ -91,12 +80,18 @@ def test_a_checkpoint_of_a_training_holds_the_adapter_and_resumes(tmp_path):
     assert not (tmp_path / "checkpoint-4" / "model.safetensors").exists()
 
 
-def test_an_adapter_acts_the_same_in_a_fresh_process(tmp_path):
+def _save_logits(rank: int, folder: Path):
+    """What a process of its own makes of the saved model and adapter."""
+    torch.set_num_threads(1)
+    model = NextFlowForConditionalGeneration.from_pretrained(folder / "base")
+    torch.save(logits(peft.PeftModel.from_pretrained(model, folder / "adapter").eval()), folder / "logits.pt")
+
+
+def test_an_adapter_acts_the_same_in_another_process(tmp_path):
     tiny_model().save_pretrained(tmp_path / "base")
     model = adapted(model=NextFlowForConditionalGeneration.from_pretrained(tmp_path / "base").eval())
     model.save_pretrained(tmp_path / "adapter")
-    torch.save(INPUTS, tmp_path / "inputs.pt")
-    subprocess.run([sys.executable, "-c", FRESH, str(tmp_path)], check=True)
+    in_processes(1, _save_logits, tmp_path)
     assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), logits(model))
     assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {"adapter_config.json"}
     assert Path(tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 40_000

@@ -8,15 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import typer
 import yaml
+from command_line import command_named, run_command
 from library_versions import loads_whole_parts
 from PIL import Image
 from tiny import tiny_model, tiny_processor
-from typer.testing import CliRunner
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowPipeline, NextFlowVQModel
-from transformers_nextflow.cli import app
 from transformers_nextflow.data import tokenizer_fingerprint
 from transformers_nextflow.trainers import recipe_trainers
 from transformers_nextflow.trainers.new_model import Machine, create_model, examine_rows
@@ -31,7 +29,7 @@ GPU = Machine(gpu="a GPU", memory=80 * 2**30, bfloat16=True, cores=16)
 
 
 def run(*arguments) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = run_command(*arguments)
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -141,7 +139,7 @@ def test_init_names_columns_in_the_recipes_that_it_writes(tmp_path):
 def test_init_tells_in_one_line_what_is_wrong(arguments, message, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     values = {"--data": str(photos), "--output": "start"} | dict(zip(arguments[::2], arguments[1::2]))
-    result = CliRunner().invoke(app, ["init", *(part for pair in values.items() for part in pair)])
+    result = run_command("init", *(part for pair in values.items() for part in pair))
     assert result.exit_code == 2 and message in result.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
 
@@ -244,7 +242,7 @@ def test_a_wide_image_that_a_tokenizer_is_trained_on_keeps_no_outcome_from_being
         *changes(**SHORT),
     )
     assert (tmp_path / "out" / "final" / "reconstructions.png").is_file()
-    result = CliRunner().invoke(app, ["inspect", str(start), "--data", str(tmp_path / "wide")])
+    result = run_command("inspect", start, "--data", tmp_path / "wide")
     assert result.exit_code == 2 and "row 0, messages[1].content[0].image: " in result.stderr
 
 
@@ -293,7 +291,7 @@ def test_rl_from_the_command_line_takes_prompts_captions_and_rewards_of_ones_own
 def test_trainings_that_make_no_sense_are_refused_in_one_line(arguments, message, start, photos, tmp_path):
     pytest.importorskip("trl")
     command = ["train", *arguments, "--model", str(start), "--data", str(photos), "--output", str(tmp_path / "out")]
-    result = CliRunner().invoke(app, [*command, *changes(use_cpu="true")])
+    result = run_command(*command, *changes(use_cpu="true"))
     assert result.exit_code == 2 and message in result.stderr.splitlines()[-1], result.output
 
 
@@ -301,10 +299,8 @@ def test_the_page_takes_ten_commands_at_most_which_the_command_line_knows():
     page = (Path(__file__).parents[2] / "docs" / "own_images.md").read_text()
     first, *others = re.findall(r"```bash\n(.*?)```", page, re.S)
     assert len(first.splitlines()) <= 10
-    command = typer.main.get_command(app)
     lines = [line for block in (first, *others) for line in block.splitlines()]
     for line in lines:
         program, *words = shlex.split(line)
         if program == "transformers-nextflow":
-            name, known, rest = command.resolve_command(command.make_context(program, ["inspect", "x"]), words)
-            known.make_context(name, rest)  # raises for options that are not there
+            command_named(words[0]).make_context(words[0], words[1:])  # raises for options that are not there

@@ -9,6 +9,7 @@ from unittest.mock import Mock
 import peft
 import pytest
 import torch
+from command_line import run_command
 from safetensors.torch import load_file
 from test_grpo import TEXTS, lora
 from test_grpo import make_trainer as make_grpo_trainer
@@ -20,11 +21,9 @@ from test_vq_trainer import rows as vq_rows
 from tiny import PATCH_SIZE, tiny_model, tiny_processor
 from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoProcessor, TrainerCallback, TrainerState
-from typer.testing import CliRunner
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowPipeline
 from transformers_nextflow.adapters import lora_config
-from transformers_nextflow.cli import app
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainer
 from transformers_nextflow.trainers.runs import training_record
 from transformers_nextflow.trainers.runs.atomic_checkpoints import SUPERSEDED, AtomicCheckpointMixin
@@ -503,7 +502,7 @@ def test_the_recipes_command_refuses_what_differs_and_goes_on_where_it_is_asked_
 
     def run(*changes: str, resume: bool = True):
         settings = [part for change in (*SMALL, *changes) for part in ("--set", change)]
-        return CliRunner().invoke(app, [*(command if resume else command[:-1]), *settings])
+        return run_command(*(command if resume else command[:-1]), *settings)
 
     assert run(resume=False).exit_code == 0
     assert run().exit_code == 0  # finished

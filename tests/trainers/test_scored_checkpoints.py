@@ -9,14 +9,13 @@ import time
 from types import ModuleType
 
 import pytest
+from command_line import run_command
 from PIL import Image
 from test_resuming import make
 from test_shapes_evaluation import SEMANTIC_ENCODER
 from tiny import tiny_model
 from transformers import TrainerCallback
-from typer.testing import CliRunner
 
-from transformers_nextflow.cli import app
 from transformers_nextflow.evaluation.suites import SUITES
 from transformers_nextflow.trainers.runs.atomic_checkpoints import SUPERSEDED
 from transformers_nextflow.trainers.runs.scored_checkpoints import CheckpointScores
@@ -113,9 +112,9 @@ def test_watching_ends_when_the_final_weights_stand_and_all_is_scored(suite, tmp
 
 def test_the_command_scores_what_is_there(suite, tmp_path):
     checkpoint(tmp_path, 1, 0.5)
-    result = CliRunner().invoke(app, ["evaluate-run", str(tmp_path), "--suite", "counted", "--once"])
+    result = run_command("evaluate-run", tmp_path, "--suite", "counted", "--once")
     assert result.exit_code == 0 and "checkpoint-1" in result.output, result.output
-    result = CliRunner().invoke(app, ["evaluate-run", str(tmp_path / "none"), "--once"])
+    result = run_command("evaluate-run", tmp_path / "none", "--once")
     assert result.exit_code == 2 and "none is not a folder" in result.output
 
 

@@ -11,15 +11,14 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from command_line import run_command as run
 from PIL import Image
 from tiny import tiny_model, tiny_processor
 from tiny_diffusion import tiny_decoder
 from tiny_tokenflow_t2i import tiny_t2i_model, tiny_t2i_processor
-from typer.testing import CliRunner
 
 import transformers_nextflow
 from transformers_nextflow import NextFlowPipeline
-from transformers_nextflow.cli import app
 from transformers_nextflow.utils.provenance import read_provenance
 
 
@@ -37,10 +36,6 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def assert_refused(result, message):

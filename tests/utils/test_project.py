@@ -25,18 +25,23 @@ spec.loader.exec_module(sys.modules["scale_schedule"])
 """
 
 
-def modules_after(code: str) -> set[str]:
-    """Names of all modules that are loaded after `code` has run in a fresh process."""
-    command = [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules)"]
-    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+def modules_after(*codes: str) -> list[set[str]]:
+    """Names of all modules that are loaded after each piece of code, run one after another in a fresh process."""
+    code = "import sys\n" + "".join(f"{code}\nprint(*sys.modules)\n" for code in codes)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not done.stderr
+    return [set(line.split()) for line in done.stdout.splitlines()]
 
 
-def test_the_core_imports_no_extras():
-    assert not modules_after(CORE) & {"diffusers", "trl", "peft", "datasets", "matplotlib", "imageio"}
+def test_the_core_imports_no_extras_and_the_pipeline_no_table_of_all_pipelines_without_a_warning():
+    core, pipeline = modules_after(CORE, "from transformers_nextflow import NextFlowPipeline")
+    assert not core & {"diffusers", "trl", "peft", "datasets", "matplotlib", "imageio"}
+    assert "diffusers" in pipeline and "diffusers.pipelines.auto_pipeline" not in pipeline
 
 
 def test_the_schedules_import_nothing_of_the_package_nor_of_transformers():
-    assert not {name for name in modules_after(SCHEDULES) if name.startswith("transformers")}
+    (loaded,) = modules_after(SCHEDULES)
+    assert not {name for name in loaded if name.startswith("transformers")}
 
 
 # Lowest first; a file imports from its own room and from those before it.
@@ -117,9 +122,3 @@ def test_any_prompt_reaches_the_demo_unchanged(prompt, tmp_path):
         installed.touch()
     subprocess.run(["make", "demo", f"VENV={tmp_path}", f"PROMPT={prompt}"], cwd=ROOT, check=True, capture_output=True)
     assert Path(f"{command}.prompt").read_text() == prompt
-
-
-def test_the_pipeline_imports_no_table_of_all_pipelines_and_warns_of_nothing():
-    code = "import sys\nfrom transformers_nextflow import NextFlowPipeline\nprint(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "diffusers.pipelines.auto_pipeline" not in done.stdout.split() and not done.stderr

@@ -234,6 +234,18 @@ def test_images_of_all_drawings_but_the_held_out_ones_are_rendered(script, tmp_p
     assert Image.open(files[-1]).size == (16, 16)
 
 
+def test_images_of_other_concepts_hold_none_of_the_world_and_each_drawing_once(script):
+    make_images = script("make_images")
+    world = replace(tiny_world(side=16), concepts=tiny_world().concepts[:2], styles=("flat",))
+    others = {pair for pair in world.art.drawings if pair[0] not in world.concepts and pair[1] == "flat"}
+    scenes = make_images.other_scenes(world, len(others))
+    assert {(sticker.concept, sticker.style) for scene in scenes for sticker in scene.stickers} == others
+    assert make_images.other_scenes(world, 1) == scenes[:1] and not make_images.other_scenes(world, 0)
+    for count in (-1, len(others) + 1):
+        with pytest.raises(ValueError, match=f"0 to {len(others)}, .* got {count}"):
+            make_images.other_scenes(world, count)
+
+
 def test_a_perceptual_distance_is_zero_between_equal_images_only(script):
     train_tokenizer = script("train_tokenizer")
     judge = Judge(Vocabulary(WORLD.concepts, WORLD.styles), width=4)

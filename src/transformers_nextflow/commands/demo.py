@@ -21,8 +21,8 @@ def demo(
 ):
     """Draw, edit, vary and chat in the browser; see docs/demo.md."""
     with errors_in_one_line():
+        check_can_listen(host, port)  # before imports and loading, which take seconds
         from ..demo.page import launch
         from ..serving.loading import load_pipeline
 
-        check_can_listen(host, port)
         launch(load_pipeline(model, device, dtype), server_name=host, server_port=port, inbrowser=open_browser)

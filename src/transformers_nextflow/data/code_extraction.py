@@ -239,15 +239,24 @@ def _write_locally(
         for shard in shards:
             yield encoder.write(shard, folder)
         return
-    # Not forked: threads of torch and CUDA do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _start_worker, (extraction, device)) as pool:
+    with ProcessPoolExecutor(processes, _process_context(), _start_worker, (extraction, device)) as pool:
         futures = [pool.submit(_write_in_worker, shard, folder) for shard in shards]
         try:
             for future in as_completed(futures):
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _process_context() -> multiprocessing.context.BaseContext:
+    """How processes start: not forked from this one, since threads of torch and CUDA do not survive a fork, but from
+    one that has only imported what they need, where the system can do so.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _write_by_ray(

@@ -31,7 +31,7 @@ def diffusion_loss(
         condition: (B, D, h, w); rows of zeros are trained without a condition.
         call: the decoder, possibly wrapped by a trainer.
     """
-    call, scheduler = call or decoder, make_scheduler(decoder.config.scheduler)
+    call, scheduler = decoder if call is None else call, make_scheduler(decoder.config.scheduler)
     noise, uniform = torch.randn_like(clean), torch.rand(len(clean), device=clean.device)
     if not decoder.is_flow_matching:
         steps = (uniform * scheduler.config.num_train_timesteps).long()
