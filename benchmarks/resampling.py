@@ -26,21 +26,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from backbone import RESULTS, random_config, random_prompt, with_sides
+from measured_steps import PATCH_SIZE, SIDES, make_tokenizer
 from tqdm import tqdm
 
-from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowVQConfig, NextFlowVQModel
+from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowVQModel
 from transformers_nextflow.evaluation.results import write_result
-from transformers_nextflow.scale_schedule import SQUARE_SIDES, Grid
+from transformers_nextflow.scale_schedule import Grid
 from transformers_nextflow.trainers.tokenizer.codebook_maintenance import initialize_codebook
 from transformers_nextflow.vision_tokenizer.resampling import resample
 from transformers_nextflow.worlds.shapes.scene import World, random_scene
 from transformers_nextflow.worlds.shapes.tokenizer_suite import pixels_of
 
 
-SIDES = tuple(side for side in SQUARE_SIDES if side <= 16)
 MODES = (("area", "down"), ("bicubic", "up"), ("bilinear", "up"))
 OF_THE_PAPER = (("area", "down"), ("bicubic", "up"))
-CHANNELS, PATCH_SIZE, CODES = 40, 8, 4096
+CHANNELS = 40
 TARGET_SPEEDUP, TARGET_DIFFERENCE = 1.5, 1e-6
 
 
@@ -107,19 +107,6 @@ def compare_grids(batch: int, repeats: int, device: str) -> tuple[dict, dict[str
                 sums[name] += value
         seconds[f"{mode} {direction}"] = sums
     return seconds, largest
-
-
-def small_tokenizer(device: str) -> NextFlowVQModel:
-    """Makes a convolutional tokenizer with the paper's resampling and its 256 level's grids, at 8 pixels a cell."""
-    tower = random_config().vq_config.semantic_config.to_dict() | {"patch_size": PATCH_SIZE, "image_size": 128}
-    config = NextFlowVQConfig(
-        semantic_config=tower, patch_size=PATCH_SIZE, scales=SIDES, codebook_size=CODES, pixel_channels=16,
-        pixel_channel_multipliers=(1, 1, 2, 2), pixel_num_res_blocks=1, pixel_latent_dim=32,
-        pixel_decoder_channels=16, pixel_decoder_num_res_blocks=1, semantic_decoder_depth=1, semantic_decoder_heads=1,
-        semantic_decoder_hidden_size=16, semantic_target_dim=16,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return NextFlowVQModel(config).to(device)
 
 
 def scenes(count: int, device: str) -> torch.Tensor:
@@ -206,7 +193,7 @@ def main():
 
     batch, repeats, device = arguments.batch, arguments.repeats, arguments.device
     seconds, largest = compare_grids(batch, repeats, device)
-    tokenizer = small_tokenizer(device)
+    tokenizer = make_tokenizer().to(device)
     differ = codes_that_differ(tokenizer, arguments.images, device)
     steps = compare_steps(tokenizer, batch, max(3, repeats // 3), device)
 

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from backbone import PRESETS, RANDOM_BACKBONES, RESULTS, load_model
 from drawing_on_gpu import ceilings
-from resampling import least_seconds, scenes, small_tokenizer, tokenizer_step, transformer_batch
+from measured_steps import make_tokenizer
+from resampling import least_seconds, scenes, tokenizer_step, transformer_batch
 
 from transformers_nextflow import NextFlowForConditionalGeneration
 from transformers_nextflow.evaluation.results import write_result
@@ -136,7 +137,7 @@ def main():
     steps, model, batches = transformer_steps(arguments, device, dtype)
     seconds = least_seconds(steps, arguments.repeats, device)
     tokens, work = batches["padded"]["input_ids"].numel(), operations(model, batches["padded"])
-    pixels, tokenizer = scenes(arguments.tokenizer_batch, device), small_tokenizer(device).train()
+    pixels, tokenizer = scenes(arguments.tokenizer_batch, device), make_tokenizer().to(device).train()
 
     def train_tokenizer():
         with torch.autocast(device, dtype) if dtype != torch.float32 else contextlib.nullcontext():

@@ -23,11 +23,13 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import accumulation  # noqa: E402
 import backbone  # noqa: E402
+import before_and_after  # noqa: E402
 import continue_after_image  # noqa: E402
 import diffusion_decoder  # noqa: E402
 import drawing_on_gpu  # noqa: E402
 import fused_loss  # noqa: E402
 import loop_overhead  # noqa: E402
+import measured_steps  # noqa: E402
 import memory_tiers  # noqa: E402
 import packing  # noqa: E402
 import raster_vs_scale  # noqa: E402
@@ -185,7 +187,8 @@ def test_memory_grows_with_model_image_and_precision(tmp_path, monkeypatch):
 
 
 def test_interpolation_is_compared_with_that_of_torch(tmp_path, monkeypatch):
-    monkeypatch.setattr(resampling, "SIDES", (1, 2, 16))
+    for module in (resampling, measured_steps):
+        monkeypatch.setattr(module, "SIDES", (1, 2, 16))
     values = written_by(resampling, monkeypatch, tmp_path, "--batch", "1", "--repeats", "1", "--images", "2")
     assert (
         values["largest_difference"] < 1e-6
@@ -196,6 +199,18 @@ def test_interpolation_is_compared_with_that_of_torch(tmp_path, monkeypatch):
             "transformer",
         }
     )
+
+
+def test_this_code_is_compared_with_an_earlier_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(measured_steps, "SIDES", (1, 2))
+    monkeypatch.setattr(measured_steps, "REPEATS", 1)
+    found = {name: run() for name, run in measured_steps.MEASUREMENTS.items()}
+    assert all(figure > 0 for figures in found.values() for figure in figures.values())
+    now = before_and_after.ROOT
+    monkeypatch.setattr(before_and_after, "measure", lambda code, name: {"seconds": 1.0 if code == now else 3.0})
+    values = written_by(before_and_after, monkeypatch, tmp_path, "--before", str(tmp_path))
+    assert values["tokenizer step, seconds"] == {"before": 3.0, "after": 1.0, "ratio": 3.0}
+    assert len([name for name in values if "seconds" in name]) == len(found)
 
 
 def test_the_7b_preset_keeps_its_schedule():
