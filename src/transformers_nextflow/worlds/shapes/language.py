@@ -269,9 +269,7 @@ def draw_category(
         while not RELATIONS[relation](*objects):
             objects = [replace(o, row=r, column=c) for o, (r, c) in zip(objects, random_cells(rng, world, 2))]
     elif places and category in PLACEABLE and rng.random() < PLACED:
-        items = tuple(
-            Item(o.shape, o.color if colored else None, o.size if sized else None, o.cell) for o in objects
-        )
+        items = tuple(Item(o.shape, o.color if colored else None, o.size if sized else None, o.cell) for o in objects)
     scene = Scene(tuple(objects), random_background(rng, world))
     requirement = Requirement(items, relation, scene.background if rng.random() < ON_BACKGROUND else None)
     return write_caption(rng, requirement, world), scene, requirement
