@@ -40,6 +40,8 @@ SINGLE = {
 LEARNING_RATE = 2e-3
 # Images of one object from which k-means starts the codebooks, for each step of the budget.
 KMEANS_IMAGES = 16
+# Images among which the training chooses, so many that hardly any of k-means' is among the chosen.
+IMAGES = 10_000_000
 # Scenes on which the linear map is fitted and tested, for each prompt of the budget.
 FITTED, TESTED = 50, 15
 
@@ -85,9 +87,7 @@ def train_tokenizer(model: NextFlowVQModel, dual: bool, seed: int, budget: Budge
                 seed=seed,
                 **QUIET,
             )
-            trainer = (ShapesVQTrainer if dual else OnlyPixels)(
-                model, args, ShapesImages(10_000_000, seed, single=images)
-            )
+            trainer = (ShapesVQTrainer if dual else OnlyPixels)(model, args, ShapesImages(IMAGES, seed, single=images))
             trainer.remove_callback(PrinterCallback)  # the command shows a bar of its own
             trainer.train()
     model.eval()

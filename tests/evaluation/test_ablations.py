@@ -14,6 +14,7 @@ from tiny import tiny_config, tiny_vq_config
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks" / "ablations"))
 pytest.importorskip("matplotlib")
+import codebooks  # noqa: E402
 import experiment  # noqa: E402
 import heads  # noqa: E402
 import report  # noqa: E402
@@ -26,6 +27,8 @@ from transformers_nextflow.sequence.loss import LossTargets  # noqa: E402
 from transformers_nextflow.worlds.emoji.judge import Judge, Vocabulary  # noqa: E402
 
 
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+TINY |= {"num_attention_heads": 1, "num_key_value_heads": 1}
 ARMS = {
     "a": {0: [{"step": 0, "s": 9.0}, {"step": 2, "s": 1.0}], 1: [{"step": 0, "s": 9.0}, {"step": 2, "s": 2.0}]},
     "b": {0: [{"step": 0, "s": 9.0}, {"step": 2, "s": 3.0}], 1: [{"step": 0, "s": 9.0}, {"step": 2, "s": 4.1}]},
@@ -37,6 +40,14 @@ def folders(tmp_path_factory):
     """Where all ablations keep their jobs and results, as they do in the repository."""
     root = tmp_path_factory.mktemp("ablations")
     return {name: root / name for name in ("runs", "results", "figures")}
+
+
+def train_tiny_models_on_few_rows(module, monkeypatch):
+    for of in (training, module):
+        monkeypatch.setattr(of, "BATCH_SIZE", 8, raising=False)
+    for name, value in TINY.items():
+        monkeypatch.setitem(training.SIZE, name, value)
+    monkeypatch.setattr(codebooks, "IMAGES", 1000)
 
 
 def use_tiny_emoji_world(emoji, folder: Path, monkeypatch):
@@ -58,6 +69,7 @@ def use_tiny_emoji_world(emoji, folder: Path, monkeypatch):
 @pytest.mark.parametrize("name", report.ABLATIONS)
 def test_an_ablation_runs_from_end_to_end_and_fills_its_part_of_the_page(name, folders, tmp_path, monkeypatch):
     module = importlib.import_module(name)
+    train_tiny_models_on_few_rows(module, monkeypatch)
     if name == "emoji_features":
         use_tiny_emoji_world(module, tmp_path, monkeypatch)
     toy = ["--steps", "2", "--seeds", "1", "--prompts", "1", "--workers", "1"]

@@ -228,9 +228,9 @@ def test_going_on_after_a_image_is_compared_with_reading_it_anew(model):
 def test_a_checkpoint_keeps_its_weights_on_another_schedule(model, tmp_path):
     model.save_pretrained(tmp_path)
     longer = backbone.load_model(str(tmp_path), (1, 2, 3, 4, 6, 8), (4, 8))
-    for name, weight in model.state_dict().items():
-        if name != "model.visual_embedding.scale.weight":
-            torch.testing.assert_close(longer.state_dict()[name], weight, atol=0, rtol=0)
+    weights, longer_weights = model.state_dict(), longer.state_dict()
+    for name in weights.keys() - {"model.visual_embedding.scale.weight"}:
+        torch.testing.assert_close(longer_weights[name], weights[name], atol=0, rtol=0)
     assert len(raster_vs_scale.draw_scales(longer, backbone.random_prompt(longer.config, 5), 8)) == 130
 
 

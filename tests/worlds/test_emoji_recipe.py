@@ -24,7 +24,7 @@ from transformers_nextflow.trainers.recipes import load_recipe
 from transformers_nextflow.utils.training_domain import TrainingDomain
 from transformers_nextflow.utils.typed_values import read_typed
 from transformers_nextflow.worlds.conversations import images_of
-from transformers_nextflow.worlds.emoji import RATIOS, Item, Requirement, Scene, Sticker
+from transformers_nextflow.worlds.emoji import RATIOS, Item, Requirement, Scene, Sticker, statement
 from transformers_nextflow.worlds.emoji.cases import Case
 from transformers_nextflow.worlds.emoji.judge import Judge, Vocabulary
 from transformers_nextflow.worlds.emoji.rewards import judge_reward
@@ -330,6 +330,8 @@ def test_a_checkpoint_has_its_card_notice_and_index(script, tmp_path, monkeypatc
     arguments += ["--results", tmp_path / "emoji.json", "--temperature", 0.7]
     monkeypatch.setattr(sys, "argv", ["make_checkpoint.py", *map(str, arguments)])
     monkeypatch.setattr(make_checkpoint, "world_of", lambda size, art: WORLD)
+    monkeypatch.setattr(make_checkpoint, "RECONSTRUCTED", 4)
+    monkeypatch.setattr(statement, "CASES", 40)
     make_checkpoint.main()
     text = (tmp_path / "out" / "README.md").read_text()
     assert "| single | 0.500 | 0.980 | 0.900 |" in text and "| psnr | 29.500 |" in text and "Streamline" in text

@@ -59,8 +59,7 @@ def test_the_folder_holds_model_processor_and_settings(run):
     assert str(output.parent) not in (output / "config.json").read_text()
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
-    for name, tensor in tiny_model().state_dict().items():
-        assert torch.equal(tensor, model.state_dict()[name])
+    torch.testing.assert_close(model.state_dict(), tiny_model().state_dict(), rtol=0, atol=0)
 
 
 def test_settings_that_do_not_fit_the_scales_are_refused(run):
@@ -73,8 +72,7 @@ def test_a_further_trained_pixel_decoder_is_taken_over_and_nothing_else(run, tmp
     vq_model.pixel_decoder.output_projection.bias.data += 1
     vq_model.save_pretrained(tmp_path / "decoder")
     loaded = NextFlowForConditionalGeneration.from_pretrained(run("--tokenizer", tmp_path / "decoder")).vq_model
-    for name, tensor in vq_model.state_dict().items():
-        assert torch.equal(tensor, loaded.state_dict()[name])
+    torch.testing.assert_close(loaded.state_dict(), vq_model.state_dict(), rtol=0, atol=0)
 
     vq_model.quantizer.pixel_codebook.weight.data += 1
     vq_model.save_pretrained(tmp_path / "codes")

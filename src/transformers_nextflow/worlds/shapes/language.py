@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
@@ -108,8 +109,8 @@ def join_phrases(
 
 def group_items(objects, *, color: bool, size: bool) -> tuple[Item, ...]:
     """The objects as items that name their shapes (and colours, sizes), equal ones counted, in the order given."""
-    counts = Counter(Item(o.shape, o.color if color else None, o.size if size else None) for o in objects)
-    return tuple(replace(item, count=count) for item, count in counts.items())
+    counts = Counter((o.shape, o.color if color else None, o.size if size else None) for o in objects)
+    return tuple(Item(*attributes, count=count) for attributes, count in counts.items())
 
 
 def caption(rng: np.random.Generator | None, scene: Scene, world: World) -> str:
@@ -137,7 +138,7 @@ def located_caption(scene: Scene, world: World) -> str:
 def located_items(objects: Iterable[Object], world: World) -> tuple[Item, ...]:
     """Objects as items with all attributes and places, in the given order."""
     sized = len(world.sizes) > 1
-    return tuple(replace(group_items([o], color=True, size=sized)[0], cell=o.cell) for o in objects)
+    return tuple(Item(o.shape, o.color, o.size if sized else None, o.cell) for o in objects)
 
 
 # --- From texts to requirements ------------------------------------------------------------------------------------
@@ -158,15 +159,22 @@ def _parse_place(text: str, world: World) -> tuple[int, int]:
     return names[match[1]]
 
 
-def parse_item(text: str, world: World) -> Item:
-    """The inverse of `item_phrase`. Raises ValueError for anything else."""
+@cache
+def _items_of(world: World) -> tuple[dict[str, int], dict[str, str], re.Pattern]:
+    """Numbers by their words, shapes by their nouns, and the pattern of an item."""
     counts = {word: number for number, words in NUMBERS.items() for word in words} | {"a": 1, "an": 1}
     nouns = {name: shape for shape in world.shapes for name in (shape, plural(shape))}
     pattern = (
         rf"({_any(counts)}) (?:({_any(world.palette_of_sizes)}) )?(?:({_any(world.palette)}) )?({_any(nouns)})"
         rf"(?: ((?:in|at) .*))?"
     )
-    match = re.fullmatch(pattern, text)
+    return counts, nouns, re.compile(pattern)
+
+
+def parse_item(text: str, world: World) -> Item:
+    """The inverse of `item_phrase`. Raises ValueError for anything else."""
+    counts, nouns, pattern = _items_of(world)
+    match = pattern.fullmatch(text)
     if not match:
         raise ValueError(f"Cannot read {text!r} as a number of objects, such as 'a red circle' or 'two stars'.")
     number, size, color, noun, place = match.groups()
@@ -261,7 +269,7 @@ def draw_category(
         while not RELATIONS[relation](*objects):
             objects = [replace(o, row=r, column=c) for o, (r, c) in zip(objects, random_cells(rng, world, 2))]
     elif places and category in PLACEABLE and rng.random() < PLACED:
-        items = tuple(replace(group_items([o], color=colored, size=sized)[0], cell=o.cell) for o in objects)
+        items = tuple(Item(o.shape, o.color if colored else None, o.size if sized else None, o.cell) for o in objects)
     scene = Scene(tuple(objects), random_background(rng, world))
     requirement = Requirement(items, relation, scene.background if rng.random() < ON_BACKGROUND else None)
     return write_caption(rng, requirement, world), scene, requirement

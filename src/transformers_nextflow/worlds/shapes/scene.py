@@ -205,7 +205,9 @@ def choose(rng: np.random.Generator, options):
 
 def random_object(rng, world: World, cell, shape=None, color=None, *, allow_held_out: bool = False) -> Object:
     """An object in `cell`; shape and colour, where not given, uniform among the pairs that are allowed."""
-    pairs = [p for p in world.pairs(allow_held_out) if shape in (None, p[0]) and color in (None, p[1])]
+    pairs = world.pairs(allow_held_out)
+    if shape or color:
+        pairs = [pair for pair in pairs if shape in (None, pair[0]) and color in (None, pair[1])]
     if not pairs:
         raise ValueError(f"A {color} {shape} is held out of training; pass allow_held_out=True.")
     shape, color = choose(rng, pairs)
