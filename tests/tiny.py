@@ -106,9 +106,14 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+_MODELS: dict[str, NextFlowForConditionalGeneration] = {}
+
+
 def tiny_model(seed: int = 0, **kwargs) -> NextFlowForConditionalGeneration:
-    """A random model in evaluation mode; `kwargs` as in `tiny_config`."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = NextFlowForConditionalGeneration(tiny_config(**kwargs))
-    return model.eval()
+    """A random model in evaluation mode; `kwargs` as in `tiny_config`. It is made once and copied, which is faster."""
+    key = repr((seed, kwargs))
+    if key not in _MODELS:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            _MODELS[key] = NextFlowForConditionalGeneration(tiny_config(**kwargs)).eval()
+    return deepcopy(_MODELS[key])

@@ -12,11 +12,13 @@ import pytest
 import torch
 from datasets import Features, Value, load_from_disk
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import tiny_model, tiny_processor, tiny_vq_config
 from tiny_emoji import FIXTURES, key, tiny_art, tiny_world
 
 from transformers_nextflow import NextFlowConfig, NextFlowForConditionalGeneration, NextFlowPipeline, NextFlowVQModel
 from transformers_nextflow.data import tokenizer_fingerprint, validate_rows
+from transformers_nextflow.diffusion_decoder import small_decoder
 from transformers_nextflow.modeling_nextflow_vq import CODE_PARTS
 from transformers_nextflow.trainers import NextFlowCollator, NextFlowTrainingArguments, NextFlowVQTrainingArguments
 from transformers_nextflow.trainers.diffusion.arguments import NextFlowDiffusionTrainingArguments
@@ -43,6 +45,7 @@ SCRIPTS = (
     "lora",
     "rl",
     "make_checkpoint",
+    "make_decoder",
     "make_images",
     "two_cores",
 )
@@ -244,6 +247,37 @@ def test_images_of_other_concepts_hold_none_of_the_world_and_each_drawing_once(s
     for count in (-1, len(others) + 1):
         with pytest.raises(ValueError, match=f"0 to {len(others)}, .* got {count}"):
             make_images.other_scenes(world, count)
+
+
+def test_a_decoder_is_shipped_in_half_precision_with_its_scores_and_licences(script, tokenizer, tmp_path, monkeypatch):
+    make_decoder = script("make_decoder")
+    small_decoder(NextFlowVQModel.from_pretrained(tokenizer), channels=(8,)).save_pretrained(tmp_path / "trained")
+    monkeypatch.setattr(make_decoder, "world_of", lambda *_: WORLD)
+    arguments = ["--decoder", str(tmp_path / "trained"), "--output", str(tmp_path / "shipped")]
+    monkeypatch.setattr(sys, "argv", ["make_decoder.py", *arguments])
+    make_decoder.main()
+    weights = load_file(tmp_path / "shipped" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    card = (tmp_path / "shipped" / "README.md").read_text()
+    assert "Scores" not in card and "license_link: NOTICE" in card
+    row = {"judged_right": 0.5, "psnr": 20.0, "ssim": 0.25, "sharpness": 0.125}
+    results = {
+        "command": "python it", "scenes": 200, "size": 128, "renderings": {"judged_right": 1.0}, "pixel_decoder": row,
+        "diffusion_decoder": {"1_steps": row | {"seconds": 0.125}, "4_steps": row | {"seconds": 3.0}},
+    }  # fmt: skip
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    Image.new("RGB", (8, 8)).save(tmp_path / "sheet.png")
+    more = ["--results", str(tmp_path / "results.json"), "--sheet", str(tmp_path / "sheet.png")]
+    monkeypatch.setattr(sys, "argv", ["make_decoder.py", *arguments, *more])
+    make_decoder.main()
+    card = (tmp_path / "shipped" / "README.md").read_text()
+    assert "| this decoder, 1 step | 0.500 | 20.0 | 0.250 | 0.125 | 0.12 |" in card and "4 steps" in card
+    assert (tmp_path / "shipped" / make_decoder.SHEET).exists() and (tmp_path / "shipped" / "NOTICE").exists()
+    monkeypatch.setattr(make_decoder, "MAX_BYTES", 1000)
+    monkeypatch.setattr(sys, "argv", ["make_decoder.py", *arguments[:2], "--output", str(tmp_path / "large")])
+    with pytest.raises(ValueError, match="MiB, more than"):
+        make_decoder.main()
+    assert not (tmp_path / "large").exists()
 
 
 def test_a_perceptual_distance_is_zero_between_equal_images_only(script):
