@@ -1,5 +1,6 @@
 """Processes of tests: forked from one that has the imports, which take longer than most of what is tested."""
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -15,13 +16,20 @@ import transformers_nextflow
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["diffusers", "peft", "trl", "transformers_nextflow.trainers"])
+PRELOADED = ["cli", "pipelines", "trainers.diffusion.diffusion_trainer", "trainers.rl.grpo_trainer"]
+CONTEXT.set_forkserver_preload([__name__, "peft", *(f"transformers_nextflow.{name}" for name in PRELOADED)])
 FSDP2 = Path(transformers_nextflow.__file__).parent / "recipes" / "accelerate" / "fsdp2.yaml"
 
 
 def in_processes(count: int, function: Callable, *args):
     """Call `function(rank, *args)` in so many processes, and raise what one of them raises."""
-    start_processes(function, args, nprocs=count, start_method="forkserver")
+    start_processes(_begin, (function, *args), nprocs=count, start_method="forkserver")
+
+
+def _begin(rank: int, function: Callable, *args):
+    gc.freeze()  # as in conftest.py
+    torch.set_num_threads(1)
+    function(rank, *args)
 
 
 def in_two_processes(function: Callable, *args):
@@ -45,5 +53,4 @@ def join_sharded(rank: int, port: int, processes: int = 2, *options: str):
     os.environ |= prepare_multi_gpu_env(_validate_launch_command(launch_command_parser().parse_args([*given, "-"]))[0])
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
     on_other_devices()

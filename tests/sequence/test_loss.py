@@ -544,7 +544,6 @@ def _sharded_gradients(rank: int, port: int, folder: str):
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     fused_cross_entropy.CALLED_LOGITS_AT_ONCE = 352 * 20

@@ -262,7 +262,6 @@ def test_packing_takes_a_budget_and_batches_of_one(tmp_path):
 def _train_on_one_of_two(rank: int, port: int, folder: str):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
     args = arguments(folder, packing="compute", packing_budget=300, ddp_backend="gloo")
     collator = NextFlowCollator(tiny_processor())
     trainer = Recorder(tiny_model(), args, train_dataset=numbered_rows(30), data_collator=collator)

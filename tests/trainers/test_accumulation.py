@@ -315,7 +315,6 @@ def sharded_step(rank: int, processor) -> dict[str, torch.Tensor]:
 def _one_of_two(rank: int, port: int, folder: str):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
     processor = tiny_processor(read_last_scale=True)
     for name in CASES:
         torch.save(in_two(folder, name, processor), f"{folder}/{name}-{rank}.pt")

@@ -260,7 +260,6 @@ def test_weights_of_losses_in_a_config_and_shares_of_a_recipe_are_checked(tmp_pa
 def _train_on_process(rank: int, port: int, folder: str):
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
     data = [drawing("one", 1), drawing("a green star", 2), drawing("a red circle", 3), question("how many?", "one", 4)]
     args = training_arguments(
         folder, data, max_steps=4, per_device_train_batch_size=1, ddp_backend="gloo", ddp_find_unused_parameters=True,

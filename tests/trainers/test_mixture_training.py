@@ -102,7 +102,6 @@ def test_a_mixture_that_cannot_be_read_is_refused(changes, message, data):
 def _train_a_share(rank: int, port: int, folder: str):
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
     packing.WINDOW = 16
     sources = [(open_source(name, Path(folder) / "data", Columns()), 1.0) for name in ("images", "words.jsonl")]
     read = []

@@ -316,7 +316,6 @@ def _sharded_step(rank: int, port: int, folder: str):
     from torch.distributed.fsdp import fully_shard
 
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     mesh, model = torch.distributed.init_device_mesh("cpu", (2,)), tiny_model()
     for module in model.modules():

@@ -64,7 +64,6 @@ def _step(folder: str, peft_config, rank: int = 0, processes: int = 1, mesh=None
 def _steps(rank: int, port: int, folder: str):
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     found = {

@@ -57,7 +57,6 @@ def _train(rows: list[dict], count: int, mesh, dtype: torch.dtype, folder: str) 
 
 def _compare(rank: int, port: int, folder: str):
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     both = torch.distributed.init_device_mesh("cpu", (2,))
     alone = torch.distributed.init_device_mesh("cpu", (2, 1), mesh_dim_names=("processes", "own"))["own"]

@@ -22,7 +22,6 @@ OPTIONS |= {"save_strategy": "no", "learning_rate": 1e-3}
 def divided(rank: int, port: int, folder: str):
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
     on_other_devices()
     read, called = modeling_nextflow.called_cross_entropy, []
     modeling_nextflow.called_cross_entropy = lambda *args: called.append(1) or read(*args)
