@@ -134,7 +134,8 @@ def _trainings(rank: int, port: int, folder: str):
     join_sharded(rank, port, 2, *IN_PARTS)
     for kind in TRAINED:
         found = _training(f"{folder}/{kind}", kind, rank, 2)
-        resumed = _training(f"{folder}/{kind}", kind, rank, 2, resume=f"{folder}/{kind}/checkpoint-1")
+        checkpoint = f"{folder}/{kind}/checkpoint-1"
+        resumed = _training(f"{folder}/{kind}", kind, rank, 2, resume=checkpoint, save_strategy="no")
         torch.save((found, resumed), f"{folder}/{kind}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
