@@ -3,14 +3,16 @@
 import csv
 import json
 import shutil
-import subprocess
-import sys
 import time
+from functools import partial
+from multiprocessing.process import BaseProcess
 from types import ModuleType
 
 import pytest
+import torch
 from command_line import run_command
 from PIL import Image
+from processes import CONTEXT
 from test_resuming import make
 from test_shapes_evaluation import SEMANTIC_ENCODER
 from tiny import tiny_model
@@ -19,6 +21,7 @@ from transformers import TrainerCallback
 from transformers_nextflow.evaluation.suites import SUITES
 from transformers_nextflow.trainers.runs.atomic_checkpoints import SUPERSEDED
 from transformers_nextflow.trainers.runs.scored_checkpoints import CheckpointScores
+from transformers_nextflow.worlds.shapes import evaluation, tokenizer_suite
 
 
 @pytest.fixture
@@ -126,44 +129,41 @@ def test_a_checkpoint_in_parts_is_refused_by_name(suite, tmp_path):
 
 # Another process and a training ---------------------------------------------------------------------------------------
 
-# The command with the suite of the shapes world as it is, on fewer scenes of its tokenizer.
-EVALUATOR = """
-from functools import partial
-from transformers_nextflow.cli import app
-from transformers_nextflow.worlds.shapes import evaluation, tokenizer_suite
-tokenizer_suite.PROBE_SCENES, tokenizer_suite.PROBE_STEPS = 40, 5
-evaluation.evaluate_tokenizer = partial(tokenizer_suite.evaluate_tokenizer, count=12)
-app()
-"""
+
+def evaluate_run(folder: str):
+    """The command with the suite of the shapes world as it is, on fewer scenes of its tokenizer."""
+    torch.set_num_threads(1)
+    tokenizer_suite.PROBE_SCENES, tokenizer_suite.PROBE_STEPS = 40, 5
+    evaluation.evaluate_tokenizer = partial(tokenizer_suite.evaluate_tokenizer, count=12)
+    app(["evaluate-run", folder, "--limit", "1", "--seeds", "1", "--every", "1", "--device", "cpu"])
 
 
 class WaitsFor(TrainerCallback):
     """The step after the first checkpoint begins when that has its scores."""
 
-    def __init__(self, scores, evaluator: subprocess.Popen):
+    def __init__(self, scores, evaluator: BaseProcess):
         self.scores, self.evaluator = scores, evaluator
 
     def on_step_begin(self, args, state, control, **kwargs):
         while state.global_step == 2 and not self.scores.exists():
-            assert self.evaluator.poll() is None
+            assert self.evaluator.is_alive()
             time.sleep(0.1)
 
 
 def test_a_training_is_scored_as_it_goes_by_another_process_that_ends_with_it(tmp_path):
-    command = ["evaluate-run", str(tmp_path), "--limit", "1", "--seeds", "1", "--every", "1", "--device", "cpu"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen([sys.executable, "-c", EVALUATOR, *command], **pipes) as evaluator:
-        try:
-            scores = tmp_path / "evaluation" / "shapes" / "checkpoint-2" / "scores.json"
-            model = tiny_model(vq_config={"patch_size": 16, "semantic_config": SEMANTIC_ENCODER})
-            trainer = make(tmp_path, model, patch_size=16)
-            trainer.add_callback(WaitsFor(scores, evaluator))
-            trainer.train()
-            trainer.save_model(str(tmp_path / "final"))
-            output, _ = evaluator.communicate(timeout=300)
-        finally:
-            evaluator.kill()
-    assert evaluator.returncode == 0, output
+    evaluator = CONTEXT.Process(target=evaluate_run, args=(str(tmp_path),))
+    evaluator.start()
+    try:
+        scores = tmp_path / "evaluation" / "shapes" / "checkpoint-2" / "scores.json"
+        model = tiny_model(vq_config={"patch_size": 16, "semantic_config": SEMANTIC_ENCODER})
+        trainer = make(tmp_path, model, patch_size=16)
+        trainer.add_callback(WaitsFor(scores, evaluator))
+        trainer.train()
+        trainer.save_model(str(tmp_path / "final"))
+        evaluator.join(timeout=300)
+    finally:
+        evaluator.kill()
+    assert evaluator.exitcode == 0
     assert [int(step) for step in CheckpointScores(tmp_path, limit=1, seeds=1).scores()] == [2, 4]
     with open(tmp_path / "evaluation" / "shapes" / "curve.csv") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["2", "4"]
