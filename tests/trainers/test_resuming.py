@@ -64,6 +64,22 @@ def folder(trained, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.fixture(scope="module")
+def trained_vq(tmp_path_factory):
+    """The same of the tokenizer."""
+    folder = tmp_path_factory.mktemp("trained-vq")
+    make_vq(folder).train()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained_grpo(tmp_path_factory):
+    """The same of RL."""
+    folder = tmp_path_factory.mktemp("trained-grpo")
+    make_grpo(folder).train()
+    return folder
+
+
 def weights(trainer) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
@@ -298,10 +314,13 @@ def test_what_is_no_checkpoint_is_told(tmp_path):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_a_training_of_the_tokenizer_is_compared_too(options, message, tmp_path):
-    make_vq(tmp_path).train()
+def test_a_training_of_the_tokenizer_is_compared_too(options, message, trained_vq):
     with pytest.raises(ValueError, match=message):
-        make_vq(tmp_path, **options).train(resume_from_checkpoint=True)
+        make_vq(trained_vq, **options).train(resume_from_checkpoint=True)
+
+
+def test_a_training_of_the_tokenizer_goes_on_without_its_state_where_it_is_asked_to(trained_vq, tmp_path):
+    shutil.copytree(trained_vq, tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoint-4" / "vq_trainer.pt").unlink()
     with pytest.raises(ValueError, match="vq_trainer.pt is missing"):
         make_vq(tmp_path).train(resume_from_checkpoint=True)
@@ -309,12 +328,11 @@ def test_a_training_of_the_tokenizer_is_compared_too(options, message, tmp_path)
     assert resumed.train(resume_from_checkpoint=True).global_step == 5
 
 
-def test_another_teacher_of_the_tokenizer_is_told(tmp_path):
-    make_vq(tmp_path).train()
+def test_another_teacher_of_the_tokenizer_is_told(trained_vq):
     other = Teacher()
     torch.nn.init.zeros_(other.patches.weight)
     with pytest.raises(ValueError, match='teacher was "[0-9a-f]+" and is "'):
-        make_vq(tmp_path, teacher=other).train(resume_from_checkpoint=True)
+        make_vq(trained_vq, teacher=other).train(resume_from_checkpoint=True)
 
 
 def other_reward(completions, **_) -> list[float]:
@@ -332,10 +350,9 @@ def other_reward(completions, **_) -> list[float]:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_a_training_by_rewards_is_compared_too(options, message, tmp_path):
-    make_grpo(tmp_path).train()
+def test_a_training_by_rewards_is_compared_too(options, message, trained_grpo):
     with pytest.raises(ValueError, match=message):
-        make_grpo(tmp_path, **options).train(resume_from_checkpoint=True)
+        make_grpo(trained_grpo, **options).train(resume_from_checkpoint=True)
 
 
 def test_an_adapter_goes_on_over_its_own_base_only(tmp_path):
