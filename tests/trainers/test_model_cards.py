@@ -123,6 +123,7 @@ def test_nothing_is_compiled_to_draw_the_samples(start, photos, tmp_path, monkey
         torch.nn.Module, "compile", lambda self, **options: plain_compile(self, backend=backend, **options)
     )
     torch._dynamo.reset()
+    tiny_model(text_config={"num_hidden_layers": 1}).save_pretrained(start)
     options = changes(**SHORT, compile_layers=True)
     run("train", "--model", start, "--data", photos, "--output", tmp_path / "out", *options)
     assert with_gradients and all(with_gradients)
