@@ -18,6 +18,7 @@ from test_shapes_evaluation import SEMANTIC_ENCODER
 from tiny import tiny_model
 from transformers import TrainerCallback
 
+from transformers_nextflow.cli import app
 from transformers_nextflow.evaluation.suites import SUITES
 from transformers_nextflow.trainers.runs.atomic_checkpoints import SUPERSEDED
 from transformers_nextflow.trainers.runs.scored_checkpoints import CheckpointScores
