@@ -50,7 +50,7 @@ class PeakMemory:
     def __exit__(self, *_):
         is_cuda = self.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.device) if is_cuda else self._resident("VmHWM")
-        self.bytes = peak - self.before
+        self.bytes = max(0, peak - self.before)  # Linux counts resident pages of threads with a delay
 
     def _resident(self, name: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
