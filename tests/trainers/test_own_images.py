@@ -63,14 +63,14 @@ def test_a_folder_becomes_a_lora_that_draws_its_images(photos, tmp_path, monkeyp
     told = run("init", "--data", photos, "--preset", "tiny", "--output", "start")
     assert "16 pixels" in told and "train tokenizer --model start" in told
     assert "It does not reconstruct these images well enough" in run("inspect", "start", "--data", photos)
-    steps = changes(max_steps=200, learning_rate=4e-3, disable_tqdm="true", save_strategy="'no'")
+    steps = changes(max_steps=120, learning_rate=8e-3, disable_tqdm="true", save_strategy="'no'")
     run("train", "tokenizer", "--model", "start", "--data", photos, "--output", "tokenizer", *steps)
     fitting = run("inspect", "tokenizer/final", "--data", photos, "--sheet", "sheet.png")
     assert "It reconstructs these images well enough" in fitting and Image.open("sheet.png").size == (
         4 * 20 + 4,
         2 * 20 + 4,
     )
-    steps = changes(max_steps=250, learning_rate=1e-2, disable_tqdm="true", save_strategy="'no'")
+    steps = changes(max_steps=150, learning_rate=2e-2, disable_tqdm="true", save_strategy="'no'")
     run("train", "--lora", "--model", "tokenizer/final", "--data", photos, "--output", "lora", *steps)
     # An adapter, and the parts that read and write the codes, which were new to the transformer.
     assert (Path("lora/final/adapter_model.safetensors")).is_file() and not Path(
