@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,8 +24,16 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
-from backbone import RESULTS, random_config, random_prompt, with_sides
-from measured_steps import PATCH_SIZE, SIDES, make_tokenizer
+from backbone import RESULTS, random_prompt
+from measured_steps import (
+    PATCH_SIZE,
+    SIDES,
+    least_seconds,
+    make_model,
+    make_tokenizer,
+    tokenizer_step,
+    transformer_step,
+)
 from tqdm import tqdm
 
 from transformers_nextflow import NextFlowForConditionalGeneration, NextFlowVQModel
@@ -75,20 +82,6 @@ def forward_backward(function: Callable, features: torch.Tensor, grid: Grid, mod
     return result.detach(), torch.autograd.grad(result, features, weights)[0]
 
 
-def least_seconds(ways: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
-    """Returns the least seconds of each way, measured in turns after a warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repeats + 1):
-        for name, run in ways.items():
-            start = time.perf_counter()
-            run()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: min(values) for name, values in seconds.items()}
-
-
 def compare_grids(batch: int, repeats: int, device: str) -> tuple[dict, dict[str, float]]:
     """Returns seconds of each mode in both ways, summed over grids, and each way's largest difference to float64."""
     ways, seconds = {"matrices": resample, "kernels": interpolate}, {}
@@ -134,17 +127,6 @@ def codes_that_differ(tokenizer: NextFlowVQModel, images: int, device: str) -> d
     }
 
 
-def tokenizer_step(tokenizer: NextFlowVQModel, pixels: torch.Tensor):
-    output = tokenizer(pixels)
-    (F.mse_loss(output.reconstruction, pixels) + output.codebook_loss + output.commitment_loss).backward()
-    tokenizer.zero_grad()
-
-
-def transformer_step(model: NextFlowForConditionalGeneration, batch: dict):
-    model(**batch).loss.backward()
-    model.zero_grad()
-
-
 def transformer_batch(model: NextFlowForConditionalGeneration, count: int, device: str) -> dict:
     config = model.config
     schedule = config.vq_config.scale_schedules.build()
@@ -162,9 +144,7 @@ def transformer_batch(model: NextFlowForConditionalGeneration, count: int, devic
 
 def compare_steps(tokenizer: NextFlowVQModel, batch: int, repeats: int, device: str) -> dict[str, dict[str, float]]:
     """Returns the seconds of a training step in both ways."""
-    config = with_sides(random_config(), SIDES, (SIDES[-1],))
-    config.vq_config.upsample = "bicubic"
-    model = NextFlowForConditionalGeneration(config).to(device).train()
+    model = make_model().to(device).train()
     pixels, rows = scenes(batch, device), transformer_batch(model, batch, device)
     tokenizer.train().requires_grad_(True)
     steps = {

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from backbone import PRESETS, RANDOM_BACKBONES, RESULTS, load_model
 from drawing_on_gpu import ceilings
-from measured_steps import make_tokenizer
-from resampling import least_seconds, scenes, tokenizer_step, transformer_batch
+from measured_steps import least_seconds, make_tokenizer, tokenizer_step
+from resampling import scenes, transformer_batch
 
 from transformers_nextflow import NextFlowForConditionalGeneration
 from transformers_nextflow.evaluation.results import write_result

@@ -16,7 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -136,17 +137,30 @@ def score_table(name: str, scores: dict) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+@contextmanager
+def small_folder(output: Path, max_bytes: int) -> Iterator[Path]:
+    """A new folder that is written during the block, and copied to `output` after it.
+
+    Raises:
+        ValueError: if it takes more than `max_bytes`; then nothing is copied.
+    """
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary) / output.name
+        folder.mkdir()
+        yield folder
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if size > max_bytes:
+            raise ValueError(f"{output} would take {size / 2**20:.1f} MiB, more than {max_bytes / 2**20:.0f}.")
+        shutil.copytree(folder, output, dirs_exist_ok=True)
+
+
 def save_checkpoint(pipe: NextFlowPipeline, text: str, licences: str, output: Path):
     """Writes the folder. Raises `ValueError` and writes nothing if it would exceed `MAX_BYTES`."""
-    with TemporaryDirectory() as folder:
+    with small_folder(output, MAX_BYTES) as folder:
         pipe.save_pretrained(folder)
-        (Path(folder) / "model" / "README.md").unlink()  # the card is that of the whole folder
-        (Path(folder) / "README.md").write_text(text, encoding="utf-8")
-        (Path(folder) / "NOTICE").write_text(licences, encoding="utf-8")
-        size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-        if size > MAX_BYTES:
-            raise ValueError(f"{output} would take {size / 2**20:.1f} MiB, more than {MAX_BYTES / 2**20:.0f}.")
-        shutil.copytree(folder, output, dirs_exist_ok=True)
+        (folder / "model" / "README.md").unlink()  # the card is that of the whole folder
+        (folder / "README.md").write_text(text, encoding="utf-8")
+        (folder / "NOTICE").write_text(licences, encoding="utf-8")
 
 
 def main():

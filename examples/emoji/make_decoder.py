@@ -14,9 +14,9 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
+from make_checkpoint import small_folder
 from sizes import MEDIUM, SIZES, world_of
 
 from transformers_nextflow.diffusion_decoder import NextFlowDiffusionDecoder
@@ -67,8 +67,7 @@ def save_decoder(decoder: NextFlowDiffusionDecoder, world: World, output: Path, 
     if results is not None:
         judged = results["renderings"]["judged_right"]
         sections += ["## Scores", SCORES.format(judged=judged, table=score_table(results), sheet=SHEET, **results)]
-    with TemporaryDirectory() as temporary:
-        folder = Path(temporary) / output.name
+    with small_folder(output, MAX_BYTES) as folder:
         decoder.save_pretrained(folder)
         (folder / "NOTICE").write_text(licences, encoding="utf-8")
         if results is not None:
@@ -78,10 +77,6 @@ def save_decoder(decoder: NextFlowDiffusionDecoder, world: World, output: Path, 
             license="other", license_name="emoji-sets", license_link="NOTICE", library_name=decoder.card_library,
             pipeline_tag=decoder.card_pipeline_tag, tags=["nextflow", "next-scale-prediction", "emoji"],
         )  # fmt: skip
-        size = sum(path.stat().st_size for path in folder.iterdir())
-        if size > MAX_BYTES:
-            raise ValueError(f"{output} would take {size / 2**20:.1f} MiB, more than {MAX_BYTES / 2**20:.0f}.")
-        shutil.copytree(folder, output, dirs_exist_ok=True)
 
 
 def main():
